@@ -1,0 +1,49 @@
+# make demo    export, compile, verify and run two models, into demo/
+# make test    ruff, mypy, pytest
+# make clean   remove everything that these made, the environment included
+#
+# Needs make, bash and Python 3.10 or newer; another interpreter: make test PYTHON=python3.12
+
+SHELL := bash
+PYTHON ?= python3
+EXTRAS := export,hub,onnxruntime,openvino,tensorrt-rtx,test
+DIGITS := examples/digits
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: demo test lint clean venv
+
+demo: venv
+	rm -rf demo
+	mkdir demo
+	swin-deploy export --weights $(DIGITS)/swinv2-digits -o demo/swinv2-digits
+	swin-deploy build-engine demo/swinv2-digits --fp16
+	swin-deploy verify demo/swinv2-digits
+	swin-deploy predict demo/swinv2-digits $(DIGITS)/images/*.png
+	cd demo && swin-deploy export --variant swinv2-tiny --random-weights
+	cd demo && swin-deploy build-engine --fp16
+	cd demo && swin-deploy verify swinv2-tiny
+	cd demo && swin-deploy predict swinv2-tiny ../examples/photos/flower.jpg
+
+test: lint
+	pytest
+
+lint: venv
+	ruff check
+	ruff format --check
+	python tests/house/typecheck.py
+
+clean:
+	rm -rf .venv demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find $(wildcard swin_deploy exporters runtimes calib tests examples) -name __pycache__ -prune -exec rm -rf {} +
+
+venv: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "swin-deploy needs Python 3.10 or newer," \
+	  "and $(PYTHON) is not. Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments:" \
+	  "its venv module is absent. On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 2; }
+	@echo "Installing into .venv; the first time this takes some minutes."
+	@$(PYTHON) -m venv .venv
+	@python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@

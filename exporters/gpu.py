@@ -1,0 +1,106 @@
+"""Which NVIDIA GPUs this machine has, and which one an engine can be compiled for.
+
+The driver itself is asked, so that neither torch nor a CUDA toolkit has to be installed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import sys
+from dataclasses import dataclass
+
+from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
+from swin_deploy.requires import require
+
+# CUdevice_attribute values of cuda.h; they are part of the driver's stable ABI.
+_CAPABILITY_MAJOR = 75
+_CAPABILITY_MINOR = 76
+
+
+@dataclass(frozen=True)
+class CudaDevice:
+    """One GPU: its marketing name, and its compute capability written as "sm_89"."""
+
+    name: str
+    capability: str
+
+
+def cuda_devices() -> tuple[CudaDevice, ...]:
+    """The CUDA GPUs that this process may use, in CUDA's own order; empty without a driver or without a GPU.
+
+    CUDA_VISIBLE_DEVICES applies, because the driver applies it. A driver that is present and refuses to start (no
+    permission, or a kernel module of another version) reads as no GPU: nothing could be run on it either.
+    """
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return ()
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return ()
+    found = []
+    for ordinal in range(count.value):
+        device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        name = ctypes.create_string_buffer(256)
+        failure = (
+            driver.cuDeviceGet(ctypes.byref(device), ordinal)
+            or driver.cuDeviceGetName(name, len(name), device)
+            or driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
+            or driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
+        )
+        if not failure:
+            found.append(CudaDevice(name.value.decode("utf-8", "replace"), f"sm_{major.value}{minor.value}"))
+    return tuple(found)
+
+
+def rtx_gpus() -> tuple[str, ...]:
+    """The GPUs that the installed TensorRT for RTX compiles for, such as ("sm_75", ..., "sm_121"); empty without it."""
+    try:
+        trt = require("tensorrt_rtx", "compile engines")
+    except MissingDependencyError:
+        return ()
+    names = (re.fullmatch(r"SM(\d+)", name) for name in trt.ComputeCapability.__members__)
+    return tuple(f"sm_{number}" for number in sorted(int(match[1]) for match in names if match))
+
+
+def check_gpu(backend: str, gpu: str) -> None:
+    """Nothing; raises UsageError for a GPU that `backend` cannot compile for.
+
+    Without TensorRT for RTX installed, only the form of the name is checked: the list of GPUs is the compiler's own.
+    """
+    if not re.fullmatch(r"sm_\d{2,3}", gpu):
+        raise UsageError(f"There is no GPU {gpu!r}. Expected 'current', or a compute capability such as sm_89.")
+    if backend != "tensorrt-rtx":
+        return
+    if gpu == "sm_90":
+        raise UsageError(
+            "TensorRT for RTX has no SM90 (H100, H200): full TensorRT is what serves it. Use the back end tensorrt on "
+            "a machine with that GPU."
+        )
+    known = rtx_gpus()
+    if known and gpu not in known:
+        raise UsageError(f"TensorRT for RTX does not compile for {gpu}. Expected one of: {', '.join(known)}.")
+
+
+def target_gpu(backend: str, gpu: str) -> str:
+    """The compute capability to compile for: `gpu` itself, or that of this machine's first GPU for "current".
+
+    Full TensorRT times its kernels while it compiles, so for it a `gpu` other than this machine's is an EngineError.
+    """
+    if backend == "tensorrt-rtx" and gpu != "current":
+        return gpu
+    devices = cuda_devices()
+    if not devices:
+        raise EngineError(
+            f"Compiling for {gpu!r} with the back end {backend} needs a GPU, and this machine has no usable NVIDIA "
+            "GPU. Run this on the target machine, or use the back end tensorrt-rtx and name its target, such as sm_89."
+        )
+    here = devices[0]
+    if gpu not in ("current", here.capability):
+        raise EngineError(
+            f"The engine was asked for {gpu}, and the GPU of this machine is {here.capability} ({here.name}). TensorRT "
+            "compiles only for the GPU it runs on: run this on the target machine, or ask for 'current'."
+        )
+    check_gpu(backend, here.capability)
+    return here.capability

@@ -1,0 +1,251 @@
+"""What the compiler made of a graph: its kernels, how many are fused attention, and the bytes they move.
+
+The figures are read from the compiler's own description of the finished engine: the lines it logs (no GPU needed), or
+the engine inspector's JSON. What cannot be read is None; no figure is ever estimated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+# Every spelling of a type that the log and the inspector of the supported versions use, in bits.
+_BITS = {
+    "float": 32, "fp32": 32, "half": 16, "fp16": 16, "bfloat16": 16, "bf16": 16, "fp8": 8, "e8m0": 8, "fp4": 4,
+    "int64": 64, "int32": 32, "int8": 8, "uint8": 8, "bool": 8, "int4": 4,
+}  # fmt: skip
+
+# Layers that describe the engine and launch nothing on the GPU: stream events, host arithmetic, and renamed tensors.
+_NOT_KERNELS = {"signal", "wait", "noop", "constant", "shape_call"}
+
+# The compiler's names for its fused softmax(Q K^T) V kernels.
+_FUSED_ATTENTION = re.compile(r"gemm_mha|fused_mha|fmha")
+
+# A list of tensors ends at the first " }]" that another field, or the line's end, follows: dimensions and formats hold
+# brackets of their own ("Format with stride order = [1,0,2]"), which is why counting up to the next "]" does not do.
+_LIST = r"\[(?:\]|\s*(?P<{0}>\{{ Name: .*?)\s*\}}\s*\](?=,\s\w+:|\s*$))"
+_LAYER = re.compile(
+    r"Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), Inputs: "
+    + _LIST.format("inputs")
+    + r"(?P<listed>, Constants: "
+    + _LIST.format("constants")
+    + r")?, Outputs: "
+    + _LIST.format("outputs")
+    + r"(?P<rest>.*)$"
+)
+_TENSOR = re.compile(r"\{ Name: (?P<name>.*?), (?:\w+: \w+, )*?Dimensions: \[(?P<dims>[-\d, ]*)\](?P<rest>.*)$")
+_TACTIC = re.compile(r", TacticName: ([^,]*)")
+
+
+class EngineTensor(NamedTuple):
+    """A tensor that a kernel reads or writes; -1 in `dims` is an extent known only when the engine runs."""
+
+    name: str
+    dims: tuple[int, ...]
+    datatype: str
+
+    @property
+    def bytes(self) -> int | None:
+        """Its size without padding; None while an extent is free or the type is not one we know."""
+        bits = _BITS.get(self.datatype.lower())
+        if bits is None or min(self.dims, default=0) < 0:
+            return None
+        return (math.prod(self.dims) * bits + 7) // 8
+
+
+@dataclass(frozen=True)
+class EngineLayer:
+    """One layer of the finished engine; `constants` is None where the compiler does not list them."""
+
+    name: str
+    kind: str
+    inputs: tuple[EngineTensor, ...]
+    outputs: tuple[EngineTensor, ...]
+    constants: tuple[EngineTensor, ...] | None
+    tactic: str = ""
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether the layer launches work on the GPU: it writes something, and is no event or host arithmetic."""
+        return bool(self.outputs) and self.kind.lower() not in _NOT_KERNELS
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """The layers of an engine, and the figures that follow from them.
+
+    `source` is "log", "inspector" or "none". `unread` counts layers that were announced in a form that could not be
+    read; while there are any, every figure is None.
+    """
+
+    layers: tuple[EngineLayer, ...]
+    source: str
+    unread: int = 0
+
+    @property
+    def kernels(self) -> int | None:
+        """Kernels launched for one inference."""
+        return self._total(lambda layer: 1)
+
+    @property
+    def fused_attention(self) -> int | None:
+        """How many of the kernels are a whole softmax(Q K^T) V, recognised by the compiler's names for them."""
+        return self._total(lambda layer: int(bool(_FUSED_ATTENTION.search(f"{layer.name} {layer.tactic}".lower()))))
+
+    @property
+    def activation_bytes(self) -> int | None:
+        """Bytes of every kernel's inputs and outputs; None when the batch, and so an extent, is free."""
+        return self._total(lambda layer: _bytes(layer.inputs + layer.outputs))
+
+    @property
+    def constant_bytes(self) -> int | None:
+        """Bytes of every kernel's weights, biases and tables; None where the compiler does not list them."""
+        return self._total(lambda layer: _bytes(layer.constants))
+
+    @property
+    def bytes_moved(self) -> int | None:
+        """Bytes that the kernels of one inference read and write: activations and constants together.
+
+        Each tensor counts at its full unpadded size once for each kernel that names it, whatever a cache would save;
+        so it compares graphs, and is not a measurement of memory traffic.
+        """
+        activations, constants = self.activation_bytes, self.constant_bytes
+        return None if activations is None or constants is None else activations + constants
+
+    @property
+    def types(self) -> dict[str, int]:
+        """How many kernels write each type, by their first output."""
+        counts: dict[str, int] = {}
+        for layer in self.layers:
+            if layer.is_kernel:
+                counts[layer.outputs[0].datatype] = counts.get(layer.outputs[0].datatype, 0) + 1
+        return counts
+
+    def to_dict(self, layers: bool = True) -> dict[str, Any]:
+        """The report as plain JSON values; without `layers` only the figures, which is what a manifest keeps."""
+        figures: dict[str, Any] = {
+            "source": self.source,
+            "unread": self.unread,
+            "kernels": self.kernels,
+            "fused_attention": self.fused_attention,
+            "bytes_moved": self.bytes_moved,
+            "activation_bytes": self.activation_bytes,
+            "constant_bytes": self.constant_bytes,
+            "types": self.types,
+        }
+        if layers:
+            figures["layers"] = [
+                {
+                    "name": layer.name,
+                    "kind": layer.kind,
+                    "tactic": layer.tactic,
+                    "inputs": _plain(layer.inputs),
+                    "outputs": _plain(layer.outputs),
+                    "constants": None if layer.constants is None else _plain(layer.constants),
+                }
+                for layer in self.layers
+            ]
+        return figures
+
+    def _total(self, count: Callable[[EngineLayer], int | None]) -> int | None:
+        if self.unread or not self.layers:
+            return None
+        total = 0
+        for layer in self.layers:
+            amount = count(layer) if layer.is_kernel else 0
+            if amount is None:
+                return None
+            total += amount
+        return total
+
+
+def report_from_log(messages: Iterable[str]) -> EngineReport:
+    """The report in the compiler's VERBOSE messages; `source` is "none" when they hold no layer.
+
+    The same line twice is one layer: names are unique within an engine, and a repeated dump must not double the count.
+    """
+    lines = (line.strip().removeprefix("Layers:").strip() for message in messages for line in message.split("\n"))
+    announced = dict.fromkeys(line for line in lines if line.startswith("Name: ") and ", LayerType: " in line)
+    layers = [layer for layer in map(_layer_from_line, announced) if layer is not None]
+    return EngineReport(tuple(layers), "log" if announced else "none", len(announced) - len(layers))
+
+
+def report_from_inspector(text: str) -> EngineReport:
+    """The report in the JSON of `EngineInspector.get_engine_information`; `source` is "none" when it holds no layer.
+
+    An engine built without detailed profiling verbosity lists bare names there: those count as unread.
+    """
+    try:
+        announced = json.loads(text).get("Layers", [])
+    except (ValueError, AttributeError):
+        return EngineReport((), "none")
+    layers = [layer for layer in map(_layer_from_json, announced) if layer is not None]
+    return EngineReport(tuple(layers), "inspector" if announced else "none", len(announced) - len(layers))
+
+
+def _layer_from_line(line: str) -> EngineLayer | None:
+    match = _LAYER.match(line)
+    if match is None:
+        return None
+    lists = []
+    for group in ("inputs", "outputs", "constants"):
+        # " }, { Name: " stands between two tensors and nowhere else.
+        pieces = re.split(r"\s*\}, (?=\{ Name: )", match[group]) if match[group] else []
+        tensors = [_tensor_from_text(piece) for piece in pieces]
+        lists.append(tuple(tensor for tensor in tensors if tensor is not None))
+        if len(lists[-1]) != len(pieces):
+            return None
+    inputs, outputs, constants = lists
+    tactic = _TACTIC.search(match["rest"])
+    listed = constants if match["listed"] else None
+    return EngineLayer(match["name"], match["kind"], inputs, outputs, listed, tactic[1] if tactic else "")
+
+
+def _tensor_from_text(text: str) -> EngineTensor | None:
+    match = _TENSOR.match(text)
+    if match is None:
+        return None
+    # "Format/Datatype: Half" up to TensorRT 10, "Datatype: Half, Format: (Linear) ..." since.
+    datatype = re.search(r"Datatype: ([^,}]*)", match["rest"])
+    dims = tuple(int(extent) for extent in match["dims"].split(",") if extent.strip())
+    return EngineTensor(match["name"], dims, _type_in(datatype[1] if datatype else ""))
+
+
+def _layer_from_json(layer: Any) -> EngineLayer | None:
+    try:
+        constants = _tensors_from_json(layer["Constants"]) if "Constants" in layer else None
+        inputs, outputs = _tensors_from_json(layer["Inputs"]), _tensors_from_json(layer["Outputs"])
+        tactic = str(layer.get("TacticName", ""))
+        return EngineLayer(str(layer["Name"]), str(layer["LayerType"]), inputs, outputs, constants, tactic)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _tensors_from_json(tensors: Any) -> tuple[EngineTensor, ...]:
+    return tuple(
+        EngineTensor(
+            str(tensor["Name"]),
+            tuple(int(extent) for extent in tensor["Dimensions"]),
+            _type_in(str(tensor.get("Datatype") or tensor.get("Format/Datatype") or tensor.get("Format") or "")),
+        )
+        for tensor in tensors
+    )
+
+
+def _type_in(text: str) -> str:
+    """The type named in `text`: the word itself in newer versions, part of "Row major linear FP16 format" in older."""
+    known = [word for word in re.findall(r"\w+", text) if word.lower() in _BITS]
+    return known[0] if known else "unknown"
+
+
+def _bytes(tensors: tuple[EngineTensor, ...] | None) -> int | None:
+    sizes = None if tensors is None else [tensor.bytes for tensor in tensors]
+    return None if sizes is None or None in sizes else sum(size for size in sizes if size is not None)
+
+
+def _plain(tensors: tuple[EngineTensor, ...]) -> list[dict[str, Any]]:
+    return [{"name": tensor.name, "dims": list(tensor.dims), "datatype": tensor.datatype} for tensor in tensors]

@@ -1,0 +1,128 @@
+"""A torch network -> an ONNX graph: traced once, with the batch as the only free axis, rewritten and checked."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swin_deploy.config import SwinConfig
+from swin_deploy.errors import ExportError
+from swin_deploy.requires import require
+
+from .passes import PASSES, PassRecord, run_passes
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+OPSET = 20  # the first with Gelu as one operator; every runtime since 2024 reads it
+INPUT, OUTPUT = "pixel_values", "logits"  # as optimum and transformers.js name them
+
+# All that a Swin in window order consists of. Anything else (Shape, If, Loop, Pad, ...) means that something depends on
+# the input's size at run time, which costs speed everywhere and fusions in TensorRT.
+# fmt: off
+OPERATORS = frozenset({
+    "Add", "Clip", "Conv", "Div", "Gather", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Mul", "ReduceL2", "ReduceMean",
+    "Relu", "Reshape", "Sigmoid", "Slice", "Softmax", "Tanh", "Transpose",
+})
+# fmt: on
+
+
+def onnx_from_torch(
+    network: torch.nn.Module, config: SwinConfig, image_size: tuple[int, int]
+) -> tuple[onnx.ModelProto, tuple[PassRecord, ...]]:
+    """The checked fp32 graph of `network`, and what each rewrite did.
+
+    Input `pixel_values` [batch, channels, height, width], output `logits` [batch, labels], both float32. Raises
+    ExportError (PassError) when the exporter's graph is not what this release was written for.
+    """
+    require("onnxscript", "export to ONNX")
+    model = _traced(network, config, image_size)
+    _name_by_module(model)
+    gs = require("onnx_graphsurgeon", "rewrite the ONNX graph")
+    graph = gs.import_onnx(model)
+    records = run_passes(graph, config, PASSES)
+    graph.name = f"swin_v{config.version}"
+    graph.producer_name = "swin-deploy"
+    model = gs.export_onnx(graph)
+    foreign = sorted({node.op_type for node in model.graph.node} - OPERATORS)
+    if foreign:
+        raise ExportError(
+            f"The exporter left operators in the graph that a Swin with fixed sizes does not need: {', '.join(foreign)}. "
+            f"Install the versions in constraints.txt, and please report it."
+        )
+    return model, records
+
+
+def _traced(network: torch.nn.Module, config: SwinConfig, image_size: tuple[int, int]) -> Any:
+    import torch
+
+    # A batch of two: a batch of one would be taken for a constant.
+    example = torch.zeros(2, config.num_channels, *image_size)
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            network,
+            (example,),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    if program is None:
+        raise ExportError("torch.onnx.export returned no program. Install the versions in constraints.txt.")
+    return program.model_proto
+
+
+def writer(model: onnx.ModelProto) -> Callable[[Path], None]:
+    """A function that writes `model` to the path it is given."""
+
+    def write(path: Path) -> None:
+        path.write_bytes(model.SerializeToString())
+
+    return write
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporter's progress prints and its notes on packages that Swin does not use from the user's terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _name_by_module(model: Any) -> None:
+    """Names nodes by the module they come from (`encoder.stage0_block1.attention.qkv/Gemm`).
+
+    Compilers carry these names into their layer reports. The exporter keeps the module path in metadata, beside stack
+    traces with the file names of whoever exported; those go.
+    """
+    taken: dict[str, int] = {}
+    for node in model.graph.node:
+        scopes: Sequence[str] = ()
+        for entry in node.metadata_props:
+            if entry.key == "pkg.torch.onnx.name_scopes":
+                scopes = [s.strip(" '\"") for s in entry.value.strip("[]").split(",")]
+        name = f"{scopes[-2] if len(scopes) > 1 and scopes[-2] else 'swin'}/{node.op_type}"
+        taken[name] = taken.get(name, 0) + 1
+        node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
+        del node.metadata_props[:]
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        del value.metadata_props[:]
+    for initializer in model.graph.initializer:
+        del initializer.metadata_props[:]
+    del model.metadata_props[:]
+    del model.graph.metadata_props[:]

@@ -1,0 +1,125 @@
+"""A fp32 graph -> the same graph in fp16 types, for compilers that take precision from the graph (TensorRT 10, 11, RTX).
+
+Input and output stay float32, so that whoever feeds the fp32 graph feeds this one. The cosine attention of Swin V2 keeps
+an island of fp32: it divides by the norm of a query or key, which for a padding token is 0 clamped to 1e-12, and 1e-12 is 0
+in fp16 (0/0; Hugging Face's half-precision Swin V2 is all NaN there).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from swin_deploy.config import SwinConfig
+from swin_deploy.errors import ExportError
+from swin_deploy.requires import require
+
+from .passes.base import Graph, Pass, PassRecord, run_passes
+
+if TYPE_CHECKING:
+    import onnx
+
+# The cosine normalisation, as a chain: norm, its floor, scale / norm, and the product with the vector.
+COSINE = ("ReduceL2", "Clip", "Div", "Mul")
+
+
+def fp16_from_fp32(model: onnx.ModelProto, config: SwinConfig) -> tuple[onnx.ModelProto, tuple[PassRecord, ...]]:
+    """The typed fp16 graph, and the record of the rewrite. Raises ExportError where a weight does not fit into fp16."""
+    gs = require("onnx_graphsurgeon", "write the fp16 graph")
+    graph = gs.import_onnx(model)
+    records = run_passes(graph, config, (FP16_TYPES,))
+    return gs.export_onnx(graph), records
+
+
+def rewrite(graph: Graph) -> int:
+    """The number of Casts inserted: one wherever a value crosses between fp32 and fp16."""
+    return assign_types(graph, wide=cosine_islands(graph), narrow=np.dtype(np.float16))
+
+
+def expected(config: SwinConfig) -> int:
+    """One behind the input, one before the output, and one on either side of each island."""
+    return 2 + (2 * config.blocks if config.version == 2 else 0)
+
+
+FP16_TYPES = Pass("fp16_types", rewrite, expected)
+
+
+def cosine_islands(graph: Graph) -> Set[str]:
+    """The names of the nodes that normalise queries and keys."""
+    names: set[str] = set()
+    for norm in graph.nodes:
+        if norm.op == COSINE[0]:
+            chain = [norm, norm.o(), norm.o().o(), norm.o().o().o()]
+            if tuple(node.op for node in chain) == COSINE:
+                names.update(node.name for node in chain)
+    return names
+
+
+def assign_types(graph: Graph, wide: Set[str], narrow: np.dtype[Any]) -> int:
+    """The number of Casts inserted to make every floating node `narrow`, except those named in `wide`, which stay fp32.
+
+    The graph's inputs and outputs stay float32. A value that several nodes of the other type read is cast once.
+    """
+    import onnx_graphsurgeon as gs
+
+    constants: dict[str, Any] = {}
+    casts: dict[tuple[str, bool], Any] = {}
+    nodes = list(graph.nodes)
+    is_wide = {tensor.name: node.name in wide for node in nodes for tensor in node.outputs}
+    floating = {name for name, tensor in graph.tensors().items() if tensor.dtype == np.float32}
+
+    def cast(tensor: Any, to_wide: bool) -> Any:
+        key = (tensor.name, to_wide)
+        if key not in casts:
+            dtype = np.dtype(np.float32) if to_wide else narrow
+            result = gs.Variable(f"{tensor.name}_{dtype.name}", dtype, tensor.shape)
+            node = gs.Node("Cast", f"{tensor.name}/Cast_{dtype.name}", {"to": _onnx_type(dtype)}, [tensor], [result])
+            graph.nodes.append(node)
+            casts[key] = result
+        return casts[key]
+
+    for node in nodes:
+        for position, tensor in enumerate(node.inputs):
+            if tensor.name not in floating:
+                continue
+            if isinstance(tensor, gs.Constant):
+                if node.name not in wide:
+                    if tensor.name not in constants:
+                        constants[tensor.name] = _narrow_constant(tensor, narrow)
+                    node.inputs[position] = constants[tensor.name]
+            elif is_wide.get(tensor.name, True) != (node.name in wide):  # a graph input counts as wide
+                node.inputs[position] = cast(tensor, to_wide=node.name in wide)
+    for position, output in enumerate(graph.outputs):
+        if output.name in floating and not is_wide[output.name]:
+            inner = gs.Variable(f"{output.name}_{narrow.name}", narrow, output.shape)
+            output.inputs[0].outputs = [inner if t is output else t for t in output.inputs[0].outputs]
+            graph.nodes.append(
+                gs.Node("Cast", f"{output.name}/Cast_float32", {"to": _onnx_type(np.dtype(np.float32))}, [inner], [output])
+            )
+            casts[(output.name, True)] = graph.outputs[position]
+    for node in nodes:
+        for tensor in node.outputs:
+            if tensor.name in floating and not is_wide[tensor.name]:
+                tensor.dtype = narrow
+    return len(casts)
+
+
+def _narrow_constant(tensor: Any, narrow: np.dtype[Any]) -> Any:
+    import onnx_graphsurgeon as gs
+
+    with np.errstate(over="ignore"):
+        values = tensor.values.astype(narrow)
+    if not np.isfinite(values).all():
+        raise ExportError(
+            f"{tensor.name} holds {float(np.abs(tensor.values).max()):.3g}, which {narrow.name} cannot represent. "
+            f"Build the engine with --fp32."
+        )
+    return gs.Constant(f"{tensor.name}_{narrow.name}", values)
+
+
+def _onnx_type(dtype: np.dtype[Any]) -> int:
+    import onnx
+
+    return int(onnx.helper.np_dtype_to_tensor_dtype(dtype))

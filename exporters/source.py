@@ -1,0 +1,94 @@
+"""What the user asked to export -> the checkpoint it means, and the name of the bundle it makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from swin_deploy.config import SwinConfig
+from swin_deploy.errors import CheckpointError, UsageError
+from swin_deploy.requires import require
+from swin_deploy.variants import Variant, find_variant
+
+if TYPE_CHECKING:
+    from swin_deploy.models.checkpoints import Checkpoint
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+# What must agree between a variant asked for by name and the checkpoint given for it.
+ARCHITECTURE = ("version", "patch_size", "num_channels", "embed_dim", "depths", "num_heads", "window_size")
+
+
+def checkpoint_from_request(
+    variant_name: str | None,
+    weights: str | os.PathLike[str] | None,
+    random_weights: bool,
+    seed: int,
+    say: Callable[[str], None],
+) -> tuple[Checkpoint, str]:
+    """The checkpoint to export, and the bundle's name. Raises UsageError when the request names none, or two."""
+    if variant_name is None and weights is None:
+        raise UsageError('Nothing to export: give --variant NAME (see "swin-deploy variants"), or --weights FOLDER.')
+    if weights is not None and random_weights:
+        raise UsageError("--weights and --random-weights exclude each other: give one of them.")
+    variant = None if variant_name is None else find_variant(variant_name)
+    require("torch", "export a model")
+    from swin_deploy.models import checkpoints
+
+    if weights is None:
+        assert variant is not None
+        assert variant_name is not None
+        if variant.task != "image-classification":
+            raise UsageError(
+                f"{variant.name} was published with a {variant.task} head, and this release exports image classifiers. "
+                f"Choose a classifier from swin-deploy variants."
+            )
+        name = _bundle_name(variant_name)
+        if random_weights:
+            return checkpoints.random_checkpoint(variant.config(), seed), name
+        if variant.hub_id is None:
+            raise CheckpointError(
+                f"{variant.name} has no repository in Hugging Face format. Give a converted checkpoint with "
+                f"--weights FOLDER, or try the pipeline with --random-weights."
+            )
+        say(f"Looking for {variant.hub_id} in the Hugging Face cache, then on the hub")
+        checkpoint = checkpoints.checkpoint_from_hub(variant.hub_id)
+    else:
+        folder = Path(weights)
+        if folder.exists():
+            if not folder.is_dir():
+                raise CheckpointError(
+                    f"{folder} is a file; expected the folder around it, with config.json and model.safetensors, as "
+                    f"transformers' save_pretrained writes it."
+                )
+            checkpoint = checkpoints.checkpoint_from_folder(folder)
+        elif HUB_ID.fullmatch(str(weights)) and not str(weights).startswith("."):
+            checkpoint = checkpoints.checkpoint_from_hub(str(weights))
+        else:
+            raise CheckpointError(
+                f"There is no folder {folder}. Expected a folder with config.json and model.safetensors, or a hub id such "
+                f"as microsoft/swinv2-tiny-patch4-window8-256."
+            )
+        name = _bundle_name(variant_name or folder.resolve().name)
+    if variant is not None:
+        _check_same(variant, checkpoint.config)
+    return checkpoint, name
+
+
+def _check_same(variant: Variant, config: SwinConfig) -> None:
+    asked = dataclasses.asdict(variant.config())
+    given = dataclasses.asdict(config)
+    for field in ARCHITECTURE:
+        if asked[field] != given[field]:
+            raise CheckpointError(
+                f"The checkpoint is not a {variant.name}: its {field} is {given[field]}, and that variant's is "
+                f"{asked[field]}. Leave --variant out to export the checkpoint as what it is."
+            )
+
+
+def _bundle_name(name: str) -> str:
+    return name.rsplit("/", 1)[-1]

@@ -1,0 +1,124 @@
+"""From a Swin Transformer checkpoint (V1 or V2) to a verified ONNX model and a TensorRT engine that runs on a device.
+
+    import swin_deploy
+
+    with swin_deploy.load("swinv2-tiny") as model:
+        print(model.classify("photo.jpg")[0])
+
+Loading and running a bundle needs numpy, Pillow and one back end. Exporting and compiling bring torch, onnx and TensorRT,
+which are imported only when they are asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from swin_deploy.bundle import Bundle
+    from swin_deploy.exporters.build import Built
+    from swin_deploy.reference import Verdict
+    from swin_deploy.runtimes.model import Model
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "build_engine", "export", "load", "verify"]
+
+Say = Callable[[str], None]
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+def load(path: str | os.PathLike[str], *, precision: str = "fp32", backend: str = "onnxruntime", threads: int = 0) -> Model:
+    """The bundle at `path`, loaded and ready to run; use it as a context manager or call `close()`.
+
+    `precision` is "fp32" or "fp16" (once its graph was made), `backend` "onnxruntime" or "openvino", both on the CPU;
+    `threads` 0 lets the back end choose. Raises errors.BundleError for a folder that is no intact bundle.
+    """
+    from swin_deploy.runtimes.model import load_model
+
+    return load_model(path, precision, backend, threads)
+
+
+def export(
+    variant: str | None = None,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    random_weights: bool = False,
+    seed: int = 0,
+    output: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    say: Say = _silent,
+) -> Bundle:
+    """The bundle that a checkpoint was exported to, compared with PyTorch before it is kept.
+
+    `variant` is a name of `swin-deploy variants`; `weights` a folder that transformers' save_pretrained wrote, or a hub id,
+    and otherwise the variant's own hub id; `random_weights` takes reproducible random ones instead. The bundle is written
+    to `output`, by default a folder of the variant's (or checkpoint's) name in the current directory; `force` replaces a
+    bundle that is there. `say` gets a line for each step. Raises errors.SwinDeployError with nothing written.
+    """
+    from swin_deploy.exporters.export import bundle_from_checkpoint
+    from swin_deploy.exporters.source import checkpoint_from_request
+    from swin_deploy.runtimes.backends import runtime_from_onnx
+
+    checkpoint, name = checkpoint_from_request(variant, weights, random_weights, seed, say)
+    target = Path(name if output is None else output)
+    bundle, _ = bundle_from_checkpoint(
+        checkpoint, target, variant=variant, replace=force, open_graph=runtime_from_onnx, say=say
+    )
+    return bundle
+
+
+def build_engine(
+    bundle: str | os.PathLike[str] | None = None,
+    *,
+    precision: str = "fp16",
+    backend: str = "auto",
+    gpus: Sequence[str] = (),
+    batch: tuple[int, int, int] = (1, 1, 1),
+    force: bool = False,
+    say: Say = _silent,
+    log: Callable[[str, str], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[Built, ...]:
+    """The TensorRT engines compiled from a bundle, which are also written into it.
+
+    `bundle` None is the newest one in the current directory. `backend` "auto" is TensorRT where it and a GPU are, else
+    TensorRT for RTX, which compiles for `gpus` ("sm_89", ...) without one. `batch` is (smallest, tuned for, largest).
+    `log(severity, message)` gets the compiler's own messages. Raises errors.EngineError when it refuses.
+    """
+    from swin_deploy.bundle import Bundle, newest_bundle
+    from swin_deploy.exporters.build import build_engines
+    from swin_deploy.runtimes.backends import runtime_from_onnx
+
+    found = newest_bundle(Path.cwd()) if bundle is None else Bundle.open(bundle)
+    _, built = build_engines(
+        found,
+        precision,
+        backend=backend,
+        gpus=gpus,
+        batch=batch,
+        force=force,
+        open_graph=runtime_from_onnx,
+        say=say,
+        log=log or (lambda severity, message: None),
+        progress=progress,
+    )
+    return built
+
+
+def verify(bundle: str | os.PathLike[str], *, backend: str = "onnxruntime") -> tuple[Verdict, ...]:
+    """A verdict on every ONNX graph of a bundle, run here by `backend` against PyTorch's recorded answers.
+
+    Checks every file's sha256 first (errors.BundleError). A verdict that is not `verified` is returned, not raised.
+    """
+    from functools import partial
+
+    from swin_deploy.bundle import Bundle
+    from swin_deploy.reference import verify_bundle
+    from swin_deploy.runtimes.backends import runtime_from_onnx
+
+    return verify_bundle(Bundle.open(bundle), partial(runtime_from_onnx, backend=backend))

@@ -1,0 +1,306 @@
+"""Bundle: the folder that the whole pipeline reads from and writes into.
+
+    swinv2-tiny/
+      config.json, preprocessor_config.json   as transformers writes them
+      onnx/model.onnx, onnx/model_fp16.onnx   pixel_values -> logits
+      engines/<precision>-<gpu>-<backend>-<version>.engine
+      reference.npz                           inputs, and what PyTorch answered to them
+      manifest.json                           what each file is, its sha256, where it came from, how far it is verified
+
+manifest.json is written last and atomically, and carries a digest of itself: a folder without it, or with another byte in
+it, is not a bundle. Every file is checked against its sha256 before anything is read from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import glob
+import hashlib
+import json
+import os
+import platform
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swin_deploy.errors import BundleError
+
+MANIFEST = "manifest.json"
+CONFIG, PREPROCESSOR, REFERENCE = "config.json", "preprocessor_config.json", "reference.npz"
+SCHEMA = 1
+
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An existing bundle. `manifest` is its manifest.json, already checked against its own digest."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+        """The bundle in the folder `path`. Raises BundleError when there is none, or its manifest is damaged."""
+        folder = Path(path)
+        if not folder.is_dir():
+            raise BundleError(f'There is no bundle at {folder}: the folder does not exist. Make one with "swin-deploy export".')
+        file = folder / MANIFEST
+        if not file.exists():
+            raise BundleError(
+                f"{folder} is not a bundle: it has no {MANIFEST}, which an export writes last. "
+                f'Make one with "swin-deploy export".'
+            )
+        return cls(folder, _read_manifest(file))
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest["name"])
+
+    @property
+    def files(self) -> Mapping[str, Entry]:
+        """Every file of the bundle but the manifest: path inside it -> entry."""
+        files: Mapping[str, Entry] = self.manifest["files"]
+        return files
+
+    def verified_path(self, file: str) -> Path:
+        """The path of `file`, after its sha256 was found to be the manifest's. Raises BundleError when it is not."""
+        entry = self.files.get(file)
+        if entry is None:
+            raise BundleError(f"The bundle {self.path} has no {file}. It holds: {', '.join(sorted(self.files))}.")
+        path = self.path / file
+        try:
+            actual = sha256_of(path)
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read ({error.strerror}). Export the bundle again.") from error
+        if actual != entry["sha256"]:
+            raise BundleError(
+                f"{path} is not the file that was exported: its sha256 is {actual[:12]}..., the manifest says "
+                f"{entry['sha256'][:12]}.... It was changed or damaged; export the bundle again."
+            )
+        return path
+
+    def read_json(self, file: str) -> dict[str, Any]:
+        """The JSON object in `file`, checked against its sha256 first."""
+        value: dict[str, Any] = json.loads(self.verified_path(file).read_text(encoding="utf-8"))
+        return value
+
+    def with_file(self, file: str, entry: Entry, write: Callable[[Path], None]) -> Bundle:
+        """The bundle after `write(path)` made `file` in it, atomically; other files and their entries stay as they are."""
+        target = self.path / file
+        with disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            scratch = _scratch(target)
+            try:
+                write(scratch)
+                described = {**entry, **_facts(scratch)}
+                with _locked(self.path):
+                    scratch.replace(target)
+                    manifest = _read_manifest(self.path / MANIFEST)  # somebody else may have added a file meanwhile
+                    manifest["files"][file] = described
+                    _write_manifest(self.path, manifest)
+            finally:
+                scratch.unlink(missing_ok=True)
+        return Bundle(self.path, manifest)
+
+    def with_entry(self, file: str, changes: Mapping[str, Any]) -> Bundle:
+        """The bundle after `changes` were made to the manifest's entry of `file`."""
+        with disk_errors(self.path / MANIFEST), _locked(self.path):
+            manifest = _read_manifest(self.path / MANIFEST)
+            manifest["files"][file] |= changes
+            _write_manifest(self.path, manifest)
+        return Bundle(self.path, manifest)
+
+
+class Draft:
+    """A bundle in the making: files are added one by one, and nothing is a bundle until `create_bundle` ends well."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files: dict[str, Entry] = {}
+
+    def add(self, file: str, entry: Entry, write: Callable[[Path], None]) -> None:
+        """Makes `file` with `write(path)` and keeps its entry."""
+        target = self.path / file
+        with disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write(target)
+            self.files[file] = {**entry, **_facts(target)}
+
+    def add_json(self, file: str, value: Mapping[str, Any]) -> None:
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        self.add(file, {}, lambda path: _write_text(path, text))
+
+
+@contextlib.contextmanager
+def create_bundle(path: Path, *, replace: bool, facts: Mapping[str, Any]) -> Iterator[Draft]:
+    """A draft that becomes the bundle at `path` when the block ends without an error, all at once.
+
+    Raises BundleError when something that must not be lost is at `path`, or when it cannot be written. With `replace` a
+    bundle that is there already makes room; any other folder that is not empty never does. Interrupted or killed, what
+    was at `path` before is still there.
+    """
+    _check_room(path, replace)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        staging = _scratch(path)
+        staging.mkdir()
+    try:
+        draft = Draft(staging)
+        yield draft
+        manifest = {
+            "schema": SCHEMA,
+            "created": dt.datetime.now(dt.timezone.utc).isoformat(timespec="microseconds"),
+            **facts,
+            "files": draft.files,
+        }
+        with disk_errors(path):
+            _write_manifest(staging, manifest)
+            _check_room(path, replace)
+            _move_into_place(staging, path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def newest_bundle(folder: Path) -> Bundle:
+    """The bundle in which or beside which a command was started: `folder` itself, else the newest one directly in it."""
+    if (folder / MANIFEST).exists():
+        return Bundle.open(folder)
+    found = [Bundle.open(file.parent) for file in folder.glob(f"*/{MANIFEST}") if not file.parent.name.startswith(".")]
+    if not found:
+        raise BundleError(
+            f'There is no bundle in {folder}. Name one, or make one first: "swin-deploy export --variant swinv2-tiny".'
+        )
+    return max(found, key=lambda bundle: str(bundle.manifest["created"]))
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns an operating system's refusal (no permission, disk full, ...) into one sentence about `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BundleError(
+            f"{path} cannot be written: {reason}. Choose another place with -o, or make room and permissions there."
+        ) from error
+
+
+def _check_room(path: Path, replace: bool) -> None:
+    try:
+        occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}. Choose another place with -o.") from error
+    if not occupied:
+        return
+    if not (path / MANIFEST).is_file():
+        raise BundleError(f"{path} is there already and is not a bundle, so it is left as it is. Choose another place with -o.")
+    if not replace:
+        raise BundleError(
+            f"{path} is a bundle already, and replacing it would lose its engines. Add --force to replace it, or choose "
+            f"another place with -o."
+        )
+
+
+def _move_into_place(staging: Path, path: Path) -> None:
+    if path.exists() and any(path.iterdir()):
+        old = _scratch(path)
+        path.replace(old)
+        try:
+            staging.replace(path)
+        except OSError:
+            old.replace(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        staging.replace(path)
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    damaged = f"{file} is damaged, so nothing in this bundle can be trusted. Export the bundle again."
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        claimed = manifest.pop("sha256")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise BundleError(damaged) from error
+    if claimed != _digest(manifest):
+        raise BundleError(damaged)
+    if manifest.get("schema") != SCHEMA:
+        raise BundleError(
+            f"{file} has schema {manifest.get('schema')}, and this release of swin-deploy reads schema {SCHEMA}. "
+            f"Use the release that made it, or export the bundle again."
+        )
+    return dict(manifest)
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2, ensure_ascii=False) + "\n"
+    scratch = _scratch(folder / MANIFEST)
+    try:
+        _write_text(scratch, text)
+        scratch.replace(folder / MANIFEST)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    canonical = json.dumps(manifest, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _facts(path: Path) -> Entry:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _scratch(target: Path) -> Path:
+    """A name beside `target` that nobody else uses; it tells who made it, so that leftovers can be swept."""
+    return target.with_name(f".{target.name}.partial-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _sweep(target: Path) -> None:
+    """Removes what an export to `target` left when it was killed on this machine."""
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-{glob.escape(platform.node())}-*"):
+        pid = leftover.name.rsplit("-", 2)[1]
+        try:
+            os.kill(int(pid), 0)
+        except (ProcessLookupError, ValueError):
+            shutil.rmtree(leftover, ignore_errors=True)
+        except OSError:
+            pass  # somebody else's process
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the bundle against other processes that add files to it; where the system has no such locks, nothing."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

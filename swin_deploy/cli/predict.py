@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from swin_deploy.cli.output import json_option, print_json, print_table
+
+
+@click.command("predict", short_help="Name what is in images.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.option("-k", "--top-k", default=5, show_default=True, type=click.IntRange(1), help="How many classes an image.")
+@click.option("--precision", default="fp32", show_default=True, help="Which graph of the bundle: fp32, fp16.")
+@click.option("--backend", default="onnxruntime", show_default=True, help="What runs it: onnxruntime, openvino.")
+@json_option
+def command(bundle: Path, images: tuple[str, ...], top_k: int, precision: str, backend: str, as_json: bool) -> None:
+    """Print the best classes of every IMAGE, with their probabilities."""
+    import swin_deploy
+
+    with swin_deploy.load(bundle, precision=precision, backend=backend) as model:
+        found = model.classify(images, top_k=top_k)
+    if as_json:
+        print_json(
+            [
+                {"image": image, "predictions": [asdict(p) for p in predictions]}
+                for image, predictions in zip(images, found, strict=True)
+            ]
+        )
+        return
+    rows = [
+        (image if rank == 1 else "", rank, f"{p.score:7.2%}", p.label)
+        for image, predictions in zip(images, found, strict=True)
+        for rank, p in enumerate(predictions, start=1)
+    ]
+    print_table(("image", "rank", "  score", "label"), rows)

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from swin_deploy.cli.output import json_option, print_json, print_table
+
+
+@click.command("verify", short_help="Check a bundle's files, and its graphs against PyTorch's answers.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--backend", default="onnxruntime", show_default=True, help="What runs the graphs: onnxruntime, openvino.")
+@json_option
+def command(bundle: Path, backend: str, as_json: bool) -> None:
+    """Check the sha256 of every file of BUNDLE, and run its ONNX graphs against the answers that PyTorch gave at export.
+
+    Exits with 1 when a graph disagrees. Engines run only on the GPU they were compiled for, and are listed as not verified.
+    """
+    import swin_deploy
+    from swin_deploy.bundle import Bundle
+
+    verdicts = swin_deploy.verify(bundle, backend=backend)
+    engines = [file for file in Bundle.open(bundle).files if file.endswith(".engine")]
+    if as_json:
+        rows = [{"file": v.file, **v.to_dict()} for v in verdicts]
+        print_json({"bundle": str(bundle), "files_intact": True, "graphs": rows, "not_verified": engines})
+    else:
+        print_table(
+            ("file", "verdict", "relative L2", "allowed", "max abs", "top-1 equal", "run by"),
+            [
+                (
+                    v.file,
+                    "verified" if v.verified else "DISAGREES",
+                    f"{v.agreement.relative_l2:.2e}",
+                    f"{v.tolerance:.0e}",
+                    f"{v.agreement.max_abs:.2e}",
+                    f"{v.agreement.top1:.0%}",
+                    v.backend,
+                )
+                for v in verdicts
+            ]
+            + [(engine, "not verified", "-", "-", "-", "-", "(needs its GPU)") for engine in engines],
+        )
+    if not all(v.verified for v in verdicts):
+        click.get_current_context().exit(1)

@@ -1,0 +1,250 @@
+"""SwinConfig: what a Swin V1 or V2 checkpoint says of itself, under Hugging Face's field names.
+
+Reads and writes `config.json`. Source: transformers 5.23 configuration_swin.py and configuration_swinv2.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from swin_deploy.errors import CheckpointError
+
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish")
+
+# Names that look like Swin and are other networks, with what they are.
+OTHER_FAMILIES = {
+    "swin2sr": "Swin2SR, an image super-resolution network",
+    "maskformer-swin": "MaskFormer's own Swin, part of a segmentation network",
+    "donut-swin": "Donut's Swin, part of a document reader",
+    "swinv2_cr": "timm's swinv2_cr, a different network from Swin V2",
+    "vit": "a Vision Transformer",
+}
+
+
+@dataclass(frozen=True)
+class SwinConfig:
+    """One Swin architecture. `version` is 1 (model_type "swin") or 2 ("swinv2"); sizes are pixels, windows are tokens."""
+
+    version: int
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: tuple[int, int] = (4, 4)
+    num_channels: int = 3
+    embed_dim: int = 96
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: tuple[int, ...] = (3, 6, 12, 24)
+    window_size: tuple[int, ...] = (7, 7, 7, 7)  # one per stage; config.json holds a single number when all agree
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    hidden_act: str = "gelu"
+    use_absolute_embeddings: bool = False
+    layer_norm_eps: float = 1e-5
+    encoder_stride: int = 32
+    pretrained_window_sizes: tuple[int, ...] = (0, 0, 0, 0)  # V2 only; 0 = trained at `window_size`
+    id2label: Mapping[int, str] = field(default_factory=lambda: {0: "LABEL_0", 1: "LABEL_1"})
+
+    def __post_init__(self) -> None:
+        stages = len(self.depths)
+        _check(self.version in (1, 2), f"version is {self.version}, but Swin has versions 1 and 2")
+        _check(stages > 0 and all(d > 0 for d in self.depths), f"depths is {list(self.depths)}, expected positive numbers")
+        _check(
+            len(self.num_heads) == stages,
+            f"num_heads has {len(self.num_heads)} entries for {stages} stages (depths {list(self.depths)})",
+        )
+        _check(
+            len(self.window_size) == stages and all(w > 0 for w in self.window_size),
+            f"window_size is {list(self.window_size)}, expected a positive number (or one for each of {stages} stages)",
+        )
+        _check(min(self.image_size) > 0 and min(self.patch_size) > 0, "image_size and patch_size must be positive")
+        _check(self.num_channels > 0 and self.embed_dim > 0, "num_channels and embed_dim must be positive")
+        for stage, heads in enumerate(self.num_heads):
+            _check(
+                heads > 0 and self.width(stage) % heads == 0,
+                f"stage {stage} has width {self.width(stage)}, which {heads} attention heads do not divide",
+            )
+        _check(
+            self.hidden_act in ACTIVATIONS,
+            f'hidden_act is "{self.hidden_act}", which is not supported; supported: {", ".join(ACTIVATIONS)}',
+        )
+        _check(self.mlp_ratio > 0 and self.layer_norm_eps > 0, "mlp_ratio and layer_norm_eps must be positive")
+        if self.version == 2:
+            _check(
+                len(self.pretrained_window_sizes) >= stages,
+                f"pretrained_window_sizes has {len(self.pretrained_window_sizes)} entries for {stages} stages",
+            )
+            _check(
+                all(w == 0 or w > 1 for w in self.pretrained_window_sizes),
+                "pretrained_window_sizes holds 1, for which relative coordinates are 0/0; expected 0 or at least 2",
+            )
+
+    @property
+    def model_type(self) -> str:
+        return "swin" if self.version == 1 else "swinv2"
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.id2label)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.width(len(self.depths) - 1)
+
+    @property
+    def blocks(self) -> int:
+        return sum(self.depths)
+
+    def width(self, stage: int) -> int:
+        """Channels of the tokens in `stage` (counted from 0)."""
+        return self.embed_dim * int(2**stage)
+
+    def mlp_width(self, stage: int) -> int:
+        """Channels inside the MLP of `stage`, truncated as transformers truncates it."""
+        return int(self.mlp_ratio * self.width(stage))
+
+    def grid(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """Patches (rows, columns) of an image; a remainder counts as a whole patch, because it is zero-padded."""
+        height, width = image_size or self.image_size
+        return math.ceil(height / self.patch_size[0]), math.ceil(width / self.patch_size[1])
+
+    def trained_window(self, stage: int) -> int:
+        """The side of the window that the parameters of `stage` are made for.
+
+        V2 shrinks it at construction to the configured feature map (its height, for both axes); V1 never does.
+        """
+        if self.version == 1:
+            return self.window_size[stage]
+        rows = self.image_size[0] // self.patch_size[0] >> stage
+        return min(rows, self.window_size[stage])
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> SwinConfig:
+        """The config that a Hugging Face `config.json` describes.
+
+        Keys that Swin does not have are ignored, as transformers ignores them. Raises CheckpointError for another model
+        family and for values that no Swin can have.
+        """
+        if not isinstance(raw, Mapping):
+            raise CheckpointError("config.json does not hold a JSON object, so it is no Hugging Face config.")
+        kind = raw.get("model_type")
+        if kind not in ("swin", "swinv2"):
+            named = OTHER_FAMILIES.get(str(kind))
+            what = f"model_type {kind!r}" + (f" is {named}" if named else " is not a Swin")
+            raise CheckpointError(f'config.json: {what}. swin-deploy takes model_type "swin" and "swinv2".')
+        try:
+            return cls(**_fields_from_json(raw, 1 if kind == "swin" else 2))
+        except (TypeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"config.json: {error}. Expected the fields of a Hugging Face {kind} config.") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object that transformers writes for this architecture as an image classifier."""
+        name = "Swin" if self.version == 1 else "Swinv2"
+        windows = set(self.window_size)
+        raw: dict[str, Any] = {
+            "architectures": [f"{name}ForImageClassification"],
+            "model_type": self.model_type,
+            "image_size": _int_or_pair(self.image_size),
+            "patch_size": _int_or_pair(self.patch_size),
+            "num_channels": self.num_channels,
+            "embed_dim": self.embed_dim,
+            "depths": list(self.depths),
+            "num_heads": list(self.num_heads),
+            "num_layers": len(self.depths),
+            "window_size": self.window_size[0] if len(windows) == 1 else list(self.window_size),
+            "mlp_ratio": self.mlp_ratio,
+            "qkv_bias": self.qkv_bias,
+            "hidden_act": self.hidden_act,
+            "use_absolute_embeddings": self.use_absolute_embeddings,
+            "layer_norm_eps": self.layer_norm_eps,
+            "encoder_stride": self.encoder_stride,
+            "hidden_size": self.hidden_size,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "drop_path_rate": 0.1,
+            "initializer_range": 0.02,
+            "id2label": {str(i): label for i, label in self.id2label.items()},
+            "label2id": {label: i for i, label in self.id2label.items()},
+        }
+        if self.version == 2:
+            raw["pretrained_window_sizes"] = list(self.pretrained_window_sizes)
+        return raw
+
+
+def _check(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise CheckpointError(f"Bad Swin config: {sentence}.")
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, list | tuple):
+        if len(value) != 2:
+            raise ValueError(f"expected a number or two, got {value!r}")
+        return _integer(value[0]), _integer(value[1])
+    return _integer(value), _integer(value)
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or int(value) != value:
+        raise ValueError(f"expected a whole number, got {value!r}")
+    return int(value)
+
+
+def _integers(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"expected a list of whole numbers, got {value!r}")
+    return tuple(_integer(v) for v in value)
+
+
+def _int_or_pair(value: tuple[int, int]) -> int | list[int]:
+    return value[0] if value[0] == value[1] else list(value)
+
+
+# config.json key -> how its value is read
+_READERS: dict[str, Any] = {
+    "image_size": _pair,
+    "patch_size": _pair,
+    "num_channels": _integer,
+    "embed_dim": _integer,
+    "depths": _integers,
+    "num_heads": _integers,
+    "mlp_ratio": float,
+    "qkv_bias": bool,
+    "hidden_act": str,
+    "use_absolute_embeddings": bool,
+    "layer_norm_eps": float,
+    "encoder_stride": _integer,
+    "pretrained_window_sizes": _integers,
+}
+
+
+def _fields_from_json(raw: Mapping[str, Any], version: int) -> dict[str, Any]:
+    values: dict[str, Any] = {"version": version}
+    for key, read in _READERS.items():
+        if raw.get(key) is None:
+            continue
+        try:
+            values[key] = read(raw[key])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{key}: {error}") from error
+    if "num_attention_heads" in raw and "num_heads" not in values:  # transformers' attribute_map
+        values["num_heads"] = _integers(raw["num_attention_heads"])
+    default = {f.name: f.default for f in fields(SwinConfig)}
+    stages = len(values.get("depths", default["depths"]))
+    window = raw.get("window_size", 7)
+    values["window_size"] = _integers(window) if isinstance(window, list | tuple) else (_integer(window),) * stages
+    if version == 2 and "pretrained_window_sizes" not in values:
+        values["pretrained_window_sizes"] = (0,) * stages
+    values["id2label"] = _labels(raw)
+    return values
+
+
+def _labels(raw: Mapping[str, Any]) -> dict[int, str]:
+    labels = raw.get("id2label")
+    if labels is not None:
+        found = {int(i): str(label) for i, label in labels.items()}
+        if sorted(found) != list(range(len(found))):
+            raise ValueError(f"id2label has {len(found)} labels whose numbers are not 0 to {len(found) - 1}")
+        return dict(sorted(found.items()))
+    count = _integer(raw.get("num_labels", 2))
+    return {i: f"LABEL_{i}" for i in range(count)}

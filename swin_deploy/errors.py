@@ -1,0 +1,67 @@
+"""Every error that swin-deploy raises on purpose.
+
+    SwinDeployError
+    ├── UsageError               an argument that cannot be meant (unknown variant, unknown precision)
+    ├── MissingDependencyError   a library that is not installed, with the command that installs it
+    ├── CheckpointError          weights or a config that cannot be read, or do not fit together
+    ├── BundleError              a bundle that is absent, damaged, or not writable
+    ├── InputError               an array or image that the model does not take
+    ├── ExportError              the ONNX graph could not be made
+    │   └── PassError            a graph rewrite did not find what it was written for
+    ├── EngineError              the TensorRT compiler refused the graph
+    ├── BackendError             a back end failed while loading or running (its own error is the cause)
+    └── VerificationError        a model that runs, and disagrees with PyTorch
+
+Each message is one sentence or two: what happened, what was expected, what to do. The command line prints it without a
+traceback and exits with `exit_code`: 2 for what the user can correct, 1 for a result that is simply not good enough.
+"""
+
+from __future__ import annotations
+
+
+class SwinDeployError(Exception):
+    """The base of all errors that are raised on purpose."""
+
+    exit_code = 2
+
+
+class UsageError(SwinDeployError):
+    """An argument that cannot be meant."""
+
+
+class MissingDependencyError(SwinDeployError, ImportError):
+    """A library that this step needs is not installed."""
+
+
+class CheckpointError(SwinDeployError):
+    """Weights or a config that cannot be read, or that do not fit together."""
+
+
+class BundleError(SwinDeployError):
+    """A bundle that is absent, damaged, or not writable."""
+
+
+class InputError(SwinDeployError, ValueError):
+    """An array or an image that the model does not take."""
+
+
+class ExportError(SwinDeployError):
+    """The ONNX graph could not be made."""
+
+
+class PassError(ExportError):
+    """A graph rewrite did not find what it was written for."""
+
+
+class EngineError(SwinDeployError):
+    """The TensorRT compiler refused the graph, or the target."""
+
+
+class BackendError(SwinDeployError):
+    """A back end failed while loading or running a model; its own error is the cause."""
+
+
+class VerificationError(SwinDeployError):
+    """A model that runs, and whose answers are not those of PyTorch."""
+
+    exit_code = 1

@@ -1,0 +1,98 @@
+"""The parameters that each Swin has: canonical name -> shape. Random weights, loading and counting all read this table.
+
+Canonical names are those of Hugging Face files on disk, without the `swin.` or `swinv2.` prefix.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swin_deploy.config import SwinConfig
+
+Shape = tuple[int, ...]
+
+
+def parameters(config: SwinConfig) -> dict[str, Shape]:
+    """Name -> shape of every parameter of the image classifier, in the order of the network."""
+    c0 = config.embed_dim
+    shapes: dict[str, Shape] = {
+        "embeddings.patch_embeddings.projection.weight": (c0, config.num_channels, *config.patch_size),
+        "embeddings.patch_embeddings.projection.bias": (c0,),
+        **_norm("embeddings.norm", c0),
+    }
+    if config.use_absolute_embeddings:
+        shapes["embeddings.position_embeddings"] = (1, math.prod(config.grid()), c0)
+    for stage, depth in enumerate(config.depths):
+        width = config.width(stage)
+        for block in range(depth):
+            shapes |= _block(config, stage, f"encoder.layers.{stage}.blocks.{block}")
+        if stage + 1 < len(config.depths):
+            merge = f"encoder.layers.{stage}.downsample"
+            shapes[f"{merge}.reduction.weight"] = (2 * width, 4 * width)
+            shapes |= _norm(f"{merge}.norm", 4 * width if config.version == 1 else 2 * width)
+    shapes |= _norm("layernorm", config.hidden_size)
+    if config.num_labels > 0:
+        shapes |= _linear("classifier", config.hidden_size, config.num_labels)
+    return shapes
+
+
+def parameter_count(config: SwinConfig) -> int:
+    """How many numbers the checkpoint holds."""
+    return sum(math.prod(shape) for shape in parameters(config).values())
+
+
+def random_parameter(name: str, shape: Shape, seed: int) -> NDArray[np.float32]:
+    """Random values for one parameter, the same for the same name and seed whatever else is drawn.
+
+    Nothing is left at zero or one, so that no part of the network hides from a comparison: biases, position tables and
+    norm scales are random too. Matrices keep the size of what passes through them (variance 1 / inputs).
+    """
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    values = rng.standard_normal(shape, dtype=np.float32)
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf == "logit_scale":
+        values = rng.uniform(math.log(3), math.log(40), shape).astype(np.float32)
+    elif leaf == "relative_position_bias_table":
+        values *= np.float32(0.5)
+    elif "norm" in name:
+        values = np.float32(leaf == "weight") + np.float32(0.1) * values
+    elif leaf == "bias" or leaf == "position_embeddings":
+        values *= np.float32(0.1)
+    else:
+        values *= np.float32(1 / math.sqrt(math.prod(shape[1:])))
+    return values
+
+
+def _block(config: SwinConfig, stage: int, name: str) -> dict[str, Shape]:
+    width, hidden, heads = config.width(stage), config.mlp_width(stage), config.num_heads[stage]
+    attention = f"{name}.attention.self"
+    shapes: dict[str, Shape] = _norm(f"{name}.layernorm_before", width)
+    if config.version == 1:
+        shapes[f"{attention}.relative_position_bias_table"] = ((2 * config.trained_window(stage) - 1) ** 2, heads)
+    else:
+        shapes[f"{attention}.logit_scale"] = (heads, 1, 1)
+        shapes |= _linear(f"{attention}.continuous_position_bias_mlp.0", 2, 512)
+        shapes |= _linear(f"{attention}.continuous_position_bias_mlp.2", 512, heads, bias=False)
+    for part in ("query", "key", "value"):
+        bias = config.qkv_bias and not (config.version == 2 and part == "key")
+        shapes |= _linear(f"{attention}.{part}", width, width, bias=bias)
+    shapes |= _linear(f"{name}.attention.output.dense", width, width)
+    shapes |= _norm(f"{name}.layernorm_after", width)
+    shapes |= _linear(f"{name}.intermediate.dense", width, hidden)
+    shapes |= _linear(f"{name}.output.dense", hidden, width)
+    return shapes
+
+
+def _linear(name: str, inputs: int, outputs: int, bias: bool = True) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {f"{name}.weight": (outputs, inputs)}
+    if bias:
+        shapes[f"{name}.bias"] = (outputs,)
+    return shapes
+
+
+def _norm(name: str, width: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}

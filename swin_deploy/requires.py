@@ -1,0 +1,43 @@
+"""Heavy libraries are imported where they are used, through here, so that a missing one is one clear sentence."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from swin_deploy.errors import MissingDependencyError
+
+# module -> (what to call it, the extra that brings it)
+PROVIDERS = {
+    "torch": ("PyTorch", "export"),
+    "onnx": ("onnx", "export"),
+    "onnxscript": ("onnxscript", "export"),
+    "onnx_graphsurgeon": ("onnx-graphsurgeon", "export"),
+    "safetensors": ("safetensors", "export"),
+    "huggingface_hub": ("huggingface_hub", "hub"),
+    "onnxruntime": ("ONNX Runtime", "onnxruntime"),
+    "openvino": ("OpenVINO", "openvino"),
+    "tensorrt": ("TensorRT", "tensorrt"),
+    "tensorrt_rtx": ("TensorRT for RTX", "tensorrt-rtx"),
+}
+
+
+def require(module: str, purpose: str) -> Any:
+    """The module `module`, imported now.
+
+    `purpose` completes "... is needed to": `require("onnx", "write the fp16 graph")`. Raises MissingDependencyError with the
+    exact install command when the library is absent; an installed library that fails to import says so with its cause.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        top = module.partition(".")[0]
+        name, extra = PROVIDERS[top]
+        if isinstance(error, ModuleNotFoundError) and error.name == top:
+            raise MissingDependencyError(
+                f'{name} is needed to {purpose}, but it is not installed. Run: pip install "swin-deploy[{extra}]"'
+            ) from error
+        raise MissingDependencyError(
+            f"{name} is needed to {purpose}, but it is installed and fails to import ({error}). "
+            f'Reinstall it: pip install --force-reinstall "swin-deploy[{extra}]"'
+        ) from error

@@ -1,0 +1,284 @@
+"""The published Swin V1 and V2 checkpoints, one row each, and how the many names for them are understood.
+
+Sources: MODELHUB.md of microsoft/Swin-Transformer (files, top-1), timm's swin_transformer.py and swin_transformer_v2.py
+(names, default tags) and its results/*.csv (parameters), the model pages under huggingface.co/microsoft.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from swin_deploy.config import OTHER_FAMILIES, SwinConfig
+from swin_deploy.errors import UsageError
+
+Task = Literal["image-classification", "masked-image-modeling"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One published checkpoint: its architecture, where it is published, how good it is, what its input looks like.
+
+    `top1` is Microsoft's figure in percent. The preprocessing is what preprocessor_config.json on the hub states: the
+    whole image resized to `image_size`. Accuracy at 224 and 256 was published with a centre crop (timm's crop_pct 0.9).
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    version: int
+    task: Task = "image-classification"
+    image_size: int
+    window_size: int | tuple[int, ...]  # a tuple holds one window per stage
+    embed_dim: int
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    num_labels: int  # 0: no classifier
+    pretrained_window_sizes: tuple[int, ...] = (0, 0, 0, 0)
+    hub_id: str | None = None
+    timm_name: str | None = None
+    microsoft_file: str | None = None  # below github.com/SwinTransformer/storage/releases/download, else a bare name
+    top1: float | None = None
+    params_millions: float | None = None  # None: no source gives two decimals
+    resample: int = 3  # Pillow's number for bicubic
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def config(self) -> SwinConfig:
+        """The architecture; the labels are LABEL_0 and so on, because only the checkpoint itself knows better ones."""
+        window = self.window_size
+        return SwinConfig(
+            version=self.version,
+            image_size=(self.image_size, self.image_size),
+            embed_dim=self.embed_dim,
+            depths=self.depths,
+            num_heads=self.num_heads,
+            window_size=(window,) * len(self.depths) if isinstance(window, int) else window,
+            pretrained_window_sizes=self.pretrained_window_sizes,
+            id2label={i: f"LABEL_{i}" for i in range(self.num_labels)},
+        )
+
+
+class Size(NamedTuple):
+    name: str
+    embed_dim: int
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+
+    def shape(self) -> dict[str, Any]:
+        """The fields of a Variant that come with its size."""
+        return {"embed_dim": self.embed_dim, "depths": self.depths, "num_heads": self.num_heads}
+
+
+T = Size("tiny", 96, (2, 2, 6, 2), (3, 6, 12, 24))
+S = Size("small", 96, (2, 2, 18, 2), (3, 6, 12, 24))
+B = Size("base", 128, (2, 2, 18, 2), (4, 8, 16, 32))
+L = Size("large", 192, (2, 2, 18, 2), (6, 12, 24, 48))
+
+# timm's tag -> classes. The tag says what the weights were trained on: ImageNet-1k, ImageNet-22k, or 22k and then 1k.
+CLASSES = {"ms_in1k": 1000, "ms_in22k": 21841, "ms_in22k_ft_in1k": 1000}
+
+
+def _v1(
+    name: str,
+    size: Size,
+    image: int,
+    window: int,
+    tag: str,
+    top1: float | None,
+    params: float | None,
+    *aliases: str,
+    on_hub: bool = True,
+) -> Variant:
+    timm = f"swin_{size.name}_patch4_window{window}_{image}"
+    # The files of tiny and small that saw ImageNet-22k came later, with another release and another ending.
+    late = size in (T, S) and tag != "ms_in1k"
+    ending = {"ms_in1k": "", "ms_in22k": "_22k", "ms_in22k_ft_in1k": "_22kto1k" + "_finetune" * late}[tag]
+    return Variant(
+        name=name,
+        aliases=aliases,
+        version=1,
+        **size.shape(),
+        image_size=image,
+        window_size=window,
+        num_labels=CLASSES[tag],
+        hub_id=f"microsoft/{name}" if on_hub else None,
+        timm_name=f"{timm}.{tag}",
+        microsoft_file=f"{'v1.0.8' if late else 'v1.0.0'}/{timm}{ending}.pth",
+        top1=top1,
+        params_millions=params,
+    )
+
+
+def _v2(name: str, size: Size, image: int, window: int, top1: float | None, params: float, *aliases: str) -> Variant:
+    stem = name.removesuffix("-22kto1k-ft").removesuffix("-22k").replace("-patch4", "").replace("-", "_")
+    tag = {"22k": "ms_in22k", "ft": "ms_in22k_ft_in1k"}.get(name.rsplit("-", 1)[1], "ms_in1k")
+    return Variant(
+        name=name,
+        aliases=aliases,
+        version=2,
+        **size.shape(),
+        image_size=image,
+        window_size=window,
+        num_labels=CLASSES[tag],
+        # Fine-tuning with larger windows keeps the coordinates scaled to the windows of pre-training. That of the last
+        # stage was 6, because 192 pixels leave 6 tokens there (configs/swinv2/*_ft.yaml).
+        pretrained_window_sizes=(12, 12, 12, 6) if tag == "ms_in22k_ft_in1k" else (0, 0, 0, 0),
+        hub_id=f"microsoft/{name}",
+        timm_name=f"{stem}.{tag}",
+        microsoft_file=f"v2.0.0/{name.replace('-', '_')}.pth",
+        top1=top1,
+        params_millions=params,
+    )
+
+
+def _s3(size: Size, windows: tuple[int, ...], top1: float, params: float) -> Variant:
+    name = f"swin-s3-{size.name}-224"
+    return Variant(
+        name=name,
+        aliases=(f"swin-s3-{size.name}",),
+        version=1,
+        **size.shape(),
+        image_size=224,
+        window_size=windows,
+        num_labels=1000,
+        timm_name=name.replace("-", "_") + ".ms_in1k",
+        top1=top1,
+        params_millions=params,
+    )
+
+
+def _simmim(name: str, size: Size, window: int, file: str) -> Variant:
+    return Variant(
+        name=name,
+        version=1,
+        task="masked-image-modeling",
+        **size.shape(),
+        image_size=192,
+        window_size=window,
+        num_labels=0,
+        hub_id=f"microsoft/{name}",
+        microsoft_file=file,
+    )
+
+
+# A name is that of the hub, without "microsoft/". A checkpoint that the hub lacks is named in the same style: its timm
+# architecture and, where that has several checkpoints, the tag ("in1k", "in22k", "in22k-ft-in1k").
+#
+# The hub's base names do not say which weights they are. They were converted in January 2022 from what timm then loaded
+# by the same name, which was 22kto1k for base and large, and 1k for tiny and small (timm 656757d2,
+# swin_transformer.py:49-70). That is an inference from dates and code. It leaves base's 1k checkpoints without a name.
+#
+# Of the rows of one timm architecture, the first is timm's default (the order in its default_cfgs). For tiny that is
+# 1k: "tiny 22k pretrain is worse than 1k".
+VARIANTS: tuple[Variant, ...] = (
+    # V1: name, size, image, window, timm's tag, top-1, million parameters, aliases
+    _v1("swin-tiny-patch4-window7-224", T, 224, 7, "ms_in1k", 81.2, 28.29, "swin-tiny"),
+    _v1("swin-tiny-patch4-window7-224-in22k-ft-in1k", T, 224, 7, "ms_in22k_ft_in1k", 80.9, 28.29, on_hub=False),
+    _v1("swin-tiny-patch4-window7-224-in22k", T, 224, 7, "ms_in22k", None, None, on_hub=False),
+    _v1("swin-small-patch4-window7-224-in22k-ft-in1k", S, 224, 7, "ms_in22k_ft_in1k", 83.2, 49.61, on_hub=False),
+    _v1("swin-small-patch4-window7-224", S, 224, 7, "ms_in1k", 83.2, 49.61, "swin-small"),
+    _v1("swin-small-patch4-window7-224-in22k", S, 224, 7, "ms_in22k", None, None, on_hub=False),
+    _v1("swin-base-patch4-window7-224", B, 224, 7, "ms_in22k_ft_in1k", 85.2, 87.77, "swin-base"),
+    _v1("swin-base-patch4-window7-224-in1k", B, 224, 7, "ms_in1k", 83.5, 87.77, on_hub=False),
+    _v1("swin-base-patch4-window7-224-in22k", B, 224, 7, "ms_in22k", None, None),
+    _v1("swin-base-patch4-window12-384", B, 384, 12, "ms_in22k_ft_in1k", 86.4, 87.90, "swin-base-384"),
+    _v1("swin-base-patch4-window12-384-in1k", B, 384, 12, "ms_in1k", 84.5, 87.90, on_hub=False),
+    _v1("swin-base-patch4-window12-384-in22k", B, 384, 12, "ms_in22k", None, None),
+    _v1("swin-large-patch4-window7-224", L, 224, 7, "ms_in22k_ft_in1k", 86.3, 196.53, "swin-large"),
+    _v1("swin-large-patch4-window7-224-in22k", L, 224, 7, "ms_in22k", None, None),
+    _v1("swin-large-patch4-window12-384", L, 384, 12, "ms_in22k_ft_in1k", 87.3, 196.74, "swin-large-384"),
+    _v1("swin-large-patch4-window12-384-in22k", L, 384, 12, "ms_in22k", None, None),
+    # "C24": 24 channels in each head. MODELHUB.md lists it beside Swin-MLP, which it is not.
+    Variant(
+        name="swin-tiny-c24-patch4-window8-256",
+        version=1,
+        **T._replace(num_heads=(4, 8, 16, 32)).shape(),
+        image_size=256,
+        window_size=8,
+        num_labels=1000,
+        microsoft_file="v1.0.5/swin_tiny_c24_patch4_window8_256.pth",
+        top1=81.6,
+    ),
+    # S3, the searched windows and depths of AutoFormerV2; top-1 from AutoFormerV2/README.md of microsoft/Cream
+    _s3(T, (7, 7, 14, 7), 82.1, 28.33),
+    _s3(S, (14, 14, 14, 7), 83.7, 49.74),
+    _s3(Size("base", 96, (2, 2, 30, 2), (3, 6, 12, 24)), (7, 7, 14, 7), 84.0, 71.13),
+    # SimMIM: encoders without a classifier. The hub's base is the one trained for 100 epochs, by the default of its
+    # converter (transformers, convert_swin_simmim_to_pytorch.py); the published accuracies are of fine-tuned models.
+    _simmim("swin-base-simmim-window6-192", B, 6, "simmim_pretrain__swin_base__img192_window6__100ep.pth"),
+    _simmim("swin-large-simmim-window12-192", L, 12, "simmim_pretrain__swin_large__img192_window12__800ep.pth"),
+    # V2: name, size, image, window, top-1, million parameters, aliases
+    _v2("swinv2-tiny-patch4-window8-256", T, 256, 8, 81.8, 28.35, "swinv2-tiny"),
+    _v2("swinv2-tiny-patch4-window16-256", T, 256, 16, 82.8, 28.35, "swinv2-tiny-w16"),
+    _v2("swinv2-small-patch4-window8-256", S, 256, 8, 83.7, 49.73, "swinv2-small"),
+    _v2("swinv2-small-patch4-window16-256", S, 256, 16, 84.1, 49.73, "swinv2-small-w16"),
+    _v2("swinv2-base-patch4-window8-256", B, 256, 8, 84.2, 87.92, "swinv2-base"),
+    _v2("swinv2-base-patch4-window16-256", B, 256, 16, 84.6, 87.92, "swinv2-base-w16"),
+    _v2("swinv2-base-patch4-window12-192-22k", B, 192, 12, None, 109.28),
+    _v2("swinv2-base-patch4-window12to16-192to256-22kto1k-ft", B, 256, 16, 86.2, 87.92),
+    _v2("swinv2-base-patch4-window12to24-192to384-22kto1k-ft", B, 384, 24, 87.1, 87.92, "swinv2-base-384"),
+    _v2("swinv2-large-patch4-window12-192-22k", L, 192, 12, None, 228.77),
+    _v2("swinv2-large-patch4-window12to16-192to256-22kto1k-ft", L, 256, 16, 86.9, 196.74, "swinv2-large"),
+    _v2("swinv2-large-patch4-window12to24-192to384-22kto1k-ft", L, 384, 24, 87.6, 196.74, "swinv2-large-384"),
+)
+
+# How the name of another family begins (without hyphens) -> what it is.
+_FAMILIES = {name.replace("-", "").replace("_", ""): what for name, what in OTHER_FAMILIES.items()} | {
+    "swinir": "SwinIR, an image restoration network",
+    "swin3d": "Video Swin, a network for video with three-dimensional windows",
+    "videoswin": "Video Swin, a network for video with three-dimensional windows",
+    "swinmlp": "Swin-MLP, which has multi-layer perceptrons in place of attention",
+    "swinmoe": "Swin-MoE, a mixture of experts",
+}
+
+
+def find_variant(name: str) -> Variant:
+    """The variant that `name` means: one of ours, an alias, a name on the hub or in timm, in either case, with - or _.
+
+    "swin_small_patch4_window7_224" is a different checkpoint on the hub and in timm; alone it means the hub's, and with
+    "timm/" before it timm's. Raises UsageError, with the nearest names, when nothing is meant.
+    """
+    key = _key(name)
+    if key.startswith("hf-hub:"):  # timm's way to name a repository; without an owner it can only be its own
+        key = key.removeprefix("hf-hub:")
+        key = key if "/" in key else f"timm/{key}"
+    if key in _BY_NAME:
+        return _BY_NAME[key]
+    bare = key.rsplit("/", 1)[-1]
+    for start, what in _FAMILIES.items():
+        if bare.replace("-", "").startswith(start):
+            raise UsageError(
+                f'"{name}" is {what}. swin-deploy takes Swin V1 and V2; `swin-deploy variants` lists the checkpoints.'
+            )
+    ours = [known for variant in VARIANTS for known in (variant.name, *variant.aliases)]
+    near = difflib.get_close_matches(bare, ours, n=3)
+    hint = f" The nearest names are {', '.join(near)}." if near else ""
+    raise UsageError(f'No Swin variant is named "{name}".{hint} `swin-deploy variants` lists them all.')
+
+
+def _key(name: str) -> str:
+    return name.strip().lower().replace("_", "-")
+
+
+def _names(variant: Variant) -> Iterator[str]:
+    """Each name that is this variant's alone."""
+    yield from (variant.name, *variant.aliases)
+    if variant.hub_id:
+        yield variant.hub_id
+    if variant.timm_name:
+        yield from (variant.timm_name, f"timm/{variant.timm_name}")
+
+
+def _by_name() -> dict[str, Variant]:
+    found = {_key(name): variant for variant in VARIANTS for name in _names(variant)}
+    for variant in VARIANTS:  # timm's names without a tag mean its default, unless the hub has the name too
+        if variant.timm_name:
+            untagged = _key(variant.timm_name.split(".")[0])
+            for name in (untagged, f"timm/{untagged}"):
+                found.setdefault(name, variant)
+    return found
+
+
+_BY_NAME = _by_name()

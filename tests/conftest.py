@@ -1,0 +1,85 @@
+"""What needs a device is skipped with its reason where there is none, and every skip is told at the end.
+
+SWIN_DEPLOY_REQUIRE=cuda,tensorrt turns the skips of tests with these markers into failures: for a machine that is meant
+to run them all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+import sys
+from collections import Counter
+from collections.abc import Generator
+
+import pytest
+
+
+@functools.cache
+def no_cuda() -> str | None:
+    """Why tests marked `cuda` cannot run here; None where they can. The driver is asked: torch may be a CPU build."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return "no CUDA device: the NVIDIA driver is not installed"
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return "no CUDA device: the NVIDIA driver finds none"
+    return None
+
+
+@functools.cache
+def no_tensorrt() -> str | None:
+    """Why tests marked `tensorrt` cannot run here; None where they can."""
+    if importlib.util.find_spec("tensorrt") is None:
+        return 'TensorRT is not installed (pip install "swin-deploy[tensorrt]")'
+    return no_cuda()
+
+
+MISSING = {"cuda": no_cuda, "tensorrt": no_tensorrt}
+
+
+def required() -> set[str]:
+    return {name.strip() for name in os.environ.get("SWIN_DEPLOY_REQUIRE", "").split(",")} - {""}
+
+
+def pytest_configure() -> None:
+    try:
+        installed = importlib.util.find_spec("swin_deploy.exporters") is not None
+    except ModuleNotFoundError:
+        installed = False
+    if not installed:
+        pytest.exit('swin-deploy is not installed here. Run: make test, or: pip install -e ".[test]"', returncode=2)
+    if unknown := required() - MISSING.keys():
+        raise pytest.UsageError(f"SWIN_DEPLOY_REQUIRE names {sorted(unknown)}; it takes: {', '.join(MISSING)}.")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker, missing in MISSING.items():
+        if item.get_closest_marker(marker) and (reason := missing()):
+            pytest.skip(reason)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    markers = sorted(name for name in required() if item.get_closest_marker(name))
+    if markers and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"SWIN_DEPLOY_REQUIRE={','.join(markers)}, and this test was skipped: {skip_reason(report)}"
+    return report
+
+
+def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return reason.removeprefix("Skipped: ")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    counts = Counter(skip_reason(report) for report in terminalreporter.stats.get("skipped", ()))
+    if counts:
+        terminalreporter.section("NOT EXERCISED")
+        for reason, count in counts.most_common():
+            terminalreporter.write_line(f"{count:5d}  {reason}")

@@ -1,0 +1,434 @@
+"""Engines compiled by the real TensorRT for RTX compiler, which needs no GPU; nothing here stands in for it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the graphs of these tests")
+
+from swin_deploy.errors import EngineError, MissingDependencyError, UsageError  # noqa: E402
+from swin_deploy.exporters import engine_from_onnx as module_of_engine  # noqa: E402
+from swin_deploy.exporters import gpu as module_of_gpu  # noqa: E402
+from swin_deploy.exporters import inspect as module_of_inspect  # noqa: E402
+from swin_deploy.exporters.engine_from_onnx import Engine, EngineSpec, engine_from_onnx, resolve_backend  # noqa: E402
+from swin_deploy.exporters.gpu import cuda_devices, rtx_gpus, target_gpu  # noqa: E402
+from swin_deploy.exporters.inspect import report_from_inspector, report_from_log  # noqa: E402
+
+HEADS, TOKENS, WIDTH = 3, 64, 32
+SM89 = EngineSpec("tensorrt-rtx", "sm_89")
+HERE = Path(__file__).parent  # from the repository root a bare swin_deploy/ would shadow the installed package
+
+
+def silent(severity: str, message: str) -> None:
+    pass
+
+
+def graph(nodes: list[onnx.NodeProto], inputs: dict[str, list], outputs: dict[str, list], **tables: np.ndarray):
+    half = TensorProto.FLOAT16
+    return helper.make_model(
+        helper.make_graph(
+            nodes,
+            "graph",
+            [helper.make_tensor_value_info(name, half, shape) for name, shape in inputs.items()],
+            [helper.make_tensor_value_info(name, half, shape) for name, shape in outputs.items()],
+            [numpy_helper.from_array(table.astype(np.float16), name) for name, table in tables.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+
+
+def attention(batch: int | str = "batch", blocks: int = 1) -> onnx.ModelProto:
+    """MatMul, Add of a constant bias, Softmax, MatMul, each block feeding the next one's queries."""
+    nodes, queries = [], "q"
+    for block in range(blocks):
+        result = "y" if block == blocks - 1 else f"y{block}"
+        nodes += [
+            helper.make_node("MatMul", [queries, "k"], [f"s{block}"], name=f"scores{block}"),
+            helper.make_node("Add", [f"s{block}", "bias"], [f"a{block}"]),
+            helper.make_node("Softmax", [f"a{block}"], [f"p{block}"], axis=-1),
+            helper.make_node("MatMul", [f"p{block}", "v"], [result]),
+        ]
+        queries = result
+    rows, columns = [batch, HEADS, TOKENS, WIDTH], [batch, HEADS, WIDTH, TOKENS]
+    bias = np.random.default_rng(0).normal(size=(1, HEADS, TOKENS, TOKENS))
+    return graph(nodes, {"q": rows, "k": columns, "v": rows}, {"y": rows}, bias=bias)
+
+
+def linear(batch: int | str = "batch", width: int | str = 64) -> onnx.ModelProto:
+    weights = np.random.default_rng(0).normal(size=(64, 64))
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Relu", ["h"], ["y"])]
+    return graph(nodes, {"x": [batch, width, 64]}, {"y": [batch, width, 64]}, w=weights)
+
+
+@pytest.fixture(scope="module")
+def fused() -> tuple[Engine, list[tuple[str, str]], list[tuple[str, int, int]]]:
+    said: list[tuple[str, str]] = []
+    steps: list[tuple[str, int, int]] = []
+    engine = engine_from_onnx(
+        attention().SerializeToString(), SM89, lambda *words: said.append(words), lambda *step: steps.append(step)
+    )
+    return engine, said, steps
+
+
+def test_attention_becomes_one_fused_kernel(fused) -> None:
+    engine = fused[0]
+    assert len(engine.plan) > 1000
+    assert (engine.backend, engine.gpu) == ("tensorrt-rtx", "sm_89")
+    assert engine.backend_version == trt.__version__
+    assert engine.seconds > 0
+    assert engine.report.fused_attention == 1
+
+
+def test_messages_and_progress_arrive(fused) -> None:
+    _, said, steps = fused
+    severities = {severity for severity, _ in said}
+    assert {"verbose", "info"} <= severities <= {"verbose", "info", "warning", "error", "internal_error"}
+    assert any(message.startswith("Layers:") for _, message in said)
+    assert all(0 <= step <= count for _, step, count in steps)
+    assert {step for phase, step, _ in steps if phase == "Building engine"} >= {0, 1}
+
+
+def test_report_has_every_layer_with_its_dimensions_and_types(fused) -> None:
+    engine, said, _ = fused
+    report = engine.report
+    assert len(report.layers) == sum(message.count("LayerType:") for _, message in said)
+    assert report.source == "log"
+    assert report.unread == 0
+    [layer] = [layer for layer in report.layers if "mha" in layer.name]
+    assert sorted(tensor.dims for tensor in layer.inputs) == [(3, 32, 64), (3, 64, 32), (3, 64, 32)]
+    assert [(tensor.dims, tensor.datatype) for tensor in layer.outputs] == [((3, 64, 32), "Half")]
+    assert {tensor.datatype for tensor in layer.inputs + (layer.constants or ())} == {"Half"}
+    assert sum(int(np.prod(tensor.dims)) for tensor in layer.constants or ()) == HEADS * TOKENS * TOKENS
+
+
+def test_bytes_are_those_of_the_tensors() -> None:
+    report = engine_from_onnx(linear(1).SerializeToString(), SM89, silent).report
+    assert report.kernels == 1
+    assert report.activation_bytes == 2 * (64 * 64) * 2
+    assert report.constant_bytes is not None
+    assert 64 * 64 * 2 <= report.constant_bytes <= 64 * 64 * 2 + 64  # a product may bring its scalars alpha and beta
+    assert report.bytes_moved == report.activation_bytes + report.constant_bytes
+    assert report.types == {"Half": 1}
+    plain = json.loads(json.dumps(report.to_dict()))
+    assert plain["kernels"] == 1
+    assert plain["layers"][0]["inputs"][0]["dims"][-1] == 64
+    assert "layers" not in report.to_dict(layers=False)
+
+
+def test_a_batch_range_leaves_the_bytes_unsaid() -> None:
+    spec = EngineSpec("tensorrt-rtx", "sm_89", (1, 4, 8))
+    report = engine_from_onnx(linear().SerializeToString(), spec, silent).report
+    assert report.kernels == 1
+    assert report.bytes_moved is None
+    assert report.activation_bytes is None
+    wide = EngineSpec("tensorrt-rtx", "sm_89", (8, 8, 8))
+    assert engine_from_onnx(linear().SerializeToString(), wide, silent).report.activation_bytes == 8 * 16384
+
+
+@pytest.mark.parametrize("gpu", rtx_gpus())
+def test_every_gpu_on_the_list_compiles(gpu: str) -> None:
+    assert engine_from_onnx(linear(2).SerializeToString(), EngineSpec("tensorrt-rtx", gpu, (2, 2, 2)), silent).gpu == gpu
+
+
+def test_weights_next_to_the_file_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(linear(), path, save_as_external_data=True, location="model.onnx.data", size_threshold=16)
+    assert (tmp_path / "model.onnx.data").stat().st_size >= 64 * 64 * 2
+    assert engine_from_onnx(path, SM89, silent).report.kernels == 1
+    with pytest.raises(UsageError, match=r"no ONNX file .*other\.onnx"):
+        engine_from_onnx(tmp_path / "other.onnx", SM89, silent)
+
+
+def test_an_unknown_operator_is_told_in_the_words_of_the_parser() -> None:
+    node = helper.make_node("RollWindows", ["x"], ["y"], name="first_roll", domain="example")
+    model = graph([node], {"x": [1, 8]}, {"y": [1, 8]})
+    model.opset_import.append(helper.make_opsetid("example", 1))
+    with pytest.raises(EngineError, match=r"(?s)first_roll.*RollWindows.*Plugin not found"):
+        engine_from_onnx(model.SerializeToString(), SM89, silent)
+
+
+def test_what_is_no_onnx_is_told_so() -> None:
+    with pytest.raises(EngineError, match=r"cannot read the ONNX graph: Assertion failed.*Failed to parse"):
+        engine_from_onnx(b"not a graph", SM89, silent)
+
+
+def test_a_refusal_to_compile_carries_the_words_of_the_compiler() -> None:
+    # fp32 attention has no fused kernel, and the operator is not allowed to be taken apart unless it says so.
+    shape = [1, HEADS, TOKENS, WIDTH]
+    model = graph([helper.make_node("Attention", ["q", "k", "v"], ["y"])], dict.fromkeys("qkv", shape), {"y": shape})
+    model.opset_import[0].version = 23
+    for value in [*model.graph.input, *model.graph.output]:
+        value.type.tensor_type.elem_type = TensorProto.FLOAT
+    said: list[str] = []
+    with pytest.raises(EngineError, match=r"could not compile the graph for sm_89: .+") as caught:
+        engine_from_onnx(model.SerializeToString(), SM89, lambda severity, text: said.append(f"{severity} {text}"))
+    errors = [text.partition(" ")[2].strip().rstrip(".") for text in said if text.startswith("error ")]
+    assert errors
+    assert all(error in str(caught.value) for error in errors)
+
+
+def test_a_fixed_batch_must_be_the_one_asked_for() -> None:
+    with pytest.raises(UsageError, match=r"'x' has a fixed batch of 4.*\(1, 1, 1\).*\(4, 4, 4\)"):
+        engine_from_onnx(linear(4).SerializeToString(), SM89, silent)
+    assert engine_from_onnx(linear(4).SerializeToString(), EngineSpec("tensorrt-rtx", "sm_89", (4, 4, 4)), silent).plan
+    with pytest.raises(EngineError, match="only the first axis"):
+        engine_from_onnx(linear(1, "tokens").SerializeToString(), SM89, silent)
+
+
+@pytest.mark.parametrize("batch", [(0, 1, 1), (4, 2, 8), (1, 8, 4), (1, 1), (1, 1, 1.0), (True, 1, 1)])
+def test_a_batch_that_cannot_be_meant(batch: tuple) -> None:
+    with pytest.raises(UsageError, match="cannot be meant"):
+        EngineSpec("tensorrt-rtx", "sm_89", batch)
+
+
+@pytest.mark.parametrize(
+    ("backend", "gpu", "words"),
+    [
+        ("tensorrt-rtx", "sm_90", "no SM90.*full TensorRT is what serves it"),
+        ("tensorrt-rtx", "sm_87", "does not compile for sm_87.*sm_86, sm_89"),
+        ("tensorrt-rtx", "SM89", "no GPU 'SM89'.*sm_89"),
+        ("tensorrt", "hopper", "no GPU 'hopper'"),
+        ("auto", "sm_89", "no back end 'auto'.*tensorrt, tensorrt-rtx"),
+    ],
+)
+def test_a_target_that_cannot_be_meant(backend: str, gpu: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        EngineSpec(backend, gpu)
+
+
+def test_the_list_of_gpus_is_the_compilers() -> None:
+    assert {"sm_75", "sm_80", "sm_86", "sm_89", "sm_120"} <= set(rtx_gpus())
+    assert list(rtx_gpus()) == sorted(rtx_gpus(), key=lambda name: int(name[3:]))
+
+
+def python(code: str, *, absent: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter that sees no GPU, and not the modules in `absent`."""
+    hide = f"import sys; sys.modules.update(dict.fromkeys({absent!r}))\n"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [sys.executable, "-c", hide + code],
+        cwd=HERE,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+RESOLVE = """
+from swin_deploy.exporters.engine_from_onnx import resolve_backend
+try:
+    print(resolve_backend({name!r}))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_without_a_gpu_no_back_end_is_swapped_in_silence() -> None:
+    assert python(RESOLVE.format(name="auto")).stdout == "tensorrt-rtx\n"
+    assert python(RESOLVE.format(name="tensorrt-rtx")).stdout == "tensorrt-rtx\n"
+    assert python(RESOLVE.format(name="tensorrt")).stdout.startswith("EngineError TensorRT compiles on the GPU it")
+    missing = python(RESOLVE.format(name="tensorrt-rtx"), absent=("tensorrt_rtx",)).stdout
+    assert missing.startswith("MissingDependencyError TensorRT for RTX is needed to compile engines")
+    neither = python(RESOLVE.format(name="auto"), absent=("tensorrt", "tensorrt_rtx")).stdout
+    assert neither.startswith("MissingDependencyError")
+    assert '"swin-deploy[tensorrt]"' in neither
+    assert '"swin-deploy[tensorrt-rtx]"' in neither
+    with pytest.raises(UsageError, match="no back end 'trt'"):
+        resolve_backend("trt")
+
+
+def test_the_gpu_of_this_machine() -> None:
+    hidden = python("from swin_deploy.exporters.gpu import cuda_devices; print(cuda_devices())")
+    assert hidden.stdout == "()\n", hidden.stderr
+    if not cuda_devices():
+        with pytest.raises(EngineError, match="no usable NVIDIA GPU"):
+            target_gpu("tensorrt-rtx", "current")
+        with pytest.raises((EngineError, MissingDependencyError)):
+            engine_from_onnx(linear().SerializeToString(), EngineSpec("tensorrt", "sm_90"), silent)
+
+
+def raise_at(count: int, error: BaseException) -> Callable[..., None]:
+    calls = [0]
+
+    def callback(*_: object) -> None:
+        calls[0] += 1
+        if calls[0] == count:
+            raise error
+
+    return callback
+
+
+@pytest.mark.parametrize("where", [0, 0.5, 1])
+@pytest.mark.parametrize("error", [ZeroDivisionError("ours"), KeyboardInterrupt(), SystemExit(3)])
+def test_what_a_callback_raises_comes_out_here(fused, where: float, error: BaseException) -> None:
+    _, said, steps = fused
+    model = attention().SerializeToString()
+    with pytest.raises(type(error)) as caught:
+        engine_from_onnx(model, SM89, raise_at(round(1 + where * (len(said) - 1)), error))
+    assert caught.value is error
+    with pytest.raises(type(error)) as caught:
+        engine_from_onnx(model, SM89, silent, raise_at(round(1 + where * (len(steps) - 1)), error))
+    assert caught.value is error
+
+
+def test_other_threads_may_compile() -> None:
+    model = attention().SerializeToString()
+    error = ZeroDivisionError("ours")
+    with ThreadPoolExecutor(2) as pool:
+        kernels = [pool.submit(engine_from_onnx, model, SM89, silent) for _ in range(2)]
+        failed = pool.submit(engine_from_onnx, model, SM89, raise_at(1, error))
+    assert [future.result().report.fused_attention for future in kernels] == [1, 1]
+    assert failed.exception() is error
+
+
+INTERRUPTED = """
+import sys, time
+from pathlib import Path
+from swin_deploy.exporters.engine_from_onnx import EngineSpec, engine_from_onnx
+
+calls = []
+def progress(phase, step, steps):
+    calls.append(phase)
+    if len(calls) == 1:
+        print("started", flush=True)
+        time.sleep(1)  # the signal arrives in here, and must not be raised in here
+
+try:
+    engine_from_onnx(Path(sys.argv[1]), EngineSpec("tensorrt-rtx", "sm_89"), lambda *words: None, progress)
+    print("compiled to the end")
+except KeyboardInterrupt:
+    print("interrupted", len(calls))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT cannot be sent to one process on Windows")
+def test_ctrl_c_stops_the_compiler(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(attention(blocks=4), path)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", INTERRUPTED, str(path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=HERE
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "started\n"
+        time.sleep(0.2)
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    assert out == "interrupted 1\n", err
+    assert child.returncode == 0
+
+
+def test_the_handler_of_the_caller_is_put_back_and_called() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            engine_from_onnx(attention().SerializeToString(), SM89, lambda *_: signal.raise_signal(signal.SIGINT))
+        assert heard == [signal.SIGINT]
+        assert engine_from_onnx(linear().SerializeToString(), SM89, silent).plan
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+LINES = """Layers:
+Name: a{0}, b], LayerType: kgen, Inputs: [ { Name: x }, {y, Dimensions: [2,3], Strides: [3,1], Datatype: Half, \
+Format: (Arbitrary) Format with stride order = [1,0] }], Constants: [], Outputs: [ { Name: z, Dimensions: [], \
+Datatype: Float, Format: (Linear) Row major }], TacticName: _gemm_mha_v2_0x1, StreamId: 0, Metadata: [ONNX Layer: { [,]
+Name: old, LayerType: Reformat, Inputs: [ { Name: z, Location: Device, Dimensions: [4], Format/Datatype: Int8 }], \
+Outputs: [ { Name: w, Location: Device, Dimensions: [-1], Format/Datatype: N/A due to dynamic shapes }], Tactic: 0x0
+Name: host, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 0, Metadata: """
+
+
+def test_lines_with_brackets_in_names_and_of_older_versions() -> None:
+    report = report_from_log([LINES, LINES, "unrelated LayerType: words"])
+    first, old, host = report.layers
+    assert first.inputs == (("x }, {y", (2, 3), "Half"),)
+    assert first.outputs[0].bytes == 4
+    assert (first.name, first.constants, first.tactic) == ("a{0}, b]", (), "_gemm_mha_v2_0x1")
+    assert (old.inputs[0].dims, old.inputs[0].datatype) == ((4,), "Int8")
+    assert (old.outputs[0].datatype, old.outputs[0].bytes, old.constants) == ("unknown", None, None)
+    assert not host.is_kernel
+    assert (report.kernels, report.fused_attention, report.bytes_moved) == (2, 1, None)
+
+
+def test_a_layer_that_cannot_be_read_leaves_every_figure_unsaid() -> None:
+    report = report_from_log([LINES + "\nName: new, LayerType: kgen, Inputs: <a form of the future>"])
+    assert report.unread == 1
+    assert (report.kernels, report.fused_attention, report.bytes_moved) == (None, None, None)
+    assert report_from_log(["nothing of the kind"]).kernels is None
+
+
+def test_the_json_of_the_engine_inspector() -> None:
+    # The documented form; no GPU has shown us this one here.
+    tensor = {"Name": "x", "Dimensions": [1, 96], "Format/Datatype": "Row major linear FP16 format"}
+    layer = {"Name": "_gemm_mha_v2_myl0_1", "LayerType": "kgen", "Inputs": [tensor], "Outputs": [tensor]}
+    report = report_from_inspector(json.dumps({"Layers": [layer], "Bindings": ["x"]}))
+    assert (report.source, report.kernels, report.fused_attention) == ("inspector", 1, 1)
+    assert (report.activation_bytes, report.constant_bytes, report.bytes_moved) == (2 * 192, None, None)
+    table = {"Name": "w", "Dimensions": [8], "Datatype": "Float", "Format": "Linear"}
+    report = report_from_inspector(json.dumps({"Layers": [{**layer, "Constants": [table]}]}))
+    assert report.bytes_moved == 2 * 192 + 32
+    assert report_from_inspector('{"Layers": ["a bare name"]}').kernels is None
+    assert report_from_inspector("not JSON").source == "none"
+
+
+# The objects of the binding by the names that they have in our source.
+BINDINGS = {
+    "builder": "Builder",
+    "config": "IBuilderConfig",
+    "network": "INetworkDefinition",
+    "parser": "OnnxParser",
+    "profile": "IOptimizationProfile",
+    "tensor": "ITensor",
+    "runtime": "Runtime",
+    "engine": "ICudaEngine",
+    "inspector": "EngineInspector",
+    "error": "ParserError",
+    "flags": "NetworkDefinitionCreationFlag",
+}
+# What only full TensorRT has; everything else must be in TensorRT for RTX.
+ONLY_IN_FULL_TENSORRT: set[str] = set()
+
+
+def test_every_attribute_of_the_binding_exists() -> None:
+    used: set[str] = set()
+    for source in (module_of_engine, module_of_gpu):
+        tree = ast.parse(Path(str(source.__file__)).read_text(encoding="utf-8"))
+        nested = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node not in nested:
+                chain = ast.unparse(node)
+                root, _, rest = chain.partition(".")
+                if root == "trt":
+                    used.add(rest)
+                elif root in BINDINGS:
+                    used.add(f"{BINDINGS[root]}.{rest}")
+    assert {"BuilderFlag.TF32", "IBuilderConfig.progress_monitor", "EngineInspector.get_engine_information"} <= used
+    assert len(used) > 25
+    missing = set()
+    for chain in used:
+        target: object = trt
+        for name in chain.split("."):
+            target = getattr(target, name, None)
+        if target is None:
+            missing.add(chain)
+    assert missing == ONLY_IN_FULL_TENSORRT
+    assert "trt." not in Path(str(module_of_inspect.__file__)).read_text(encoding="utf-8")

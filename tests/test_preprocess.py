@@ -1,0 +1,435 @@
+"""The preprocessor against transformers' own, on photographs and on the images that go wrong in practice.
+
+Every comparison is np.array_equal: one pixel that is off by one rounding fails.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from swin_deploy.errors import InputError
+from swin_deploy.preprocess import Preprocessor, read_image
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "class defaults": {},
+    "feature extractor 224": {"feature_extractor_type": "ViTFeatureExtractor", "resample": 3, "size": 224, **IMAGENET},
+    "bicubic 256": {"resample": 3, "size": {"height": 256, "width": 256}, **IMAGENET},
+    "bilinear 384": {"resample": 2, "size": [384, 384], **IMAGENET},
+    "rectangle 192x160": {"resample": 3, "size": {"height": 192, "width": 160}, **IMAGENET},
+    "shortest edge and crop": {
+        "resample": 3,
+        "size": {"shortest_edge": 256},
+        "do_center_crop": True,
+        "crop_size": 224,
+        **IMAGENET,
+    },
+    "crop that pads": {"size": 100, "do_center_crop": True, "crop_size": {"height": 133, "width": 60}},
+    "crop without resize": {"do_resize": False, "do_center_crop": True, "crop_size": [97, 130], **IMAGENET},
+    "no rescale": {"do_rescale": False, "image_mean": [127.5, 127.5, 127.5], "image_std": [127.5, 127.0, 126.5]},
+    "no normalize": {"do_normalize": False, "resample": 3},
+    "other scale": {"rescale_factor": 1 / 127.5, "image_mean": 1, "image_std": 1.0},
+    "convert rgb": {"do_convert_rgb": True, "resample": 3, **IMAGENET},
+    "nulls": {"do_resize": None, "do_rescale": None, "do_convert_rgb": None, "do_center_crop": True, "crop_size": 90},
+    "stale keys": {"_name_or_path": "x", "processor_class": "y", "feature_extractor_type": "ViTFeatureExtractor"},
+}
+
+
+def reference(config: dict[str, Any], image: Any, **kwargs: Any) -> np.ndarray:
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.ViTImageProcessorPil.from_dict(dict(config))
+    return processor(image, return_tensors="np", **kwargs)["pixel_values"]
+
+
+def same(got: np.ndarray, expected: np.ndarray) -> None:
+    assert got.dtype == np.float32
+    assert got.flags.c_contiguous
+    assert got.shape == expected.shape
+    assert np.array_equal(got, expected.astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[np.ndarray]:
+    datasets = pytest.importorskip("sklearn.datasets")
+    return [np.array(image) for image in datasets.load_sample_images().images]  # 427x640, china and flower
+
+
+@pytest.fixture(scope="module")
+def odd(photos: list[np.ndarray]) -> dict[str, Image.Image]:
+    """Awkward images that transformers takes as they are, because they are RGB."""
+    china = Image.fromarray(photos[0])
+    return {
+        "portrait": Image.fromarray(photos[1]).crop((200, 0, 371, 427)),
+        "one pixel": china.crop((5, 5, 6, 6)),
+        "tiny": china.crop((0, 0, 3, 2)),
+        "very wide": china.resize((4000, 3)),
+        "very tall": china.resize((2, 900)),
+        "exact": china.resize((224, 224)),
+    }
+
+
+@pytest.fixture(scope="module")
+def modes(photos: list[np.ndarray]) -> dict[str, Image.Image]:
+    """One photograph in every mode that a file may have, with real transparency where the mode has any."""
+    photo = Image.fromarray(photos[1]).resize((160, 107))
+    alpha = Image.fromarray(photos[0]).convert("L").resize(photo.size)
+    rgba, la = photo.copy(), photo.convert("L")
+    rgba.putalpha(alpha)
+    la.putalpha(alpha)
+    palette = photo.quantize(64)
+    palette.info["transparency"] = bytes(range(0, 256, 4))
+    keyed = photo.copy()
+    keyed.info["transparency"] = keyed.getpixel((10, 10))
+    return {
+        "RGBA": rgba,
+        "LA": la,
+        "P": photo.quantize(64),
+        "P with transparency": palette,
+        "RGB with transparency": keyed,
+        "L": photo.convert("L"),
+        "1": photo.convert("1"),
+        "CMYK": photo.convert("CMYK"),
+        "YCbCr": photo.convert("YCbCr"),
+    }
+
+
+MODES = ["RGBA", "LA", "P", "P with transparency", "RGB with transparency", "L", "1", "CMYK", "YCbCr"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_photographs_are_bit_identical(name: str, photos: list[np.ndarray]) -> None:
+    images = [Image.fromarray(photo) for photo in photos]
+    expected = reference(CONFIGS[name], images)
+    preprocessor = Preprocessor.from_dict(CONFIGS[name])
+    same(preprocessor(images), expected)
+    same(preprocessor(photos), expected)
+    same(preprocessor(images[1]), expected[1:])
+    assert len(np.unique(expected)) > 50  # the comparison is about pictures, not about constants
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_awkward_sizes_are_bit_identical(name: str, odd: dict[str, Image.Image]) -> None:
+    preprocessor = Preprocessor.from_dict(CONFIGS[name])
+    for kind, image in odd.items():
+        if kind == "very wide" and preprocessor.shortest_edge:
+            continue  # 256x341333 pixels: see test_an_image_that_would_explode_is_refused
+        same(preprocessor(image), reference(CONFIGS[name], image))
+
+
+@pytest.mark.parametrize("mean", [0.5, [0.485, 0.456, 0.406], [0, 0, 0], [0.48145466, 0.4578275, 0.40821073]])
+@pytest.mark.parametrize("resample", [0, 1, 2, 3, 4, 5])
+def test_filters_and_statistics_are_bit_identical(resample: int, mean: Any, photos: list[np.ndarray]) -> None:
+    config = {"resample": resample, "size": [61, 83], "image_mean": mean, "image_std": [0.26862954, 0.26130258, 1]}
+    same(Preprocessor.from_dict(config)(photos[0]), reference(config, photos[0]))
+
+
+def test_every_value_is_bit_identical() -> None:
+    values = np.arange(256, dtype=np.uint8)
+    image = np.stack([values, values[::-1], np.roll(values, 7)], axis=-1).reshape(16, 16, 3)
+    for config in CONFIGS.values():
+        small = {**config, "size": 16, "crop_size": 16}
+        same(Preprocessor.from_dict(small)(image), reference(small, image))
+
+
+def test_values_by_hand() -> None:
+    image = np.array([[[0, 255, 51]]], dtype=np.uint8)
+    output = Preprocessor.imagenet(1)(image)
+    expected = [(0 - 0.485) / 0.229, (1 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]
+    assert output.shape == (1, 3, 1, 1)
+    np.testing.assert_allclose(output.ravel(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_with_do_convert_rgb_are_bit_identical(mode: str, modes: dict[str, Image.Image]) -> None:
+    config = CONFIGS["convert rgb"]
+    same(Preprocessor.from_dict(config)(modes[mode]), reference(config, modes[mode]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_without_do_convert_rgb_are_converted_all_the_same(mode: str, modes: dict[str, Image.Image]) -> None:
+    image = modes[mode]
+    plain = {key: value for key, value in CONFIGS["convert rgb"].items() if key != "do_convert_rgb"}
+    # An RGB image is taken as it is, like transformers takes it; for the rest, transformers has no usable answer.
+    expected = reference(plain if image.mode == "RGB" else CONFIGS["convert rgb"], image)
+    same(Preprocessor.from_dict(plain)(image), expected)
+
+
+def test_arrays_with_alpha_or_one_channel_are_bit_identical(modes: dict[str, Image.Image]) -> None:
+    config = CONFIGS["convert rgb"]
+    for convert in (True, None):
+        preprocessor = Preprocessor.from_dict({**config, "do_convert_rgb": convert})
+        for array in (np.array(modes["RGBA"]), np.array(modes["L"])[:, :, None]):
+            same(preprocessor(array), reference(config, array, input_data_format="channels_last"))
+        grey = np.array(modes["L"])
+        same(preprocessor(grey), preprocessor(modes["L"]))
+
+
+def test_an_array_three_rows_high_is_height_first(photos: list[np.ndarray]) -> None:
+    for array in (photos[0][:3], photos[0][:4, ::2]):  # transformers alone would take these for channels first
+        expected = reference(CONFIGS["bicubic 256"], array, input_data_format="channels_last")
+        same(Preprocessor.from_dict(CONFIGS["bicubic 256"])(array), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency:UserWarning")  # Pillow's, for both of us
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [("RGBA", "png"), ("LA", "png"), ("P with transparency", "png"), ("P", "gif"), ("CMYK", "jpg"), ("L", "jpg")],
+)
+def test_files_are_read_as_load_image_reads_them(mode: str, suffix: str, modes: dict[str, Image.Image], tmp_path: Path) -> None:
+    path = tmp_path / f"photo.{suffix}"
+    modes[mode].save(path)
+    load_image = pytest.importorskip("transformers.image_utils").load_image
+    loaded = load_image(str(path))
+    assert np.array_equal(read_image(path), loaded)
+    for config in (CONFIGS["bicubic 256"], CONFIGS["convert rgb"]):
+        preprocessor = Preprocessor.from_dict(config)
+        same(preprocessor(path), reference(config, loaded))
+        same(preprocessor([str(path), path]), np.concatenate([reference(config, loaded)] * 2))
+
+
+def test_a_file_loses_its_transparency_and_a_pil_image_gets_a_white_ground(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    image.save(tmp_path / "clear.png")
+    plain = Preprocessor(do_resize=False, do_rescale=False, do_normalize=False)
+    assert plain(tmp_path / "clear.png")[0, :, 0, 0].tolist() == [10, 20, 30]
+    assert plain(image)[0, :, 0, 0].tolist() == [255, 255, 255]
+    assert plain(np.array(image))[0, :, 0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_turns_files_and_not_images(orientation: int, odd: dict[str, Image.Image], tmp_path: Path) -> None:
+    path, exif = tmp_path / "turned.jpg", Image.Exif()
+    exif[0x0112] = orientation
+    odd["portrait"].save(path, exif=exif, quality=95)
+    load_image = pytest.importorskip("transformers.image_utils").load_image
+    config = CONFIGS["rectangle 192x160"]
+    preprocessor = Preprocessor.from_dict(config)
+    upright = preprocessor(path)
+    same(upright, reference(config, load_image(str(path))))
+    same(preprocessor(Image.open(path)), reference(config, Image.open(path)))
+    assert np.array_equal(upright, preprocessor(Image.open(path))) == (orientation == 1)
+    assert read_image(path).size == ImageOps.exif_transpose(Image.open(path)).size
+
+
+def png16(samples: np.ndarray) -> bytes:
+    """A 16-bit PNG with the samples [H, W, 1 or 3] (Pillow cannot write the colour one)."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    height, width, channels = samples.shape
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, 2 if channels == 3 else 0, 0, 0, 0])
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_16_bit_greyscale_is_scaled_and_not_clipped(photos: list[np.ndarray], tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, photos[0].shape[:2])
+    grey = photos[0][..., :1].astype(np.uint32) * 256 + noise[..., None]
+    (tmp_path / "grey.png").write_bytes(png16(grey))
+    (tmp_path / "colour.png").write_bytes(png16(np.repeat(grey, 3, axis=2)))
+    Image.fromarray(grey[..., 0].astype(np.uint16)).save(tmp_path / "grey.tif")
+    preprocessor = Preprocessor.imagenet(224)
+    expected = preprocessor(np.repeat(photos[0][..., :1], 3, axis=2))
+    for name in ("colour.png", "grey.png", "grey.tif"):
+        same(preprocessor(tmp_path / name), expected)
+    same(preprocessor(Image.open(tmp_path / "grey.png")), expected)
+    same(preprocessor(Image.fromarray(grey[..., 0].astype(np.int32))), expected)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_survives_transformers(name: str, photos: list[np.ndarray], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    preprocessor = Preprocessor.from_dict(CONFIGS[name])
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor.to_dict()))
+    read_back = transformers.ViTImageProcessorPil.from_pretrained(tmp_path)
+    same(preprocessor(photos), read_back(photos, return_tensors="np")["pixel_values"].astype(np.float32))
+    read_back.save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "preprocessor_config.json").read_text())
+    assert written == json.loads(json.dumps(preprocessor.to_dict()))
+    assert Preprocessor.from_dict(written) == preprocessor
+    assert Preprocessor.from_dict({**CONFIGS[name], "image_processor_type": "ViTImageProcessorFast"}) == preprocessor
+
+
+@pytest.mark.parametrize("name", ["class defaults", "bicubic 256", "shortest edge and crop", "convert rgb"])
+def test_config_is_written_as_transformers_writes_it(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    written = transformers.ViTImageProcessorPil.from_dict(dict(CONFIGS[name])).to_json_string()
+    assert json.loads(written) == Preprocessor.from_dict(CONFIGS[name]).to_dict()
+
+
+def test_the_auto_class_reads_it(photos: list[np.ndarray], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    preprocessor = Preprocessor.imagenet((192, 160))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor.to_dict()))
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    same(preprocessor(photos), processor(photos, return_tensors="np")["pixel_values"])
+
+
+def test_null_values_take_the_class_defaults() -> None:
+    nulls = ["size", "resample", "rescale_factor", "image_mean", "image_std", "crop_size", "do_pad"]
+    assert Preprocessor.from_dict(dict.fromkeys(nulls)) == Preprocessor()
+
+
+def test_default_to_square_false_means_the_shortest_edge(photos: list[np.ndarray]) -> None:
+    config = {"size": 100, "default_to_square": False}
+    assert Preprocessor.from_dict(config).shortest_edge == 100
+    same(Preprocessor.from_dict(config)(photos), reference(config, photos))
+    assert Preprocessor.from_dict({"shortest_edge": 100}) == Preprocessor()  # not a key of the format
+
+
+def test_imagenet_is_what_the_published_checkpoints_say() -> None:
+    published = CONFIGS["feature extractor 224"]
+    assert Preprocessor.imagenet(224) == Preprocessor.from_dict(published)
+    assert Preprocessor.imagenet((192, 160)).size == (192, 160)
+    assert hash(Preprocessor.imagenet(224)) == hash(Preprocessor.imagenet((224, 224)))
+
+
+def test_inputs_are_left_alone(photos: list[np.ndarray]) -> None:
+    array = photos[0].copy()
+    image = Image.fromarray(array)
+    Preprocessor(do_resize=False)([array, image])
+    assert np.array_equal(array, photos[0])
+    assert np.array_equal(image, photos[0])
+
+
+BAD_CONFIGS: list[tuple[Any, str]] = [
+    ([1], r"config is \[1\], and must be a JSON object"),
+    ({"size": 0}, "size is 0, and must be a positive whole number"),
+    ({"size": True}, "size is True, and must be"),
+    ({"size": "224"}, "size is '224', and must be"),
+    ({"size": 224.0}, r"size is 224\.0, and must be"),
+    ({"size": [224]}, r"size is \[224\], and must be"),
+    ({"size": [224, -1]}, r"size is \[224, -1\], and must be"),
+    ({"size": {"height": 224}}, r"size is \{'height': 224\}, and must be"),
+    ({"size": {"shortest_edge": 224, "longest_edge": 300}}, r"longest_edge.* and must be .*shortest_edge"),
+    ({"size": {"shortest_edge": None}}, r"size is \{'shortest_edge': None\}, and must be"),
+    ({"size": {"shortest_edge": 0}}, "shortest_edge is 0, and must be a positive whole number"),
+    ({"do_center_crop": True}, "crop_size is None, and must be"),
+    ({"crop_size": {"shortest_edge": 3}}, "crop_size is .* and must be"),
+    ({"do_resize": "yes"}, "do_resize is 'yes', and must be true or false"),
+    ({"do_convert_rgb": 1}, "do_convert_rgb is 1, and must be true or false"),
+    ({"resample": 9}, "resample is 9, and must be a Pillow filter number"),
+    ({"resample": "bicubic"}, "resample is 'bicubic', and must be"),
+    ({"rescale_factor": float("nan")}, "rescale_factor is nan, and must be a finite number"),
+    ({"rescale_factor": "1/255"}, "rescale_factor is '1/255', and must be"),
+    ({"image_mean": [0.5, 0.5]}, r"image_mean is \[0\.5, 0\.5\], and must be three finite numbers"),
+    ({"image_mean": [0.5, 0.5, float("inf")]}, "image_mean is .*inf.* and must be three finite numbers"),
+    ({"image_std": [0.2, 0, 0.2]}, "image_std is .* and must be three finite numbers.* above 0"),
+    ({"image_std": [0.2, 1e-60, 0.2]}, "image_std is .* above 0"),
+    ({"do_pad": True}, "do_pad is True, and must be false, for padded batches are not supported"),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), BAD_CONFIGS)
+def test_bad_configs_are_refused(config: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        Preprocessor.from_dict(config)
+    assert str(caught.value).endswith("; correct preprocessor_config.json.")
+
+
+def encoded(mode: str, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 50).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("text.jpg", b"not an image", "is not an image that Pillow can read; convert it to JPEG or PNG"),
+        ("empty.png", b"", "is not an image that Pillow can read"),
+        ("cut.jpg", encoded("RGB", "JPEG")[:1500], r"is damaged .*truncated.*; save it again"),
+        ("cut.png", encoded("RGB", "PNG")[:1500], r"is damaged .*; save it again"),
+        ("float.tif", encoded("F", "TIFF"), "holds 32-bit floats, whose range is unknown; scale it"),
+        ("wide.tif", encoded("I", "TIFF")[:-4] + b"\xff\xff\xff\x7f", "holds values from .*, and must hold 0..65535"),
+    ],
+)
+def test_bad_files_are_refused(name: str, data: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=message) as caught:
+        Preprocessor()(path)
+    assert str(path) in str(caught.value)
+
+
+def test_every_cut_of_a_file_is_refused_cleanly(tmp_path: Path) -> None:
+    for kind in ("PNG", "GIF", "BMP", "TIFF", "WEBP"):
+        data = encoded("RGB", kind)
+        for size in range(0, len(data) - 20, max(1, len(data) // 40)):
+            (tmp_path / "cut").write_bytes(data[:size])
+            with pytest.raises(InputError, match=r"Image file .*cut"):
+                read_image(tmp_path / "cut")
+
+
+def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"Image file '.*absent\.jpg' does not exist; give the path"):
+        read_image(tmp_path / "absent.jpg")
+    with pytest.raises(InputError, match="is a folder, and an image is expected"):
+        Preprocessor()([tmp_path])
+
+
+def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Image.new("RGB", (50, 50)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(InputError, match=r"bomb\.png' has more pixels than PIL.Image.MAX_IMAGE_PIXELS allows"):
+        read_image(tmp_path / "bomb.png")
+
+
+def test_an_image_that_would_explode_is_refused() -> None:
+    preprocessor = Preprocessor(shortest_edge=224)
+    with pytest.raises(InputError, match=r"65000 wide, 1 high.* becomes 14560000 wide and 224 high, .*crop it"):
+        preprocessor(np.zeros((1, 65000, 3), dtype=np.uint8))
+
+
+GOOD = np.zeros((8, 8, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "The list of images is empty"),
+        (None, "The image is a NoneType; give a path, a PIL image or a uint8 array"),
+        (b"\xff\xd8", "The image is a bytes; give"),
+        ([GOOD, 3], "Image 1 of the list is a int; give"),
+        (GOOD.astype(np.float32), "array of float32 .* and must be uint8"),
+        (GOOD[None], r"shape \(1, 8, 8, 3\), and must be"),
+        (GOOD.transpose(2, 0, 1), r"shape \(3, 8, 8\), and must be .*\(height, width, 3\)"),
+        (GOOD[..., :2], r"shape \(8, 8, 2\), and must be"),
+        (GOOD[:0], r"shape \(0, 8, 3\), and must be"),
+        (np.zeros(5, dtype=np.uint8), r"shape \(5,\), and must be"),
+        (Image.new("RGB", (0, 5)), "The image has no pixels"),
+        (Image.new("F", (5, 5)), "The image holds 32-bit floats"),
+        (Image.fromarray(np.full((2, 2), -1, dtype=np.int32)), "holds values from -1 to -1"),
+        (Image.new("La", (5, 5)), "The image is damaged or of an unknown kind .*conversion from La to"),
+    ],
+)
+def test_bad_images_are_refused(images: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Preprocessor()(images)
+
+
+def test_a_truncated_pil_image_is_refused() -> None:
+    image = Image.open(io.BytesIO(encoded("RGB", "JPEG")[:1500]))
+    with pytest.raises(InputError, match=r"The image is damaged .*truncated"):
+        Preprocessor()(image)
+
+
+def test_a_batch_of_two_sizes_is_refused() -> None:
+    with pytest.raises(InputError, match=r"Image 1 of the list comes out \(4, 8\) pixels .* \(8, 8\); a batch holds one"):
+        Preprocessor(do_resize=False)([GOOD, GOOD[:4]])
+
+
+def test_importing_is_cheap() -> None:
+    code = "import sys, swin_deploy.preprocess; sys.exit(bool({'PIL', 'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
