@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from swin_deploy.bundle import CONFIG, PREPROCESSOR, REFERENCE, Bundle, Draft, create_bundle
 from swin_deploy.config import SwinConfig
-from swin_deploy.errors import CheckpointError, InputError, MissingDependencyError, VerificationError
+from swin_deploy.errors import CheckpointError, ExportError, InputError, MissingDependencyError, VerificationError
 from swin_deploy.preprocess import Preprocessor
 from swin_deploy.reference import OpenGraph, Reference, Verdict, check_graph, sample_inputs
 from swin_deploy.requires import require
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from swin_deploy.models.checkpoints import Checkpoint
 
 Say = Callable[[str], None]
+PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf message ends at 2 GiB, and the graph itself needs some
 TOOLS = ("swin-deploy", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime", "numpy")
 
 
@@ -39,25 +40,27 @@ def bundle_from_checkpoint(
     from swin_deploy.models.swin import SwinForImageClassification
 
     config = checkpoint.config
+    preprocessor = _preprocessor(checkpoint, say)
+    image_size = _image_size(preprocessor, config, say)
     facts = {
         "name": path.resolve().name,
         "variant": variant,
         "task": "image-classification",
         "semantics": "hf",
         "source": checkpoint.source,
-        "image_size": list(config.image_size),
-        "inputs": [TensorSpec(INPUT, "float32", ("batch", config.num_channels, *config.image_size)).to_dict()],
+        "image_size": list(image_size),
+        "inputs": [TensorSpec(INPUT, "float32", ("batch", config.num_channels, *image_size)).to_dict()],
         "outputs": [TensorSpec(OUTPUT, "float32", ("batch", config.num_labels or config.hidden_size)).to_dict()],
         "tools": tool_versions(TOOLS),
     }
-    preprocessor = _preprocessor(checkpoint, say)
     with create_bundle(path, replace=replace, facts=facts) as draft:
         say(f"Loading {checkpoint.source}")
-        network = SwinForImageClassification(config, config.image_size, checkpoint.tensors).eval()
+        network = SwinForImageClassification(config, image_size, checkpoint.tensors).eval()
+        _check_size(network)
         say("Running PyTorch on the reference inputs")
-        reference = _reference(torch, network, config)
+        reference = _reference(torch, network, config, image_size)
         say("Tracing to ONNX")
-        model, records = onnx_from_torch(network, config, config.image_size)
+        model, records = onnx_from_torch(network, config, image_size)
         file = graph_file("fp32")
         entry = {
             "precision": "fp32",
@@ -88,8 +91,8 @@ def tool_versions(names: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def _reference(torch: Any, network: torch.nn.Module, config: SwinConfig) -> Reference:
-    inputs = sample_inputs(config.num_channels, config.image_size)
+def _reference(torch: Any, network: torch.nn.Module, config: SwinConfig, image_size: tuple[int, int]) -> Reference:
+    inputs = sample_inputs(config.num_channels, image_size)
     with torch.no_grad():
         logits = network(torch.from_numpy(inputs)).numpy()
     return Reference(inputs, logits)
@@ -120,6 +123,28 @@ def _verdict(
             f"constraints.txt, and please report it."
         )
     return verdict, reference
+
+
+def _check_size(network: torch.nn.Module) -> None:
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
+    if size > PROTOBUF_LIMIT:
+        raise ExportError(
+            f"The ONNX graph would hold {size / 1e9:.1f} GB of weights; this release writes a single file, of at most "
+            f"{PROTOBUF_LIMIT / 1e9:.1f} GB. Every published Swin up to SwinV2-L at 384 pixels fits."
+        )
+
+
+def _image_size(preprocessor: Preprocessor, config: SwinConfig, say: Say) -> tuple[int, int]:
+    """What the checkpoint's image processor makes of every image, which is what its network is run at."""
+    if preprocessor.do_center_crop and preprocessor.crop_size is not None:
+        size = preprocessor.crop_size
+    elif preprocessor.do_resize and preprocessor.shortest_edge is None:
+        size = preprocessor.size
+    else:
+        return config.image_size
+    if size != config.image_size:
+        say(f"The image processor makes images of {size[0]} x {size[1]} pixels, and so the graph is made for that size")
+    return size
 
 
 def _preprocessor(checkpoint: Checkpoint, say: Say) -> Preprocessor:
