@@ -10,15 +10,16 @@ from typing import Any
 
 from swin_deploy.bundle import CONFIG, Bundle
 from swin_deploy.config import SwinConfig
-from swin_deploy.errors import MissingDependencyError, UsageError, VerificationError
-from swin_deploy.reference import OpenGraph, Reference, Verdict, check_graph
+from swin_deploy.errors import BundleError, MissingDependencyError, UsageError, VerificationError
+from swin_deploy.reference import OpenGraph, Reference, check_graph
 from swin_deploy.requires import require
-from swin_deploy.specs import PRECISIONS, graph_file
+from swin_deploy.specs import PRECISIONS, Size, graph_file, size_text, weights_file
+from swin_deploy.tasks import TaskSpec
 
 from .engine_from_onnx import BACKENDS, EngineSpec, Log, Progress, engine_from_onnx, resolve_backend
 from .gpu import cuda_devices, target_gpu
-from .onnx_from_torch import OPSET
 from .precision import fp16_from_fp32
+from .weights import WeightFile
 
 Say = Callable[[str], None]
 
@@ -59,83 +60,130 @@ def build_engines(
     if not gpus:
         gpus = ("current",) if cuda_devices() or chosen == "tensorrt" else DEFAULT_GPUS
     specs = [EngineSpec(chosen, gpu, batch) for gpu in dict.fromkeys(target_gpu(chosen, gpu) for gpu in gpus)]
-    bundle = with_typed_graph(bundle, precision, open_graph, say)
-    graph = graph_file(precision)
-    path = bundle.verified_path(graph)
-    parent = bundle.files[graph]["sha256"]
+    bundle = with_typed_graphs(bundle, precision, open_graph, say)
+    graphs = [file for file, entry in bundle.graphs.items() if entry["precision"] == precision]
     built = []
-    for spec in specs:
-        file = _engine_file(spec, precision)
-        known = bundle.files.get(file)
-        wanted = {"parent": parent, "batch": list(spec.batch)}
-        if known is not None and not force and wanted.items() <= known.items():
-            bundle.verified_path(file)
-            say(f"{file} is there already, compiled from this graph")
-            built.append(Built(file, known, reused=True))
-            continue
-        say(f"Compiling {precision} for {spec.gpu} with {BACKENDS[chosen][1]}")
-        engine = engine_from_onnx(path, spec, log, progress)
-        entry = {
-            "precision": precision,
-            "backend": engine.backend,
-            "backend_version": engine.backend_version,
-            "gpu": engine.gpu,
-            **wanted,
-            "seconds": round(engine.seconds, 2),
-            "report": engine.report.to_dict(layers=False),
-            "agreement": "not verified",  # an engine can only be run on its own GPU
-        }
-        bundle = bundle.with_file(file, entry, lambda target, plan=engine.plan: target.write_bytes(plan))  # type: ignore[misc]
-        built.append(Built(file, bundle.files[file], reused=False))
+    for number, graph in enumerate(graphs):
+        path, entry = bundle.verified_path(graph), bundle.files[graph]
+        for spec in specs:
+            file = _engine_file(spec, precision, None if number == 0 else (entry["image_size"][0], entry["image_size"][1]))
+            known = bundle.files.get(file)
+            wanted = {"graph": graph, "parent": entry["sha256"], "batch": list(spec.batch)}
+            if known is not None and not force and wanted.items() <= known.items() and _intact(bundle, file):
+                say(f"{file} is there already, compiled from this graph")
+                built.append(Built(file, known, reused=True))
+                continue
+            say(f"Compiling {graph} for {spec.gpu} with {BACKENDS[chosen][1]}")
+            engine = engine_from_onnx(path, spec, log, progress)
+            facts = {
+                "precision": precision,
+                "image_size": entry["image_size"],
+                "backend": engine.backend,
+                "backend_version": engine.backend_version,
+                "gpu": engine.gpu,
+                **wanted,
+                "seconds": round(engine.seconds, 2),
+                "report": engine.report.to_dict(layers=False),
+                "agreement": "not verified",  # an engine can only be run on its own GPU
+            }
+            bundle = bundle.with_file(file, facts, _bytes_writer(engine.plan))
+            built.append(Built(file, bundle.files[file], reused=False))
     return bundle, tuple(built)
 
 
-def with_typed_graph(bundle: Bundle, precision: str, open_graph: OpenGraph, say: Say) -> Bundle:
-    """The bundle with the ONNX graph of `precision` in it, written from the fp32 graph and compared with PyTorch."""
-    source, file = graph_file("fp32"), graph_file(precision)
-    parent = bundle.files[source]["sha256"]
-    known = bundle.files.get(file)
-    if precision == "fp32" or (known is not None and known["parent"] == parent):
+def with_typed_graphs(bundle: Bundle, precision: str, open_graph: OpenGraph, say: Say) -> Bundle:
+    """The bundle with the ONNX graphs of `precision` in it, written from the fp32 graphs and compared with PyTorch."""
+    sources = [file for file, entry in bundle.graphs.items() if entry["precision"] == "fp32"]
+    missing = [
+        (source, file)
+        for number, source in enumerate(sources)
+        if not _known(bundle, file := graph_file(precision, _further(bundle, source, number)), bundle.files[source]["sha256"])
+    ]
+    if precision == "fp32" or not missing:
         return bundle
     onnx = require("onnx", f"write the {precision} graph")
-    say(f"Writing {file}")
     config = SwinConfig.from_dict(bundle.read_json(CONFIG))
-    model, records = fp16_from_fp32(onnx.load(str(bundle.verified_path(source))), config)
-    reference = Reference.load(bundle)
-    entry: dict[str, Any] = {
-        "precision": precision,
-        "opset": OPSET,
-        "parent": parent,
-        "passes": [{"name": record.name, "count": record.count} for record in records],
-    }
+    task = TaskSpec.from_dict(bundle.manifest["task"])
+    made = []
+    for source, file in missing:
+        say(f"Writing {file}")
+        made.append(fp16_from_fp32(onnx.load(str(bundle.verified_path(source))), config, task))
+    shared = weights_file(precision) if bundle.files[sources[0]].get("weights") else None
+    if shared is not None:
+
+        def write_weights(path: Path) -> None:
+            weights = WeightFile(path, Path(shared).name)
+            for model, _ in made:
+                weights.take(model)
+
+        bundle = bundle.with_file(shared, {}, write_weights)
+    for (source, file), (model, records) in zip(missing, made, strict=True):
+        origin = bundle.files[source]
+        entry: dict[str, Any] = {
+            **{key: origin[key] for key in ("image_size", "inputs", "outputs", "reference", "opset")},
+            "precision": precision,
+            "parent": origin["sha256"],
+            "passes": [{"name": record.name, "count": record.count} for record in records],
+            **({"weights": shared} if shared else {}),
+        }
+        bundle = bundle.with_file(file, entry, _graph_writer(bundle, model, entry, file, open_graph))
+    return bundle
+
+
+def _graph_writer(
+    bundle: Bundle, model: Any, entry: dict[str, Any], file: str, open_graph: OpenGraph
+) -> Callable[[Path], None]:
+    """A function that writes the graph, checks it, compares it with PyTorch, and puts the verdict into `entry`."""
 
     def write(path: Path) -> None:
+        import onnx
+
         path.write_bytes(model.SerializeToString())
         onnx.checker.check_model(str(path), full_check=True)
-        verdict = _verdict(reference, open_graph, path, file, precision)
-        entry["agreement"] = verdict.to_dict() if verdict else "not verified"
+        reference = Reference.load(bundle, entry["reference"])
+        try:
+            verdict = check_graph(reference, open_graph, path, file, entry["precision"])
+        except MissingDependencyError:
+            entry["agreement"] = "not verified"
+            return
+        if not verdict.verified:
+            raise VerificationError(
+                f"The {entry['precision']} graph is too far from PyTorch: {verdict.complaint()}. It was not kept; build with "
+                f"--fp32 instead."
+            )
+        entry["agreement"] = verdict.to_dict()
 
-    return bundle.with_file(file, entry, write)
+    return write
 
 
-def _verdict(reference: Reference, open_graph: OpenGraph, path: Path, file: str, precision: str) -> Verdict | None:
+def _bytes_writer(data: bytes) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_bytes(data)
+
+    return write
+
+
+def _further(bundle: Bundle, source: str, number: int) -> Size | None:
+    height, width = bundle.files[source]["image_size"]
+    return None if number == 0 else (height, width)
+
+
+def _known(bundle: Bundle, file: str, parent: str) -> bool:
+    """Whether `file` is in the bundle, intact, and was made from the graph whose sha256 is `parent`."""
+    return file in bundle.files and bundle.files[file]["parent"] == parent and _intact(bundle, file)
+
+
+def _intact(bundle: Bundle, file: str) -> bool:
+    """Whether a file that could be made again is still what was made."""
     try:
-        verdict = check_graph(reference, open_graph, path, file, precision)
-    except MissingDependencyError:
-        return None
-    if not verdict.verified:
-        problem = (
-            f"relative L2 {verdict.agreement.relative_l2:.2e}, and {verdict.tolerance:.0e} is allowed"
-            if verdict.agreement.finite
-            else "its outputs hold NaN or infinity"
-        )
-        raise VerificationError(
-            f"The {precision} graph is too far from PyTorch: {problem}. It was not kept; build with --fp32 instead."
-        )
-    return verdict
+        bundle.verified_path(file)
+    except BundleError:
+        return False
+    return True
 
 
-def _engine_file(spec: EngineSpec, precision: str) -> str:
+def _engine_file(spec: EngineSpec, precision: str, further: Size | None) -> str:
     release = version(BACKENDS[spec.backend][0].replace("_", "-"))
-    sizes = "" if spec.batch == (1, 1, 1) else "-b" + "_".join(str(size) for size in dict.fromkeys(spec.batch))
-    return f"engines/{precision}{sizes}-{spec.gpu}-{spec.backend}-{release}.engine"
+    size = f"-{size_text(further)}" if further else ""
+    batch = "" if spec.batch == (1, 1, 1) else "-b" + "_".join(str(n) for n in dict.fromkeys(spec.batch))
+    return f"engines/{precision}{size}{batch}-{spec.gpu}-{spec.backend}-{release}.engine"

@@ -1,83 +1,71 @@
-"""A checkpoint -> a bundle: network, ONNX graph, PyTorch's answers, comparison; nothing is kept unless all of it holds."""
+"""A checkpoint -> a bundle: networks, ONNX graphs, PyTorch's answers, comparison; nothing is kept unless all of it holds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swin_deploy.bundle import CONFIG, PREPROCESSOR, REFERENCE, Bundle, Draft, create_bundle
+from swin_deploy.bundle import CONFIG, PREPROCESSOR, Bundle, Draft, create_bundle, disk_errors
 from swin_deploy.config import SwinConfig
-from swin_deploy.errors import CheckpointError, ExportError, InputError, MissingDependencyError, VerificationError
+from swin_deploy.errors import CheckpointError, InputError, MissingDependencyError, VerificationError
 from swin_deploy.preprocess import Preprocessor
-from swin_deploy.reference import OpenGraph, Reference, Verdict, check_graph, sample_inputs
+from swin_deploy.reference import OpenGraph, Reference, check_graph, sample_inputs
 from swin_deploy.requires import require
-from swin_deploy.specs import TensorSpec, graph_file
+from swin_deploy.specs import Size, graph_file, reference_file, size_text, weights_file
+from swin_deploy.tasks import TaskSpec
 
-from .onnx_from_torch import INPUT, OPSET, OUTPUT, onnx_from_torch, writer
+from .onnx_from_torch import OPSET, onnx_from_torch, output_specs, writer
+from .weights import WeightFile, embed_weights, weight_bytes
 
 if TYPE_CHECKING:
-    import torch
-
     from swin_deploy.models.checkpoints import Checkpoint
+    from swin_deploy.models.swin import SwinNetwork
 
 Say = Callable[[str], None]
-PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf message ends at 2 GiB, and the graph itself needs some
 TOOLS = ("swin-deploy", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime", "numpy")
+PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf message ends at 2 GiB, and the graph itself needs some
 
 
 def bundle_from_checkpoint(
-    checkpoint: Checkpoint, path: Path, *, variant: str | None, replace: bool, open_graph: OpenGraph, say: Say
-) -> tuple[Bundle, Verdict | None]:
-    """The bundle at `path`, and the verdict on its graph (None when ONNX Runtime is not there to run it).
+    checkpoint: Checkpoint,
+    path: Path,
+    *,
+    variant: str | None,
+    task: TaskSpec,
+    image_sizes: Sequence[Size],
+    replace: bool,
+    open_graph: OpenGraph,
+    say: Say,
+) -> Bundle:
+    """The bundle at `path`, with a graph for each of `image_sizes` (none given: the checkpoint's own).
 
-    `open_graph` loads the graph to be compared; `say` gets a line for each step. Raises VerificationError, and writes
-    nothing, when ONNX and PyTorch disagree.
+    `open_graph` loads the graphs to be compared; without ONNX Runtime they are kept as not verified. `say` gets a line for
+    each step. Raises VerificationError, and writes nothing, when ONNX and PyTorch disagree.
     """
-    torch = require("torch", "export a model")
-    onnx = require("onnx", "export a model")
-    from swin_deploy.models.swin import SwinForImageClassification
-
+    require("torch", "export a model")
+    require("onnx", "export a model")
     config = checkpoint.config
     preprocessor = _preprocessor(checkpoint, say)
-    image_size = _image_size(preprocessor, config, say)
+    sizes = tuple(dict.fromkeys(image_sizes)) or (_image_size(preprocessor, config, say),)
     facts = {
         "name": path.resolve().name,
         "variant": variant,
-        "task": "image-classification",
-        "semantics": "hf",
+        "task": task.to_dict(),
+        "semantics": config.semantics,
         "source": checkpoint.source,
-        "image_size": list(image_size),
-        "inputs": [TensorSpec(INPUT, "float32", ("batch", config.num_channels, *image_size)).to_dict()],
-        "outputs": [TensorSpec(OUTPUT, "float32", ("batch", config.num_labels or config.hidden_size)).to_dict()],
         "tools": tool_versions(TOOLS),
     }
     with create_bundle(path, replace=replace, facts=facts) as draft:
-        say(f"Loading {checkpoint.source}")
-        network = SwinForImageClassification(config, image_size, checkpoint.tensors).eval()
-        _check_size(network)
-        say("Running PyTorch on the reference inputs")
-        reference = _reference(torch, network, config, image_size)
-        say("Tracing to ONNX")
-        model, records = onnx_from_torch(network, config, image_size)
-        file = graph_file("fp32")
-        entry = {
-            "precision": "fp32",
-            "opset": OPSET,
-            "parent": None,
-            "passes": [{"name": r.name, "count": r.count} for r in records],
-        }
-        draft.add(file, entry, writer(model))
-        del model
-        onnx.checker.check_model(str(draft.path / file), full_check=True)
-        say("Comparing ONNX with PyTorch")
-        verdict, reference = _verdict(torch, network, reference, open_graph, draft, file)
-        draft.files[file]["agreement"] = verdict.to_dict() if verdict else "not verified"
-        draft.add_json(CONFIG, checkpoint.raw_config or config.to_dict())
-        draft.add_json(PREPROCESSOR, checkpoint.preprocessor or preprocessor.to_dict())
-        draft.add(REFERENCE, {}, reference.save)
-    return Bundle.open(path), verdict
+        shared = WeightFile(draft.path / weights_file("fp32")) if len(sizes) > 1 else None
+        for number, size in enumerate(sizes):
+            _add_graph(draft, checkpoint, task, size, None if number == 0 else size, shared, open_graph, say)
+        raw = dict(checkpoint.raw_config or config.to_dict())
+        draft.add_json(CONFIG, raw if config.semantics == "hf" else {**raw, "semantics": config.semantics})
+        draft.add_json(PREPROCESSOR, _preprocessor_config(checkpoint, preprocessor, sizes[0]))
+    return Bundle.open(path)
 
 
 def tool_versions(names: tuple[str, ...]) -> dict[str, str]:
@@ -91,50 +79,97 @@ def tool_versions(names: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def _reference(torch: Any, network: torch.nn.Module, config: SwinConfig, image_size: tuple[int, int]) -> Reference:
-    inputs = sample_inputs(config.num_channels, image_size)
-    with torch.no_grad():
-        logits = network(torch.from_numpy(inputs)).numpy()
-    return Reference(inputs, logits)
+def _add_graph(
+    draft: Draft,
+    checkpoint: Checkpoint,
+    task: TaskSpec,
+    size: Size,
+    further: Size | None,
+    shared: WeightFile | None,
+    open_graph: OpenGraph,
+    say: Say,
+) -> None:
+    """Makes the graph for images of `size` and its certificate; `further` is the size in their names, None for the first."""
+    import onnx
 
+    from swin_deploy.models.swin import SwinNetwork
 
-def _verdict(
-    torch: Any, network: torch.nn.Module, reference: Reference, open_graph: OpenGraph, draft: Draft, file: str
-) -> tuple[Verdict | None, Reference]:
+    config = checkpoint.config
+    at = f" at {size_text(size)}" if shared else ""
+    say(f"Loading {checkpoint.source}{at}")
+    network = SwinNetwork(config, size, checkpoint.tensors, task).eval()
+    say(f"Running PyTorch on the reference inputs{at}")
+    reference = _reference(network, size)
+    say(f"Tracing to ONNX{at}")
+    traced = onnx_from_torch(network, size)
+    file = graph_file("fp32", further)
+    entry: dict[str, Any] = {
+        "precision": "fp32",
+        "opset": OPSET,
+        "image_size": list(size),
+        "inputs": [spec.to_dict() for spec in task.inputs(config, size)],
+        "outputs": [spec.to_dict() for spec in output_specs(traced.model)],
+        "reference": reference_file(further),
+        "parent": None,
+        "passes": [{"name": record.name, "count": record.count} for record in traced.passes],
+    }
+    if shared is None and weight_bytes(traced.weights) > PROTOBUF_LIMIT:
+        shared = WeightFile(draft.path / weights_file("fp32"))
+    if shared is None:
+        embed_weights(traced.model, traced.weights)
+    else:
+        entry["weights"] = weights_file("fp32")
+        with disk_errors(shared.path):
+            shared.path.parent.mkdir(parents=True, exist_ok=True)
+            shared.take(traced.model, traced.weights)
+        draft.add(weights_file("fp32"), {}, lambda target: None)  # it is there already; this takes its sha256
+    draft.add(file, entry, writer(traced.model))
+    del network, traced  # the weights may be most of the memory, and the comparison loads them once more
+    onnx.checker.check_model(str(draft.path / file), full_check=True)
+    say(f"Comparing ONNX with PyTorch{at}")
     try:
         verdict = check_graph(reference, open_graph, draft.path / file, file, "fp32")
     except MissingDependencyError:
-        return None, reference
-    if verdict.agreement.finite and not verdict.verified:
-        # Some weights amplify rounding beyond any fixed bound; how far PyTorch is from itself in float64 tells.
-        with torch.no_grad():
-            exact = network.double()(torch.from_numpy(reference.pixel_values).double()).numpy()
-        noise = float((((reference.logits - exact) ** 2).sum(axis=1) ** 0.5 / ((exact**2).sum(axis=1) ** 0.5)).max())
-        reference = Reference(reference.pixel_values, reference.logits, noise)
-        verdict = Verdict(file, "fp32", verdict.backend, verdict.agreement, reference.tolerance("fp32"))
-    if not verdict.verified:
-        problem = (
-            f"they differ by {verdict.agreement.relative_l2:.2e} (relative L2), and {verdict.tolerance:.0e} is allowed"
-            if verdict.agreement.finite
-            else "the outputs hold NaN or infinity"
-        )
-        raise VerificationError(
-            f"The ONNX graph does not answer as PyTorch does: {problem}. Nothing was written. Install the versions in "
-            f"constraints.txt, and please report it."
-        )
-    return verdict, reference
+        draft.files[file]["agreement"] = "not verified"
+    else:
+        if not verdict.verified:
+            # Some weights amplify rounding beyond any fixed bound; how far PyTorch is from itself in float64 tells.
+            reference = _with_noise(SwinNetwork(config, size, checkpoint.tensors, task).eval(), reference)
+            verdict = dataclasses.replace(
+                verdict, tolerances={name: reference.tolerance("fp32", name) for name in reference.outputs}
+            )
+        if not verdict.verified:
+            raise VerificationError(
+                f"The ONNX graph does not answer as PyTorch does: {verdict.complaint()}. Nothing was written. Install the "
+                f"versions in constraints.txt, and please report it."
+            )
+        draft.files[file]["agreement"] = verdict.to_dict()
+    draft.add(reference_file(further), {}, reference.save)
 
 
-def _check_size(network: torch.nn.Module) -> None:
-    size = sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
-    if size > PROTOBUF_LIMIT:
-        raise ExportError(
-            f"The ONNX graph would hold {size / 1e9:.1f} GB of weights; this release writes a single file, of at most "
-            f"{PROTOBUF_LIMIT / 1e9:.1f} GB. Every published Swin up to SwinV2-L at 384 pixels fits."
-        )
+def _reference(network: SwinNetwork, size: Size) -> Reference:
+    import torch
+
+    feeds = sample_inputs(network.task.inputs(network.config, size))
+    with torch.no_grad():
+        outputs = network.named(*(torch.from_numpy(feed) for feed in feeds.values()))
+    return Reference(feeds, {name: output.contiguous().numpy() for name, output in outputs.items()})
 
 
-def _image_size(preprocessor: Preprocessor, config: SwinConfig, say: Say) -> tuple[int, int]:
+def _with_noise(network: SwinNetwork, reference: Reference) -> Reference:
+    import torch
+
+    from swin_deploy.compare import compare
+
+    feeds = [torch.from_numpy(feed) for feed in reference.feeds.values()]
+    with torch.no_grad():
+        exact = network.double().named(*(feed.double() if feed.is_floating_point() else feed for feed in feeds))
+    noise = {name: compare(reference.outputs[name], output.numpy()).relative_l2 for name, output in exact.items()}
+    finite = {name: value for name, value in noise.items() if value != float("inf")}
+    return dataclasses.replace(reference, noise=finite)
+
+
+def _image_size(preprocessor: Preprocessor, config: SwinConfig, say: Say) -> Size:
     """What the checkpoint's image processor makes of every image, which is what its network is run at."""
     if preprocessor.do_center_crop and preprocessor.crop_size is not None:
         size = preprocessor.crop_size
@@ -143,16 +178,21 @@ def _image_size(preprocessor: Preprocessor, config: SwinConfig, say: Say) -> tup
     else:
         return config.image_size
     if size != config.image_size:
-        say(f"The image processor makes images of {size[0]} x {size[1]} pixels, and so the graph is made for that size")
+        say(f"The image processor makes images of {size_text(size)} pixels, and so the graph is made for that size")
     return size
+
+
+def _preprocessor_config(checkpoint: Checkpoint, preprocessor: Preprocessor, size: Size) -> dict[str, Any]:
+    """preprocessor_config.json for the bundle: the checkpoint's own, unless the graph is for another size than it makes."""
+    if checkpoint.preprocessor is not None and _image_size(preprocessor, checkpoint.config, lambda line: None) == size:
+        return dict(checkpoint.preprocessor)
+    if preprocessor.do_center_crop:
+        return dataclasses.replace(preprocessor, crop_size=size).to_dict()
+    return dataclasses.replace(preprocessor, size=size, shortest_edge=None).to_dict()
 
 
 def _preprocessor(checkpoint: Checkpoint, say: Say) -> Preprocessor:
     config = checkpoint.config
-    if config.num_channels != 3:
-        raise CheckpointError(
-            f"This Swin takes {config.num_channels} channels; this release exports networks for images of 3 channels."
-        )
     found = checkpoint.preprocessor
     if found is None:
         if not checkpoint.source.startswith("random weights"):
@@ -165,7 +205,6 @@ def _preprocessor(checkpoint: Checkpoint, say: Say) -> Preprocessor:
             f"uses. Replace the file by one of that kind if the model was trained so."
         )
     try:
-        preprocessor = Preprocessor.from_dict(found)
+        return Preprocessor.from_dict(found)
     except InputError as error:
         raise CheckpointError(f"preprocessor_config.json: {error}") from error
-    return preprocessor

@@ -7,47 +7,56 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swin_deploy.config import SwinConfig
 from swin_deploy.errors import ExportError
 from swin_deploy.requires import require
+from swin_deploy.specs import Size, TensorSpec
 
 from .passes import PASSES, PassRecord, run_passes
+from .weights import Weights, take_weights
 
 if TYPE_CHECKING:
     import onnx
-    import torch
+
+    from swin_deploy.models.swin import SwinNetwork
 
 OPSET = 20  # the first with Gelu as one operator; every runtime since 2024 reads it
-INPUT, OUTPUT = "pixel_values", "logits"  # as optimum and transformers.js name them
 
 # All that a Swin in window order consists of. Anything else (Shape, If, Loop, Pad, ...) means that something depends on
 # the input's size at run time, which costs speed everywhere and fusions in TensorRT.
 # fmt: off
 OPERATORS = frozenset({
     "Add", "Clip", "Conv", "Div", "Gather", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Mul", "ReduceL2", "ReduceMean",
-    "Relu", "Reshape", "Sigmoid", "Slice", "Softmax", "Tanh", "Transpose",
+    "Relu", "Reshape", "Sigmoid", "Slice", "Softmax", "Tanh", "Transpose", "Where", "Unsqueeze",
 })
 # fmt: on
 
 
-def onnx_from_torch(
-    network: torch.nn.Module, config: SwinConfig, image_size: tuple[int, int]
-) -> tuple[onnx.ModelProto, tuple[PassRecord, ...]]:
-    """The checked fp32 graph of `network`, and what each rewrite did.
+@dataclass(frozen=True)
+class Traced:
+    """An fp32 graph, the weights that it refers to (they share the network's memory), and what each rewrite did."""
 
-    Input `pixel_values` [batch, channels, height, width], output `logits` [batch, labels], both float32. Raises
-    ExportError (PassError) when the exporter's graph is not what this release was written for.
+    model: onnx.ModelProto
+    weights: Weights
+    passes: tuple[PassRecord, ...]
+
+
+def onnx_from_torch(network: SwinNetwork, image_size: Size) -> Traced:
+    """The fp32 graph of `network`, traced and rewritten.
+
+    Inputs and outputs are those of the network's task, float32 and bool. Raises ExportError (PassError) when the exporter's
+    graph is not what this release was written for.
     """
     require("onnxscript", "export to ONNX")
-    model = _traced(network, config, image_size)
+    model, weights = _traced(network, image_size)
     _name_by_module(model)
     gs = require("onnx_graphsurgeon", "rewrite the ONNX graph")
     graph = gs.import_onnx(model)
-    records = run_passes(graph, config, PASSES)
-    graph.name = f"swin_v{config.version}"
+    records = run_passes(graph, network.config, PASSES)
+    graph.name = f"swin_v{network.config.version}"
     graph.producer_name = "swin-deploy"
     model = gs.export_onnx(graph)
     foreign = sorted({node.op_type for node in model.graph.node} - OPERATORS)
@@ -56,21 +65,36 @@ def onnx_from_torch(
             f"The exporter left operators in the graph that a Swin with fixed sizes does not need: {', '.join(foreign)}. "
             f"Install the versions in constraints.txt, and please report it."
         )
-    return model, records
+    return Traced(model, weights, records)
 
 
-def _traced(network: torch.nn.Module, config: SwinConfig, image_size: tuple[int, int]) -> Any:
+def output_specs(model: onnx.ModelProto) -> tuple[TensorSpec, ...]:
+    """Names, types and shapes of the outputs of `model`, as the graph declares them."""
+    import onnx
+
+    specs = []
+    for value in model.graph.output:
+        tensor = value.type.tensor_type
+        shape = tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or "?") for d in tensor.shape.dim)
+        specs.append(TensorSpec(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape))
+    return tuple(specs)
+
+
+def _traced(network: SwinNetwork, image_size: Size) -> tuple[Any, dict[str, Any]]:
+    import onnx_ir
     import torch
 
     # A batch of two: a batch of one would be taken for a constant.
-    example = torch.zeros(2, config.num_channels, *image_size)
+    specs = network.task.inputs(network.config, image_size)
+    examples = [torch.zeros(2, *(int(n) for n in spec.shape[1:]), dtype=getattr(torch, spec.dtype)) for spec in specs]
+    batch = torch.export.Dim("batch")
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             network,
-            (example,),
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            tuple(examples),
+            input_names=[spec.name for spec in specs],
+            output_names=list(network.output_names),
+            dynamic_shapes=tuple({0: batch} for _ in specs),
             opset_version=OPSET,
             dynamo=True,
             external_data=False,
@@ -78,7 +102,8 @@ def _traced(network: torch.nn.Module, config: SwinConfig, image_size: tuple[int,
         )
     if program is None:
         raise ExportError("torch.onnx.export returned no program. Install the versions in constraints.txt.")
-    return program.model_proto
+    weights = take_weights(program.model.graph)
+    return onnx_ir.to_proto(program.model), weights
 
 
 def writer(model: onnx.ModelProto) -> Callable[[Path], None]:

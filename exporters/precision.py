@@ -15,6 +15,7 @@ import numpy as np
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import ExportError
 from swin_deploy.requires import require
+from swin_deploy.tasks import TaskSpec
 
 from .passes.base import Graph, Pass, PassRecord, run_passes
 
@@ -25,25 +26,26 @@ if TYPE_CHECKING:
 COSINE = ("ReduceL2", "Clip", "Div", "Mul")
 
 
-def fp16_from_fp32(model: onnx.ModelProto, config: SwinConfig) -> tuple[onnx.ModelProto, tuple[PassRecord, ...]]:
+def fp16_from_fp32(
+    model: onnx.ModelProto, config: SwinConfig, task: TaskSpec
+) -> tuple[onnx.ModelProto, tuple[PassRecord, ...]]:
     """The typed fp16 graph, and the record of the rewrite. Raises ExportError where a weight does not fit into fp16."""
     gs = require("onnx_graphsurgeon", "write the fp16 graph")
     graph = gs.import_onnx(model)
-    records = run_passes(graph, config, (FP16_TYPES,))
+    records = run_passes(graph, config, (fp16_types(task),))
     return gs.export_onnx(graph), records
 
 
-def rewrite(graph: Graph) -> int:
-    """The number of Casts inserted: one wherever a value crosses between fp32 and fp16."""
-    return assign_types(graph, wide=cosine_islands(graph), narrow=np.dtype(np.float16))
+def fp16_types(task: TaskSpec) -> Pass:
+    """The pass; it inserts a Cast wherever a value crosses between fp32 and fp16.
 
-
-def expected(config: SwinConfig) -> int:
-    """One behind the input, one before the output, and one on either side of each island."""
-    return 2 + (2 * config.blocks if config.version == 2 else 0)
-
-
-FP16_TYPES = Pass("fp16_types", rewrite, expected)
+    There is one behind the image, one before each output, and one on either side of each island.
+    """
+    return Pass(
+        "fp16_types",
+        lambda graph: assign_types(graph, wide=cosine_islands(graph), narrow=np.dtype(np.float16)),
+        lambda config: 1 + len(task.output_names(config)) + (2 * config.blocks if config.version == 2 else 0),
+    )
 
 
 def cosine_islands(graph: Graph) -> Set[str]:
@@ -94,6 +96,8 @@ def assign_types(graph: Graph, wide: Set[str], narrow: np.dtype[Any]) -> int:
     for position, output in enumerate(graph.outputs):
         if output.name in floating and not is_wide[output.name]:
             inner = gs.Variable(f"{output.name}_{narrow.name}", narrow, output.shape)
+            for consumer in list(output.outputs):
+                consumer.inputs = [inner if t is output else t for t in consumer.inputs]
             output.inputs[0].outputs = [inner if t is output else t for t in output.inputs[0].outputs]
             graph.nodes.append(
                 gs.Node("Cast", f"{output.name}/Cast_float32", {"to": _onnx_type(np.dtype(np.float32))}, [inner], [output])

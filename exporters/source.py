@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError, UsageError
 from swin_deploy.requires import require
+from swin_deploy.tasks import TaskSpec
 from swin_deploy.variants import Variant, find_variant
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def checkpoint_from_request(
     weights: str | os.PathLike[str] | None,
     random_weights: bool,
     seed: int,
+    task: TaskSpec,
     say: Callable[[str], None],
 ) -> tuple[Checkpoint, str]:
     """The checkpoint to export, and the bundle's name. Raises UsageError when the request names none, or two."""
@@ -42,21 +44,21 @@ def checkpoint_from_request(
     if weights is None:
         assert variant is not None
         assert variant_name is not None
-        if variant.task != "image-classification":
+        if variant.task == "masked-image-modeling" and task.name == "image-classification":
             raise UsageError(
-                f"{variant.name} was published with a {variant.task} head, and this release exports image classifiers. "
-                f"Choose a classifier from swin-deploy variants."
+                f"{variant.name} was published for masked image modelling and has no classes. Export it with "
+                f"--task masked-image-modeling, or as --task feature-extraction or backbone."
             )
         name = _bundle_name(variant_name)
         if random_weights:
-            return checkpoints.random_checkpoint(variant.config(), seed), name
+            return checkpoints.random_checkpoint(variant.config(), task, seed), name
         if variant.hub_id is None:
             raise CheckpointError(
                 f"{variant.name} has no repository in Hugging Face format. Give a converted checkpoint with "
                 f"--weights FOLDER, or try the pipeline with --random-weights."
             )
         say(f"Looking for {variant.hub_id} in the Hugging Face cache, then on the hub")
-        checkpoint = checkpoints.checkpoint_from_hub(variant.hub_id)
+        checkpoint = checkpoints.checkpoint_from_hub(variant.hub_id, task)
     else:
         folder = Path(weights)
         if folder.exists():
@@ -65,9 +67,9 @@ def checkpoint_from_request(
                     f"{folder} is a file; expected the folder around it, with config.json and model.safetensors, as "
                     f"transformers' save_pretrained writes it."
                 )
-            checkpoint = checkpoints.checkpoint_from_folder(folder)
+            checkpoint = checkpoints.checkpoint_from_folder(folder, task)
         elif HUB_ID.fullmatch(str(weights)) and not str(weights).startswith("."):
-            checkpoint = checkpoints.checkpoint_from_hub(str(weights))
+            checkpoint = checkpoints.checkpoint_from_hub(str(weights), task)
         else:
             raise CheckpointError(
                 f"There is no folder {folder}. Expected a folder with config.json and model.safetensors, or a hub id such "

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from swin_deploy.exporters.build import Built
     from swin_deploy.reference import Verdict
     from swin_deploy.runtimes.model import Model
+    from swin_deploy.tasks import TaskSpec
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "build_engine", "export", "load", "verify"]
@@ -50,26 +51,37 @@ def export(
     random_weights: bool = False,
     seed: int = 0,
     output: str | os.PathLike[str] | None = None,
+    task: str | TaskSpec = "image-classification",
+    image_sizes: Sequence[tuple[int, int]] = (),
     force: bool = False,
     say: Say = _silent,
 ) -> Bundle:
     """The bundle that a checkpoint was exported to, compared with PyTorch before it is kept.
 
     `variant` is a name of `swin-deploy variants`; `weights` a folder that transformers' save_pretrained wrote, or a hub id,
-    and otherwise the variant's own hub id; `random_weights` takes reproducible random ones instead. The bundle is written
+    and otherwise the variant's own hub id; `random_weights` takes reproducible random ones instead. `task` is one of
+    tasks.TASKS, or a TaskSpec with its options; `image_sizes` are (height, width) in pixels, one graph each, by default the
+    checkpoint's own. The bundle is written
     to `output`, by default a folder of the variant's (or checkpoint's) name in the current directory; `force` replaces a
     bundle that is there. `say` gets a line for each step. Raises errors.SwinDeployError with nothing written.
     """
     from swin_deploy.exporters.export import bundle_from_checkpoint
     from swin_deploy.exporters.source import checkpoint_from_request
     from swin_deploy.runtimes.backends import runtime_from_onnx
+    from swin_deploy.tasks import TaskSpec
 
-    checkpoint, name = checkpoint_from_request(variant, weights, random_weights, seed, say)
-    target = Path(name if output is None else output)
-    bundle, _ = bundle_from_checkpoint(
-        checkpoint, target, variant=variant, replace=force, open_graph=runtime_from_onnx, say=say
+    spec = TaskSpec(task) if isinstance(task, str) else task
+    checkpoint, name = checkpoint_from_request(variant, weights, random_weights, seed, spec, say)
+    return bundle_from_checkpoint(
+        checkpoint,
+        Path(name if output is None else output),
+        variant=variant,
+        task=spec,
+        image_sizes=image_sizes,
+        replace=force,
+        open_graph=runtime_from_onnx,
+        say=say,
     )
-    return bundle
 
 
 def build_engine(

@@ -30,7 +30,7 @@ from typing import Any
 from swin_deploy.errors import BundleError
 
 MANIFEST = "manifest.json"
-CONFIG, PREPROCESSOR, REFERENCE = "config.json", "preprocessor_config.json", "reference.npz"
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 SCHEMA = 1
 
 Entry = dict[str, Any]
@@ -67,8 +67,16 @@ class Bundle:
         files: Mapping[str, Entry] = self.manifest["files"]
         return files
 
+    @property
+    def graphs(self) -> Mapping[str, Entry]:
+        """The ONNX graphs: path inside the bundle -> entry, the first image size before the others."""
+        return {file: entry for file, entry in self.files.items() if file.endswith(".onnx")}
+
     def verified_path(self, file: str) -> Path:
-        """The path of `file`, after its sha256 was found to be the manifest's. Raises BundleError when it is not."""
+        """The path of `file`, after its sha256 was found to be the manifest's, and that of the weights it refers to.
+
+        Raises BundleError when one is not.
+        """
         entry = self.files.get(file)
         if entry is None:
             raise BundleError(f"The bundle {self.path} has no {file}. It holds: {', '.join(sorted(self.files))}.")
@@ -82,6 +90,8 @@ class Bundle:
                 f"{path} is not the file that was exported: its sha256 is {actual[:12]}..., the manifest says "
                 f"{entry['sha256'][:12]}.... It was changed or damaged; export the bundle again."
             )
+        if entry.get("weights"):
+            self.verified_path(entry["weights"])
         return path
 
     def read_json(self, file: str) -> dict[str, Any]:

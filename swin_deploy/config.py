@@ -14,6 +14,9 @@ from swin_deploy.errors import CheckpointError
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish")
 
+# Systems whose Swin differs where a feature map is not a multiple of the window, or not larger than it (models/windows.py).
+SEMANTICS = ("hf", "timm", "microsoft", "torchvision")
+
 # Names that look like Swin and are other networks, with what they are.
 OTHER_FAMILIES = {
     "swin2sr": "Swin2SR, an image super-resolution network",
@@ -43,6 +46,10 @@ class SwinConfig:
     layer_norm_eps: float = 1e-5
     encoder_stride: int = 32
     pretrained_window_sizes: tuple[int, ...] = (0, 0, 0, 0)  # V2 only; 0 = trained at `window_size`
+    out_features: tuple[str, ...] = ()  # what a backbone gives; empty: its last stage
+    patch_norm: bool = True  # whether the patch embedding ends in a LayerNorm; Microsoft's code can leave it out
+    backbone_maps: bool = True  # whether a V1 backbone's hidden states are maps (transformers 5) or token lists (4)
+    semantics: str = "hf"  # whose rules for windows, shifts, padding and masks hold; see SEMANTICS
     id2label: Mapping[int, str] = field(default_factory=lambda: {0: "LABEL_0", 1: "LABEL_1"})
 
     def __post_init__(self) -> None:
@@ -68,6 +75,7 @@ class SwinConfig:
             self.hidden_act in ACTIVATIONS,
             f'hidden_act is "{self.hidden_act}", which is not supported; supported: {", ".join(ACTIVATIONS)}',
         )
+        _check(self.semantics in SEMANTICS, f'semantics is "{self.semantics}", expected one of {", ".join(SEMANTICS)}')
         _check(self.mlp_ratio > 0 and self.layer_norm_eps > 0, "mlp_ratio and layer_norm_eps must be positive")
         if self.version == 2:
             _check(
@@ -104,19 +112,32 @@ class SwinConfig:
         return int(self.mlp_ratio * self.width(stage))
 
     def grid(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
-        """Patches (rows, columns) of an image; a remainder counts as a whole patch, because it is zero-padded."""
+        """Patches (rows, columns) of an image. A remainder counts as a whole patch, because it is zero-padded;
+        torchvision drops it instead.
+        """
         height, width = image_size or self.image_size
+        if self.semantics == "torchvision":
+            return height // self.patch_size[0], width // self.patch_size[1]
         return math.ceil(height / self.patch_size[0]), math.ceil(width / self.patch_size[1])
 
-    def trained_window(self, stage: int) -> int:
-        """The side of the window that the parameters of `stage` are made for.
+    def table_window(self, stage: int) -> tuple[int, int]:
+        """Height and width of the window that the parameters of `stage` are made for.
 
-        V2 shrinks it at construction to the configured feature map (its height, for both axes); V1 never does.
+        Where the configured feature map is smaller than the window, every system has its own rule: Hugging Face V1 and
+        torchvision keep the window, Hugging Face V2 goes by the height for both axes, timm by each axis, Microsoft by the
+        shorter side.
         """
-        if self.version == 1:
-            return self.window_size[stage]
-        rows = self.image_size[0] // self.patch_size[0] >> stage
-        return min(rows, self.window_size[stage])
+        window = self.window_size[stage]
+        if self.semantics == "torchvision" or (self.semantics == "hf" and self.version == 1):
+            return window, window
+        rows, columns = self.grid()
+        if self.semantics == "hf":
+            side = min(self.image_size[0] // self.patch_size[0] >> stage, window)
+            return side, side
+        if self.semantics == "timm":
+            return min(-(-rows // 2**stage), window), min(-(-columns // 2**stage), window)
+        side = min(rows >> stage, columns >> stage, window)
+        return side, side
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> SwinConfig:
@@ -166,6 +187,12 @@ class SwinConfig:
             "id2label": {str(i): label for i, label in self.id2label.items()},
             "label2id": {label: i for i, label in self.id2label.items()},
         }
+        if self.out_features:
+            raw["out_features"] = list(self.out_features)
+        if self.semantics != "hf":
+            raw["semantics"] = self.semantics
+        if not self.patch_norm:
+            raw["patch_norm"] = False
         if self.version == 2:
             raw["pretrained_window_sizes"] = list(self.pretrained_window_sizes)
         return raw
@@ -236,7 +263,25 @@ def _fields_from_json(raw: Mapping[str, Any], version: int) -> dict[str, Any]:
     if version == 2 and "pretrained_window_sizes" not in values:
         values["pretrained_window_sizes"] = (0,) * stages
     values["id2label"] = _labels(raw)
+    values["out_features"] = _out_features(raw, stages)
+    values["backbone_maps"] = version == 1 and not str(raw.get("transformers_version", "")).startswith("4.")
+    values["semantics"] = str(raw.get("semantics", "hf"))
+    values["patch_norm"] = bool(raw.get("patch_norm", True))
     return values
+
+
+def _out_features(raw: Mapping[str, Any], stages: int) -> tuple[str, ...]:
+    names = ("stem", *(f"stage{i + 1}" for i in range(stages)))
+    if raw.get("out_features") is not None:
+        wanted = tuple(str(name) for name in raw["out_features"])
+    elif raw.get("out_indices") is not None:
+        wanted = tuple(names[index] for index in _integers(raw["out_indices"]))
+    else:
+        return ()
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        raise ValueError(f"out_features names {unknown[0]!r}, and this network has {', '.join(names)}")
+    return wanted
 
 
 def _labels(raw: Mapping[str, Any]) -> dict[int, str]:

@@ -1,26 +1,27 @@
 """The parity certificate of a bundle: inputs, what fp32 PyTorch answered to them, and the check of a graph against it.
 
-PyTorch's answers travel in the bundle (reference.npz), so that any machine can repeat the comparison without torch and
-without the checkpoint.
+PyTorch's answers travel in the bundle (reference.npz, one for each image size), so that any machine can repeat the
+comparison without torch and without the checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from swin_deploy.bundle import REFERENCE, Bundle
+from swin_deploy.bundle import Bundle
 from swin_deploy.compare import TOLERANCES, Agreement, compare
 from swin_deploy.errors import BundleError
-from swin_deploy.specs import PRECISIONS, TensorSpec, graph_file
+from swin_deploy.specs import TensorSpec
 
 SEED = 20210325  # the day of the first Swin paper; any number would do
+Arrays = Mapping[str, NDArray[Any]]
 
 
 class Runnable(Protocol):
@@ -38,103 +39,153 @@ OpenGraph = Callable[[Path], AbstractContextManager[Runnable]]
 
 @dataclass(frozen=True)
 class Reference:
-    """Inputs [samples, channels, height, width] and PyTorch's logits [samples, classes], both float32.
+    """Inputs by name, each with the samples first, and PyTorch's outputs by name, float32.
 
-    `noise` is how far fp32 PyTorch itself is from float64 PyTorch (relative L2); 0 where that was not needed.
+    `noise` is how far fp32 PyTorch itself is from float64 PyTorch, by output (relative L2); empty where that was not needed.
     """
 
-    pixel_values: NDArray[np.float32]
-    logits: NDArray[np.float32]
-    noise: float = 0.0
+    feeds: Arrays
+    outputs: Arrays
+    noise: Mapping[str, float] = field(default_factory=dict)
 
-    def tolerance(self, precision: str) -> float:
-        """The relative L2 distance up to which a graph counts as verified: fixed, but not below 4 times the noise."""
-        return max(TOLERANCES[precision], 4 * self.noise)
+    @property
+    def samples(self) -> int:
+        return len(next(iter(self.feeds.values())))
+
+    def tolerance(self, precision: str, output: str) -> float:
+        """The relative L2 distance up to which an output counts as verified: fixed, but not below 4 times the noise."""
+        return max(TOLERANCES[precision], 4 * self.noise.get(output, 0.0))
 
     def save(self, path: Path) -> None:
-        """Writes reference.npz; the inputs fit into float16 without loss (see `sample_inputs`)."""
+        """Writes the certificate; floating-point inputs fit into float16 without loss (see `sample_inputs`)."""
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, feed in self.feeds.items():
+            arrays[f"input/{name}"] = feed.astype(np.float16) if feed.dtype == np.float32 else feed
+        arrays |= {f"output/{name}": output for name, output in self.outputs.items()}
+        arrays |= {f"noise/{name}": np.float64(noise) for name, noise in self.noise.items()}  # type: ignore[misc]
         with path.open("wb") as file:
-            np.savez_compressed(
-                file,
-                pixel_values=self.pixel_values.astype(np.float16),
-                logits=self.logits,
-                noise=np.float64(self.noise),
-            )
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod
-    def load(cls, bundle: Bundle) -> Reference:
-        """The certificate in `bundle`, checked against its sha256 first."""
+    def load(cls, bundle: Bundle, file: str) -> Reference:
+        """The certificate `file` of `bundle`, checked against its sha256 first."""
         try:
-            with np.load(bundle.verified_path(REFERENCE), allow_pickle=False) as arrays:
-                return cls(arrays["pixel_values"].astype(np.float32), arrays["logits"], float(arrays["noise"]))
+            with np.load(bundle.verified_path(file), allow_pickle=False) as arrays:
+                parts: dict[str, dict[str, NDArray[Any]]] = {"input": {}, "output": {}, "noise": {}}
+                for key in arrays:
+                    kind, name = key.split("/", 1)
+                    parts[kind][name] = arrays[key]
         except (KeyError, ValueError) as error:
-            raise BundleError(f"{bundle.path / REFERENCE} cannot be read ({error}). Export the bundle again.") from error
+            raise BundleError(f"{bundle.path / file} cannot be read ({error}). Export the bundle again.") from error
+        feeds = {n: a.astype(np.float32) if a.dtype == np.float16 else a for n, a in parts["input"].items()}
+        return cls(feeds, parts["output"], {name: float(value) for name, value in parts["noise"].items()})
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How one graph of a bundle compares with PyTorch. `agreement` is over a batch of all samples and over each alone."""
+    """How one graph of a bundle compares with PyTorch, by output: over a batch of all samples and over each alone."""
 
     file: str
     precision: str
     backend: str
-    agreement: Agreement
-    tolerance: float
+    agreements: Mapping[str, Agreement]
+    tolerances: Mapping[str, float]
 
     @property
     def verified(self) -> bool:
-        return self.agreement.within(self.tolerance)
+        return all(agreement.within(self.tolerances[name]) for name, agreement in self.agreements.items())
+
+    @property
+    def worst(self) -> str:
+        """The output that is furthest from PyTorch, by what is allowed to it."""
+        return max(self.agreements, key=lambda n: (not self.agreements[n].finite, self.excess(n)))
+
+    @property
+    def agreement(self) -> Agreement:
+        """The agreement of the worst output."""
+        return self.agreements[self.worst]
+
+    @property
+    def tolerance(self) -> float:
+        """What is allowed to the worst output."""
+        return self.tolerances[self.worst]
+
+    def excess(self, output: str) -> float:
+        return self.agreements[output].relative_l2 / self.tolerances[output]
+
+    def complaint(self) -> str:
+        """What is wrong, for the middle of a sentence."""
+        if not self.agreement.finite:
+            return f"the output {self.worst} holds NaN or infinity"
+        return (
+            f"the output {self.worst} differs by {self.agreement.relative_l2:.2e} (relative L2), "
+            f"and {self.tolerance:.0e} is allowed"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """What the manifest keeps of it."""
+        outputs = {
+            name: {"tolerance_relative_l2": self.tolerances[name], **agreement.to_dict()}
+            for name, agreement in self.agreements.items()
+        }
         return {
             "verified": self.verified,
             "against": "PyTorch fp32",
             "backend": self.backend,
             "tolerance_relative_l2": self.tolerance,
             **self.agreement.to_dict(),
+            "worst_output": self.worst,
+            "outputs": outputs,
         }
 
 
-def sample_inputs(channels: int, image_size: tuple[int, int], seed: int = SEED) -> NDArray[np.float32]:
-    """Two images [2, channels, height, width] as the preprocessing would leave them: noise, and smooth blobs.
+def sample_inputs(specs: tuple[TensorSpec, ...], seed: int = SEED) -> dict[str, NDArray[Any]]:
+    """Two samples for every input: images of noise and of smooth blobs, as the preprocessing would leave them, and masks.
 
-    Every value is a float16 value, so that the file in the bundle is half as large and loses nothing.
+    Every pixel is a float16 value, so that the file in the bundle is half as large and loses nothing.
     """
     rng = np.random.default_rng(seed)
-    height, width = image_size
-    noise = rng.standard_normal((channels, height, width))
-    coarse = rng.standard_normal((channels, 9, 9))
-    rows, columns = np.linspace(0, 8, height), np.linspace(0, 8, width)
-    smooth = _interpolate(_interpolate(coarse, rows, axis=1), columns, axis=2) * 1.5
-    return np.stack([noise, smooth]).astype(np.float16).astype(np.float32)
+    feeds: dict[str, NDArray[Any]] = {}
+    for spec in specs:
+        shape = tuple(int(size) for size in spec.shape[1:])
+        if spec.dtype == "bool":
+            feeds[spec.name] = rng.random((2, *shape)) < 0.6
+            continue
+        channels, height, width = shape
+        noise = rng.standard_normal(shape)
+        coarse = rng.standard_normal((channels, 9, 9))
+        rows, columns = np.linspace(0, 8, height), np.linspace(0, 8, width)
+        smooth = _interpolate(_interpolate(coarse, rows, axis=1), columns, axis=2) * 1.5
+        feeds[spec.name] = np.stack([noise, smooth]).astype(np.float16).astype(np.float32)
+    return feeds
 
 
 def check_graph(reference: Reference, open_graph: OpenGraph, path: Path, file: str, precision: str) -> Verdict:
     """The verdict on the ONNX graph at `path`, run with all samples at once and with each alone."""
     with open_graph(path) as runtime:
-        name, output = runtime.inputs[0].name, runtime.outputs[0].name
-        together = runtime.run({name: reference.pixel_values})[output]
-        alone = [runtime.run({name: sample[None]})[output] for sample in reference.pixel_values]
+        together = runtime.run(reference.feeds)
+        alone = [
+            runtime.run({name: feed[i : i + 1] for name, feed in reference.feeds.items()}) for i in range(reference.samples)
+        ]
         backend = runtime.title
-    agreement = compare(np.concatenate([together, *alone]), np.concatenate([reference.logits, reference.logits]))
-    return Verdict(file, precision, backend, agreement, reference.tolerance(precision))
+    agreements = {}
+    for name, expected in reference.outputs.items():
+        found = np.concatenate([together[name], *(one[name] for one in alone)])
+        agreements[name] = compare(found, np.concatenate([expected, expected]))
+    tolerances = {name: reference.tolerance(precision, name) for name in reference.outputs}
+    return Verdict(file, precision, backend, agreements, tolerances)
 
 
 def verify_bundle(bundle: Bundle, open_graph: OpenGraph) -> tuple[Verdict, ...]:
     """A verdict on every ONNX graph of `bundle`, run here and now; every file's sha256 is checked first."""
     for file in bundle.files:
         bundle.verified_path(file)
-    reference = Reference.load(bundle)
-    graphs = [(graph_file(p), p) for p in PRECISIONS if graph_file(p) in bundle.files]
-    return tuple(check_graph(reference, open_graph, bundle.path / file, file, p) for file, p in graphs)
-
-
-def _interpolate(values: NDArray[Any], places: NDArray[Any], axis: int) -> NDArray[Any]:
-    low = np.minimum(places.astype(int), values.shape[axis] - 2)
-    part = np.moveaxis(values, axis, -1)
-    weight = places - low
-    return np.moveaxis(part[..., low] * (1 - weight) + part[..., low + 1] * weight, -1, axis)
+    return tuple(
+        check_graph(
+            Reference.load(bundle, entry["reference"]), open_graph, bundle.path / file, file, str(entry["precision"])
+        )
+        for file, entry in bundle.graphs.items()
+    )
 
 
 def described(verdict: Mapping[str, Any] | None) -> str:
@@ -142,3 +193,10 @@ def described(verdict: Mapping[str, Any] | None) -> str:
     if not verdict or not verdict.get("verified"):
         return "not verified"
     return f"verified (relative L2 {verdict['relative_l2']:.1e})"
+
+
+def _interpolate(values: NDArray[Any], places: NDArray[Any], axis: int) -> NDArray[Any]:
+    low = np.minimum(places.astype(int), values.shape[axis] - 2)
+    part = np.moveaxis(values, axis, -1)
+    weight = places - low
+    return np.moveaxis(part[..., low] * (1 - weight) + part[..., low + 1] * weight, -1, axis)

@@ -1,11 +1,15 @@
-"""Small frozen values that several layers share."""
+"""Small frozen values that several layers share, and the names of files in a bundle."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
+from swin_deploy.errors import UsageError
+
 PRECISIONS = ("fp32", "fp16")
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,29 @@ class TensorSpec:
         return f"{self.name}: {self.dtype} [{', '.join(str(size) for size in self.shape)}]"
 
 
-def graph_file(precision: str) -> str:
-    """Where a bundle keeps the ONNX graph of `precision`."""
-    return "onnx/model.onnx" if precision == "fp32" else f"onnx/model_{precision}.onnx"
+def size_from_text(text: str) -> Size:
+    """(height, width) in pixels from "256x320", or from "256" for a square. Raises UsageError for anything else."""
+    match = re.fullmatch(r"([1-9]\d{0,5})(?:[xX]([1-9]\d{0,5}))?", text.strip())
+    if match is None:
+        raise UsageError(f'"{text}" is no image size; expected HEIGHTxWIDTH in pixels such as 256x320, or 256 for a square.')
+    return int(match[1]), int(match[2] or match[1])
+
+
+def size_text(size: Size) -> str:
+    """ "256x320" for (256, 320)."""
+    return f"{size[0]}x{size[1]}"
+
+
+def graph_file(precision: str, size: Size | None = None) -> str:
+    """Where a bundle keeps the ONNX graph of `precision`; `size` is for its further sizes, None for its first."""
+    return "onnx/model" + (f"_{size_text(size)}" if size else "") + ("" if precision == "fp32" else f"_{precision}") + ".onnx"
+
+
+def weights_file(precision: str) -> str:
+    """Where the weights are that the graphs of `precision` share, when they are not inside the graph."""
+    return graph_file(precision) + "_data"
+
+
+def reference_file(size: Size | None = None) -> str:
+    """Where PyTorch's answers for a size are; None for the first."""
+    return "reference.npz" if size is None else f"reference_{size_text(size)}.npz"

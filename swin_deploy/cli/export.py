@@ -5,6 +5,8 @@ from pathlib import Path
 import click
 
 from swin_deploy.cli.output import json_option, print_json, teller
+from swin_deploy.specs import size_from_text
+from swin_deploy.tasks import TASKS, TaskSpec
 
 
 @click.command("export", short_help="Export a checkpoint to a verified ONNX bundle.")
@@ -14,6 +16,17 @@ from swin_deploy.cli.output import json_option, print_json, teller
 )
 @click.option("--random-weights", is_flag=True, help="Take reproducible random weights instead of a checkpoint.")
 @click.option("--seed", default=0, show_default=True, help="The seed of --random-weights.")
+@click.option(
+    "--task", type=click.Choice(TASKS), default=TASKS[0], show_default=True, help="What the ONNX model is to give."
+)
+@click.option(
+    "--image-size", "image_sizes", multiple=True, metavar="HxW", help="In pixels, repeatable. Default: the checkpoint's own."
+)
+@click.option("--output-hidden-states", is_flag=True, help="Give the hidden states of every stage as well.")
+@click.option("--output-attentions", is_flag=True, help="Give the attention of every stage's last block as well.")
+@click.option("--out-features", default="", metavar="NAME,...", help="Of a backbone: stem, stage1, ... Default: its own.")
+@click.option("--use-mask-token", is_flag=True, help="Feature extraction that takes bool_masked_pos.")
+@click.option("--no-pooling-layer", is_flag=True, help="Feature extraction without pooler_output.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle to write. Default: ./NAME.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
 @json_option
@@ -22,6 +35,13 @@ def command(
     weights: str | None,
     random_weights: bool,
     seed: int,
+    task: str,
+    image_sizes: tuple[str, ...],
+    output_hidden_states: bool,
+    output_attentions: bool,
+    out_features: str,
+    use_mask_token: bool,
+    no_pooling_layer: bool,
     output: Path | None,
     force: bool,
     as_json: bool,
@@ -32,17 +52,32 @@ def command(
     """
     import swin_deploy
     from swin_deploy.reference import described
-    from swin_deploy.specs import graph_file
 
     say = teller()
-    bundle = swin_deploy.export(
-        variant, weights=weights, random_weights=random_weights, seed=seed, output=output, force=force, say=say
+    spec = TaskSpec(
+        task,
+        output_hidden_states=output_hidden_states,
+        output_attentions=output_attentions,
+        add_pooling_layer=not no_pooling_layer,
+        use_mask_token=use_mask_token,
+        out_features=tuple(name.strip() for name in out_features.split(",") if name.strip()),
     )
-    entry = bundle.files[graph_file("fp32")]
-    agreement = entry["agreement"] if isinstance(entry["agreement"], dict) else None
-    say(f"Wrote {bundle.path} ({entry['bytes'] / 1e6:.1f} MB of ONNX): {described(agreement)}")
-    if agreement is None:
-        say('ONNX Runtime is not installed, so nothing was compared: pip install "swin-deploy[onnxruntime]"')
+    bundle = swin_deploy.export(
+        variant,
+        weights=weights,
+        random_weights=random_weights,
+        seed=seed,
+        task=spec,
+        image_sizes=[size_from_text(size) for size in image_sizes],
+        output=output,
+        force=force,
+        say=say,
+    )
+    for file, entry in bundle.graphs.items():
+        agreement = entry["agreement"] if isinstance(entry["agreement"], dict) else None
+        say(f"Wrote {bundle.path / file}: {described(agreement)}")
+        if agreement is None:
+            say('ONNX Runtime is not installed, so nothing was compared: pip install "swin-deploy[onnxruntime]"')
     if as_json:
         print_json({"bundle": str(bundle.path), **bundle.manifest})
     else:

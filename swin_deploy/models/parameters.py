@@ -12,20 +12,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swin_deploy.config import SwinConfig
+from swin_deploy.tasks import TaskSpec, stage_names
 
 Shape = tuple[int, ...]
+POSITIONS = "embeddings.position_embeddings"
 
 
-def parameters(config: SwinConfig) -> dict[str, Shape]:
-    """Name -> shape of every parameter of the image classifier, in the order of the network."""
+def parameters(config: SwinConfig, task: TaskSpec | None = None) -> dict[str, Shape]:
+    """Name -> shape of every parameter that `task` uses (default: image classification), in the order of the network."""
+    task = task or TaskSpec()
     c0 = config.embed_dim
     shapes: dict[str, Shape] = {
         "embeddings.patch_embeddings.projection.weight": (c0, config.num_channels, *config.patch_size),
         "embeddings.patch_embeddings.projection.bias": (c0,),
-        **_norm("embeddings.norm", c0),
     }
+    if config.patch_norm:
+        shapes |= _norm("embeddings.norm", c0)
+    if task.masked:
+        shapes["embeddings.mask_token"] = (1, 1, c0)
     if config.use_absolute_embeddings:
-        shapes["embeddings.position_embeddings"] = (1, math.prod(config.grid()), c0)
+        shapes[POSITIONS] = (1, math.prod(config.grid()), c0)
     for stage, depth in enumerate(config.depths):
         width = config.width(stage)
         for block in range(depth):
@@ -34,9 +40,22 @@ def parameters(config: SwinConfig) -> dict[str, Shape]:
             merge = f"encoder.layers.{stage}.downsample"
             shapes[f"{merge}.reduction.weight"] = (2 * width, 4 * width)
             shapes |= _norm(f"{merge}.norm", 4 * width if config.version == 1 else 2 * width)
-    shapes |= _norm("layernorm", config.hidden_size)
-    if config.num_labels > 0:
+    return shapes | _head(config, task)
+
+
+def _head(config: SwinConfig, task: TaskSpec) -> dict[str, Shape]:
+    if task.name == "backbone":
+        if config.version == 2:
+            return {}
+        widths = {name: config.width(max(i - 1, 0)) for i, name in enumerate(stage_names(config))}
+        norms = [_norm(f"hidden_states_norms.{name}", widths[name]) for name in task.features(config)]
+        return {name: shape for norm in norms for name, shape in norm.items()}
+    shapes = _norm("layernorm", config.hidden_size)
+    if task.name == "image-classification" and config.num_labels > 0:
         shapes |= _linear("classifier", config.hidden_size, config.num_labels)
+    if task.name == "masked-image-modeling":
+        outputs = config.encoder_stride**2 * config.num_channels
+        shapes |= {"decoder.0.weight": (outputs, config.hidden_size, 1, 1), "decoder.0.bias": (outputs,)}
     return shapes
 
 
@@ -60,7 +79,7 @@ def random_parameter(name: str, shape: Shape, seed: int) -> NDArray[np.float32]:
         values *= np.float32(0.5)
     elif "norm" in name:
         values = np.float32(leaf == "weight") + np.float32(0.1) * values
-    elif leaf == "bias" or leaf == "position_embeddings":
+    elif leaf in ("bias", "position_embeddings", "mask_token"):
         values *= np.float32(0.1)
     else:
         values *= np.float32(1 / math.sqrt(math.prod(shape[1:])))
@@ -72,7 +91,8 @@ def _block(config: SwinConfig, stage: int, name: str) -> dict[str, Shape]:
     attention = f"{name}.attention.self"
     shapes: dict[str, Shape] = _norm(f"{name}.layernorm_before", width)
     if config.version == 1:
-        shapes[f"{attention}.relative_position_bias_table"] = ((2 * config.trained_window(stage) - 1) ** 2, heads)
+        rows, columns = config.table_window(stage)
+        shapes[f"{attention}.relative_position_bias_table"] = ((2 * rows - 1) * (2 * columns - 1), heads)
     else:
         shapes[f"{attention}.logit_scale"] = (heads, 1, 1)
         shapes |= _linear(f"{attention}.continuous_position_bias_mlp.0", 2, 512)

@@ -1,328 +1,235 @@
-"""The Swin Transformer, V1 and V2, as an inference network written for export.
-
-Everything that does not depend on the image is folded when the network is made: position bias (V2's MLP and 16 * sigmoid
-included), shift masks, the softmax scale of V1, exp(clamp(logit_scale)) of V2, and every token position. Tokens travel as
-[batch * tokens, channels], in the window order of the block at hand (windows.py), so that a linear layer is one Gemm.
-The batch is the only free axis.
-"""
+"""The Swin Transformer, V1 and V2, for one image size and one task; its parts and its form are explained in blocks.py."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
 from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.models import windows
-from swin_deploy.models.windows import WindowGrid
-
-Tensors = Mapping[str, Tensor]
-
-# Layers that transformers builds without config.layer_norm_eps: patch embedding and patch merging.
-DEFAULT_EPS = 1e-5
-
-
-class Linear(nn.Module):
-    """x [rows, inputs] -> [rows, outputs]."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-class LayerNorm(nn.Module):
-    """x [..., channels] -> the same shape."""
-
-    def __init__(self, tensors: Tensors, name: str, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(tensors[f"{name}.weight"], requires_grad=False)
-        self.bias = nn.Parameter(tensors[f"{name}.bias"], requires_grad=False)
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-
-class Reorder(nn.Module):
-    """Tokens [batch * source, channels] -> [batch * target, channels], fetched by a constant index."""
-
-    index: Tensor
-
-    def __init__(self, index: windows.Index, tokens: int) -> None:
-        super().__init__()
-        self.register_buffer("index", torch.from_numpy(index))
-        self.tokens = tokens
-
-    def forward(self, x: Tensor) -> Tensor:
-        channels = x.shape[-1]
-        return x.reshape(-1, self.tokens, channels).index_select(1, self.index).reshape(-1, channels)
-
-
-class Attention(nn.Module):
-    """Window attention over tokens [batch * windows * tokens, channels], with the position bias as a constant."""
-
-    bias: Tensor
-    mask: Tensor | None
-    scale: Tensor | None
-
-    def __init__(self, config: SwinConfig, stage: int, grid: WindowGrid, tensors: Tensors, mask: Tensor | None) -> None:
-        super().__init__()
-        self.heads, self.windows, self.tokens = config.num_heads[stage], grid.windows, grid.tokens_per_window
-        self.head_width = config.width(stage) // self.heads
-        self.qkv = _fused_qkv(config, self.head_width, tensors)
-        self.proj = Linear(tensors["attention.output.dense.weight"], tensors["attention.output.dense.bias"])
-        self.register_buffer("bias", _position_bias(config, stage, tensors)[None, None])
-        self.register_buffer("mask", mask)
-        self.register_buffer("scale", _cosine_scale(tensors) if config.version == 2 else None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        channels = x.shape[-1]
-        split = self.qkv(x).reshape(-1, self.windows, self.tokens, 3, self.heads, self.head_width)
-        # One transpose brings q, k and v to [3, batch, windows, heads, tokens, head width]; three would be three copies.
-        split = split.permute(3, 0, 1, 4, 2, 5)
-        if self.scale is None:
-            query, key, value = split.unbind(0)
-        else:
-            query_key, value = split[:2], split[2]
-            norm = torch.linalg.vector_norm(query_key, dim=-1, keepdim=True).clamp_min(1e-12)
-            query, key = (query_key * (self.scale / norm)).unbind(0)
-        scores = query @ key.transpose(-1, -2) + self.bias
-        if self.mask is not None:
-            scores = scores + self.mask
-        context = torch.softmax(scores, dim=-1) @ value
-        return cast(Tensor, self.proj(context.permute(0, 1, 3, 2, 4).reshape(-1, channels)))
-
-
-class Block(nn.Module):
-    """One transformer block over tokens in its own window order; V1 normalises before, V2 after."""
-
-    pad_keep: Tensor | None
-
-    def __init__(
-        self,
-        config: SwinConfig,
-        stage: int,
-        grid: WindowGrid,
-        tensors: Tensors,
-        mask: Tensor | None,
-        keep: Tensor | None,
-    ) -> None:
-        super().__init__()
-        self.version = config.version
-        self.attention = Attention(config, stage, grid, tensors, mask)
-        self.norm1 = LayerNorm(tensors, "layernorm_before", config.layer_norm_eps)
-        self.norm2 = LayerNorm(tensors, "layernorm_after", config.layer_norm_eps)
-        self.fc1 = Linear(tensors["intermediate.dense.weight"], tensors["intermediate.dense.bias"])
-        self.fc2 = Linear(tensors["output.dense.weight"], tensors["output.dense.bias"])
-        self.activation = config.hidden_act
-        self.padded_tokens = grid.windows * grid.tokens_per_window
-        self.register_buffer("pad_keep", keep)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.version == 1:
-            x = x + self.attention(self.zero_padding(self.norm1(x)))
-            return x + self.mlp(self.norm2(x))
-        x = x + self.norm1(self.attention(self.zero_padding(x)))
-        return cast(Tensor, x + self.norm2(self.mlp(x)))
-
-    def mlp(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.fc2(activate(self.activation, self.fc1(x))))
-
-    def zero_padding(self, x: Tensor) -> Tensor:
-        """Attention must see padding as zeros; whatever the gathers and residuals left there is dropped here."""
-        return x if self.pad_keep is None else _scale_tokens(x, self.pad_keep)
-
-
-class PatchMerging(nn.Module):
-    """Tokens of one stage -> tokens of the next, four neighbours joined and projected to twice the channels."""
-
-    edge_keep: Tensor | None
-
-    def __init__(self, config: SwinConfig, tensors: Tensors, neighbours: Reorder | None, keep: Tensor | None) -> None:
-        super().__init__()
-        self.version = config.version
-        self.neighbours = neighbours
-        self.norm = LayerNorm(tensors, "norm", DEFAULT_EPS)
-        self.reduction = Linear(tensors["reduction.weight"], None)
-        self.register_buffer("edge_keep", keep)
-
-    def forward(self, x: Tensor) -> Tensor:
-        channels = x.shape[-1]
-        if self.neighbours is not None:
-            x = self.neighbours(x)
-        if self.edge_keep is not None:
-            x = _scale_tokens(x, self.edge_keep)
-        x = x.reshape(-1, 4 * channels)
-        order = (self.norm, self.reduction) if self.version == 1 else (self.reduction, self.norm)
-        for step in order:
-            x = step(x)
-        return x
+from swin_deploy.models.blocks import (
+    DEFAULT_EPS,
+    Block,
+    Inside,
+    LayerNorm,
+    Linear,
+    PatchMerging,
+    Reorder,
+    Tensors,
+    reorder,
+    shift_mask,
+    tensor,
+)
+from swin_deploy.models.positions import position_embeddings
+from swin_deploy.tasks import TaskSpec, stage_names
 
 
 class PatchEmbedding(nn.Module):
-    """Pixels [batch, channels, height, width] -> row-major tokens [batch * patches, embed_dim], normalised."""
+    """Pixels [batch, channels, height, width] -> row-major tokens [batch * patches, embed_dim].
+
+    A mask [batch, patches] (bool, true = hidden) puts the mask token in place of the patches it marks.
+    """
 
     position: Tensor | None
+    mask_token: Tensor | None
 
-    def __init__(self, config: SwinConfig, image_size: tuple[int, int], tensors: Tensors) -> None:
+    def __init__(self, config: SwinConfig, image_size: tuple[int, int], tensors: Tensors, masked: bool) -> None:
         super().__init__()
         self.grid, self.patch = config.grid(image_size), config.patch_size
         self.weight = nn.Parameter(tensors["embeddings.patch_embeddings.projection.weight"], requires_grad=False)
         self.bias = nn.Parameter(tensors["embeddings.patch_embeddings.projection.bias"], requires_grad=False)
-        self.norm = LayerNorm(tensors, "embeddings.norm", DEFAULT_EPS)
-        self.missing = tuple(g * p - s for g, p, s in zip(self.grid, self.patch, image_size, strict=True))
-        self.register_buffer("position", tensors.get("embeddings.position_embeddings"))
+        self.norm = LayerNorm(tensors, "embeddings.norm", DEFAULT_EPS) if config.patch_norm else nn.Identity()
+        self.missing = tuple(max(g * p - s, 0) for g, p, s in zip(self.grid, self.patch, image_size, strict=True))
+        self.register_buffer("position", position_embeddings(config, self.grid, tensors))
+        self.register_buffer("mask_token", tensors["embeddings.mask_token"] if masked else None)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        # Images that are not whole patches are zero-padded right and bottom, which a convolution does by itself.
+    def forward(self, pixel_values: Tensor, mask: Tensor | None) -> Tensor:
+        # Images that are not whole patches are zero-padded right and bottom.
         if any(self.missing):
             pixel_values = F.pad(pixel_values, (0, self.missing[1], 0, self.missing[0]))
         x = F.conv2d(pixel_values, self.weight, self.bias, stride=self.patch)
         x = self.norm(x.flatten(2).transpose(1, 2))
+        if mask is not None and self.mask_token is not None:
+            x = torch.where(mask.unsqueeze(-1), self.mask_token, x)
         if self.position is not None:
             x = x + self.position
-        return cast(Tensor, x.reshape(-1, x.shape[-1]))
+        return x.reshape(-1, x.shape[-1])
 
 
-class SwinForImageClassification(nn.Module):
-    """pixel_values [batch, channels, height, width] -> logits [batch, labels], for one image size.
+class Stage(nn.Module):
+    """The blocks of one stage, each behind the gather into its window order; returns tokens and the last block's attention."""
 
-    `tensors` holds every parameter of parameters.parameters(config) in float32. Without labels the logits are the pooled
-    features, as in transformers.
+    def __init__(
+        self, config: SwinConfig, number: int, stage: windows.Stage, order: windows.Index, tensors: Tensors
+    ) -> None:
+        super().__init__()
+        self.steps = nn.Sequential()
+        masks = {grid.shift: shift_mask(config, grid) for grid in stage.grids}
+        for j, grid in enumerate(stage.grids):
+            target = grid.order()
+            if (step := reorder(order, target)) is not None:
+                self.steps.add_module(f"reorder{j}", step)
+            order = target
+            parts = Inside(tensors, f"encoder.layers.{number}.blocks.{j}.")
+            keep = tensor(windows.keep(order))
+            self.steps.add_module(f"block{j}", Block(config, number, grid, parts, masks[grid.shift], keep))
+        self.order = order
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        probabilities = x
+        for step in self.steps:
+            if isinstance(step, Block):
+                x, probabilities = step(x)
+            else:
+                x = step(x)
+        return x, probabilities
+
+
+class RowMajor(nn.Module):
+    """Tokens in window order -> [batch, height * width, channels] row by row, without padding."""
+
+    def __init__(self, order: windows.Index, height: int, width: int) -> None:
+        super().__init__()
+        self.height, self.width = height, width
+        self.reorder = reorder(order, np.arange(height * width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reorder is not None:
+            x = self.reorder(x)
+        return x.reshape(-1, self.height * self.width, x.shape[-1])
+
+    def as_map(self, x: Tensor) -> Tensor:
+        """[batch, height * width, channels] -> [batch, channels, height, width]."""
+        return x.transpose(1, 2).reshape(-1, x.shape[-1], self.height, self.width)
+
+
+class SwinNetwork(nn.Module):
+    """pixel_values [batch, channels, height, width] (and bool_masked_pos [batch, patches]) -> the outputs of `task`.
+
+    They come as a tuple in the order of `task.output_names(config)`; `named` makes a dict of it. `tensors` holds every
+    parameter of parameters.parameters(config, task) in float32.
     """
 
-    def __init__(self, config: SwinConfig, image_size: tuple[int, int], tensors: Tensors) -> None:
+    def __init__(self, config: SwinConfig, image_size: tuple[int, int], tensors: Tensors, task: TaskSpec | None = None) -> None:
         super().__init__()
-        self.embeddings = PatchEmbedding(config, image_size, tensors)
-        stages = windows.stages(config, image_size)
-        order = np.arange(stages[0].height * stages[0].width)
-        steps: list[nn.Module] = []
-        names: list[str] = []
-        for i, stage in enumerate(stages):
-            masks = {g.shift: _mask(config, g) for g in stage.grids}
-            for j, grid in enumerate(stage.grids):
-                target = grid.order()
-                if (step := _reorder(order, target)) is not None:
-                    steps.append(step)
-                    names.append(f"stage{i}_block{j}_reorder")
-                order = target
-                keep = windows.keep(order)
-                parts = _Inside(tensors, f"encoder.layers.{i}.blocks.{j}.")
-                steps.append(Block(config, i, grid, parts, masks[grid.shift], _tensor(keep)))
-                names.append(f"stage{i}_block{j}")
-            if i + 1 < len(stages):
-                target = stages[i + 1].grids[0].order()
-                neighbours = windows.merge_order(stage, target)
-                edge = (neighbours == windows.PAD).any(axis=1) & (target != windows.PAD)
-                keep = windows.keep(neighbours.reshape(-1)) if edge.any() else None
-                parts = _Inside(tensors, f"encoder.layers.{i}.downsample.")
-                steps.append(PatchMerging(config, parts, _reorder(order, neighbours.reshape(-1)), _tensor(keep)))
-                names.append(f"stage{i}_merge")
-                order = target
-        if windows.keep(order) is not None:  # the mean must not see padding
-            order_out = np.arange(stages[-1].height * stages[-1].width)
-            steps.append(Reorder(cast(windows.Index, windows.gather(order, order_out)), len(order)))
-            names.append("crop")
-            order = order_out
-        self.tokens = len(order)
-        self.encoder = nn.Sequential()
-        for name, module in zip(names, steps, strict=True):
-            self.encoder.add_module(name, module)
-        self.norm = LayerNorm(tensors, "layernorm", config.layer_norm_eps)
-        self.classifier = (
-            Linear(tensors["classifier.weight"], tensors["classifier.bias"]) if config.num_labels else nn.Identity()
-        )
+        self.config, self.task = config, task or TaskSpec()
+        self.output_names = self.task.output_names(config)
+        self.embeddings = PatchEmbedding(config, image_size, tensors, self.task.masked)
+        backbone = self.task.name == "backbone"
+        plan = windows.stages(config, image_size, always_partition=backbone)
+        order = np.arange(plan[0].height * plan[0].width)
+        self.stem_rows = RowMajor(order, plan[0].height, plan[0].width)
+        self.stages, self.merges = nn.ModuleList(), nn.ModuleList()
+        self.rows_before, self.rows_after = nn.ModuleList(), nn.ModuleList()
+        for i, stage in enumerate(plan):
+            module = Stage(config, i, stage, order, tensors)
+            self.stages.append(module)
+            order = module.order
+            self.rows_before.append(RowMajor(order, stage.height, stage.width))
+            if i + 1 < len(plan):
+                after = plan[i + 1]
+                merge, order = _merge(config, i, stage, order, after, tensors)
+                self.merges.append(merge)
+                self.rows_after.append(RowMajor(order, after.height, after.width))
+        self.rows_after.append(self.rows_before[-1])
+        # The mean does not care for the order of tokens, but must not see padding.
+        self.tokens = None if windows.keep(order) is not None else len(order)
+        if backbone:
+            self.norms = nn.ModuleDict(
+                {name: _stage_norm(tensors, name) for name in self.task.features(config)} if config.version == 1 else {}
+            )
+        else:
+            self.norm = LayerNorm(tensors, "layernorm", config.layer_norm_eps)
+        if self.task.name == "image-classification":
+            self.classifier: nn.Module = (
+                Linear(tensors["classifier.weight"], tensors["classifier.bias"]) if config.num_labels else nn.Identity()
+            )
+        if self.task.name == "masked-image-modeling":
+            weight = tensors["decoder.0.weight"]  # a 1 x 1 convolution, which is a linear layer on tokens
+            self.decoder = Linear(weight.reshape(len(weight), -1), tensors["decoder.0.bias"])
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        x = self.norm(self.encoder(self.embeddings(pixel_values)))
-        return cast(Tensor, self.classifier(x.reshape(-1, self.tokens, x.shape[-1]).mean(1)))
+    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, ...]:
+        outputs: dict[str, Tensor] = {}
+        backbone = self.task.name == "backbone"
+        x = self.embeddings(pixel_values, bool_masked_pos)
+        self._hidden(outputs, 0, cast(RowMajor, self.stem_rows), x)
+        self._feature(outputs, "stem", cast(RowMajor, self.stem_rows), x)
+        for i, stage in enumerate(self.stages):
+            x, outputs[f"attentions.{i}"] = stage(x)
+            before = cast(RowMajor, self.rows_before[i])
+            self._feature(outputs, f"stage{i + 1}", before, x)
+            if backbone:
+                self._hidden(outputs, i + 1, before, x)
+            if i < len(self.merges):
+                x = self.merges[i](x)
+            if not backbone:
+                self._hidden(outputs, i + 1, cast(RowMajor, self.rows_after[i]), x)
+        if not backbone:
+            self._head(outputs, self.norm(x))
+        return tuple(outputs[name] for name in self.output_names)
 
+    def named(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> dict[str, Tensor]:
+        """The outputs by name."""
+        return dict(zip(self.output_names, self(pixel_values, bool_masked_pos), strict=True))
 
-def activate(name: str, x: Tensor) -> Tensor:
-    """x through the activation that transformers' ACT2FN calls `name`."""
-    if name == "gelu":
-        return F.gelu(x)
-    if name in ("gelu_new", "gelu_pytorch_tanh"):
-        return F.gelu(x, approximate="tanh")
-    if name == "quick_gelu":
-        return x * torch.sigmoid(1.702 * x)
-    return F.relu(x) if name == "relu" else F.silu(x)
+    def _head(self, outputs: dict[str, Tensor], x: Tensor) -> None:
+        rows = cast(RowMajor, self.rows_before[-1])
+        if self.task.name == "masked-image-modeling":
+            outputs["reconstruction"] = self._reconstruct(rows(x), rows)
+            return
+        tokens = rows(x) if self.tokens is None else x.reshape(-1, self.tokens, x.shape[-1])
+        if self.task.name == "image-classification":
+            outputs["logits"] = self.classifier(tokens.mean(1))
+            return
+        outputs["last_hidden_state"] = rows(x)
+        outputs["pooler_output"] = outputs["last_hidden_state"].mean(1)
 
+    def _reconstruct(self, tokens: Tensor, rows: RowMajor) -> Tensor:
+        """Tokens [batch, height * width, channels] -> pixels, each token a square of encoder_stride pixels a side."""
+        side, channels = self.config.encoder_stride, self.config.num_channels
+        x = self.decoder(tokens.reshape(-1, tokens.shape[-1]))
+        x = x.reshape(-1, rows.height, rows.width, channels, side, side).permute(0, 3, 1, 4, 2, 5)
+        return x.reshape(-1, channels, rows.height * side, rows.width * side)
 
-def _fused_qkv(config: SwinConfig, head_width: int, tensors: Tensors) -> Linear:
-    """One projection for query, key and value; V1's softmax scale goes into the query, V2's absent key bias becomes 0."""
-    weights, biases = [], []
-    for part in ("query", "key", "value"):
-        factor = 1 / math.sqrt(head_width) if part == "query" and config.version == 1 else 1.0
-        weight = tensors[f"attention.self.{part}.weight"]
-        bias = tensors.get(f"attention.self.{part}.bias")
-        weights.append(weight * factor)
-        biases.append(torch.zeros(len(weight)) if bias is None else bias * factor)
-    return Linear(torch.cat(weights), torch.cat(biases) if config.qkv_bias else None)
+    def _hidden(self, outputs: dict[str, Tensor], number: int, rows: RowMajor, x: Tensor) -> None:
+        if not self.task.output_hidden_states:
+            return
+        tokens = rows(x)
+        as_map = self.task.name == "backbone" and self.config.backbone_maps
+        outputs[f"hidden_states.{number}"] = rows.as_map(tokens) if as_map else tokens
+        outputs[f"reshaped_hidden_states.{number}"] = rows.as_map(tokens)
 
-
-def _position_bias(config: SwinConfig, stage: int, tensors: Tensors) -> Tensor:
-    """[heads, tokens, tokens], added to the attention scores of every window."""
-    window, heads = config.trained_window(stage), config.num_heads[stage]
-    if config.version == 1:
-        table = tensors["attention.self.relative_position_bias_table"]
-    else:
-        mlp = "attention.self.continuous_position_bias_mlp"
-        coordinates = windows.relative_coordinates(window, config.pretrained_window_sizes[stage])
-        hidden = F.relu(F.linear(torch.from_numpy(coordinates), tensors[f"{mlp}.0.weight"], tensors[f"{mlp}.0.bias"]))
-        table = 16 * torch.sigmoid(F.linear(hidden, tensors[f"{mlp}.2.weight"]))
-    index = torch.from_numpy(windows.relative_position_index(window).reshape(-1))
-    return table[index].reshape(window**2, window**2, heads).permute(2, 0, 1).contiguous()
-
-
-def _cosine_scale(tensors: Tensors) -> Tensor:
-    """[2, 1, 1, heads, 1, 1]: what unit queries (exp of the clamped logit scale) and unit keys (1) are multiplied by."""
-    scale = tensors["attention.self.logit_scale"].clamp(max=math.log(100)).exp()
-    return torch.stack([scale, torch.ones_like(scale)]).reshape(2, 1, 1, -1, 1, 1)
-
-
-def _mask(config: SwinConfig, grid: WindowGrid) -> Tensor | None:
-    """[1, windows, 1, tokens, tokens]. transformers adds V2's mask of -100 twice, and so its -200 is what it computes."""
-    mask = _tensor(grid.mask(-100.0 if config.version == 1 else -200.0))
-    return None if mask is None else mask[None, :, None]
-
-
-def _reorder(source: windows.Index, target: windows.Index) -> Reorder | None:
-    index = windows.gather(source, target)
-    return None if index is None else Reorder(index, len(source))
+    def _feature(self, outputs: dict[str, Tensor], name: str, rows: RowMajor, x: Tensor) -> None:
+        if self.task.name != "backbone" or name not in self.task.features(self.config):
+            return
+        tokens = rows(x)
+        if self.config.version == 1:
+            tokens = self.norms[name](tokens)
+        outputs[f"feature_maps.{self.task.features(self.config).index(name)}"] = rows.as_map(tokens)
 
 
-def _scale_tokens(x: Tensor, keep: Tensor) -> Tensor:
-    """x [batch * tokens, channels] times keep [tokens, 1], which is 1 for real tokens and 0 for padding."""
-    tokens = x.reshape(-1, keep.shape[0], x.shape[-1])
-    return (tokens * keep).reshape(-1, x.shape[-1])
+def _merge(
+    config: SwinConfig, number: int, stage: windows.Stage, order: windows.Index, after: windows.Stage, tensors: Tensors
+) -> tuple[PatchMerging, windows.Index]:
+    """The merging behind stage `number`, and the order in which it leaves its tokens: that of the next stage's first block."""
+    target = after.grids[0].order()
+    neighbours = windows.merge_order(stage, target)
+    beyond_edge = (neighbours == windows.PAD).any(axis=1) & (target != windows.PAD)
+    keep = windows.keep(neighbours.reshape(-1)) if beyond_edge.any() else None
+    parts = Inside(tensors, f"encoder.layers.{number}.downsample.")
+    return PatchMerging(config, parts, reorder(order, neighbours.reshape(-1)), tensor(keep)), target
 
 
-def _tensor(array: NDArray[np.float32] | None) -> Tensor | None:
-    return None if array is None else torch.from_numpy(array)
+def _stage_norm(tensors: Tensors, stage: str) -> LayerNorm:
+    """The norm of a V1 backbone's feature map; classifier checkpoints have none, for which transformers starts with 1 and 0."""
+    return LayerNorm(tensors, f"hidden_states_norms.{stage}", DEFAULT_EPS)
 
 
-class _Inside(Mapping[str, Tensor]):
-    """The tensors whose names start with `prefix`, under what follows it; nothing is read until it is asked for."""
-
-    def __init__(self, tensors: Tensors, prefix: str) -> None:
-        self.tensors, self.prefix = tensors, prefix
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[self.prefix + name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name[len(self.prefix) :] for name in self.tensors if name.startswith(self.prefix))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+def stage_width(config: SwinConfig, name: str) -> int:
+    """Channels of the feature map `name`."""
+    number = stage_names(config).index(name)
+    return config.width(max(number - 1, 0))

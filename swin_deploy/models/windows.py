@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swin_deploy.config import SwinConfig
-from swin_deploy.errors import CheckpointError
 
 Index = NDArray[np.int64]
 PAD = -1
@@ -24,52 +23,58 @@ PAD = -1
 
 @dataclass(frozen=True)
 class WindowGrid:
-    """A feature map of `height` x `width` tokens, cut into `window` x `window` windows after a cyclic `shift`."""
+    """A feature map of `height` x `width` tokens, cut into windows after a cyclic shift; pairs are (height, width).
+
+    `roll_first`: the map is rolled and then padded (timm), not padded and then rolled (everyone else).
+    """
 
     height: int
     width: int
-    window: int
-    shift: int
+    window: tuple[int, int]
+    shift: tuple[int, int]
+    roll_first: bool = False
 
     @property
     def padded(self) -> tuple[int, int]:
-        """Height and width after padding right and bottom to whole windows (before the roll, as transformers does)."""
-        return -(-self.height // self.window) * self.window, -(-self.width // self.window) * self.window
+        """Height and width after padding right and bottom to whole windows."""
+        return -(-self.height // self.window[0]) * self.window[0], -(-self.width // self.window[1]) * self.window[1]
 
     @property
     def windows(self) -> int:
         rows, columns = self.padded
-        return rows * columns // self.window**2
+        return rows * columns // self.tokens_per_window
 
     @property
     def tokens_per_window(self) -> int:
-        return self.window**2
+        return self.window[0] * self.window[1]
 
     def order(self) -> Index:
         """[windows * tokens_per_window]: the row-major position of the token at each place, PAD where there is none."""
+        tokens = np.arange(self.height * self.width).reshape(self.height, self.width)
+        back = (-self.shift[0], -self.shift[1])
         grid = np.full(self.padded, PAD, dtype=np.int64)
-        grid[: self.height, : self.width] = np.arange(self.height * self.width).reshape(self.height, self.width)
-        return self._partition(np.roll(grid, (-self.shift, -self.shift), (0, 1))).reshape(-1)
+        grid[: self.height, : self.width] = np.roll(tokens, back, (0, 1)) if self.roll_first else tokens
+        return self._partition(grid if self.roll_first else np.roll(grid, back, (0, 1))).reshape(-1)
 
     def mask(self, value: float) -> NDArray[np.float32] | None:
         """[windows, tokens, tokens]: `value` between tokens that the roll brought together, 0 elsewhere; None unshifted.
 
         Regions are cut on the padded size; padding tokens are not masked (every implementation lets them be keys).
         """
-        if self.shift == 0:
+        if self.shift == (0, 0):
             return None
         regions = np.zeros(self.padded, dtype=np.int64)
-        for axis, extent in enumerate(self.padded):
+        for axis, (extent, window, shift) in enumerate(zip(self.padded, self.window, self.shift, strict=True)):
             band = np.zeros(extent, dtype=np.int64)
-            band[extent - self.window : extent - self.shift] = 1
-            band[extent - self.shift :] = 2
+            band[extent - window : extent - shift] = 1
+            band[extent - shift :] = 2 if shift else 1
             regions = regions * 3 + (band[:, None] if axis == 0 else band[None, :])
         region = self._partition(regions)
         return np.asarray(np.where(region[:, :, None] != region[:, None, :], value, 0), dtype=np.float32)
 
     def _partition(self, grid: Index) -> Index:
-        rows, columns = (extent // self.window for extent in grid.shape)
-        split = grid.reshape(rows, self.window, columns, self.window)
+        rows, columns = (extent // window for extent, window in zip(grid.shape, self.window, strict=True))
+        split = grid.reshape(rows, self.window[0], columns, self.window[1])
         return np.asarray(split.transpose(0, 2, 1, 3).reshape(rows * columns, self.tokens_per_window))
 
 
@@ -82,32 +87,43 @@ class Stage:
     grids: tuple[WindowGrid, ...]
 
 
-def stages(config: SwinConfig, image_size: tuple[int, int]) -> tuple[Stage, ...]:
-    """Every stage that an image of `image_size` (height, width in pixels) passes through."""
+def stages(config: SwinConfig, image_size: tuple[int, int], always_partition: bool = False) -> tuple[Stage, ...]:
+    """Every stage that an image of `image_size` (height, width in pixels) passes through.
+
+    `always_partition` is Hugging Face's Swin V1 backbone: windows are shifted even on a map no larger than one.
+    """
     height, width = config.grid(image_size)
     result = []
     for index, depth in enumerate(config.depths):
-        grids = tuple(_grid(config, index, block, height, width) for block in range(depth))
-        result.append(Stage(height, width, grids))
+        window = config.table_window(index)
+        grids = []
+        for block in range(depth):
+            shift = (0, 0) if block % 2 == 0 else _shift(config, index, (height, width), window, always_partition)
+            grids.append(WindowGrid(height, width, window, shift, roll_first=config.semantics == "timm"))
+        result.append(Stage(height, width, tuple(grids)))
         height, width = -(-height // 2), -(-width // 2)
     return tuple(result)
 
 
-def _grid(config: SwinConfig, stage: int, block: int, height: int, width: int) -> WindowGrid:
-    window = config.trained_window(stage)
-    shift = 0 if block % 2 == 0 else config.window_size[stage] // 2
-    if config.version == 2:
-        # Decided from the configured image, whatever the size at run time, and from its height for both axes.
-        configured_rows = config.image_size[0] // config.patch_size[0] >> stage
-        return WindowGrid(height, width, window, 0 if configured_rows <= window else shift)
-    smaller = min(height, width)
-    if smaller < window:
-        raise CheckpointError(
-            f"Stage {stage} of this Swin V1 has a feature map of {height} x {width} tokens, smaller than its window of "
-            f"{window}; its position table cannot be applied (transformers fails here too). Use a larger image, or a "
-            f"checkpoint with a smaller window."
-        )
-    return WindowGrid(height, width, window, 0 if smaller <= window else shift)
+def _shift(
+    config: SwinConfig, stage: int, grid: tuple[int, int], window: tuple[int, int], always_partition: bool
+) -> tuple[int, int]:
+    """The cyclic shift of an odd block, by the rules of config.semantics (all read in the sources)."""
+    half = config.window_size[stage] // 2
+    if config.semantics == "timm":  # by each axis, decided from the configured image
+        rows, columns = (-(-side // 2**stage) for side in config.grid())
+        return (0 if rows <= window[0] else half), (0 if columns <= window[1] else half)
+    if config.semantics == "torchvision":  # by each axis, on the padded map
+        down, right = (-(-side // part) * part for side, part in zip(grid, window, strict=True))
+        return (0 if window[0] >= down else half), (0 if window[1] >= right else half)
+    if config.semantics == "hf" and config.version == 2:
+        # Decided from the height of the configured image, whatever the size at run time.
+        return (0, 0) if config.image_size[0] // config.patch_size[0] >> stage <= window[0] else (half, half)
+    if config.semantics == "hf" and always_partition:
+        return half, half
+    # By the shorter side, for both axes. Where it is even shorter than the window, transformers' V1 fails, because its
+    # position table stays as large as the window; here the map is padded up to one window, as V2 and the backbone do it.
+    return (0, 0) if min(grid) <= min(window) else (half, half)
 
 
 def gather(source: Index, target: Index) -> Index | None:
@@ -149,20 +165,21 @@ def merge_order(stage: Stage, target: Index) -> Index:
     return np.stack(list(neighbours()), axis=1)
 
 
-def relative_position_index(window: int) -> Index:
-    """[window^2, window^2]: the row of the relative position table for each query and key."""
-    row, column = np.divmod(np.arange(window**2), window)
-    down = row[:, None] - row[None, :] + window - 1
-    right = column[:, None] - column[None, :] + window - 1
-    return np.asarray(down * (2 * window - 1) + right)
+def relative_position_index(window: tuple[int, int]) -> Index:
+    """[tokens, tokens]: the row of the relative position table for each query and key of a window."""
+    row, column = np.divmod(np.arange(window[0] * window[1]), window[1])
+    down = row[:, None] - row[None, :] + window[0] - 1
+    right = column[:, None] - column[None, :] + window[1] - 1
+    return np.asarray(down * (2 * window[1] - 1) + right)
 
 
-def relative_coordinates(window: int, pretrained_window: int) -> NDArray[np.float32]:
-    """[(2 * window - 1)^2, 2]: Swin V2's log-spaced coordinates, in float32 like the reference computes them."""
-    line = np.arange(-(window - 1), window, dtype=np.float32)
-    table = np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
-    reach = (pretrained_window if pretrained_window > 0 else window) - 1
-    if reach > 0:
-        table /= np.float32(reach)
+def relative_coordinates(window: tuple[int, int], pretrained_window: int) -> NDArray[np.float32]:
+    """[(2 * height - 1) * (2 * width - 1), 2]: Swin V2's log-spaced coordinates, in float32 as the reference has them."""
+    lines = [np.arange(-(side - 1), side, dtype=np.float32) for side in window]
+    table = np.stack(np.meshgrid(*lines, indexing="ij"), axis=-1).reshape(-1, 2)
+    for axis, side in enumerate(window):
+        reach = (pretrained_window if pretrained_window > 0 else side) - 1
+        if reach > 0:
+            table[:, axis] /= np.float32(reach)
     table *= np.float32(8)
     return np.asarray(np.sign(table) * np.log2(np.abs(table) + 1) / np.log2(8), dtype=np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError
-from swin_deploy.models.parameters import Shape, parameters, random_parameter
+from swin_deploy.models.parameters import POSITIONS, Shape, parameters, random_parameter
+from swin_deploy.tasks import TaskSpec
 
 
 @dataclass(frozen=True)
@@ -43,40 +45,70 @@ class LazyTensors(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def random_checkpoint(config: SwinConfig, seed: int = 0) -> Checkpoint:
+def random_checkpoint(config: SwinConfig, task: TaskSpec, seed: int = 0) -> Checkpoint:
     """A checkpoint of random weights, reproducible from `seed`: for measuring and testing, not for predicting."""
-    shapes = parameters(config)
+    shapes = parameters(config, task)
     tensors = LazyTensors(shapes, lambda name: torch.from_numpy(random_parameter(name, shapes[name], seed)))
     return Checkpoint(config, tensors, source=f"random weights, seed {seed}")
 
 
-def check_complete(config: SwinConfig, found: Mapping[str, Shape], where: str) -> None:
-    """Raises CheckpointError unless `found` (canonical name -> shape) is exactly what `config` needs."""
-    expected = parameters(config)
-    missing = [name for name in expected if name not in found]
-    if missing and all(name.startswith("classifier.") for name in missing):
+def fitted(config: SwinConfig, task: TaskSpec, found: Mapping[str, Shape], tensors: Mapping[str, Tensor], where: str) -> LazyTensors:
+    """`tensors` as `task` needs them: exactly its parameters, of the right shapes.
+
+    `found` holds canonical name -> shape of all that is in the file. The norms of a V1 backbone's feature maps, which only
+    backbones are saved with, start at 1 and 0 where they are absent, as in transformers. Raises CheckpointError.
+    """
+    expected = parameters(config, task)
+    absent = [name for name in expected if name not in found and name.startswith("hidden_states_norms.")]
+    missing = [name for name in expected if name not in found and name not in absent]
+    if missing and all(name.split(".")[0] in HEADS or name == "embeddings.mask_token" for name in missing):
+        part, remedy = HEADS.get(missing[0].split(".")[0], ("mask token", "masked image modelling"))
         raise CheckpointError(
-            f"{where} has no classifier: it was saved by a class without one (backbone, bare model or masked image "
-            f"modelling). Image classification needs a checkpoint of the ForImageClassification class."
+            f"{where} has no {part}: it was saved by a class without one. The task {task.name} needs a checkpoint that was "
+            f"made for {remedy}; another --task may suit this one."
         )
     if missing:
         raise CheckpointError(
             f"{where} lacks {len(missing)} of the {len(expected)} parameters that its config asks for: {_some(missing)}. "
             f"Check that config.json belongs to these weights."
         )
-    wrong = [n for n in expected if tuple(found[n]) != tuple(expected[n])]
+    wrong = [n for n in expected if n in found and not _fits(n, found[n], expected[n])]
     if wrong:
         name = wrong[0]
         raise CheckpointError(
             f"{where}: {name} has shape {list(found[name])}, but the config asks for {list(expected[name])}"
             f"{f' ({len(wrong) - 1} more differ)' if len(wrong) > 1 else ''}. Check that config.json belongs to these weights."
         )
-    unexpected = [name for name in found if name not in expected]
+    unexpected = [name for name in found if name not in expected and not OTHER_HEADS.search(name)]
     if unexpected:
         raise CheckpointError(
-            f"{where} holds {len(unexpected)} tensors that no Swin V{config.version} classifier has: {_some(unexpected)}. "
+            f"{where} holds {len(unexpected)} tensors that no Swin V{config.version} has: {_some(unexpected)}. "
             f"It is another network, or a damaged file."
         )
+
+    def read(name: str) -> Tensor:
+        if name in absent:
+            return torch.full(expected[name], float(name.endswith("weight")))
+        return tensors[name]
+
+    return LazyTensors(expected, read)
+
+
+# first part of a parameter's name -> what it belongs to, and what a checkpoint with it was made for
+HEADS = {
+    "classifier": ("classifier", "image classification"),
+    "decoder": ("decoder", "masked image modelling"),
+    "layernorm": ("final norm", "classification, feature extraction or masked image modelling"),
+}
+
+# Parameters of parts that the task at hand may not use.
+OTHER_HEADS = re.compile(r"^(classifier|decoder\.0|layernorm|hidden_states_norms\.\w+)\.(weight|bias)$|^embeddings\.(mask_token|position_embeddings)$")
+
+
+def _fits(name: str, found: Shape, expected: Shape) -> bool:
+    if name == POSITIONS:  # transformers writes one row too many in some versions; see positions.py
+        return len(found) == 3 and found[0] == 1 and found[1] in (expected[1], expected[1] + 1) and found[2] == expected[2]
+    return tuple(found) == tuple(expected)
 
 
 def usable(name: str, tensor: Tensor, where: str) -> Tensor:

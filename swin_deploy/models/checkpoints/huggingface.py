@@ -12,8 +12,9 @@ from torch import Tensor
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError
-from swin_deploy.models.checkpoints.base import Checkpoint, LazyTensors, check_complete, usable
+from swin_deploy.models.checkpoints.base import Checkpoint, LazyTensors, fitted, usable
 from swin_deploy.requires import require
+from swin_deploy.tasks import TaskSpec
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -35,21 +36,19 @@ RENAMED = tuple(
     )
 )
 
-# Found in files and not needed: buffers that are computed anew, and parameters of parts that a classifier lacks.
-UNUSED = re.compile(
-    r"(relative_position_index|relative_coords_table|attn_mask)$|^embeddings\.mask_token$|^hidden_states_norms\.|^pooler\."
-)
+# Found in files and not needed: buffers that are computed anew.
+UNUSED = re.compile(r"(relative_position_index|relative_coords_table|attn_mask)$|^pooler\.")
 
 
 def canonical_name(name: str) -> str | None:
-    """The canonical name of a parameter in a Hugging Face file; None for one that an image classifier does not use."""
+    """The canonical name of a parameter in a Hugging Face file; None for a buffer that is computed anew."""
     name = re.sub(r"^(swin|swinv2)\.", "", name)
     for pattern, old in RENAMED:
         name = pattern.sub(old, name)
     return None if UNUSED.search(name) else name
 
 
-def checkpoint_from_hub(repo_id: str) -> Checkpoint:
+def checkpoint_from_hub(repo_id: str, task: TaskSpec) -> Checkpoint:
     """The checkpoint of a Hugging Face repository, from the local cache when it is there, else downloaded into it.
 
     Raises CheckpointError when it is neither cached nor reachable.
@@ -70,10 +69,10 @@ def checkpoint_from_hub(repo_id: str) -> Checkpoint:
                 f"({type(error).__name__}: {_first_line(error)}). Give a local checkpoint with --weights FOLDER, or try the "
                 f"pipeline with --random-weights."
             ) from error
-    return checkpoint_from_folder(folder, source=repo_id)
+    return checkpoint_from_folder(folder, task, source=repo_id)
 
 
-def checkpoint_from_folder(folder: Path, source: str | None = None) -> Checkpoint:
+def checkpoint_from_folder(folder: Path, task: TaskSpec, source: str | None = None) -> Checkpoint:
     """The checkpoint in a folder that `save_pretrained` wrote; the tensors are memory-mapped until they are used.
 
     Raises CheckpointError when a file is missing or damaged, or when weights and config do not belong together.
@@ -83,14 +82,14 @@ def checkpoint_from_folder(folder: Path, source: str | None = None) -> Checkpoin
     preprocessor = folder / "preprocessor_config.json"
     return Checkpoint(
         config=config,
-        tensors=_tensors(folder, config),
+        tensors=_tensors(folder, config, task),
         source=source or str(folder),
         raw_config=raw,
         preprocessor=_json(preprocessor) if preprocessor.exists() else None,
     )
 
 
-def _tensors(folder: Path, config: SwinConfig) -> LazyTensors:
+def _tensors(folder: Path, config: SwinConfig, task: TaskSpec) -> LazyTensors:
     safetensors = require("safetensors", "read checkpoints")
     readers: dict[str, Any] = {}
     homes: dict[str, tuple[Path, str]] = {}
@@ -109,15 +108,11 @@ def _tensors(folder: Path, config: SwinConfig) -> LazyTensors:
                     raise CheckpointError(f"{folder} holds {canonical} twice. Expected each parameter once.")
                 homes[canonical] = (file, name)
     shapes = {c: tuple(readers[file.name].get_slice(name).get_shape()) for c, (file, name) in homes.items()}
-    if config.num_labels == 0:
-        shapes = {c: shape for c, shape in shapes.items() if not c.startswith("classifier.")}
-    check_complete(config, shapes, str(folder))
-
     def read(canonical: str) -> Tensor:
         file, name = homes[canonical]
         return usable(name, readers[file.name].get_tensor(name), str(file))
 
-    return LazyTensors(shapes, read)
+    return fitted(config, task, shapes, LazyTensors(shapes, read), str(folder))
 
 
 def _weight_files(folder: Path) -> list[Path]:

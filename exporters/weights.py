@@ -1,0 +1,108 @@
+"""Weights apart from the graph: taken out while a graph is traced and rewritten, then put inside it or in a file beside it.
+
+A graph without its weights is a few hundred kilobytes, whatever the model's size, so that rewriting copies nothing large; the
+weights themselves stay where they are (often memory-mapped from the checkpoint) until they are written, one by one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import onnx
+
+ALIGNMENT = 4096  # so that a runtime can map a tensor into memory where it lies
+SMALLEST = 1024  # bytes; shapes, scalars and the like stay in the graph, where every tool reads them
+
+Weights = Mapping[str, Any]  # initialiser -> torch tensor or numpy array
+
+
+def take_weights(graph: Any) -> dict[str, Any]:
+    """The large initialisers of an onnx_ir graph, by name; the graph keeps references to be filled in later."""
+    import onnx_ir as ir
+
+    weights: dict[str, Any] = {}
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        if tensor.nbytes >= SMALLEST:
+            weights[name] = tensor.raw
+            value.const_value = ir.ExternalTensor(
+                location="weights", offset=0, length=tensor.nbytes, dtype=tensor.dtype, shape=tensor.shape, name=name
+            )
+    return weights
+
+
+def embed_weights(model: onnx.ModelProto, weights: Weights) -> None:
+    """Puts the weights that `model` refers to inside it."""
+    import onnx
+
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            del tensor.external_data[:]
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            tensor.raw_data = _array(weights[tensor.name]).tobytes()
+
+
+def weight_bytes(weights: Weights) -> int:
+    """How large the weights are together."""
+    return sum(_array(weight).nbytes for weight in weights.values())
+
+
+class WeightFile:
+    """One file for the large tensors of several graphs; equal tensors are kept once, whichever graph they come from."""
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.path, self.name = path, name or path.name  # `name` is what graphs call it, where it is still being written
+        self._places: dict[bytes, tuple[int, int]] = {}
+        self._end = 0
+
+    def take(self, model: onnx.ModelProto, weights: Weights | None = None) -> None:
+        """Moves the large initialisers of `model` into the file, and leaves references to them (ONNX external data).
+
+        `weights` holds those that the model only refers to; without it they are inside the model.
+        """
+        import onnx
+
+        with self.path.open("ab") as file:
+            for tensor in model.graph.initializer:
+                if weights is not None and tensor.name in weights:
+                    array = _array(weights[tensor.name])
+                else:
+                    array = onnx.numpy_helper.to_array(tensor)
+                    if array.nbytes < SMALLEST:
+                        continue
+                self._refer(tensor, *self._place(file, array))
+
+    def _place(self, file: Any, array: NDArray[Any]) -> tuple[int, int]:
+        data = memoryview(np.ascontiguousarray(array)).cast("B")
+        key = hashlib.sha256(data).digest()
+        if key not in self._places:
+            gap = -self._end % ALIGNMENT
+            file.write(bytes(gap))
+            file.write(data)
+            self._places[key] = (self._end + gap, len(data))
+            self._end += gap + len(data)
+        return self._places[key]
+
+    def _refer(self, tensor: onnx.TensorProto, offset: int, length: int) -> None:
+        import onnx
+
+        for field in ("raw_data", "float_data", "int32_data", "int64_data"):
+            tensor.ClearField(field)  # type: ignore[arg-type]
+        del tensor.external_data[:]
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for name, value in (("location", self.name), ("offset", offset), ("length", length)):
+            entry = tensor.external_data.add()
+            entry.key, entry.value = name, str(value)
+
+
+def _array(weight: Any) -> NDArray[Any]:
+    """`weight` as a numpy array that shares its memory."""
+    array = weight if isinstance(weight, np.ndarray) else weight.detach().numpy()
+    return np.asarray(array)

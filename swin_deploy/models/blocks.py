@@ -1,0 +1,259 @@
+"""The parts of the Swin Transformer, V1 and V2, as an inference network written for export (swin.py joins them).
+
+Everything that does not depend on the image is folded when the network is made: position bias (V2's MLP and 16 * sigmoid
+included), shift masks, the softmax scale of V1, exp(clamp(logit_scale)) of V2, and every token position. Tokens travel as
+[batch * tokens, channels], in the window order of the block at hand (windows.py), so that a linear layer is one Gemm.
+The batch is the only free axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from swin_deploy.config import SwinConfig
+from swin_deploy.models import windows
+from swin_deploy.models.windows import WindowGrid
+
+Tensors = Mapping[str, Tensor]
+
+# Layers that transformers builds without config.layer_norm_eps: patch embedding and patch merging.
+DEFAULT_EPS = 1e-5
+
+
+class Linear(nn.Module):
+    """x [rows, inputs] -> [rows, outputs]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class LayerNorm(nn.Module):
+    """x [..., channels] -> the same shape."""
+
+    def __init__(self, tensors: Tensors, name: str, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(tensors[f"{name}.weight"], requires_grad=False)
+        self.bias = nn.Parameter(tensors[f"{name}.bias"], requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class Reorder(nn.Module):
+    """Tokens [batch * source, channels] -> [batch * target, channels], fetched by a constant index."""
+
+    index: Tensor
+
+    def __init__(self, index: windows.Index, tokens: int) -> None:
+        super().__init__()
+        self.register_buffer("index", torch.from_numpy(index))
+        self.tokens = tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = x.shape[-1]
+        return x.reshape(-1, self.tokens, channels).index_select(1, self.index).reshape(-1, channels)
+
+
+class Attention(nn.Module):
+    """Window attention over tokens [batch * windows * tokens, channels], with the position bias as a constant.
+
+    Returns the tokens, and the probabilities [batch * windows, heads, tokens, tokens].
+    """
+
+    bias: Tensor
+    mask: Tensor | None
+    scale: Tensor | None
+
+    def __init__(self, config: SwinConfig, stage: int, grid: WindowGrid, tensors: Tensors, mask: Tensor | None) -> None:
+        super().__init__()
+        self.heads, self.windows, self.tokens = config.num_heads[stage], grid.windows, grid.tokens_per_window
+        self.head_width = config.width(stage) // self.heads
+        self.qkv = _fused_qkv(config, self.head_width, tensors)
+        self.proj = Linear(tensors["attention.output.dense.weight"], tensors["attention.output.dense.bias"])
+        self.register_buffer("bias", _position_bias(config, stage, tensors)[None, None])
+        self.register_buffer("mask", mask)
+        self.register_buffer("scale", _cosine_scale(tensors) if config.version == 2 else None)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        channels = x.shape[-1]
+        split = self.qkv(x).reshape(-1, self.windows, self.tokens, 3, self.heads, self.head_width)
+        # One transpose brings q, k and v to [3, batch, windows, heads, tokens, head width]; three would be three copies.
+        split = split.permute(3, 0, 1, 4, 2, 5)
+        if self.scale is None:
+            query, key, value = split.unbind(0)
+        else:
+            query_key, value = split[:2], split[2]
+            norm = torch.linalg.vector_norm(query_key, dim=-1, keepdim=True).clamp_min(1e-12)
+            query, key = (query_key * (self.scale / norm)).unbind(0)
+        scores = query @ key.transpose(-1, -2) + self.bias
+        if self.mask is not None:
+            scores = scores + self.mask
+        probabilities = torch.softmax(scores, dim=-1)
+        context = (probabilities @ value).permute(0, 1, 3, 2, 4).reshape(-1, channels)
+        return self.proj(context), probabilities.reshape(-1, self.heads, self.tokens, self.tokens)
+
+
+class Block(nn.Module):
+    """One transformer block over tokens in its own window order; V1 normalises before, V2 after.
+
+    Returns the tokens and the attention probabilities.
+    """
+
+    pad_keep: Tensor | None
+
+    def __init__(
+        self,
+        config: SwinConfig,
+        stage: int,
+        grid: WindowGrid,
+        tensors: Tensors,
+        mask: Tensor | None,
+        keep: Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.version = config.version
+        self.attention = Attention(config, stage, grid, tensors, mask)
+        self.norm1 = LayerNorm(tensors, "layernorm_before", config.layer_norm_eps)
+        self.norm2 = LayerNorm(tensors, "layernorm_after", config.layer_norm_eps)
+        self.fc1 = Linear(tensors["intermediate.dense.weight"], tensors["intermediate.dense.bias"])
+        self.fc2 = Linear(tensors["output.dense.weight"], tensors["output.dense.bias"])
+        self.activation = config.hidden_act
+        self.padded_tokens = grid.windows * grid.tokens_per_window
+        self.register_buffer("pad_keep", keep)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.version == 1:
+            attended, probabilities = self.attention(self.zero_padding(self.norm1(x)))
+            x = x + attended
+            return x + self.mlp(self.norm2(x)), probabilities
+        attended, probabilities = self.attention(self.zero_padding(x))
+        x = x + self.norm1(attended)
+        return x + self.norm2(self.mlp(x)), probabilities
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.fc2(activate(self.activation, self.fc1(x))))
+
+    def zero_padding(self, x: Tensor) -> Tensor:
+        """Attention must see padding as zeros; whatever the gathers and residuals left there is dropped here."""
+        return x if self.pad_keep is None else scale_tokens(x, self.pad_keep)
+
+
+class PatchMerging(nn.Module):
+    """Tokens of one stage -> tokens of the next, four neighbours joined and projected to twice the channels."""
+
+    edge_keep: Tensor | None
+
+    def __init__(self, config: SwinConfig, tensors: Tensors, neighbours: Reorder | None, keep: Tensor | None) -> None:
+        super().__init__()
+        self.version = config.version
+        self.neighbours = neighbours
+        self.norm = LayerNorm(tensors, "norm", DEFAULT_EPS)
+        self.reduction = Linear(tensors["reduction.weight"], None)
+        self.register_buffer("edge_keep", keep)
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = x.shape[-1]
+        if self.neighbours is not None:
+            x = self.neighbours(x)
+        if self.edge_keep is not None:
+            x = scale_tokens(x, self.edge_keep)
+        x = x.reshape(-1, 4 * channels)
+        order = (self.norm, self.reduction) if self.version == 1 else (self.reduction, self.norm)
+        for step in order:
+            x = step(x)
+        return x
+
+
+def activate(name: str, x: Tensor) -> Tensor:
+    """x through the activation that transformers' ACT2FN calls `name`."""
+    if name == "gelu":
+        return F.gelu(x)
+    if name in ("gelu_new", "gelu_pytorch_tanh"):
+        return F.gelu(x, approximate="tanh")
+    if name == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return F.relu(x) if name == "relu" else F.silu(x)
+
+
+def _fused_qkv(config: SwinConfig, head_width: int, tensors: Tensors) -> Linear:
+    """One projection for query, key and value; V1's softmax scale goes into the query, V2's absent key bias becomes 0."""
+    weights, biases = [], []
+    for part in ("query", "key", "value"):
+        factor = 1 / math.sqrt(head_width) if part == "query" and config.version == 1 else 1.0
+        weight = tensors[f"attention.self.{part}.weight"]
+        bias = tensors.get(f"attention.self.{part}.bias")
+        weights.append(weight * factor)
+        biases.append(torch.zeros(len(weight)) if bias is None else bias * factor)
+    return Linear(torch.cat(weights), torch.cat(biases) if config.qkv_bias else None)
+
+
+def _position_bias(config: SwinConfig, stage: int, tensors: Tensors) -> Tensor:
+    """[heads, tokens, tokens], added to the attention scores of every window."""
+    window, heads = config.table_window(stage), config.num_heads[stage]
+    tokens = window[0] * window[1]
+    if config.version == 1:
+        table = tensors["attention.self.relative_position_bias_table"]
+    else:
+        mlp = "attention.self.continuous_position_bias_mlp"
+        coordinates = windows.relative_coordinates(window, config.pretrained_window_sizes[stage])
+        hidden = F.relu(F.linear(torch.from_numpy(coordinates), tensors[f"{mlp}.0.weight"], tensors[f"{mlp}.0.bias"]))
+        table = 16 * torch.sigmoid(F.linear(hidden, tensors[f"{mlp}.2.weight"]))
+    index = torch.from_numpy(windows.relative_position_index(window).reshape(-1))
+    return table[index].reshape(tokens, tokens, heads).permute(2, 0, 1).contiguous()
+
+
+def _cosine_scale(tensors: Tensors) -> Tensor:
+    """[2, 1, 1, heads, 1, 1]: what unit queries (exp of the clamped logit scale) and unit keys (1) are multiplied by."""
+    scale = tensors["attention.self.logit_scale"].clamp(max=math.log(100)).exp()
+    return torch.stack([scale, torch.ones_like(scale)]).reshape(2, 1, 1, -1, 1, 1)
+
+
+def shift_mask(config: SwinConfig, grid: WindowGrid) -> Tensor | None:
+    """[1, windows, 1, tokens, tokens]. transformers adds V2's mask of -100 twice, and so its -200 is what it computes."""
+    mask = tensor(grid.mask(-200.0 if config.version == 2 and config.semantics == "hf" else -100.0))
+    return None if mask is None else mask[None, :, None]
+
+
+def reorder(source: windows.Index, target: windows.Index) -> Reorder | None:
+    index = windows.gather(source, target)
+    return None if index is None else Reorder(index, len(source))
+
+
+def scale_tokens(x: Tensor, keep: Tensor) -> Tensor:
+    """x [batch * tokens, channels] times keep [tokens, 1], which is 1 for real tokens and 0 for padding."""
+    tokens = x.reshape(-1, keep.shape[0], x.shape[-1])
+    return (tokens * keep).reshape(-1, x.shape[-1])
+
+
+def tensor(array: NDArray[np.float32] | None) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array)
+
+
+class Inside(Mapping[str, Tensor]):
+    """The tensors whose names start with `prefix`, under what follows it; nothing is read until it is asked for."""
+
+    def __init__(self, tensors: Tensors, prefix: str) -> None:
+        self.tensors, self.prefix = tensors, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[self.prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name[len(self.prefix) :] for name in self.tensors if name.startswith(self.prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
