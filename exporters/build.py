@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,8 @@ def build_engines(
         file = _engine_file(spec, precision)
         known = bundle.files.get(file)
         wanted = {"parent": parent, "batch": list(spec.batch)}
-        if known is not None and not force and wanted.items() <= known.items():
+        there = (bundle.path / file).exists()  # one that was deleted is compiled again
+        if known is not None and there and not force and wanted.items() <= known.items():
             bundle.verified_path(file)
             say(f"{file} is there already, compiled from this graph")
             built.append(Built(file, known, reused=True))
@@ -95,7 +95,8 @@ def with_typed_graph(bundle: Bundle, precision: str, open_graph: OpenGraph, say:
     source, file = graph_file("fp32"), graph_file(precision)
     parent = bundle.files[source]["sha256"]
     known = bundle.files.get(file)
-    if precision == "fp32" or (known is not None and known["parent"] == parent):
+    there = (bundle.path / file).exists()  # one that was deleted is written again
+    if precision == "fp32" or (known is not None and there and known["parent"] == parent):
         return bundle
     onnx = require("onnx", f"write the {precision} graph")
     say(f"Writing {file}")
@@ -136,6 +137,7 @@ def _verdict(reference: Reference, open_graph: OpenGraph, path: Path, file: str,
 
 
 def _engine_file(spec: EngineSpec, precision: str) -> str:
-    release = version(BACKENDS[spec.backend][0].replace("_", "-"))
+    # Asked of the module: TensorRT is also installed under other names than its own (tensorrt-cu12, a system package).
+    release = require(BACKENDS[spec.backend][0], "compile engines").__version__
     sizes = "" if spec.batch == (1, 1, 1) else "-b" + "_".join(str(size) for size in dict.fromkeys(spec.batch))
     return f"engines/{precision}{sizes}-{spec.gpu}-{spec.backend}-{release}.engine"

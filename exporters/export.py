@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from swin_deploy.models.checkpoints import Checkpoint
 
 Say = Callable[[str], None]
+LARGEST_SIDE = 4096  # pixels; a graph for more than that would not fit into memory
 PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf message ends at 2 GiB, and the graph itself needs some
 TOOLS = ("swin-deploy", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime", "numpy")
 
@@ -37,13 +39,15 @@ def bundle_from_checkpoint(
     """
     torch = require("torch", "export a model")
     onnx = require("onnx", "export a model")
+    for module in ("onnxscript", "onnx_graphsurgeon"):
+        require(module, "export a model")
     from swin_deploy.models.swin import SwinForImageClassification
 
     config = checkpoint.config
     preprocessor = _preprocessor(checkpoint, say)
     image_size = _image_size(preprocessor, config, say)
     facts = {
-        "name": path.resolve().name,
+        "name": Path(os.path.realpath(path)).name,
         "variant": variant,
         "task": "image-classification",
         "semantics": "hf",
@@ -142,6 +146,10 @@ def _image_size(preprocessor: Preprocessor, config: SwinConfig, say: Say) -> tup
         size = preprocessor.size
     else:
         return config.image_size
+    if max(size) > LARGEST_SIDE:
+        raise CheckpointError(
+            f"preprocessor_config.json makes images of {size[0]} x {size[1]} pixels; at most {LARGEST_SIDE} a side."
+        )
     if size != config.image_size:
         say(f"The image processor makes images of {size[0]} x {size[1]} pixels, and so the graph is made for that size")
     return size

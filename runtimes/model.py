@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from swin_deploy.preprocess import ImageLike
 
 
+MOST_THREADS = 1024  # back ends start as many as they are told, until memory is gone
+
+
 @dataclass(frozen=True)
 class Prediction:
     """One class of one image: its number, its name, and its softmax probability."""
@@ -109,6 +112,8 @@ def load_model(path: str | os.PathLike[str], precision: str = "fp32", backend: s
     bundle = Bundle.open(path)
     if precision not in PRECISIONS:
         raise UsageError(f'There is no precision "{precision}". There are: {", ".join(PRECISIONS)}.')
+    if not 0 <= threads <= MOST_THREADS:
+        raise UsageError(f"threads is {threads}, and must be from 0 (the back end chooses) to {MOST_THREADS}.")
     file = graph_file(precision)
     if file not in bundle.files:
         held = [p for p in PRECISIONS if graph_file(p) in bundle.files]
