@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from swin_deploy.bundle import CONFIG, Bundle
 from swin_deploy.config import SwinConfig
-from swin_deploy.errors import BundleError, MissingDependencyError, UsageError, VerificationError
+from swin_deploy.errors import MissingDependencyError, UsageError, VerificationError
 from swin_deploy.reference import OpenGraph, Reference, check_graph
 from swin_deploy.requires import require
 from swin_deploy.specs import PRECISIONS, Size, graph_file, size_text, weights_file
@@ -69,7 +68,8 @@ def build_engines(
             file = _engine_file(spec, precision, None if number == 0 else (entry["image_size"][0], entry["image_size"][1]))
             known = bundle.files.get(file)
             wanted = {"graph": graph, "parent": entry["sha256"], "batch": list(spec.batch)}
-            if known is not None and not force and wanted.items() <= known.items() and _intact(bundle, file):
+            if not force and known is not None and wanted.items() <= known.items() and (bundle.path / file).exists():
+                bundle.verified_path(file)
                 say(f"{file} is there already, compiled from this graph")
                 built.append(Built(file, known, reused=True))
                 continue
@@ -169,21 +169,14 @@ def _further(bundle: Bundle, source: str, number: int) -> Size | None:
 
 
 def _known(bundle: Bundle, file: str, parent: str) -> bool:
-    """Whether `file` is in the bundle, intact, and was made from the graph whose sha256 is `parent`."""
-    return file in bundle.files and bundle.files[file]["parent"] == parent and _intact(bundle, file)
-
-
-def _intact(bundle: Bundle, file: str) -> bool:
-    """Whether a file that could be made again is still what was made."""
-    try:
-        bundle.verified_path(file)
-    except BundleError:
-        return False
-    return True
+    """Whether `file` is in the bundle, and was made from the graph whose sha256 is `parent`; a deleted one is made again."""
+    known = bundle.files.get(file)
+    return known is not None and known["parent"] == parent and (bundle.path / file).exists()
 
 
 def _engine_file(spec: EngineSpec, precision: str, further: Size | None) -> str:
-    release = version(BACKENDS[spec.backend][0].replace("_", "-"))
+    # Asked of the module: TensorRT is also installed under other names than its own (tensorrt-cu12, a system package).
+    release = require(BACKENDS[spec.backend][0], "compile engines").__version__
     size = f"-{size_text(further)}" if further else ""
     batch = "" if spec.batch == (1, 1, 1) else "-b" + "_".join(str(n) for n in dict.fromkeys(spec.batch))
     return f"engines/{precision}{size}{batch}-{spec.gpu}-{spec.backend}-{release}.engine"

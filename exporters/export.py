@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from swin_deploy.bundle import CONFIG, PREPROCESSOR, Bundle, Draft, create_bundle, disk_errors
 from swin_deploy.config import SwinConfig
-from swin_deploy.errors import CheckpointError, InputError, MissingDependencyError, VerificationError
+from swin_deploy.errors import CheckpointError, InputError, MissingDependencyError, UsageError, VerificationError
 from swin_deploy.preprocess import Preprocessor
 from swin_deploy.reference import OpenGraph, Reference, check_graph, sample_inputs
 from swin_deploy.requires import require
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 TOOLS = ("swin-deploy", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime", "numpy")
+LARGEST_SIDE = 4096  # pixels; a graph for more than that would not fit into memory
 PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf message ends at 2 GiB, and the graph itself needs some
 
 
@@ -45,13 +47,15 @@ def bundle_from_checkpoint(
     `open_graph` loads the graphs to be compared; without ONNX Runtime they are kept as not verified. `say` gets a line for
     each step. Raises VerificationError, and writes nothing, when ONNX and PyTorch disagree.
     """
-    require("torch", "export a model")
-    require("onnx", "export a model")
+    for module in ("torch", "onnx", "onnxscript", "onnx_graphsurgeon"):
+        require(module, "export a model")
     config = checkpoint.config
     preprocessor = _preprocessor(checkpoint, say)
     sizes = tuple(dict.fromkeys(image_sizes)) or (_image_size(preprocessor, config, say),)
+    if (largest := max(max(size) for size in sizes)) > LARGEST_SIDE:
+        raise UsageError(f"An image side of {largest} pixels was asked for; at most {LARGEST_SIDE} are supported.")
     facts = {
-        "name": path.resolve().name,
+        "name": Path(os.path.realpath(path)).name,
         "variant": variant,
         "task": task.to_dict(),
         "semantics": config.semantics,

@@ -37,6 +37,8 @@ def checkpoint_from_request(
         raise UsageError('Nothing to export: give --variant NAME (see "swin-deploy variants"), or --weights FOLDER.')
     if weights is not None and random_weights:
         raise UsageError("--weights and --random-weights exclude each other: give one of them.")
+    if seed < 0:
+        raise UsageError(f"The seed is {seed}, and must be 0 or more.")
     variant = None if variant_name is None else find_variant(variant_name)
     require("torch", "export a model")
     from swin_deploy.models import checkpoints
@@ -61,7 +63,7 @@ def checkpoint_from_request(
         checkpoint = checkpoints.checkpoint_from_hub(variant.hub_id, task)
     else:
         folder = Path(weights)
-        if folder.exists():
+        if os.path.exists(folder):  # noqa: PTH110 - Path.exists raises for a name that is too long
             if not folder.is_dir():
                 raise CheckpointError(
                     f"{folder} is a file; expected the folder around it, with config.json and model.safetensors, as "

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 Arrays = dict[str, NDArray[Any]]
 
 
+MOST_THREADS = 1024  # back ends start as many as they are told, until memory is gone
+
+
 @dataclass(frozen=True)
 class Prediction:
     """One class of one image: its number, its name, and its softmax probability."""
@@ -177,6 +180,8 @@ def load_model(
     bundle = Bundle.open(path)
     if precision not in PRECISIONS:
         raise UsageError(f'There is no precision "{precision}". There are: {", ".join(PRECISIONS)}.')
+    if not 0 <= threads <= MOST_THREADS:
+        raise UsageError(f"threads is {threads}, and must be from 0 (the back end chooses) to {MOST_THREADS}.")
     files = {
         (int(entry["image_size"][0]), int(entry["image_size"][1])): file
         for file, entry in bundle.graphs.items()

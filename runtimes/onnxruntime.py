@@ -50,4 +50,4 @@ def _specs(nodes: list[object]) -> tuple[TensorSpec, ...]:
 
 
 def _sentence(error: Exception) -> str:
-    return str(error).strip().replace("\n", " ")
+    return " ".join(str(error).split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,18 +29,24 @@ class OpenVino(Runtime):
             self._compiled = ov.Core().compile_model(str(path), "CPU", config)
             self._request = self._compiled.create_infer_request()
         except RuntimeError as error:
-            raise BackendError(f"OpenVINO cannot load {path}: {str(error).strip()}") from error
+            raise BackendError(f"OpenVINO cannot load {path}: {_sentence(error)}") from error
+        self._turn = threading.Lock()  # a request serves one caller at a time, and refuses the others
         super().__init__(f"openvino {ov.__version__}", _specs(self._compiled.inputs), _specs(self._compiled.outputs))
 
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         try:
-            results = self._request.infer(dict(feeds))
+            with self._turn:
+                results = self._request.infer(dict(feeds))
+                return {spec.name: np.array(results[spec.name]) for spec in self.outputs}
         except RuntimeError as error:
-            raise BackendError(f"OpenVINO failed while running the model: {str(error).strip()}") from error
-        return {spec.name: np.array(results[spec.name]) for spec in self.outputs}
+            raise BackendError(f"OpenVINO failed while running the model: {_sentence(error)}") from error
 
     def _close(self) -> None:
         del self._request, self._compiled
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _specs(ports: list[object]) -> tuple[TensorSpec, ...]:

@@ -67,7 +67,9 @@ def bench(
 
 def _in_own_process(bundle: Path, candidate: Candidate, seconds: float) -> dict[str, Any]:
     request = json.dumps({"bundle": str(bundle), "seconds": seconds, **asdict(candidate)})
-    done = subprocess.run([sys.executable, "-m", "swin_deploy.bench", request], capture_output=True, text=True, check=False)
+    # Not with -m: the folder it is started in would come first in the search for modules, a checkout of this very package.
+    code = "import sys; sys.path[:] = filter(None, sys.path); from swin_deploy.bench import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, request], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise BackendError(f"Measuring {candidate.backend} {candidate.precision} failed: {last}")
@@ -120,5 +122,6 @@ def _peak_memory_mb() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The measuring process: the request is its argument, the result is the last line that it prints."""
     print(json.dumps(_measure(**json.loads(sys.argv[1]))))

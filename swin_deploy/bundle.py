@@ -14,6 +14,7 @@ it, is not a bundle. Every file is checked against its sha256 before anything is
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime as dt
 import glob
 import hashlib
@@ -22,6 +23,7 @@ import os
 import platform
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +49,14 @@ class Bundle:
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
         """The bundle in the folder `path`. Raises BundleError when there is none, or its manifest is damaged."""
         folder = Path(path)
-        if not folder.is_dir():
-            raise BundleError(f'There is no bundle at {folder}: the folder does not exist. Make one with "swin-deploy export".')
         file = folder / MANIFEST
-        if not file.exists():
+        try:
+            there, finished = folder.is_dir(), file.exists()
+        except OSError as error:  # no permission, a name that is too long
+            raise BundleError(f"{folder} cannot be read: {error.strerror}. Expected the folder of a bundle.") from error
+        if not there:
+            raise BundleError(f'There is no bundle at {folder}: the folder does not exist. Make one with "swin-deploy export".')
+        if not finished:
             raise BundleError(
                 f"{folder} is not a bundle: it has no {MANIFEST}, which an export writes last. "
                 f'Make one with "swin-deploy export".'
@@ -81,14 +87,16 @@ class Bundle:
         if entry is None:
             raise BundleError(f"The bundle {self.path} has no {file}. It holds: {', '.join(sorted(self.files))}.")
         path = self.path / file
+        engine = file.startswith("engines/")
+        remedy = 'compile it again with "swin-deploy build-engine --force"' if engine else "export the bundle again"
         try:
             actual = sha256_of(path)
         except OSError as error:
-            raise BundleError(f"{path} cannot be read ({error.strerror}). Export the bundle again.") from error
+            raise BundleError(f"{path} cannot be read ({error.strerror}); {remedy}.") from error
         if actual != entry["sha256"]:
             raise BundleError(
-                f"{path} is not the file that was exported: its sha256 is {actual[:12]}..., the manifest says "
-                f"{entry['sha256'][:12]}.... It was changed or damaged; export the bundle again."
+                f"{path} is not the file that was {'compiled' if engine else 'exported'}: its sha256 is {actual[:12]}..., "
+                f"the manifest says {entry['sha256'][:12]}.... It was changed or damaged; {remedy}."
             )
         if entry.get("weights"):
             self.verified_path(entry["weights"])
@@ -104,13 +112,17 @@ class Bundle:
         target = self.path / file
         with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(target)
+            _sweep(self.path / MANIFEST)
             scratch = _scratch(target)
             try:
                 write(scratch)
                 described = {**entry, **_facts(scratch)}
                 with _locked(self.path):
-                    scratch.replace(target)
                     manifest = _read_manifest(self.path / MANIFEST)  # somebody else may have added a file meanwhile
+                    if manifest["files"].pop(file, None) is not None:
+                        _write_manifest(self.path, manifest)  # killed before the end, no entry is of another file
+                    scratch.replace(target)
                     manifest["files"][file] = described
                     _write_manifest(self.path, manifest)
             finally:
@@ -142,7 +154,7 @@ class Draft:
             self.files[file] = {**entry, **_facts(target)}
 
     def add_json(self, file: str, value: Mapping[str, Any]) -> None:
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(value, indent=2) + "\n"  # in ASCII: labels may hold what UTF-8 cannot
         self.add(file, {}, lambda path: _write_text(path, text))
 
 
@@ -156,6 +168,12 @@ def create_bundle(path: Path, *, replace: bool, facts: Mapping[str, Any]) -> Ite
     """
     _check_room(path, replace)
     with disk_errors(path):
+        shown, path = path, Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
+        if Path.cwd().is_relative_to(path):
+            raise BundleError(
+                f"{shown} is the folder that this was started in, or holds it, and would be replaced by another one. "
+                f"Name a folder in it with -o."
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
         staging = _scratch(path)
@@ -181,10 +199,13 @@ def newest_bundle(folder: Path) -> Bundle:
     """The bundle in which or beside which a command was started: `folder` itself, else the newest one directly in it."""
     if (folder / MANIFEST).exists():
         return Bundle.open(folder)
-    found = [Bundle.open(file.parent) for file in folder.glob(f"*/{MANIFEST}") if not file.parent.name.startswith(".")]
+    # Other programs name their files manifest.json, too; the graph tells a bundle.
+    candidates = [graph.parents[1] for graph in folder.glob("*/onnx/model.onnx")]
+    found = [Bundle.open(path) for path in candidates if (path / MANIFEST).exists() and not path.name.startswith(".")]
     if not found:
         raise BundleError(
-            f'There is no bundle in {folder}. Name one, or make one first: "swin-deploy export --variant swinv2-tiny".'
+            f"There is no bundle in {folder.resolve()}. Name one, or make one first: "
+            f'"swin-deploy export --variant swinv2-tiny".'
         )
     return max(found, key=lambda bundle: str(bundle.manifest["created"]))
 
@@ -227,27 +248,43 @@ def _check_room(path: Path, replace: bool) -> None:
 
 
 def _move_into_place(staging: Path, path: Path) -> None:
-    if path.exists() and any(path.iterdir()):
+    if not (path.exists() and any(path.iterdir())):
+        staging.replace(path)
+    elif not _exchanged(staging, path):
         old = _scratch(path)
         path.replace(old)
         try:
             staging.replace(path)
-        except OSError:
+        except BaseException:
             old.replace(path)
             raise
         shutil.rmtree(old, ignore_errors=True)
-    else:
-        staging.replace(path)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Whether two folders took each other's place in one step, which not every system can: killed, none is missing."""
+    if sys.platform != "linux":
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):  # a C library older than 2018, or musl
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:
     damaged = f"{file} is damaged, so nothing in this bundle can be trusted. Export the bundle again."
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        claimed = manifest.pop("sha256")
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        text = file.read_bytes().decode("utf-8")
+        manifest = json.loads(text)
+        del manifest["sha256"]
+        intact = text == _manifest_text(manifest)  # to the byte: spaces and line ends count as well
+    except OSError as error:
+        raise BundleError(f"{file} cannot be read: {error.strerror}. Check its permissions.") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(damaged) from error
-    if claimed != _digest(manifest):
+    if not intact:
         raise BundleError(damaged)
     if manifest.get("schema") != SCHEMA:
         raise BundleError(
@@ -258,18 +295,18 @@ def _read_manifest(file: Path) -> dict[str, Any]:
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2, ensure_ascii=False) + "\n"
     scratch = _scratch(folder / MANIFEST)
     try:
-        _write_text(scratch, text)
+        _write_text(scratch, _manifest_text(manifest))
         scratch.replace(folder / MANIFEST)
     finally:
         scratch.unlink(missing_ok=True)
 
 
-def _digest(manifest: Mapping[str, Any]) -> str:
-    canonical = json.dumps(manifest, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+def _manifest_text(manifest: Mapping[str, Any]) -> str:
+    canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(canonical.encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest}, indent=2) + "\n"
 
 
 def _facts(path: Path) -> Entry:
@@ -277,7 +314,7 @@ def _facts(path: Path) -> Entry:
 
 
 def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -289,13 +326,18 @@ def _scratch(target: Path) -> Path:
 
 
 def _sweep(target: Path) -> None:
-    """Removes what an export to `target` left when it was killed on this machine."""
+    """Removes what the writing of `target`, a bundle or a file in one, left when it was killed on this machine."""
+    if os.name == "nt":  # where os.kill(pid, 0) is no question
+        return
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-{glob.escape(platform.node())}-*"):
         pid = leftover.name.rsplit("-", 2)[1]
         try:
             os.kill(int(pid), 0)
-        except (ProcessLookupError, ValueError):
-            shutil.rmtree(leftover, ignore_errors=True)
+        except (ProcessLookupError, ValueError, OverflowError):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
         except OSError:
             pass  # somebody else's process
 

@@ -76,7 +76,8 @@ class SwinConfig:
             f'hidden_act is "{self.hidden_act}", which is not supported; supported: {", ".join(ACTIVATIONS)}',
         )
         _check(self.semantics in SEMANTICS, f'semantics is "{self.semantics}", expected one of {", ".join(SEMANTICS)}')
-        _check(self.mlp_ratio > 0 and self.layer_norm_eps > 0, "mlp_ratio and layer_norm_eps must be positive")
+        positive = all(math.isfinite(value) and value > 0 for value in (self.mlp_ratio, self.layer_norm_eps))
+        _check(positive, "mlp_ratio and layer_norm_eps must be positive numbers")
         if self.version == 2:
             _check(
                 len(self.pretrained_window_sizes) >= stages,
@@ -155,7 +156,7 @@ class SwinConfig:
             raise CheckpointError(f'config.json: {what}. swin-deploy takes model_type "swin" and "swinv2".')
         try:
             return cls(**_fields_from_json(raw, 1 if kind == "swin" else 2))
-        except (TypeError, ValueError, KeyError) as error:
+        except (TypeError, ValueError, KeyError, OverflowError) as error:
             raise CheckpointError(f"config.json: {error}. Expected the fields of a Hugging Face {kind} config.") from error
 
     def to_dict(self) -> dict[str, Any]:
@@ -252,14 +253,17 @@ def _fields_from_json(raw: Mapping[str, Any], version: int) -> dict[str, Any]:
             continue
         try:
             values[key] = read(raw[key])
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{key}: {error}") from error
     if "num_attention_heads" in raw and "num_heads" not in values:  # transformers' attribute_map
         values["num_heads"] = _integers(raw["num_attention_heads"])
     default = {f.name: f.default for f in fields(SwinConfig)}
     stages = len(values.get("depths", default["depths"]))
     window = raw.get("window_size", 7)
-    values["window_size"] = _integers(window) if isinstance(window, list | tuple) else (_integer(window),) * stages
+    try:
+        values["window_size"] = _integers(window) if isinstance(window, list | tuple) else (_integer(window),) * stages
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"window_size: {error}") from error
     if version == 2 and "pretrained_window_sizes" not in values:
         values["pretrained_window_sizes"] = (0,) * stages
     values["id2label"] = _labels(raw)
@@ -287,9 +291,13 @@ def _out_features(raw: Mapping[str, Any], stages: int) -> tuple[str, ...]:
 def _labels(raw: Mapping[str, Any]) -> dict[int, str]:
     labels = raw.get("id2label")
     if labels is not None:
+        if not isinstance(labels, Mapping):
+            raise ValueError(f"id2label: expected an object, got {labels!r}")
         found = {int(i): str(label) for i, label in labels.items()}
         if sorted(found) != list(range(len(found))):
             raise ValueError(f"id2label has {len(found)} labels whose numbers are not 0 to {len(found) - 1}")
         return dict(sorted(found.items()))
-    count = _integer(raw.get("num_labels", 2))
+    count = _integer(raw["num_labels"]) if raw.get("num_labels") is not None else 2
+    if count < 0:
+        raise ValueError(f"num_labels: expected 0 or more, got {count}")
     return {i: f"LABEL_{i}" for i in range(count)}

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import signal
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from swin_deploy.errors import SwinDeployError
+
+# Raised by click 8.2 and newer for no arguments at all, to be answered with the help text.
+NO_ARGUMENTS: tuple[type[click.UsageError], ...] = tuple(
+    error for error in (getattr(click.exceptions, "NoArgsIsHelpError", None),) if error is not None
+)
 
 # verb -> the module that holds it; a module is imported only when its verb is used or listed
 VERBS = {
@@ -52,25 +58,66 @@ def cli() -> None:
 
 def main() -> None:
     """Runs the command line and exits: 0 done, 1 a result that is not good enough, 2 what the user can correct."""
-    # Killed politely, an export must still take its half-written folder with it.
-    signal.signal(signal.SIGTERM, _terminated)
+    # Killed politely, an export must still take its half-written folder with it. What was ignored stays so (nohup, &).
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, _stop)
     try:
-        cli.main(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    except click.ClickException as error:
+        code = cli.main(standalone_mode=False)  # what a verb gave to Context.exit; click raises nothing for it
+        if sys.stdout is not None:
+            sys.stdout.flush()  # while a full disk can still be told
+        if _signals:
+            _stopped()
+    except NO_ARGUMENTS as error:
         error.show()
         sys.exit(error.exit_code)
+    except click.UsageError as error:
+        verb = error.ctx.command_path if error.ctx else "swin-deploy"
+        _fail(f"{error.format_message().rstrip('.')}. See: {verb} --help", error.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
     except SwinDeployError as error:
-        click.echo(f"swin-deploy: {error}", err=True)
-        sys.exit(error.exit_code)
+        if _signals:
+            _stopped()
+        _fail(str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("swin-deploy: interrupted; nothing was left half-written", err=True)
-        sys.exit(130)
+        _stopped()
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:  # such as a full disk behind stdout
+        what = f"{error.filename}: " if error.filename else ""
+        _fail(f"the operating system refused: {what}{error.strerror or error}", 2)
+    except Exception:
+        if not _signals:
+            raise
+        _stopped()  # torch takes an interrupt for a failed export
+    sys.exit(code if isinstance(code, int) else 0)
 
 
-def _terminated(signum: int, frame: Any) -> None:
-    raise SystemExit(128 + signum)
+_signals: list[int] = []
+
+
+def _stop(signum: int, frame: Any) -> None:
+    """Stops the verb, and remembers why: libraries may wrap the KeyboardInterrupt, or drop it."""
+    _signals.append(signum)
+    handler = signal.getsignal(signal.SIGINT)
+    if signum != signal.SIGINT and callable(handler):
+        handler(signal.SIGINT, frame)  # as Ctrl-C: while a compiler runs, it raises nothing through native code
+    else:
+        raise KeyboardInterrupt
+
+
+def _stopped() -> NoReturn:
+    signum = _signals[0] if _signals else signal.SIGINT
+    word = "interrupted" if signum == signal.SIGINT else "terminated"
+    _fail(f"{word}; nothing was left half-written", 128 + signum)
+
+
+def _fail(sentence: str, code: int) -> NoReturn:
+    # One line, whatever a library wrote into its own message.
+    click.echo(f"swin-deploy: {' '.join(sentence.splitlines())}", err=True)
+    if sys.stdout is not None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.close()  # what cannot be written would be tried again, and complained about, at exit
+    sys.exit(code)

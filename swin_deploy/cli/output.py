@@ -46,6 +46,9 @@ def teller() -> Callable[[str], None]:
 @contextlib.contextmanager
 def stdout_kept_clean() -> Iterator[None]:
     """Sends to stderr what native libraries print to file descriptor 1, so that stdout carries the result alone."""
+    if sys.stdout is None:  # started with it closed
+        yield
+        return
     sys.stdout.flush()
     kept = os.dup(1)
     try:

@@ -139,7 +139,7 @@ def _json(path: Path) -> Mapping[str, Any]:
         raise CheckpointError(
             f"{path.parent} has no {path.name}. Expected a folder that transformers' save_pretrained wrote."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}). Fetch it again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} does not hold a JSON object. Fetch it again.")

@@ -1,0 +1,108 @@
+"""What TensorRT for RTX makes of our fp16 graphs, and of transformers' own export of the same networks, as a table.
+
+    python benchmarks/kernels.py [--variants swin-tiny,swinv2-tiny] [--gpu sm_89]
+
+The engines are compiled, not run, so no GPU is needed. The figures are read from the compiler's own description of each
+engine: its kernels, those of them that are a whole softmax(Q K^T) V, and the bytes that all of them read and write. Weights
+are random; no figure depends on them. Needs the extras "export", "tensorrt-rtx" and "test", and no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import onnx
+import torch
+import transformers
+
+from swin_deploy.exporters.engine_from_onnx import Engine, EngineSpec, engine_from_onnx
+from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
+from swin_deploy.exporters.precision import fp16_from_fp32
+from swin_deploy.models.checkpoints import random_checkpoint
+from swin_deploy.models.swin import SwinForImageClassification
+from swin_deploy.variants import Variant, find_variant
+
+HEADER = (
+    "| variant | graph | nodes | kernels | fused attention | moved | of that, activations | compiled in |\n"
+    "|---|---|--:|--:|--:|--:|--:|--:|"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--variants", default="swin-tiny,swinv2-tiny", help="names with commas between")
+    parser.add_argument("--gpu", default="sm_89", help="what to compile for")
+    given = parser.parse_args(arguments)
+    transformers.logging.set_verbosity_error()
+    print(", ".join(f"{p} {version(p)}" for p in ("swin-deploy", "torch", "transformers", "onnxscript", "tensorrt-rtx")))
+    print(HEADER, flush=True)
+    for name in given.variants.split(","):
+        variant = find_variant(name)
+        for title, graph in (("swin-deploy, fp16", ours(variant)), ("transformers, fp16", theirs(variant))):
+            engine = engine_from_onnx(graph.SerializeToString(), EngineSpec("tensorrt-rtx", given.gpu), lambda *_: None)
+            print(row(variant, title, graph, engine), flush=True)
+    return 0
+
+
+def row(variant: Variant, title: str, graph: onnx.ModelProto, engine: Engine) -> str:
+    report = engine.report
+    figures = (
+        f"{len(graph.graph.node)}", f"{report.kernels}", f"{report.fused_attention}", megabytes(report.bytes_moved),
+        megabytes(report.activation_bytes), f"{engine.seconds:.0f} s",
+    )  # fmt: skip
+    return f"| {variant.name} | {title} | {' | '.join(figures)} |"
+
+
+def megabytes(count: int | None) -> str:
+    return "not known" if count is None else f"{count / 1e6:.0f} MB"
+
+
+class Logits(torch.nn.Module):
+    """A model of transformers, for an exporter that takes tensors and no output objects."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> Any:
+        return self.model(pixel_values).logits
+
+
+def ours(variant: Variant) -> onnx.ModelProto:
+    """The typed graph of our export for one image: bytes can only be counted where no extent is free."""
+    config = variant.config()
+    network = SwinForImageClassification(config, config.image_size, random_checkpoint(config).tensors).eval()
+    model, _ = fp16_from_fp32(onnx_from_torch(network, config, config.image_size)[0], config)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    del model.graph.value_info[:]
+    return model
+
+
+def theirs(variant: Variant) -> onnx.ModelProto:
+    """transformers' network in half precision, for one image, by torch's TorchScript exporter, as optimum has long done."""
+    kind = transformers.SwinForImageClassification if variant.version == 1 else transformers.Swinv2ForImageClassification
+    model: Any = kind(kind.config_class.from_dict(variant.config().to_dict())).eval().half()
+    written = io.BytesIO()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Logits(model),
+            (torch.zeros(1, 3, variant.image_size, variant.image_size, dtype=torch.float16),),
+            written,
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            opset_version=17,
+            dynamo=False,
+        )
+    return onnx.load_from_string(written.getvalue())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

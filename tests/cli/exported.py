@@ -1,0 +1,120 @@
+"""What the tests of bundles share: the command line in a process of its own, and bundles that are exported only once."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import swin_deploy
+from swin_deploy.bundle import Bundle
+from swin_deploy.exporters.build import with_typed_graph
+from swin_deploy.runtimes.backends import runtime_from_onnx
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+WEIGHTS = {1: EXAMPLES / "digits/swin-digits", 2: EXAMPLES / "digits/swinv2-digits"}
+THREE = EXAMPLES / "digits/images/3.png"
+FLOWER = EXAMPLES / "photos/flower.jpg"
+SCRIPT = str(Path(sysconfig.get_path("scripts")) / "swin-deploy")
+
+# No test may reach the hub: a closed port on this very machine stands for it.
+OFFLINE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+
+Done = subprocess.CompletedProcess[str]
+
+
+def cli(*args: object, cwd: Path, prefix: Iterable[str] = (), **env: str) -> Done:
+    """`swin-deploy *args` as a user runs it, in `cwd`; `prefix` is a command that runs it."""
+    return subprocess.run(
+        [*prefix, SCRIPT, *map(str, args)], cwd=cwd, capture_output=True, text=True, env={**os.environ, **OFFLINE, **env}
+    )
+
+
+def cli_without(modules: Iterable[str], *args: object, cwd: Path, **env: str) -> Done:
+    """`swin-deploy *args` where none of `modules` can be imported."""
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({tuple(modules)!r})); sys.argv = {['swin-deploy', *map(str, args)]!r}\n"
+        "from swin_deploy.cli import main; main()"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, env={**os.environ, **OFFLINE, **env}
+    )
+
+
+def result(done: Done) -> object:
+    """What a verb printed with --json; stdout must hold nothing else, and stderr no traceback."""
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return json.loads(done.stdout)
+
+
+def refused(done: Done, *parts: str, code: int = 2) -> str:
+    """The one sentence on stderr after the timed lines; it holds all `parts`, and nothing is on stdout."""
+    said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("[")]
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith("swin-deploy: "), done.stderr
+    for part in parts:
+        assert part in said[0]
+    return said[0]
+
+
+def stopped(command: tuple[str, ...], cwd: Path, line: str, seconds: float, signum: int) -> tuple[int, list[str]]:
+    """Exit code and sentences of a command that got `signum` some seconds after it had said `line`."""
+    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = []
+    for text in process.stderr:
+        said.append(text)
+        if line in text:
+            break
+    time.sleep(seconds)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert out == ""
+    return process.returncode, [text for text in err.splitlines() if text.strip() and not text.startswith("[")]
+
+
+@functools.cache
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="swin-deploy-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def digits(version: int) -> Path:
+    """The trained digits checkpoint of that Swin version as a bundle, with its fp16 graph. Copy it before changing it."""
+    path = _folder() / WEIGHTS[version].name
+    bundle = swin_deploy.export(weights=WEIGHTS[version], output=path)
+    with_typed_graph(bundle, "fp16", runtime_from_onnx, lambda line: None)
+    return path
+
+
+def copied(version: int, target: Path) -> Path:
+    """A copy of `digits(version)` at `target`."""
+    shutil.copytree(digits(version), target)
+    return target
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Path -> sha256 of everything in a folder, hidden things included; a folder's is empty."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def files(path: Path) -> list[str]:
+    """Every file of a bundle, the manifest included."""
+    return [*Bundle.open(path).files, "manifest.json"]

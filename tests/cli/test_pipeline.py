@@ -1,0 +1,189 @@
+"""The verbs as the README uses them, each in a process of its own, from an empty directory to a named photograph."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli.exported import FLOWER, SCRIPT, THREE, WEIGHTS, cli, copied, digits, result
+
+from swin_deploy.bundle import Bundle
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engines of these tests")
+
+LARGE = {"swin-tiny": (110, 224), "swinv2-tiny": (141, 256)}  # variant -> (most kernels for SM89, image size)
+
+
+@dataclass(frozen=True)
+class Made:
+    """The directory the verbs ran in, and what export and build-engine printed."""
+
+    folder: Path
+    exported: dict[str, Any]
+    engines: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module", params=list(LARGE))
+def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """`export --variant` with random weights, then `build-engine --fp16` without naming the bundle."""
+    folder = tmp_path_factory.mktemp(request.param)
+    exported: Any = result(cli("export", "--variant", request.param, "--random-weights", "--json", cwd=folder))
+    engines: Any = result(cli("build-engine", "--fp16", "--gpu", "sm_89", "--json", cwd=folder))
+    return Made(folder, exported, engines)
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The same of a trained checkpoint, and `build-engine` without any argument at all."""
+    folder = tmp_path_factory.mktemp("trained")
+    exported: Any = result(cli("export", "--weights", WEIGHTS[request.param], "--json", cwd=folder))
+    done = cli("build-engine", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert f"Taking the newest bundle here, {WEIGHTS[request.param].name}" in done.stderr
+    engines: Any = result(cli("build-engine", "--json", cwd=folder))
+    return Made(folder, exported, engines)
+
+
+def check(made: Made, name: str) -> None:
+    path = made.folder / name
+    assert [entry.name for entry in made.folder.iterdir()] == [name]
+    assert made.exported["bundle"] == name
+    assert not list(path.rglob(".*"))
+    graph = Bundle.open(path).files["onnx/model_fp16.onnx"]
+    assert graph["agreement"]["verified"]
+    assert {engine["parent"] for engine in made.engines} == {graph["sha256"]}
+    verdicts: Any = result(cli("verify", name, "--json", cwd=made.folder))
+    assert verdicts["files_intact"]
+    assert {row["file"]: row["verified"] for row in verdicts["graphs"]} == {
+        "onnx/model.onnx": True,
+        "onnx/model_fp16.onnx": True,
+    }
+    assert {Path(name) / file for file in verdicts["not_verified"]} == {Path(e["engine"]) for e in made.engines}
+
+
+def test_from_an_empty_directory_to_a_photograph(large: Made) -> None:
+    name = large.exported["variant"]
+    check(large, name)
+    [engine] = large.engines
+    most, side = LARGE[name]
+    assert (engine["gpu"], engine["precision"], engine["batch"]) == ("sm_89", "fp16", [1, 1, 1])
+    assert engine["report"]["kernels"] <= most
+    assert engine["report"]["fused_attention"] == 12  # one for each block
+    assert large.exported["inputs"] == [{"name": "pixel_values", "dtype": "float32", "shape": ["batch", 3, side, side]}]
+    [answer] = result(cli("predict", name, FLOWER, "-k", 3, "--json", cwd=large.folder))  # type: ignore[misc]
+    assert answer["image"] == str(FLOWER)
+    scores = [prediction["score"] for prediction in answer["predictions"]]
+    assert len(scores) == 3
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_a_trained_model_all_the_way(trained: Made) -> None:
+    name = trained.exported["name"]
+    check(trained, name)
+    assert [engine["gpu"] for engine in trained.engines] == ["sm_86", "sm_89", "sm_120"]
+    assert all(engine["reused"] for engine in trained.engines)
+    assert {engine["report"]["fused_attention"] for engine in trained.engines} == {4}
+    for precision in ("fp32", "fp16"):
+        done = cli("predict", name, THREE, "--precision", precision, cwd=trained.folder)
+        assert re.search(r"3\.png +1 +\d\d\.\d\d% +three\n", done.stdout), done.stdout
+
+
+def test_other_targets_join_the_ones_that_are_there(trained: Made) -> None:
+    name = trained.exported["name"]
+    [fp32] = result(cli("build-engine", name, "--fp32", "--gpu", "sm_89", "--json", cwd=trained.folder))  # type: ignore[misc]
+    [wide] = result(cli("build-engine", name, "--batch", "1:4:8", "--gpu", "sm_89", "--json", cwd=trained.folder))  # type: ignore[misc]
+    assert (fp32["precision"], wide["batch"]) == ("fp32", [1, 4, 8])
+    assert fp32["parent"] == Bundle.open(trained.folder / name).files["onnx/model.onnx"]["sha256"]
+    held = {file for file in Bundle.open(trained.folder / name).files if file.endswith(".engine")}
+    assert len(held) == 5
+
+
+def test_two_compilers_at_once_lose_nothing(tmp_path: Path) -> None:
+    copied(2, tmp_path / "b")
+    gpus = ("sm_75", "sm_86", "sm_89", "sm_120")
+    running = [
+        subprocess.Popen(
+            [SCRIPT, "build-engine", "b", "--gpu", gpu], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for gpu in gpus
+    ]
+    for process in running:
+        assert process.communicate()[1] is not None
+        assert process.returncode == 0
+    bundle = Bundle.open(tmp_path / "b")
+    engines = [file for file in bundle.files if file.endswith(".engine")]
+    assert {bundle.files[file]["gpu"] for file in engines} == set(gpus)
+    for file in engines:
+        bundle.verified_path(file)
+
+
+def test_what_was_deleted_is_made_again_and_what_was_changed_is_refused(tmp_path: Path) -> None:
+    path = copied(2, tmp_path / "b")
+    [engine] = result(cli("build-engine", "b", "--gpu", "sm_89", "--json", cwd=tmp_path))  # type: ignore[misc]
+    (tmp_path / engine["engine"]).unlink()
+    (path / "onnx/model_fp16.onnx").unlink()
+    [again] = result(cli("build-engine", "b", "--gpu", "sm_89", "--json", cwd=tmp_path))  # type: ignore[misc]
+    assert not again["reused"]
+    assert cli("verify", "b", cwd=tmp_path).returncode == 0
+    for file in (again["engine"], "b/onnx/model_fp16.onnx"):
+        whole = (tmp_path / file).read_bytes()
+        (tmp_path / file).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        done = cli("build-engine", "b", "--gpu", "sm_89", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "It was changed or damaged" in done.stderr
+    done = cli("build-engine", "b", "--gpu", "sm_89", "--force", cwd=tmp_path)
+    assert done.returncode == 2  # no engine is compiled from a graph that was changed
+
+
+def test_measuring(tmp_path: Path) -> None:
+    # A checkout's own folder, or any module of the directory one stands in, must not take the installed one's place.
+    (tmp_path / "swin_deploy").mkdir()
+    (tmp_path / "swin_deploy/__init__.py").write_text("raise SystemExit('the wrong swin_deploy')")
+    arguments = ("--seconds", 0.6, "--rounds", 1, "--batch", 1, "--batch", 4, "--precision", "fp32", "--precision", "fp16")
+    found: Any = result(cli("bench", digits(2), *arguments, "--json", cwd=tmp_path))
+    assert [(one["candidate"]["precision"], one["candidate"]["batch"]) for one in found] == [
+        ("fp32", 1),
+        ("fp32", 4),
+        ("fp16", 1),
+        ("fp16", 4),
+    ]
+    for one in found:
+        percentiles = [one["percentiles_ms"][p] for p in ("50", "90", "95", "99")]
+        assert 0 < one["min_ms"] <= percentiles[0] <= percentiles[1] <= percentiles[2] <= percentiles[3]
+        assert one["runs"] >= 5
+        assert one["images_per_second"] == pytest.approx(one["candidate"]["batch"] * 1000 / percentiles[0])
+        assert 0 < one["load_seconds"] < 60
+        assert 10 < one["peak_memory_mb"] < 4000
+
+
+def test_variants_are_listed(tmp_path: Path) -> None:
+    listed: Any = result(cli("variants", "--json", cwd=tmp_path))
+    assert {alias for variant in listed for alias in variant["aliases"]} >= set(LARGE)
+    table = cli("variants", cwd=tmp_path)
+    assert table.stdout.count("\n") == len(listed) + 1
+    assert table.stderr == ""
+
+
+def test_a_bundle_is_its_folder_wherever_that_is(tmp_path: Path) -> None:
+    """Moved, renamed, with blanks and other letters in its name, through a link, from inside, with a slash behind."""
+    place = tmp_path / "mit Leer zeichen"
+    place.mkdir()
+    path = copied(1, place / "Zürich 湖.v1")
+    (tmp_path / "link").symlink_to(path)
+    for cwd, named in (
+        (place, "Zürich 湖.v1/"),
+        (tmp_path, "link"),
+        (path, "."),
+        (path / "onnx", ".."),
+        (tmp_path, "./mit Leer zeichen/../link"),
+    ):
+        [answer] = result(cli("predict", named, THREE, "--json", cwd=cwd))  # type: ignore[misc]
+        assert answer["predictions"][0]["label"] == "three"
+    [inside] = result(cli("build-engine", "--gpu", "sm_89", "--json", cwd=path))  # type: ignore[misc]
+    assert (path / inside["engine"]).is_file()
+    assert json.loads((path / "manifest.json").read_text())["name"] == "swin-digits"

@@ -1,0 +1,314 @@
+"""What a user can get wrong: one clear sentence, exit code 2, an empty stdout, and nothing on disk that was not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli.exported import (
+    FLOWER,
+    SCRIPT,
+    THREE,
+    WEIGHTS,
+    cli,
+    cli_without,
+    contents,
+    copied,
+    digits,
+    files,
+    refused,
+    result,
+    stopped,
+)
+
+import swin_deploy
+from swin_deploy.bundle import Bundle
+from swin_deploy.cli import VERBS
+from swin_deploy.errors import SwinDeployError
+from swin_deploy.reference import Reference
+
+NETWORK = WEIGHTS[2]
+FILES = (
+    "onnx/model.onnx",
+    "onnx/model_fp16.onnx",
+    "config.json",
+    "preprocessor_config.json",
+    "reference.npz",
+    "manifest.json",
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["export"], ["--variant", "--weights"]),
+        (["export", "--variant", "swin-tinny", "--random-weights"], ["swin-tinny", "swin-deploy variants"]),
+        (["export", "--variant", "", "--random-weights"], []),
+        (["export", "--variant", "swin-tiny", "--random-weights", "--seed", "-1"], ["seed is -1"]),
+        (["export", "--variant", "swin-tiny", "--random-weights", "--seed", "x"], ["--seed", "export --help"]),
+        (["export", "--variant", "swin-tiny", "--weights", NETWORK], ["is not a swin-tiny", "version is 2"]),
+        (["export", "--weights", NETWORK, "--random-weights"], ["exclude each other"]),
+        (["export", "--weights", "no/such/folder"], ["no folder no/such/folder"]),
+        (["export", "--weights", "x" * 300], ["no folder"]),
+        (["export", "--weights", NETWORK / "config.json"], ["is a file"]),
+        (["export", "--weights", NETWORK.parent / "images"], ["config.json"]),
+        (["export", "--weights", NETWORK, "-o", "."], ["Choose another place with -o"]),
+        (["export", "--weights", NETWORK, "-o", "file"], ["not a bundle"]),
+        (["export", "--weights", NETWORK, "-o", "file/below"], ["cannot be written"]),
+        (["export", "--weights", NETWORK, "-o", "full", "--force"], ["full is there already and is not a bundle"]),
+        (["export", "--weights", NETWORK, "-o", "y" * 300], ["File name too long"]),
+        (["build-engine"], ["no bundle in"]),
+        (["build-engine", "absent"], ["no bundle at absent"]),
+        (["build-engine", "full"], ["full is not a bundle"]),
+        (["build-engine", "y" * 300], ["File name too long"]),
+        (["build-engine", "B", "--gpu", "sm_90"], ["SM90"]),
+        (["build-engine", "B", "--gpu", "sm_89,rtx4090"], ["rtx4090"]),
+        (["build-engine", "B", "--batch", "8:1"], ["MIN:OPT:MAX"]),
+        (["build-engine", "B", "--batch", "8:1:32"], ["(8, 1, 32)"]),
+        (["build-engine", "B", "--batch", "0"], ["(0, 0, 0)"]),
+        (["build-engine", "B", "--backend", "tvm"], ["tvm"]),
+        (["verify"], ["BUNDLE", "verify --help"]),
+        (["verify", "B", "--backend", "tvm"], ["tvm", "onnxruntime"]),
+        (["verify", "file"], ["no bundle at file"]),
+        (["predict", "B"], ["IMAGE"]),
+        (["predict", "B", "absent.png"], ["absent.png", "does not exist"]),
+        (["predict", "B", THREE, "file"], ["file", "not an image"]),
+        (["predict", "B", "full"], ["is a folder"]),
+        (["predict", "B", "cut.jpg"], ["cut.jpg", "damaged"]),
+        (["predict", "B", THREE, "-k", "0"], ["--top-k"]),
+        (["predict", "B", THREE, "--precision", "int8"], ["int8", "fp32, fp16"]),
+        (["predict", "B", THREE, "--backend", "tvm"], ["tvm"]),
+        (["bench", "B", "--precision", "int8"], ["int8"]),
+        (["bench", "B", "--batch", "0"], ["--batch"]),
+        (["bench", "absent"], ["no bundle at absent"]),
+        (["exprot"], ["exprot", "swin-deploy --help"]),
+        (["predict", "--frobnicate"], ["--frobnicate"]),
+    ],
+    ids=lambda value: " ".join(Path(str(v)).name[:20] for v in value) if isinstance(value, list) else None,
+)
+def test_one_sentence(arguments: list[Any], parts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.txt").write_text("mine")
+    (tmp_path / "cut.jpg").write_bytes(FLOWER.read_bytes()[:5000])
+    before = contents(tmp_path)
+    if "--gpu" in arguments or "--batch" in arguments:
+        pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX tells which GPUs it compiles for")
+    refused(cli(*(digits(2) if a == "B" else a for a in arguments), cwd=tmp_path), *parts)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(("variant", "offline"), [("swin-tiny", "0"), ("swinv2-tiny", "1")])
+def test_without_network_and_cache_the_ways_out_are_named(variant: str, offline: str, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    begun = time.monotonic()
+    done = cli("export", "--variant", variant, cwd=tmp_path, HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE=offline)
+    refused(done, f"microsoft/{variant}", "--weights", "--random-weights")
+    assert time.monotonic() - begun < 30
+    assert [path.name for path in tmp_path.iterdir() if path.name != "hf"] == []
+
+
+def edited(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def cut(size: int) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:size])
+
+    return change
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def preprocessed(text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "preprocessor_config.json").write_text(text) and None
+
+
+def half_a_config(folder: Path) -> None:
+    file = folder / "config.json"
+    file.write_bytes(file.read_bytes()[:-30])
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        (cut(0), "model.safetensors cannot be read"),
+        (cut(100), "truncated or damaged"),
+        (cut(-1), "truncated or damaged"),
+        (without("model.safetensors"), "holds no model.safetensors"),
+        (without("config.json"), "no config.json"),
+        (half_a_config, "config.json cannot be read as JSON"),
+        (edited(model_type="vit"), "Vision Transformer"),
+        (edited(model_type=None), "model_type None"),
+        (edited(depths=[2, 2, 2], num_heads=[2, 4, 8]), "lacks"),
+        (edited(depths=None), "num_heads has 2 entries for 4 stages"),
+        (edited(id2label={str(i): "x" for i in range(100_000)}), "classifier.weight has shape [10, 64]"),
+        (edited(window_size=None), "whole number"),
+        (preprocessed('{"image_processor_type": "CLIPImageProcessor"}'), "names CLIPImageProcessor"),
+        (preprocessed('{"size": {"longest_edge": 32}}'), "longest_edge"),
+        (preprocessed("{"), "preprocessor_config.json cannot be read as JSON"),
+    ],
+)
+def test_a_checkpoint_that_is_none(damage: Callable[[Path], None], part: str, tmp_path: Path) -> None:
+    shutil.copytree(NETWORK, tmp_path / "weights")
+    damage(tmp_path / "weights")
+    with pytest.raises(SwinDeployError) as caught:  # in this process, which has paid for the import of torch
+        swin_deploy.export(weights=tmp_path / "weights", output=tmp_path / "b")
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+def test_a_truncated_checkpoint_is_one_sentence(tmp_path: Path) -> None:
+    shutil.copytree(NETWORK, tmp_path / "weights")
+    cut(-1)(tmp_path / "weights")
+    refused(cli("export", "--weights", "weights", "-o", "b", cwd=tmp_path), "truncated or damaged")
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+def test_the_files_of_a_bundle() -> None:
+    assert sorted(files(digits(2))) == sorted(FILES)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_verify_finds_one_changed_byte_in_any_file(file: str, tmp_path: Path) -> None:
+    bundle = copied(2, tmp_path / "b")
+    whole = (bundle / file).read_bytes()
+    for position in (0, len(whole) // 2, len(whole) - 1):
+        (bundle / file).write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        refused(cli("verify", "b", cwd=tmp_path), file)
+    (bundle / file).unlink()
+    refused(cli("verify", "b", cwd=tmp_path), file)
+
+
+def test_verify_fails_with_1_when_a_graph_disagrees(tmp_path: Path) -> None:
+    """The files are intact, so this is a result and not a refusal: it is on stdout."""
+    bundle = Bundle.open(copied(2, tmp_path / "b"))
+    kept = Reference.load(bundle)
+    bundle.with_file("reference.npz", {}, Reference(kept.pixel_values, kept.logits + np.float32(1)).save)
+    done = cli("verify", "b", "--json", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert [row["verified"] for row in json.loads(done.stdout)["graphs"]] == [False, False]
+    assert "DISAGREES" in cli("verify", "b", cwd=tmp_path).stdout
+
+
+def test_export_sweeps_takes_an_empty_folder_and_overwrites_only_with_force(tmp_path: Path) -> None:
+    export = ("export", "--weights", str(NETWORK), "-o", "b/")
+    if os.name != "nt":
+        stopped((SCRIPT, *export), tmp_path, "Tracing", 0.0, signal.SIGKILL)
+        [left] = tmp_path.iterdir()
+        assert left.name.startswith(".b.partial-")
+        refused(cli("build-engine", cwd=tmp_path), "no bundle in")
+    (tmp_path / "b").mkdir()
+    assert cli(*export, cwd=tmp_path).stdout == "b\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]  # and what the killed one left is gone
+    (tmp_path / "b/notes.txt").write_text("of the old one")
+    before = contents(tmp_path)
+    refused(cli(*export, cwd=tmp_path), "--force")
+    assert contents(tmp_path) == before
+    manifest: Any = result(cli(*export, "--force", "--json", cwd=tmp_path))
+    assert (manifest["bundle"], manifest["name"]) == ("b", "b")
+    after = contents(tmp_path)
+    assert before.keys() - after.keys() == {"b/notes.txt"}
+    assert after["b/onnx/model.onnx"] == before["b/onnx/model.onnx"]  # the same weights make the same graph
+    assert after.keys() <= before.keys()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for one bundle of the digits, and little more."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = shutil.which("mount")
+    if (
+        mount is None
+        or subprocess.run([mount, "-t", "tmpfs", "-o", "size=1500k", "none", place], capture_output=True).returncode
+    ):
+        pytest.skip("mounting a small file system is not permitted here")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_or_read_only_disk(disk: Path) -> None:
+    copied(2, disk / "b")
+    (disk / "ballast").write_bytes(bytes(300_000))
+    before = contents(disk)
+    refused(cli("export", "--weights", NETWORK, "-o", "c", cwd=disk), "cannot be written: No space left")
+    assert contents(disk) == before
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    refused(cli("export", "--weights", NETWORK, "-o", "c", cwd=disk), "c cannot be written: Read-only")
+    assert cli("verify", "b", cwd=disk).returncode == 0
+    assert cli("predict", "b", THREE, cwd=disk).returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_behind_stdout(tmp_path: Path) -> None:
+    done = cli("variants", cwd=tmp_path, prefix=["sh", "-c", '"$@" > /dev/full', "sh"])
+    refused(done, "No space left on device")
+
+
+def test_a_reader_that_leaves_early(tmp_path: Path) -> None:
+    done = cli("variants", cwd=tmp_path, prefix=["sh", "-c", '"$@" | head -n 1', "sh"])
+    assert done.stdout.startswith("short name")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "extra"),
+    [
+        ("torch", ["export", "--weights", NETWORK], "export"),
+        ("onnx", ["export", "--weights", NETWORK], "export"),
+        ("onnxscript", ["export", "--weights", NETWORK], "export"),
+        ("safetensors", ["export", "--weights", NETWORK], "export"),
+        ("huggingface_hub", ["export", "--variant", "swin-tiny"], "hub"),
+        ("tensorrt_rtx", ["build-engine", "B"], "tensorrt-rtx"),
+        ("tensorrt_rtx", ["build-engine", "B", "--backend", "tensorrt-rtx"], "tensorrt-rtx"),
+        ("onnxruntime", ["verify", "B"], "onnxruntime"),
+        ("onnxruntime", ["predict", "B", THREE], "onnxruntime"),
+        ("onnxruntime", ["bench", "B"], "onnxruntime"),
+        ("openvino", ["verify", "B", "--backend", "openvino"], "openvino"),
+    ],
+)
+def test_a_missing_library_comes_with_its_command(module: str, arguments: list[Any], extra: str, tmp_path: Path) -> None:
+    done = cli_without([module], *(digits(2) if a == "B" else a for a in arguments), cwd=tmp_path)
+    refused(done, f'pip install "swin-deploy[{extra}]"')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_and_engines_without_onnxruntime_claim_no_verification(tmp_path: Path) -> None:
+    done = cli_without(["onnxruntime"], "export", "--weights", NETWORK, "-o", "b", "--json", cwd=tmp_path)
+    manifest: Any = result(done)
+    assert manifest["files"]["onnx/model.onnx"]["agreement"] == "not verified"
+    assert "nothing was compared" in done.stderr
+    assert all(row["verified"] for row in result(cli("verify", "b", "--json", cwd=tmp_path))["graphs"])  # type: ignore[index,call-overload]
+
+
+@pytest.mark.parametrize("verb", [None, *VERBS])
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_needs_no_library(verb: str | None, option: str, tmp_path: Path) -> None:
+    heavy = ("torch", "onnx", "onnxruntime", "numpy", "PIL", "tensorrt_rtx", "openvino", "safetensors")
+    done = cli_without(heavy, *([verb] if verb else []), option, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Usage: swin-deploy")
+
+
+def test_version(tmp_path: Path) -> None:
+    assert swin_deploy.__version__ in cli("--version", cwd=tmp_path).stdout

@@ -1,0 +1,188 @@
+"""The exported graph: what is in it, what is not, and that it answers as the network does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="graphs are traced from torch")
+onnx = pytest.importorskip("onnx", reason="graphs are ONNX graphs")
+pytest.importorskip("onnxscript", reason="torch exports through onnxscript")
+pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with onnx-graphsurgeon")
+
+from onnx import TensorProto  # noqa: E402
+
+from swin_deploy.compare import TOLERANCES, compare  # noqa: E402
+from swin_deploy.config import SwinConfig  # noqa: E402
+from swin_deploy.errors import ExportError, PassError  # noqa: E402
+from swin_deploy.exporters.onnx_from_torch import INPUT, OPERATORS, OPSET, OUTPUT, onnx_from_torch, writer  # noqa: E402
+from swin_deploy.exporters.passes import PassRecord  # noqa: E402
+from swin_deploy.models.checkpoints import random_checkpoint  # noqa: E402
+from swin_deploy.models.swin import SwinForImageClassification  # noqa: E402
+
+# Three stages whose maps are 13 x 18, 7 x 9 and 4 x 5 tokens: shifted, padded, and odd at merging. `version`, `image_size`
+FIELDS: dict[str, Any] = {
+    "image_size": (52, 72), "embed_dim": 16, "depths": (2, 2, 2), "num_heads": (1, 2, 4), "window_size": (4, 4, 4),
+    "pretrained_window_sizes": (0, 0, 0), "id2label": {i: str(i) for i in range(5)},
+}  # fmt: skip
+
+
+def config(version: int, **changes: Any) -> SwinConfig:
+    return SwinConfig(**{"version": version, **FIELDS, **changes})
+
+
+def smallest(**changes: Any) -> SwinConfig:
+    """One block, for what does not depend on the network."""
+    fields = {"depths": (1,), "num_heads": (1,), "window_size": (4,), "pretrained_window_sizes": (0,), "image_size": (16, 16)}
+    return config(1, **{**fields, **changes})
+
+
+def network(asked: SwinConfig) -> Any:
+    return SwinForImageClassification(asked, asked.image_size, random_checkpoint(asked).tensors).eval()
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["V1", "V2"])
+def exported(request: pytest.FixtureRequest) -> tuple[SwinConfig, Any, Any, tuple[PassRecord, ...]]:
+    asked = config(request.param)
+    made = network(asked)
+    return asked, made, *onnx_from_torch(made, asked, asked.image_size)
+
+
+@pytest.fixture
+def model(exported: Any) -> Any:
+    return exported[2]
+
+
+def test_graph_answers_as_the_network_does(exported: Any) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs exported graphs")
+    asked, made, model, _ = exported
+    session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for batch in (1, 2, 3, 7):
+        pixels = np.random.default_rng(batch).standard_normal((batch, 3, *asked.image_size), dtype=np.float32)
+        with torch.no_grad():
+            expected = made(torch.from_numpy(pixels)).numpy()
+        agreement = compare(session.run([OUTPUT], {INPUT: pixels})[0], expected)
+        assert agreement.within(TOLERANCES["fp32"]), agreement
+
+
+def test_graph_is_valid(model: Any) -> None:
+    onnx.checker.check_model(model, full_check=True)
+    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+
+
+def test_opset(model: Any) -> None:
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
+    assert OPSET == 20
+    assert not model.functions
+
+
+def test_only_the_batch_is_free(exported: Any) -> None:
+    asked, _, model, _ = exported
+    (given,), (answer,) = model.graph.input, model.graph.output
+    found = []
+    for value in (given, answer):
+        assert value.type.tensor_type.elem_type == TensorProto.FLOAT
+        found.append((value.name, [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]))
+    assert found == [(INPUT, ["batch", 3, *asked.image_size]), (OUTPUT, ["batch", 5])]
+
+
+def test_operators(exported: Any) -> None:
+    asked, _, model, records = exported
+    found = {node.op_type for node in model.graph.node}
+    assert found <= OPERATORS
+    assert not found & {"Shape", "If", "Loop", "Pad", "Roll", "NonZero", "Concat", "Where", "Expand", "Cast", "Squeeze"}
+    assert {node.domain for node in model.graph.node} == {""}
+    assert all(attribute.type != onnx.AttributeProto.GRAPH for node in model.graph.node for attribute in node.attribute)
+    assert records == (PassRecord("gather_selects", asked.blocks * (3 if asked.version == 1 else 2)),)
+
+
+def test_every_block_is_one_projection_and_one_softmax(exported: Any) -> None:
+    asked, _, model, _ = exported
+    names = [node.name for node in model.graph.node]
+    for kind in ("attention.qkv/Gemm", "attention/Softmax", "attention.proj/Gemm", "fc1/Gemm", "fc2/Gemm"):
+        assert sum(name.endswith(kind) for name in names) == asked.blocks, kind
+    assert sum("_merge.reduction/" in name for name in names) == len(asked.depths) - 1
+    assert all(len(node.input) == 3 for node in model.graph.node if node.name.endswith("fc1/Gemm")), "a bias apart"
+
+
+def test_nodes_are_named_by_their_modules(exported: Any) -> None:
+    _, made, model, _ = exported
+    modules = {name for name, _ in made.named_modules() if name} | {"swin"}
+    names = [node.name for node in model.graph.node]
+    assert len(set(names)) == len(names)
+    for node in model.graph.node:
+        scope, _, operator = node.name.partition("/")
+        assert scope in modules, node.name
+        assert re.fullmatch(r"[A-Z]\w+", operator), node.name
+    assert "encoder.stage1_block0.attention.qkv/Gemm" in names
+
+
+def test_weights_are_named_by_their_modules(exported: Any) -> None:
+    _, made, model, _ = exported
+    parameters = {name for name, _ in made.named_parameters()}
+    assert parameters <= {tensor.name for tensor in model.graph.initializer}
+
+
+def test_graph_does_not_tell_on_whoever_exported(model: Any) -> None:
+    """torch leaves stack traces in the metadata, with the paths of the machine."""
+    text = model.SerializeToString()
+    for sign in (b".py", b"site-packages", str(Path(__file__).parents[2]).encode(), b"stack_trace", b"pkg."):
+        assert sign not in text, sign
+    assert not model.metadata_props
+    assert not model.graph.metadata_props
+    nodes = (*model.graph.node, *model.graph.value_info, *model.graph.initializer, *model.graph.input, *model.graph.output)
+    assert all(not item.metadata_props for item in nodes)
+    assert all(not node.doc_string for node in model.graph.node)
+    assert model.producer_name == "swin-deploy"
+
+
+def test_one_file(model: Any, tmp_path: Path) -> None:
+    assert all(tensor.data_location == TensorProto.DEFAULT for tensor in model.graph.initializer)
+    writer(model)(tmp_path / "model.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
+    assert onnx.load(tmp_path / "model.onnx") == model
+
+
+def test_export_is_reproducible(exported: Any) -> None:
+    asked, made, model, _ = exported
+    again, _ = onnx_from_torch(made, asked, asked.image_size)
+    assert again.SerializeToString(deterministic=True) == model.SerializeToString(deterministic=True)
+
+
+def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    asked = smallest()
+    onnx_from_torch(network(asked), asked, asked.image_size)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_new", "quick_gelu", "relu", "silu"])
+def test_activations_stay_in_the_operators(act: str) -> None:
+    asked = smallest(hidden_act=act)
+    model, _ = onnx_from_torch(network(asked), asked, asked.image_size)
+    count = [node.op_type for node in model.graph.node].count("Gelu")
+    assert count == (1 if act in ("gelu", "gelu_new") else 0)
+
+
+def test_foreign_operator_is_an_error() -> None:
+    class Summed(torch.nn.Module):  # type: ignore[misc, name-defined, unused-ignore]
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, pixel_values: Any) -> Any:
+            return self.inner(pixel_values).cumsum(1)
+
+    asked = smallest()
+    with pytest.raises(ExportError, match=r"operators .* does not need: CumSum\. Install the versions in constraints\.txt"):
+        onnx_from_torch(Summed(network(asked)), asked, asked.image_size)
+
+
+def test_network_of_another_config_is_an_error() -> None:
+    asked = smallest()
+    with pytest.raises(PassError, match=r'"gather_selects" found 3 places where this architecture has 6'):
+        onnx_from_torch(network(asked), smallest(depths=(2,)), asked.image_size)

@@ -1,0 +1,204 @@
+"""The typed fp16 graph: which values are half precision, which are not, and how far its answers are from fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="graphs are traced from torch")
+onnx = pytest.importorskip("onnx", reason="graphs are ONNX graphs")
+pytest.importorskip("onnxscript", reason="torch exports through onnxscript")
+gs = pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with onnx-graphsurgeon")
+
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+from swin_deploy.compare import compare  # noqa: E402
+from swin_deploy.config import SwinConfig  # noqa: E402
+from swin_deploy.errors import ExportError, PassError  # noqa: E402
+from swin_deploy.exporters.onnx_from_torch import INPUT, OUTPUT, onnx_from_torch  # noqa: E402
+from swin_deploy.exporters.passes import PassRecord  # noqa: E402
+from swin_deploy.exporters.precision import COSINE, assign_types, cosine_islands, fp16_from_fp32  # noqa: E402
+from swin_deploy.models.checkpoints import random_checkpoint  # noqa: E402
+from swin_deploy.models.swin import SwinForImageClassification  # noqa: E402
+
+HALF = np.dtype(np.float16)
+WHOLE, PADDED = (64, 64), (52, 72)  # 16 x 16 tokens in windows of 4; 13 x 18, padded
+
+
+def config(version: int) -> SwinConfig:
+    return SwinConfig(
+        version, image_size=WHOLE, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=(4, 4),
+        pretrained_window_sizes=(0, 0), id2label={i: str(i) for i in range(6)},
+    )  # fmt: skip
+
+
+def fp32(version: int, size: tuple[int, int]) -> Any:
+    asked = config(version)
+    network = SwinForImageClassification(asked, size, random_checkpoint(asked).tensors).eval()
+    return onnx_from_torch(network, asked, size)[0]
+
+
+@pytest.fixture(scope="module", params=[(1, WHOLE), (1, PADDED), (2, WHOLE), (2, PADDED)], ids=lambda p: f"V{p[0]}-{p[1][0]}")
+def graphs(request: pytest.FixtureRequest) -> tuple[SwinConfig, tuple[int, int], Any, Any, tuple[PassRecord, ...]]:
+    """The config, the image size, the fp32 graph, the fp16 graph, and the records of the rewrite."""
+    version, size = request.param
+    model = fp32(version, size)
+    return config(version), size, model, *fp16_from_fp32(model, config(version))
+
+
+def answers(model: Any, size: tuple[int, int], batch: int = 3) -> Any:
+    runtime = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs both graphs")
+    pixels = np.random.default_rng(batch).standard_normal((batch, 3, *size), dtype=np.float32)
+    session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run([OUTPUT], {INPUT: pixels})[0]
+
+
+def test_answers_stay_close(graphs: Any) -> None:
+    """Padded windows of V2 included, where half precision without the island is 0 / 0."""
+    _, size, wide, narrow, _ = graphs
+    for batch in (1, 4):
+        agreement = compare(answers(narrow, size, batch), answers(wide, size, batch))
+        assert agreement.within(1e-2), agreement
+        assert agreement.relative_l2 > 0, "half precision rounds, so equal answers mean that nothing was typed"
+
+
+def test_without_the_island_padding_is_not_a_number() -> None:
+    imported = gs.import_onnx(fp32(2, PADDED))
+    assign_types(imported, wide=set(), narrow=HALF)
+    model = gs.export_onnx(imported.cleanup().toposort())
+    assert np.isnan(answers(model, PADDED)).all()
+
+
+def test_graph_is_valid(graphs: Any) -> None:
+    *_, narrow, _ = graphs
+    onnx.checker.check_model(narrow, full_check=True)
+    onnx.shape_inference.infer_shapes(narrow, check_type=True, strict_mode=True, data_prop=True)
+
+
+def test_input_and_output_stay_float32(graphs: Any) -> None:
+    *_, wide, narrow, _ = graphs
+    assert list(narrow.graph.input) == list(wide.graph.input)
+    assert list(narrow.graph.output) == list(wide.graph.output)
+
+
+def islands(model: Any) -> set[str]:
+    """The nodes between a ReduceL2 and the product that it scales, found without the code under test."""
+    readers: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    found = set()
+    for node in model.graph.node:
+        if node.op_type == "ReduceL2":
+            for expected in COSINE:
+                assert node.op_type == expected
+                found.add(node.name)
+                node = readers[node.output[0]][0]
+    return found
+
+
+def test_every_weight_outside_the_islands_is_half(graphs: Any) -> None:
+    asked, _, _, narrow, _ = graphs
+    kept = islands(narrow)
+    assert len(kept) == (4 * asked.blocks if asked.version == 2 else 0)
+    inside = {name for node in narrow.graph.node if node.name in kept for name in node.input}
+    types = {
+        tensor.name: tensor.data_type
+        for tensor in narrow.graph.initializer
+        if tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16)
+    }
+    assert len(types) > 40
+    assert {name for name, kind in types.items() if kind == TensorProto.FLOAT} == inside & types.keys()
+
+
+def test_every_value_outside_the_islands_is_half(graphs: Any) -> None:
+    *_, narrow, _ = graphs
+    kept = islands(narrow)
+    inferred = onnx.shape_inference.infer_shapes(narrow, strict_mode=True)
+    types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+    for node in narrow.graph.node:
+        if node.op_type == "Cast" or node.output[0] == OUTPUT:
+            continue
+        wanted = TensorProto.FLOAT if node.name in kept else TensorProto.FLOAT16
+        assert types[node.output[0]] == wanted, node.name
+
+
+def test_casts_are_counted(graphs: Any) -> None:
+    asked, _, wide, narrow, records = graphs
+    expected = 2 + (2 * asked.blocks if asked.version == 2 else 0)
+    assert records == (PassRecord("fp16_types", expected),)
+    found = [node.op_type for node in narrow.graph.node]
+    assert found.count("Cast") == expected
+    assert len(found) == len(wide.graph.node) + expected
+    names = [node.name for node in narrow.graph.node]
+    assert len(set(names)) == len(names)
+
+
+def test_islands_are_found_in_v2_alone(graphs: Any) -> None:
+    asked, _, wide, _, _ = graphs
+    assert cosine_islands(gs.import_onnx(wide)) == islands(wide)
+    assert len(islands(wide)) == (4 * asked.blocks if asked.version == 2 else 0)
+
+
+def test_fp32_graph_is_left_alone(graphs: Any) -> None:
+    asked, _, wide, narrow, _ = graphs
+    before = wide.SerializeToString(deterministic=True)
+    again, _ = fp16_from_fp32(wide, asked)
+    assert wide.SerializeToString(deterministic=True) == before
+    assert again.SerializeToString(deterministic=True) == narrow.SerializeToString(deterministic=True)
+
+
+def test_weight_beyond_half_precision_is_an_error() -> None:
+    model = fp32(1, WHOLE)
+    (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == "classifier.weight")
+    values = numpy_helper.to_array(weight).copy()
+    values[2, 3] = -1e5
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    with pytest.raises(ExportError) as caught:
+        fp16_from_fp32(model, config(1))
+    assert str(caught.value) == ("classifier.weight holds 1e+05, which float16 cannot represent. Build the engine with --fp32.")
+
+
+def test_graph_of_another_config_is_an_error() -> None:
+    with pytest.raises(PassError, match=r'"fp16_types" found 2 places where this architecture has 10'):
+        fp16_from_fp32(fp32(1, WHOLE), config(2))
+
+
+def small(nodes: list[Any], outputs: list[str]) -> Any:
+    value = helper.make_tensor_value_info
+    model = helper.make_model(
+        helper.make_graph(
+            nodes, "test", [value(INPUT, TensorProto.FLOAT, [2])], [value(name, TensorProto.FLOAT, [2]) for name in outputs],
+            [numpy_helper.from_array(np.array([2.0, 0.1], np.float32), "c")],
+        ),
+        opset_imports=[helper.make_opsetid("", 20)], ir_version=10,
+    )  # fmt: skip
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def run(model: Any, values: list[float]) -> list[Any]:
+    runtime = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the graph")
+    session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return list(session.run(None, {INPUT: np.array(values, np.float32)}))
+
+
+def test_a_value_that_two_nodes_read_is_cast_once() -> None:
+    nodes = [
+        helper.make_node("Mul", [INPUT, "c"], ["a"], "wide_1"),
+        helper.make_node("Add", ["a", "c"], ["b"], "narrow_1"),
+        helper.make_node("Mul", ["a", "b"], ["d"], "narrow_2"),
+        helper.make_node("Add", ["d", "a"], ["e"], "wide_2"),
+        helper.make_node("Add", ["e", "d"], ["logits"], "wide_3"),
+    ]
+    imported = gs.import_onnx(small(nodes, ["logits"]))
+    # a is cast down for two readers, d up for two; the input is float32 already, and the output still is
+    assert assign_types(imported, wide={"wide_1", "wide_2", "wide_3"}, narrow=HALF) == 2
+    model = gs.export_onnx(imported.cleanup().toposort())
+    onnx.checker.check_model(model, full_check=True)
+    assert [node.op_type for node in model.graph.node].count("Cast") == 2
+    assert {tensor.data_type for tensor in model.graph.initializer} == {TensorProto.FLOAT, TensorProto.FLOAT16}
+    (found,) = run(model, [1.5, -3.0])
+    a = np.array([3.0, -0.3])
+    np.testing.assert_allclose(found, a * (a + [2.0, 0.1]) * 2 + a, rtol=5e-3)

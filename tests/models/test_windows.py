@@ -1,0 +1,164 @@
+"""Every index array against roll, pad and view in torch, and against the functions of transformers that it replaces."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the reference for window order is torch")
+
+from swin_deploy.config import SwinConfig  # noqa: E402
+from swin_deploy.errors import CheckpointError  # noqa: E402
+from swin_deploy.models import windows  # noqa: E402
+from swin_deploy.models.windows import PAD, Stage, WindowGrid  # noqa: E402
+
+# height, width, window, shift: whole windows, padding on one side, on both, one window, wide and tall
+GRIDS = [
+    (8, 8, 4, 0), (8, 8, 4, 2), (14, 14, 7, 3), (7, 7, 7, 0), (12, 20, 4, 2), (9, 8, 4, 2), (8, 10, 4, 2), (13, 6, 5, 2),
+    (5, 17, 3, 1), (1, 1, 3, 0), (3, 2, 7, 3), (6, 6, 1, 0), (30, 30, 24, 12),
+]  # fmt: skip
+
+
+def partition(tokens: Any, window: int) -> Any:
+    """[1, rows, columns, channels] -> [windows, window * window, channels], as the paper's code writes it."""
+    _, rows, columns, channels = tokens.shape
+    split = tokens.view(rows // window, window, columns // window, window, channels)
+    return split.permute(0, 2, 1, 3, 4).reshape(-1, window * window, channels)
+
+
+def numbered(height: int, width: int) -> Any:
+    """[1, height, width, 1], numbered row by row from 1, so that padding with zeros tells itself apart."""
+    return torch.arange(1, height * width + 1).reshape(1, height, width, 1)
+
+
+@pytest.mark.parametrize(("height", "width", "window", "shift"), GRIDS)
+def test_order_is_pad_roll_partition(height: int, width: int, window: int, shift: int) -> None:
+    grid = WindowGrid(height, width, window, shift)
+    padded = torch.nn.functional.pad(numbered(height, width), (0, 0, 0, -width % window, 0, -height % window))
+    rolled = torch.roll(padded, (-shift, -shift), (1, 2))
+    expected = partition(rolled, window) - 1
+    assert grid.padded == tuple(padded.shape[1:3])
+    assert (grid.windows, grid.tokens_per_window) == tuple(expected.shape[:2])
+    assert grid.order().tolist() == expected.flatten().tolist()
+
+
+@pytest.mark.parametrize("version", ["swin", "swinv2"])
+@pytest.mark.parametrize(("height", "width", "window", "shift"), GRIDS)
+def test_mask_is_that_of_transformers(version: str, height: int, width: int, window: int, shift: int) -> None:
+    modeling = pytest.importorskip(f"transformers.models.{version}.modeling_{version}", reason="transformers is the reference")
+    layer = getattr(modeling, {"swin": "SwinLayer", "swinv2": "Swinv2Layer"}[version])
+    grid = WindowGrid(height, width, window, shift)
+    if not hasattr(layer, "get_attn_mask"):
+        pytest.skip("transformers' own mask: this release builds it under another name")
+    state = SimpleNamespace(window_size=window, shift_size=shift)
+    expected = layer.get_attn_mask(state, *grid.padded, torch.float32, torch.device("cpu"))
+    found = grid.mask(-100.0)
+    if expected is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert found.dtype == np.float32
+        assert np.array_equal(found, expected.numpy())
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 7), (7, 10), (10, 7), (1, 1), (2, 1), (15, 15)])
+@pytest.mark.parametrize(("window", "shift"), [(4, 0), (4, 2), (3, 1)])
+def test_merge_order_is_pad_slice_concatenate(height: int, width: int, window: int, shift: int) -> None:
+    tokens = torch.nn.functional.pad(numbered(height, width), (0, 0, 0, width % 2, 0, height % 2))
+    four = [tokens[:, row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
+    merged = torch.cat(four, -1)
+    rows, columns = merged.shape[1:3]
+    padded = torch.nn.functional.pad(merged, (0, 0, 0, -columns % window, 0, -rows % window))
+    expected = partition(torch.roll(padded, (-shift, -shift), (1, 2)), window).reshape(-1, 4) - 1
+    target = WindowGrid(rows, columns, window, shift).order()
+    assert windows.merge_order(Stage(height, width, ()), target).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 7, 8, 12])
+def test_relative_position_index_is_that_of_transformers(window: int) -> None:
+    modeling = pytest.importorskip("transformers.models.swinv2.modeling_swinv2", reason="transformers is the reference")
+    _, expected = modeling.Swinv2SelfAttention.create_coords_table_and_index(attention(window, 0))
+    assert np.array_equal(windows.relative_position_index(window), expected.numpy())
+
+
+@pytest.mark.parametrize(
+    ("window", "pretrained"), [(1, 0), (2, 0), (7, 0), (8, 0), (24, 12), (8, 12), (12, 6), (1, 6), (16, 0)]
+)
+def test_relative_coordinates_are_those_of_transformers(window: int, pretrained: int) -> None:
+    modeling = pytest.importorskip("transformers.models.swinv2.modeling_swinv2", reason="transformers is the reference")
+    expected, _ = modeling.Swinv2SelfAttention.create_coords_table_and_index(attention(window, pretrained))
+    found = windows.relative_coordinates(window, pretrained)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected.numpy().reshape(-1, 2), rtol=3e-7, atol=0)
+
+
+def attention(window: int, pretrained: int) -> SimpleNamespace:
+    """As much of transformers' attention as its method reads."""
+    return SimpleNamespace(
+        window_size=(window, window),
+        pretrained_window_size=(pretrained, pretrained),
+        continuous_position_bias_mlp=torch.nn.Linear(2, 1),
+    )
+
+
+@pytest.mark.parametrize(("source", "target"), [(a, b) for a in GRIDS[:6] for b in GRIDS[:6] if a[:2] == b[:2]])
+def test_gather_fetches_every_real_token(source: tuple[int, ...], target: tuple[int, ...]) -> None:
+    before, after = WindowGrid(*source).order(), WindowGrid(*target).order()
+    index = windows.gather(before, after)
+    if index is None:
+        assert np.array_equal(before, after)
+        return
+    real = after != PAD
+    assert np.array_equal(before[index][real], after[real])
+    assert index.min() >= 0
+    assert index.max() < len(before)
+
+
+def test_gather_is_none_where_nothing_moves() -> None:
+    order = WindowGrid(8, 8, 4, 2).order()
+    assert windows.gather(order, order.copy()) is None
+    assert windows.gather(np.arange(64), WindowGrid(8, 8, 8, 0).order()) is None
+
+
+def test_keep_marks_padding() -> None:
+    assert windows.keep(WindowGrid(8, 8, 4, 2).order()) is None
+    order = WindowGrid(3, 5, 4, 0).order()
+    keep = windows.keep(order)
+    assert keep is not None
+    assert keep.shape == (len(order), 1)
+    assert keep.sum() == 15
+    assert np.array_equal(keep[:, 0] == 0, order == PAD)
+
+
+def config(version: int, **fields: Any) -> SwinConfig:
+    stages = len(fields.get("depths", (2, 2)))
+    given = {"embed_dim": 8, "depths": (2, 2), "num_heads": (1,) * stages, "window_size": (4,) * stages, **fields}
+    return SwinConfig(version=version, pretrained_window_sizes=(0,) * stages, **given)
+
+
+def test_v1_shift_is_dropped_where_the_shorter_side_is_one_window() -> None:
+    first, second = windows.stages(config(1, image_size=(32, 64)), (32, 64))
+    assert [grid.shift for grid in first.grids] == [0, 2]
+    assert (second.height, second.width) == (4, 8)
+    assert [(grid.window, grid.shift) for grid in second.grids] == [(4, 0), (4, 0)]
+
+
+def test_v1_map_below_its_window_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"Stage 1 .* feature map of 3 x 8 tokens, smaller than its window of 4"):
+        windows.stages(config(1, image_size=(64, 64)), (24, 64))
+
+
+def test_v2_window_and_shift_come_from_the_configured_height() -> None:
+    asked = config(2, image_size=(32, 64), window_size=(6, 6))
+    for size in ((32, 64), (16, 16), (80, 80)):
+        first, second = windows.stages(asked, size)
+        assert [(grid.window, grid.shift) for grid in first.grids] == [(6, 0), (6, 3)]
+        assert [(grid.window, grid.shift) for grid in second.grids] == [(4, 0), (4, 0)]
+
+
+def test_odd_maps_grow_when_they_are_halved() -> None:
+    found = windows.stages(config(1, depths=(1, 1, 1), image_size=(52, 44), window_size=(2, 2, 2)), (52, 44))
+    assert [(stage.height, stage.width) for stage in found] == [(13, 11), (7, 6), (4, 3)]

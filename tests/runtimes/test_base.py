@@ -1,0 +1,81 @@
+"""What every back end checks before it runs, on one with two inputs that share a free axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from swin_deploy.errors import BackendError, InputError
+from swin_deploy.runtimes.base import Runtime
+from swin_deploy.specs import TensorSpec
+
+
+class Adder(Runtime):
+    """Adds its two inputs, and counts how often it is closed."""
+
+    def __init__(self) -> None:
+        specs = (TensorSpec("a", "float32", ("batch", 2)), TensorSpec("b", "float32", ("batch", 2)))
+        super().__init__("adder 1.0", specs, (TensorSpec("sum", "float32", ("batch", 2)),))
+        self.closed = 0
+
+    def _run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        return {"sum": feeds["a"] + feeds["b"]}
+
+    def _close(self) -> None:
+        self.closed += 1
+
+
+def ones(*shape: int, dtype: str = "float32") -> np.ndarray:
+    return np.ones(shape, dtype)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_runs_any_batch(batch: int) -> None:
+    with Adder() as adder:
+        assert np.array_equal(adder.run({"a": ones(batch, 2), "b": ones(batch, 2)})["sum"], 2 * ones(batch, 2))
+
+
+@pytest.mark.parametrize(
+    ("feeds", "sentence"),
+    [
+        ({"a": ones(1, 2)}, '"b" is missing'),
+        ({}, '"a" is missing'),
+        ({"a": ones(1, 2), "b": ones(1, 2), "c": ones(1)}, 'no input "c".*a: float32'),
+        ({"a": ones(1, 2), "b": ones(1, 2, dtype="float64")}, r'dtype float64; expected .*astype\("float32"\)'),
+        ({"a": ones(1, 2), "b": ones(1, 2, dtype=">f4")}, "dtype >f4"),
+        ({"a": ones(1, 2), "b": ones(1, 3)}, r"shape \[1, 3\]; expected b: float32 \[batch, 2\]"),
+        ({"a": ones(1, 2), "b": ones(2)}, r"shape \[2\]"),
+        ({"a": ones(1, 2), "b": ones(1, 2, 1)}, "shape"),
+        ({"a": ones(0, 2), "b": ones(0, 2)}, r"shape \[0, 2\]"),
+        ({"a": ones(1, 2), "b": ones(2, 2)}, r"shape \[2, 2\]"),
+        ({"a": [[1.0, 2.0]], "b": ones(1, 2)}, "is a list; expected a numpy array"),
+        ({"a": None, "b": ones(1, 2)}, "is a NoneType"),
+    ],
+)
+def test_feeds_that_do_not_fit(feeds: dict[str, Any], sentence: str) -> None:
+    with Adder() as adder, pytest.raises(InputError, match=sentence):
+        adder.run(feeds)
+
+
+def test_an_input_error_is_a_value_error() -> None:
+    with Adder() as adder, pytest.raises(ValueError, match="missing"):
+        adder.run({})
+
+
+def test_closed_once_and_for_all() -> None:
+    adder = Adder()
+    adder.close()
+    adder.close()
+    assert adder.closed == 1
+    with pytest.raises(BackendError, match="closed"):
+        adder.run({"a": ones(1, 2), "b": ones(1, 2)})
+
+
+def test_closed_by_an_error_inside() -> None:
+    adder = Adder()
+    with pytest.raises(KeyError), adder:
+        raise KeyError
+    assert adder.closed == 1

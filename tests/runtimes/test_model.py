@@ -1,0 +1,213 @@
+"""A loaded bundle: from whatever stands for an image to named classes, the same on every back end."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli.exported import EXAMPLES, FLOWER, THREE, copied, digits, files
+from PIL import Image
+
+import swin_deploy
+from swin_deploy.bundle import Bundle, create_bundle
+from swin_deploy.errors import BackendError, BundleError, InputError, UsageError
+from swin_deploy.runtimes.model import Model
+
+BACKENDS = ("onnxruntime", "openvino")
+FEED = np.random.default_rng(0).standard_normal((3, 3, 32, 32)).astype(np.float32)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def model(request: pytest.FixtureRequest) -> Iterator[Model]:
+    pytest.importorskip(request.param, reason=f"{request.param} is not installed")
+    with swin_deploy.load(digits(2), backend=request.param) as loaded:
+        yield loaded
+
+
+def test_says_what_it_takes_and_gives(model: Model) -> None:
+    assert [str(spec) for spec in model.inputs] == ["pixel_values: float32 [batch, 3, 32, 32]"]
+    assert [str(spec) for spec in model.outputs] == ["logits: float32 [batch, 10]"]
+    assert model.labels[3] == "three"
+    assert len(model.labels) == 10
+
+
+def test_everything_that_stands_for_an_image(model: Model) -> None:
+    with Image.open(THREE) as opened:
+        picture = opened.convert("RGB")
+    one = model.classify(THREE)
+    assert one[0][0].label == "three"
+    for same in (str(THREE), picture, np.asarray(picture), [THREE], (picture,), iter([THREE]), (p for p in [picture])):
+        assert model.classify(same) == one
+
+
+def test_many_images_keep_their_order_whatever_the_batch(model: Model) -> None:
+    paths = [EXAMPLES / f"digits/images/{digit}.png" for digit in (4, 2, 9, 9, 0, 1, 7)]
+    wanted = model.classify(paths, batch_size=100)
+    assert [best[0].index for best in wanted] == [4, 2, 9, 9, 0, 1, 7]
+    for batch_size in (1, 2, 7):
+        found = model.classify(iter(paths), batch_size=batch_size)
+        assert [[p.index for p in best] for best in found] == [[p.index for p in best] for best in wanted]
+        scores = [[[p.score for p in best] for best in answers] for answers in (found, wanted)]
+        assert np.allclose(*scores, atol=1e-6)
+    assert model.classify([]) == []
+
+
+def test_a_stream_is_read_one_batch_at_a_time(model: Model) -> None:
+    taken = []
+
+    def stream() -> Iterator[Path]:
+        for number in range(5):
+            taken.append(number)
+            yield THREE if number < 4 else Path("absent.png")
+
+    with pytest.raises(InputError, match=r"absent\.png"):
+        model.classify(stream(), batch_size=2)
+    assert taken == [0, 1, 2, 3, 4]
+
+
+def test_scores_are_probabilities_best_first(model: Model) -> None:
+    [best] = model.classify(FLOWER, top_k=1000)
+    assert sorted(p.index for p in best) == list(range(10))
+    assert sum(p.score for p in best) == pytest.approx(1)
+    assert [p.score for p in best] == sorted((p.score for p in best), reverse=True)
+    assert model.classify(FLOWER, top_k=2) == [best[:2]]
+
+
+@pytest.mark.parametrize("arguments", [{"top_k": 0}, {"top_k": -1}, {"batch_size": 0}])
+def test_numbers_that_cannot_be_meant(model: Model, arguments: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="at least 1"):
+        model.classify(THREE, **arguments)
+
+
+@pytest.mark.parametrize("image", [None, 3, b"bytes", [None], [[1, 2]], np.zeros((8, 8, 3)), np.zeros((0, 0, 3), np.uint8)])
+def test_what_is_no_image(model: Model, image: object) -> None:
+    with pytest.raises(InputError):
+        model.classify(image)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("feeds", "sentence"),
+    [
+        ({}, "missing"),
+        ({"pixel_values": FEED, "mask": FEED}, 'no input "mask"'),
+        ({"pixel_values": FEED.astype(np.float64)}, "float64"),
+        ({"pixel_values": FEED.astype(np.float16)}, "float16"),
+        ({"pixel_values": FEED[0]}, "shape"),
+        ({"pixel_values": FEED[:, :, :, :31]}, "shape"),
+        ({"pixel_values": FEED.transpose(0, 2, 3, 1)}, "shape"),
+        ({"pixel_values": FEED[:0]}, "shape"),
+    ],
+)
+def test_feeds_that_do_not_fit(model: Model, feeds: dict[str, np.ndarray], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        model.run(feeds)
+
+
+def test_outputs_are_the_callers_own(model: Model) -> None:
+    first = model.run({"pixel_values": FEED})["logits"]
+    kept = first.copy()
+    model.run({"pixel_values": -FEED})
+    assert np.array_equal(first, kept)
+    assert (first.shape, first.dtype) == ((3, 10), np.float32)
+
+
+def test_memory_order_does_not_matter(model: Model) -> None:
+    wanted = model.run({"pixel_values": FEED})["logits"]
+    found = model.run({"pixel_values": np.asfortranarray(FEED)})["logits"]
+    assert np.array_equal(found, wanted)
+
+
+def test_threads_share_a_model(model: Model) -> None:
+    feeds = [{"pixel_values": FEED[i % 3 : i % 3 + 1]} for i in range(60)]
+    wanted = [model.run(feed)["logits"] for feed in feeds]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda feed: model.run(feed)["logits"], feeds))
+    assert np.allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_back_ends_give_the_same_answers(version: int) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    answers = {}
+    for backend in BACKENDS:
+        with swin_deploy.load(digits(version), backend=backend, threads=1) as loaded:
+            answers[backend] = loaded.run({"pixel_values": FEED})["logits"]
+    assert np.allclose(answers["openvino"], answers["onnxruntime"], atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_closed_model_says_so(backend: str) -> None:
+    pytest.importorskip(backend, reason=f"{backend} is not installed")
+    loaded = swin_deploy.load(digits(1), backend=backend)
+    loaded.close()
+    loaded.close()
+    with pytest.raises(BackendError, match="closed"):
+        loaded.classify(THREE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"precision": "int8"}, 'no precision "int8"'),
+        ({"backend": "tensorflow"}, 'no back end "tensorflow"'),
+        ({"threads": -1}, "threads is -1"),
+        ({"threads": 10**6}, "threads is 1000000"),
+    ],
+)
+def test_arguments_that_cannot_be_meant(arguments: dict[str, object], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        swin_deploy.load(digits(2), **arguments)  # type: ignore[arg-type]
+
+
+def test_a_precision_that_is_not_there_yet(tmp_path: Path) -> None:
+    whole = Bundle.open(digits(2))
+    with create_bundle(tmp_path / "b", replace=False, facts=whole.manifest) as draft:
+        for file in whole.files.keys() - {"onnx/model_fp16.onnx"}:
+            draft.add(file, whole.files[file], partial(shutil.copyfile, whole.path / file))
+    with pytest.raises(UsageError, match=r"holds no fp16 graph; it holds fp32.*build-engine"):
+        swin_deploy.load(tmp_path / "b", precision="fp16")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_graph_that_the_back_end_refuses_is_one_line(backend: str, tmp_path: Path) -> None:
+    pytest.importorskip(backend, reason=f"{backend} is not installed")
+    bundle = Bundle.open(copied(2, tmp_path / "b"))
+    bundle.with_file("onnx/model.onnx", {"precision": "fp32"}, lambda path: path.write_bytes(b"no graph") and None)
+    with pytest.raises(BackendError, match="cannot load") as caught:
+        swin_deploy.load(bundle.path, backend=backend)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["onnx/model.onnx", "config.json", "preprocessor_config.json", "manifest.json"])
+def test_one_changed_byte_is_never_loaded(file: str, tmp_path: Path) -> None:
+    bundle = copied(2, tmp_path / "b")
+    assert file in files(bundle)
+    whole = (bundle / file).read_bytes()
+    for position in np.linspace(0, len(whole) - 1, 25).astype(int):
+        (bundle / file).write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises(BundleError, match=file):
+            swin_deploy.load(bundle)
+
+
+def test_a_device_needs_neither_torch_nor_onnx(tmp_path: Path) -> None:
+    """The bundle runs where nothing that made it is installed, and the import alone is light."""
+    code = f"""
+import sys
+absent = ("torch", "onnx", "transformers", "safetensors", "onnxscript", "onnx_graphsurgeon", "tensorrt_rtx", "sklearn",
+          "huggingface_hub", "openvino")
+sys.modules.update(dict.fromkeys(absent))
+import swin_deploy
+for precision in ("fp32", "fp16"):
+    with swin_deploy.load({str(digits(2))!r}, precision=precision) as model:
+        print(model.classify({str(THREE)!r}, top_k=1)[0][0].label)
+assert all(verdict.verified for verdict in swin_deploy.verify({str(digits(2))!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "three\nthree\n", "")

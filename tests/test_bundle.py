@@ -1,0 +1,334 @@
+"""A bundle is complete and as it was written, or it is not a bundle; whoever is killed, and whatever the disk does."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from cli.exported import contents
+
+from swin_deploy.bundle import Bundle, Draft, create_bundle, newest_bundle
+from swin_deploy.errors import BundleError
+
+FACTS = {"name": "small", "tolerance": 1e-05, "label": "Grüße"}
+
+
+def fill(draft: Draft, text: str = "graph") -> None:
+    draft.add("onnx/model.onnx", {"precision": "fp32"}, lambda path: path.write_text(text) and None)
+    draft.add_json("config.json", {"labels": ["Katze", "\N{CAT}", "\ud800"]})
+
+
+def make(path: Path, text: str = "graph", replace: bool = False) -> Bundle:
+    with create_bundle(path, replace=replace, facts=FACTS) as draft:
+        fill(draft, text)
+    return Bundle.open(path)
+
+
+def text_of(bundle: Bundle) -> str:
+    return bundle.verified_path("onnx/model.onnx").read_text()
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    bundle = make(tmp_path / "a b" / "ünï")
+    assert bundle.name == "small"
+    assert bundle.manifest["label"] == "Grüße"
+    assert text_of(bundle) == "graph"
+    assert bundle.files["onnx/model.onnx"]["bytes"] == 5
+    assert bundle.read_json("config.json")["labels"][1] == "\N{CAT}"
+    assert set(contents(tmp_path / "a b")) == {
+        "ünï",
+        "ünï/config.json",
+        "ünï/manifest.json",
+        "ünï/onnx",
+        "ünï/onnx/model.onnx",
+    }
+
+
+def test_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:
+    """Blanks and line ends too: it is the one file whose sha256 stands nowhere else."""
+    manifest = make(tmp_path / "b").path / "manifest.json"
+    whole = manifest.read_bytes()
+    for position in range(len(whole)):
+        for other in {0x20, 0x0A, 0x0D, whole[position] ^ 1} - {whole[position]}:
+            manifest.write_bytes(whole[:position] + bytes([other]) + whole[position + 1 :])
+            with pytest.raises(BundleError, match="damaged"):
+                Bundle.open(tmp_path / "b")
+    for wrong in (b"", whole[:-1], whole + b"\n", b"[]", b"null", b"\xff", b"[" * 100_000):
+        manifest.write_bytes(wrong)
+        with pytest.raises(BundleError, match="damaged"):
+            Bundle.open(tmp_path / "b")
+    manifest.write_bytes(whole)
+    assert Bundle.open(tmp_path / "b").name == "small"
+
+
+def test_every_byte_of_a_file_counts(tmp_path: Path) -> None:
+    bundle = make(tmp_path / "b")
+    file = bundle.path / "onnx/model.onnx"
+    for position in range(5):
+        changed = bytearray(b"graph")
+        changed[position] ^= 0x80
+        file.write_bytes(changed)
+        with pytest.raises(BundleError, match=r"model\.onnx is not the file that was exported"):
+            bundle.verified_path("onnx/model.onnx")
+    file.unlink()
+    with pytest.raises(BundleError, match="cannot be read"):
+        bundle.verified_path("onnx/model.onnx")
+    with pytest.raises(BundleError, match=r"has no weights\.bin"):
+        bundle.verified_path("weights.bin")
+
+
+def test_a_changed_engine_names_the_way_out(tmp_path: Path) -> None:
+    bundle = make(tmp_path / "b").with_file("engines/x.engine", {}, lambda path: path.write_bytes(b"plan") and None)
+    (bundle.path / "engines/x.engine").write_bytes(b"plam")
+    with pytest.raises(BundleError, match="build-engine --force"):
+        bundle.verified_path("engines/x.engine")
+
+
+def test_a_newer_schema_is_told_from_damage(tmp_path: Path) -> None:
+    path = tmp_path / "b"
+    with create_bundle(path, replace=False, facts={**FACTS, "schema": 2}) as draft:
+        fill(draft)
+    with pytest.raises(BundleError, match="schema 2"):
+        Bundle.open(path)
+
+
+@pytest.mark.parametrize("name", ["absent", "file", "file/below", "empty", "x" * 300])
+def test_no_bundle_there(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BundleError, match=r"no bundle|not a bundle|cannot be read"):
+        Bundle.open(tmp_path / name)
+
+
+def test_an_existing_bundle_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    make(tmp_path / "b", "old")
+    before = contents(tmp_path)
+    with pytest.raises(BundleError, match="--force"):
+        make(tmp_path / "b", "new")
+    assert contents(tmp_path) == before
+    assert text_of(make(tmp_path / "b", "new", replace=True)) == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_an_empty_folder_is_taken_and_any_other_is_left(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert text_of(make(tmp_path / "empty")) == "graph"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    before = contents(tmp_path)
+    for name in ("full", "file"):
+        with pytest.raises(BundleError, match="not a bundle"):
+            make(tmp_path / name, replace=True)
+    with pytest.raises(BundleError, match="cannot be written"):
+        make(tmp_path / "file/below", replace=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+    make(tmp_path / "real", "old")
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "dangling").symlink_to("later")
+    assert text_of(make(tmp_path / "link", "new", replace=True)) == "new"
+    assert text_of(make(tmp_path / "dangling")) == "graph"
+    assert text_of(Bundle.open(tmp_path / "real")) == "new"
+    assert (tmp_path / "link").is_symlink()
+    assert text_of(Bundle.open(tmp_path / "later")) == "graph"
+
+
+@pytest.mark.parametrize("place", [".", "..", "../b"])
+def test_the_folder_one_stands_in_is_not_pulled_away(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "b")
+    before = contents(tmp_path)
+    monkeypatch.chdir(tmp_path / "b/onnx" if place == ".." else tmp_path / "b")
+    with pytest.raises(BundleError, match="started in"):
+        make(Path(place), replace=True)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_error_leaves_what_was_there(error: type[BaseException], tmp_path: Path) -> None:
+    make(tmp_path / "b", "old")
+    before = contents(tmp_path)
+
+    def interrupted(path: Path) -> None:
+        with create_bundle(path, replace=True, facts=FACTS) as draft:
+            fill(draft, "new")
+            raise error
+
+    for name in ("b", "c"):
+        with pytest.raises(error):
+            interrupted(tmp_path / name)
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_that_appears_meanwhile_is_left(tmp_path: Path) -> None:
+    def raced() -> None:
+        with create_bundle(tmp_path / "b", replace=False, facts=FACTS) as draft:
+            fill(draft, "late")
+            make(tmp_path / "b", "early")
+
+    with pytest.raises(BundleError, match="--force"):
+        raced()
+    assert text_of(Bundle.open(tmp_path / "b")) == "early"
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_replacing_without_an_exchange_of_the_system(exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not exchange:
+        monkeypatch.setattr("swin_deploy.bundle._exchanged", lambda one, other: False)
+    make(tmp_path / "b", "old")
+    assert text_of(make(tmp_path / "b", "new", replace=True)) == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from swin_deploy.bundle import Bundle, create_bundle
+def kill(path):
+    path.write_text("half")
+    os.kill(os.getpid(), 9)
+if sys.argv[2] == "file":
+    Bundle.open(sys.argv[1]).with_file("onnx/model.onnx", {}, kill)
+with create_bundle(Path(sys.argv[1]), replace=True, facts={}) as draft:
+    draft.add("onnx/model.onnx", {}, kill)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("what", ["bundle", "file"])
+def test_what_a_killed_process_left_is_swept_by_the_next(what: str, tmp_path: Path) -> None:
+    bundle = make(tmp_path / "b", "old")
+    before = contents(tmp_path)
+    code = subprocess.run([sys.executable, "-c", KILLED, str(bundle.path), what]).returncode
+    assert code == -9
+    assert text_of(Bundle.open(bundle.path)) == "old"
+    left = [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
+    assert len(left) == 1  # hidden, beside it, and no bundle
+    if what == "file":
+        bundle.with_file("onnx/model.onnx", {"precision": "fp32"}, lambda path: path.write_text("old") and None)
+    else:
+        make(tmp_path / "b", "old", replace=True)
+    assert contents(tmp_path).keys() == before.keys()
+
+
+def test_the_entry_goes_before_its_file_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the two, the bundle lacks the file; it never holds one under another one's sha256."""
+    bundle = make(tmp_path / "b", "old")
+    replace = Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        moved = replace(self, target)
+        if Path(target).name == "model.onnx":
+            raise KeyboardInterrupt
+        return moved
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bundle.with_file("onnx/model.onnx", {}, lambda path: path.write_text("new") and None)
+    found = Bundle.open(bundle.path)
+    assert "onnx/model.onnx" not in found.files
+    assert list(found.files) == ["config.json"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(small_disk: Path) -> None:
+    bundle = make(small_disk / "b", "old")
+    before = contents(small_disk)
+    with pytest.raises(BundleError, match="cannot be written: No space left"):
+        make(small_disk / "c", "x" * 100_000)
+    with pytest.raises(BundleError, match="cannot be written: No space left"):
+        make(small_disk / "b", "x" * 100_000, replace=True)
+    with pytest.raises(BundleError, match="cannot be written: No space left"):
+        bundle.with_file("engines/x.engine", {}, lambda path: path.write_bytes(bytes(100_000)) and None)
+    after = {name: digest for name, digest in contents(small_disk).items() if name != "b/engines"}
+    assert after == before
+
+
+def test_a_file_that_may_not_grow_is_one_sentence(tmp_path: Path) -> None:
+    code = """
+import resource, sys
+from pathlib import Path
+from swin_deploy.bundle import create_bundle
+from swin_deploy.errors import BundleError
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    with create_bundle(Path(sys.argv[1]), replace=False, facts={}) as draft:
+        draft.add("onnx/model.onnx", {}, lambda path: path.write_bytes(bytes(2000)) and None)
+except BundleError as error:
+    print(error)
+"""
+    pytest.importorskip("resource", reason="this system has no limits of a process")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "b")], capture_output=True, text=True)
+    assert "cannot be written: File too large" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_read_only_place_is_one_sentence(small_disk: Path) -> None:
+    bundle = make(small_disk / "b")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for action in (
+        lambda: make(small_disk / "c"),
+        lambda: make(small_disk / "b", replace=True),
+        lambda: bundle.with_file("x", {}, lambda path: path.write_text("x") and None),
+    ):
+        with pytest.raises(BundleError, match="cannot be written: Read-only file system"):
+            action()
+    assert text_of(Bundle.open(small_disk / "b")) == "graph"
+
+
+def add(path: Path, number: int) -> None:
+    Bundle.open(path).with_file(f"engines/{number}.engine", {}, lambda target: target.write_text(str(number)) and None)
+
+
+def test_threads_and_processes_lose_no_entry(tmp_path: Path) -> None:
+    path = make(tmp_path / "b").path
+    processes = [multiprocessing.get_context("spawn").Process(target=add, args=(path, n)) for n in range(4)]
+    for process in processes:
+        process.start()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: add(path, number), range(4, 40)))
+    for process in processes:
+        process.join()
+    bundle = Bundle.open(path)
+    for number in range(40):
+        assert bundle.verified_path(f"engines/{number}.engine").read_text() == str(number)
+    assert not list(path.rglob(".*"))
+
+
+def test_an_entry_is_changed_without_its_file(tmp_path: Path) -> None:
+    bundle = make(tmp_path / "b").with_entry("onnx/model.onnx", {"agreement": "verified"})
+    assert Bundle.open(bundle.path).files["onnx/model.onnx"]["agreement"] == "verified"
+    assert text_of(bundle) == "graph"
+
+
+def test_the_newest_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=f"no bundle in {tmp_path}"):
+        newest_bundle(tmp_path)
+    make(tmp_path / "z")
+    newest = make(tmp_path / "a")
+    shutil.copytree(newest.path, tmp_path / ".hidden")
+    (tmp_path / "web-app").mkdir()
+    (tmp_path / "web-app/manifest.json").write_text(json.dumps({"name": "another program's"}))
+    assert newest_bundle(tmp_path).path == newest.path
+    assert newest_bundle(newest.path).path == newest.path

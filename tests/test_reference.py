@@ -1,0 +1,136 @@
+"""The certificate in a bundle: kept without loss, and merciless with a graph that answers something else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli.exported import copied, digits
+
+import swin_deploy
+from swin_deploy.bundle import REFERENCE, Bundle
+from swin_deploy.compare import TOLERANCES
+from swin_deploy.errors import BackendError, BundleError, MissingDependencyError, UsageError
+from swin_deploy.reference import Reference, check_graph, described, sample_inputs, verify_bundle
+from swin_deploy.runtimes.base import Runtime
+from swin_deploy.specs import TensorSpec
+
+
+class Answers(Runtime):
+    """A graph that gives `logits` for the samples, wrong by `error` for each that comes `alone`."""
+
+    def __init__(self, reference: Reference, alone: float = 0.0) -> None:
+        spec = TensorSpec("x", "float32", ("batch", *reference.pixel_values.shape[1:]))
+        super().__init__("answers 1.0", (spec,), (TensorSpec("y", "float32", ("batch", 3)),))
+        self.reference, self.alone = reference, alone
+
+    def _run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        if len(feeds["x"]) > 1:
+            return {"y": self.reference.logits.copy()}
+        [index] = [i for i, sample in enumerate(self.reference.pixel_values) if np.array_equal(sample, feeds["x"][0])]
+        return {"y": self.reference.logits[index : index + 1] * (1 + self.alone)}
+
+
+@pytest.fixture
+def reference() -> Reference:
+    return Reference(sample_inputs(3, (8, 6)), np.array([[1, 2, 3], [3, 2, 1]], np.float32))
+
+
+def test_inputs_are_the_same_everywhere_and_differ_from_each_other() -> None:
+    inputs = sample_inputs(3, (32, 48))
+    assert (inputs.shape, inputs.dtype) == ((2, 3, 32, 48), np.float32)
+    assert np.array_equal(inputs, sample_inputs(3, (32, 48)))
+    assert np.array_equal(inputs, inputs.astype(np.float16))
+    roughness = np.abs(np.diff(inputs, axis=-1)).mean(axis=(1, 2, 3))
+    assert roughness[0] > 3 * roughness[1]
+
+
+def test_each_sample_is_also_run_alone(reference: Reference) -> None:
+    path = Path("unused.onnx")
+    assert check_graph(reference, lambda path: Answers(reference), path, "g", "fp32").verified
+    verdict = check_graph(reference, lambda path: Answers(reference, alone=1e-3), path, "g", "fp32")
+    assert not verdict.verified
+    assert verdict.agreement.relative_l2 == pytest.approx(1e-3, rel=1e-2)
+    assert verdict.to_dict()["backend"] == "answers 1.0"
+    assert check_graph(reference, lambda path: Answers(reference, alone=1e-3), path, "g", "fp16").verified
+
+
+def test_noise_only_widens_the_tolerance(reference: Reference) -> None:
+    noisy = Reference(reference.pixel_values, reference.logits, noise=1e-4)
+    assert noisy.tolerance("fp32") == pytest.approx(4e-4)
+    assert noisy.tolerance("fp16") == TOLERANCES["fp16"]
+    assert reference.tolerance("fp32") == TOLERANCES["fp32"]
+
+
+def test_a_bundle_keeps_it_without_loss(tmp_path: Path) -> None:
+    bundle = Bundle.open(copied(2, tmp_path / "b"))
+    kept = Reference.load(bundle)
+    changed = Reference(kept.pixel_values, kept.logits, 0.25)
+    again = Reference.load(bundle.with_file(REFERENCE, {}, changed.save))
+    assert np.array_equal(again.pixel_values, sample_inputs(3, (32, 32)))
+    assert np.array_equal(again.logits, kept.logits)
+    assert (again.pixel_values.dtype, again.logits.dtype, again.noise) == (np.float32, np.float32, 0.25)
+
+
+def test_a_certificate_of_another_kind_is_one_sentence(tmp_path: Path) -> None:
+    bundle = Bundle.open(copied(2, tmp_path / "b"))
+    for write in (lambda path: np.savez(path.open("wb"), x=1), lambda path: path.write_bytes(b"PK") and None):
+        with pytest.raises(BundleError, match=r"reference\.npz cannot be read"):
+            Reference.load(bundle.with_file(REFERENCE, {}, write))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_trained_bundles_are_verified(version: int, backend: str) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    verdicts = swin_deploy.verify(digits(version), backend=backend)
+    assert [(v.file, v.verified) for v in verdicts] == [("onnx/model.onnx", True), ("onnx/model_fp16.onnx", True)]
+    assert all(v.agreement.top1 == 1 and v.backend.startswith(backend) for v in verdicts)
+    assert verdicts[0].agreement.relative_l2 < verdicts[1].agreement.relative_l2 < TOLERANCES["fp16"]
+
+
+def test_a_graph_of_other_weights_is_not_verified(tmp_path: Path) -> None:
+    """Every sha256 is right here, and still the comparison tells."""
+    bundle = Bundle.open(copied(2, tmp_path / "b"))
+    kept = Reference.load(bundle)
+    swapped = Reference(kept.pixel_values, kept.logits[::-1].copy())
+    bundle.with_file(REFERENCE, {}, swapped.save)
+    assert [v.verified for v in swin_deploy.verify(bundle.path)] == [False, False]
+
+
+def test_verify_checks_every_file_before_it_runs_any(tmp_path: Path) -> None:
+    bundle = Bundle.open(copied(1, tmp_path / "b"))
+    (bundle.path / "config.json").write_text("{}")
+
+    def never(path: Path) -> Any:
+        raise AssertionError("a graph was opened")
+
+    with pytest.raises(BundleError, match=r"config\.json"):
+        verify_bundle(bundle, never)
+
+
+def test_an_unknown_back_end_is_named() -> None:
+    with pytest.raises(UsageError, match="tensorflow"):
+        swin_deploy.verify(digits(2), backend="tensorflow")
+
+
+def test_errors_of_a_back_end_pass(reference: Reference) -> None:
+    closed = Answers(reference)
+    closed.close()
+    with pytest.raises(BackendError, match="closed"):
+        check_graph(reference, lambda path: closed, Path("g"), "g", "fp32")
+
+    def missing(path: Path) -> Any:
+        raise MissingDependencyError("no back end")
+
+    with pytest.raises(MissingDependencyError):
+        check_graph(reference, missing, Path("g"), "g", "fp32")
+
+
+def test_phrases() -> None:
+    assert described({"verified": True, "relative_l2": 3.14e-7}) == "verified (relative L2 3.1e-07)"
+    assert described({"verified": False, "relative_l2": 0.1}) == described(None) == "not verified"
