@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError, UsageError
 from swin_deploy.requires import require
+from swin_deploy.specs import Size
 from swin_deploy.tasks import TaskSpec
 from swin_deploy.variants import Variant, find_variant
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 # What must agree between a variant asked for by name and the checkpoint given for it.
-ARCHITECTURE = ("version", "patch_size", "num_channels", "embed_dim", "depths", "num_heads", "window_size")
+ARCHITECTURE = ("version", "patch_size", "num_channels", "embed_dim", "depths", "num_heads")
 
 
 def checkpoint_from_request(
@@ -30,6 +31,8 @@ def checkpoint_from_request(
     random_weights: bool,
     seed: int,
     task: TaskSpec,
+    image_size: Size | None,
+    semantics: str | None,
     say: Callable[[str], None],
 ) -> tuple[Checkpoint, str]:
     """The checkpoint to export, and the bundle's name. Raises UsageError when the request names none, or two."""
@@ -53,31 +56,30 @@ def checkpoint_from_request(
             )
         name = _bundle_name(variant_name)
         if random_weights:
-            return checkpoints.random_checkpoint(variant.config(), task, seed), name
-        if variant.hub_id is None:
+            config = dataclasses.replace(variant.config(), semantics=semantics or "hf")
+            return checkpoints.random_checkpoint(config, task, seed), name
+        hub_id = variant.hub_id or (variant.timm_name and f"timm/{variant.timm_name}")
+        if hub_id is None:
             raise CheckpointError(
-                f"{variant.name} has no repository in Hugging Face format. Give a converted checkpoint with "
-                f"--weights FOLDER, or try the pipeline with --random-weights."
+                f"{variant.name} is in no hub repository. Give its file with --weights FILE, or try the pipeline with "
+                f"--random-weights."
             )
-        say(f"Looking for {variant.hub_id} in the Hugging Face cache, then on the hub")
-        checkpoint = checkpoints.checkpoint_from_hub(variant.hub_id, task)
+        say(f"Looking for {hub_id} in the Hugging Face cache, then on the hub")
+        checkpoint = checkpoints.checkpoint_from_hub(hub_id, task, image_size=image_size, semantics=semantics)
     else:
         folder = Path(weights)
         if os.path.exists(folder):  # noqa: PTH110 - Path.exists raises for a name that is too long
-            if not folder.is_dir():
-                raise CheckpointError(
-                    f"{folder} is a file; expected the folder around it, with config.json and model.safetensors, as "
-                    f"transformers' save_pretrained writes it."
-                )
-            checkpoint = checkpoints.checkpoint_from_folder(folder, task)
+            checkpoint = checkpoints.checkpoint_from_path(folder, task, image_size=image_size, semantics=semantics)
         elif HUB_ID.fullmatch(str(weights)) and not str(weights).startswith("."):
-            checkpoint = checkpoints.checkpoint_from_hub(str(weights), task)
+            checkpoint = checkpoints.checkpoint_from_hub(str(weights), task, image_size=image_size, semantics=semantics)
         else:
             raise CheckpointError(
-                f"There is no folder {folder}. Expected a folder with config.json and model.safetensors, or a hub id such "
+                f"There is no folder {folder}. Expected a checkpoint's folder or file, or a hub id such "
                 f"as microsoft/swinv2-tiny-patch4-window8-256."
             )
-        name = _bundle_name(variant_name or folder.resolve().name)
+        name = _bundle_name(variant_name or folder.resolve().stem if folder.is_file() else folder.resolve().name)
+    for note in checkpoint.notes:
+        say(f"Note: {note}")
     if variant is not None:
         _check_same(variant, checkpoint.config)
     return checkpoint, name

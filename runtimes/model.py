@@ -83,9 +83,7 @@ class Model:
         """
         return self._runtime(self._size_of(feeds.get(PIXELS))).run(feeds)
 
-    def classify(
-        self, images: ImageLike | Iterable[ImageLike], top_k: int = 5, batch_size: int = 8
-    ) -> list[list[Prediction]]:
+    def classify(self, images: ImageLike | Iterable[ImageLike], top_k: int = 5, batch_size: int = 8) -> list[list[Prediction]]:
         """The `top_k` best classes of every image, best first.
 
         `images` is one image or many: paths, PIL images, or uint8 arrays [height, width, 3] in RGB. They are prepared as the
@@ -120,9 +118,7 @@ class Model:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def _runtime(self, size: Size) -> Runtime:
@@ -169,9 +165,7 @@ class Model:
         return [Prediction(int(i), self.config.id2label[int(i)], float(scores[i])) for i in best]
 
 
-def load_model(
-    path: str | os.PathLike[str], precision: str = "fp32", backend: str = "onnxruntime", threads: int = 0
-) -> Model:
+def load_model(path: str | os.PathLike[str], precision: str = "fp32", backend: str = "onnxruntime", threads: int = 0) -> Model:
     """The bundle at `path`, loaded: its graphs of `precision`, run by `backend` ("onnxruntime" or "openvino") on the CPU.
 
     Every file is checked against its sha256 before it is read. `threads` 0 lets the back end choose. Raises BundleError

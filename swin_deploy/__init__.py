@@ -53,15 +53,16 @@ def export(
     output: str | os.PathLike[str] | None = None,
     task: str | TaskSpec = "image-classification",
     image_sizes: Sequence[tuple[int, int]] = (),
+    semantics: str | None = None,
     force: bool = False,
     say: Say = _silent,
 ) -> Bundle:
     """The bundle that a checkpoint was exported to, compared with PyTorch before it is kept.
 
-    `variant` is a name of `swin-deploy variants`; `weights` a folder that transformers' save_pretrained wrote, or a hub id,
-    and otherwise the variant's own hub id; `random_weights` takes reproducible random ones instead. `task` is one of
+    `variant` is a name of `swin-deploy variants`; `weights` a checkpoint's folder or file (transformers, timm,
+    Microsoft, torchvision or TensorFlow, recognised by what it holds) or a hub id, and otherwise the variant's own hub id; `random_weights` takes reproducible random ones instead. `task` is one of
     tasks.TASKS, or a TaskSpec with its options; `image_sizes` are (height, width) in pixels, one graph each, by default the
-    checkpoint's own. The bundle is written
+    checkpoint's own; `semantics` (config.SEMANTICS) replaces the rules of the system that wrote it. The bundle is written
     to `output`, by default a folder of the variant's (or checkpoint's) name in the current directory; `force` replaces a
     bundle that is there. `say` gets a line for each step. Raises errors.SwinDeployError with nothing written.
     """
@@ -71,7 +72,9 @@ def export(
     from swin_deploy.tasks import TaskSpec
 
     spec = TaskSpec(task) if isinstance(task, str) else task
-    checkpoint, name = checkpoint_from_request(variant, weights, random_weights, seed, spec, say)
+    checkpoint, name = checkpoint_from_request(
+        variant, weights, random_weights, seed, spec, image_sizes[0] if image_sizes else None, semantics, say
+    )
     return bundle_from_checkpoint(
         checkpoint,
         Path(name if output is None else output),

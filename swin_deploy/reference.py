@@ -181,9 +181,7 @@ def verify_bundle(bundle: Bundle, open_graph: OpenGraph) -> tuple[Verdict, ...]:
     for file in bundle.files:
         bundle.verified_path(file)
     return tuple(
-        check_graph(
-            Reference.load(bundle, entry["reference"]), open_graph, bundle.path / file, file, str(entry["precision"])
-        )
+        check_graph(Reference.load(bundle, entry["reference"]), open_graph, bundle.path / file, file, str(entry["precision"]))
         for file, entry in bundle.graphs.items()
     )
 

@@ -5,20 +5,17 @@ from pathlib import Path
 import click
 
 from swin_deploy.cli.output import json_option, print_json, teller
+from swin_deploy.config import SEMANTICS
 from swin_deploy.specs import size_from_text
 from swin_deploy.tasks import TASKS, TaskSpec
 
 
 @click.command("export", short_help="Export a checkpoint to a verified ONNX bundle.")
 @click.option("--variant", metavar="NAME", help='A published checkpoint, such as swinv2-tiny; see "swin-deploy variants".')
-@click.option(
-    "--weights", metavar="FOLDER", help="A folder that save_pretrained wrote, or a hub id. Default: the variant's own."
-)
+@click.option("--weights", metavar="FOLDER", help="A checkpoint: folder, file, or hub id. Default: the variant's own.")
 @click.option("--random-weights", is_flag=True, help="Take reproducible random weights instead of a checkpoint.")
 @click.option("--seed", default=0, show_default=True, help="The seed of --random-weights.")
-@click.option(
-    "--task", type=click.Choice(TASKS), default=TASKS[0], show_default=True, help="What the ONNX model is to give."
-)
+@click.option("--task", type=click.Choice(TASKS), default=TASKS[0], show_default=True, help="What the ONNX model is to give.")
 @click.option(
     "--image-size", "image_sizes", multiple=True, metavar="HxW", help="In pixels, repeatable. Default: the checkpoint's own."
 )
@@ -27,6 +24,7 @@ from swin_deploy.tasks import TASKS, TaskSpec
 @click.option("--out-features", default="", metavar="NAME,...", help="Of a backbone: stem, stage1, ... Default: its own.")
 @click.option("--use-mask-token", is_flag=True, help="Feature extraction that takes bool_masked_pos.")
 @click.option("--no-pooling-layer", is_flag=True, help="Feature extraction without pooler_output.")
+@click.option("--semantics", type=click.Choice(SEMANTICS), help="Whose window rules hold. Default: the checkpoint's own.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle to write. Default: ./NAME.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
 @json_option
@@ -42,6 +40,7 @@ def command(
     out_features: str,
     use_mask_token: bool,
     no_pooling_layer: bool,
+    semantics: str | None,
     output: Path | None,
     force: bool,
     as_json: bool,
@@ -69,6 +68,7 @@ def command(
         seed=seed,
         task=spec,
         image_sizes=[size_from_text(size) for size in image_sizes],
+        semantics=semantics,
         output=output,
         force=force,
         say=say,

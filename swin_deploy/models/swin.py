@@ -18,7 +18,6 @@ from swin_deploy.models.blocks import (
     LayerNorm,
     Linear,
     PatchMerging,
-    Reorder,
     Tensors,
     reorder,
     shift_mask,
@@ -63,9 +62,7 @@ class PatchEmbedding(nn.Module):
 class Stage(nn.Module):
     """The blocks of one stage, each behind the gather into its window order; returns tokens and the last block's attention."""
 
-    def __init__(
-        self, config: SwinConfig, number: int, stage: windows.Stage, order: windows.Index, tensors: Tensors
-    ) -> None:
+    def __init__(self, config: SwinConfig, number: int, stage: windows.Stage, order: windows.Index, tensors: Tensors) -> None:
         super().__init__()
         self.steps = nn.Sequential()
         masks = {grid.shift: shift_mask(config, grid) for grid in stage.grids}

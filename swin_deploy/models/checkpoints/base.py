@@ -25,6 +25,7 @@ class Checkpoint:
     source: str
     raw_config: Mapping[str, Any] | None = None  # config.json as found, kept so that nothing in it is lost
     preprocessor: Mapping[str, Any] | None = None  # preprocessor_config.json as found
+    notes: tuple[str, ...] = ()  # what the checkpoint does not tell and was assumed
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -52,7 +53,9 @@ def random_checkpoint(config: SwinConfig, task: TaskSpec, seed: int = 0) -> Chec
     return Checkpoint(config, tensors, source=f"random weights, seed {seed}")
 
 
-def fitted(config: SwinConfig, task: TaskSpec, found: Mapping[str, Shape], tensors: Mapping[str, Tensor], where: str) -> LazyTensors:
+def fitted(
+    config: SwinConfig, task: TaskSpec, found: Mapping[str, Shape], tensors: Mapping[str, Tensor], where: str
+) -> LazyTensors:
     """`tensors` as `task` needs them: exactly its parameters, of the right shapes.
 
     `found` holds canonical name -> shape of all that is in the file. The norms of a V1 backbone's feature maps, which only
@@ -102,7 +105,9 @@ HEADS = {
 }
 
 # Parameters of parts that the task at hand may not use.
-OTHER_HEADS = re.compile(r"^(classifier|decoder\.0|layernorm|hidden_states_norms\.\w+)\.(weight|bias)$|^embeddings\.(mask_token|position_embeddings)$")
+OTHER_HEADS = re.compile(
+    r"^(classifier|decoder\.0|layernorm|hidden_states_norms\.\w+)\.(weight|bias)$|^embeddings\.(mask_token|position_embeddings)$"
+)
 
 
 def _fits(name: str, found: Shape, expected: Shape) -> bool:
