@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from swin_deploy.config import SwinConfig
+from swin_deploy.errors import CheckpointError
 from swin_deploy.models import windows
 from swin_deploy.models.windows import WindowGrid
 
@@ -182,6 +183,12 @@ class PatchEmbedding(nn.Module):
         self.norm = LayerNorm(tensors, "embeddings.norm", DEFAULT_EPS)
         self.missing = tuple(g * p - s for g, p, s in zip(self.grid, self.patch, image_size, strict=True))
         self.register_buffer("position", tensors.get("embeddings.position_embeddings"))
+        patches = math.prod(self.grid)
+        if self.position is not None and self.position.shape[1] != patches:
+            raise CheckpointError(
+                f"This Swin has position embeddings for {self.position.shape[1]} patches, and an image of {image_size[0]} x "
+                f"{image_size[1]} pixels has {patches}. Expected the config's image size; correct preprocessor_config.json."
+            )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         # Images that are not whole patches are zero-padded right and bottom, which a convolution does by itself.

@@ -58,19 +58,25 @@ def checkpoint_from_hub(repo_id: str) -> Checkpoint:
     wanted = ["config.json", "preprocessor_config.json", "*.safetensors", WEIGHTS_INDEX]
     try:
         folder = Path(hub.snapshot_download(repo_id, allow_patterns=wanted, local_files_only=True))
-        cached = (folder / "config.json").exists() and any((folder / w).exists() for w in (WEIGHTS, WEIGHTS_INDEX))
+        cached = _has_checkpoint(folder)
     except (OSError, ValueError):  # not in the cache
         cached = False
     if not cached:
+        instead = "Give a local checkpoint with --weights FOLDER, or try the pipeline with --random-weights."
         try:
             folder = Path(hub.snapshot_download(repo_id, allow_patterns=wanted))
         except Exception as error:
             raise CheckpointError(
                 f"{repo_id} is not in the local Hugging Face cache and could not be fetched "
-                f"({type(error).__name__}: {_first_line(error)}). Give a local checkpoint with --weights FOLDER, or try the "
-                f"pipeline with --random-weights."
+                f"({type(error).__name__}: {_first_line(error)}). {instead}"
             ) from error
+        if not _has_checkpoint(folder):  # offline, a cache with other files of the repository is returned without an error
+            raise CheckpointError(f"{repo_id} has no config.json with safetensors in the cache or on the hub. {instead}")
     return checkpoint_from_folder(folder, source=repo_id)
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return (folder / "config.json").exists() and any((folder / name).exists() for name in (WEIGHTS, WEIGHTS_INDEX))
 
 
 def checkpoint_from_folder(folder: Path, source: str | None = None) -> Checkpoint:
@@ -125,9 +131,10 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if (folder / WEIGHTS_INDEX).exists():
         shards = _json(folder / WEIGHTS_INDEX).get("weight_map")
-        names = sorted(set(shards.values())) if isinstance(shards, dict) and shards else []
-        if not names or not all(isinstance(n, str) and Path(n).name == n for n in names):
+        listed = list(shards.values()) if isinstance(shards, dict) else []
+        if not listed or not all(isinstance(n, str) and Path(n).name == n and n.endswith(".safetensors") for n in listed):
             raise CheckpointError(f"{folder / WEIGHTS_INDEX} does not list the shards' file names. Fetch it again.")
+        names = sorted(set(listed))
         absent = [name for name in names if not (folder / name).exists()]
         if absent:
             raise CheckpointError(f"{folder} lacks {absent[0]}, which {WEIGHTS_INDEX} lists. Fetch the checkpoint again.")
