@@ -1,0 +1,177 @@
+"""Weights on disk, one file or sharded: safetensors, torch.save's formats and HDF5, told apart by what the file begins with."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swin_deploy.errors import CheckpointError, MissingDependencyError
+from swin_deploy.models.checkpoints.stored import Stored, StoredFile
+from swin_deploy.models.checkpoints.torch_files import open_torch
+from swin_deploy.requires import require
+
+# In the order in which transformers looks for them.
+STANDARD = ("model.safetensors", "pytorch_model.bin", "tf_model.h5")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".h5", ".tar")  # timm writes model_best.pth.tar, which is no tar
+
+SAFETENSORS_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+def open_weights(path: Path) -> StoredFile:
+    """The tensors in a file, or in the weights of a folder; shards are joined.
+
+    Raises CheckpointError when there are none, or when a file is damaged.
+    """
+    if path.is_file():
+        return _open_shards(path) if path.name.endswith(".index.json") else _open_file(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist. Expected a checkpoint: a folder or a file.")
+    for name in STANDARD:
+        for candidate in (path / name, path / f"{name}.index.json"):
+            if candidate.is_file():
+                return open_weights(candidate)
+    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    if len(files) == 1:
+        return _open_file(files[0])
+    if files:
+        raise CheckpointError(
+            f"{path} holds {len(files)} weight files ({', '.join(file.name for file in files[:4])}"
+            f"{', ...' if len(files) > 4 else ''}), and none is named {', '.join(STANDARD)}. Name the file itself."
+        )
+    raise CheckpointError(
+        f"{path} holds no weights. Expected {', '.join(STANDARD)}, their .index.json with shards, or one file that ends in "
+        f"{', '.join(SUFFIXES)}."
+    )
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """The JSON object in a file. Raises CheckpointError when it holds no such thing."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}). Fetch it again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object. Fetch it again.")
+    return value
+
+
+def _open_shards(index: Path) -> StoredFile:
+    shards = read_json(index).get("weight_map")
+    names = set(shards.values()) if isinstance(shards, dict) and all(isinstance(n, str) for n in shards.values()) else set()
+    if not names or not all(name and Path(name).name == name and "\\" not in name for name in names):
+        raise CheckpointError(f"{index} does not list the shards' file names. Fetch it again.")
+    tensors: dict[str, Stored] = {}
+    files = []
+    for name in sorted(names):
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index.parent} lacks {name}, which {index.name} lists. Fetch the checkpoint again.")
+        file = _open_file(index.parent / name)
+        if twice := tensors.keys() & file.tensors.keys():
+            raise CheckpointError(f"{index.parent} holds {min(twice)} in two shards. Expected each tensor once.")
+        tensors |= file.tensors
+        files.append(file)
+    if len({file.tensorflow for file in files}) > 1:
+        raise CheckpointError(f"{index.parent}: some shards were written by TensorFlow and others were not.")
+    return StoredFile(index.parent, tensors, files[0].tensorflow)
+
+
+def _open_file(path: Path) -> StoredFile:
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}).") from error
+    if not head:
+        raise CheckpointError(f"{path} is empty. Fetch it again.")
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a Git LFS pointer and not the weights. Run: git lfs pull")
+    if head.lstrip().startswith(b"<"):
+        raise CheckpointError(f"{path} is a web page and not the weights. Fetch it again, by its download link.")
+    if head.startswith(b"\x89HDF\r\n\x1a\n"):
+        return _open_hdf5(path)
+    if head[257:262] == b"ustar":
+        raise CheckpointError(f"{path} is a tar archive. Unpack it, or save the weights anew with a torch after 0.4.")
+    if head.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", head):
+        return open_torch(path)
+    if head[8:9] == b"{" or path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    raise CheckpointError(f"{path} is no checkpoint: expected safetensors, a file that torch.save wrote, or HDF5.")
+
+
+def _open_safetensors(path: Path) -> StoredFile:
+    safetensors = require("safetensors", "read checkpoints")
+    try:
+        reader = safetensors.safe_open(str(path), framework="pt")
+        found = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (not iterable)
+        kinds = {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in found.items()}
+        metadata = reader.metadata() or {}
+    except (safetensors.SafetensorError, OSError, OverflowError, MemoryError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors ({error}). It is truncated or damaged; fetch it again."
+        ) from error
+
+    def stored(name: str) -> Stored:
+        shape, dtype = kinds[name]
+        return Stored(shape, SAFETENSORS_DTYPES.get(dtype, dtype), lambda: reader.get_tensor(name))
+
+    return StoredFile(path, {name: stored(name) for name in kinds}, tensorflow=metadata.get("format") == "tf")
+
+
+def _open_hdf5(path: Path) -> StoredFile:
+    try:
+        h5py = importlib.import_module("h5py")
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"h5py is needed to read {path.name}, but it is not installed. Run: pip install h5py"
+        ) from error
+    datasets: dict[str, Any] = {}
+
+    def visit(name: str, entry: Any) -> None:  # visititems follows no link that leads out of the file
+        if isinstance(entry, h5py.Dataset):
+            datasets[name] = entry
+
+    try:
+        h5py.File(path, "r").visititems(visit)
+        tensors = {name: _dataset(name, dataset, path) for name, dataset in datasets.items()}
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as HDF5 ({error}). It is truncated or damaged; fetch it again."
+        ) from error
+    return StoredFile(path, tensors, tensorflow=True)
+
+
+def _dataset(name: str, dataset: Any, path: Path) -> Stored:
+    # HDF5 can point into other files, and can declare numbers that it does not hold.
+    if dataset.external or dataset.is_virtual:
+        raise CheckpointError(f"{path}: {name} lies in another file. Expected weights that are all in this one.")
+    if dataset.id.get_storage_size() < dataset.nbytes:
+        raise CheckpointError(
+            f"{path}: {name} claims shape {list(dataset.shape)}, and the file holds {dataset.id.get_storage_size()} bytes for "
+            f"it. It is truncated or damaged; fetch it again."
+        )
+
+    def read() -> Tensor:
+        try:
+            return torch.from_numpy(dataset[...].astype(dataset.dtype.newbyteorder("=")))
+        except OSError as error:
+            raise CheckpointError(f"{path}: {name} cannot be read ({error}). The file is damaged; fetch it again.") from error
+
+    return Stored(tuple(dataset.shape), str(dataset.dtype.newbyteorder("=")), read)

@@ -1,0 +1,233 @@
+"""SwinConfig from the tensors themselves, for systems that keep no config beside them: Microsoft and torchvision.
+
+Shapes tell almost everything. Windows and image sizes are told by buffers: relative_position_index and
+relative_coords_table have the window's size, and attn_mask has one row per window, split where the shift joined borders.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from swin_deploy.config import SwinConfig
+from swin_deploy.errors import CheckpointError
+from swin_deploy.models.checkpoints.inert_pickle import Made
+from swin_deploy.models.checkpoints.layouts import Layout
+from swin_deploy.models.checkpoints.stored import Stored
+from swin_deploy.models.parameters import Shape
+
+Size = tuple[int, int]
+
+PROJECTION = "embeddings.patch_embeddings.projection.weight"
+DEFAULT_SIZE = {1: (224, 224), 2: (256, 256)}  # of the published checkpoints
+
+
+def infer_config(
+    layout: Layout, image_size: Size | None, extras: Mapping[str, Any], where: str
+) -> tuple[SwinConfig, tuple[str, ...]]:
+    """The architecture that the tensors have, and what had to be assumed. `image_size` counts where the file is silent.
+
+    `extras` is what a training script saved beside the weights. Raises CheckpointError when shapes contradict each other.
+    """
+    return _Inference(layout, extras, where).config(image_size)
+
+
+class _Inference:
+    def __init__(self, layout: Layout, extras: Mapping[str, Any], where: str) -> None:
+        self.shapes, self.buffers = layout.shapes, layout.buffers
+        self.system, self.where = layout.system, where
+        self.trained = _training_config(extras)
+        self.version = 2 if any(name.endswith(".logit_scale") for name in self.shapes) else 1
+        self.depths = self._depths()
+
+    def config(self, image_size: Size | None) -> tuple[SwinConfig, tuple[str, ...]]:
+        embed_dim, channels, *patch = self._shape(PROJECTION, 4)
+        stages = range(len(self.depths))
+        windows = tuple(self._window(stage) for stage in stages)
+        size, notes = self._image_size((patch[0], patch[1]), windows, image_size)
+        config = SwinConfig(
+            version=self.version,
+            image_size=size,
+            patch_size=(patch[0], patch[1]),
+            num_channels=channels,
+            embed_dim=embed_dim,
+            depths=self.depths,
+            num_heads=tuple(self._heads(stage) for stage in stages),
+            window_size=windows,
+            mlp_ratio=self._mlp_ratio(),
+            qkv_bias="encoder.layers.0.blocks.0.attention.self.query.bias" in self.shapes,
+            use_absolute_embeddings="embeddings.position_embeddings" in self.shapes,
+            encoder_stride=self._encoder_stride(channels),
+            pretrained_window_sizes=self._pretrained_windows(windows),
+            id2label={i: f"LABEL_{i}" for i in range(self.shapes.get("classifier.weight", (0,))[0])},
+        )
+        return config, notes
+
+    def _shape(self, name: str, axes: int) -> Shape:
+        shape = self.shapes.get(name)
+        if shape is None:
+            raise CheckpointError(
+                f"{self.where} lacks {name}, which tells the architecture. It is another network, or damaged."
+            )
+        if len(shape) != axes or not all(shape):
+            raise CheckpointError(f"{self.where}: {name} has shape {list(shape)}; expected {axes} sizes, none of them 0.")
+        return shape
+
+    def _depths(self) -> tuple[int, ...]:
+        blocks: dict[int, set[int]] = {}
+        for name in self.shapes:
+            if match := re.match(r"encoder\.layers\.(\d{1,4})\.blocks\.(\d{1,4})\.", name):
+                blocks.setdefault(int(match[1]), set()).add(int(match[2]))
+        depths = tuple(len(blocks.get(stage, ())) for stage in range(len(blocks)))
+        for stage, depth in enumerate(depths):
+            if not depth or blocks[stage] != set(range(depth)):
+                raise CheckpointError(
+                    f"{self.where} lacks a stage or a block before the last one. It is damaged; fetch it again."
+                )
+        if not depths:
+            raise CheckpointError(f"{self.where} holds no Swin block. Expected a checkpoint of Swin V1 or V2.")
+        return depths
+
+    def _attention(self, stage: int, name: str, axes: int) -> Shape:
+        return self._shape(f"encoder.layers.{stage}.blocks.0.attention.self.{name}", axes)
+
+    def _heads(self, stage: int) -> int:
+        if self.version == 1:
+            return self._attention(stage, "relative_position_bias_table", 2)[1]
+        return self._attention(stage, "logit_scale", 3)[0]
+
+    def _buffer(self, stage: int, name: str) -> Stored | None:
+        return self.buffers.get(f"encoder.layers.{stage}.blocks.0.{name}")
+
+    def _window(self, stage: int) -> int:
+        """The window's side, from a table with (2 * side - 1) ** 2 rows, or an index of side ** 4 numbers."""
+        index, coordinates = self._buffer(stage, "relative_position_index"), self._buffer(stage, "relative_coords_table")
+        if self.version == 1:
+            rows = self._attention(stage, "relative_position_bias_table", 2)[0]
+            side = (math.isqrt(rows) + 1) // 2
+            square = (2 * side - 1) ** 2 == rows
+        elif coordinates is not None and len(coordinates.shape) == 4:
+            side = (coordinates.shape[1] + 1) // 2
+            square = coordinates.shape == (1, 2 * side - 1, 2 * side - 1, 2)
+        elif index is not None:
+            tokens = math.isqrt(math.prod(index.shape))
+            side = math.isqrt(tokens)
+            square = side**4 == math.prod(index.shape)
+        else:
+            raise CheckpointError(
+                f"{self.where} does not tell its window size: Swin V2's weights do not depend on it, and there are neither "
+                f"buffers nor a config.json. Give the folder with config.json, or the file with its buffers."
+            )
+        if not square:
+            raise CheckpointError(
+                f"{self.where}: the position table of stage {stage} is not that of a square window, which is all that "
+                f"swin-deploy takes."
+            )
+        return side
+
+    def _mlp_ratio(self) -> float:
+        """The ratio that gives every stage its hidden width, which is truncated to a whole number; the last tells most."""
+        width = self._shape(PROJECTION, 4)[0]
+        hidden = [self._shape(f"encoder.layers.{i}.blocks.0.intermediate.dense.weight", 2)[0] for i in range(len(self.depths))]
+        ratio = hidden[-1] / (width << len(hidden) - 1)
+        if [int(ratio * (width << stage)) for stage in range(len(hidden))] != hidden:
+            raise CheckpointError(f"{self.where}: the MLPs have widths {hidden}, which are no single multiple of the stages'.")
+        return ratio
+
+    def _encoder_stride(self, channels: int) -> int:
+        rows = self.shapes.get("decoder.0.weight", (0,))[0]
+        stride = math.isqrt(rows // channels)
+        if stride**2 * channels != rows:
+            raise CheckpointError(f"{self.where}: the decoder makes {rows} values, which are no square of {channels} channels.")
+        return stride or 32
+
+    def _pretrained_windows(self, windows: tuple[int, ...]) -> tuple[int, ...]:
+        if self.version == 1:
+            return SwinConfig.pretrained_window_sizes
+        return tuple(self._pretrained_window(stage, window) for stage, window in enumerate(windows))
+
+    def _pretrained_window(self, stage: int, window: int) -> int:
+        """V2's pretrained window, from the largest number of the table: log2(8 * (window - 1) / (pretrained - 1) + 1) / 3."""
+        table = self._buffer(stage, "relative_coords_table")
+        if table is None or window == 1:
+            return 0
+        largest = float(table.read().to(torch.float32).max())
+        exact = 8 * (window - 1) / (2 ** (3 * largest) - 1) + 1 if 0 < largest < 8 else 0.0
+        # A table kept in bfloat16 has 3 digits, which still tell windows apart.
+        if abs(exact - round(exact)) > 0.3 or round(exact) < 2:
+            raise CheckpointError(
+                f"{self.where}: relative_coords_table of stage {stage} is not one that Swin V2 computes. The file is damaged."
+            )
+        return 0 if round(exact) == window else round(exact)
+
+    def _image_size(self, patch: Size, windows: tuple[int, ...], given: Size | None) -> tuple[Size, tuple[str, ...]]:
+        """The size that the file was made for, and a note when it was assumed."""
+        exact = self._size_from_masks(patch, windows) or self._size_from_training()
+        if exact:
+            return exact, ()
+        if "embeddings.position_embeddings" in self.shapes:
+            return self._size_from_positions(self._shape("embeddings.position_embeddings", 3)[1], patch, given)
+        side = self._side_without_masks(patch, windows)
+        if given and side in (None, min(given)):
+            return given, ()
+        size = (side, side * patch[1] // patch[0]) if side else DEFAULT_SIZE[self.version]
+        why = f"the file tells only that the shorter side is {side}" if side else "the file does not tell it"
+        return size, (f"image size {size[0]}x{size[1]} is assumed: {why}",)
+
+    def _size_from_masks(self, patch: Size, windows: tuple[int, ...]) -> Size | None:
+        """From the first attn_mask [windows, tokens, tokens]. Only the last windows of a row or column have masked pairs."""
+        for name, mask in self.buffers.items():
+            match = re.fullmatch(r"encoder\.layers\.(\d{1,4})\.blocks\.\d+\.attn_mask", name)
+            if match is None or int(match[1]) >= len(windows):
+                continue
+            stage = int(match[1])
+            window = windows[stage]
+            count = mask.shape[0] if mask.shape else 0
+            if count == 0 or mask.shape != (count, window**2, window**2):
+                raise CheckpointError(
+                    f"{self.where}: {name} has shape {list(mask.shape)}, for windows of {window} tokens a side."
+                )
+            joined = (mask.read() != 0).flatten(1).any(dim=1)
+            columns = int(joined.to(torch.uint8).argmax()) + 1
+            if not bool(joined.any()) or count % columns:
+                raise CheckpointError(f"{self.where}: {name} is not a mask that Swin computes. The file is damaged.")
+            scale = window << stage
+            return count // columns * scale * patch[0], columns * scale * patch[1]
+        return None
+
+    def _side_without_masks(self, patch: Size, windows: tuple[int, ...]) -> int | None:
+        """The shorter side of the image when no stage shifts: Microsoft then makes the window as large as the feature map."""
+        silent = [stage for stage, depth in enumerate(self.depths) if depth > 1]
+        if self.system != "microsoft" or not silent or not self._buffer(0, "relative_position_index"):
+            return None
+        sides = {(windows[stage] << stage) * patch[0] for stage in silent}
+        return sides.pop() if len(sides) == 1 else None
+
+    def _size_from_training(self) -> Size | None:
+        size = self.trained.get("DATA", {}).get("IMG_SIZE")
+        return (size, size) if isinstance(size, int) and size > 0 else None
+
+    def _size_from_positions(self, count: int, patch: Size, given: Size | None) -> tuple[Size, tuple[str, ...]]:
+        side = math.isqrt(count)
+        if given and math.prod(math.ceil(g / p) for g, p in zip(given, patch, strict=True)) == count:
+            return given, ()
+        if given or side**2 != count:
+            raise CheckpointError(
+                f"{self.where} has absolute position embeddings for {count} patches"
+                + (f", and an image of {given[0]}x{given[1]} has another number." if given else ", which are no square.")
+                + " Give the image size that it was trained for."
+            )
+        size = (side * patch[0], side * patch[1])
+        return size, (f"image size {size[0]}x{size[1]} is assumed: the position embeddings tell only the number of patches",)
+
+
+def _training_config(extras: Mapping[str, Any]) -> dict[str, Any]:
+    """The yacs config that Microsoft's training checkpoints hold, as plain dicts; empty when there is none."""
+    config = extras.get("config")
+    if not isinstance(config, Made):
+        return {}
+    return {str(k): dict(v.items) if isinstance(v, Made) else v for k, v in config.items.items()}

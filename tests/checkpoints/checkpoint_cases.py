@@ -1,0 +1,107 @@
+"""The checkpoints in data/, and what the tests say of them. Each was written by the system that it is named after."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from swin_deploy.errors import CheckpointError
+from swin_deploy.models.checkpoints.sources import open_source
+
+DATA = Path(__file__).parent / "data"
+
+
+class Case(NamedTuple):
+    """What a checkpoint is recognised as. Every one has 4x4 patches and, if it classifies, 10 classes."""
+
+    system: str
+    task: str
+    version: int
+    image_size: tuple[int, int]
+    window_size: tuple[int, ...]
+    embed_dim: int
+    mlp_ratio: float = 2.0
+    num_labels: int = 10
+    notes: int = 0
+
+
+CLASSES, MASKED = "image-classification", "masked-image-modeling"
+
+CASES = {
+    "hf434__SwinForImageClassification__abspos_broken": Case("hf", CLASSES, 1, (32, 32), (4,), 16, notes=1),
+    "hf523__SwinBackbone__new_names": Case("hf", "backbone", 1, (32, 32), (4, 4), 16),
+    "hf523__SwinForImageClassification__nonsquare_72x56": Case("hf", CLASSES, 1, (64, 64), (4, 4), 16),
+    "hf523__SwinForImageClassification__pad_50x66": Case("hf", CLASSES, 1, (64, 64), (4, 4, 4), 8),
+    "hf523__SwinForImageClassification__sharded": Case("hf", CLASSES, 1, (32, 32), (4, 4), 16, mlp_ratio=4.0),
+    "hf523__SwinForMaskedImageModeling__basic": Case("hf", MASKED, 1, (32, 32), (4, 4), 16),
+    "hf523__Swinv2ForImageClassification__pad_50x66": Case("hf", CLASSES, 2, (64, 64), (4, 4, 4), 8),
+    "hf523__Swinv2ForImageClassification__rect_image_h_eq_window": Case("hf", CLASSES, 2, (32, 64), (8, 8), 16),
+    "ms__SimMIM__v1": Case("microsoft", MASKED, 1, (32, 32), (4, 4), 16, num_labels=0),
+    "ms__SwinTransformerV2__rect_h_eq_window": Case("microsoft", CLASSES, 2, (32, 32), (8, 4), 16, notes=1),
+    "ms__SwinTransformer__no_patch_norm": Case("microsoft", CLASSES, 1, (32, 32), (4, 4), 16),
+    "ms__SwinTransformer__strip_32x96": Case("microsoft", CLASSES, 1, (32, 96), (4, 4), 16),
+    "ms__SwinTransformer__train_ckpt": Case("microsoft", CLASSES, 1, (32, 32), (4, 4), 16),
+    "tf434__TFSwinForImageClassification__sharded_h5": Case("tf", CLASSES, 1, (32, 32), (4, 4), 16, mlp_ratio=4.0),
+    "tf434__TFSwinForMaskedImageModeling__basic": Case("tf", MASKED, 1, (32, 32), (4, 4), 16),
+    "timm0613__SwinTransformer__v06_layout": Case("timm", CLASSES, 1, (32, 32), (4, 4), 16),
+    "timm__SwinTransformerV2__rect_h_eq_window": Case("timm", CLASSES, 2, (32, 64), (8, 8), 16),
+    "timm__SwinTransformer__bin_only": Case("timm", CLASSES, 1, (32, 32), (4, 4), 16),
+    "timm__SwinTransformer__dynamic_72x56": Case("timm", CLASSES, 1, (64, 64), (4, 4), 16),
+    "tv__SwinTransformerV2__pad_52x68": Case("torchvision", CLASSES, 2, (256, 256), (4, 4, 4), 8, notes=1),
+    "tv__SwinTransformer__pad_52x68": Case("torchvision", CLASSES, 1, (224, 224), (4, 4, 4), 8, notes=1),
+}
+
+# The same weights, drawn from the same seed and saved by several systems.
+SAME = (
+    ("hf523__SwinForImageClassification__pad_50x66", "tv__SwinTransformer__pad_52x68"),
+    ("hf523__SwinForImageClassification__nonsquare_72x56", "timm__SwinTransformer__dynamic_72x56"),
+    ("hf523__SwinForImageClassification__sharded", "tf434__TFSwinForImageClassification__sharded_h5"),
+    ("hf523__SwinForMaskedImageModeling__basic", "ms__SimMIM__v1"),
+    ("hf523__SwinForMaskedImageModeling__basic", "tf434__TFSwinForMaskedImageModeling__basic"),
+    ("hf523__Swinv2ForImageClassification__pad_50x66", "tv__SwinTransformerV2__pad_52x68"),
+    ("hf523__Swinv2ForImageClassification__rect_image_h_eq_window", "ms__SwinTransformerV2__rect_h_eq_window"),
+    ("hf523__Swinv2ForImageClassification__rect_image_h_eq_window", "timm__SwinTransformerV2__rect_h_eq_window"),
+    ("timm0613__SwinTransformer__v06_layout", "timm__SwinTransformer__bin_only"),
+)
+
+
+def state_dict(case: str) -> dict[str, Any]:
+    """The tensors of a case in data/ that torch.save wrote, under the names in its file, as torch reads them."""
+    (file,) = (f for f in (DATA / case).iterdir() if f.suffix in (".pth", ".bin"))
+    loaded = torch.load(file, weights_only=True)
+    return dict(loaded.get("model", loaded))
+
+
+def refused(path: Path, sentence: str, error: type[Exception] = CheckpointError) -> None:
+    """Opening `path` ends in `error`, and its sentence matches."""
+    with pytest.raises(error, match=sentence):
+        open_source(path)
+
+
+def write_zip(path: Path, entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> None:
+    """A zip archive of `entries` at `path`."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+
+
+def tensor_pickle(
+    shape: tuple[int, ...], stride: tuple[int, ...], key: str = "0", storage: str = "FloatStorage", view: bytes = b""
+) -> bytes:
+    """What torch.save writes for {"patch_embed.proj.weight": one tensor}, with any sizes; `view` follows the count."""
+
+    def integers(values: tuple[int, ...]) -> bytes:
+        return b"(" + b"".join(pickle.dumps(v, 2)[2:-1] for v in values) + b"t"
+
+    text = b"X" + struct.pack("<I", len(key)) + key.encode()
+    kind = b"ctorch\n" + storage.encode() + b"\n"
+    identity = b"(X\x07\x00\x00\x00storage" + kind + text + b"X\x03\x00\x00\x00cpuK\x04" + view + b"tQ"
+    name = b"X\x17\x00\x00\x00patch_embed.proj.weight"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + identity + b"K\x00" + integers(shape) + integers(stride) + b"\x89NtR"
+    return b"\x80\x02}" + name + tensor + b"s."

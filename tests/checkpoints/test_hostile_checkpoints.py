@@ -1,0 +1,175 @@
+"""Files made to do harm: to run code, to take all memory, to read other files. Each ends in a sentence."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import pickle
+import struct
+import subprocess
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from checkpoint_cases import refused, state_dict, tensor_pickle, write_zip
+
+STRIP = "ms__SwinTransformer__strip_32x96"
+
+
+class Call:
+    """An object whose pickle asks for `function` to be called."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.how = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.how
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("place", ["weight", "beside", "whole"])
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (os.system, rf"{os.name}\.system"),
+        (builtins.eval, r"builtins\.eval"),
+        (builtins.exec, r"builtins\.exec"),
+        (builtins.getattr, r"builtins\.getattr"),
+        (subprocess.call, r"(commands|subprocess)\.call"),
+        (torch.load, r"torch\.serialization\.load"),
+    ],
+)
+def test_no_pickle_runs_code(
+    function: Callable[..., Any], name: str, place: str, legacy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    call = Call(function, "open('ran', 'w')" if function in (eval, exec) else "touch ran")
+    weights = state_dict(STRIP)
+    top: Any = {
+        "weight": {"model": weights | {"norm.weight": call}},
+        "beside": {"model": weights, "config": call},
+        "whole": call,
+    }[place]
+    torch.save(top, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
+    refused(tmp_path / "a.pth", rf"asks for {name}, which weights do not need: .* nothing of it was run")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+def test_no_plain_pickle_runs_code(protocol: int, tmp_path: Path) -> None:
+    made = tmp_path / "ran"
+    (tmp_path / "a.bin").write_bytes(pickle.dumps(Call(os.system, f"touch {made}"), protocol))
+    refused(tmp_path / "a.bin", "is no checkpoint: expected" if protocol < 2 else "system, which weights do not need")
+    assert not made.exists()
+    pickle.loads((tmp_path / "a.bin").read_bytes())  # which would have run it
+    assert made.exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "what"),
+    [
+        (b"(S'touch ran'\nios\nsystem\n.", "the instruction INST"),
+        (b"cbuiltins\nset\n(S'x'\no.", "a call|the instruction OBJ"),
+        (b"\x82\x01.", "the instruction EXT1"),
+        (b"Pid\n.", "the instruction PERSID"),
+        (b"cbuiltins\nset.__init__\n.", r"builtins\.set\.__init__"),
+        (b"\x8c\x02os\x8c\x06system\x93.", r"os\.system"),
+        (b"ctorch.storage\n_load_from_bytes\n.", r"torch\.storage\._load_from_bytes"),
+        (b"(cbuiltins\nset\n}\x92.", "the instruction NEWOBJ_EX"),
+    ],
+)
+def test_every_way_to_name_a_callable(code: bytes, what: str, tmp_path: Path) -> None:
+    write_zip(tmp_path / "a.pth", {"a/data.pkl": b"\x80\x04" + code})
+    refused(tmp_path / "a.pth", what)
+
+
+def test_a_pickled_module_is_no_state_dict(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "a.pth")
+    refused(tmp_path / "a.pth", r"asks for torch\.nn\.modules\.linear\.Linear.* Save the weights alone")
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        (b"\x80\x02", "pickle exhausted before seeing STOP"),
+        (b"\x80\x02.", "cannot be read as what torch.save writes"),
+        (b"\x80\x02h\x07.", "cannot be read as what torch.save writes"),  # a memo that was never written
+        (b"\x80\x02N}u.", "cannot be read as what torch.save writes"),
+        (b"\x80\x02Nr\xff\xff\xff\xff.", "holds no tensors by name"),  # C's unpickler would make room for 4 billion
+        (b"\x80\x02X\xff\xff\xff\xffab.", "expected 4294967295 bytes in a unicodestring4"),
+        (b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7fab.", "is truncated or damaged"),
+        (b"\x80\x02" + b"(" * 100_000 + b"." + b"0" * 9, "is truncated or damaged"),
+        (b"\x80\x02)" + b"\x862" * 60 + b"Ks.", "holds no tensors by name"),
+        (b"\x80\x02}K\x01" + b"2\x86" * 60 + b"Ns.", "holds no tensors by name"),  # a key with 2**60 leaves
+    ],
+)
+def test_damaged_and_hostile_pickles(code: bytes, sentence: str, tmp_path: Path) -> None:
+    write_zip(tmp_path / "a.pth", {"a/data.pkl": code})
+    tracemalloc.start()
+    refused(tmp_path / "a.pth", sentence)
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
+
+
+def test_hostile_sizes_in_safetensors(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    refused(path, "cannot be read as safetensors")
+    header = b'{"a":{"dtype":"F32","shape":[1099511627776,1099511627776],"data_offsets":[0,8]}}'
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    refused(path, "cannot be read as safetensors")
+    path.write_bytes(struct.pack("<Q", 2) + b"{}")
+    refused(path, "holds 0 tensors, and not those of a Swin")
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride", "sentence"),
+    [
+        ((4,), (1,), "holds 1 tensors, and not those of a Swin"),  # as it should be
+        ((5,), (1,), r"claims shape \[5\], and the file holds 4 numbers"),
+        ((1 << 62, 1 << 62), (1 << 62, 1), "and the file holds 4 numbers"),
+        ((1 << 40,), (1,), "and the file holds 4 numbers"),
+        ((1 << 20,), (0,), "and the file holds 4 numbers"),  # one number, a million times
+        ((0, 1 << 60), (1, 1), "and the file holds 4 numbers"),
+        ((2, 2), (1,), "and the file holds 4 numbers"),
+        ((-1,), (1,), "'-1' in place of a size"),
+        ((2,), (-1,), "'-1' in place of a size"),
+    ],
+)
+def test_hostile_sizes_in_a_pickle(shape: tuple[int, ...], stride: tuple[int, ...], sentence: str, tmp_path: Path) -> None:
+    write_zip(tmp_path / "a.pth", {"a/data.pkl": tensor_pickle(shape, stride), "a/data/0": bytes(16)})
+    refused(tmp_path / "a.pth", sentence)
+
+
+def test_storages_that_are_not_there(tmp_path: Path) -> None:
+    write_zip(tmp_path / "a.pth", {"a/data.pkl": tensor_pickle((4,), (1,), key="1"), "a/data/0": bytes(16)})
+    refused(tmp_path / "a.pth", "and the file holds 0 numbers")
+    write_zip(tmp_path / "a.pth", {"a/data.pkl": tensor_pickle((4,), (1,), storage="QInt8Storage"), "a/data/0": bytes(16)})
+    refused(tmp_path / "a.pth", r"is kept in a torch\.QInt8Storage")
+
+
+def test_hdf5_that_reaches_out_of_its_file(tmp_path: Path) -> None:
+    """HDF5 can keep numbers in other files, link to them, and declare numbers that were never written."""
+    path = tmp_path / "tf_model.h5"
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(4096))
+    with h5py.File(path, "w") as file:
+        file.create_dataset("a", (1024,), "f4", external=[(str(secret), 0, 4096)])
+    refused(path, "a lies in another file")
+    with h5py.File(path, "w") as file:
+        layout = h5py.VirtualLayout((16,), "f4")
+        layout[:] = h5py.VirtualSource(str(secret), "a", (16,))
+        file.create_virtual_dataset("a", layout)
+    refused(path, "a lies in another file")
+    with h5py.File(path, "w") as file:
+        file.create_dataset("a", (1 << 40,), "f4", chunks=(1 << 20,))
+    refused(path, r"a claims shape \[1099511627776\], and the file holds 0 bytes for it")
+    with h5py.File(path, "w") as file:
+        file["a"] = h5py.ExternalLink(str(secret), "/")
+        file["b"] = np.array(["text"], dtype=h5py.string_dtype())
+    refused(path, "claims shape|holds 1 tensors, and not those of a Swin")

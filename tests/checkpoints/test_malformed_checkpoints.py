@@ -1,0 +1,229 @@
+"""Files that are damaged, or hold another network: each is refused with its own sentence."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import random
+import shutil
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_cases import DATA, refused, state_dict, tensor_pickle, write_zip
+from safetensors.torch import load_file, save_file
+
+from swin_deploy.errors import CheckpointError, MissingDependencyError
+from swin_deploy.models.checkpoints.sources import check, open_source
+from swin_deploy.models.parameters import parameters
+
+HF = DATA / "hf523__SwinForImageClassification__nonsquare_72x56"
+TF = DATA / "tf434__TFSwinForMaskedImageModeling__basic"
+STRIP = "ms__SwinTransformer__strip_32x96"
+
+
+FILES = {
+    "model.safetensors": HF / "model.safetensors",
+    "zip.pth": DATA / STRIP / "model.pth",
+    "legacy.pth": None,
+    "tf_model.h5": TF / "tf_model.h5",
+}
+
+
+def bytes_of(name: str) -> bytes:
+    file = FILES[name]
+    if file is not None:
+        return file.read_bytes()
+    buffer = io.BytesIO()
+    torch.save(state_dict(STRIP), buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kept", [1, 7, 100, 4000, 0.3, 0.7, 0.999])
+@pytest.mark.parametrize("name", list(FILES))
+def test_truncated(name: str, kept: float, tmp_path: Path) -> None:
+    data = bytes_of(name)
+    (tmp_path / name).write_bytes(data[: int(kept if kept >= 1 else kept * len(data))])
+    with pytest.raises(CheckpointError) as error:
+        open_source(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+    assert "fetch it again" in str(error.value).lower() or "is no checkpoint" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "zip.pth", "legacy.pth"])
+def test_flipped_bytes_end_in_a_sentence_or_in_tensors(name: str, tmp_path: Path) -> None:
+    data = bytearray(bytes_of(name))
+    names = (
+        range(20_000) if name == "model.safetensors" else [i for i in range(len(data)) if i < 12_000 or i > len(data) - 9_000]
+    )
+    rng = random.Random(0)
+    sentences = 0
+    for _ in range(150):
+        changed = bytearray(data)
+        for at in rng.choices(names, k=rng.choice((1, 1, 1, 8))):
+            changed[at % len(data)] = rng.randrange(256)
+        (tmp_path / name).write_bytes(changed)
+        try:
+            source = open_source(tmp_path / name)
+            for key in source.tensors:
+                source.tensors[key]
+        except CheckpointError:
+            sentences += 1
+    assert sentences > 20
+
+
+def test_archives_that_torch_did_not_save(tmp_path: Path) -> None:
+    path, good = tmp_path / "a.pth", {"a/data.pkl": tensor_pickle((4,), (1,)), "a/data/0": bytes(16)}
+    write_zip(path, good, zipfile.ZIP_DEFLATED)
+    refused(path, r"a/data/0 is compressed or cut off")
+    write_zip(path, good | {"a/byteorder": b"big"})
+    refused(path, "was written on a big-endian machine")
+    write_zip(path, good | {"a/constants.pkl": b""})
+    refused(path, "is a TorchScript program")
+    write_zip(path, {"weights.npy": b""})
+    refused(path, "is a zip archive, and not one that torch.save wrote")
+    path.write_bytes(pickle.dumps({"a": 1}, 2))
+    refused(path, "is a pickle, and not one that torch.save wrote")
+    torch.save({"epoch": 3}, path)
+    refused(path, "holds no tensors by name")
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"))
+    refused(path, "is a tar archive")
+
+
+def test_files_that_are_no_weights(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    for content, sentence in (
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a Git LFS pointer.* git lfs pull"),
+        (b"<!DOCTYPE html><html></html>", "is a web page and not the weights"),
+    ):
+        path.write_bytes(content)
+        refused(path, sentence)
+    (tmp_path / "a.pth").write_bytes(b"\x08\x07onnx")
+    refused(tmp_path / "a.pth", "is no checkpoint: expected safetensors, a file that torch.save wrote, or HDF5")
+    refused(tmp_path / "absent", "does not exist")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "holds no weights")
+
+
+def copied(folder: Path, target: Path, **config: Any) -> Path:
+    """A copy of `folder` in `target`, with some entries of its config.json changed."""
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    if config:
+        raw = json.loads((target / "config.json").read_text()) | config
+        (target / "config.json").write_text(json.dumps(raw))
+    return target
+
+
+def test_shards(tmp_path: Path) -> None:
+    folder = copied(DATA / "hf523__SwinForImageClassification__sharded", tmp_path)
+    index = folder / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    first = "model-00001-of-00004.safetensors"
+    (folder / first).rename(folder / "away")
+    refused(folder, f"lacks {first}, which model.safetensors.index.json lists")
+    shutil.copy(folder / "model-00002-of-00004.safetensors", folder / first)
+    refused(folder, "in two shards. Expected each tensor once")
+    for weight_map in ({}, [], {"a": 3}, {"a": "../../secret"}, {"a": "..\\secret"}, {"a": "/etc/passwd"}, {"a": ""}):
+        index.write_text(json.dumps(whole | {"weight_map": weight_map}))
+        refused(folder, "does not list the shards' file names")
+    for text in ("{", "[]", "[" * 100_000):
+        index.write_text(text)
+        refused(folder, "cannot be read as JSON|does not hold a JSON object")
+
+
+def test_missing_and_unexpected_tensors(tmp_path: Path) -> None:
+    weights = load_file(HF / "model.safetensors")
+    folder = copied(HF, tmp_path)
+
+    def saved(tensors: dict[str, torch.Tensor]) -> Path:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+
+    some = {name: tensor for name, tensor in weights.items() if ".query." not in name}
+    source = open_source(saved(some))
+    with pytest.raises(CheckpointError, match=r"lacks 8 of the 79 parameters that its config asks for: encoder\.layers\.0"):
+        check(source, parameters(source.config))
+    saved(weights | {"swin.encoder.layers.0.blocks.0.attention.self.query.gate": torch.zeros(1)})
+    refused(folder, "holds 1 tensors that no Swin has: swin.encoder.layers.0.blocks.0.attention.self.query.gate")
+    saved(weights | {"layernorm.weight": torch.zeros(32)})
+    refused(folder, "holds layernorm.weight twice, as ")
+    source = open_source(saved(weights | {"swin.layernorm.weight": torch.zeros(33)}))
+    with pytest.raises(CheckpointError, match=r"layernorm.weight has shape \[33\], but the config asks for \[32\]"):
+        check(source, parameters(source.config))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn])
+def test_wrong_types(dtype: torch.dtype, tmp_path: Path) -> None:
+    weights = load_file(HF / "model.safetensors")
+    weights["classifier.weight"] = torch.zeros(10, 32, dtype=dtype)
+    save_file(weights, copied(HF, tmp_path) / "model.safetensors")
+    refused(tmp_path, "classifier.weight is of type .*; expected a floating-point tensor")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none(value: float, tmp_path: Path) -> None:
+    weights = state_dict(STRIP)
+    weights["head.bias"][3] = value
+    torch.save(weights, tmp_path / "a.pth")
+    source = open_source(tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"head.bias holds NaN or infinity"):
+        source.tensors["classifier.bias"]
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"model_type": "swin2sr"}, "Swin2SR, an image super-resolution network"),
+        ({"model_type": "maskformer-swin"}, "MaskFormer's own Swin"),
+        ({"model_type": "donut-swin"}, "Donut's Swin"),
+        ({"model_type": "upernet"}, "is not a Swin"),
+        ({"architecture": "swinv2_cr_tiny_224"}, "config.json was written by timm, and the weights have the names of transf"),
+        ({"depths": [10**9, 2]}, "has 79 tensors for 1000000002 blocks in its config"),
+        ({"depths": [1] * 100_000}, "100000 stages, which no Swin has"),
+        ({"id2label": None, "num_labels": 10**12}, "1000000000000 labels"),
+    ],
+)
+def test_configs_that_are_refused(config: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    refused(copied(HF, tmp_path, **config), sentence)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "what"),
+    [
+        ("layers.0.blocks.0.attn.meta_mlp.fc1.weight", (384, 2), "timm's swinv2_cr, a different network from Swin V2"),
+        ("conv_first.weight", (16, 3, 3, 3), "SwinIR or Swin2SR"),
+        ("layers.0.residual_group.blocks.0.norm1.weight", (16,), "SwinIR or Swin2SR"),
+        ("swin2sr.conv_after_body.weight", (16, 16, 3, 3), "Swin2SR, an image super-resolution network"),
+        ("layers.0.blocks.0.spatial_mlp.weight", (16, 16, 1), "Swin-MLP"),
+        ("layers.0.blocks.1.mlp._moe_layer.experts.batched_fc1_w", (2, 16, 16), "Swin-MoE"),
+        ("patch_embed.proj.weight", (16, 3, 2, 4, 4), "Video Swin"),
+        ("backbone.stages.0.blocks.0.attn.w_msa.qkv.weight", (48, 16), "OpenMMLab's Swin.*patch merging orders its channels"),
+        ("stages.0.blocks.0.ffn.layers.0.0.weight", (32, 16), "OpenMMLab's Swin"),
+        ("backbone.layers.0.blocks.0.attn.qkv.weight", (48, 16), "a detector or a segmentation network"),
+        ("decode_head.conv_seg.weight", (19, 16, 1, 1), "a detector or a segmentation network"),
+        ("model.pixel_level_module.encoder.embeddings.norm.weight", (16,), "MaskFormer"),
+        ("swinViT.patch_embed.proj.weight", (16, 1, 2, 2, 2), "Swin UNETR"),
+        ("decoder.model.decoder.embed_tokens.weight", (9, 16), "Donut"),
+        ("cls_token", (1, 1, 16), "a Vision Transformer"),
+    ],
+)
+def test_other_networks_are_named(name: str, shape: tuple[int, ...], what: str, tmp_path: Path) -> None:
+    torch.save({"state_dict": state_dict(STRIP) | {name: torch.zeros(shape)}}, tmp_path / "a.pth")
+    refused(tmp_path / "a.pth", f"is {what}.* swin-deploy takes image encoders and classifiers of Swin V1 and V2")
+
+
+def test_a_network_that_nothing_names(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "a.pth")
+    refused(tmp_path / "a.pth", r"holds 2 tensors, and not those of a Swin \(the first is weight\)")
+
+
+def test_h5py_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    refused(TF, r"h5py is needed to read tf_model.h5, but it is not installed. Run: pip install h5py", MissingDependencyError)

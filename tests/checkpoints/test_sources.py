@@ -1,0 +1,283 @@
+"""Checkpoints that transformers, timm, Microsoft's code, torchvision and TensorFlow wrote: recognised, and read the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import h5py
+import pytest
+import torch
+import transformers
+from checkpoint_cases import CASES, DATA, SAME, Case, state_dict, tensor_pickle, write_zip
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from swin_deploy.errors import CheckpointError
+from swin_deploy.models.checkpoints.formats import open_weights
+from swin_deploy.models.checkpoints.sources import Source, check, open_source
+from swin_deploy.models.parameters import Shape, parameters
+
+HF = "hf523__SwinForImageClassification__nonsquare_72x56"
+MASKED = "hf523__SwinForMaskedImageModeling__basic"
+
+
+def expected(source: Source) -> dict[str, Shape]:
+    """What the task of `source` needs; the table of classifiers with other heads."""
+    config = source.config
+    shapes = {name: shape for name, shape in parameters(config).items() if not name.startswith("classifier.")}
+    if source.task_hint == "image-classification":
+        shapes = parameters(config)
+    if source.task_hint == "masked-image-modeling":
+        shapes["embeddings.mask_token"] = (1, 1, config.embed_dim)
+        shapes["decoder.0.weight"] = (config.encoder_stride**2 * config.num_channels, config.hidden_size, 1, 1)
+        shapes["decoder.0.bias"] = shapes["decoder.0.weight"][:1]
+    return {name: shape for name, shape in shapes.items() if source.patch_norm or not name.startswith("embeddings.norm.")}
+
+
+def differing(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
+    assert sorted(ours) == sorted(theirs)
+    return [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_each_checkpoint_is_recognised(name: str) -> None:
+    source = open_source(DATA / name)
+    config = source.config
+    case = Case(
+        source.system,
+        source.task_hint,
+        config.version,
+        config.image_size,
+        config.window_size,
+        config.embed_dim,
+        config.mlp_ratio,
+        config.num_labels,
+        len(source.notes),
+    )
+    assert case == CASES[name]
+    stages = len(config.window_size)
+    assert (config.patch_size, config.num_channels) == ((4, 4), 3)
+    assert config.depths == (2,) * stages
+    assert config.num_heads == tuple(2**stage for stage in range(stages))
+    assert config.encoder_stride == (8 if source.task_hint == "masked-image-modeling" else 32)
+    assert source.semantics == {"tf": "hf"}.get(source.system, source.system)
+    assert source.patch_norm == (name != "ms__SwinTransformer__no_patch_norm")
+    assert {name: tuple(tensor.shape) for name, tensor in source.tensors.items()} == dict(source.shapes)
+    assert {tensor.dtype for tensor in source.tensors.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_each_checkpoint_is_complete(name: str) -> None:
+    source = open_source(DATA / name)
+    if name.endswith("abspos_broken"):
+        with pytest.raises(CheckpointError, match="65 rows for 64 patches, a known fault of transformers"):
+            check(source, expected(source))
+    else:
+        check(source, expected(source))
+
+
+@pytest.mark.parametrize(("first", "second"), SAME)
+def test_systems_agree_on_the_same_weights(first: str, second: str) -> None:
+    assert differing(open_source(DATA / first).tensors, open_source(DATA / second).tensors) == []
+
+
+@pytest.mark.parametrize("original_format", [False, True])
+@pytest.mark.parametrize("name", sorted(name for name in CASES if name.startswith("hf523")))
+def test_transformers_loads_the_same(name: str, original_format: bool, tmp_path: Path) -> None:
+    """What transformers has in memory, saved under its older names or under those of version 5."""
+    raw = json.loads((DATA / name / "config.json").read_text())
+    model = getattr(transformers, raw["architectures"][0]).from_pretrained(DATA / name)
+    model.save_pretrained(tmp_path, save_original_format=original_format)
+    assert differing(open_source(tmp_path).tensors, open_source(DATA / name).tensors) == []
+
+
+TORCH_FILES = sorted(
+    file.relative_to(DATA).as_posix()
+    for file in (*DATA.glob("*/*.pth"), *DATA.glob("*/*.bin"))
+    if "train_ckpt" not in file.parent.name  # torch refuses its CfgNode
+)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("file", TORCH_FILES)
+def test_torch_reads_the_same(file: str, legacy: bool, tmp_path: Path) -> None:
+    theirs = state_dict(Path(file).parent.name)
+    path = DATA / file
+    if legacy:
+        path = tmp_path / "weights.pth"
+        torch.save(theirs, path, _use_new_zipfile_serialization=False)
+    stored = open_weights(path).tensors
+    assert differing({name: part.read() for name, part in stored.items()}, theirs) == []
+    assert [str(theirs[name].dtype) for name in stored] == [f"torch.{part.dtype}" for part in stored.values()]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_tensors_that_share_or_transpose_their_storage(legacy: bool, tmp_path: Path) -> None:
+    base = torch.arange(24.0).reshape(4, 6)
+    tensors = {
+        "base": base,
+        "turned": base.T,
+        "part": base[1:3, 2:],
+        "scalar": torch.tensor(3.0),
+        "none": torch.empty(0, 3),
+        "half": torch.ones(3).half(),
+        "brain": torch.arange(5).bfloat16(),
+        "parameter": torch.nn.Parameter(base),
+        "double": base.double(),
+        "index": torch.arange(4),
+    }
+    torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
+    file = open_weights(tmp_path / "a.pth")
+    assert differing({name: part.read() for name, part in file.tensors.items()}, tensors) == []
+    assert file.extras == {"epoch": 3}
+
+
+def test_views_of_storages_from_before_torch_1_6(tmp_path: Path) -> None:
+    """They name the storage, and say where in it they begin and how long they are: here at 2, for 2."""
+    code = tensor_pickle((2,), (1,), view=b"(X\x01\x00\x00\x001K\x02K\x02t")
+    write_zip(tmp_path / "a.pth", {"a/data.pkl": code, "a/data/0": torch.arange(4.0).numpy().tobytes()})
+    assert open_weights(tmp_path / "a.pth").tensors["patch_embed.proj.weight"].read().tolist() == [2.0, 3.0]
+
+
+def test_nothing_is_read_until_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    frombuffer = torch.frombuffer
+    monkeypatch.setattr(torch, "frombuffer", lambda *a, **k: reads.append(1) or frombuffer(*a, **k))
+    source = open_source(DATA / "timm__SwinTransformer__bin_only")
+    assert (len(source.shapes), len(reads)) == (79, 0)
+    assert source.tensors["layernorm.weight"].shape == (32,)
+    assert len(reads) == 1
+
+
+def test_training_checkpoint_of_microsoft() -> None:
+    """What lies beside the weights is read as plain values, the pickled yacs CfgNode too."""
+    file = open_weights(DATA / "ms__SwinTransformer__train_ckpt")
+    assert sorted(file.extras) == ["config", "epoch", "lr_scheduler", "max_accuracy", "optimizer", "scaler"]
+    config = file.extras["config"]
+    assert (config.name, config.items["DATA"].items) == ("yacs.config.CfgNode", {"IMG_SIZE": 32})
+    assert file.extras["epoch"] == 3
+
+
+def test_key_bias_of_torchvision_v2_is_left_out() -> None:
+    source = open_source(DATA / "tv__SwinTransformerV2__pad_52x68")
+    raw = state_dict("tv__SwinTransformerV2__pad_52x68")
+    rows = raw["features.1.0.attn.qkv.bias"]
+    assert rows[8:16].abs().min() > 0  # in the file, and zeroed by torchvision whenever it runs
+    name = "encoder.layers.0.blocks.0.attention.self"
+    assert f"{name}.key.bias" not in source.tensors
+    assert torch.equal(source.tensors[f"{name}.query.bias"], rows[:8])
+    assert torch.equal(source.tensors[f"{name}.value.bias"], rows[16:])
+
+
+def test_half_precision_becomes_float32(tmp_path: Path) -> None:
+    weights = load_file(DATA / HF / "model.safetensors")
+    save_file({name: tensor.half() for name, tensor in weights.items()}, tmp_path / "model.safetensors")
+    shutil.copy(DATA / HF / "config.json", tmp_path)
+    found = open_source(tmp_path).tensors["classifier.weight"]
+    assert torch.equal(found, weights["classifier.weight"].half().float())
+
+
+@pytest.mark.parametrize("name", ["tf_swin_for_masked_image_modeling", "my_model_3/tf_swin_for_masked_image_modeling"])
+def test_tensorflow_safetensors(name: str, tmp_path: Path) -> None:
+    """TFSwin's save_pretrained(safe_serialization=True): the names of the h5 file, marked as format "tf"."""
+    folder = "tf434__TFSwinForMaskedImageModeling__basic"
+    tensors: dict[str, Tensor] = {}
+
+    def visit(path: str, entry: object) -> None:
+        if isinstance(entry, h5py.Dataset):
+            tensors[f"{name}/{path.split('/', 2)[2]}"] = torch.from_numpy(entry[...])
+
+    with h5py.File(DATA / folder / "tf_model.h5") as file:
+        file.visititems(visit)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "tf"})
+    shutil.copy(DATA / folder / "config.json", tmp_path)
+    source = open_source(tmp_path)
+    assert source.system == "tf"
+    assert differing(source.tensors, open_source(DATA / folder).tensors) == []
+
+
+def test_sharded_bin(tmp_path: Path) -> None:
+    weights = load_file(DATA / HF / "model.safetensors")
+    home = {name: f"pytorch_model-0000{i % 2 + 1}-of-00002.bin" for i, name in enumerate(sorted(weights))}
+    for file in set(home.values()):
+        torch.save({name: weights[name] for name in weights if home[name] == file}, tmp_path / file)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": home}))
+    shutil.copy(DATA / HF / "config.json", tmp_path)
+    assert differing(open_source(tmp_path).tensors, open_source(DATA / HF).tensors) == []
+
+
+def test_one_file_is_enough(tmp_path: Path) -> None:
+    """A file beside its config.json uses it; alone it is read from its tensors; another system's config is not its own."""
+    folder = DATA / HF
+    assert open_source(folder / "model.safetensors").config == open_source(folder).config
+    shutil.copy(folder / "model.safetensors", tmp_path / "renamed.bin")
+    alone = open_source(tmp_path)
+    assert dataclasses.replace(alone.config, image_size=(64, 64)) == open_source(folder).config
+    assert (alone.raw_config, len(alone.notes)) == (None, 2)
+    assert open_source(tmp_path, image_size=(64, 64)).config == open_source(folder).config
+
+    shutil.copy(folder / "config.json", tmp_path)
+    shutil.copy(DATA / "ms__SwinTransformer__strip_32x96" / "model.pth", tmp_path)
+    assert open_source(tmp_path / "model.pth").system == "microsoft"
+    with pytest.raises(CheckpointError, match=r"holds 2 weight files \(model.pth, renamed.bin\).* Name the file itself"):
+        open_source(tmp_path)
+    (tmp_path / "renamed.bin").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"config\.json was written by transformers, and the weights have the names of Microsoft"
+    ):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_wrappers(prefix: str, tmp_path: Path) -> None:
+    weights = state_dict("ms__SwinTransformer__strip_32x96")
+    torch.save({"model": {prefix + name: tensor for name, tensor in weights.items()}}, tmp_path / "a.pth")
+    ours = open_source(tmp_path / "a.pth")
+    assert differing(ours.tensors, open_source(DATA / "ms__SwinTransformer__strip_32x96").tensors) == []
+
+
+def test_simmim_files_say_rpe_mlp(tmp_path: Path) -> None:
+    weights = state_dict("ms__SwinTransformerV2__rect_h_eq_window")
+    torch.save({name.replace("cpb_mlp", "rpe_mlp"): tensor for name, tensor in weights.items()}, tmp_path / "a.pth")
+    theirs = open_source(DATA / "ms__SwinTransformerV2__rect_h_eq_window").tensors
+    assert differing(open_source(tmp_path / "a.pth").tensors, theirs) == []
+
+
+def test_timm_inside_transformers(tmp_path: Path) -> None:
+    """transformers' TimmWrapper keeps timm's config beside its own, and its names behind timm_model."""
+    folder = DATA / "timm__SwinTransformer__dynamic_72x56"
+    weights = load_file(folder / "model.safetensors")
+    save_file({f"timm_model.{name}": tensor for name, tensor in weights.items()}, tmp_path / "model.safetensors")
+    raw = json.loads((folder / "config.json").read_text()) | {"model_type": "timm_wrapper"}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    source = open_source(tmp_path)
+    assert (source.system, source.config) == ("timm", open_source(folder).config)
+
+
+def test_config_and_preprocessor_are_kept(tmp_path: Path) -> None:
+    shutil.copytree(DATA / HF, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 64}')
+    source = open_source(tmp_path)
+    assert source.preprocessor == {"size": 64}
+    assert source.raw_config == json.loads((tmp_path / "config.json").read_text())
+
+
+def test_check_names_what_is_missing() -> None:
+    masked = open_source(DATA / MASKED)
+    with pytest.raises(CheckpointError, match="has no classifier: it was saved without one"):
+        check(masked, parameters(masked.config))
+    source = open_source(DATA / HF)
+    needs = parameters(source.config)
+    with pytest.raises(CheckpointError, match="has no decoder: it was saved without one"):
+        check(source, needs | {"decoder.0.weight": (1,)})
+    with pytest.raises(CheckpointError, match=r"lacks 1 of the 80 parameters that its config asks for: embeddings.other"):
+        check(source, needs | {"embeddings.other": (1,)})
+    with pytest.raises(CheckpointError, match=r"classifier.bias has shape \[10\], but the config asks for \[11\]"):
+        check(source, needs | {"classifier.bias": (11,)})
+    del needs["encoder.layers.1.blocks.1.output.dense.bias"]
+    with pytest.raises(CheckpointError, match=r"holds 1 tensors that no Swin V1 of its config has: encoder.layers.1.blocks.1"):
+        check(source, needs)
