@@ -22,7 +22,7 @@ def rewrite(graph: Graph) -> int:
     count = 0
     for squeeze in [node for node in graph.nodes if node.op == "Squeeze"]:
         cut = squeeze.i() if squeeze.inputs[0].inputs else None
-        if cut is None or cut.op != "Slice" or len(cut.outputs[0].outputs) != 1:
+        if cut is None or cut.op != "Slice" or len(cut.outputs[0].outputs) != 1 or len(squeeze.inputs) != 2:
             continue
         numbers = [_scalar(tensor) for tensor in (*cut.inputs[1:], squeeze.inputs[1])]
         if None in numbers:

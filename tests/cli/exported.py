@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -69,9 +70,21 @@ def refused(done: Done, *parts: str, code: int = 2) -> str:
     return said[0]
 
 
+def _heed_interrupts() -> None:
+    """A shell's background job ignores SIGINT, and so does all that it starts; the command under test must not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def stopped(command: tuple[str, ...], cwd: Path, line: str, seconds: float, signum: int) -> tuple[int, list[str]]:
     """Exit code and sentences of a command that got `signum` some seconds after it had said `line`."""
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_heed_interrupts,
+    )
     assert process.stderr is not None
     said = []
     for text in process.stderr:

@@ -318,6 +318,11 @@ except KeyboardInterrupt:
 """
 
 
+def heed_interrupts() -> None:
+    """A shell's background job ignores SIGINT, and so does all that it starts; the process under test must not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT cannot be sent to one process on Windows")
 def test_ctrl_c_stops_the_compiler(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
@@ -325,7 +330,13 @@ def test_ctrl_c_stops_the_compiler(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", INTERRUPTED, str(path)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=HERE
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=HERE,
+        preexec_fn=heed_interrupts,
     ) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "started\n"

@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is the r
 safetensors = pytest.importorskip("safetensors.torch", reason="checkpoints are safetensors files")
 
 import swin_deploy  # noqa: E402
-from swin_deploy.compare import TOLERANCES, compare  # noqa: E402
+from swin_deploy.compare import compare  # noqa: E402
 from swin_deploy.errors import CheckpointError  # noqa: E402
 from swin_deploy.models.checkpoints import checkpoint_from_folder, checkpoint_from_hub  # noqa: E402
 from swin_deploy.models.swin import SwinForImageClassification  # noqa: E402
@@ -133,7 +133,7 @@ def assert_equal_logits(model: Any, folder: Path, size: tuple[int, int] | None =
         with torch.no_grad():
             expected, found = model(pixels).logits.numpy(), network.eval()(pixels).numpy()
         agreement = compare(found, expected)
-        assert agreement.within(TOLERANCES["fp32"]), agreement
+        assert agreement.within(1e-5), agreement
 
 
 @pytest.mark.parametrize(("version", "fields", "size"), CASES)
@@ -230,11 +230,11 @@ def test_published_size_through_the_whole_chain(version: int, name: str, tmp_pat
         expected = {batch: model(pixels).logits.numpy() for batch, pixels in batches.items()}
     bundle = swin_deploy.export(weights=tmp_path / "checkpoint", output=tmp_path / "bundle")
     with_typed_graph(bundle, "fp16", runtime_from_onnx, lambda line: None)
-    for precision in ("fp32", "fp16"):
+    for precision, allowed in (("fp32", 1e-5), ("fp16", 5e-3)):
         with swin_deploy.load(bundle.path, precision=precision, threads=2) as loaded:
             for batch, pixels in batches.items():
                 agreement = compare(loaded.run({"pixel_values": pixels.numpy()})["logits"], expected[batch])
-                assert agreement.within(TOLERANCES[precision]), (precision, batch, agreement)
+                assert agreement.within(allowed), (precision, batch, agreement)
                 assert agreement.top1 == 1.0
 
 

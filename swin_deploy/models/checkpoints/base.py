@@ -65,7 +65,7 @@ def fitted(
     absent = [name for name in expected if name not in found and name.startswith("hidden_states_norms.")]
     missing = [name for name in expected if name not in found and name not in absent]
     if missing and all(name.split(".")[0] in HEADS or name == "embeddings.mask_token" for name in missing):
-        part, remedy = HEADS.get(missing[0].split(".")[0], ("mask token", "masked image modelling"))
+        part, remedy = HEADS.get(missing[-1].split(".")[0], ("mask token", "masked image modelling"))
         raise CheckpointError(
             f"{where} has no {part}: it was saved by a class without one. The task {task.name} needs a checkpoint that was "
             f"made for {remedy}; another --task may suit this one."

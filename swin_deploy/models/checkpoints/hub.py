@@ -11,6 +11,7 @@ from swin_deploy.requires import require
 DESCRIPTIONS = ["config.json", "preprocessor_config.json"]
 SAFETENSORS = ["*.safetensors", "model.safetensors.index.json"]
 OTHERS = ["pytorch_model*.bin", "pytorch_model.bin.index.json", "tf_model*.h5", "tf_model.h5.index.json"]
+INSTEAD = "Give a local checkpoint with --weights FOLDER, or try the pipeline with --random-weights."
 
 
 def folder_from_hub(repo_id: str) -> Path:
@@ -33,8 +34,10 @@ def folder_from_hub(repo_id: str) -> Path:
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise CheckpointError(
             f"{repo_id} is not in the local Hugging Face cache and could not be fetched ({type(error).__name__}: {reason}). "
-            f"Give a local checkpoint with --weights FOLDER, or try the pipeline with --random-weights."
+            f"{INSTEAD}"
         ) from error
+    if not ((folder / "config.json").exists() and _has_weights(folder)):  # offline, what is cached comes without an error
+        raise CheckpointError(f"{repo_id} has no config.json with weights in the cache or on the hub. {INSTEAD}")
     return folder
 
 
