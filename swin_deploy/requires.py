@@ -14,6 +14,7 @@ PROVIDERS = {
     "onnxscript": ("onnxscript", "export"),
     "onnx_graphsurgeon": ("onnx-graphsurgeon", "export"),
     "safetensors": ("safetensors", "export"),
+    "h5py": ("h5py", "tensorflow"),
     "huggingface_hub": ("huggingface_hub", "hub"),
     "onnxruntime": ("ONNX Runtime", "onnxruntime"),
     "openvino": ("OpenVINO", "openvino"),

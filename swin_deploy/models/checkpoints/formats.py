@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swin_deploy.errors import CheckpointError, MissingDependencyError
+from swin_deploy.errors import CheckpointError
 from swin_deploy.models.checkpoints.stored import Stored, StoredFile
 from swin_deploy.models.checkpoints.torch_files import open_torch
 from swin_deploy.requires import require
@@ -49,6 +48,8 @@ def open_weights(path: Path) -> StoredFile:
             if candidate.is_file():
                 return open_weights(candidate)
     files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    if len(files) > 1:
+        files = [file for file in files if file.stem == "model"] or files
     if len(files) == 1:
         return _open_file(files[0])
     if files:
@@ -136,12 +137,7 @@ def _open_safetensors(path: Path) -> StoredFile:
 
 
 def _open_hdf5(path: Path) -> StoredFile:
-    try:
-        h5py = importlib.import_module("h5py")
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"h5py is needed to read {path.name}, but it is not installed. Run: pip install h5py"
-        ) from error
+    h5py = require("h5py", f"read {path.name}")
     datasets: dict[str, Any] = {}
 
     def visit(name: str, entry: Any) -> None:  # visititems follows no link that leads out of the file
