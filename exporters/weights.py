@@ -80,7 +80,7 @@ class WeightFile:
                 self._refer(tensor, *self._place(file, array))
 
     def _place(self, file: Any, array: NDArray[Any]) -> tuple[int, int]:
-        data = memoryview(np.ascontiguousarray(array)).cast("B")
+        data = np.ascontiguousarray(array).data.cast("B")
         key = hashlib.sha256(data).digest()
         if key not in self._places:
             gap = -self._end % ALIGNMENT
@@ -94,7 +94,7 @@ class WeightFile:
         import onnx
 
         for field in ("raw_data", "float_data", "int32_data", "int64_data"):
-            tensor.ClearField(field)  # type: ignore[arg-type]
+            tensor.ClearField(field)
         del tensor.external_data[:]
         tensor.data_location = onnx.TensorProto.EXTERNAL
         for name, value in (("location", self.name), ("offset", offset), ("length", length)):

@@ -59,12 +59,13 @@ def export(
 ) -> Bundle:
     """The bundle that a checkpoint was exported to, compared with PyTorch before it is kept.
 
-    `variant` is a name of `swin-deploy variants`; `weights` a checkpoint's folder or file (transformers, timm,
-    Microsoft, torchvision or TensorFlow, recognised by what it holds) or a hub id, and otherwise the variant's own hub id; `random_weights` takes reproducible random ones instead. `task` is one of
-    tasks.TASKS, or a TaskSpec with its options; `image_sizes` are (height, width) in pixels, one graph each, by default the
-    checkpoint's own; `semantics` (config.SEMANTICS) replaces the rules of the system that wrote it. The bundle is written
-    to `output`, by default a folder of the variant's (or checkpoint's) name in the current directory; `force` replaces a
-    bundle that is there. `say` gets a line for each step. Raises errors.SwinDeployError with nothing written.
+    `variant` is a name of `swin-deploy variants`; `weights` a checkpoint's folder or file (of transformers, timm, Microsoft,
+    torchvision or TensorFlow, recognised by what it holds) or a hub id, and otherwise the variant's own hub id;
+    `random_weights` takes reproducible random ones instead. `task` is one of tasks.TASKS, or a TaskSpec with its options;
+    `image_sizes` are (height, width) in pixels, one graph each, by default the checkpoint's own; `semantics` (one of
+    config.SEMANTICS) replaces the rules of the system that wrote the checkpoint. The bundle is written to `output`, by
+    default a folder of the variant's (or checkpoint's) name in the current directory; `force` replaces a bundle that is
+    there. `say` gets a line for each step. Raises errors.SwinDeployError with nothing written.
     """
     from swin_deploy.exporters.export import bundle_from_checkpoint
     from swin_deploy.exporters.source import checkpoint_from_request

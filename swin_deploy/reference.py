@@ -62,7 +62,7 @@ class Reference:
         for name, feed in self.feeds.items():
             arrays[f"input/{name}"] = feed.astype(np.float16) if feed.dtype == np.float32 else feed
         arrays |= {f"output/{name}": output for name, output in self.outputs.items()}
-        arrays |= {f"noise/{name}": np.float64(noise) for name, noise in self.noise.items()}  # type: ignore[misc]
+        arrays |= {f"noise/{name}": np.float64(noise) for name, noise in self.noise.items()}
         with path.open("wb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 

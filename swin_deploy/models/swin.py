@@ -153,8 +153,8 @@ class SwinNetwork(nn.Module):
         outputs: dict[str, Tensor] = {}
         backbone = self.task.name == "backbone"
         x = self.embeddings(pixel_values, bool_masked_pos)
-        self._hidden(outputs, 0, cast(RowMajor, self.stem_rows), x)
-        self._feature(outputs, "stem", cast(RowMajor, self.stem_rows), x)
+        self._hidden(outputs, 0, self.stem_rows, x)
+        self._feature(outputs, "stem", self.stem_rows, x)
         for i, stage in enumerate(self.stages):
             x, outputs[f"attentions.{i}"] = stage(x)
             before = cast(RowMajor, self.rows_before[i])
@@ -190,7 +190,7 @@ class SwinNetwork(nn.Module):
         side, channels = self.config.encoder_stride, self.config.num_channels
         x = self.decoder(tokens.reshape(-1, tokens.shape[-1]))
         x = x.reshape(-1, rows.height, rows.width, channels, side, side).permute(0, 3, 1, 4, 2, 5)
-        return x.reshape(-1, channels, rows.height * side, rows.width * side)
+        return cast(Tensor, x).reshape(-1, channels, rows.height * side, rows.width * side)
 
     def _hidden(self, outputs: dict[str, Tensor], number: int, rows: RowMajor, x: Tensor) -> None:
         if not self.task.output_hidden_states:

@@ -30,7 +30,7 @@ def folder_from_hub(repo_id: str) -> Path:
         folder = Path(hub.snapshot_download(repo_id, allow_patterns=DESCRIPTIONS + SAFETENSORS))
         if not _has_weights(folder):
             folder = Path(hub.snapshot_download(repo_id, allow_patterns=DESCRIPTIONS + OTHERS))
-    except Exception as error:  # noqa: BLE001 - whatever its HTTP client raises, the remedy is the same
+    except Exception as error:
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise CheckpointError(
             f"{repo_id} is not in the local Hugging Face cache and could not be fetched ({type(error).__name__}: {reason}). "
