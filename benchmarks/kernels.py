@@ -24,8 +24,10 @@ import transformers
 from swin_deploy.exporters.engine_from_onnx import Engine, EngineSpec, engine_from_onnx
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
 from swin_deploy.exporters.precision import fp16_from_fp32
+from swin_deploy.exporters.weights import embed_weights
 from swin_deploy.models.checkpoints import random_checkpoint
-from swin_deploy.models.swin import SwinForImageClassification
+from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.tasks import TaskSpec
 from swin_deploy.variants import Variant, find_variant
 
 HEADER = (
@@ -76,9 +78,11 @@ class Logits(torch.nn.Module):
 
 def ours(variant: Variant) -> onnx.ModelProto:
     """The typed graph of our export for one image: bytes can only be counted where no extent is free."""
-    config = variant.config()
-    network = SwinForImageClassification(config, config.image_size, random_checkpoint(config).tensors).eval()
-    model, _ = fp16_from_fp32(onnx_from_torch(network, config, config.image_size)[0], config)
+    config, task = variant.config(), TaskSpec()
+    network = SwinNetwork(config, config.image_size, random_checkpoint(config, task).tensors, task).eval()
+    traced = onnx_from_torch(network, config.image_size)
+    embed_weights(traced.model, traced.weights)
+    model, _ = fp16_from_fp32(traced.model, config, task)
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1
     del model.graph.value_info[:]

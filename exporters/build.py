@@ -94,13 +94,13 @@ def build_engines(
 def with_typed_graphs(bundle: Bundle, precision: str, open_graph: OpenGraph, say: Say) -> Bundle:
     """The bundle with the ONNX graphs of `precision` in it, written from the fp32 graphs and compared with PyTorch."""
     sources = [file for file, entry in bundle.graphs.items() if entry["precision"] == "fp32"]
-    missing = [
-        (source, file)
-        for number, source in enumerate(sources)
-        if not _known(bundle, file := graph_file(precision, _further(bundle, source, number)), bundle.files[source]["sha256"])
-    ]
+    pairs = [(source, graph_file(precision, _further(bundle, source, number))) for number, source in enumerate(sources)]
+    missing = [(source, file) for source, file in pairs if not _known(bundle, file, bundle.files[source]["sha256"])]
     if precision == "fp32" or not missing:
         return bundle
+    shared = weights_file(precision) if bundle.files[sources[0]].get("weights") else None
+    if shared is not None:
+        missing = pairs  # graphs that share a file of weights are only written together
     onnx = require("onnx", f"write the {precision} graph")
     config = SwinConfig.from_dict(bundle.read_json(CONFIG))
     task = TaskSpec.from_dict(bundle.manifest["task"])
@@ -108,7 +108,6 @@ def with_typed_graphs(bundle: Bundle, precision: str, open_graph: OpenGraph, say
     for source, file in missing:
         say(f"Writing {file}")
         made.append(fp16_from_fp32(onnx.load(str(bundle.verified_path(source))), config, task))
-    shared = weights_file(precision) if bundle.files[sources[0]].get("weights") else None
     if shared is not None:
 
         def write_weights(path: Path) -> None:
@@ -171,7 +170,9 @@ def _further(bundle: Bundle, source: str, number: int) -> Size | None:
 def _known(bundle: Bundle, file: str, parent: str) -> bool:
     """Whether `file` is in the bundle, and was made from the graph whose sha256 is `parent`; a deleted one is made again."""
     known = bundle.files.get(file)
-    return known is not None and known["parent"] == parent and (bundle.path / file).exists()
+    if known is None or known["parent"] != parent:
+        return False
+    return all((bundle.path / name).exists() for name in (file, known.get("weights")) if name)
 
 
 def _engine_file(spec: EngineSpec, precision: str, further: Size | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -129,6 +130,7 @@ def _add_graph(
         draft.add(weights_file("fp32"), {}, lambda target: None)  # it is there already; this takes its sha256
     draft.add(file, entry, writer(traced.model))
     del network, traced  # the weights may be most of the memory, and the comparison loads them once more
+    gc.collect()  # torch.export leaves circles that hold them
     onnx.checker.check_model(str(draft.path / file), full_check=True)
     say(f"Comparing ONNX with PyTorch{at}")
     try:

@@ -30,7 +30,10 @@ OPSET = 20  # the first with Gelu as one operator; every runtime since 2024 read
 # fmt: off
 OPERATORS = frozenset({
     "Add", "Clip", "Conv", "Div", "Gather", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Mul", "ReduceL2", "ReduceMean",
-    "Relu", "Reshape", "Sigmoid", "Slice", "Softmax", "Tanh", "Transpose", "Where", "Unsqueeze",
+    "Reshape", "Slice", "Softmax", "Transpose", "Unsqueeze", "Where",
+    # of activations other than GELU
+    "Erf", "Greater", "HardSwish", "LeakyRelu", "Max", "Min", "Mish", "Pow", "Relu", "Sigmoid", "Softplus", "Sqrt", "Sub",
+    "Tanh",
 })
 # fmt: on
 
@@ -130,7 +133,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _name_by_module(model: Any) -> None:
-    """Names nodes by the module they come from (`encoder.stage0_block1.attention.qkv/Gemm`).
+    """Names nodes by the module they come from (`stages.0.steps.block1.attention.qkv/Gemm`).
 
     Compilers carry these names into their layer reports. The exporter keeps the module path in metadata, beside stack
     traces with the file names of whoever exported; those go.

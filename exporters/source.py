@@ -77,7 +77,7 @@ def checkpoint_from_request(
                 f"There is no folder {folder}. Expected a checkpoint's folder or file, or a hub id such "
                 f"as microsoft/swinv2-tiny-patch4-window8-256."
             )
-        name = _bundle_name(variant_name or folder.resolve().stem if folder.is_file() else folder.resolve().name)
+        name = _bundle_name(variant_name or (folder.resolve().stem if folder.is_file() else folder.resolve().name))
     for note in checkpoint.notes:
         say(f"Note: {note}")
     if variant is not None:

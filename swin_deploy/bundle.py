@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from swin_deploy.errors import BundleError
+from swin_deploy.specs import PRECISIONS, graph_file
 
 MANIFEST = "manifest.json"
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -76,7 +77,9 @@ class Bundle:
     @property
     def graphs(self) -> Mapping[str, Entry]:
         """The ONNX graphs: path inside the bundle -> entry, the first image size before the others."""
-        return {file: entry for file, entry in self.files.items() if file.endswith(".onnx")}
+        first = {graph_file(precision) for precision in PRECISIONS}  # one that was made again stands last in the manifest
+        files = sorted((file for file in self.files if file.endswith(".onnx")), key=lambda file: file not in first)
+        return {file: self.files[file] for file in files}
 
     def verified_path(self, file: str) -> Path:
         """The path of `file`, after its sha256 was found to be the manifest's, and that of the weights it refers to.

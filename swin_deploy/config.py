@@ -12,7 +12,14 @@ from typing import Any
 
 from swin_deploy.errors import CheckpointError
 
-ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish")
+# Those of transformers that have no parameters of their own (models/activations.py).
+# fmt: off
+ACTIVATIONS = (
+    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh",
+    "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu",
+    "sqrtsoftplus", "swish", "tanh",
+)
+# fmt: on
 
 # Systems whose Swin differs where a feature map is not a multiple of the window, or not larger than it (models/windows.py).
 SEMANTICS = ("hf", "timm", "microsoft", "torchvision")

@@ -11,38 +11,49 @@ import pytest
 from cli.exported import copied, digits
 
 import swin_deploy
-from swin_deploy.bundle import REFERENCE, Bundle
+from swin_deploy.bundle import Bundle
 from swin_deploy.compare import TOLERANCES
 from swin_deploy.errors import BackendError, BundleError, MissingDependencyError, UsageError
 from swin_deploy.reference import Reference, check_graph, described, sample_inputs, verify_bundle
 from swin_deploy.runtimes.base import Runtime
-from swin_deploy.specs import TensorSpec
+from swin_deploy.specs import TensorSpec, reference_file
+
+REFERENCE = reference_file()
+
+
+def inputs_for(height: int, width: int) -> dict[str, Any]:
+    """The samples for images of three channels."""
+    return sample_inputs((TensorSpec("x", "float32", ("batch", 3, height, width)),))
 
 
 class Answers(Runtime):
-    """A graph that gives `logits` for the samples, wrong by `error` for each that comes `alone`."""
+    """A graph that gives the outputs `y` and `z` for the samples; `z` is wrong by `alone` for each that comes alone."""
 
     def __init__(self, reference: Reference, alone: float = 0.0) -> None:
-        spec = TensorSpec("x", "float32", ("batch", *reference.pixel_values.shape[1:]))
-        super().__init__("answers 1.0", (spec,), (TensorSpec("y", "float32", ("batch", 3)),))
+        spec = TensorSpec("x", "float32", ("batch", *reference.feeds["x"].shape[1:]))
+        outputs = tuple(TensorSpec(name, "float32", ("batch", 3)) for name in reference.outputs)
+        super().__init__("answers 1.0", (spec,), outputs)
         self.reference, self.alone = reference, alone
 
     def _run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        answers = self.reference.outputs
         if len(feeds["x"]) > 1:
-            return {"y": self.reference.logits.copy()}
-        [index] = [i for i, sample in enumerate(self.reference.pixel_values) if np.array_equal(sample, feeds["x"][0])]
-        return {"y": self.reference.logits[index : index + 1] * (1 + self.alone)}
+            return {name: answer.copy() for name, answer in answers.items()}
+        [index] = [i for i, sample in enumerate(self.reference.feeds["x"]) if np.array_equal(sample, feeds["x"][0])]
+        one = {name: answer[index : index + 1] for name, answer in answers.items()}
+        return {**one, "z": one["z"] * (1 + self.alone)}
 
 
 @pytest.fixture
 def reference() -> Reference:
-    return Reference(sample_inputs(3, (8, 6)), np.array([[1, 2, 3], [3, 2, 1]], np.float32))
+    answers = np.array([[1, 2, 3], [3, 2, 1]], np.float32)
+    return Reference(inputs_for(8, 6), {"y": answers, "z": answers[:, ::-1].copy()})
 
 
 def test_inputs_are_the_same_everywhere_and_differ_from_each_other() -> None:
-    inputs = sample_inputs(3, (32, 48))
+    inputs = inputs_for(32, 48)["x"]
     assert (inputs.shape, inputs.dtype) == ((2, 3, 32, 48), np.float32)
-    assert np.array_equal(inputs, sample_inputs(3, (32, 48)))
+    assert np.array_equal(inputs, inputs_for(32, 48)["x"])
     assert np.array_equal(inputs, inputs.astype(np.float16))
     roughness = np.abs(np.diff(inputs, axis=-1)).mean(axis=(1, 2, 3))
     assert roughness[0] > 3 * roughness[1]
@@ -53,33 +64,47 @@ def test_each_sample_is_also_run_alone(reference: Reference) -> None:
     assert check_graph(reference, lambda path: Answers(reference), path, "g", "fp32").verified
     verdict = check_graph(reference, lambda path: Answers(reference, alone=1e-3), path, "g", "fp32")
     assert not verdict.verified
+    assert verdict.worst == "z"
+    assert verdict.agreement is verdict.agreements["z"]
     assert verdict.agreement.relative_l2 == pytest.approx(1e-3, rel=1e-2)
+    assert verdict.agreements["y"].relative_l2 == 0
     assert verdict.to_dict()["backend"] == "answers 1.0"
+    assert {name: one["relative_l2"] for name, one in verdict.to_dict()["outputs"].items()} == {
+        name: agreement.relative_l2 for name, agreement in verdict.agreements.items()
+    }
     assert check_graph(reference, lambda path: Answers(reference, alone=1e-3), path, "g", "fp16").verified
 
 
 def test_noise_only_widens_the_tolerance(reference: Reference) -> None:
-    noisy = Reference(reference.pixel_values, reference.logits, noise=1e-4)
-    assert noisy.tolerance("fp32") == pytest.approx(4e-4)
-    assert noisy.tolerance("fp16") == TOLERANCES["fp16"]
-    assert reference.tolerance("fp32") == TOLERANCES["fp32"]
+    noisy = Reference(reference.feeds, reference.outputs, noise={"y": 1e-4})
+    assert noisy.tolerance("fp32", "y") == pytest.approx(4e-4)
+    assert noisy.tolerance("fp16", "y") == TOLERANCES["fp16"]
+    for one in (noisy.tolerance("fp32", "z"), reference.tolerance("fp32", "y")):
+        assert one == TOLERANCES["fp32"]
 
 
 def test_a_bundle_keeps_it_without_loss(tmp_path: Path) -> None:
     bundle = Bundle.open(copied(2, tmp_path / "b"))
-    kept = Reference.load(bundle)
-    changed = Reference(kept.pixel_values, kept.logits, 0.25)
-    again = Reference.load(bundle.with_file(REFERENCE, {}, changed.save))
-    assert np.array_equal(again.pixel_values, sample_inputs(3, (32, 32)))
-    assert np.array_equal(again.logits, kept.logits)
-    assert (again.pixel_values.dtype, again.logits.dtype, again.noise) == (np.float32, np.float32, 0.25)
+    kept = Reference.load(bundle, REFERENCE)
+    assert (list(kept.feeds), list(kept.outputs), kept.samples) == (["pixel_values"], ["logits"], 2)
+    masks = {"mask": np.array([[True, False], [False, False]])}
+    changed = Reference({**kept.feeds, **masks}, {**kept.outputs, "more.0": np.ones((2, 1), np.float32)}, {"logits": 0.25})
+    again = Reference.load(bundle.with_file(REFERENCE, {}, changed.save), REFERENCE)
+    assert np.array_equal(again.feeds["pixel_values"], inputs_for(32, 32)["x"])
+    for found, wanted in ((again.feeds, changed.feeds), (again.outputs, changed.outputs)):
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            assert found[name].dtype == wanted[name].dtype, name
+            assert np.array_equal(found[name], wanted[name]), name
+    assert again.feeds["pixel_values"].dtype == again.outputs["logits"].dtype == np.float32
+    assert again.noise == {"logits": 0.25}
 
 
 def test_a_certificate_of_another_kind_is_one_sentence(tmp_path: Path) -> None:
     bundle = Bundle.open(copied(2, tmp_path / "b"))
     for write in (lambda path: np.savez(path.open("wb"), x=1), lambda path: path.write_bytes(b"PK") and None):
         with pytest.raises(BundleError, match=r"reference\.npz cannot be read"):
-            Reference.load(bundle.with_file(REFERENCE, {}, write))
+            Reference.load(bundle.with_file(REFERENCE, {}, write), REFERENCE)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -96,8 +121,8 @@ def test_trained_bundles_are_verified(version: int, backend: str) -> None:
 def test_a_graph_of_other_weights_is_not_verified(tmp_path: Path) -> None:
     """Every sha256 is right here, and still the comparison tells."""
     bundle = Bundle.open(copied(2, tmp_path / "b"))
-    kept = Reference.load(bundle)
-    swapped = Reference(kept.pixel_values, kept.logits[::-1].copy())
+    kept = Reference.load(bundle, REFERENCE)
+    swapped = Reference(kept.feeds, {"logits": kept.outputs["logits"][::-1].copy()})
     bundle.with_file(REFERENCE, {}, swapped.save)
     assert [v.verified for v in swin_deploy.verify(bundle.path)] == [False, False]
 

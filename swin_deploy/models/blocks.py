@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.models import windows
+from swin_deploy.models.activations import ACTIVATIONS
 from swin_deploy.models.windows import WindowGrid
 
 Tensors = Mapping[str, Tensor]
@@ -131,7 +132,7 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(tensors, "layernorm_after", config.layer_norm_eps)
         self.fc1 = Linear(tensors["intermediate.dense.weight"], tensors["intermediate.dense.bias"])
         self.fc2 = Linear(tensors["output.dense.weight"], tensors["output.dense.bias"])
-        self.activation = config.hidden_act
+        self.activation = ACTIVATIONS[config.hidden_act]
         self.padded_tokens = grid.windows * grid.tokens_per_window
         self.register_buffer("pad_keep", keep)
 
@@ -145,7 +146,7 @@ class Block(nn.Module):
         return x + self.norm2(self.mlp(x)), probabilities
 
     def mlp(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.fc2(activate(self.activation, self.fc1(x))))
+        return cast(Tensor, self.fc2(self.activation(self.fc1(x))))
 
     def zero_padding(self, x: Tensor) -> Tensor:
         """Attention must see padding as zeros; whatever the gathers and residuals left there is dropped here."""
@@ -176,17 +177,6 @@ class PatchMerging(nn.Module):
         for step in order:
             x = step(x)
         return x
-
-
-def activate(name: str, x: Tensor) -> Tensor:
-    """x through the activation that transformers' ACT2FN calls `name`."""
-    if name == "gelu":
-        return F.gelu(x)
-    if name in ("gelu_new", "gelu_pytorch_tanh"):
-        return F.gelu(x, approximate="tanh")
-    if name == "quick_gelu":
-        return x * torch.sigmoid(1.702 * x)
-    return F.relu(x) if name == "relu" else F.silu(x)
 
 
 def _fused_qkv(config: SwinConfig, head_width: int, tensors: Tensors) -> Linear:

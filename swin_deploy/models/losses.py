@@ -39,5 +39,8 @@ def reconstruction_loss(config: SwinConfig, pixel_values: Tensor, reconstruction
     mask = bool_masked_pos.reshape(-1, rows, columns)
     mask = mask.repeat_interleave(config.patch_size[0], 1).repeat_interleave(config.patch_size[1], 2)
     mask = mask.unsqueeze(1).to(pixel_values.dtype)
-    errors = F.l1_loss(pixel_values, reconstruction, reduction="none")
+    # An image that is no whole number of patches or merged tokens is reconstructed larger than it is.
+    height, width = pixel_values.shape[2:]
+    errors = F.l1_loss(pixel_values, reconstruction[:, :, :height, :width], reduction="none")
+    mask = mask[:, :, :height, :width]
     return (errors * mask).sum() / (mask.sum() + 1e-5) / config.num_channels

@@ -37,7 +37,7 @@ def opened(weights: dict[str, Tensor], folder: Path, image_size: tuple[int, int]
 def test_pretrained_window_from_the_coordinates(window: int, pretrained: int, dtype: torch.dtype, tmp_path: Path) -> None:
     weights = state_dict(V2_RECTANGLE)
     side = 2 * window - 1
-    table = torch.from_numpy(relative_coordinates(window, pretrained)).reshape(1, side, side, 2).to(dtype)
+    table = torch.from_numpy(relative_coordinates((window, window), pretrained)).reshape(1, side, side, 2).to(dtype)
     for name in weights:
         if name.endswith("relative_coords_table"):
             weights[name] = table

@@ -59,8 +59,8 @@ FILES = (
         (["export", "--weights", NETWORK, "--random-weights"], ["exclude each other"]),
         (["export", "--weights", "no/such/folder"], ["no folder no/such/folder"]),
         (["export", "--weights", "x" * 300], ["no folder"]),
-        (["export", "--weights", NETWORK / "config.json"], ["is a file"]),
-        (["export", "--weights", NETWORK.parent / "images"], ["config.json"]),
+        (["export", "--weights", NETWORK / "config.json"], ["config.json is no checkpoint", "safetensors"]),
+        (["export", "--weights", NETWORK.parent / "images"], ["images holds no weights", "model.safetensors"]),
         (["export", "--weights", NETWORK, "-o", "."], ["Choose another place with -o"]),
         (["export", "--weights", NETWORK, "-o", "file"], ["not a bundle"]),
         (["export", "--weights", NETWORK, "-o", "file/below"], ["cannot be written"]),
@@ -149,11 +149,11 @@ def half_a_config(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "part"),
     [
-        (cut(0), "model.safetensors cannot be read"),
+        (cut(0), "model.safetensors is empty"),
         (cut(100), "truncated or damaged"),
         (cut(-1), "truncated or damaged"),
-        (without("model.safetensors"), "holds no model.safetensors"),
-        (without("config.json"), "no config.json"),
+        (without("model.safetensors"), "holds no weights. Expected model.safetensors"),
+        (without("config.json"), "does not tell its window size"),
         (half_a_config, "config.json cannot be read as JSON"),
         (edited(model_type="vit"), "Vision Transformer"),
         (edited(model_type=None), "model_type None"),
@@ -202,8 +202,9 @@ def test_verify_finds_one_changed_byte_in_any_file(file: str, tmp_path: Path) ->
 def test_verify_fails_with_1_when_a_graph_disagrees(tmp_path: Path) -> None:
     """The files are intact, so this is a result and not a refusal: it is on stdout."""
     bundle = Bundle.open(copied(2, tmp_path / "b"))
-    kept = Reference.load(bundle)
-    bundle.with_file("reference.npz", {}, Reference(kept.pixel_values, kept.logits + np.float32(1)).save)
+    kept = Reference.load(bundle, "reference.npz")
+    wrong = {name: output + np.float32(1) for name, output in kept.outputs.items()}
+    bundle.with_file("reference.npz", {}, Reference(kept.feeds, wrong).save)
     done = cli("verify", "b", "--json", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, "")
     assert [row["verified"] for row in json.loads(done.stdout)["graphs"]] == [False, False]

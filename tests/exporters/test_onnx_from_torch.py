@@ -19,10 +19,14 @@ from onnx import TensorProto  # noqa: E402
 from swin_deploy.compare import compare  # noqa: E402
 from swin_deploy.config import SwinConfig  # noqa: E402
 from swin_deploy.errors import ExportError, PassError  # noqa: E402
-from swin_deploy.exporters.onnx_from_torch import INPUT, OPERATORS, OPSET, OUTPUT, onnx_from_torch, writer  # noqa: E402
+from swin_deploy.exporters.onnx_from_torch import OPERATORS, OPSET, Traced, onnx_from_torch, writer  # noqa: E402
 from swin_deploy.exporters.passes import PassRecord  # noqa: E402
+from swin_deploy.exporters.weights import SMALLEST, embed_weights  # noqa: E402
 from swin_deploy.models.checkpoints import random_checkpoint  # noqa: E402
-from swin_deploy.models.swin import SwinForImageClassification  # noqa: E402
+from swin_deploy.models.swin import SwinNetwork  # noqa: E402
+from swin_deploy.tasks import TaskSpec  # noqa: E402
+
+INPUT, OUTPUT = "pixel_values", "logits"
 
 # Three stages whose maps are 13 x 18, 7 x 9 and 4 x 5 tokens: shifted, padded, and odd at merging. `version`, `image_size`
 FIELDS: dict[str, Any] = {
@@ -42,14 +46,21 @@ def smallest(**changes: Any) -> SwinConfig:
 
 
 def network(asked: SwinConfig) -> Any:
-    return SwinForImageClassification(asked, asked.image_size, random_checkpoint(asked).tensors).eval()
+    return SwinNetwork(asked, asked.image_size, random_checkpoint(asked, TaskSpec()).tensors).eval()
+
+
+def whole(made: Any, size: tuple[int, int]) -> tuple[Any, tuple[PassRecord, ...]]:
+    """The graph with its weights inside it, and what each rewrite did."""
+    traced = onnx_from_torch(made, size)
+    embed_weights(traced.model, traced.weights)
+    return traced.model, traced.passes
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["V1", "V2"])
 def exported(request: pytest.FixtureRequest) -> tuple[SwinConfig, Any, Any, tuple[PassRecord, ...]]:
     asked = config(request.param)
     made = network(asked)
-    return asked, made, *onnx_from_torch(made, asked, asked.image_size)
+    return asked, made, *whole(made, asked.image_size)
 
 
 @pytest.fixture
@@ -64,8 +75,8 @@ def test_graph_answers_as_the_network_does(exported: Any) -> None:
     for batch in (1, 2, 3, 7):
         pixels = np.random.default_rng(batch).standard_normal((batch, 3, *asked.image_size), dtype=np.float32)
         with torch.no_grad():
-            expected = made(torch.from_numpy(pixels)).numpy()
-        agreement = compare(session.run([OUTPUT], {INPUT: pixels})[0], expected)
+            (expected,) = made(torch.from_numpy(pixels))
+        agreement = compare(session.run([OUTPUT], {INPUT: pixels})[0], expected.numpy())
         assert agreement.within(1e-5), agreement
 
 
@@ -105,7 +116,10 @@ def test_every_block_is_one_projection_and_one_softmax(exported: Any) -> None:
     names = [node.name for node in model.graph.node]
     for kind in ("attention.qkv/Gemm", "attention/Softmax", "attention.proj/Gemm", "fc1/Gemm", "fc2/Gemm"):
         assert sum(name.endswith(kind) for name in names) == asked.blocks, kind
-    assert sum("_merge.reduction/" in name for name in names) == len(asked.depths) - 1
+    assert (
+        sum(re.fullmatch(r"merges\.\d+\.reduction/Gemm|merges\.\d+\.reduction/MatMul", name) is not None for name in names)
+        == len(asked.depths) - 1
+    )
     assert all(len(node.input) == 3 for node in model.graph.node if node.name.endswith("fc1/Gemm")), "a bias apart"
 
 
@@ -118,7 +132,7 @@ def test_nodes_are_named_by_their_modules(exported: Any) -> None:
         scope, _, operator = node.name.partition("/")
         assert scope in modules, node.name
         assert re.fullmatch(r"[A-Z]\w+", operator), node.name
-    assert "encoder.stage1_block0.attention.qkv/Gemm" in names
+    assert "stages.1.steps.block0.attention.qkv/Gemm" in names
 
 
 def test_weights_are_named_by_their_modules(exported: Any) -> None:
@@ -150,20 +164,20 @@ def test_one_file(model: Any, tmp_path: Path) -> None:
 
 def test_export_is_reproducible(exported: Any) -> None:
     asked, made, model, _ = exported
-    again, _ = onnx_from_torch(made, asked, asked.image_size)
+    again, _ = whole(made, asked.image_size)
     assert again.SerializeToString(deterministic=True) == model.SerializeToString(deterministic=True)
 
 
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     asked = smallest()
-    onnx_from_torch(network(asked), asked, asked.image_size)
+    onnx_from_torch(network(asked), asked.image_size)
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_new", "quick_gelu", "relu", "silu"])
 def test_activations_stay_in_the_operators(act: str) -> None:
     asked = smallest(hidden_act=act)
-    model, _ = onnx_from_torch(network(asked), asked, asked.image_size)
+    model = onnx_from_torch(network(asked), asked.image_size).model
     count = [node.op_type for node in model.graph.node].count("Gelu")
     assert count == (1 if act in ("gelu", "gelu_new") else 0)
 
@@ -173,16 +187,34 @@ def test_foreign_operator_is_an_error() -> None:
         def __init__(self, inner: Any) -> None:
             super().__init__()
             self.inner = inner
+            self.config, self.task, self.output_names = inner.config, inner.task, inner.output_names
 
         def forward(self, pixel_values: Any) -> Any:
-            return self.inner(pixel_values).cumsum(1)
+            return (self.inner(pixel_values)[0].cumsum(1),)
 
     asked = smallest()
     with pytest.raises(ExportError, match=r"operators .* does not need: CumSum\. Install the versions in constraints\.txt"):
-        onnx_from_torch(Summed(network(asked)), asked, asked.image_size)
+        onnx_from_torch(Summed(network(asked)), asked.image_size)
 
 
 def test_network_of_another_config_is_an_error() -> None:
     asked = smallest()
+    made = network(asked)
+    made.config = smallest(depths=(2,))
     with pytest.raises(PassError, match=r'"gather_selects" found 3 places where this architecture has 6'):
-        onnx_from_torch(network(asked), smallest(depths=(2,)), asked.image_size)
+        onnx_from_torch(made, asked.image_size)
+
+
+def test_large_weights_stay_apart_until_they_are_embedded() -> None:
+    """The graph alone is small, and what it refers to is the network's own memory."""
+    asked = smallest(embed_dim=64)
+    made = network(asked)
+    traced: Traced = onnx_from_torch(made, asked.image_size)
+    apart = {t.name for t in traced.model.graph.initializer if t.data_location == TensorProto.EXTERNAL}
+    assert apart == traced.weights.keys()
+    assert apart >= {name for name, parameter in made.named_parameters() if parameter.nbytes >= SMALLEST}
+    assert all(len(t.raw_data) < SMALLEST for t in traced.model.graph.initializer)
+    name = next(name for name in apart if name.endswith("fc1.weight"))
+    assert traced.weights[name].data_ptr() == dict(made.named_parameters())[name].data_ptr()
+    embed_weights(traced.model, traced.weights)
+    onnx.checker.check_model(traced.model, full_check=True)

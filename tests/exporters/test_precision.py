@@ -17,12 +17,16 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from swin_deploy.compare import compare  # noqa: E402
 from swin_deploy.config import SwinConfig  # noqa: E402
 from swin_deploy.errors import ExportError, PassError  # noqa: E402
-from swin_deploy.exporters.onnx_from_torch import INPUT, OUTPUT, onnx_from_torch  # noqa: E402
+from swin_deploy.exporters.onnx_from_torch import onnx_from_torch  # noqa: E402
 from swin_deploy.exporters.passes import PassRecord  # noqa: E402
 from swin_deploy.exporters.precision import COSINE, assign_types, cosine_islands, fp16_from_fp32  # noqa: E402
+from swin_deploy.exporters.weights import embed_weights  # noqa: E402
 from swin_deploy.models.checkpoints import random_checkpoint  # noqa: E402
-from swin_deploy.models.swin import SwinForImageClassification  # noqa: E402
+from swin_deploy.models.swin import SwinNetwork  # noqa: E402
+from swin_deploy.tasks import TaskSpec  # noqa: E402
 
+INPUT, OUTPUT = "pixel_values", "logits"
+TASK = TaskSpec()
 HALF = np.dtype(np.float16)
 WHOLE, PADDED = (64, 64), (52, 72)  # 16 x 16 tokens in windows of 4; 13 x 18, padded
 
@@ -36,8 +40,9 @@ def config(version: int) -> SwinConfig:
 
 def fp32(version: int, size: tuple[int, int]) -> Any:
     asked = config(version)
-    network = SwinForImageClassification(asked, size, random_checkpoint(asked).tensors).eval()
-    return onnx_from_torch(network, asked, size)[0]
+    traced = onnx_from_torch(SwinNetwork(asked, size, random_checkpoint(asked, TASK).tensors).eval(), size)
+    embed_weights(traced.model, traced.weights)
+    return traced.model
 
 
 @pytest.fixture(scope="module", params=[(1, WHOLE), (1, PADDED), (2, WHOLE), (2, PADDED)], ids=lambda p: f"V{p[0]}-{p[1][0]}")
@@ -45,7 +50,7 @@ def graphs(request: pytest.FixtureRequest) -> tuple[SwinConfig, tuple[int, int],
     """The config, the image size, the fp32 graph, the fp16 graph, and the records of the rewrite."""
     version, size = request.param
     model = fp32(version, size)
-    return config(version), size, model, *fp16_from_fp32(model, config(version))
+    return config(version), size, model, *fp16_from_fp32(model, config(version), TASK)
 
 
 def answers(model: Any, size: tuple[int, int], batch: int = 3) -> Any:
@@ -145,7 +150,7 @@ def test_islands_are_found_in_v2_alone(graphs: Any) -> None:
 def test_fp32_graph_is_left_alone(graphs: Any) -> None:
     asked, _, wide, narrow, _ = graphs
     before = wide.SerializeToString(deterministic=True)
-    again, _ = fp16_from_fp32(wide, asked)
+    again, _ = fp16_from_fp32(wide, asked, TASK)
     assert wide.SerializeToString(deterministic=True) == before
     assert again.SerializeToString(deterministic=True) == narrow.SerializeToString(deterministic=True)
 
@@ -157,13 +162,13 @@ def test_weight_beyond_half_precision_is_an_error() -> None:
     values[2, 3] = -1e5
     weight.CopyFrom(numpy_helper.from_array(values, weight.name))
     with pytest.raises(ExportError) as caught:
-        fp16_from_fp32(model, config(1))
+        fp16_from_fp32(model, config(1), TASK)
     assert str(caught.value) == ("classifier.weight holds 1e+05, which float16 cannot represent. Build the engine with --fp32.")
 
 
 def test_graph_of_another_config_is_an_error() -> None:
     with pytest.raises(PassError, match=r'"fp16_types" found 2 places where this architecture has 10'):
-        fp16_from_fp32(fp32(1, WHOLE), config(2))
+        fp16_from_fp32(fp32(1, WHOLE), config(2), TASK)
 
 
 def small(nodes: list[Any], outputs: list[str]) -> Any:

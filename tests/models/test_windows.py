@@ -11,7 +11,6 @@ import pytest
 torch = pytest.importorskip("torch", reason="the reference for window order is torch")
 
 from swin_deploy.config import SwinConfig  # noqa: E402
-from swin_deploy.errors import CheckpointError  # noqa: E402
 from swin_deploy.models import windows  # noqa: E402
 from swin_deploy.models.windows import PAD, Stage, WindowGrid  # noqa: E402
 
@@ -29,6 +28,10 @@ def partition(tokens: Any, window: int) -> Any:
     return split.permute(0, 2, 1, 3, 4).reshape(-1, window * window, channels)
 
 
+def square(height: int, width: int, window: int, shift: int) -> WindowGrid:
+    return WindowGrid(height, width, (window, window), (shift, shift))
+
+
 def numbered(height: int, width: int) -> Any:
     """[1, height, width, 1], numbered row by row from 1, so that padding with zeros tells itself apart."""
     return torch.arange(1, height * width + 1).reshape(1, height, width, 1)
@@ -36,7 +39,7 @@ def numbered(height: int, width: int) -> Any:
 
 @pytest.mark.parametrize(("height", "width", "window", "shift"), GRIDS)
 def test_order_is_pad_roll_partition(height: int, width: int, window: int, shift: int) -> None:
-    grid = WindowGrid(height, width, window, shift)
+    grid = square(height, width, window, shift)
     padded = torch.nn.functional.pad(numbered(height, width), (0, 0, 0, -width % window, 0, -height % window))
     rolled = torch.roll(padded, (-shift, -shift), (1, 2))
     expected = partition(rolled, window) - 1
@@ -50,7 +53,7 @@ def test_order_is_pad_roll_partition(height: int, width: int, window: int, shift
 def test_mask_is_that_of_transformers(version: str, height: int, width: int, window: int, shift: int) -> None:
     modeling = pytest.importorskip(f"transformers.models.{version}.modeling_{version}", reason="transformers is the reference")
     layer = getattr(modeling, {"swin": "SwinLayer", "swinv2": "Swinv2Layer"}[version])
-    grid = WindowGrid(height, width, window, shift)
+    grid = square(height, width, window, shift)
     if not hasattr(layer, "get_attn_mask"):
         pytest.skip("transformers' own mask: this release builds it under another name")
     state = SimpleNamespace(window_size=window, shift_size=shift)
@@ -73,7 +76,7 @@ def test_merge_order_is_pad_slice_concatenate(height: int, width: int, window: i
     rows, columns = merged.shape[1:3]
     padded = torch.nn.functional.pad(merged, (0, 0, 0, -columns % window, 0, -rows % window))
     expected = partition(torch.roll(padded, (-shift, -shift), (1, 2)), window).reshape(-1, 4) - 1
-    target = WindowGrid(rows, columns, window, shift).order()
+    target = square(rows, columns, window, shift).order()
     assert windows.merge_order(Stage(height, width, ()), target).tolist() == expected.tolist()
 
 
@@ -81,7 +84,7 @@ def test_merge_order_is_pad_slice_concatenate(height: int, width: int, window: i
 def test_relative_position_index_is_that_of_transformers(window: int) -> None:
     modeling = pytest.importorskip("transformers.models.swinv2.modeling_swinv2", reason="transformers is the reference")
     _, expected = modeling.Swinv2SelfAttention.create_coords_table_and_index(attention(window, 0))
-    assert np.array_equal(windows.relative_position_index(window), expected.numpy())
+    assert np.array_equal(windows.relative_position_index((window, window)), expected.numpy())
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,7 @@ def test_relative_position_index_is_that_of_transformers(window: int) -> None:
 def test_relative_coordinates_are_those_of_transformers(window: int, pretrained: int) -> None:
     modeling = pytest.importorskip("transformers.models.swinv2.modeling_swinv2", reason="transformers is the reference")
     expected, _ = modeling.Swinv2SelfAttention.create_coords_table_and_index(attention(window, pretrained))
-    found = windows.relative_coordinates(window, pretrained)
+    found = windows.relative_coordinates((window, window), pretrained)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected.numpy().reshape(-1, 2), rtol=3e-7, atol=0)
 
@@ -105,8 +108,8 @@ def attention(window: int, pretrained: int) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(("source", "target"), [(a, b) for a in GRIDS[:6] for b in GRIDS[:6] if a[:2] == b[:2]])
-def test_gather_fetches_every_real_token(source: tuple[int, ...], target: tuple[int, ...]) -> None:
-    before, after = WindowGrid(*source).order(), WindowGrid(*target).order()
+def test_gather_fetches_every_real_token(source: tuple[int, int, int, int], target: tuple[int, int, int, int]) -> None:
+    before, after = square(*source).order(), square(*target).order()
     index = windows.gather(before, after)
     if index is None:
         assert np.array_equal(before, after)
@@ -118,14 +121,14 @@ def test_gather_fetches_every_real_token(source: tuple[int, ...], target: tuple[
 
 
 def test_gather_is_none_where_nothing_moves() -> None:
-    order = WindowGrid(8, 8, 4, 2).order()
+    order = square(8, 8, 4, 2).order()
     assert windows.gather(order, order.copy()) is None
-    assert windows.gather(np.arange(64), WindowGrid(8, 8, 8, 0).order()) is None
+    assert windows.gather(np.arange(64), square(8, 8, 8, 0).order()) is None
 
 
 def test_keep_marks_padding() -> None:
-    assert windows.keep(WindowGrid(8, 8, 4, 2).order()) is None
-    order = WindowGrid(3, 5, 4, 0).order()
+    assert windows.keep(square(8, 8, 4, 2).order()) is None
+    order = square(3, 5, 4, 0).order()
     keep = windows.keep(order)
     assert keep is not None
     assert keep.shape == (len(order), 1)
@@ -141,22 +144,47 @@ def config(version: int, **fields: Any) -> SwinConfig:
 
 def test_v1_shift_is_dropped_where_the_shorter_side_is_one_window() -> None:
     first, second = windows.stages(config(1, image_size=(32, 64)), (32, 64))
-    assert [grid.shift for grid in first.grids] == [0, 2]
+    assert [grid.shift for grid in first.grids] == [(0, 0), (2, 2)]
     assert (second.height, second.width) == (4, 8)
-    assert [(grid.window, grid.shift) for grid in second.grids] == [(4, 0), (4, 0)]
+    assert [(grid.window, grid.shift) for grid in second.grids] == [((4, 4), (0, 0))] * 2
 
 
-def test_v1_map_below_its_window_is_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"Stage 1 .* feature map of 3 x 8 tokens, smaller than its window of 4"):
-        windows.stages(config(1, image_size=(64, 64)), (24, 64))
+def test_v1_map_below_its_window_is_padded_up_to_one() -> None:
+    """transformers fails there, because its position table stays as large as the window."""
+    _, second = windows.stages(config(1, image_size=(64, 64)), (24, 64))
+    assert (second.height, second.width) == (3, 8)
+    assert [(grid.window, grid.shift, grid.padded) for grid in second.grids] == [((4, 4), (0, 0), (4, 8))] * 2
+
+
+@pytest.mark.parametrize("what", ["before it is padded", "after it is padded"], ids=lambda what: str(what).replace(" ", "_"))
+@pytest.mark.parametrize(("height", "width"), [(9, 8), (13, 17), (8, 8), (3, 5)])
+@pytest.mark.parametrize(("window", "shift"), [((4, 4), (2, 2)), ((4, 3), (2, 1)), ((4, 3), (0, 1)), ((5, 2), (2, 0))])
+def test_order_of_windows_with_two_sides(
+    what: str, height: int, width: int, window: tuple[int, int], shift: tuple[int, int]
+) -> None:
+    """A map that is rolled before it is padded is timm's; every other system pads first."""
+    first = what == "before it is padded"
+    grid = WindowGrid(height, width, window, shift, roll_first=first)
+    tokens, back = numbered(height, width), (-shift[0], -shift[1])
+    missing = (0, 0, 0, -width % window[1], 0, -height % window[0])
+    if first:
+        tokens = torch.nn.functional.pad(torch.roll(tokens, back, (1, 2)), missing)
+    else:
+        tokens = torch.roll(torch.nn.functional.pad(tokens, missing), back, (1, 2))
+    _, rows, columns, _ = tokens.shape
+    split = tokens.view(rows // window[0], window[0], columns // window[1], window[1])
+    expected = split.permute(0, 2, 1, 3).reshape(-1, window[0] * window[1]) - 1
+    assert grid.padded == (rows, columns)
+    assert (grid.windows, grid.tokens_per_window) == tuple(expected.shape)
+    assert grid.order().tolist() == expected.flatten().tolist()
 
 
 def test_v2_window_and_shift_come_from_the_configured_height() -> None:
     asked = config(2, image_size=(32, 64), window_size=(6, 6))
     for size in ((32, 64), (16, 16), (80, 80)):
         first, second = windows.stages(asked, size)
-        assert [(grid.window, grid.shift) for grid in first.grids] == [(6, 0), (6, 3)]
-        assert [(grid.window, grid.shift) for grid in second.grids] == [(4, 0), (4, 0)]
+        assert [(grid.window, grid.shift) for grid in first.grids] == [((6, 6), (0, 0)), ((6, 6), (3, 3))]
+        assert [(grid.window, grid.shift) for grid in second.grids] == [((4, 4), (0, 0))] * 2
 
 
 def test_odd_maps_grow_when_they_are_halved() -> None:

@@ -179,7 +179,7 @@ def test_a_precision_that_is_not_there_yet(tmp_path: Path) -> None:
 def test_a_graph_that_the_back_end_refuses_is_one_line(backend: str, tmp_path: Path) -> None:
     pytest.importorskip(backend, reason=f"{backend} is not installed")
     bundle = Bundle.open(copied(2, tmp_path / "b"))
-    bundle.with_file("onnx/model.onnx", {"precision": "fp32"}, lambda path: path.write_bytes(b"no graph") and None)
+    bundle.with_file("onnx/model.onnx", bundle.files["onnx/model.onnx"], lambda path: path.write_bytes(b"no graph") and None)
     with pytest.raises(BackendError, match="cannot load") as caught:
         swin_deploy.load(bundle.path, backend=backend)
     assert "\n" not in str(caught.value)

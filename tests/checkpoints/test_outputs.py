@@ -1,0 +1,132 @@
+"""What other systems computed with their own checkpoints, and what ours computes with them: the network, and the whole chain.
+
+Each case's reference.npz holds the inputs and outputs of the system that wrote it. Plain names are its main run, `name/...`
+further runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the networks are torch networks")
+
+from checkpoint_cases import CASES, DATA  # noqa: E402
+
+import swin_deploy  # noqa: E402
+from swin_deploy.compare import TOLERANCES  # noqa: E402
+from swin_deploy.models.checkpoints import checkpoint_from_path  # noqa: E402
+from swin_deploy.models.checkpoints.sources import open_source  # noqa: E402
+from swin_deploy.models.losses import classification_loss, reconstruction_loss  # noqa: E402
+from swin_deploy.models.swin import SwinNetwork  # noqa: E402
+from swin_deploy.tasks import MASK, PIXELS, TaskSpec  # noqa: E402
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+LOSS = "loss"
+
+# TensorFlow's masked image modelling averages the errors over the batch before it masks them, which only agrees for one image.
+OTHER_LOSS = {"tf434__TFSwinForMaskedImageModeling__basic"}
+
+
+@cache
+def runs(name: str) -> Mapping[str, Arrays]:
+    """Run -> what went in and came out. The network's size belongs to the run, whatever the checkpoint was made for."""
+    with np.load(DATA / name / "reference.npz") as file:
+        arrays = {key: file[key] for key in file}
+    found: dict[str, Arrays] = {}
+    for key, array in arrays.items():
+        run, _, rest = key.rpartition("/")
+        found.setdefault(run, {})[rest] = array
+    for arrays in found.values():
+        arrays.setdefault(PIXELS, found.get("", {}).get(PIXELS, np.empty(0)))
+    # A run in a half type is an observation of one machine's arithmetic, and no reference for float32.
+    return {run: arrays for run, arrays in found.items() if run != "half"}
+
+
+def weights(name: str) -> Path:
+    """What a user gives to --weights: the folder where there is a config.json, else the file."""
+    folder = DATA / name
+    return folder if (folder / "config.json").is_file() else folder / "model.pth"
+
+
+def task_of(name: str) -> TaskSpec:
+    """The task that the checkpoint was saved for, with all that transformers can give for it."""
+    hint = open_source(weights(name)).task_hint
+    if CASES[name].system in ("microsoft", "timm", "torchvision") and hint != "masked-image-modeling":
+        hint = "image-classification"
+    return TaskSpec(hint, output_hidden_states=True, output_attentions=True)
+
+
+def feeds_of(task: TaskSpec, arrays: Arrays, patches: int) -> Arrays:
+    feeds = {PIXELS: arrays[PIXELS]}
+    if task.masked:  # no mask is a mask that hides nothing
+        feeds[MASK] = arrays.get(MASK, np.zeros((len(arrays[PIXELS]), patches), dtype=bool))
+    return feeds
+
+
+def distance(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
+    """Relative L2."""
+    assert found.shape == wanted.shape
+    a, b = found.astype(np.float64), wanted.astype(np.float64)
+    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+
+
+def agree(found: Mapping[str, np.ndarray[Any, Any]], wanted: Arrays) -> None:
+    """Every output that the other system recorded under a name of ours is there, and the same."""
+    compared = [name for name in wanted if name in found]
+    assert compared
+    # Other systems name their intermediate results otherwise; those of transformers must all be among ours.
+    assert not [
+        name for name in wanted if name.startswith(("hidden_", "reshaped_", "attentions", "feature_")) and name not in found
+    ]
+    distances = {name: distance(found[name], wanted[name]) for name in compared}
+    assert {name: value for name, value in distances.items() if not value <= TOLERANCES["fp32"]} == {}
+
+
+def losses(name: str, network: SwinNetwork, outputs: Mapping[str, Any], feeds: Arrays, arrays: Arrays) -> Iterator[Any]:
+    """Our loss, in the form in which the other system gives it."""
+    if LOSS not in arrays or name in OTHER_LOSS:
+        return
+    pixels = torch.from_numpy(feeds[PIXELS])
+    if network.task.name == "masked-image-modeling":
+        yield reconstruction_loss(network.config, pixels, outputs["reconstruction"], torch.from_numpy(feeds[MASK]))
+    elif "labels" in arrays:
+        labels, wanted = torch.from_numpy(arrays["labels"]), arrays[LOSS]
+        if wanted.size == 1:
+            yield classification_loss(network.config, outputs["logits"], labels)
+        else:  # TensorFlow's classifier gives a loss for each image
+            alone = zip(outputs["logits"], labels, strict=True)
+            yield torch.stack([classification_loss(network.config, logits[None], label[None]) for logits, label in alone])
+
+
+@pytest.mark.parametrize(("name", "run"), [(name, run) for name in sorted(CASES) for run in runs(name)])
+def test_the_network_computes_what_the_system_that_wrote_it_computed(name: str, run: str) -> None:
+    arrays, task = runs(name)[run], task_of(name)
+    height, width = arrays[PIXELS].shape[2:]
+    checkpoint = checkpoint_from_path(weights(name), task, image_size=(height, width))
+    network = SwinNetwork(checkpoint.config, (height, width), checkpoint.tensors, task).eval()
+    feeds = feeds_of(task, arrays, network.stem_rows.height * network.stem_rows.width)
+    with torch.no_grad():
+        outputs = network.named(*map(torch.from_numpy, feeds.values()))
+        loss = [loss.numpy() for loss in losses(name, network, outputs, feeds, arrays)]
+    found = {key: output.numpy() for key, output in outputs.items()}
+    agree(found | ({LOSS: loss[0].reshape(arrays[LOSS].shape)} if loss else {}), arrays)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_so_does_the_exported_graph_in_onnx_runtime(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    run = next(iter(runs(name)))
+    arrays, task = runs(name)[run], task_of(name)
+    height, width = arrays[PIXELS].shape[2:]
+    bundle = swin_deploy.export(weights=weights(name), task=task, image_sizes=[(height, width)], output=tmp_path / "bundle")
+    assert (bundle.path / "onnx/model.onnx").is_file()
+    with swin_deploy.load(bundle.path) as model:
+        patches = int(model.inputs[-1].shape[-1]) if task.masked else 0
+        found = model.run(feeds_of(task, arrays, patches))
+    agree(found, arrays)

@@ -1,0 +1,253 @@
+"""Every task at many image sizes, against transformers: all outputs, at the network and through the exported graphs.
+
+The model of transformers is a fresh one for every size, because its Swin V1 keeps the window of the last size it saw. Half
+of the sizes have maps that are no multiple of the window, or images that are no multiple of the patch.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the networks are torch networks")
+transformers = pytest.importorskip("transformers", reason="transformers is the reference for the networks")
+
+import swin_deploy  # noqa: E402
+from swin_deploy.compare import TOLERANCES  # noqa: E402
+from swin_deploy.exporters.build import with_typed_graphs  # noqa: E402
+from swin_deploy.models.checkpoints import checkpoint_from_path  # noqa: E402
+from swin_deploy.models.swin import SwinNetwork  # noqa: E402
+from swin_deploy.runtimes.backends import runtime_from_onnx  # noqa: E402
+from swin_deploy.specs import Size, size_text  # noqa: E402
+from swin_deploy.tasks import MASK, PIXELS, TASKS, TaskSpec  # noqa: E402
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+CLASSES = {"image-classification": "ForImageClassification", "feature-extraction": "Model", "backbone": "Backbone",
+           "masked-image-modeling": "ForMaskedImageModeling"}  # fmt: skip
+FIELDS: dict[str, Any] = {"image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": [2, 2, 2], "num_heads": [1, 2, 4],
+                          "window_size": 4, "num_labels": 5, "encoder_stride": 16}  # fmt: skip
+PATCHES_OF_2 = {**FIELDS, "image_size": 32, "patch_size": 2, "encoder_stride": 8}
+
+# At all of these, no map is smaller than the window, with which transformers' V1 fails.
+WHOLE = [(64, 64), (96, 64), (64, 128), (128, 64), (64, 192), (128, 128)]
+PADDED = [(50, 66), (72, 56), (52, 68), (61, 77), (100, 52), (49, 90), (56, 56)]
+SQUARE = [
+    (64, 64),
+    (128, 128),
+    (192, 192),
+    (50, 50),
+    (56, 56),
+    (60, 60),
+    (52, 52),
+    (72, 72),
+    (77, 77),
+    (80, 80),
+    (96, 96),
+    (49, 49),
+]
+SMALLER = [(32, 32), (33, 47), (128, 32), (32, 128), (16, 64), (40, 24)]
+OF_2 = [(32, 32), (31, 33), (25, 48)]
+
+
+def sizes_of(version: int, task: str) -> list[tuple[int, Size]]:
+    """(patch size, image size) for a task; masked image modelling only runs on squares in transformers."""
+    if task == "masked-image-modeling":
+        return [(4, size) for size in SQUARE] + [(2, (31, 31))]
+    small = SMALLER if version == 2 or task == "backbone" else []
+    return [(4, size) for size in (*WHOLE, *PADDED, *small)] + [(2, size) for size in OF_2]
+
+
+SWEEP = [
+    pytest.param(version, task, patch, size, id=f"V{version} {task} {size_text(size)} patch {patch}")
+    for version in (1, 2)
+    for task in TASKS
+    for patch, size in sizes_of(version, task)
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Networks this small only lose by more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@cache
+def pristine(version: int, task: str, patch: int) -> Any:
+    """A model of transformers in which nothing is zero or one; one attention scale is above its clamp of ln(100)."""
+    family = "Swin" if version == 1 else "Swinv2"
+    fields = {**(FIELDS if patch == 4 else PATCHES_OF_2)}
+    if version == 2:
+        fields["pretrained_window_sizes"] = [0, 0, 0]
+    if task == "backbone":
+        fields["out_features"] = ["stem", "stage1", "stage2", "stage3"]
+    config = getattr(transformers, f"{family}Config")(**fields, attn_implementation="eager")
+    model = getattr(transformers, family + CLASSES[task])(config).eval()
+    generator = torch.Generator().manual_seed(version)
+    clamped = False
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("logit_scale"):
+                values = 2.3 + 0.5 * values
+                if not clamped:
+                    values[-1], clamped = math.log(100) + 0.7, True
+            elif "norm" in name:
+                values = 0.3 * values + float(name.endswith("weight"))
+            elif name.endswith("bias"):
+                values = 0.3 * values
+            elif not name.endswith(("table", "mask_token")):
+                values = values / values[0].numel() ** 0.5
+            parameter.copy_(values)
+    return model
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str, int], Path]:
+    """The checkpoints that save_pretrained writes of those models."""
+    found = {}
+    for version in (1, 2):
+        for task in TASKS:
+            for patch in (4, 2):
+                found[version, task, patch] = folder = tmp_path_factory.mktemp(f"{task}-{version}-{patch}")
+                pristine(version, task, patch).save_pretrained(folder)
+    return found
+
+
+def everything(task: str) -> TaskSpec:
+    return TaskSpec(task, output_hidden_states=True, output_attentions=True)
+
+
+def feeds_of(task: str, size: Size, patch: int, batch: int) -> Arrays:
+    rng = np.random.default_rng([*size, batch])
+    feeds = {PIXELS: rng.standard_normal((batch, 3, *size), dtype=np.float32)}
+    if task == "masked-image-modeling":
+        feeds[MASK] = rng.random((batch, -(-size[0] // patch) * -(-size[1] // patch))) < 0.5
+    return feeds
+
+
+def answers(model: Any, task: str, feeds: Arrays) -> Arrays:
+    """What a model of transformers answers, under our names."""
+    dtype = next(model.parameters()).dtype
+    pixels = torch.from_numpy(feeds[PIXELS]).to(dtype)
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        if task == "masked-image-modeling":
+            # Its own forward fails on a mask at any size that is not the configured one, in the loss; the rest is this.
+            inner = getattr(model, model.base_model_prefix)
+            outputs = inner(pixels, bool_masked_pos=torch.from_numpy(feeds[MASK]), **asked)
+            tokens = outputs.last_hidden_state.transpose(1, 2)
+            side = math.isqrt(tokens.shape[2])
+            found = {"reconstruction": model.decoder(tokens.reshape(*tokens.shape[:2], side, side))}
+        else:
+            outputs = model(pixels, **asked)
+            found = {name: outputs[name] for name in ("logits", "last_hidden_state", "pooler_output") if name in outputs}
+    for name in ("feature_maps", "hidden_states", "reshaped_hidden_states", "attentions"):
+        found |= {f"{name}.{i}": tensor for i, tensor in enumerate(outputs.get(name, ()))}
+    return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+def relative(found: Arrays, wanted: Arrays) -> dict[str, float]:
+    """The relative L2 distance of each output."""
+    assert sorted(found) == sorted(wanted)
+    result = {}
+    for name, reference in wanted.items():
+        assert found[name].shape == reference.shape, name
+        difference = found[name].astype(np.float64) - reference
+        result[name] = float(np.linalg.norm(difference) / np.linalg.norm(reference.astype(np.float64)))
+    return result
+
+
+def assert_agree(found: Arrays, model: Any, task: str, feeds: Arrays, wanted: Arrays) -> None:
+    """Every output is within 1e-5 of transformers, or within 4 times what float32 itself costs transformers there."""
+    distances = relative(found, wanted)
+    far = {name: value for name, value in distances.items() if not value <= TOLERANCES["fp32"]}
+    if far:
+        noise = relative(wanted, answers(copy.deepcopy(model).double(), task, feeds))
+        far = {name: (value, noise[name]) for name, value in far.items() if not value <= 4 * noise[name]}
+    assert far == {}
+
+
+@pytest.mark.parametrize(("version", "task", "patch", "size"), SWEEP)
+def test_network(version: int, task: str, patch: int, size: Size, folders: dict[tuple[int, str, int], Path]) -> None:
+    checkpoint = checkpoint_from_path(folders[version, task, patch], everything(task))
+    network = SwinNetwork(checkpoint.config, size, checkpoint.tensors, everything(task)).eval()
+    fresh = copy.deepcopy(pristine(version, task, patch))
+    for batch in (1, 3):
+        feeds = feeds_of(task, size, patch, batch)
+        with torch.no_grad():
+            found = network.named(*map(torch.from_numpy, feeds.values()))
+        wanted = answers(fresh, task, feeds)
+        assert_agree({name: output.numpy() for name, output in found.items()}, fresh, task, feeds, wanted)
+
+
+@pytest.mark.parametrize(
+    ("version", "task", "size"),
+    [
+        (1, "image-classification", (50, 66)),
+        (1, "backbone", (33, 47)),
+        (1, "masked-image-modeling", (56, 56)),
+        (2, "image-classification", (50, 66)),
+        (2, "feature-extraction", (40, 24)),
+    ],
+)
+def test_exported_graphs(
+    version: int, task: str, size: Size, folders: dict[tuple[int, str, int], Path], tmp_path: Path
+) -> None:
+    """The same through ONNX Runtime, in fp32 and in fp16, where transformers' own Swin V2 is all NaN once it pads."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    model = copy.deepcopy(pristine(version, task, 4))
+    spec = TaskSpec(task, output_hidden_states=True)
+    bundle = swin_deploy.export(weights=folders[version, task, 4], task=spec, image_sizes=[size], output=tmp_path / "bundle")
+    with_typed_graphs(bundle, "fp16", runtime_from_onnx, lambda line: None)
+    batches = [feeds_of(task, size, 4, batch) for batch in (1, 3)]
+    with swin_deploy.load(bundle.path) as wide, swin_deploy.load(bundle.path, precision="fp16") as narrow:
+        for feeds in batches:
+            wanted = answers(model, task, feeds)
+            wanted = {name: array for name, array in wanted.items() if not name.startswith("attentions")}
+            exact = wide.run(feeds)
+            assert_agree(exact, model, task, feeds, wanted)
+            halves = narrow.run(feeds)
+            assert all(np.isfinite(array).all() for array in halves.values())
+            assert {name: value for name, value in relative(halves, exact).items() if not value < TOLERANCES["fp16"]} == {}
+
+
+def test_half_precision_of_transformers_is_nan_in_padded_windows() -> None:
+    """Why ours keeps the cosine attention in fp32: the norm of a padding token is 0, and its floor of 1e-12 is 0 in fp16."""
+    model = copy.deepcopy(pristine(2, "image-classification", 4)).half()
+    assert np.isnan(answers(model, "image-classification", feeds_of("image-classification", (50, 66), 4, 1))["logits"]).all()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (128, 32)])
+def test_maps_smaller_than_the_window_are_padded_where_transformers_fails(
+    size: Size, folders: dict[tuple[int, str, int], Path]
+) -> None:
+    """Swin V1: its position table stays as large as the window, which it shrinks. Ours pads the map up to one window."""
+    task = "feature-extraction"
+    feeds = feeds_of(task, size, 4, 2)
+    with pytest.raises(RuntimeError):
+        answers(copy.deepcopy(pristine(1, task, 4)), task, feeds)
+    checkpoint = checkpoint_from_path(folders[1, task, 4], TaskSpec(task))
+    with torch.no_grad():
+        found = SwinNetwork(checkpoint.config, size, checkpoint.tensors, TaskSpec(task)).named(torch.from_numpy(feeds[PIXELS]))
+    assert all(torch.isfinite(output).all() for output in found.values())
+
+
+def test_a_used_model_of_transformers_answers_otherwise() -> None:
+    """Why every model here is fresh: its Swin V1 goes on without shifts where a smaller image had none."""
+    task = "image-classification"
+    feeds, smaller = feeds_of(task, (128, 128), 4, 1), feeds_of(task, (64, 64), 4, 1)
+    used = copy.deepcopy(pristine(1, task, 4))
+    answers(used, task, smaller)
+    wanted = answers(copy.deepcopy(pristine(1, task, 4)), task, feeds)
+    assert relative(answers(used, task, feeds), wanted)["logits"] > 1e-3

@@ -1,0 +1,344 @@
+"""What an export can be asked for: tasks and their options, image sizes, semantics; and bundles that hold several sizes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+torch = pytest.importorskip("torch", reason="exports start from torch networks")
+transformers = pytest.importorskip("transformers", reason="transformers is the reference for the losses")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+
+import swin_deploy  # noqa: E402
+from swin_deploy.bundle import Bundle  # noqa: E402
+from swin_deploy.cli import cli  # noqa: E402
+from swin_deploy.config import SwinConfig  # noqa: E402
+from swin_deploy.errors import BundleError, CheckpointError, InputError, SwinDeployError, UsageError  # noqa: E402
+from swin_deploy.exporters.build import with_typed_graphs  # noqa: E402
+from swin_deploy.models.checkpoints import checkpoint_from_path, random_checkpoint  # noqa: E402
+from swin_deploy.models.losses import classification_loss, reconstruction_loss  # noqa: E402
+from swin_deploy.models.swin import SwinNetwork  # noqa: E402
+from swin_deploy.runtimes.backends import runtime_from_onnx  # noqa: E402
+from swin_deploy.specs import size_from_text  # noqa: E402
+from swin_deploy.tasks import MASK, PIXELS, TASKS, TaskSpec  # noqa: E402
+
+FIELDS: dict[str, Any] = {"image_size": 32, "embed_dim": 16, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4,
+                          "num_labels": 3, "encoder_stride": 8}  # fmt: skip
+SIZES = [(32, 32), (50, 66), (32, 64)]
+CLASSIFIER, MASKED = "image-classification", "masked-image-modeling"
+
+
+def config(version: int = 1, **changes: Any) -> SwinConfig:
+    kind = "swin" if version == 1 else "swinv2"
+    return SwinConfig.from_dict({"model_type": kind, **FIELDS, **changes})
+
+
+def network(task: TaskSpec, size: tuple[int, int] = (32, 32), version: int = 1) -> SwinNetwork:
+    checkpoint = random_checkpoint(config(version), task, 0)
+    return SwinNetwork(checkpoint.config, size, checkpoint.tensors, task).eval()
+
+
+def pixels(*shape: int) -> Any:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier that transformers wrote."""
+    folder = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(0)
+    transformers.SwinForImageClassification(transformers.SwinConfig(**FIELDS)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def several(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with three image sizes, and the fp16 graphs of them. Copy it before changing it."""
+    path = tmp_path_factory.mktemp("bundles") / "several"
+    bundle = swin_deploy.export(weights=checkpoint, image_sizes=SIZES, output=path)
+    with_typed_graphs(bundle, "fp16", runtime_from_onnx, lambda line: None)
+    return path
+
+
+# The specification of a task.
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: TaskSpec("segmentation"), 'no task "segmentation". There are: image-classification, feature-extraction'),
+        (lambda: TaskSpec(CLASSIFIER, out_features=("stem",)), "Output features belong to the task backbone"),
+        (lambda: TaskSpec(MASKED, use_mask_token=True), "masked-image-modeling has its own"),
+        (lambda: TaskSpec("backbone", add_pooling_layer=False), "feature-extraction; backbone has its own"),
+        (lambda: TaskSpec("backbone", out_features=("stage3",)).features(config()), "There are: stem, stage1, stage2"),
+    ],
+)
+def test_what_no_task_is(make: Callable[[], Any], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("task", "names"),
+    [
+        (TaskSpec(), ["logits"]),
+        (TaskSpec(MASKED), ["reconstruction"]),
+        (TaskSpec("feature-extraction"), ["last_hidden_state", "pooler_output"]),
+        (TaskSpec("feature-extraction", add_pooling_layer=False), ["last_hidden_state"]),
+        (TaskSpec("backbone"), ["feature_maps.0"]),
+        (TaskSpec("backbone", out_features=("stage2", "stem")), ["feature_maps.0", "feature_maps.1"]),
+        (TaskSpec("backbone", output_hidden_states=True), ["feature_maps.0"] + [f"hidden_states.{i}" for i in range(3)]),
+        (TaskSpec(output_attentions=True), ["logits", "attentions.0", "attentions.1"]),
+        (
+            TaskSpec(output_hidden_states=True),
+            ["logits"] + [f"{kind}.{i}" for kind in ("hidden_states", "reshaped_hidden_states") for i in range(3)],
+        ),
+    ],
+)
+def test_names_of_the_outputs(task: TaskSpec, names: list[str]) -> None:
+    assert list(task.output_names(config())) == names
+    assert TaskSpec.from_dict(task.to_dict()) == task
+    given = [pixels(2, 3, 32, 32)] + [torch.zeros(2, 64, dtype=torch.bool)] * task.masked
+    assert list(network(task).named(*given)) == names
+    assert [spec.name for spec in task.inputs(config(), (32, 32))] == [PIXELS] + [MASK] * task.masked
+
+
+@pytest.mark.parametrize("text", ["", "0", "0x32", "-32", "32x", "x32", "32*32", "32x32x3", "32.5", "abc", "1000000x1"])
+def test_what_no_image_size_is(text: str) -> None:
+    with pytest.raises(UsageError, match="is no image size; expected HEIGHTxWIDTH"):
+        size_from_text(text)
+
+
+def test_image_sizes() -> None:
+    assert [size_from_text(text) for text in ("256x320", "256X320", " 32 ")] == [(256, 320), (256, 320), (32, 32)]
+
+
+def test_features_that_the_config_names(checkpoint: Path, tmp_path: Path) -> None:
+    known = {"out_features": ["stem", "stage2"]}, {"out_indices": [0, 2]}
+    for fields in known:
+        assert TaskSpec("backbone").features(config(**fields)) == ("stem", "stage2")
+    assert TaskSpec("backbone", out_features=("stage1",)).features(config(**known[0])) == ("stage1",)
+    assert TaskSpec("backbone").features(config()) == ("stage2",)
+    model = transformers.SwinBackbone(transformers.SwinConfig(**FIELDS, out_indices=[0, 1])).eval()
+    model.save_pretrained(tmp_path)
+    read = checkpoint_from_path(tmp_path, TaskSpec("backbone"))
+    found = SwinNetwork(read.config, (32, 32), read.tensors, TaskSpec("backbone"))(pixels(1, 3, 32, 32))
+    with torch.no_grad():
+        wanted = model(pixels(1, 3, 32, 32)).feature_maps
+    assert len(found) == len(wanted) == 2
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(found, wanted, strict=True))
+
+
+# Losses, against transformers.
+
+
+@pytest.mark.parametrize(
+    ("labels", "count"),
+    [
+        (torch.tensor([0, 2]), 3),  # single_label_classification
+        (torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]), 3),  # multi_label_classification
+        (torch.tensor([0.5, -1.0]), 1),  # regression
+    ],
+)
+def test_classification_loss(labels: Any, count: int) -> None:
+    torch.manual_seed(0)
+    model = transformers.SwinForImageClassification(transformers.SwinConfig(**{**FIELDS, "num_labels": count})).eval()
+    with torch.no_grad():
+        wanted = model(pixels(2, 3, 32, 32), labels=labels)
+    found = classification_loss(config(num_labels=count), wanted.logits, labels)
+    assert torch.allclose(found, wanted.loss, rtol=1e-6)
+    assert torch.allclose(
+        classification_loss(config(num_labels=count), wanted.logits, labels, model.config.problem_type), found
+    )
+
+
+def test_regression_of_several_values_and_unknown_problems() -> None:
+    values = pixels(2, 3)
+    assert classification_loss(config(), values, values + 1, "regression") == pytest.approx(1)
+    with pytest.raises(ValueError, match='no problem type "ranking"'):
+        classification_loss(config(), values, values, "ranking")
+
+
+def test_reconstruction_loss_and_the_mask_token(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.SwinForMaskedImageModeling(transformers.SwinConfig(**FIELDS)).eval()
+    with torch.no_grad():
+        model.swin.embeddings.mask_token.normal_()
+    model.save_pretrained(tmp_path)
+    mask = torch.rand(2, 64, generator=torch.Generator().manual_seed(1)) < 0.5
+    with torch.no_grad():
+        wanted = model(pixels(2, 3, 32, 32), bool_masked_pos=mask)
+    read = checkpoint_from_path(tmp_path, TaskSpec(MASKED))
+    ours = SwinNetwork(read.config, (32, 32), read.tensors, TaskSpec(MASKED))
+    (found,) = ours(pixels(2, 3, 32, 32), mask)
+    assert torch.allclose(found, wanted.reconstruction, atol=1e-5)
+    assert torch.allclose(reconstruction_loss(read.config, pixels(2, 3, 32, 32), found, mask), wanted.loss, rtol=1e-5)
+    (unmasked,) = ours(pixels(2, 3, 32, 32), torch.zeros_like(mask))
+    assert not torch.allclose(found, unmasked, atol=1e-2)
+    # The same token for a feature extractor that is asked to have it; without, the same weights take no mask.
+    features = TaskSpec("feature-extraction", use_mask_token=True)
+    read = checkpoint_from_path(tmp_path, features)
+    hidden, _ = SwinNetwork(read.config, (32, 32), read.tensors, features)(pixels(2, 3, 32, 32), mask)
+    with torch.no_grad():
+        assert torch.allclose(hidden, model.swin(pixels(2, 3, 32, 32), bool_masked_pos=mask).last_hidden_state, atol=1e-5)
+
+
+def test_masked_image_modelling_of_images_that_are_not_square() -> None:
+    """transformers takes every map for a square and fails; ours gives the image's own height and width."""
+    mask = torch.zeros(2, 128, dtype=torch.bool)
+    mask[:, :10] = True
+    ours = network(TaskSpec(MASKED), (32, 64))
+    (found,) = ours(pixels(2, 3, 32, 64), mask)
+    assert tuple(found.shape) == (2, 3, 32, 64)
+    loss = reconstruction_loss(config(), pixels(2, 3, 32, 64), found, mask)
+    assert loss > 0
+    assert reconstruction_loss(config(), found, found, mask) == 0
+    with pytest.raises(RuntimeError):
+        transformers.SwinForMaskedImageModeling(transformers.SwinConfig(**FIELDS)).eval()(pixels(2, 3, 32, 64))
+
+
+# Several image sizes in one bundle.
+
+
+def test_one_file_holds_each_tensor_once(several: Path, checkpoint: Path) -> None:
+    import onnx
+
+    bundle = Bundle.open(several)
+    assert sorted(bundle.graphs) == sorted(
+        f"onnx/model{size}{kind}.onnx" for size in ("", "_50x66", "_32x64") for kind in ("", "_fp16")
+    )
+    model = (checkpoint / "model.safetensors").stat().st_size
+    for kind, share in (("", 1.0), ("_fp16", 0.5)):
+        shared = several / f"onnx/model{kind}.onnx_data"
+        assert shared.stat().st_size < 2 * share * model + 200_000  # once, with biases, masks and gaps; thrice is more
+        places: dict[str, set[tuple[str, str]]] = {}
+        for size in ("", "_50x66", "_32x64"):
+            graph = onnx.load(str(several / f"onnx/model{size}{kind}.onnx"), load_external_data=False).graph
+            for tensor in graph.initializer:
+                if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                    entry = {item.key: item.value for item in tensor.external_data}
+                    assert entry["location"] == shared.name
+                    if tensor.name.endswith("fc1.weight"):
+                        places.setdefault(tensor.name, set()).add((entry["offset"], entry["length"]))
+        assert all(len(found) == 1 for found in places.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_graph_that_fits_is_taken(several: Path, checkpoint: Path, precision: str) -> None:
+    allowed = 1e-4 if precision == "fp32" else 2e-2
+    read = checkpoint_from_path(checkpoint, TaskSpec())
+    with swin_deploy.load(several, precision=precision) as model:
+        assert model.image_sizes == tuple(SIZES)
+        for size in (SIZES[1], SIZES[0], SIZES[2], SIZES[1]):
+            given = pixels(2, 3, *size)
+            with torch.no_grad():
+                (wanted,) = SwinNetwork(read.config, size, read.tensors)(given)
+            assert np.allclose(model.run({PIXELS: given.numpy()})["logits"], wanted.numpy(), atol=allowed)
+        with pytest.raises(InputError, match=r"images of 48x48 pixels.* graphs for 32x32, 50x66, 32x64\. Resize them"):
+            model.run({PIXELS: np.zeros((1, 3, 48, 48), np.float32)})
+
+
+def test_verify_covers_every_size(several: Path) -> None:
+    verdicts = swin_deploy.verify(several)
+    assert len(verdicts) == 6
+    assert all(verdict.verified for verdict in verdicts)
+
+
+@pytest.mark.parametrize("file", ["onnx/model.onnx_data", "onnx/model_50x66.onnx", "reference_32x64.npz"])
+def test_a_changed_file_is_refused(several: Path, tmp_path: Path, file: str) -> None:
+    path = Path(shutil.copytree(several, tmp_path / "copy"))
+    data = bytearray((path / file).read_bytes())
+    data[len(data) // 2] ^= 1
+    (path / file).write_bytes(data)
+    with pytest.raises(BundleError, match=file):
+        swin_deploy.verify(path)
+    if file.endswith("_data"):
+        with pytest.raises(BundleError, match=file):
+            swin_deploy.load(path)
+
+
+def test_one_size_keeps_its_weights_inside(checkpoint: Path, tmp_path: Path) -> None:
+    bundle = swin_deploy.export(weights=checkpoint, image_sizes=[(32, 32), (32, 32)], output=tmp_path / "one")
+    assert list(bundle.graphs) == ["onnx/model.onnx"]
+    assert not list(bundle.path.rglob("*_data"))
+
+
+# The command line.
+
+
+def run(*arguments: object) -> Any:
+    """`swin-deploy *arguments`, in this process; what it refuses is the result's exception."""
+    return CliRunner().invoke(cli, [*map(str, arguments)])
+
+
+def test_options_of_the_command(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "backbone"
+    done = run("export", "--weights", checkpoint, "--task", "backbone", "--out-features", "stem, stage2",
+               "--image-size", "40x56", "--image-size", "32", "-o", out)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    with swin_deploy.load(out) as model:
+        assert model.task == TaskSpec("backbone", out_features=("stem", "stage2"))
+        assert model.image_sizes == ((40, 56), (32, 32))
+        found = model.run({PIXELS: np.zeros((1, 3, 40, 56), np.float32)})
+    assert {name: array.shape for name, array in found.items()} == {
+        "feature_maps.0": (1, 16, 10, 14),
+        "feature_maps.1": (1, 32, 5, 7),
+    }
+
+
+def test_other_options_of_the_command(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "features"
+    done = run("export", "--weights", checkpoint, "--task", "feature-extraction", "--no-pooling-layer", "--output-attentions",
+               "--semantics", "timm", "-o", out)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    with swin_deploy.load(out) as model:
+        assert [spec.name for spec in model.outputs] == ["last_hidden_state", "attentions.0", "attentions.1"]
+        assert (model.config.semantics, model.bundle.manifest["semantics"]) == ("timm", "timm")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--image-size", "0x32"], '"0x32" is no image size'),
+        (["--image-size", "32", "--image-size", "wide"], '"wide" is no image size'),
+        (["--image-size", "32x5000"], "image side of 5000 pixels"),
+        (["--out-features", "stem"], "belong to the task backbone"),
+        (["--task", "backbone", "--out-features", "stage9"], 'no feature "stage9"'),
+        (["--task", MASKED], "has no decoder"),
+        (["--use-mask-token"], "can be chosen for the task feature-extraction"),
+    ],
+)
+def test_refusals_are_one_sentence(checkpoint: Path, tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    done = run("export", "--weights", checkpoint, *arguments, "-o", tmp_path / "out")
+    assert isinstance(done.exception, SwinDeployError), done.exception
+    assert done.exception.exit_code == 2
+    assert sentence in str(done.exception)
+    assert "\n" not in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tasks_and_semantics_are_listed_by_the_command(checkpoint: Path) -> None:
+    for option in ("--task", "--semantics"):
+        done = run("export", "--weights", checkpoint, option, "other")
+        assert done.exit_code == 2
+        assert "is not one of" in done.output
+    assert all(task in run("export", "--help").output.replace("\n", "") for task in TASKS)
+
+
+def test_semantics_change_the_answers(checkpoint: Path) -> None:
+    """At a size that is no multiple of the window, the systems shift and pad in another order."""
+    answers = {}
+    for semantics in ("hf", "timm"):
+        read = checkpoint_from_path(checkpoint, TaskSpec(), semantics=semantics)
+        assert read.config.semantics == semantics
+        with torch.no_grad():
+            (answers[semantics],) = SwinNetwork(read.config, (56, 72), read.tensors)(pixels(1, 3, 56, 72))
+    assert not torch.allclose(answers["hf"], answers["timm"], rtol=1e-4)
+    with pytest.raises(CheckpointError, match='semantics is "jax"'):
+        checkpoint_from_path(checkpoint, TaskSpec(), semantics="jax")
