@@ -226,4 +226,4 @@ def test_a_network_that_nothing_names(tmp_path: Path) -> None:
 
 def test_h5py_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
-    refused(TF, r"h5py is needed to read tf_model.h5, but it is not installed. Run: pip install h5py", MissingDependencyError)
+    refused(TF, r"h5py is needed to read tf_model.h5, .*Run: pip install .*swin-deploy\[tensorflow\]", MissingDependencyError)

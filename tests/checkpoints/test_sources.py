@@ -221,9 +221,9 @@ def test_one_file_is_enough(tmp_path: Path) -> None:
     assert open_source(tmp_path, image_size=(64, 64)).config == open_source(folder).config
 
     shutil.copy(folder / "config.json", tmp_path)
-    shutil.copy(DATA / "ms__SwinTransformer__strip_32x96" / "model.pth", tmp_path)
-    assert open_source(tmp_path / "model.pth").system == "microsoft"
-    with pytest.raises(CheckpointError, match=r"holds 2 weight files \(model.pth, renamed.bin\).* Name the file itself"):
+    shutil.copy(DATA / "ms__SwinTransformer__strip_32x96" / "model.pth", tmp_path / "other.pth")
+    assert open_source(tmp_path / "other.pth").system == "microsoft"
+    with pytest.raises(CheckpointError, match=r"holds 2 weight files \(other.pth, renamed.bin\).* Name the file itself"):
         open_source(tmp_path)
     (tmp_path / "renamed.bin").unlink()
     with pytest.raises(

@@ -129,9 +129,14 @@ def _open_safetensors(path: Path) -> StoredFile:
             f"{path} cannot be read as safetensors ({error}). It is truncated or damaged; fetch it again."
         ) from error
 
+    def tensor(name: str) -> Tensor:
+        # Mapped anew for each tensor, so that the pages of one go with it; one mapping would hold all that were ever read.
+        found: Tensor = safetensors.safe_open(str(path), framework="pt").get_tensor(name)
+        return found
+
     def stored(name: str) -> Stored:
         shape, dtype = kinds[name]
-        return Stored(shape, SAFETENSORS_DTYPES.get(dtype, dtype), lambda: reader.get_tensor(name))
+        return Stored(shape, SAFETENSORS_DTYPES.get(dtype, dtype), lambda: tensor(name))
 
     return StoredFile(path, {name: stored(name) for name in kinds}, tensorflow=metadata.get("format") == "tf")
 
