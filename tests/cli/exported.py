@@ -94,7 +94,7 @@ def stopped(command: tuple[str, ...], cwd: Path, line: str, seconds: float, sign
     time.sleep(seconds)
     process.send_signal(signum)
     out, err = process.communicate(timeout=60)
-    assert out == ""
+    assert out == "" or process.returncode == 0  # 0: it was done before the signal came
     return process.returncode, [text for text in err.splitlines() if text.strip() and not text.startswith("[")]
 
 

@@ -36,6 +36,9 @@ def test_an_existing_bundle_stays(name: str, line: str, seconds: float, tmp_path
     signum = getattr(signal, name)
     code, said = stopped(EXPORT, tmp_path, line, seconds, signum)
     after = contents(tmp_path)
+    if code == 0 and line == "Comparing":  # its last step, which a busy machine may see the end of before the signal
+        assert cli("verify", "b", cwd=tmp_path).returncode == 0
+        return
     if signum == signal.SIGKILL:
         assert code == -signal.SIGKILL
         # Nobody can clean up after SIGKILL; what is left is hidden, and the next export sweeps it.
