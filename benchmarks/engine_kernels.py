@@ -1,6 +1,6 @@
 """What TensorRT for RTX makes of our fp16 graphs, and of transformers' own export of the same networks, as a table.
 
-    python benchmarks/kernels.py [--variants swin-tiny,swinv2-tiny] [--gpu sm_89]
+    python benchmarks/engine_kernels.py [--variants swin-tiny,swinv2-tiny] [--gpu sm_89]
 
 The engines are compiled, not run, so no GPU is needed. The figures are read from the compiler's own description of each
 engine: its kernels, those of them that are a whole softmax(Q K^T) V, and the bytes that all of them read and write. Weights
