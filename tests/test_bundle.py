@@ -316,6 +316,17 @@ def test_threads_and_processes_lose_no_entry(tmp_path: Path) -> None:
     assert not list(path.rglob(".*"))
 
 
+def test_the_first_size_stays_first_when_its_graph_is_made_again(tmp_path: Path) -> None:
+    with create_bundle(tmp_path / "b", replace=False, facts=FACTS) as draft:
+        for file in ("onnx/model.onnx", "onnx/model_32x64.onnx", "config.json"):
+            draft.add(file, {}, lambda path: path.write_text("x") and None)
+    bundle = Bundle.open(tmp_path / "b")
+    for file in ("onnx/model_32x64_fp16.onnx", "onnx/model_fp16.onnx", "onnx/model.onnx"):
+        bundle = bundle.with_file(file, {}, lambda path: path.write_text("y") and None)
+    assert [file for file in bundle.graphs if "fp16" not in file] == ["onnx/model.onnx", "onnx/model_32x64.onnx"]
+    assert [file for file in bundle.graphs if "fp16" in file] == ["onnx/model_fp16.onnx", "onnx/model_32x64_fp16.onnx"]
+
+
 def test_an_entry_is_changed_without_its_file(tmp_path: Path) -> None:
     bundle = make(tmp_path / "b").with_entry("onnx/model.onnx", {"agreement": "verified"})
     assert Bundle.open(bundle.path).files["onnx/model.onnx"]["agreement"] == "verified"

@@ -70,11 +70,15 @@ def test_from_an_empty_directory_to_a_photograph(large: Made) -> None:
     name = large.exported["variant"]
     check(large, name)
     [engine] = large.engines
+    assert (engine["graph"], engine["image_size"]) == ("onnx/model_fp16.onnx", [LARGE[name][1]] * 2)
     most, side = LARGE[name]
     assert (engine["gpu"], engine["precision"], engine["batch"]) == ("sm_89", "fp16", [1, 1, 1])
     assert engine["report"]["kernels"] <= most
     assert engine["report"]["fused_attention"] == 12  # one for each block
-    assert large.exported["inputs"] == [{"name": "pixel_values", "dtype": "float32", "shape": ["batch", 3, side, side]}]
+    assert large.exported["task"]["name"] == "image-classification"
+    graph = large.exported["files"]["onnx/model.onnx"]
+    assert (graph["image_size"], graph["reference"]) == ([side, side], "reference.npz")
+    assert graph["inputs"] == [{"name": "pixel_values", "dtype": "float32", "shape": ["batch", 3, side, side]}]
     [answer] = result(cli("predict", name, FLOWER, "-k", 3, "--json", cwd=large.folder))  # type: ignore[misc]
     assert answer["image"] == str(FLOWER)
     scores = [prediction["score"] for prediction in answer["predictions"]]
