@@ -133,7 +133,6 @@ class Block(nn.Module):
         self.fc1 = Linear(tensors["intermediate.dense.weight"], tensors["intermediate.dense.bias"])
         self.fc2 = Linear(tensors["output.dense.weight"], tensors["output.dense.bias"])
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.padded_tokens = grid.windows * grid.tokens_per_window
         self.register_buffer("pad_keep", keep)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

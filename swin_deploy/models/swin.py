@@ -24,7 +24,7 @@ from swin_deploy.models.blocks import (
     tensor,
 )
 from swin_deploy.models.positions import position_embeddings
-from swin_deploy.tasks import TaskSpec, stage_names
+from swin_deploy.tasks import TaskSpec
 
 
 class PatchEmbedding(nn.Module):
@@ -224,9 +224,3 @@ def _merge(
 def _stage_norm(tensors: Tensors, stage: str) -> LayerNorm:
     """The norm of a V1 backbone's feature map; classifier checkpoints have none, for which transformers starts with 1 and 0."""
     return LayerNorm(tensors, f"hidden_states_norms.{stage}", DEFAULT_EPS)
-
-
-def stage_width(config: SwinConfig, name: str) -> int:
-    """Channels of the feature map `name`."""
-    number = stage_names(config).index(name)
-    return config.width(max(number - 1, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import struct
 import zipfile
@@ -12,9 +13,17 @@ import pytest
 import torch
 
 from swin_deploy.errors import CheckpointError
-from swin_deploy.models.checkpoints.sources import open_source
+from swin_deploy.models.checkpoints.base import LazyTensors, fitted
+from swin_deploy.models.checkpoints.sources import Source, open_source
+from swin_deploy.tasks import TaskSpec
 
 DATA = Path(__file__).parent / "data"
+
+
+def check(source: Source, task: str) -> LazyTensors:
+    """The tensors of `source` that `task` needs; raises as an export does when they are not complete."""
+    config = dataclasses.replace(source.config, patch_norm=source.patch_norm)
+    return fitted(config, TaskSpec(task), source.shapes, source.tensors, str(source.path))
 
 
 class Case(NamedTuple):

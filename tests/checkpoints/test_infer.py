@@ -12,15 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_cases import DATA, state_dict
+from checkpoint_cases import DATA, check, state_dict
 from torch import Tensor
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError
 from swin_deploy.models.checkpoints.layouts import Layout
-from swin_deploy.models.checkpoints.sources import check, open_source
+from swin_deploy.models.checkpoints.sources import open_source
 from swin_deploy.models.checkpoints.timm_config import config_from_timm
-from swin_deploy.models.parameters import parameters
 from swin_deploy.models.windows import relative_coordinates
 from swin_deploy.variants import VARIANTS
 
@@ -226,7 +225,7 @@ def test_timm_window_that_is_as_small_as_its_feature_map(tmp_path: Path) -> None
     source = open_source(tmp_path)
     assert source.config.window_size == (4, 2)
     assert source.notes[0] == "the window of stage 0 is 4, as its bias table has it, and not 7"
-    check(source, parameters(source.config))
+    check(source, "image-classification")
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_cases import DATA, refused, state_dict, tensor_pickle, write_zip
+from checkpoint_cases import DATA, check, refused, state_dict, tensor_pickle, write_zip
 from safetensors.torch import load_file, save_file
 
 from swin_deploy.errors import CheckpointError, MissingDependencyError
-from swin_deploy.models.checkpoints.sources import check, open_source
-from swin_deploy.models.parameters import parameters
+from swin_deploy.models.checkpoints.sources import open_source
 
 HF = DATA / "hf523__SwinForImageClassification__nonsquare_72x56"
 TF = DATA / "tf434__TFSwinForMaskedImageModeling__basic"
@@ -149,14 +148,14 @@ def test_missing_and_unexpected_tensors(tmp_path: Path) -> None:
     some = {name: tensor for name, tensor in weights.items() if ".query." not in name}
     source = open_source(saved(some))
     with pytest.raises(CheckpointError, match=r"lacks 8 of the 79 parameters that its config asks for: encoder\.layers\.0"):
-        check(source, parameters(source.config))
+        check(source, "image-classification")
     saved(weights | {"swin.encoder.layers.0.blocks.0.attention.self.query.gate": torch.zeros(1)})
     refused(folder, "holds 1 tensors that no Swin has: swin.encoder.layers.0.blocks.0.attention.self.query.gate")
     saved(weights | {"layernorm.weight": torch.zeros(32)})
     refused(folder, "holds layernorm.weight twice, as ")
     source = open_source(saved(weights | {"swin.layernorm.weight": torch.zeros(33)}))
     with pytest.raises(CheckpointError, match=r"layernorm.weight has shape \[33\], but the config asks for \[32\]"):
-        check(source, parameters(source.config))
+        check(source, "image-classification")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn])

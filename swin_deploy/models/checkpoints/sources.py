@@ -34,9 +34,6 @@ MOST_STAGES = 16  # each doubles the channels
 
 FIX = "Check that config.json belongs to these weights."
 
-# What one task needs and another leaves alone: a head is no sign of another network.
-HEADS = ("classifier.", "decoder.", "hidden_states_norms.", "layernorm.", "embeddings.mask_token")
-
 
 @dataclass(frozen=True)
 class Source:
@@ -107,43 +104,6 @@ def open_source(path: Path, image_size: tuple[int, int] | None = None) -> Source
     )
 
 
-def check(source: Source, expected: Mapping[str, Shape]) -> None:
-    """Raises CheckpointError unless `source` has each of `expected` (canonical name -> shape), and no tensor of another net.
-
-    Heads that `expected` does not name are left alone.
-    """
-    where, found = str(source.path), source.shapes
-    missing = [name for name in expected if name not in found]
-    for head, what, needs in (
-        (
-            "classifier.",
-            "classifier",
-            "Image classification needs a checkpoint with one (transformers: ForImageClassification)",
-        ),
-        ("decoder.", "decoder", "Masked image modelling needs a checkpoint of SimMIM or ForMaskedImageModeling"),
-    ):
-        if missing and all(name.startswith(head) for name in missing):
-            raise CheckpointError(f"{where} has no {what}: it was saved without one. {needs}.")
-    if missing:
-        raise CheckpointError(
-            f"{where} lacks {len(missing)} of the {len(expected)} parameters that its config asks for: {_some(missing)}. {FIX}"
-        )
-    wrong = [name for name in expected if found[name] != tuple(expected[name])]
-    if wrong:
-        name = wrong[0]
-        raise CheckpointError(
-            f"{where}: {name} has shape {list(found[name])}, but the config asks for {list(expected[name])}"
-            f"{f' ({len(wrong) - 1} more differ)' if len(wrong) > 1 else ''}. "
-            + (note[0] if (note := _position_note(source.config, found)) and name.endswith("position_embeddings") else FIX)
-        )
-    unexpected = [name for name in found if name not in expected and not name.startswith(HEADS)]
-    if unexpected:
-        raise CheckpointError(
-            f"{where} holds {len(unexpected)} tensors that no Swin V{source.config.version} of its config has: "
-            f"{_some(unexpected)}. {FIX}"
-        )
-
-
 def _config(raw: Mapping[str, Any], folder: Path) -> SwinConfig:
     """transformers' config.json as a SwinConfig, once it is plain that it does not ask for millions of anything."""
     labels, depths = raw.get("num_labels", 0), raw.get("depths", ())
@@ -173,10 +133,6 @@ def _position_note(config: SwinConfig, shapes: Mapping[str, Shape]) -> tuple[str
     if len(shape) != 3 or shape[1] != rows * columns + 1:
         return ()
     return (
-        f"The position embeddings have {shape[1]} rows for {rows * columns} patches, a known fault of transformers, with "
-        f"which the model does not run at its own image size",
+        f"The position embeddings have {shape[1]} rows for {rows * columns} patches, a known fault of transformers; "
+        f"the first is left out",
     )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
