@@ -61,6 +61,7 @@ def bundle_from_checkpoint(
         "task": task.to_dict(),
         "semantics": config.semantics,
         "source": checkpoint.source,
+        "notes": list(checkpoint.notes),
         "tools": tool_versions(TOOLS),
     }
     with create_bundle(path, replace=replace, facts=facts) as draft:

@@ -33,9 +33,15 @@ def checkpoint_from_request(
     task: TaskSpec,
     image_size: Size | None,
     semantics: str | None,
+    window_size: tuple[int, ...] | None,
+    pretrained_window_sizes: tuple[int, ...] | None,
     say: Callable[[str], None],
 ) -> tuple[Checkpoint, str]:
-    """The checkpoint to export, and the bundle's name. Raises UsageError when the request names none, or two."""
+    """The checkpoint to export, and the bundle's name. Raises UsageError when the request names none, or two.
+
+    Where windows are asked for that the checkpoint does not have, or those of a variant whose weights are given, the network
+    is one built for these windows, and for `image_size` where that is given.
+    """
     if variant_name is None and weights is None:
         raise UsageError('Nothing to export: give --variant NAME (see "swin-deploy variants"), or --weights FOLDER.')
     if weights is not None and random_weights:
@@ -57,15 +63,9 @@ def checkpoint_from_request(
         name = _bundle_name(variant_name)
         if random_weights:
             config = dataclasses.replace(variant.config(), semantics=semantics or "hf")
-            return checkpoints.random_checkpoint(config, task, seed), name
-        hub_id = variant.hub_id or (variant.timm_name and f"timm/{variant.timm_name}")
-        if hub_id is None:
-            raise CheckpointError(
-                f"{variant.name} is in no hub repository. Give its file with --weights FILE, or try the pipeline with "
-                f"--random-weights."
-            )
-        say(f"Looking for {hub_id} in the Hugging Face cache, then on the hub")
-        checkpoint = checkpoints.checkpoint_from_hub(hub_id, task, image_size=image_size, semantics=semantics)
+            checkpoint = checkpoints.random_checkpoint(config, task, seed)
+        else:
+            checkpoint = _from_hub(variant, task, image_size, semantics, say)
     else:
         folder = Path(weights)
         if os.path.exists(folder):  # noqa: PTH110 - Path.exists raises for a name that is too long
@@ -78,11 +78,41 @@ def checkpoint_from_request(
                 f"as microsoft/swinv2-tiny-patch4-window8-256."
             )
         name = _bundle_name(variant_name or (folder.resolve().stem if folder.is_file() else folder.resolve().name))
-    for note in checkpoint.notes:
-        say(f"Note: {note}")
     if variant is not None:
         _check_same(variant, checkpoint.config)
+        if weights is not None and window_size is None and not _same_windows(variant, checkpoint.config):
+            wanted = variant.config()
+            window_size, image_size = wanted.window_size, image_size or wanted.image_size
+            if wanted.version == 2:
+                pretrained_window_sizes = pretrained_window_sizes or wanted.pretrained_window_sizes
+    if window_size or pretrained_window_sizes:
+        checkpoint = checkpoints.with_windows(
+            checkpoint, window_size=window_size, pretrained_window_sizes=pretrained_window_sizes, image_size=image_size
+        )
+    for note in checkpoint.notes:
+        say(f"Note: {note}")
     return checkpoint, name
+
+
+def _from_hub(
+    variant: Variant, task: TaskSpec, image_size: Size | None, semantics: str | None, say: Callable[[str], None]
+) -> Checkpoint:
+    from swin_deploy.models.checkpoints import checkpoint_from_hub
+
+    hub_id = variant.hub_id or (variant.timm_name and f"timm/{variant.timm_name}")
+    if hub_id is None:
+        raise CheckpointError(
+            f"{variant.name} is in no hub repository. Give its file with --weights FILE, or try the pipeline with "
+            f"--random-weights."
+        )
+    say(f"Looking for {hub_id} in the Hugging Face cache, then on the hub")
+    return checkpoint_from_hub(hub_id, task, image_size=image_size, semantics=semantics)
+
+
+def _same_windows(variant: Variant, config: SwinConfig) -> bool:
+    """Whether the checkpoint's windows are the variant's, at the variant's image size and by the checkpoint's rules."""
+    wanted = dataclasses.replace(variant.config(), semantics=config.semantics)
+    return all(wanted.table_window(stage) == config.table_window(stage) for stage in range(len(config.depths)))
 
 
 def _check_same(variant: Variant, config: SwinConfig) -> None:

@@ -33,6 +33,10 @@ def _silent(line: str) -> None:
     pass
 
 
+def _one_or_more(sizes: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if sizes is None else (sizes,) if isinstance(sizes, int) else tuple(sizes)
+
+
 def load(path: str | os.PathLike[str], *, precision: str = "fp32", backend: str = "onnxruntime", threads: int = 0) -> Model:
     """The bundle at `path`, loaded and ready to run; use it as a context manager or call `close()`.
 
@@ -54,6 +58,8 @@ def export(
     task: str | TaskSpec = "image-classification",
     image_sizes: Sequence[tuple[int, int]] = (),
     semantics: str | None = None,
+    window_size: int | Sequence[int] | None = None,
+    pretrained_window_sizes: int | Sequence[int] | None = None,
     force: bool = False,
     say: Say = _silent,
 ) -> Bundle:
@@ -63,9 +69,11 @@ def export(
     torchvision or TensorFlow, recognised by what it holds) or a hub id, and otherwise the variant's own hub id;
     `random_weights` takes reproducible random ones instead. `task` is one of tasks.TASKS, or a TaskSpec with its options;
     `image_sizes` are (height, width) in pixels, one graph each, by default the checkpoint's own; `semantics` (one of
-    config.SEMANTICS) replaces the rules of the system that wrote the checkpoint. The bundle is written to `output`, by
-    default a folder of the variant's (or checkpoint's) name in the current directory; `force` replaces a bundle that is
-    there. `say` gets a line for each step. Raises errors.SwinDeployError with nothing written.
+    config.SEMANTICS) replaces the rules of the system that wrote the checkpoint; `window_size` (tokens, one number or one
+    for each stage) builds the network with other windows, and for the first image size given, for which the checkpoint's
+    position tables are resized as its own system does it; `pretrained_window_sizes` are Swin V2's. The bundle is written to
+    `output`, by default a folder of the variant's (or checkpoint's) name in the current directory; `force` replaces a
+    bundle that is there. `say` gets a line for each step. Raises errors.SwinDeployError with nothing written.
     """
     from swin_deploy.exporters.export import bundle_from_checkpoint
     from swin_deploy.exporters.source import checkpoint_from_request
@@ -74,7 +82,16 @@ def export(
 
     spec = TaskSpec(task) if isinstance(task, str) else task
     checkpoint, name = checkpoint_from_request(
-        variant, weights, random_weights, seed, spec, image_sizes[0] if image_sizes else None, semantics, say
+        variant,
+        weights,
+        random_weights,
+        seed,
+        spec,
+        image_sizes[0] if image_sizes else None,
+        semantics,
+        _one_or_more(window_size),
+        _one_or_more(pretrained_window_sizes),
+        say,
     )
     return bundle_from_checkpoint(
         checkpoint,

@@ -39,6 +39,16 @@ def size_from_text(text: str) -> Size:
     return int(match[1]), int(match[2] or match[1])
 
 
+def numbers_from_text(text: str | None, what: str) -> tuple[int, ...] | None:
+    """(8, 8, 8, 4) from "8,8,8,4"; None for None. Raises UsageError for anything but whole numbers from 0 to 9999."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,4}", part) for part in parts):
+        raise UsageError(f'"{text}" is no {what}; expected a whole number such as 8, or one for each stage such as 8,8,8,4.')
+    return tuple(map(int, parts))
+
+
 def size_text(size: Size) -> str:
     """ "256x320" for (256, 320)."""
     return f"{size[0]}x{size[1]}"

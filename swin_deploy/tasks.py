@@ -18,7 +18,8 @@ PIXELS, MASK = "pixel_values", "bool_masked_pos"
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A task and its options. `out_features` ("stem", "stage1", ...) is for the backbone and empty for the last stage.
+    """A task and its options. `out_features` ("stem", "stage1", ..., or their numbers "0", "1", "-1") is for the backbone;
+    empty: its own.
 
     `use_mask_token` adds the input `bool_masked_pos` to feature extraction; masked image modelling always has it.
     `add_pooling_layer` is feature extraction's.
@@ -49,7 +50,8 @@ class TaskSpec:
     def features(self, config: SwinConfig) -> tuple[str, ...]:
         """The stages whose feature maps a backbone gives, in the order of the network."""
         known = stage_names(config)
-        wanted = self.out_features or config.out_features or known[-1:]
+        by_number = {str(i): known[i] for i in range(-len(known), len(known))}
+        wanted = [by_number.get(name, name) for name in self.out_features or config.out_features or known[-1:]]
         unknown = [name for name in wanted if name not in known]
         if unknown:
             raise UsageError(f'There is no feature "{unknown[0]}" in this network. There are: {", ".join(known)}.')

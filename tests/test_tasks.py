@@ -77,6 +77,7 @@ def several(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (lambda: TaskSpec(MASKED, use_mask_token=True), "masked-image-modeling has its own"),
         (lambda: TaskSpec("backbone", add_pooling_layer=False), "feature-extraction; backbone has its own"),
         (lambda: TaskSpec("backbone", out_features=("stage3",)).features(config()), "There are: stem, stage1, stage2"),
+        (lambda: TaskSpec("backbone", out_features=("3",)).features(config()), "There are: stem, stage1, stage2"),
     ],
 )
 def test_what_no_task_is(make: Callable[[], Any], sentence: str) -> None:
@@ -125,6 +126,7 @@ def test_features_that_the_config_names(checkpoint: Path, tmp_path: Path) -> Non
         assert TaskSpec("backbone").features(config(**fields)) == ("stem", "stage2")
     assert TaskSpec("backbone", out_features=("stage1",)).features(config(**known[0])) == ("stage1",)
     assert TaskSpec("backbone").features(config()) == ("stage2",)
+    assert TaskSpec("backbone", out_features=("-1", "0")).features(config()) == ("stem", "stage2")
     model = transformers.SwinBackbone(transformers.SwinConfig(**FIELDS, out_indices=[0, 1])).eval()
     model.save_pretrained(tmp_path)
     read = checkpoint_from_path(tmp_path, TaskSpec("backbone"))

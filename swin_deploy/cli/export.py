@@ -6,7 +6,7 @@ import click
 
 from swin_deploy.cli.output import json_option, print_json, teller
 from swin_deploy.config import SEMANTICS
-from swin_deploy.specs import size_from_text
+from swin_deploy.specs import numbers_from_text, size_from_text
 from swin_deploy.tasks import TASKS, TaskSpec
 
 
@@ -21,10 +21,20 @@ from swin_deploy.tasks import TASKS, TaskSpec
 )
 @click.option("--output-hidden-states", is_flag=True, help="Give the hidden states of every stage as well.")
 @click.option("--output-attentions", is_flag=True, help="Give the attention of every stage's last block as well.")
-@click.option("--out-features", default="", metavar="NAME,...", help="Of a backbone: stem, stage1, ... Default: its own.")
+@click.option(
+    "--out-features",
+    "--out-indices",
+    default="",
+    metavar="NAME,...",
+    help="Of a backbone: stem, stage1, ..., or 0, 1, ..., -1.",
+)
 @click.option("--use-mask-token", is_flag=True, help="Feature extraction that takes bool_masked_pos.")
 @click.option("--no-pooling-layer", is_flag=True, help="Feature extraction without pooler_output.")
 @click.option("--semantics", type=click.Choice(SEMANTICS), help="Whose window rules hold. Default: the checkpoint's own.")
+@click.option(
+    "--window-size", "windows", metavar="N[,N...]", help="Build the network with other windows, and resize the weights to them."
+)
+@click.option("--pretrained-window-sizes", metavar="N[,N...]", help="Of Swin V2: the windows that it was pretrained with.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle to write. Default: ./NAME.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
 @json_option
@@ -41,6 +51,8 @@ def command(
     use_mask_token: bool,
     no_pooling_layer: bool,
     semantics: str | None,
+    windows: str | None,
+    pretrained_window_sizes: str | None,
     output: Path | None,
     force: bool,
     as_json: bool,
@@ -69,6 +81,8 @@ def command(
         task=spec,
         image_sizes=[size_from_text(size) for size in image_sizes],
         semantics=semantics,
+        window_size=numbers_from_text(windows, "window size"),
+        pretrained_window_sizes=numbers_from_text(pretrained_window_sizes, "pretrained window size"),
         output=output,
         force=force,
         say=say,

@@ -215,10 +215,10 @@ class _Inference:
         side = math.isqrt(count)
         if given and math.prod(math.ceil(g / p) for g, p in zip(given, patch, strict=True)) == count:
             return given, ()
-        if given or side**2 != count:
+        if side**2 != count:
             raise CheckpointError(
-                f"{self.where} has absolute position embeddings for {count} patches"
-                + (f", and an image of {given[0]}x{given[1]} has another number." if given else ", which are no square.")
+                f"{self.where} has absolute position embeddings for {count} patches, which are no square"
+                + (f", and an image of {given[0]}x{given[1]} has another number." if given else ".")
                 + " Give the image size that it was trained for."
             )
         size = (side * patch[0], side * patch[1])
