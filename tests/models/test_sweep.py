@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,14 @@ import pytest
 torch = pytest.importorskip("torch", reason="the networks are torch networks")
 transformers = pytest.importorskip("transformers", reason="transformers is the reference for the networks")
 
+import typed_torch  # noqa: E402
+
 import swin_deploy  # noqa: E402
 from swin_deploy.compare import TOLERANCES  # noqa: E402
 from swin_deploy.exporters.build import with_typed_graphs  # noqa: E402
+from swin_deploy.exporters.onnx_from_torch import onnx_from_torch  # noqa: E402
+from swin_deploy.exporters.precision import fp16_from_fp32  # noqa: E402
+from swin_deploy.exporters.weights import embed_weights  # noqa: E402
 from swin_deploy.models.checkpoints import checkpoint_from_path  # noqa: E402
 from swin_deploy.models.swin import SwinNetwork  # noqa: E402
 from swin_deploy.runtimes.backends import runtime_from_onnx  # noqa: E402
@@ -83,8 +88,10 @@ def _one_thread() -> Iterator[None]:
 
 
 @cache
-def pristine(version: int, task: str, patch: int) -> Any:
-    """A model of transformers in which nothing is zero or one; one attention scale is above its clamp of ln(100)."""
+def pristine(version: int, task: str, patch: int, clamped_head: bool = True) -> Any:
+    """A model of transformers in which nothing is zero or one; with `clamped_head`, one attention scale is above its clamp
+    of ln(100), else all are as trained ones are, near 10.
+    """
     family = "Swin" if version == 1 else "Swinv2"
     fields = {**(FIELDS if patch == 4 else PATCHES_OF_2)}
     if version == 2:
@@ -94,7 +101,7 @@ def pristine(version: int, task: str, patch: int) -> Any:
     config = getattr(transformers, f"{family}Config")(**fields, attn_implementation="eager")
     model = getattr(transformers, family + CLASSES[task])(config).eval()
     generator = torch.Generator().manual_seed(version)
-    clamped = False
+    clamped = not clamped_head
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = torch.randn(parameter.shape, generator=generator)
@@ -220,6 +227,38 @@ def test_exported_graphs(
             halves = narrow.run(feeds)
             assert all(np.isfinite(array).all() for array in halves.values())
             assert {name: value for name, value in relative(halves, exact).items() if not value < TOLERANCES["fp16"]} == {}
+
+
+# All of them: pytest -m "slow or not slow" -k half_precision_sweep. Every fifth is run always.
+@pytest.mark.parametrize(
+    ("version", "task", "patch", "size"),
+    [
+        pytest.param(*param.values, id=param.id, marks=() if number % 5 == 0 else pytest.mark.slow)
+        for number, param in enumerate(SWEEP)
+    ],
+)
+def test_half_precision_sweep(
+    version: int, task: str, patch: int, size: Size, record_property: Callable[[str, object], None], tmp_path: Path
+) -> None:
+    """The fp16 graphs against fp32, in ONNX Runtime and with every node rounded: finite, and all outputs within 1e-2."""
+    ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pristine(version, task, patch, clamped_head=False).save_pretrained(tmp_path)
+    spec = everything(task)
+    checkpoint = checkpoint_from_path(tmp_path, spec)
+    traced = onnx_from_torch(SwinNetwork(checkpoint.config, size, checkpoint.tensors, spec).eval(), size)
+    embed_weights(traced.model, traced.weights)
+    typed, _ = fp16_from_fp32(traced.model, checkpoint.config, spec)
+    wide, narrow = (ort.InferenceSession(model.SerializeToString()) for model in (traced.model, typed))
+    names = [output.name for output in wide.get_outputs()]
+    for batch in (1, 3):
+        feeds = feeds_of(task, size, patch, batch)
+        exact = dict(zip(names, wide.run(None, feeds), strict=True))
+        halves = {"onnxruntime": dict(zip(names, narrow.run(None, feeds), strict=True)), "torch": typed_torch.run(typed, feeds)}
+        for where, found in halves.items():
+            assert all(np.isfinite(array).all() for array in found.values())
+            distances = relative(found, exact)
+            record_property(f"{where} {batch}", max(distances.values()))
+            assert {name: value for name, value in distances.items() if not value < 1e-2} == {}, where
 
 
 def test_half_precision_of_transformers_is_nan_in_padded_windows() -> None:
