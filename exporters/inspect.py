@@ -187,6 +187,23 @@ def report_from_inspector(text: str) -> EngineReport:
     return EngineReport(tuple(layers), "inspector" if announced else "none", len(announced) - len(layers))
 
 
+def reports_by_profile(report: EngineReport, profiles: int) -> tuple[EngineReport, ...]:
+    """One report for each optimisation profile of an engine, whose layers the compiler lists all together.
+
+    It tells them apart by a number in their names. Where it does not, the reports are empty, and no figure is known.
+    """
+    if profiles == 1:
+        return (report,)
+    found = [re.search(r"_myl(\d+)_\d+$", layer.name) for layer in report.layers]
+    numbers = [int(match[1]) for match in found if match]
+    if report.unread or None in found or set(numbers) != set(range(profiles)):
+        return (EngineReport((), report.source, report.unread),) * profiles
+    return tuple(
+        EngineReport(tuple(layer for layer, of in zip(report.layers, numbers, strict=True) if of == number), report.source)
+        for number in range(profiles)
+    )
+
+
 def _layer_from_line(line: str) -> EngineLayer | None:
     match = _LAYER.match(line)
     if match is None:

@@ -22,6 +22,7 @@ VERBS = {
     "variants": "variants",
     "export": "export",
     "build-engine": "build_engine",
+    "refit": "refit",
     "verify": "verify",
     "predict": "predict",
     "bench": "bench",
