@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
     from swin_deploy.exporters.build import Built
+    from swin_deploy.exporters.inspection import Inspection
     from swin_deploy.reference import Verdict
     from swin_deploy.runtimes.model import Model
     from swin_deploy.tasks import TaskSpec
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "build_engine", "export", "load", "refit", "verify"]
+__all__ = ["__version__", "build_engine", "export", "inspect", "load", "refit", "verify"]
 
 Say = Callable[[str], None]
 
@@ -161,6 +162,26 @@ def refit(
     from swin_deploy.exporters.refit import refit_engines
 
     return refit_engines(Bundle.open(bundle), say, log or (lambda severity, message: None))
+
+
+def inspect(
+    path: str | os.PathLike[str],
+    *,
+    gpu: str | None = None,
+    batch: int = 1,
+    backend: str = "auto",
+    log: Callable[[str, str], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Inspection:
+    """What the graphs and engines of a bundle hold, compute and move, or what any ONNX file would.
+
+    `path` is a bundle's folder, whose engines are described without compiling anything, or an ONNX file, which is compiled by
+    `backend` for `batch` images and not kept. `gpu` ("rtx-4090", "sm_89", ...) is the GPU whose published peaks give the
+    roofline, and what a file is compiled for. Raises errors.UsageError for a file that is no graph.
+    """
+    from swin_deploy.exporters.inspection import inspect_path
+
+    return inspect_path(Path(path), gpu, batch, backend, log or (lambda severity, message: None), progress)
 
 
 def verify(bundle: str | os.PathLike[str], *, backend: str = "onnxruntime") -> tuple[Verdict, ...]:

@@ -23,6 +23,7 @@ VERBS = {
     "export": "export",
     "build-engine": "build_engine",
     "refit": "refit",
+    "inspect": "inspect",
     "verify": "verify",
     "predict": "predict",
     "bench": "bench",
