@@ -117,7 +117,7 @@ class Bundle:
         `waiting` is called before this one has to wait. Nobody who only reads, or adds one file, is held up.
         """
         with contextlib.ExitStack() as stack:
-            with disk_errors(self.path):
+            with disk_errors(self.path / "onnx"):
                 stack.enter_context(_locked(self.path / "onnx", waiting))
             yield Bundle.open(self.path)
 

@@ -63,7 +63,7 @@ def command(
     if plot is not None:
         from swin_deploy.exporters.plot import svg_from_engines
 
-        titled = [(f"{one.path.name}/{Path(engine.name).name}", engine) for one in found for engine in one.engines]
+        titled = [(_shown(one, engine.name), engine) for one in found for engine in one.engines]
         plot.write_text(svg_from_engines(titled), encoding="utf-8")
         say(f"Wrote {plot}")
     if as_json:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
 import shutil
 import signal
@@ -147,6 +146,7 @@ def test_a_full_disk_leaves_no_engine(tmp_path: Path) -> None:
 
 
 def test_on_a_terminal_the_progress_is_one_line_that_is_written_over(tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty", reason="this system has no such terminals")
     copied(2, tmp_path / "b")
     master, slave = pty.openpty()
     process = subprocess.Popen(
