@@ -20,6 +20,7 @@ from .engine_from_onnx import Engine, Log, Progress, engine_from_onnx, resolve_b
 from .engine_spec import BACKENDS, EngineSpec, fingerprint
 from .gpu import cuda_devices, target_gpu
 from .precision import fp16_from_fp32
+from .roofline import capability_of
 from .weights import WeightFile
 
 Say = Callable[[str], None]
@@ -61,7 +62,7 @@ def build_engines(
     chosen = resolve_backend(backend)
     if not gpus:
         gpus = ("current",) if cuda_devices() or chosen == "tensorrt" else DEFAULT_GPUS
-    specs = [spec_for(chosen, gpu) for gpu in dict.fromkeys(target_gpu(chosen, gpu) for gpu in gpus)]
+    specs = [spec_for(chosen, gpu) for gpu in dict.fromkeys(target_gpu(chosen, capability_of(gpu)) for gpu in gpus)]
     # Asked of the module: TensorRT is also installed under other names than its own (tensorrt-cu12, a system package).
     release = str(require(BACKENDS[chosen][0], "compile engines").__version__)
     built = []

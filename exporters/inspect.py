@@ -229,8 +229,9 @@ def reports_by_profile(report: EngineReport, profiles: int) -> tuple[EngineRepor
     if profiles == 1:
         return (report,)
     found = [re.search(r"_myl(\d+)_\d+$", layer.name) for layer in report.layers]
-    numbers = [int(match[1]) for match in found if match]
-    if report.unread or None in found or set(numbers) != set(range(profiles)):
+    numbers = [int(match[1]) if match else None for match in found]
+    of_kernels = {number for number, layer in zip(numbers, report.layers, strict=True) if layer.is_kernel}
+    if report.unread or of_kernels != set(range(profiles)):
         return (EngineReport((), report.source, report.unread),) * profiles
     return tuple(
         EngineReport(tuple(layer for layer, of in zip(report.layers, numbers, strict=True) if of == number), report.source)

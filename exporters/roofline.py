@@ -80,6 +80,11 @@ def find_gpu(name: str) -> Gpu:
     raise UsageError(f"The published figures of the GPU {name!r} are not known here. Expected one of: {known}.")
 
 
+def capability_of(name: str) -> str:
+    """ "sm_89" for "rtx-4090"; a name that is not in GPUS, such as "sm_121" or "current", as it is."""
+    return next((gpu.capability for gpu in GPUS if gpu.name == name.lower()), name)
+
+
 def roofline(gpu: Gpu, kernels: int | None, bytes_moved: int | None, flops: Mapping[str, int] | None) -> Roofline | None:
     """The roofline of an engine with these figures; None when one of them, or the GPU's peak for a type, is not known."""
     if kernels is None or bytes_moved is None or flops is None:

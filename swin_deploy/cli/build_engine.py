@@ -23,7 +23,7 @@ def precision_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command("build-engine", short_help="Compile a bundle into TensorRT engines.")
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @precision_options
-@click.option("--gpu", "gpus", metavar="SM,...", default="", help="Targets such as sm_86,sm_89,sm_120, or current.")
+@click.option("--gpu", "gpus", metavar="SM,...", default="", help="Targets such as sm_86,sm_89,rtx-5090, or current.")
 @click.option(
     "--backend",
     type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),

@@ -102,6 +102,14 @@ def test_an_engine_of_another_graph_or_compiler_is_not_taken(tmp_path: Path) -> 
         assert (again["reused"], again["fingerprint"]) == (False, first["fingerprint"])
 
 
+def test_a_gpu_may_be_named_and_is_its_compute_capability(tmp_path: Path) -> None:
+    copied(2, tmp_path / "b")
+    [engine] = result(cli("build-engine", "b", "--gpu", "RTX-4090,l4,sm_89", "--json", cwd=tmp_path))  # type: ignore[misc]
+    assert engine["gpu"] == "sm_89"
+    refused(cli("build-engine", "b", "--gpu", "rtx-4091", cwd=tmp_path), "no GPU 'rtx-4091'", "rtx-4090")
+    refused(cli("build-engine", "b", "--gpu", "h200", "--backend", "tensorrt-rtx", cwd=tmp_path), "no SM90")
+
+
 def test_the_second_of_two_at_once_waits_and_finds_the_first_ones_engine(tmp_path: Path) -> None:
     copied(2, tmp_path / "b")
     command = [SCRIPT, *BUILD, "--batch", "1", "--batch", "1:4:8", "--json"]
