@@ -21,7 +21,8 @@ import onnx
 import torch
 import transformers
 
-from swin_deploy.exporters.engine_from_onnx import Engine, EngineSpec, engine_from_onnx
+from swin_deploy.exporters.engine_from_onnx import Engine, engine_from_onnx
+from swin_deploy.exporters.engine_spec import EngineSpec
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
 from swin_deploy.exporters.precision import fp16_from_fp32
 from swin_deploy.exporters.weights import embed_weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,11 @@ from swin_deploy.requires import require
 from swin_deploy.specs import PRECISIONS, Size, graph_file, size_text, weights_file
 from swin_deploy.tasks import TaskSpec
 
-from .engine_from_onnx import BACKENDS, EngineSpec, Log, Progress, engine_from_onnx, resolve_backend
+from .engine_from_onnx import Engine, Log, Progress, engine_from_onnx, resolve_backend
+from .engine_spec import BACKENDS, EngineSpec, fingerprint
 from .gpu import cuda_devices, target_gpu
 from .precision import fp16_from_fp32
+from .roofline import capability_of
 from .weights import WeightFile
 
 Say = Callable[[str], None]
@@ -28,7 +31,7 @@ DEFAULT_GPUS = ("sm_86", "sm_89", "sm_120")
 
 @dataclass(frozen=True)
 class Built:
-    """One engine in a bundle. `reused` when it was there already, compiled from this graph for this target."""
+    """One engine in a bundle. `reused` when it was there already, of this graph, spec, compiler and target."""
 
     file: str
     entry: Mapping[str, Any]
@@ -41,7 +44,7 @@ def build_engines(
     *,
     backend: str,
     gpus: Sequence[str],
-    batch: tuple[int, int, int],
+    spec_for: Callable[[str, str], EngineSpec],
     force: bool,
     open_graph: OpenGraph,
     say: Say,
@@ -50,45 +53,76 @@ def build_engines(
 ) -> tuple[Bundle, tuple[Built, ...]]:
     """The bundle with an engine for each of `gpus` in it (none given: this machine's GPU, else DEFAULT_GPUS).
 
-    Every target is checked before the first is compiled. Raises EngineError when the compiler refuses, UsageError for a
-    target or precision that it cannot build, VerificationError when the typed graph is not good enough.
+    `spec_for(backend, gpu)` is called for every target before the first is compiled. One process at a time compiles into a
+    bundle; another waits, and takes what it then finds. Raises EngineError when the compiler refuses, UsageError for a
+    target, option or precision that it cannot build, VerificationError when the typed graph is not good enough.
     """
     if precision not in PRECISIONS:
         raise UsageError(f'There is no precision "{precision}". There are: {", ".join(PRECISIONS)}.')
     chosen = resolve_backend(backend)
     if not gpus:
         gpus = ("current",) if cuda_devices() or chosen == "tensorrt" else DEFAULT_GPUS
-    specs = [EngineSpec(chosen, gpu, batch) for gpu in dict.fromkeys(target_gpu(chosen, gpu) for gpu in gpus)]
-    bundle = with_typed_graphs(bundle, precision, open_graph, say)
-    graphs = [file for file, entry in bundle.graphs.items() if entry["precision"] == precision]
+    specs = [spec_for(chosen, gpu) for gpu in dict.fromkeys(target_gpu(chosen, capability_of(gpu)) for gpu in gpus)]
+    # Asked of the module: TensorRT is also installed under other names than its own (tensorrt-cu12, a system package).
+    release = str(require(BACKENDS[chosen][0], "compile engines").__version__)
     built = []
-    for number, graph in enumerate(graphs):
-        path, entry = bundle.verified_path(graph), bundle.files[graph]
-        for spec in specs:
-            file = _engine_file(spec, precision, None if number == 0 else (entry["image_size"][0], entry["image_size"][1]))
-            known = bundle.files.get(file)
-            wanted = {"graph": graph, "parent": entry["sha256"], "batch": list(spec.batch)}
-            if not force and known is not None and wanted.items() <= known.items() and (bundle.path / file).exists():
-                bundle.verified_path(file)
-                say(f"{file} is there already, compiled from this graph")
-                built.append(Built(file, known, reused=True))
-                continue
-            say(f"Compiling {graph} for {spec.gpu} with {BACKENDS[chosen][1]}")
-            engine = engine_from_onnx(path, spec, log, progress)
-            facts = {
-                "precision": precision,
-                "image_size": entry["image_size"],
-                "backend": engine.backend,
-                "backend_version": engine.backend_version,
-                "gpu": engine.gpu,
-                **wanted,
-                "seconds": round(engine.seconds, 2),
-                "report": engine.report.to_dict(layers=False),
-                "agreement": "not verified",  # an engine can only be run on its own GPU
-            }
-            bundle = bundle.with_file(file, facts, _bytes_writer(engine.plan))
-            built.append(Built(file, bundle.files[file], reused=False))
+    with bundle.compiling(lambda: say(f"Waiting for another process that compiles into {bundle.path}")) as bundle:
+        bundle = with_typed_graphs(bundle, precision, open_graph, say)
+        graphs = [file for file, entry in bundle.graphs.items() if entry["precision"] == precision]
+        for number, graph in enumerate(graphs):
+            path, entry = bundle.verified_path(graph), bundle.files[graph]
+            for spec in specs:
+                file = _engine_file(spec, precision, _further(bundle, graph, number), release)
+                wanted: dict[str, Any] = {
+                    "graph": graph,
+                    "parent": entry["sha256"],
+                    "backend": spec.backend,
+                    "backend_version": release,
+                    "gpu": spec.gpu,
+                    "options": spec.options,
+                }
+                wanted["fingerprint"] = fingerprint({**wanted, "profiles": spec.profiles})
+                known = bundle.files.get(file)
+                if known is not None and not force and _is_there(bundle, file, wanted["fingerprint"]):
+                    bundle.verified_path(file)
+                    say(f"{file} is there already, compiled from this graph")
+                    built.append(Built(file, known, reused=True))
+                    continue
+                say(f"Compiling {graph} for {spec.gpu} with {BACKENDS[chosen][1]}")
+                engine = engine_from_onnx(path, spec, log, progress)
+                bundle = _with_engine(
+                    bundle, file, engine, spec, {"precision": precision, "image_size": entry["image_size"], **wanted}
+                )
+                built.append(Built(file, bundle.files[file], reused=False))
     return bundle, tuple(built)
+
+
+def layers_file(engine: str) -> str:
+    """Where a bundle keeps the layers of an engine, as the compiler described them."""
+    return engine.removesuffix(".engine") + ".layers.json"
+
+
+def _is_there(bundle: Bundle, file: str, wanted: str) -> bool:
+    """Whether `file` is in the bundle and is the engine that is wanted, with its layers; what was deleted is made again."""
+    known, layers = bundle.files[file], bundle.files.get(layers_file(file), {})
+    whole = known.get("fingerprint") == wanted and layers.get("parent") == known["sha256"]
+    return whole and all((bundle.path / name).exists() for name in (file, layers_file(file)))
+
+
+def _with_engine(bundle: Bundle, file: str, engine: Engine, spec: EngineSpec, facts: Mapping[str, Any]) -> Bundle:
+    """The bundle with the engine in it, and with its layers in a file beside it."""
+    described = [
+        {"batch": list(batch), **report.to_dict()} for batch, report in zip(spec.profiles, engine.reports, strict=True)
+    ]
+    entry = {
+        **facts,
+        "profiles": [{name: value for name, value in profile.items() if name != "layers"} for profile in described],
+        "seconds": round(engine.seconds, 2),
+        "agreement": "not verified",  # an engine can only be run on its own GPU
+    }
+    bundle = bundle.with_file(file, entry, bytes_writer(engine.plan))
+    text = json.dumps({"profiles": described}) + "\n"
+    return bundle.with_file(layers_file(file), {"parent": bundle.files[file]["sha256"]}, bytes_writer(text.encode()))
 
 
 def with_typed_graphs(bundle: Bundle, precision: str, open_graph: OpenGraph, say: Say) -> Bundle:
@@ -155,7 +189,9 @@ def _graph_writer(
     return write
 
 
-def _bytes_writer(data: bytes) -> Callable[[Path], None]:
+def bytes_writer(data: bytes) -> Callable[[Path], None]:
+    """A function that writes `data` to the path it is given."""
+
     def write(path: Path) -> None:
         path.write_bytes(data)
 
@@ -175,9 +211,6 @@ def _known(bundle: Bundle, file: str, parent: str) -> bool:
     return all((bundle.path / name).exists() for name in (file, known.get("weights")) if name)
 
 
-def _engine_file(spec: EngineSpec, precision: str, further: Size | None) -> str:
-    # Asked of the module: TensorRT is also installed under other names than its own (tensorrt-cu12, a system package).
-    release = require(BACKENDS[spec.backend][0], "compile engines").__version__
-    size = f"-{size_text(further)}" if further else ""
-    batch = "" if spec.batch == (1, 1, 1) else "-b" + "_".join(str(n) for n in dict.fromkeys(spec.batch))
-    return f"engines/{precision}{size}{batch}-{spec.gpu}-{spec.backend}-{release}.engine"
+def _engine_file(spec: EngineSpec, precision: str, further: Size | None, release: str) -> str:
+    parts = [precision, size_text(further) if further else "", spec.words, spec.gpu, spec.backend, release]
+    return f"engines/{'-'.join(part for part in parts if part)}.engine"

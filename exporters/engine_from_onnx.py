@@ -5,6 +5,7 @@ Every network is strongly typed: the engine computes in the types that the graph
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import threading
@@ -17,12 +18,12 @@ from typing import Any
 
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
 from swin_deploy.requires import require
+from swin_deploy.specs import Batch
 
-from .gpu import check_gpu, cuda_devices, target_gpu
-from .inspect import EngineReport, report_from_inspector, report_from_log
+from .engine_spec import BACKENDS, EngineSpec
+from .gpu import cuda_devices, target_gpu
+from .inspect import EngineReport, report_from_inspector, report_from_log, reports_by_profile
 
-# back end -> (the module, what to call it)
-BACKENDS = {"tensorrt": ("tensorrt", "TensorRT"), "tensorrt-rtx": ("tensorrt_rtx", "TensorRT for RTX")}
 OLDEST_TENSORRT = (10, 12)  # the first whose strongly typed networks take every graph that we write
 
 Log = Callable[[str, str], None]
@@ -30,40 +31,22 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class EngineSpec:
-    """What an engine is compiled for; the types it computes in are in the graph.
+class Engine:
+    """A compiled engine and what is known about it; `seconds` is the time it took to parse and compile.
 
-    `gpu` is "sm_89" or the like, or "current", the first GPU of this machine. TensorRT for RTX compiles for any GPU it
-    knows; full TensorRT only for the one it runs on. `batch` is (smallest, tuned for, largest).
+    There is one report for each optimisation profile; `report` is the first.
     """
 
-    backend: str
-    gpu: str = "current"
-    batch: tuple[int, int, int] = (1, 1, 1)
-
-    def __post_init__(self) -> None:
-        if self.backend not in BACKENDS:
-            raise UsageError(f"There is no back end {self.backend!r}. Expected one of: {', '.join(BACKENDS)}.")
-        if self.gpu != "current":
-            check_gpu(self.backend, self.gpu)
-        sizes = self.batch
-        if len(sizes) != 3 or not all(type(size) is int for size in sizes) or not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
-            raise UsageError(
-                f"A batch of {sizes!r} cannot be meant. Expected three whole numbers from 1 up, smallest <= tuned for "
-                "<= largest, such as (1, 8, 32)."
-            )
-
-
-@dataclass(frozen=True)
-class Engine:
-    """A compiled engine and what is known about it; `seconds` is the time it took to parse and compile."""
-
     plan: bytes
-    report: EngineReport
+    reports: tuple[EngineReport, ...]
     backend: str
     backend_version: str
     gpu: str
     seconds: float
+
+    @property
+    def report(self) -> EngineReport:
+        return self.reports[0]
 
 
 def resolve_backend(name: str) -> str:
@@ -88,7 +71,7 @@ def resolve_backend(name: str) -> str:
             "TensorRT compiles on the GPU it compiles for, and this machine has no usable NVIDIA GPU. Run this on the "
             "target machine, or compile here for one of the GPUs of the back end tensorrt-rtx."
         )
-    _load(name)
+    load_compiler(name)
     return name
 
 
@@ -102,16 +85,16 @@ def engine_from_onnx(onnx: bytes | Path, spec: EngineSpec, log: Log, progress: P
     """
     if isinstance(onnx, Path) and not onnx.is_file():
         raise UsageError(f"There is no ONNX file {onnx}. Export the model first, or give the path of a graph.")
-    trt, gpu = _load(spec.backend), target_gpu(spec.backend, spec.gpu)
-    watch = _Watch(log, progress)
+    trt, gpu = load_compiler(spec.backend), target_gpu(spec.backend, spec.gpu)
+    watch = Watch(log, progress)
     begun = time.perf_counter()
     with _interrupts_kept_for(watch):
-        plan, report = _compile(trt, onnx, spec, gpu, watch)
+        plan, reports = _compile(trt, onnx, spec, gpu, watch)
         watch.check()  # the compiler may also speak while it is being taken down
-    return Engine(plan, report, spec.backend, str(trt.__version__), gpu, time.perf_counter() - begun)
+    return Engine(plan, reports, spec.backend, str(trt.__version__), gpu, time.perf_counter() - begun)
 
 
-class _Watch:
+class Watch:
     """Listens to the compiler while it runs, and remembers what must stop it."""
 
     def __init__(self, log: Log, progress: Progress | None) -> None:
@@ -146,7 +129,7 @@ class _Watch:
 
 
 @contextmanager
-def _interrupts_kept_for(watch: _Watch) -> Iterator[None]:
+def _interrupts_kept_for(watch: Watch) -> Iterator[None]:
     """While inside, Ctrl-C only sets `watch.stop`; afterwards it is sent again, to the handler that was there before.
 
     A `try` in the callbacks would not do: Python runs a waiting handler as a function is entered, before its `try`, and
@@ -171,15 +154,15 @@ def _interrupts_kept_for(watch: _Watch) -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _compile(trt: Any, onnx: bytes | Path, spec: EngineSpec, gpu: str, watch: _Watch) -> tuple[bytes, EngineReport]:
+def _compile(trt: Any, onnx: bytes | Path, spec: EngineSpec, gpu: str, watch: Watch) -> tuple[bytes, tuple[EngineReport, ...]]:
     # Both listeners must outlive everything that is made with them.
-    logger, monitor = _listeners(trt, watch)
+    logger, monitor = listeners(trt, watch)
     title = f"{BACKENDS[spec.backend][1]} {trt.__version__}"
     try:
         builder = trt.Builder(logger)
     except (TypeError, RuntimeError) as error:  # the binding's way to say that the native factory returned nothing
         raise EngineError(
-            f"{title} does not start: {_joined(watch.errors or [str(error)])}. Expected a driver new enough for "
+            f"{title} does not start: {joined(watch.errors or [str(error)])}. Expected a driver new enough for "
             "it; update the NVIDIA driver, or install an older TensorRT."
         ) from error
     flags = trt.NetworkDefinitionCreationFlag
@@ -191,38 +174,84 @@ def _compile(trt: Any, onnx: bytes | Path, spec: EngineSpec, gpu: str, watch: _W
     if not parsed:
         reasons = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
         raise EngineError(
-            f"{title} cannot read the ONNX graph: {_joined(reasons or watch.errors)}. Expected a valid graph of "
+            f"{title} cannot read the ONNX graph: {joined(reasons or watch.errors)}. Expected a valid graph of "
             "operators that its parser knows; export the model again without the operator named here."
         )
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = monitor
-    if hasattr(trt.BuilderFlag, "TF32"):
-        config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and it would make fp32 engines disagree with PyTorch
-    if spec.backend == "tensorrt-rtx":
-        # No timing cache here: setting one makes the compiler query a GPU.
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(trt.ComputeCapability.__members__[gpu.upper().replace("_", "")], 0)
-    _set_batch(builder, config, network, spec.batch, title, watch)
-    built = builder.build_serialized_network(network, config)
-    watch.check()
-    if built is None:
-        raise EngineError(
-            f"{title} could not compile the graph for {gpu}: {_joined(watch.errors)}. Expected a graph whose every "
-            "operator it has a kernel for in these types; compile the fp32 graph to see whether types are the reason."
-        )
+    _set_options(trt, config, spec, gpu)
+    _set_profiles(builder, config, network, spec.profiles, title, watch)
+    with _timing_cache(config, spec.timing_cache, title, watch):
+        built = builder.build_serialized_network(network, config)
+        watch.check()
+        if built is None:
+            raise EngineError(
+                f"{title} could not compile the graph for {gpu}: {joined(watch.errors)}. Expected a graph whose every "
+                "operator it has a kernel for in these types, and memory enough; compile the fp32 graph to see whether types "
+                "are the reason."
+            )
     plan = bytes(built)
     report = report_from_log(watch.layers)
     if report.source == "none" and spec.backend == "tensorrt":
         runtime = trt.Runtime(logger)
+        if spec.version_compatible:
+            runtime.engine_host_code_allowed = True  # such a plan brings a runtime of its own
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is not None:
             inspector = engine.create_engine_inspector()
             report = report_from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-    return plan, report
+    return plan, reports_by_profile(report, len(spec.profiles))
 
 
-def _listeners(trt: Any, watch: _Watch) -> tuple[Any, Any]:
+def _set_options(trt: Any, config: Any, spec: EngineSpec, gpu: str) -> None:
+    if hasattr(trt.BuilderFlag, "TF32"):
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and it would make fp32 engines disagree with PyTorch
+    if spec.backend == "tensorrt-rtx":
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(trt.ComputeCapability.__members__[gpu.upper().replace("_", "")], 0)
+    if spec.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace)
+    if spec.optimization_level is not None:
+        config.builder_optimization_level = spec.optimization_level
+    if spec.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if spec.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if spec.strip_weights:
+        # To be refitted with the very weights it was compiled with, so that it may be optimised for them.
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
+
+
+@contextmanager
+def _timing_cache(config: Any, path: Path | None, title: str, watch: Watch) -> Iterator[None]:
+    """While inside, the compiler uses the timings in the file, which afterwards holds the new ones as well."""
+    if path is None:
+        yield
+        return
+    try:
+        known = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise UsageError(f"The timing cache {path} cannot be read: {error.strerror}. Name another file.") from error
+    cache = config.create_timing_cache(known)
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise UsageError(
+            f"{path} is no timing cache of {title} and this GPU: {joined(watch.errors)}. Delete it, or name another file."
+        )
+    yield
+    scratch = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        timings = config.get_timing_cache()
+        scratch.write_bytes(bytes(timings.serialize()))
+        scratch.replace(path)
+    except OSError as error:  # the engine is there, and is worth more
+        watch.hear("warning", f"the timing cache {path} could not be written: {error.strerror}")
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def listeners(trt: Any, watch: Watch) -> tuple[Any, Any]:
     # The base classes come from a module that may not be installed, so the classes can only be made here.
     class Logger(trt.ILogger):  # type: ignore[misc]
         def log(self, severity: Any, message: str) -> None:
@@ -242,10 +271,11 @@ def _listeners(trt: Any, watch: _Watch) -> tuple[Any, Any]:
     return Logger(), Monitor()
 
 
-def _set_batch(builder: Any, config: Any, network: Any, batch: tuple[int, int, int], title: str, watch: _Watch) -> None:
-    # One optimisation profile for the inputs whose batch is free; a graph whose batch is fixed must be asked for it.
-    profile, free = builder.create_optimization_profile(), False
-    for tensor in (network.get_input(index) for index in range(network.num_inputs)):
+def _set_profiles(builder: Any, config: Any, network: Any, batches: tuple[Batch, ...], title: str, watch: Watch) -> None:
+    # One optimisation profile for each batch range; a graph whose batch is fixed must be asked for it.
+    free = False
+    tensors = [network.get_input(index) for index in range(network.num_inputs)]
+    for tensor in tensors:
         name, shape = tensor.name, tuple(tensor.shape)
         if any(extent < 0 for extent in shape[1:]):
             raise EngineError(
@@ -253,18 +283,22 @@ def _set_batch(builder: Any, config: Any, network: Any, batch: tuple[int, int, i
                 "be free; export the model for one image size."
             )
         if shape and shape[0] < 0:
-            profile.set_shape(name, *((size, *shape[1:]) for size in batch))
             free = True
-        elif shape and batch != (shape[0],) * 3:
+        elif shape and batches != ((shape[0],) * 3,):
             raise UsageError(
-                f"Input {name!r} has a fixed batch of {shape[0]}, and the engine was asked for batch {batch}. Ask for "
-                f"{(shape[0],) * 3}, or export the model with a free batch."
+                f"Input {name!r} has a fixed batch of {shape[0]}, and the engine was asked for batch "
+                f"{', '.join(map(str, batches))}. Ask for {(shape[0],) * 3}, or export the model with a free batch."
             )
-    if free and config.add_optimization_profile(profile) < 0:
-        raise EngineError(f"{title} refused the batch sizes {batch}: {_joined(watch.errors)}. Ask for smaller ones.")
+    for batch in batches if free else ():
+        profile = builder.create_optimization_profile()
+        for tensor in tensors:
+            if tensor.shape and tensor.shape[0] < 0:
+                profile.set_shape(tensor.name, *((size, *tuple(tensor.shape)[1:]) for size in batch))
+        if config.add_optimization_profile(profile) < 0:
+            raise EngineError(f"{title} refused the batch sizes {batch}: {joined(watch.errors)}. Ask for smaller ones.")
 
 
-def _load(backend: str) -> Any:
+def load_compiler(backend: str) -> Any:
     trt = require(BACKENDS[backend][0], "compile engines")
     numbers = tuple(int(number) for number in re.findall(r"\d+", str(trt.__version__))[:2])
     if backend == "tensorrt" and numbers < OLDEST_TENSORRT:
@@ -283,11 +317,11 @@ def _imports(module: str) -> bool:
     return True
 
 
-def _parser_error(error: Any) -> str:
-    if not error.node_operator():
-        return str(error.desc())  # the file as a whole, not one of its nodes
-    return f"node {error.node_name() or error.node()} ({error.node_operator()}): {error.desc()}"
+def _parser_error(fault: Any) -> str:
+    if not fault.node_operator():
+        return str(fault.desc())  # the file as a whole, not one of its nodes
+    return f"node {fault.node_name() or fault.node()} ({fault.node_operator()}): {fault.desc()}"
 
 
-def _joined(reasons: list[str]) -> str:
+def joined(reasons: list[str]) -> str:
     return "; ".join(dict.fromkeys(reason.rstrip(".") for reason in reasons)) or "it gave no reason"

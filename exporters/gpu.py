@@ -70,7 +70,9 @@ def check_gpu(backend: str, gpu: str) -> None:
     Without TensorRT for RTX installed, only the form of the name is checked: the list of GPUs is the compiler's own.
     """
     if not re.fullmatch(r"sm_\d{2,3}", gpu):
-        raise UsageError(f"There is no GPU {gpu!r}. Expected 'current', or a compute capability such as sm_89.")
+        raise UsageError(
+            f"There is no GPU {gpu!r}. Expected 'current', a compute capability such as sm_89, or rtx-4090 and the like."
+        )
     if backend != "tensorrt-rtx":
         return
     if gpu == "sm_90":

@@ -25,6 +25,12 @@ _NOT_KERNELS = {"signal", "wait", "noop", "constant", "shape_call"}
 # The compiler's names for its fused softmax(Q K^T) V kernels.
 _FUSED_ATTENTION = re.compile(r"gemm_mha|fused_mha|fmha")
 
+# What a kernel is for. Names of generated kernels are the operations they do, four letters each: __myl_ReshTranMove_myl0_8.
+ROLES = ("attention", "product", "move", "other")
+_MOVES = {"Cast", "Conc", "Copy", "Gath", "Move", "Padd", "Repl", "Resh", "Slic", "Tran"}
+_MOVING_KINDS = {"concatenation", "copy", "gather", "reformat", "shuffle", "slice"}
+_PRODUCT_KINDS = {"convolution", "correlation", "fullyconnected", "gemm", "matmul", "matrixmultiply"}
+
 # A list of tensors ends at the first " }]" that another field, or the line's end, follows: dimensions and formats hold
 # brackets of their own ("Format with stride order = [1,0,2]"), which is why counting up to the next "]" does not do.
 _LIST = r"\[(?:\]|\s*(?P<{0}>\{{ Name: .*?)\s*\}}\s*\](?=,\s\w+:|\s*$))"
@@ -73,6 +79,18 @@ class EngineLayer:
         """Whether the layer launches work on the GPU: it writes something, and is no event or host arithmetic."""
         return bool(self.outputs) and self.kind.lower() not in _NOT_KERNELS
 
+    @property
+    def role(self) -> str:
+        """What the kernel is for: one of ROLES, "move" when it computes nothing and only rearranges or converts."""
+        if _FUSED_ATTENTION.search(f"{self.name} {self.tactic}".lower()):
+            return "attention"
+        generated = re.match(r"__myl_([A-Za-z]+)_myl", self.name)
+        steps = re.findall(r"[A-Z][a-z]*", generated[1]) if generated else []
+        if self.kind.lower() in _PRODUCT_KINDS or "Fc" in steps:
+            return "product"
+        moves = _MOVES.issuperset(steps) if steps else self.kind.lower() in _MOVING_KINDS
+        return "move" if moves else "other"
+
 
 @dataclass(frozen=True)
 class EngineReport:
@@ -94,7 +112,7 @@ class EngineReport:
     @property
     def fused_attention(self) -> int | None:
         """How many of the kernels are a whole softmax(Q K^T) V, recognised by the compiler's names for them."""
-        return self._total(lambda layer: int(bool(_FUSED_ATTENTION.search(f"{layer.name} {layer.tactic}".lower()))))
+        return self._total(lambda layer: int(layer.role == "attention"))
 
     @property
     def activation_bytes(self) -> int | None:
@@ -117,6 +135,20 @@ class EngineReport:
         return None if activations is None or constants is None else activations + constants
 
     @property
+    def roles(self) -> dict[str, dict[str, int | None]]:
+        """For each of ROLES: how many kernels, the bytes they read (weights included), and the bytes they write."""
+        return {
+            role: {
+                "kernels": self._total(lambda layer: 1, role),
+                "bytes_read": self._total(
+                    lambda layer: None if layer.constants is None else _bytes(layer.inputs + layer.constants), role
+                ),
+                "bytes_written": self._total(lambda layer: _bytes(layer.outputs), role),
+            }
+            for role in ROLES
+        }
+
+    @property
     def types(self) -> dict[str, int]:
         """How many kernels write each type, by their first output."""
         counts: dict[str, int] = {}
@@ -135,6 +167,7 @@ class EngineReport:
             "bytes_moved": self.bytes_moved,
             "activation_bytes": self.activation_bytes,
             "constant_bytes": self.constant_bytes,
+            "roles": self.roles,
             "types": self.types,
         }
         if layers:
@@ -142,6 +175,7 @@ class EngineReport:
                 {
                     "name": layer.name,
                     "kind": layer.kind,
+                    "role": layer.role if layer.is_kernel else None,
                     "tactic": layer.tactic,
                     "inputs": _plain(layer.inputs),
                     "outputs": _plain(layer.outputs),
@@ -151,12 +185,12 @@ class EngineReport:
             ]
         return figures
 
-    def _total(self, count: Callable[[EngineLayer], int | None]) -> int | None:
+    def _total(self, count: Callable[[EngineLayer], int | None], role: str | None = None) -> int | None:
         if self.unread or not self.layers:
             return None
         total = 0
         for layer in self.layers:
-            amount = count(layer) if layer.is_kernel else 0
+            amount = count(layer) if layer.is_kernel and role in (None, layer.role) else 0
             if amount is None:
                 return None
             total += amount
@@ -185,6 +219,24 @@ def report_from_inspector(text: str) -> EngineReport:
         return EngineReport((), "none")
     layers = [layer for layer in map(_layer_from_json, announced) if layer is not None]
     return EngineReport(tuple(layers), "inspector" if announced else "none", len(announced) - len(layers))
+
+
+def reports_by_profile(report: EngineReport, profiles: int) -> tuple[EngineReport, ...]:
+    """One report for each optimisation profile of an engine, whose layers the compiler lists all together.
+
+    It tells them apart by a number in their names. Where it does not, the reports are empty, and no figure is known.
+    """
+    if profiles == 1:
+        return (report,)
+    found = [re.search(r"_myl(\d+)_\d+$", layer.name) for layer in report.layers]
+    numbers = [int(match[1]) if match else None for match in found]
+    of_kernels = {number for number, layer in zip(numbers, report.layers, strict=True) if layer.is_kernel}
+    if report.unread or of_kernels != set(range(profiles)):
+        return (EngineReport((), report.source, report.unread),) * profiles
+    return tuple(
+        EngineReport(tuple(layer for layer, of in zip(report.layers, numbers, strict=True) if of == number), report.source)
+        for number in range(profiles)
+    )
 
 
 def _layer_from_line(line: str) -> EngineLayer | None:

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
     from swin_deploy.exporters.build import Built
+    from swin_deploy.exporters.inspection import Inspection
     from swin_deploy.reference import Verdict
     from swin_deploy.runtimes.model import Model
     from swin_deploy.tasks import TaskSpec
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "build_engine", "export", "load", "verify"]
+__all__ = ["__version__", "build_engine", "export", "inspect", "load", "refit", "verify"]
 
 Say = Callable[[str], None]
 
@@ -111,7 +112,13 @@ def build_engine(
     precision: str = "fp16",
     backend: str = "auto",
     gpus: Sequence[str] = (),
-    batch: tuple[int, int, int] = (1, 1, 1),
+    batches: Sequence[tuple[int, int, int]] = ((1, 1, 1),),
+    workspace: int | None = None,
+    optimization_level: int | None = None,
+    timing_cache: str | os.PathLike[str] | None = None,
+    version_compatible: bool = False,
+    hardware_compatible: bool = False,
+    strip_weights: bool = False,
     force: bool = False,
     say: Say = _silent,
     log: Callable[[str, str], None] | None = None,
@@ -120,12 +127,29 @@ def build_engine(
     """The TensorRT engines compiled from a bundle, which are also written into it.
 
     `bundle` None is the newest one in the current directory. `backend` "auto" is TensorRT where it and a GPU are, else
-    TensorRT for RTX, which compiles for `gpus` ("sm_89", ...) without one. `batch` is (smallest, tuned for, largest).
-    `log(severity, message)` gets the compiler's own messages. Raises errors.EngineError when it refuses.
+    TensorRT for RTX, which compiles for `gpus` ("sm_89", ...) without one. `batches` are (smallest, tuned for, largest), one
+    optimisation profile each; `workspace` is in bytes; an engine of `strip_weights` runs after `refit`. An option that the
+    back end lacks is an errors.UsageError, and an engine that is there already, of the same graph, options, compiler and
+    GPU, is not compiled again unless with `force`. `log(severity, message)` gets the compiler's own messages,
+    `progress(phase, step, steps)` follows it. Raises errors.EngineError when it refuses.
     """
     from swin_deploy.bundle import Bundle, newest_bundle
     from swin_deploy.exporters.build import build_engines
+    from swin_deploy.exporters.engine_spec import EngineSpec
     from swin_deploy.runtimes.backends import runtime_from_onnx
+
+    def spec_for(backend: str, gpu: str) -> EngineSpec:
+        return EngineSpec(
+            backend,
+            gpu,
+            tuple(batches),
+            workspace=workspace,
+            optimization_level=optimization_level,
+            timing_cache=None if timing_cache is None else Path(timing_cache),
+            version_compatible=version_compatible,
+            hardware_compatible=hardware_compatible,
+            strip_weights=strip_weights,
+        )
 
     found = newest_bundle(Path.cwd()) if bundle is None else Bundle.open(bundle)
     _, built = build_engines(
@@ -133,7 +157,7 @@ def build_engine(
         precision,
         backend=backend,
         gpus=gpus,
-        batch=batch,
+        spec_for=spec_for,
         force=force,
         open_graph=runtime_from_onnx,
         say=say,
@@ -141,6 +165,40 @@ def build_engine(
         progress=progress,
     )
     return built
+
+
+def refit(
+    bundle: str | os.PathLike[str], *, say: Say = _silent, log: Callable[[str, str], None] | None = None
+) -> tuple[Built, ...]:
+    """The engines of a bundle that were compiled without their weights, with the weights of their graphs put back.
+
+    They are written into the bundle as further engines. Needs the GPU and the release of the compiler that they were compiled
+    with. Raises errors.EngineError where these are others, errors.UsageError where no engine lacks its weights.
+    """
+    from swin_deploy.bundle import Bundle
+    from swin_deploy.exporters.refit import refit_engines
+
+    return refit_engines(Bundle.open(bundle), say, log or (lambda severity, message: None))
+
+
+def inspect(
+    path: str | os.PathLike[str],
+    *,
+    gpu: str | None = None,
+    batch: int = 1,
+    backend: str = "auto",
+    log: Callable[[str, str], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Inspection:
+    """What the graphs and engines of a bundle hold, compute and move, or what any ONNX file would.
+
+    `path` is a bundle's folder, whose engines are described without compiling anything, or an ONNX file, which is compiled by
+    `backend` for `batch` images and not kept. `gpu` ("rtx-4090", "sm_89", ...) is the GPU whose published peaks give the
+    roofline, and what a file is compiled for. Raises errors.UsageError for a file that is no graph.
+    """
+    from swin_deploy.exporters.inspection import inspect_path
+
+    return inspect_path(Path(path), gpu, batch, backend, log or (lambda severity, message: None), progress)
 
 
 def verify(bundle: str | os.PathLike[str], *, backend: str = "onnxruntime") -> tuple[Verdict, ...]:

@@ -3,7 +3,7 @@
     swinv2-tiny/
       config.json, preprocessor_config.json   as transformers writes them
       onnx/model.onnx, onnx/model_fp16.onnx   pixel_values -> logits
-      engines/<precision>-<gpu>-<backend>-<version>.engine
+      engines/<precision>-<options>-<gpu>-<backend>-<version>.engine, and its layers in a .layers.json
       reference.npz                           inputs, and what PyTorch answered to them
       manifest.json                           what each file is, its sha256, where it came from, how far it is verified
 
@@ -90,7 +90,7 @@ class Bundle:
         if entry is None:
             raise BundleError(f"The bundle {self.path} has no {file}. It holds: {', '.join(sorted(self.files))}.")
         path = self.path / file
-        engine = file.startswith("engines/")
+        engine = file.endswith(".engine")
         remedy = 'compile it again with "swin-deploy build-engine --force"' if engine else "export the bundle again"
         try:
             actual = sha256_of(path)
@@ -109,6 +109,17 @@ class Bundle:
         """The JSON object in `file`, checked against its sha256 first."""
         value: dict[str, Any] = json.loads(self.verified_path(file).read_text(encoding="utf-8"))
         return value
+
+    @contextlib.contextmanager
+    def compiling(self, waiting: Callable[[], None]) -> Iterator[Bundle]:
+        """The bundle as it is once no other process compiles into it; others wait until the block ends.
+
+        `waiting` is called before this one has to wait. Nobody who only reads, or adds one file, is held up.
+        """
+        with contextlib.ExitStack() as stack:
+            with disk_errors(self.path / "onnx"):
+                stack.enter_context(_locked(self.path / "onnx", waiting))
+            yield Bundle.open(self.path)
 
     def with_file(self, file: str, entry: Entry, write: Callable[[Path], None]) -> Bundle:
         """The bundle after `write(path)` made `file` in it, atomically; other files and their entries stay as they are."""
@@ -346,8 +357,8 @@ def _sweep(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds the bundle against other processes that add files to it; where the system has no such locks, nothing."""
+def _locked(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Holds a folder against other processes that ask for it; where the system has no such locks, nothing."""
     try:
         import fcntl
     except ImportError:
@@ -355,7 +366,12 @@ def _locked(folder: Path) -> Iterator[None]:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is not None:
+                waiting()
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)

@@ -10,6 +10,8 @@ from swin_deploy.errors import UsageError
 
 PRECISIONS = ("fp32", "fp16")
 Size = tuple[int, int]
+Batch = tuple[int, int, int]  # smallest, tuned for, largest
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
 
 @dataclass(frozen=True)
@@ -67,3 +69,20 @@ def weights_file(precision: str) -> str:
 def reference_file(size: Size | None = None) -> str:
     """Where PyTorch's answers for a size are; None for the first."""
     return "reference.npz" if size is None else f"reference_{size_text(size)}.npz"
+
+
+def batch_from_text(text: str) -> Batch:
+    """(1, 8, 32) from "1:8:32", (8, 8, 8) from "8". Raises UsageError for anything else."""
+    match = re.fullmatch(r"(\d{1,10})(?::(\d{1,10}):(\d{1,10}))?", text.strip())
+    if match is None:
+        raise UsageError(f'"{text}" is no batch; expected one size, or MIN:OPT:MAX such as 1:8:32.')
+    return int(match[1]), int(match[2] or match[1]), int(match[3] or match[1])
+
+
+def bytes_from_text(text: str) -> int:
+    """2147483648 from "2GiB", 500000000 from "500MB", 4096 from "4096". Raises UsageError for anything else."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([KMG]B|[KMGT]iB|)", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[match[2].lower()]) if match else 0
+    if size < 1:
+        raise UsageError(f'"{text}" is no size of memory; expected a number and a unit, such as 2GiB or 512MiB.')
+    return size

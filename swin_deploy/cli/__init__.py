@@ -22,6 +22,8 @@ VERBS = {
     "variants": "variants",
     "export": "export",
     "build-engine": "build_engine",
+    "refit": "refit",
+    "inspect": "inspect",
     "verify": "verify",
     "predict": "predict",
     "bench": "bench",

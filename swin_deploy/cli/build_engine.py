@@ -1,29 +1,29 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
-from swin_deploy.cli.output import json_option, print_json, print_table, stdout_kept_clean, teller
+from swin_deploy.cli.output import compiler_log, json_option, print_json, print_table, stdout_kept_clean, teller
+from swin_deploy.specs import PRECISIONS
+
+HELP = {"fp16": "Compute in fp16 (the default).", "fp32": "Compute in fp32, with TF32 off."}
 
 
-def _batch(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int, int]:
-    try:
-        sizes = [int(size) for size in value.split(":")]
-    except ValueError:
-        sizes = []
-    if len(sizes) == 1:
-        sizes *= 3
-    if len(sizes) != 3:
-        raise click.BadParameter(f"{value!r} is no batch; expected one size, or MIN:OPT:MAX such as 1:8:32")
-    return sizes[0], sizes[1], sizes[2]
+def precision_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """An option for each precision there is: --fp32, --fp16, ..."""
+    for precision in PRECISIONS:
+        text = HELP.get(precision, f"Compute in {precision}.")
+        command = click.option(f"--{precision}", "precision", flag_value=precision, default="fp16", help=text)(command)
+    return command
 
 
 @click.command("build-engine", short_help="Compile a bundle into TensorRT engines.")
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
-@click.option("--fp16", "precision", flag_value="fp16", default="fp16", help="Compute in fp16 (the default).")
-@click.option("--fp32", "precision", flag_value="fp32", help="Compute in fp32, with TF32 off.")
-@click.option("--gpu", "gpus", metavar="SM,...", default="", help="Targets such as sm_86,sm_89,sm_120, or current.")
+@precision_options
+@click.option("--gpu", "gpus", metavar="SM,...", default="", help="Targets such as sm_86,sm_89,rtx-5090, or current.")
 @click.option(
     "--backend",
     type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
@@ -31,7 +31,26 @@ def _batch(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[
     show_default=True,
     help="auto: tensorrt where it and a GPU are, else tensorrt-rtx, which needs no GPU to compile.",
 )
-@click.option("--batch", default="1", show_default=True, callback=_batch, help="Batch size, or MIN:OPT:MAX.")
+@click.option(
+    "--batch",
+    "batches",
+    multiple=True,
+    default=("1",),
+    show_default=True,
+    metavar="N|MIN:OPT:MAX",
+    help="Batch sizes. Repeatable: one optimisation profile each.",
+)
+@click.option("--workspace", metavar="SIZE", help="Memory that a kernel may use as scratch, such as 2GiB.")
+@click.option("--optimization-level", type=click.IntRange(0, 5), help="0 compiles fastest, 5 tries most. tensorrt only.")
+@click.option(
+    "--timing-cache",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Read and keep the timings of kernels there. tensorrt only.",
+)
+@click.option("--version-compatible", is_flag=True, help="Runs with newer TensorRT, too. tensorrt only.")
+@click.option("--hardware-compatible", is_flag=True, help="Runs on any GPU since Ampere. tensorrt only.")
+@click.option("--strip-weights", is_flag=True, help='Leave the weights out, for "swin-deploy refit". Needs a GPU.')
 @click.option("--force", is_flag=True, help="Compile again what is there already.")
 @click.option("-v", "--verbose", is_flag=True, help="Show all of TensorRT's own messages, not only its warnings.")
 @json_option
@@ -40,55 +59,58 @@ def command(
     precision: str,
     gpus: str,
     backend: str,
-    batch: tuple[int, int, int],
-    force: bool,
+    batches: tuple[str, ...],
+    workspace: str | None,
     verbose: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Compile BUNDLE into TensorRT engines (without BUNDLE: the newest one in this directory).
 
     Writes the ONNX graph in the types of the precision, compares it with PyTorch, and compiles it, strongly typed. Without
-    --gpu: this machine's GPU, or sm_86, sm_89 and sm_120 where there is none.
+    --gpu: this machine's GPU, or sm_86, sm_89 and sm_120 where there is none. An engine that is there already, of the same
+    graph, options, compiler and GPU, is not compiled again.
     """
     import swin_deploy
+    from swin_deploy.bundle import newest_bundle
+    from swin_deploy.specs import batch_from_text, bytes_from_text
 
     say = teller()
-
-    def log(severity: str, message: str) -> None:
-        if severity not in ("verbose", "info") or verbose:
-            click.echo(f"TensorRT {severity}: {message}", err=True)
-
-    from swin_deploy.bundle import newest_bundle
-
     if bundle is None:
         bundle = newest_bundle(Path()).path
         say(f"Taking the newest bundle here, {bundle.name or bundle.resolve().name}")
-    with stdout_kept_clean():
-        built = swin_deploy.build_engine(
-            bundle,
-            precision=precision,
-            backend=backend,
-            gpus=[gpu.strip() for gpu in gpus.split(",") if gpu.strip()],
-            batch=batch,
-            force=force,
-            say=say,
-            log=log,
-        )
+    try:
+        with stdout_kept_clean():
+            built = swin_deploy.build_engine(
+                bundle,
+                precision=precision,
+                backend=backend,
+                gpus=[gpu.strip() for gpu in gpus.split(",") if gpu.strip()],
+                batches=[batch_from_text(batch) for batch in batches],
+                workspace=None if workspace is None else bytes_from_text(workspace),
+                say=say,
+                log=compiler_log(say, verbose),
+                progress=say.follow,
+                **options,
+            )
+    finally:
+        say.clear()
     if as_json:
         print_json([{"engine": str(bundle / one.file), "reused": one.reused, **one.entry} for one in built])
         return
-    rows = []
-    for one in built:
-        report = one.entry["report"]
-        moved = report["bytes_moved"]
-        rows.append(
+    print_table(
+        ("engine", "batch", "kernels", "fused attention", "MB moved", "MB", "seconds"),
+        [
             (
                 str(bundle / one.file),
-                "unknown" if report["kernels"] is None else report["kernels"],
-                "unknown" if report["fused_attention"] is None else report["fused_attention"],
-                "unknown" if moved is None else f"{moved / 1e6:.1f}",
+                ":".join(str(size) for size in dict.fromkeys(profile["batch"])),
+                "unknown" if profile["kernels"] is None else profile["kernels"],
+                "unknown" if profile["fused_attention"] is None else profile["fused_attention"],
+                "unknown" if profile["bytes_moved"] is None else f"{profile['bytes_moved'] / 1e6:.1f}",
                 f"{one.entry['bytes'] / 1e6:.1f}",
                 one.entry["seconds"],
             )
-        )
-    print_table(("engine", "kernels", "fused attention", "MB moved", "MB", "seconds"), rows)
+            for one in built
+            for profile in one.entry["profiles"]
+        ],
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,14 +34,61 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         click.echo("  ".join(padded).rstrip())
 
 
-def teller() -> Callable[[str], None]:
-    """A function that prints a line on stderr with the seconds since now in front."""
-    start = time.monotonic()
+class Teller:
+    """Prints lines on stderr with the seconds since it was made in front; called with a line.
 
-    def say(line: str) -> None:
-        click.echo(f"[{time.monotonic() - start:6.1f} s] {line}", err=True)
+    `follow` tells of the progress inside of a step: on a terminal in a line that is written over, and elsewhere in a line
+    every ten seconds.
+    """
 
-    return say
+    def __init__(self) -> None:
+        self.start = self.told = time.monotonic()
+        self.live = False
+
+    def __call__(self, line: str) -> None:
+        self.echo(f"[{time.monotonic() - self.start:6.1f} s] {line}")
+
+    def echo(self, line: str) -> None:
+        """Prints a line as it is."""
+        self.clear()
+        self.told = time.monotonic()
+        click.echo(line, err=True)
+
+    def follow(self, phase: str, step: int, steps: int) -> None:
+        """Tells that `step` of `steps` of a phase is done."""
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        now = time.monotonic()
+        if now - self.told < (0.1 if terminal else 10):
+            return
+        line = f"{phase}: {step} of {steps}"
+        if not terminal:
+            self(line)
+            return
+        self.clear()
+        self.told, self.live = now, True
+        columns = shutil.get_terminal_size().columns
+        click.echo(f"[{now - self.start:6.1f} s] {line}"[: columns - 1], err=True, nl=False)
+
+    def clear(self) -> None:
+        """Takes the line that is written over off the terminal."""
+        if self.live:
+            self.live = False
+            click.echo("\r\x1b[K", err=True, nl=False)
+
+
+def teller() -> Teller:
+    """What a verb talks through while it works."""
+    return Teller()
+
+
+def compiler_log(say: Teller, verbose: bool) -> Callable[[str, str], None]:
+    """A function that prints what TensorRT says: its warnings and errors, or all of it."""
+
+    def log(severity: str, message: str) -> None:
+        if severity not in ("verbose", "info") or verbose:
+            say.echo(f"TensorRT {severity}: {message}")
+
+    return log
 
 
 @contextlib.contextmanager

@@ -72,9 +72,10 @@ def test_from_an_empty_directory_to_a_photograph(large: Made) -> None:
     [engine] = large.engines
     assert (engine["graph"], engine["image_size"]) == ("onnx/model_fp16.onnx", [LARGE[name][1]] * 2)
     most, side = LARGE[name]
-    assert (engine["gpu"], engine["precision"], engine["batch"]) == ("sm_89", "fp16", [1, 1, 1])
-    assert engine["report"]["kernels"] <= most
-    assert engine["report"]["fused_attention"] == 12  # one for each block
+    [profile] = engine["profiles"]
+    assert (engine["gpu"], engine["precision"], profile["batch"]) == ("sm_89", "fp16", [1, 1, 1])
+    assert profile["kernels"] <= most
+    assert profile["fused_attention"] == 12  # one for each block
     assert large.exported["task"]["name"] == "image-classification"
     graph = large.exported["files"]["onnx/model.onnx"]
     assert (graph["image_size"], graph["reference"]) == ([side, side], "reference.npz")
@@ -91,7 +92,7 @@ def test_a_trained_model_all_the_way(trained: Made) -> None:
     check(trained, name)
     assert [engine["gpu"] for engine in trained.engines] == ["sm_86", "sm_89", "sm_120"]
     assert all(engine["reused"] for engine in trained.engines)
-    assert {engine["report"]["fused_attention"] for engine in trained.engines} == {4}
+    assert {engine["profiles"][0]["fused_attention"] for engine in trained.engines} == {4}
     for precision in ("fp32", "fp16"):
         done = cli("predict", name, THREE, "--precision", precision, cwd=trained.folder)
         assert re.search(r"3\.png +1 +\d\d\.\d\d% +three\n", done.stdout), done.stdout
@@ -101,7 +102,7 @@ def test_other_targets_join_the_ones_that_are_there(trained: Made) -> None:
     name = trained.exported["name"]
     [fp32] = result(cli("build-engine", name, "--fp32", "--gpu", "sm_89", "--json", cwd=trained.folder))  # type: ignore[misc]
     [wide] = result(cli("build-engine", name, "--batch", "1:4:8", "--gpu", "sm_89", "--json", cwd=trained.folder))  # type: ignore[misc]
-    assert (fp32["precision"], wide["batch"]) == ("fp32", [1, 4, 8])
+    assert (fp32["precision"], wide["profiles"][0]["batch"]) == ("fp32", [1, 4, 8])
     assert fp32["parent"] == Bundle.open(trained.folder / name).files["onnx/model.onnx"]["sha256"]
     held = {file for file in Bundle.open(trained.folder / name).files if file.endswith(".engine")}
     assert len(held) == 5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import signal
@@ -16,63 +15,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from engine_graphs import HEADS, SM89, TOKENS, WIDTH, attention, graph, linear, silent
+from onnx import TensorProto, helper
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the graphs of these tests")
 
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError  # noqa: E402
-from swin_deploy.exporters import engine_from_onnx as module_of_engine  # noqa: E402
-from swin_deploy.exporters import gpu as module_of_gpu  # noqa: E402
-from swin_deploy.exporters import inspect as module_of_inspect  # noqa: E402
-from swin_deploy.exporters.engine_from_onnx import Engine, EngineSpec, engine_from_onnx, resolve_backend  # noqa: E402
+from swin_deploy.exporters.engine_from_onnx import Engine, engine_from_onnx, resolve_backend  # noqa: E402
+from swin_deploy.exporters.engine_spec import EngineSpec  # noqa: E402
 from swin_deploy.exporters.gpu import cuda_devices, rtx_gpus, target_gpu  # noqa: E402
 from swin_deploy.exporters.inspect import report_from_inspector, report_from_log  # noqa: E402
 
-HEADS, TOKENS, WIDTH = 3, 64, 32
-SM89 = EngineSpec("tensorrt-rtx", "sm_89")
 HERE = Path(__file__).parent  # from the repository root a bare swin_deploy/ would shadow the installed package
-
-
-def silent(severity: str, message: str) -> None:
-    pass
-
-
-def graph(nodes: list[onnx.NodeProto], inputs: dict[str, list], outputs: dict[str, list], **tables: np.ndarray):
-    half = TensorProto.FLOAT16
-    return helper.make_model(
-        helper.make_graph(
-            nodes,
-            "graph",
-            [helper.make_tensor_value_info(name, half, shape) for name, shape in inputs.items()],
-            [helper.make_tensor_value_info(name, half, shape) for name, shape in outputs.items()],
-            [numpy_helper.from_array(table.astype(np.float16), name) for name, table in tables.items()],
-        ),
-        opset_imports=[helper.make_opsetid("", 17)],
-        ir_version=8,
-    )
-
-
-def attention(batch: int | str = "batch", blocks: int = 1) -> onnx.ModelProto:
-    """MatMul, Add of a constant bias, Softmax, MatMul, each block feeding the next one's queries."""
-    nodes, queries = [], "q"
-    for block in range(blocks):
-        result = "y" if block == blocks - 1 else f"y{block}"
-        nodes += [
-            helper.make_node("MatMul", [queries, "k"], [f"s{block}"], name=f"scores{block}"),
-            helper.make_node("Add", [f"s{block}", "bias"], [f"a{block}"]),
-            helper.make_node("Softmax", [f"a{block}"], [f"p{block}"], axis=-1),
-            helper.make_node("MatMul", [f"p{block}", "v"], [result]),
-        ]
-        queries = result
-    rows, columns = [batch, HEADS, TOKENS, WIDTH], [batch, HEADS, WIDTH, TOKENS]
-    bias = np.random.default_rng(0).normal(size=(1, HEADS, TOKENS, TOKENS))
-    return graph(nodes, {"q": rows, "k": columns, "v": rows}, {"y": rows}, bias=bias)
-
-
-def linear(batch: int | str = "batch", width: int | str = 64) -> onnx.ModelProto:
-    weights = np.random.default_rng(0).normal(size=(64, 64))
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Relu", ["h"], ["y"])]
-    return graph(nodes, {"x": [batch, width, 64]}, {"y": [batch, width, 64]}, w=weights)
 
 
 @pytest.fixture(scope="module")
@@ -131,18 +85,18 @@ def test_bytes_are_those_of_the_tensors() -> None:
 
 
 def test_a_batch_range_leaves_the_bytes_unsaid() -> None:
-    spec = EngineSpec("tensorrt-rtx", "sm_89", (1, 4, 8))
+    spec = EngineSpec("tensorrt-rtx", "sm_89", ((1, 4, 8),))
     report = engine_from_onnx(linear().SerializeToString(), spec, silent).report
     assert report.kernels == 1
     assert report.bytes_moved is None
     assert report.activation_bytes is None
-    wide = EngineSpec("tensorrt-rtx", "sm_89", (8, 8, 8))
+    wide = EngineSpec("tensorrt-rtx", "sm_89", ((8, 8, 8),))
     assert engine_from_onnx(linear().SerializeToString(), wide, silent).report.activation_bytes == 8 * 16384
 
 
 @pytest.mark.parametrize("gpu", rtx_gpus())
 def test_every_gpu_on_the_list_compiles(gpu: str) -> None:
-    assert engine_from_onnx(linear(2).SerializeToString(), EngineSpec("tensorrt-rtx", gpu, (2, 2, 2)), silent).gpu == gpu
+    assert engine_from_onnx(linear(2).SerializeToString(), EngineSpec("tensorrt-rtx", gpu, ((2, 2, 2),)), silent).gpu == gpu
 
 
 def test_weights_next_to_the_file_are_found(tmp_path: Path) -> None:
@@ -185,7 +139,7 @@ def test_a_refusal_to_compile_carries_the_words_of_the_compiler() -> None:
 def test_a_fixed_batch_must_be_the_one_asked_for() -> None:
     with pytest.raises(UsageError, match=r"'x' has a fixed batch of 4.*\(1, 1, 1\).*\(4, 4, 4\)"):
         engine_from_onnx(linear(4).SerializeToString(), SM89, silent)
-    assert engine_from_onnx(linear(4).SerializeToString(), EngineSpec("tensorrt-rtx", "sm_89", (4, 4, 4)), silent).plan
+    assert engine_from_onnx(linear(4).SerializeToString(), EngineSpec("tensorrt-rtx", "sm_89", ((4, 4, 4),)), silent).plan
     with pytest.raises(EngineError, match="only the first axis"):
         engine_from_onnx(linear(1, "tokens").SerializeToString(), SM89, silent)
 
@@ -193,7 +147,7 @@ def test_a_fixed_batch_must_be_the_one_asked_for() -> None:
 @pytest.mark.parametrize("batch", [(0, 1, 1), (4, 2, 8), (1, 8, 4), (1, 1), (1, 1, 1.0), (True, 1, 1)])
 def test_a_batch_that_cannot_be_meant(batch: tuple) -> None:
     with pytest.raises(UsageError, match="cannot be meant"):
-        EngineSpec("tensorrt-rtx", "sm_89", batch)
+        EngineSpec("tensorrt-rtx", "sm_89", (batch,))
 
 
 @pytest.mark.parametrize(
@@ -301,7 +255,8 @@ def test_other_threads_may_compile() -> None:
 INTERRUPTED = """
 import sys, time
 from pathlib import Path
-from swin_deploy.exporters.engine_from_onnx import EngineSpec, engine_from_onnx
+from swin_deploy.exporters.engine_from_onnx import engine_from_onnx
+from swin_deploy.exporters.engine_spec import EngineSpec
 
 calls = []
 def progress(phase, step, steps):
@@ -399,47 +354,3 @@ def test_the_json_of_the_engine_inspector() -> None:
     assert report.bytes_moved == 2 * 192 + 32
     assert report_from_inspector('{"Layers": ["a bare name"]}').kernels is None
     assert report_from_inspector("not JSON").source == "none"
-
-
-# The objects of the binding by the names that they have in our source.
-BINDINGS = {
-    "builder": "Builder",
-    "config": "IBuilderConfig",
-    "network": "INetworkDefinition",
-    "parser": "OnnxParser",
-    "profile": "IOptimizationProfile",
-    "tensor": "ITensor",
-    "runtime": "Runtime",
-    "engine": "ICudaEngine",
-    "inspector": "EngineInspector",
-    "error": "ParserError",
-    "flags": "NetworkDefinitionCreationFlag",
-}
-# What only full TensorRT has; everything else must be in TensorRT for RTX.
-ONLY_IN_FULL_TENSORRT: set[str] = set()
-
-
-def test_every_attribute_of_the_binding_exists() -> None:
-    used: set[str] = set()
-    for source in (module_of_engine, module_of_gpu):
-        tree = ast.parse(Path(str(source.__file__)).read_text(encoding="utf-8"))
-        nested = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and node not in nested:
-                chain = ast.unparse(node)
-                root, _, rest = chain.partition(".")
-                if root == "trt":
-                    used.add(rest)
-                elif root in BINDINGS:
-                    used.add(f"{BINDINGS[root]}.{rest}")
-    assert {"BuilderFlag.TF32", "IBuilderConfig.progress_monitor", "EngineInspector.get_engine_information"} <= used
-    assert len(used) > 25
-    missing = set()
-    for chain in used:
-        target: object = trt
-        for name in chain.split("."):
-            target = getattr(target, name, None)
-        if target is None:
-            missing.add(chain)
-    assert missing == ONLY_IN_FULL_TENSORRT
-    assert "trt." not in Path(str(module_of_inspect.__file__)).read_text(encoding="utf-8")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli.exported import copied
 
 import swin_deploy
 from swin_deploy.bundle import Bundle
+from swin_deploy.errors import UsageError
 from swin_deploy.exporters.gpu import cuda_devices
 
 pytestmark = [pytest.mark.cuda, pytest.mark.tensorrt]
@@ -18,7 +20,7 @@ pytestmark = [pytest.mark.cuda, pytest.mark.tensorrt]
 def test_an_fp16_engine_of_a_trained_model(version: int, tmp_path: Path) -> None:
     path = copied(version, tmp_path / "b")
     [built] = swin_deploy.build_engine(path, precision="fp16", backend="tensorrt")
-    report = built.entry["report"]
+    [report] = built.entry["profiles"]
     assert not built.reused
     assert (built.entry["backend"], built.entry["gpu"]) == ("tensorrt", cuda_devices()[0].capability)
     assert report["source"] != "none"
@@ -26,4 +28,47 @@ def test_an_fp16_engine_of_a_trained_model(version: int, tmp_path: Path) -> None
     assert 0 < report["kernels"] < 100
     assert Bundle.open(path).verified_path(built.file).stat().st_size == built.entry["bytes"] > 10_000
     [again] = swin_deploy.build_engine(path, precision="fp16", backend="tensorrt")
+    assert again.reused
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batches": [(1, 1, 1), (1, 4, 8)]},
+        {"workspace": 1 << 30},
+        {"optimization_level": 5},
+        {"version_compatible": True},
+        {"hardware_compatible": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_every_option_makes_an_engine_of_its_own(options: dict[str, Any], tmp_path: Path) -> None:
+    path = copied(2, tmp_path / "b")
+    [plain] = swin_deploy.build_engine(path, backend="tensorrt")
+    [built] = swin_deploy.build_engine(path, backend="tensorrt", **options)
+    assert not built.reused
+    assert built.file != plain.file
+    assert len(built.entry["profiles"]) == len(options.get("batches", [1]))
+
+
+def test_a_timing_cache_is_kept_and_read_again(tmp_path: Path) -> None:
+    path, cache = copied(2, tmp_path / "b"), tmp_path / "timings"
+    swin_deploy.build_engine(path, backend="tensorrt", timing_cache=cache)
+    kept = cache.read_bytes()
+    assert len(kept) > 100
+    swin_deploy.build_engine(path, backend="tensorrt", timing_cache=cache, force=True)
+    assert [file.name for file in tmp_path.iterdir() if file.name != "b"] == ["timings"]
+    cache.write_bytes(b"no timings")
+    with pytest.raises(UsageError, match="is no timing cache"):
+        swin_deploy.build_engine(path, backend="tensorrt", timing_cache=cache, force=True)
+
+
+def test_weights_that_were_left_out_are_put_back(tmp_path: Path) -> None:
+    path = copied(2, tmp_path / "b")
+    [whole] = swin_deploy.build_engine(path, backend="tensorrt")
+    [stripped] = swin_deploy.build_engine(path, backend="tensorrt", strip_weights=True)
+    [refitted] = swin_deploy.refit(path)
+    assert stripped.entry["bytes"] < min(whole.entry["bytes"], refitted.entry["bytes"])
+    assert refitted.entry["refitted_from"] == stripped.entry["sha256"]
+    [again] = swin_deploy.refit(path)
     assert again.reused

@@ -1,0 +1,187 @@
+"""build-engine and refit as a user runs them: options, refusals, two at once, cancelled, a full disk, progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli.exported import OFFLINE, SCRIPT, cli, contents, copied, digits, refused, result, stopped
+
+from swin_deploy.bundle import Bundle
+from swin_deploy.exporters.gpu import cuda_devices
+
+trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engines of these tests")
+
+no_gpu = pytest.mark.skipif(bool(cuda_devices()), reason="this machine has a GPU: what is told where there is none")
+BUILD = ("build-engine", "b", "--gpu", "sm_89")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--batch", "1:8"], ["1:8", "MIN:OPT:MAX"]),
+        (["--batch", "1", "--batch", "1"], ["each of them once"]),
+        (["--batch", "4000000000"], ["too large"]),
+        (["--workspace", "lots"], ['"lots" is no size of memory', "2GiB"]),
+        (["--workspace", "0GiB"], ["no size of memory"]),
+        (["--optimization-level", "6"], ["--optimization-level"]),
+        (["--optimization-level", "5"], ["TensorRT for RTX has no optimization levels", "the same engine"]),
+        (["--timing-cache", "timings"], ["TensorRT for RTX has no timing cache", "times nothing"]),
+        (["--version-compatible"], ["TensorRT for RTX has no version-compatible engines", "lean runtime"]),
+        (["--hardware-compatible"], ["TensorRT for RTX has no hardware-compatible engines", "each GPU"]),
+        pytest.param(["--strip-weights"], ["without their weights", "no usable NVIDIA GPU"], marks=no_gpu),
+        pytest.param(["--backend", "tensorrt"], ["no usable NVIDIA GPU", "tensorrt-rtx"], marks=no_gpu),
+        (["--int3"], ["--int3"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else None,
+)
+def test_an_option_is_refused_in_one_sentence(arguments: list[str], parts: list[str], tmp_path: Path) -> None:
+    copied(2, tmp_path / "b")
+    before = contents(tmp_path)
+    refused(cli(*BUILD, *arguments, cwd=tmp_path), *parts)
+    assert contents(tmp_path) == before
+
+
+def test_refit_has_nothing_to_do(tmp_path: Path) -> None:
+    refused(cli("refit", digits(2), cwd=tmp_path), "lacks its weights", "--strip-weights")
+    refused(cli("refit", "absent", cwd=tmp_path), "no bundle at absent")
+
+
+@no_gpu
+def test_refit_needs_the_gpu_of_the_engine(tmp_path: Path) -> None:
+    """An engine that was stripped elsewhere: its bundle was brought to a machine without a GPU."""
+    path = copied(2, tmp_path / "b")
+    [engine] = result(cli(*BUILD, "--json", cwd=tmp_path))  # type: ignore[misc]
+    file = Path(engine["engine"]).relative_to("b")
+    bundle, plan = Bundle.open(path), (tmp_path / engine["engine"]).read_bytes()
+    entry = {**bundle.files[file.as_posix()], "options": {"strip_weights": True}}
+    bundle.with_file("engines/fp16-stripped-sm_89.engine", entry, lambda target: target.write_bytes(plan) and None)
+    before = contents(tmp_path)
+    refused(cli("refit", "b", cwd=tmp_path), "was compiled for sm_89", "none that is usable", "on the target machine")
+    assert contents(tmp_path) == before
+
+
+def test_every_spec_is_an_engine_of_its_own_and_is_found_again(tmp_path: Path) -> None:
+    copied(2, tmp_path / "b")
+    specs: list[list[str]] = [
+        [],
+        ["--workspace", "1GiB"],
+        ["--workspace", "512MiB"],
+        ["--batch", "8"],
+        ["--batch", "1", "--batch", "1:4:8"],
+        ["--fp32", "--batch", "1", "--batch", "1:4:8", "--workspace", "1GiB"],
+    ]
+    made: list[Any] = [result(cli(*BUILD, *spec, "--json", cwd=tmp_path)) for spec in specs]
+    assert [one["reused"] for [one] in made] == [False] * len(specs)
+    assert len({one["engine"] for [one] in made}) == len({one["fingerprint"] for [one] in made}) == len(specs)
+    assert [one["options"] for [one] in made[:3]] == [{}, {"workspace": 1 << 30}, {"workspace": 512 << 20}]
+    again: list[Any] = [result(cli(*BUILD, *spec, "--json", cwd=tmp_path)) for spec in reversed(specs)]
+    assert again == [[{**one, "reused": True}] for [one] in reversed(made)]
+    table = cli(*BUILD, "--batch", "1", "--batch", "1:4:8", cwd=tmp_path).stdout.splitlines()
+    assert [line.split()[1] for line in table[1:]] == ["1", "1:4:8"]
+    assert len({line.split()[0] for line in table[1:]}) == 1
+    [forced] = result(cli(*BUILD, "--force", "--json", cwd=tmp_path))  # type: ignore[misc]
+    assert (forced["reused"], forced["engine"]) == (False, made[0][0]["engine"])
+
+
+def test_an_engine_of_another_graph_or_compiler_is_not_taken(tmp_path: Path) -> None:
+    path = copied(2, tmp_path / "b")
+    [first] = result(cli(*BUILD, "--json", cwd=tmp_path))  # type: ignore[misc]
+    file = Path(first["engine"]).relative_to("b").as_posix()
+    for change in ({"fingerprint": "of another release"}, {"fingerprint": None}):
+        Bundle.open(path).with_entry(file, change)
+        [again] = result(cli(*BUILD, "--json", cwd=tmp_path))  # type: ignore[misc]
+        assert (again["reused"], again["fingerprint"]) == (False, first["fingerprint"])
+
+
+def test_a_gpu_may_be_named_and_is_its_compute_capability(tmp_path: Path) -> None:
+    copied(2, tmp_path / "b")
+    [engine] = result(cli("build-engine", "b", "--gpu", "RTX-4090,l4,sm_89", "--json", cwd=tmp_path))  # type: ignore[misc]
+    assert engine["gpu"] == "sm_89"
+    refused(cli("build-engine", "b", "--gpu", "rtx-4091", cwd=tmp_path), "no GPU 'rtx-4091'", "rtx-4090")
+    refused(cli("build-engine", "b", "--gpu", "h200", "--backend", "tensorrt-rtx", cwd=tmp_path), "no SM90")
+
+
+def test_the_second_of_two_at_once_waits_and_finds_the_first_ones_engine(tmp_path: Path) -> None:
+    copied(2, tmp_path / "b")
+    command = [SCRIPT, *BUILD, "--batch", "1", "--batch", "1:4:8", "--json"]
+    running = [
+        subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    done = [(*process.communicate(timeout=120), process.returncode) for process in running]
+    assert [code for _, _, code in done] == [0, 0, 0], done
+    engines = [json.loads(out)[0] for out, _, _ in done]
+    assert sorted(engine["reused"] for engine in engines) == [False, True, True]
+    assert len({engine["sha256"] for engine in engines}) == 1
+    assert sum("Compiling" in err for _, err, _ in done) == 1
+    assert cli("verify", "b", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_one_that_waits_can_be_stopped(signum: signal.Signals, tmp_path: Path) -> None:
+    path = copied(2, tmp_path / "b")
+    before = contents(tmp_path)
+    with Bundle.open(path).compiling(lambda: None):
+        code, said = stopped((SCRIPT, *BUILD), tmp_path, "Waiting for another process", 0.1, signum)
+    word = "interrupted" if signum == signal.SIGINT else "terminated"
+    assert (code, said) == (128 + signum, [f"swin-deploy: {word}; nothing was left half-written"])
+    assert contents(tmp_path) == before
+    assert result(cli(*BUILD, "--json", cwd=tmp_path))
+
+
+def test_a_full_disk_leaves_no_engine(tmp_path: Path) -> None:
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "none", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        copied(2, place / "b")
+        before = contents(place)
+        refused(cli(*BUILD, cwd=place), ".engine cannot be written: No space left")
+        assert contents(place) == before | {"b/engines": ""}
+        assert cli("verify", "b", cwd=place).returncode == 0
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_on_a_terminal_the_progress_is_one_line_that_is_written_over(tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty", reason="this system has no such terminals")
+    copied(2, tmp_path / "b")
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [SCRIPT, *BUILD, "--json"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=slave, env={**os.environ, **OFFLINE}
+    )
+    os.close(slave)
+    said = b""
+    while True:
+        try:
+            piece = os.read(master, 4096)
+        except OSError:  # how a terminal says that nobody holds its other end any more
+            break
+        if not piece:
+            break
+        said += piece
+    os.close(master)
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    assert json.loads(out)[0]["gpu"] == "sm_89"
+    live = re.findall(rb"\[ *[\d.]+ s\] (\w[\w ]+): \d+ of \d+\r\x1b\[K", said)
+    assert live, said
+    assert not re.search(rb" of \d+\r?\n", said)  # none of them stays
+
+
+def test_elsewhere_there_is_no_progress_before_ten_seconds(tmp_path: Path) -> None:
+    copied(2, tmp_path / "b")
+    begun = time.monotonic()
+    done = cli(*BUILD, cwd=tmp_path)
+    assert "\r" not in done.stderr
+    assert time.monotonic() - begun > 10 or " of " not in done.stderr

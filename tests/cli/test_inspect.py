@@ -1,0 +1,139 @@
+"""inspect as a user runs it: a bundle, a foreign ONNX file, the two side by side, a drawing, and what is refused."""
+
+from __future__ import annotations
+
+import warnings
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from cli.exported import WEIGHTS, cli, contents, copied, digits, refused, result
+from onnx import TensorProto, helper
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engines of these tests")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a bundle `b`, an fp32 engine in it, and transformers' own export of the same network, `theirs.onnx`."""
+    import transformers
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = transformers.Swinv2ForImageClassification.from_pretrained(str(WEIGHTS[2])).eval()
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(pixel_values).logits
+            return logits
+
+    folder = tmp_path_factory.mktemp("inspect")
+    copied(2, folder / "b")
+    assert cli("build-engine", "b", "--fp32", "--gpu", "sm_89", cwd=folder).returncode == 0
+    side = Logits().model.config.image_size
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing, many
+        torch.onnx.export(
+            Logits(),
+            (torch.zeros(1, 3, side, side),),
+            str(folder / "theirs.onnx"),
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            opset_version=17,
+            dynamo=False,
+        )
+    return folder
+
+
+def test_a_bundle_in_a_table(place: Path) -> None:
+    before = contents(place)
+    done = cli("inspect", "b", cwd=place)
+    assert done.returncode == 0, done.stderr
+    graphs, engines = done.stdout.split("\n\n")
+    assert [line.split()[0] for line in graphs.splitlines()[1:]] == ["b/onnx/model.onnx", "b/onnx/model_fp16.onnx"]
+    assert "Gemm " in graphs
+    [_, row] = engines.splitlines()
+    assert row.startswith("b/engines/fp32-sm_89-tensorrt-rtx-")
+    assert "unknown" not in row
+    assert "Roofline on rtx-4090" in done.stderr
+    assert "Not measured." in done.stderr
+    assert contents(place) == before
+
+
+def test_a_peer_beside_ours(place: Path) -> None:
+    """The same network does the same products; only what is around them differs."""
+    before = contents(place)
+    ours, theirs = result(cli("inspect", "b", "--compare", "theirs.onnx", "--json", cwd=place))  # type: ignore[misc]
+    assert ours["graphs"]["onnx/model.onnx"]["flops"] == theirs["graphs"]["theirs.onnx"]["flops"]
+    [mine], [other] = ours["engines"], theirs["engines"]
+    assert (other["precision"], other["gpu"], other["batch"]) == ("fp32", "sm_89", [1, 1, 1])
+    assert 0 < mine["kernels"] < other["kernels"]
+    table = cli("inspect", "b", "--compare", "theirs.onnx", "--gpu", "l4", cwd=place)
+    rows = {line.split("  ")[0]: line.split() for line in table.stdout.split("\n\n")[2].splitlines()}
+    assert rows["kernels"][-3:-1] == [str(mine["kernels"]), str(other["kernels"])]
+    assert float(rows["kernels"][-1]) == pytest.approx(other["kernels"] / mine["kernels"], abs=0.01)
+    assert "Roofline on l4" in table.stderr
+    assert contents(place) == before
+
+
+def test_a_drawing(place: Path, tmp_path: Path) -> None:
+    done = cli("inspect", place / "b", "--plot", "engines.svg", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert ET.parse(tmp_path / "engines.svg").getroot().tag.endswith("svg")
+    refused(cli("inspect", place / "b", "--plot", "engines.png", cwd=tmp_path), "engines.png", ".svg")
+    refused(cli("inspect", place / "b", "--plot", "no/engines.svg", cwd=tmp_path), "a folder that exists")
+    assert [file.name for file in tmp_path.iterdir()] == ["engines.svg"]
+
+
+def test_a_bundle_without_engines_is_its_graphs(tmp_path: Path) -> None:
+    found: Any = result(cli("inspect", digits(1), "--json", cwd=tmp_path))
+    assert (len(found["graphs"]), found["engines"]) == (2, [])
+    assert "engine" not in cli("inspect", digits(1), cwd=tmp_path).stdout
+    done = cli("inspect", digits(1), "--compare", digits(2), cwd=tmp_path)
+    assert "No engine of the one has a counterpart" in done.stdout
+
+
+def foreign(operator: str, domain: str, shape: list[int | str]) -> onnx.ModelProto:
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy"]
+    model = helper.make_model(
+        helper.make_graph([helper.make_node(operator, ["x"], ["y"], name="first", domain=domain)], "g", value[:1], value[1:]),
+        opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("example", 1)],
+        ir_version=8,
+    )
+    return model
+
+
+def test_what_cannot_be_inspected_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "text.onnx").write_text("mine")
+    onnx.save(foreign("RollWindows", "example", [1, 8]), tmp_path / "unknown.onnx")
+    onnx.save(foreign("Relu", "", ["batch", "height"]), tmp_path / "free.onnx")
+    onnx.save(foreign("Relu", "", [4, 8]), tmp_path / "four.onnx")
+    before = contents(tmp_path)
+    for arguments, parts in (
+        (["absent"], ["no bundle at absent"]),
+        (["absent.onnx"], ["no ONNX file absent.onnx"]),
+        (["text.onnx"], ["text.onnx is no ONNX graph"]),
+        (["free.onnx"], ["only the first axis, the batch, to be free"]),
+        (["four.onnx"], ["fixed batch of 4", "(4, 4, 4)"]),
+        (["four.onnx", "--gpu", "rtx4090"], ["'rtx4090' are not known", "rtx-4090"]),
+        (["four.onnx", "--gpu", "h100", "--backend", "tensorrt-rtx"], ["no SM90"]),
+        (["four.onnx", "--batch", "0"], ["--batch"]),
+    ):
+        refused(cli("inspect", *arguments, cwd=tmp_path), *parts)
+    done = cli("inspect", "unknown.onnx", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "node first (RollWindows)" in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].startswith("swin-deploy: TensorRT for RTX")
+    assert contents(tmp_path) == before
+
+
+def test_the_batch_of_a_foreign_file(tmp_path: Path) -> None:
+    onnx.save(foreign("Relu", "", ["batch", 8]), tmp_path / "x.onnx")
+    found: Any = result(cli("inspect", "x.onnx", "--batch", "16", "--gpu", "rtx-5090", "--json", cwd=tmp_path))
+    [engine] = found["engines"]
+    assert (engine["batch"], engine["gpu"], engine["kernels"]) == ([16, 16, 16], "sm_120", 1)
+    assert engine["bytes_moved"] == 2 * 16 * 8 * 4
+    assert found["graphs"]["x.onnx"]["flops"] == {}

@@ -1,0 +1,131 @@
+"""Every name of TensorRT's Python bindings that our source uses is there: in TensorRT for RTX as it is installed, in full
+TensorRT where that is installed, and in the lists of names of TensorRT 10.12, the oldest we take, and 11.4.
+
+bindings/names_from_wheel.py made the lists, from the real wheels.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from swin_deploy.exporters import engine_from_onnx, gpu, refit
+
+LISTS = Path(__file__).parent / "bindings"
+
+# The objects of the bindings by the names that they have in our source.
+OBJECTS = {
+    "builder": "Builder",
+    "config": "IBuilderConfig",
+    "network": "INetworkDefinition",
+    "parser": "OnnxParser",
+    "profile": "IOptimizationProfile",
+    "tensor": "ITensor",
+    "timings": "ITimingCache",
+    "runtime": "Runtime",
+    "engine": "ICudaEngine",
+    "inspector": "EngineInspector",
+    "fault": "ParserError",
+    "flags": "NetworkDefinitionCreationFlag",
+    "refitter": "Refitter",
+    "weights": "OnnxParserRefitter",
+    "serialization": "ISerializationConfig",
+}
+# What one back end has alone. The source asks for the back end before it uses one of these.
+ONLY_IN_RTX = {
+    "ComputeCapability.__members__",
+    "IBuilderConfig.num_compute_capabilities",
+    "IBuilderConfig.set_compute_capability",
+}
+ONLY_IN_FULL_TENSORRT: set[str] = set()
+
+
+def used_names() -> set[str]:
+    """ "Class.attribute", or the name of a class, for each that our source uses."""
+    used: set[str] = set()
+    for module in (engine_from_onnx, gpu, refit):
+        tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+        inner = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node not in inner:
+                root, _, rest = ast.unparse(node).partition(".")
+                if root == "trt" and rest != "__version__":
+                    used.add(rest)
+                elif root in OBJECTS:
+                    used.add(f"{OBJECTS[root]}.{rest}")
+    return used
+
+
+USED = used_names()
+
+
+def missing_in(has: Callable[[str, str], bool]) -> set[str]:
+    """The names of USED that `has(class, attribute)` denies; the attribute of a bare class is empty."""
+    return {name for name in USED if not has(name.partition(".")[0], ".".join(name.split(".")[1:2]))}
+
+
+def missing_in_module(module: str) -> set[str]:
+    trt = pytest.importorskip(module, reason=f"{module} is not installed, and only the list of its names was checked")
+    return missing_in(lambda kind, name: hasattr(trt, kind) and (not name or hasattr(getattr(trt, kind), name)))
+
+
+def test_the_source_is_read() -> None:
+    """Of every sort one: or this file would check nothing when the source changes its ways."""
+    assert {
+        "Builder",
+        "BuilderFlag.TF32",
+        "BuilderFlag.STRIP_PLAN",
+        "EngineInspector.get_engine_information",
+        "HardwareCompatibilityLevel.AMPERE_PLUS",
+        "IBuilderConfig.progress_monitor",
+        "IBuilderConfig.set_timing_cache",
+        "ITimingCache.serialize",
+        "ISerializationConfig.clear_flag",
+        "MemoryPoolType.WORKSPACE",
+        "OnnxParserRefitter.refit_from_file",
+        "ParserError.node_operator",
+        "Refitter.refit_cuda_engine",
+        "Runtime.deserialize_cuda_engine",
+    } <= USED
+    assert USED >= ONLY_IN_RTX | ONLY_IN_FULL_TENSORRT
+    assert len(USED) > 50
+
+
+def test_no_other_file_talks_to_the_bindings() -> None:
+    folder = Path(str(engine_from_onnx.__file__)).parent
+    speakers = {path.name for path in folder.glob("*.py") if "trt." in path.read_text(encoding="utf-8")}
+    assert speakers == {"engine_from_onnx.py", "gpu.py", "refit.py"}
+
+
+def test_every_name_is_in_tensorrt_for_rtx() -> None:
+    assert missing_in_module("tensorrt_rtx") == ONLY_IN_FULL_TENSORRT
+
+
+def test_every_name_is_in_the_tensorrt_that_is_installed() -> None:
+    assert missing_in_module("tensorrt") == ONLY_IN_RTX
+
+
+@pytest.mark.parametrize("release", ["10.12", "11.4"])
+def test_every_name_is_in_full_tensorrt(release: str) -> None:
+    kept = json.loads((LISTS / f"tensorrt-{release}.json").read_text(encoding="utf-8"))
+    assert kept["version"].startswith(f"{release}.")
+    classes: dict[str, list[str]] = kept["classes"]
+    assert missing_in(lambda kind, name: kind in classes and (not name or name in classes[kind])) == ONLY_IN_RTX
+
+
+def test_the_lists_hold_what_the_releases_differ_in() -> None:
+    """What TensorRT 11 removed is in the one list and not in the other: they are of the releases that they say."""
+    old, new = (json.loads((LISTS / f"tensorrt-{r}.json").read_text(encoding="utf-8"))["classes"] for r in ("10.12", "11.4"))
+    assert {"FP16", "INT8", "BF16", "FP8"} <= set(old["BuilderFlag"]) - set(new["BuilderFlag"])
+    assert "int8_calibrator" in set(old["IBuilderConfig"]) - set(new["IBuilderConfig"])
+    assert "EXPLICIT_BATCH" in set(old["NetworkDefinitionCreationFlag"]) - set(new["NetworkDefinitionCreationFlag"])
+
+
+def test_the_oldest_release_is_the_one_that_is_checked() -> None:
+    assert ".".join(map(str, engine_from_onnx.OLDEST_TENSORRT)) == "10.12"
+    assert importlib.import_module("swin_deploy.exporters.engine_spec").BACKENDS["tensorrt"][0] == "tensorrt"

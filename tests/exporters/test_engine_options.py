@@ -1,0 +1,294 @@
+"""Every option of an engine, asked of the real TensorRT for RTX compiler, and every refusal of one that it lacks."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from engine_graphs import attention, linear, silent
+
+trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the graphs of these tests")
+
+from swin_deploy.errors import EngineError, UsageError  # noqa: E402
+from swin_deploy.exporters.build import layers_file  # noqa: E402
+from swin_deploy.exporters.engine_from_onnx import engine_from_onnx  # noqa: E402
+from swin_deploy.exporters.engine_spec import RTX_LACKS, EngineSpec  # noqa: E402
+from swin_deploy.exporters.gpu import cuda_devices  # noqa: E402
+from swin_deploy.exporters.inspect import report_from_log, reports_by_profile  # noqa: E402
+from swin_deploy.specs import batch_from_text, bytes_from_text  # noqa: E402
+
+no_gpu = pytest.mark.skipif(bool(cuda_devices()), reason="this machine has a GPU: what is told where there is none")
+
+
+class Raw:
+    """The compiler itself, without this package: what it makes of a graph when one thing of its configuration is set."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def compile(self, model: onnx.ModelProto, setting: Any) -> bytes | None:
+        raw = self
+
+        class Logger(trt.ILogger):  # type: ignore[misc]
+            def log(self, severity: Any, message: str) -> None:
+                raw.said.append(f"{severity.name}: {message}")
+
+        logger = Logger()
+        builder = trt.Builder(logger)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, logger)
+        assert parser.parse(model.SerializeToString())
+        config = builder.create_builder_config()
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+        setting(config)
+        plan = builder.build_serialized_network(network, config)
+        return None if plan is None else bytes(plan)
+
+
+def in_a_fresh_process(function: Any) -> Any:
+    """What `function` returns in a process of its own: the compiler speaks to the first logger that a process gave it."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(function)
+
+
+def level(number: int) -> Any:
+    return lambda config: setattr(config, "builder_optimization_level", number)
+
+
+def test_the_compiler_makes_the_same_of_every_optimization_level() -> None:
+    """Why --optimization-level is refused. When this fails, a release has begun to heed it, and the refusal can go."""
+    plans = [Raw().compile(attention(1), level(number)) for number in (0, 3, 5)]
+    assert plans[0] is not None
+    assert plans[0] == plans[1] == plans[2]
+
+
+def test_the_compiler_does_nothing_with_a_timing_cache() -> None:
+    def setting(config: Any) -> None:
+        with pytest.warns(DeprecationWarning, match="Timing cache operations are no-ops in TensorRT-RTX"):
+            config.set_timing_cache(config.create_timing_cache(b""), False)
+
+    assert Raw().compile(attention(1), setting) is not None
+
+
+def _hardware_compatible() -> list[str]:
+    raw = Raw()
+    raw.compile(
+        attention(1),
+        lambda config: setattr(config, "hardware_compatibility_level", trt.HardwareCompatibilityLevel.AMPERE_PLUS),
+    )
+    return raw.said
+
+
+def _version_compatible() -> tuple[bytes | None, list[str]]:
+    raw = Raw()
+    return raw.compile(attention(1), lambda config: config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)), raw.said
+
+
+def _stripped() -> tuple[bytes | None, list[str]]:
+    raw = Raw()
+    return raw.compile(attention(1), lambda config: config.set_flag(trt.BuilderFlag.STRIP_PLAN)), raw.said
+
+
+def test_the_compiler_has_no_hardware_compatibility() -> None:
+    said = in_a_fresh_process(_hardware_compatible)
+    assert any("setHardwareCompatibilityLevel() is unsupported in TensorRT-RTX" in line for line in said)
+
+
+def test_the_compiler_has_no_lean_runtime() -> None:
+    plan, said = in_a_fresh_process(_version_compatible)
+    assert plan is None
+    assert any("libnvinfer_lean" in line for line in said)
+
+
+@no_gpu
+def test_the_compiler_strips_weights_only_on_a_gpu() -> None:
+    plan, said = in_a_fresh_process(_stripped)
+    assert plan is None
+    assert any("CUDA_SUCCESS" in line for line in said)
+
+
+OPTIONS: dict[str, Any] = {
+    "optimization_level": 5,
+    "timing_cache": Path("timings"),
+    "version_compatible": True,
+    "hardware_compatible": True,
+}
+
+
+@pytest.mark.parametrize("option", RTX_LACKS)
+def test_what_tensorrt_for_rtx_lacks_is_refused_with_the_reason(option: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        EngineSpec("tensorrt-rtx", "sm_89", **{option: OPTIONS[option]})
+    assert str(caught.value).startswith(f"TensorRT for RTX has no {RTX_LACKS[option]}. Leave the option out")
+    assert getattr(EngineSpec("tensorrt", "sm_89", **{option: OPTIONS[option]}), option) == OPTIONS[option]
+
+
+@no_gpu
+def test_stripping_without_a_gpu_is_refused() -> None:
+    with pytest.raises(EngineError, match="needs a GPU to compile engines without their weights"):
+        EngineSpec("tensorrt-rtx", "sm_89", strip_weights=True)
+    assert EngineSpec("tensorrt", "sm_89", strip_weights=True).options == {"strip_weights": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"workspace": 0}, "workspace of 0 bytes"),
+        ({"workspace": True}, "workspace of True"),
+        ({"optimization_level": 6}, "no optimization level 6.*0 to 5"),
+        ({"optimization_level": -1}, "no optimization level -1"),
+        ({"profiles": ()}, r"\(\) cannot be meant.*one or more"),
+        ({"profiles": ((1, 1, 1), (1, 1, 1))}, "each of them once"),
+        ({"profiles": ((1, 8, 1 << 31),)}, "too large"),
+        ({"profiles": (1, 4, 8)}, "A batch of 1 cannot be meant"),
+        ({"timing_cache": Path("no/such/folder/timings")}, "timings cannot be a file"),
+        ({"timing_cache": Path()}, "it is a folder"),
+    ],
+)
+def test_an_option_that_cannot_be_meant(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        EngineSpec("tensorrt", "sm_89", **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_sizes_in_words() -> None:
+    assert [bytes_from_text(text) for text in ("2GiB", "512mib", "1.5 GiB", "500MB", "4096")] == [
+        2 << 30,
+        512 << 20,
+        3 << 29,
+        500_000_000,
+        4096,
+    ]
+    for text in ("", "0", "GiB", "2 giga", "-1GiB", "1e9", "0.1"):
+        with pytest.raises(UsageError, match="no size of memory"):
+            bytes_from_text(text)
+    assert [batch_from_text(text) for text in ("8", "1:8:32")] == [(8, 8, 8), (1, 8, 32)]
+    for text in ("", "8:1", "a", "1:2:3:4", "-1", "1:8:"):
+        with pytest.raises(UsageError, match="MIN:OPT:MAX"):
+            batch_from_text(text)
+
+
+def test_no_two_specs_share_their_words() -> None:
+    specs = [
+        EngineSpec("tensorrt", "sm_89", profiles, workspace, optimization_level, None, version, hardware, stripped)
+        for profiles in (((1, 1, 1),), ((8, 8, 8),), ((1, 8, 32),), ((1, 1, 1), (1, 8, 32)), ((1, 8, 32), (1, 1, 1)))
+        for workspace in (None, 1, 1 << 30)
+        for optimization_level in (None, 0, 5)
+        for version in (False, True)
+        for hardware in (False, True)
+        for stripped in (False, True)
+    ]
+    assert len({spec.words for spec in specs}) == len(specs) == 360
+    many = [
+        EngineSpec("tensorrt", "sm_89", tuple((1, n, m) for n in range(1, 40)), strip_weights=s)
+        for m in (50, 51)
+        for s in (0, 1)
+    ]
+    assert len({spec.words for spec in many}) == 4
+    assert max(len(spec.words) for spec in (*specs, *many)) <= 110
+    assert all(re.fullmatch(r"[a-z0-9_-]*", spec.words) for spec in (*specs, *many))
+
+
+def test_the_workspace_is_a_limit() -> None:
+    """A fused attention needs some; the compiler says how much it asked for."""
+    assert engine_from_onnx(
+        attention().SerializeToString(), EngineSpec("tensorrt-rtx", "sm_89", workspace=1 << 30), silent
+    ).plan
+    with pytest.raises(
+        EngineError, match=r"could not compile the graph for sm_89: .*Requested size was \d+ bytes.*memory enough"
+    ):
+        engine_from_onnx(attention().SerializeToString(), EngineSpec("tensorrt-rtx", "sm_89", workspace=1024), silent)
+
+
+def test_every_batch_is_an_optimisation_profile_with_a_report_of_its_own() -> None:
+    profiles = ((1, 1, 1), (1, 4, 8), (2, 2, 2))
+    single = [
+        engine_from_onnx(attention().SerializeToString(), EngineSpec("tensorrt-rtx", "sm_89", (one,)), silent)
+        for one in profiles
+    ]
+    engine = engine_from_onnx(attention().SerializeToString(), EngineSpec("tensorrt-rtx", "sm_89", profiles), silent)
+    assert [report.kernels for report in engine.reports] == [one.report.kernels for one in single]
+    assert [report.bytes_moved for report in engine.reports] == [one.report.bytes_moved for one in single]
+    assert [report.fused_attention for report in engine.reports] == [1, 1, 1]
+    assert engine.report is engine.reports[0]
+    assert len(engine.plan) > max(len(one.plan) for one in single)
+
+
+def test_profiles_that_cannot_be_told_apart_leave_every_figure_unsaid() -> None:
+    line = "Name: {}, LayerType: kgen, Inputs: [], Outputs: [ {{ Name: z, Dimensions: [2], Datatype: Half }}], TacticName: t"
+    for names in (("a_myl0_0", "b"), ("a_myl0_0", "b_myl0_1"), ("a_myl0_0", "b_myl2_0")):
+        report = report_from_log([line.format(name) for name in names])
+        assert report.kernels == 2
+        first, second = reports_by_profile(report, 2)
+        assert (first.kernels, second.kernels, first.bytes_moved) == (None, None, None)
+        assert reports_by_profile(report, 1) == (report,)
+
+
+def test_a_profile_that_is_impossible_is_told_in_the_words_of_the_compiler() -> None:
+    most = (1 << 31) - 1
+    spec = EngineSpec("tensorrt-rtx", "sm_89", ((1_000_000, most, most),))
+    with pytest.raises(EngineError, match="kOPT values for profile 0 violate shape constraints: x: tensor volume exceeds"):
+        engine_from_onnx(linear().SerializeToString(), spec, silent)
+    two = EngineSpec("tensorrt-rtx", "sm_89", ((1, 1, 1), (4, 4, 4)))
+    with pytest.raises(UsageError, match=r"fixed batch of 4.*\(1, 1, 1\), \(4, 4, 4\)"):
+        engine_from_onnx(linear(4).SerializeToString(), two, silent)
+
+
+def test_the_progress_of_two_profiles_is_told() -> None:
+    steps: list[tuple[str, int, int]] = []
+    spec = EngineSpec("tensorrt-rtx", "sm_89", ((1, 1, 1), (1, 4, 8)))
+    engine_from_onnx(linear().SerializeToString(), spec, silent, lambda *step: steps.append(step))
+    assert {"Building engine", "Optimizing graph"} <= {phase for phase, _, _ in steps}
+    assert all(0 <= step <= count for _, step, count in steps)
+
+
+def test_a_thread_that_waits_finds_what_the_first_one_compiled(tmp_path: Path) -> None:
+    """Two builds of one engine in one process; tests/cli has those of two processes."""
+    from cli.exported import copied
+
+    import swin_deploy
+
+    path, said, built = copied(2, tmp_path / "b"), [], []
+
+    def build() -> None:
+        built.extend(swin_deploy.build_engine(path, gpus=["sm_89"], say=said.append))
+
+    threads = [threading.Thread(target=build) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(one.reused for one in built) == [False, True, True]
+    assert len({one.entry["sha256"] for one in built}) == 1
+    assert sum(line.startswith("Compiling") for line in said) == 1
+
+
+def test_the_layers_are_kept_beside_the_engine(tmp_path: Path) -> None:
+    from cli.exported import copied
+
+    import swin_deploy
+    from swin_deploy.bundle import Bundle
+
+    path = copied(1, tmp_path / "b")
+    [built] = swin_deploy.build_engine(path, gpus=["sm_89"], batches=[(1, 1, 1), (1, 4, 8)], workspace=1 << 30)
+    assert built.file == f"engines/fp16-b1-b1_4_8-workspace1073741824-sm_89-tensorrt-rtx-{trt.__version__}.engine"
+    assert built.entry["options"] == {"workspace": 1 << 30}
+    kept = json.loads(Bundle.open(path).verified_path(layers_file(built.file)).read_text())
+    for profile, figures in zip(kept["profiles"], built.entry["profiles"], strict=True):
+        assert "layers" not in figures
+        assert {**figures, "layers": profile["layers"]} == profile
+        assert (
+            sum(bool(layer["outputs"]) and layer["kind"] != "shape_call" for layer in profile["layers"])
+            >= figures["kernels"]
+            > 0
+        )
+    assert [profile["batch"] for profile in kept["profiles"]] == [[1, 1, 1], [1, 4, 8]]
+    [other] = swin_deploy.build_engine(path, gpus=["sm_89"])
+    assert (other.file, other.reused) == (f"engines/fp16-sm_89-tensorrt-rtx-{trt.__version__}.engine", False)

@@ -1,0 +1,252 @@
+"""What graphs and engines are said to cost, checked against torch's own counter, the compiler, and sums by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from engine_graphs import SM89, attention, graph, linear, silent
+from onnx import TensorProto, helper, numpy_helper
+from torch.utils.flop_counter import FlopCounterMode
+
+from swin_deploy.errors import UsageError
+from swin_deploy.exporters.cost import cost_from_onnx, cost_of_model
+from swin_deploy.exporters.inspect import ROLES, EngineLayer, EngineTensor
+from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
+from swin_deploy.exporters.roofline import GPUS, LAUNCH, find_gpu, roofline
+from swin_deploy.exporters.weights import embed_weights
+from swin_deploy.models.checkpoints import random_checkpoint
+from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.tasks import TaskSpec
+from swin_deploy.variants import find_variant
+
+
+@pytest.mark.parametrize("variant", ["swin-tiny", "swinv2-tiny"])
+def test_operations_are_those_that_torch_counts(variant: str) -> None:
+    """torch counts while the network runs; here they are read from the exported graph. Not one may be missing."""
+    config, task = find_variant(variant).config(), TaskSpec()
+    network = SwinNetwork(config, config.image_size, random_checkpoint(config, task).tensors, task).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 3, *config.image_size))
+    traced = onnx_from_torch(network, config.image_size)
+    embed_weights(traced.model, traced.weights)
+    cost = cost_of_model(traced.model)
+    assert cost.flops == {"float": counter.get_total_flops()}
+    assert cost.parameters == pytest.approx(28.3e6, rel=0.04)  # the published count, and the tables that the export folded
+    assert cost.parameter_bytes == 4 * cost.parameters
+    assert sum(cost.nodes.values()) == len(traced.model.graph.node)
+
+
+def conv() -> onnx.ModelProto:
+    weights = np.zeros((8, 2, 3, 5))
+    node = helper.make_node("Conv", ["x", "w"], ["y"], group=2, pads=[1, 2, 1, 2])
+    return graph([node], {"x": ["batch", 4, 10, 12]}, {"y": ["batch", 8, 10, 12]}, w=weights)
+
+
+def gemm() -> onnx.ModelProto:
+    node = helper.make_node("Gemm", ["x", "w"], ["y"], transA=1, transB=1)
+    return graph([node], {"x": [6, 10]}, {"y": [10, 7]}, w=np.zeros((7, 6)))
+
+
+@pytest.mark.parametrize(
+    ("model", "operations"),
+    [
+        (linear(), 2 * 64 * 64 * 64),
+        (attention(), 2 * 2 * 3 * 64 * 64 * 32),
+        (conv(), 2 * 8 * 10 * 12 * (2 * 3 * 5)),
+        (gemm(), 2 * 10 * 7 * 6),
+    ],
+    ids=["MatMul", "attention", "Conv in groups", "transposed Gemm"],
+)
+def test_operations_by_hand(model: onnx.ModelProto, operations: int) -> None:
+    assert cost_of_model(model).flops == {"float16": operations}
+
+
+def test_a_free_batch_is_set() -> None:
+    assert cost_of_model(linear(), 8).flops == {"float16": 8 * 2 * 64 * 64 * 64}
+    assert cost_of_model(linear(), 8).batch == 8
+    assert cost_of_model(linear(4), 8).flops == {"float16": 4 * 2 * 64 * 64 * 64}  # this one is not free
+
+
+def test_a_product_of_quantised_values_is_counted_as_one() -> None:
+    nodes = [
+        helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xf"]),
+        helper.make_node("DequantizeLinear", ["wq", "s", "z"], ["wf"]),
+        helper.make_node("MatMul", ["xf", "wf"], ["y"]),
+    ]
+    tables = [
+        numpy_helper.from_array(np.zeros((16, 32), np.int8), "wq"),
+        numpy_helper.from_array(np.float32(1), "s"),
+        numpy_helper.from_array(np.int8(0), "z"),
+    ]
+    inputs = [helper.make_tensor_value_info("xq", TensorProto.INT8, ["batch", 16])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 32])]
+    model = helper.make_model(
+        helper.make_graph(nodes, "quantised", inputs, outputs, tables), opset_imports=[helper.make_opsetid("", 17)]
+    )
+    cost = cost_of_model(model)
+    assert cost.flops == {"int8": 2 * 16 * 32}
+    assert (cost.parameters, cost.parameter_bytes) == (16 * 32 + 2, 16 * 32 + 1 + 4)
+
+
+def test_shapes_that_the_graph_computes_are_folded_and_what_cannot_be_counted_is_not_guessed() -> None:
+    rows = numpy_helper.from_array(np.array([-1], np.int64), "minus")
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Gather", ["shape", "zero"], ["first"]),
+        helper.make_node("Unsqueeze", ["first", "zeros"], ["one"]),
+        helper.make_node("Concat", ["one", "minus"], ["wanted"], axis=0),
+        helper.make_node("Reshape", ["x", "wanted"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "w"], ["y"]),
+    ]
+    model = graph(nodes, {"x": ["batch", 4, 16]}, {"y": ["batch", 8]}, w=np.zeros((64, 8)))
+    model.graph.initializer.extend(
+        [rows, numpy_helper.from_array(np.int64(0), "zero"), numpy_helper.from_array(np.array([0], np.int64), "zeros")]
+    )
+    assert cost_of_model(model, 2).flops == {"float16": 2 * 2 * 64 * 8}
+    whole = graph(
+        [helper.make_node("Einsum", ["x", "w"], ["y"], equation="bi,io->bo")], {"x": [1, 4]}, {"y": [1, 4]}, w=np.eye(4)
+    )
+    assert (cost_of_model(whole).flops, cost_of_model(whole).total_flops) == (None, None)
+    free = graph([helper.make_node("MatMul", ["x", "x"], ["y"])], {"x": [1, "n", "n"]}, {"y": [1, "n", "n"]})
+    assert cost_of_model(free).flops is None
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph", json.dumps({}).encode()])
+def test_a_file_that_is_no_graph(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.onnx").write_bytes(content)
+    with pytest.raises(UsageError, match=r"x\.onnx is no ONNX graph"):
+        cost_from_onnx(tmp_path / "x.onnx")
+
+
+def layer(name: str, kind: str = "kgen", tactic: str = "") -> EngineLayer:
+    tensor = EngineTensor("t", (2, 4), "Half")
+    return EngineLayer(name, kind, (tensor,), (tensor,), (), tactic)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "role"),
+    [
+        ("_gemm_mha_v2_myl0_3", "kgen", "attention"),
+        ("__myl_FcAddAdd_myl0_7", "runtime_fusion", "product"),
+        ("stages.0/MatMul_myl0_7", "gemm", "product"),
+        ("embeddings/Conv_myl0_1", "correlation", "product"),
+        ("__myl_ReshTranSlicReshMove_myl0_4", "kgen", "move"),
+        ("__myl_CastConc_myl0_0", "kgen", "move"),
+        ("Reformatting CopyNode for Input", "Reformat", "move"),
+        ("__myl_AddReshTranReshMove_myl0_9", "kgen", "other"),
+        ("__myl_ReshTranReshGathReshCastMeanSub_myl0_5", "kgen", "other"),
+        ("softmax", "SoftMax", "other"),
+    ],
+)
+def test_what_a_kernel_is_for(name: str, kind: str, role: str) -> None:
+    assert layer(name, kind).role == role
+
+
+def test_the_parts_of_an_engine_are_its_whole() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the graphs of these tests")
+    from swin_deploy.exporters.engine_from_onnx import engine_from_onnx
+
+    report = engine_from_onnx(attention(blocks=2).SerializeToString(), SM89, silent).report
+    figures = report.to_dict()
+    assert set(report.roles) == set(ROLES)
+    assert sum(role["kernels"] or 0 for role in report.roles.values()) == report.kernels
+    moved = sum((role["bytes_read"] or 0) + (role["bytes_written"] or 0) for role in report.roles.values())
+    assert moved == report.bytes_moved
+    assert report.roles["attention"]["kernels"] == report.fused_attention == 2
+    assert [entry["role"] for entry in figures["layers"]].count("attention") == 2
+
+
+def test_the_roofline_is_the_larger_of_two_and_the_launches() -> None:
+    gpu = find_gpu("rtx-4090")
+    assert gpu is find_gpu("SM_89")
+    bound = roofline(gpu, 100, 1_008_000, {"float16": 1})
+    assert bound is not None
+    assert bound.memory == pytest.approx(1e-6)
+    assert bound.seconds == pytest.approx(1e-6 + 100 * LAUNCH)
+    bound = roofline(gpu, 0, 0, {"float16": 330_300_000_000, "float": 82_600_000_000})
+    assert bound is not None
+    assert bound.seconds == bound.compute == pytest.approx(2e-3)
+    assert roofline(gpu, None, 1, {}) is roofline(gpu, 1, None, {}) is roofline(gpu, 1, 1, None) is None
+    assert roofline(find_gpu("t4"), 1, 1, {"float8e4m3fn": 1}) is None  # it has no such arithmetic
+    assert roofline(gpu, 1, 1, {"complex64": 1}) is None
+    with pytest.raises(UsageError, match=r"'rtx4090' are not known here.*rtx-4090 \(sm_89\)"):
+        find_gpu("rtx4090")
+
+
+def test_the_published_figures_are_plausible() -> None:
+    """A slip of a digit or a unit: each tensor-core peak is a small multiple of the next, and every row says its source."""
+    assert len({gpu.name for gpu in GPUS}) == len(GPUS)
+    for gpu in GPUS:
+        assert 3e11 <= gpu.bandwidth <= 1e13
+        assert 3 <= gpu.fp16 / gpu.fp32 <= 20
+        assert gpu.int8 / gpu.fp16 == pytest.approx(2, rel=0.01)
+        assert gpu.fp8 in (0, gpu.int8)
+        assert gpu.source.startswith("NVIDIA ")
+
+
+@pytest.fixture(scope="module")
+def inspected(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engines of these tests")
+    from cli.exported import copied
+
+    import swin_deploy
+
+    path = copied(2, tmp_path_factory.mktemp("inspected") / "b")
+    swin_deploy.build_engine(path, gpus=["sm_89", "sm_86"], batches=[(2, 2, 2), (1, 4, 8)])
+    swin_deploy.build_engine(path, precision="fp32", gpus=["sm_89"])
+    return swin_deploy.inspect(path)
+
+
+def test_a_bundle_is_described_without_a_compiler(inspected: Any) -> None:
+    assert list(inspected.graphs) == ["onnx/model.onnx", "onnx/model_fp16.onnx"]
+    fp32, fp16 = inspected.graphs.values()
+    assert fp32.flops["float"] == fp16.flops["float16"]
+    assert [(cost.precision, cost.gpu, cost.batch) for cost in inspected.engines] == [
+        ("fp16", "sm_89", (2, 2, 2)),
+        ("fp16", "sm_89", (1, 4, 8)),
+        ("fp16", "sm_86", (2, 2, 2)),
+        ("fp16", "sm_86", (1, 4, 8)),
+        ("fp32", "sm_89", (1, 1, 1)),
+    ]
+    two, free, ampere, _, single = inspected.engines
+    assert two.roofline.gpu == "rtx-4090"
+    assert ampere.roofline.gpu == "rtx-3090"
+    assert two.roofline.compute == pytest.approx(2 * fp16.flops["float16"] / 330.3e12)
+    assert single.roofline.compute == pytest.approx(fp32.flops["float"] / 82.6e12)
+    assert two.bytes_of("read") + two.bytes_of("written") == two.figures["bytes_moved"]
+    assert (free.roofline, free.bytes_of("read")) == (None, None)
+    assert free.figures["kernels"] > 0
+    assert len(two.figures["layers"]) >= two.figures["kernels"]
+    assert json.loads(json.dumps(inspected.to_dict()))["engines"][0]["batch"] == [2, 2, 2]
+
+
+def test_another_gpu_than_the_engines_own_has_no_roofline(inspected: Any) -> None:
+    import swin_deploy
+
+    described = swin_deploy.inspect(inspected.path, gpu="l4").engines
+    assert [cost.roofline and cost.roofline.gpu for cost in described] == ["l4", None, None, None, "l4"]
+
+
+def test_a_drawing_is_to_scale(inspected: Any) -> None:
+    from swin_deploy.exporters.plot import svg_from_engines
+
+    known = [(f"<{number}>", cost) for number, cost in enumerate(inspected.engines) if cost.roofline is not None]
+    for engines, unit in ((known, "Bytes moved"), ([("all", cost) for cost in inspected.engines], "Kernels")):
+        root = ET.fromstring(svg_from_engines(engines))
+        tag = "{http://www.w3.org/2000/svg}"
+        assert any(text.text == f"{unit} by what they are for" for text in root.iter(f"{tag}text"))
+        bars = [rect for rect in root.iter(f"{tag}rect") if rect.find(f"{tag}title") is not None]
+        assert len(bars) == len(ROLES) * len(engines)
+        widths = [sum(float(bar.attrib["width"]) for bar in bars[start : start + 4]) for start in range(0, len(bars), 4)]
+        amounts = [cost.figures["bytes_moved" if unit == "Bytes moved" else "kernels"] for _, cost in engines]
+        assert max(widths) == pytest.approx(860, abs=1)
+        assert [width / max(widths) for width in widths] == pytest.approx([a / max(amounts) for a in amounts], abs=2e-3)
+        assert math.isfinite(float(root.attrib["height"]))
