@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
 from pathlib import Path
 
-from swin_deploy.errors import UsageError
+from swin_deploy.errors import MissingKernelError, UsageError
 
 from .base import Runtime
 
@@ -19,3 +20,19 @@ def runtime_from_onnx(path: Path, backend: str = "onnxruntime", threads: int = 0
     module, name = BACKENDS[backend]
     loaded: Runtime = getattr(importlib.import_module(f".{module}", __package__), name)(path, threads)
     return loaded
+
+
+def runtime_to_check(path: Path, backend: str = "onnxruntime") -> Runtime:
+    """As runtime_from_onnx, for comparing answers only: types that the back end has no kernels for are emulated.
+
+    The runtime's title says so where it was done.
+    """
+    try:
+        return runtime_from_onnx(path, backend)
+    except MissingKernelError:
+        from .emulate import emulated_file
+
+        with tempfile.TemporaryDirectory() as folder:
+            runtime = runtime_from_onnx(emulated_file(path, Path(folder)), backend)
+    runtime.title += ", types emulated"
+    return runtime

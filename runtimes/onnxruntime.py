@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from swin_deploy.errors import BackendError
+from swin_deploy.errors import BackendError, MissingKernelError
 from swin_deploy.requires import require
 from swin_deploy.specs import TensorSpec
 
@@ -17,7 +17,7 @@ _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uin
 class OnnxRuntime(Runtime):
     """The ONNX model in the file `path`. `threads` is for the whole session; 0 lets ONNX Runtime choose.
 
-    Raises BackendError when ONNX Runtime does not take the model.
+    Raises BackendError when ONNX Runtime does not take the model, MissingKernelError when only its types are the reason.
     """
 
     def __init__(self, path: Path, threads: int = 0) -> None:
@@ -28,6 +28,11 @@ class OnnxRuntime(Runtime):
         try:
             self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
+            if "NOT_IMPLEMENTED" in str(error):
+                raise MissingKernelError(
+                    f"ONNX Runtime {ort.__version__} has no CPU kernel for a type in {path.name} ({_sentence(error)}). Use the "
+                    f"back end openvino, or another precision."
+                ) from error
             raise BackendError(f"ONNX Runtime {ort.__version__} cannot load {path}: {_sentence(error)}") from error
         super().__init__(
             f"onnxruntime {ort.__version__}", _specs(self._session.get_inputs()), _specs(self._session.get_outputs())

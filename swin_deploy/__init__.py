@@ -78,7 +78,7 @@ def export(
     """
     from swin_deploy.exporters.export import bundle_from_checkpoint
     from swin_deploy.exporters.source import checkpoint_from_request
-    from swin_deploy.runtimes.backends import runtime_from_onnx
+    from swin_deploy.runtimes.backends import runtime_to_check
     from swin_deploy.tasks import TaskSpec
 
     spec = TaskSpec(task) if isinstance(task, str) else task
@@ -101,7 +101,7 @@ def export(
         task=spec,
         image_sizes=image_sizes,
         replace=force,
-        open_graph=runtime_from_onnx,
+        open_graph=runtime_to_check,
         say=say,
     )
 
@@ -136,7 +136,7 @@ def build_engine(
     from swin_deploy.bundle import Bundle, newest_bundle
     from swin_deploy.exporters.build import build_engines
     from swin_deploy.exporters.engine_spec import EngineSpec
-    from swin_deploy.runtimes.backends import runtime_from_onnx
+    from swin_deploy.runtimes.backends import runtime_to_check
 
     def spec_for(backend: str, gpu: str) -> EngineSpec:
         return EngineSpec(
@@ -159,7 +159,7 @@ def build_engine(
         gpus=gpus,
         spec_for=spec_for,
         force=force,
-        open_graph=runtime_from_onnx,
+        open_graph=runtime_to_check,
         say=say,
         log=log or (lambda severity, message: None),
         progress=progress,
@@ -210,6 +210,6 @@ def verify(bundle: str | os.PathLike[str], *, backend: str = "onnxruntime") -> t
 
     from swin_deploy.bundle import Bundle
     from swin_deploy.reference import verify_bundle
-    from swin_deploy.runtimes.backends import runtime_from_onnx
+    from swin_deploy.runtimes.backends import runtime_to_check
 
-    return verify_bundle(Bundle.open(bundle), partial(runtime_from_onnx, backend=backend))
+    return verify_bundle(Bundle.open(bundle), partial(runtime_to_check, backend=backend))

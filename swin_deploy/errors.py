@@ -61,6 +61,10 @@ class BackendError(SwinDeployError):
     """A back end failed while loading or running a model; its own error is the cause."""
 
 
+class MissingKernelError(BackendError):
+    """The back end has no kernel for an operator in the type that the graph gives it."""
+
+
 class VerificationError(SwinDeployError):
     """A model that runs, and whose answers are not those of PyTorch."""
 
