@@ -76,8 +76,13 @@ class EngineLayer:
 
     @property
     def is_kernel(self) -> bool:
-        """Whether the layer launches work on the GPU: it writes something, and is no event or host arithmetic."""
-        return bool(self.outputs) and self.kind.lower() not in _NOT_KERNELS
+        """Whether the layer launches work on the GPU: it writes something, and is no event or host arithmetic.
+
+        Single 64-bit integers are host arithmetic as well: where the batch is free, the places of query, key and value in
+        one tensor, which the compiler keeps in what it names host variables ("hvar").
+        """
+        numbers = all(tensor.datatype == "Int64" and tensor.dims == (1,) for tensor in self.outputs)
+        return not numbers and self.kind.lower() not in _NOT_KERNELS
 
     @property
     def role(self) -> str:

@@ -30,7 +30,7 @@ OPSET = 20  # the first with Gelu as one operator; every runtime since 2024 read
 # fmt: off
 OPERATORS = frozenset({
     "Add", "Clip", "Conv", "Div", "Gather", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Mul", "ReduceL2", "ReduceMean",
-    "Reshape", "Slice", "Softmax", "Transpose", "Unsqueeze", "Where",
+    "Reshape", "Slice", "Softmax", "Split", "Transpose", "Unsqueeze", "Where",
     # of activations other than GELU
     "Erf", "Greater", "HardSwish", "LeakyRelu", "Max", "Min", "Mish", "Pow", "Relu", "Sigmoid", "Softplus", "Sqrt", "Sub",
     "Tanh",

@@ -1,8 +1,8 @@
 """A fp32 graph -> the same graph in fp16 types, for compilers that take precision from the graph (TensorRT 10, 11, RTX).
 
 Input and output stay float32, so that whoever feeds the fp32 graph feeds this one. The cosine attention of Swin V2 keeps
-an island of fp32: it divides by the norm of a query or key, which for a padding token is 0 clamped to 1e-12, and 1e-12 is 0
-in fp16 (0/0; Hugging Face's half-precision Swin V2 is all NaN there).
+an island of fp32: it divides by the lengths of queries and keys, which for a padding token are 0, and no floor that fp16 can
+hold is below the lengths that occur (0/0; Hugging Face's half-precision Swin V2 is all NaN there).
 """
 
 from __future__ import annotations
@@ -17,46 +17,37 @@ from swin_deploy.errors import ExportError
 from swin_deploy.requires import require
 from swin_deploy.tasks import TaskSpec
 
-from .passes.base import Graph, Pass, PassRecord, run_passes
+from .passes import ENGINE_PASSES, run_passes
+from .passes.base import Graph, Pass, PassRecord
+from .passes.cosine_after_product import islands
 
 if TYPE_CHECKING:
     import onnx
-
-# The cosine normalisation, as a chain: norm, its floor, scale / norm, and the product with the vector.
-COSINE = ("ReduceL2", "Clip", "Div", "Mul")
 
 
 def fp16_from_fp32(
     model: onnx.ModelProto, config: SwinConfig, task: TaskSpec
 ) -> tuple[onnx.ModelProto, tuple[PassRecord, ...]]:
-    """The typed fp16 graph, and the record of the rewrite. Raises ExportError where a weight does not fit into fp16."""
+    """The typed fp16 graph, in the form that GPU compilers like, and the record of the rewrites.
+
+    Raises ExportError where a weight does not fit into fp16.
+    """
     gs = require("onnx_graphsurgeon", "write the fp16 graph")
     graph = gs.import_onnx(model)
-    records = run_passes(graph, config, (fp16_types(task),))
+    records = run_passes(graph, config, (*ENGINE_PASSES, fp16_types(task)))
     return gs.export_onnx(graph), records
 
 
 def fp16_types(task: TaskSpec) -> Pass:
     """The pass; it inserts a Cast wherever a value crosses between fp32 and fp16.
 
-    There is one behind the image, one before each output, and one on either side of each island.
+    There is one behind the image, one before each output, and three at each island: vectors in, products in, cosines out.
     """
     return Pass(
         "fp16_types",
-        lambda graph: assign_types(graph, wide=cosine_islands(graph), narrow=np.dtype(np.float16)),
-        lambda config: 1 + len(task.output_names(config)) + (2 * config.blocks if config.version == 2 else 0),
+        lambda graph: assign_types(graph, wide=islands(graph), narrow=np.dtype(np.float16)),
+        lambda config: 1 + len(task.output_names(config)) + (3 * config.blocks if config.version == 2 else 0),
     )
-
-
-def cosine_islands(graph: Graph) -> Set[str]:
-    """The names of the nodes that normalise queries and keys."""
-    names: set[str] = set()
-    for norm in graph.nodes:
-        if norm.op == COSINE[0]:
-            chain = [norm, norm.o(), norm.o().o(), norm.o().o().o()]
-            if tuple(node.op for node in chain) == COSINE:
-                names.update(node.name for node in chain)
-    return names
 
 
 def assign_types(graph: Graph, wide: Set[str], narrow: np.dtype[Any]) -> int:

@@ -2,8 +2,8 @@
 
 Everything that does not depend on the image is folded when the network is made: position bias (V2's MLP and 16 * sigmoid
 included), shift masks, the softmax scale of V1, exp(clamp(logit_scale)) of V2, and every token position. Tokens travel as
-[batch * tokens, channels], in the window order of the block at hand (windows.py), so that a linear layer is one Gemm.
-The batch is the only free axis.
+[tokens * batch, channels], in the window order of the block at hand (windows.py), so that a linear layer is one Gemm; the
+batch, the only free axis, is inside, so that the windows of all images are one axis of equal steps (docs/engines.md).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class LayerNorm(nn.Module):
 
 
 class Reorder(nn.Module):
-    """Tokens [batch * source, channels] -> [batch * target, channels], fetched by a constant index."""
+    """Tokens [source * batch, channels] -> [target * batch, channels], fetched by a constant index."""
 
     index: Tensor
 
@@ -66,11 +66,11 @@ class Reorder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         channels = x.shape[-1]
-        return x.reshape(-1, self.tokens, channels).index_select(1, self.index).reshape(-1, channels)
+        return x.reshape(self.tokens, -1, channels).index_select(0, self.index).reshape(-1, channels)
 
 
 class Attention(nn.Module):
-    """Window attention over tokens [batch * windows * tokens, channels], with the position bias as a constant.
+    """Window attention over tokens [tokens * windows * batch, channels], with the position bias as a constant.
 
     Returns the tokens, and the probabilities [batch * windows, heads, tokens, tokens].
     """
@@ -91,21 +91,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         channels = x.shape[-1]
-        split = self.qkv(x).reshape(-1, self.windows, self.tokens, 3, self.heads, self.head_width)
-        # One transpose brings q, k and v to [3, batch, windows, heads, tokens, head width]; three would be three copies.
-        split = split.permute(3, 0, 1, 4, 2, 5)
-        if self.scale is None:
-            query, key, value = split.unbind(0)
-        else:
-            query_key, value = split[:2], split[2]
-            norm = torch.linalg.vector_norm(query_key, dim=-1, keepdim=True).clamp_min(1e-12)
-            query, key = (query_key * (self.scale / norm)).unbind(0)
+        query, key, value = (
+            part.reshape(self.tokens, self.windows, -1, self.heads, self.head_width).permute(1, 2, 3, 0, 4)
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
+        if self.scale is not None:
+            query, key = _unit(query) * self.scale, _unit(key)
         scores = query @ key.transpose(-1, -2) + self.bias
         if self.mask is not None:
             scores = scores + self.mask
         probabilities = torch.softmax(scores, dim=-1)
-        context = (probabilities @ value).permute(0, 1, 3, 2, 4).reshape(-1, channels)
-        return self.proj(context), probabilities.reshape(-1, self.heads, self.tokens, self.tokens)
+        context = (probabilities @ value).permute(3, 0, 1, 2, 4).reshape(-1, channels)
+        return self.proj(context), probabilities.transpose(0, 1).reshape(-1, self.heads, self.tokens, self.tokens)
 
 
 class Block(nn.Module):
@@ -157,8 +154,11 @@ class PatchMerging(nn.Module):
 
     edge_keep: Tensor | None
 
-    def __init__(self, config: SwinConfig, tensors: Tensors, neighbours: Reorder | None, keep: Tensor | None) -> None:
+    def __init__(
+        self, config: SwinConfig, tokens: int, tensors: Tensors, neighbours: Reorder | None, keep: Tensor | None
+    ) -> None:
         super().__init__()
+        self.tokens = tokens
         self.version = config.version
         self.neighbours = neighbours
         self.norm = LayerNorm(tensors, "norm", DEFAULT_EPS)
@@ -171,7 +171,7 @@ class PatchMerging(nn.Module):
             x = self.neighbours(x)
         if self.edge_keep is not None:
             x = scale_tokens(x, self.edge_keep)
-        x = x.reshape(-1, 4 * channels)
+        x = x.reshape(self.tokens, 4, -1, channels).transpose(1, 2).reshape(-1, 4 * channels)
         order = (self.norm, self.reduction) if self.version == 1 else (self.reduction, self.norm)
         for step in order:
             x = step(x)
@@ -188,6 +188,12 @@ def _fused_qkv(config: SwinConfig, head_width: int, tensors: Tensors) -> Linear:
         weights.append(weight * factor)
         biases.append(torch.zeros(len(weight)) if bias is None else bias * factor)
     return Linear(torch.cat(weights), torch.cat(biases) if config.qkv_bias else None)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x [..., head width], every vector divided by its length; zero stays zero."""
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length.clamp_min(1e-12)
 
 
 def _position_bias(config: SwinConfig, stage: int, tensors: Tensors) -> Tensor:
@@ -211,15 +217,14 @@ def _position_bias(config: SwinConfig, stage: int, tensors: Tensors) -> Tensor:
 
 
 def _cosine_scale(tensors: Tensors) -> Tensor:
-    """[2, 1, 1, heads, 1, 1]: what unit queries (exp of the clamped logit scale) and unit keys (1) are multiplied by."""
-    scale = tensors["attention.self.logit_scale"].clamp(max=math.log(100)).exp()
-    return torch.stack([scale, torch.ones_like(scale)]).reshape(2, 1, 1, -1, 1, 1)
+    """[heads, 1, 1]: what the cosines are multiplied by."""
+    return tensors["attention.self.logit_scale"].clamp(max=math.log(100)).exp().reshape(-1, 1, 1)
 
 
 def shift_mask(config: SwinConfig, grid: WindowGrid) -> Tensor | None:
-    """[1, windows, 1, tokens, tokens]. transformers adds V2's mask of -100 twice, and so its -200 is what it computes."""
+    """[windows, 1, 1, tokens, tokens]. transformers adds V2's mask of -100 twice, and so its -200 is what it computes."""
     mask = tensor(grid.mask(-200.0 if config.version == 2 and config.semantics == "hf" else -100.0))
-    return None if mask is None else mask[None, :, None]
+    return None if mask is None else mask[:, None, None]
 
 
 def reorder(source: windows.Index, target: windows.Index) -> Reorder | None:
@@ -228,8 +233,8 @@ def reorder(source: windows.Index, target: windows.Index) -> Reorder | None:
 
 
 def scale_tokens(x: Tensor, keep: Tensor) -> Tensor:
-    """x [batch * tokens, channels] times keep [tokens, 1], which is 1 for real tokens and 0 for padding."""
-    tokens = x.reshape(-1, keep.shape[0], x.shape[-1])
+    """x [tokens * batch, channels] times keep [tokens, 1, 1], which is 1 for real tokens and 0 for padding."""
+    tokens = x.reshape(keep.shape[0], -1, x.shape[-1])
     return (tokens * keep).reshape(-1, x.shape[-1])
 
 

@@ -28,7 +28,7 @@ from swin_deploy.tasks import TaskSpec
 
 
 class PatchEmbedding(nn.Module):
-    """Pixels [batch, channels, height, width] -> row-major tokens [batch * patches, embed_dim].
+    """Pixels [batch, channels, height, width] -> row-major tokens [patches * batch, embed_dim].
 
     A mask [batch, patches] (bool, true = hidden) puts the mask token in place of the patches it marks.
     """
@@ -43,7 +43,8 @@ class PatchEmbedding(nn.Module):
         self.bias = nn.Parameter(tensors["embeddings.patch_embeddings.projection.bias"], requires_grad=False)
         self.norm = LayerNorm(tensors, "embeddings.norm", DEFAULT_EPS) if config.patch_norm else nn.Identity()
         self.missing = tuple(max(g * p - s, 0) for g, p, s in zip(self.grid, self.patch, image_size, strict=True))
-        self.register_buffer("position", position_embeddings(config, self.grid, tensors))
+        position = position_embeddings(config, self.grid, tensors)
+        self.register_buffer("position", None if position is None else position.transpose(0, 1))
         self.register_buffer("mask_token", tensors["embeddings.mask_token"] if masked else None)
 
     def forward(self, pixel_values: Tensor, mask: Tensor | None) -> Tensor:
@@ -51,9 +52,9 @@ class PatchEmbedding(nn.Module):
         if any(self.missing):
             pixel_values = F.pad(pixel_values, (0, self.missing[1], 0, self.missing[0]))
         x = F.conv2d(pixel_values, self.weight, self.bias, stride=self.patch)
-        x = self.norm(x.flatten(2).transpose(1, 2))
+        x = self.norm(x.flatten(2).permute(2, 0, 1))
         if mask is not None and self.mask_token is not None:
-            x = torch.where(mask.unsqueeze(-1), self.mask_token, x)
+            x = torch.where(mask.transpose(0, 1).unsqueeze(-1), self.mask_token, x)
         if self.position is not None:
             x = x + self.position
         return x.reshape(-1, x.shape[-1])
@@ -87,7 +88,7 @@ class Stage(nn.Module):
 
 
 class RowMajor(nn.Module):
-    """Tokens in window order -> [batch, height * width, channels] row by row, without padding."""
+    """Tokens [tokens * batch, channels] in window order -> [batch, height * width, channels] row by row, without padding."""
 
     def __init__(self, order: windows.Index, height: int, width: int) -> None:
         super().__init__()
@@ -97,7 +98,7 @@ class RowMajor(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.reorder is not None:
             x = self.reorder(x)
-        return x.reshape(-1, self.height * self.width, x.shape[-1])
+        return x.reshape(self.height * self.width, -1, x.shape[-1]).transpose(0, 1)
 
     def as_map(self, x: Tensor) -> Tensor:
         """[batch, height * width, channels] -> [batch, channels, height, width]."""
@@ -178,9 +179,9 @@ class SwinNetwork(nn.Module):
         if self.task.name == "masked-image-modeling":
             outputs["reconstruction"] = self._reconstruct(rows(x), rows)
             return
-        tokens = rows(x) if self.tokens is None else x.reshape(-1, self.tokens, x.shape[-1])
         if self.task.name == "image-classification":
-            outputs["logits"] = self.classifier(tokens.mean(1))
+            pooled = rows(x).mean(1) if self.tokens is None else x.reshape(self.tokens, -1, x.shape[-1]).mean(0)
+            outputs["logits"] = self.classifier(pooled)
             return
         outputs["last_hidden_state"] = rows(x)
         outputs["pooler_output"] = outputs["last_hidden_state"].mean(1)
@@ -218,7 +219,7 @@ def _merge(
     beyond_edge = (neighbours == windows.PAD).any(axis=1) & (target != windows.PAD)
     keep = windows.keep(neighbours.reshape(-1)) if beyond_edge.any() else None
     parts = Inside(tensors, f"encoder.layers.{number}.downsample.")
-    return PatchMerging(config, parts, reorder(order, neighbours.reshape(-1)), tensor(keep)), target
+    return PatchMerging(config, len(target), parts, reorder(order, neighbours.reshape(-1)), tensor(keep)), target
 
 
 def _stage_norm(tensors: Tensors, stage: str) -> LayerNorm:

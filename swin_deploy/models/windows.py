@@ -49,12 +49,16 @@ class WindowGrid:
         return self.window[0] * self.window[1]
 
     def order(self) -> Index:
-        """[windows * tokens_per_window]: the row-major position of the token at each place, PAD where there is none."""
+        """[tokens_per_window * windows]: the row-major position of the token at each place, PAD where there is none.
+
+        First the first token of every window, then the second, and so on: windows are then an axis of equal steps.
+        """
         tokens = np.arange(self.height * self.width).reshape(self.height, self.width)
         back = (-self.shift[0], -self.shift[1])
         grid = np.full(self.padded, PAD, dtype=np.int64)
         grid[: self.height, : self.width] = np.roll(tokens, back, (0, 1)) if self.roll_first else tokens
-        return self._partition(grid if self.roll_first else np.roll(grid, back, (0, 1))).reshape(-1)
+        windows = self._partition(grid if self.roll_first else np.roll(grid, back, (0, 1)))
+        return np.asarray(windows.T.reshape(-1))
 
     def mask(self, value: float) -> NDArray[np.float32] | None:
         """[windows, tokens, tokens]: `value` between tokens that the roll brought together, 0 elsewhere; None unshifted.
@@ -141,10 +145,10 @@ def gather(source: Index, target: Index) -> Index | None:
 
 
 def keep(order: Index) -> NDArray[np.float32] | None:
-    """[len(order), 1]: 1 for real tokens and 0 for padding; None when there is no padding."""
+    """[len(order), 1, 1]: 1 for real tokens and 0 for padding; None when there is no padding."""
     if (order != PAD).all():
         return None
-    return np.asarray(order != PAD, dtype=np.float32)[:, None]
+    return np.asarray(order != PAD, dtype=np.float32)[:, None, None]
 
 
 def merge_order(stage: Stage, target: Index) -> Index:

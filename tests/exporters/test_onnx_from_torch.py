@@ -108,7 +108,7 @@ def test_operators(exported: Any) -> None:
     assert not found & {"Shape", "If", "Loop", "Pad", "Roll", "NonZero", "Concat", "Where", "Expand", "Cast", "Squeeze"}
     assert {node.domain for node in model.graph.node} == {""}
     assert all(attribute.type != onnx.AttributeProto.GRAPH for node in model.graph.node for attribute in node.attribute)
-    assert records == (PassRecord("gather_selects", asked.blocks * (3 if asked.version == 1 else 2)),)
+    assert records == (PassRecord("attentions", asked.blocks),)
 
 
 def test_every_block_is_one_projection_and_one_softmax(exported: Any) -> None:
@@ -198,7 +198,7 @@ def test_network_of_another_config_is_an_error() -> None:
     asked = smallest()
     made = network(asked)
     made.config = smallest(depths=(2,))
-    with pytest.raises(PassError, match=r'"gather_selects" found 3 places where this architecture has 6'):
+    with pytest.raises(PassError, match=r'"attentions" found 1 places where this architecture has 2'):
         onnx_from_torch(made, asked.image_size)
 
 

@@ -18,8 +18,9 @@ from swin_deploy.compare import compare  # noqa: E402
 from swin_deploy.config import SwinConfig  # noqa: E402
 from swin_deploy.errors import ExportError, PassError  # noqa: E402
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch  # noqa: E402
-from swin_deploy.exporters.passes import PassRecord  # noqa: E402
-from swin_deploy.exporters.precision import COSINE, assign_types, cosine_islands, fp16_from_fp32  # noqa: E402
+from swin_deploy.exporters.passes import ENGINE_PASSES, PassRecord  # noqa: E402
+from swin_deploy.exporters.passes.cosine_after_product import islands as found_islands  # noqa: E402
+from swin_deploy.exporters.precision import assign_types, fp16_from_fp32  # noqa: E402
 from swin_deploy.exporters.weights import embed_weights  # noqa: E402
 from swin_deploy.models.checkpoints import random_checkpoint  # noqa: E402
 from swin_deploy.models.swin import SwinNetwork  # noqa: E402
@@ -89,25 +90,21 @@ def test_input_and_output_stay_float32(graphs: Any) -> None:
 
 
 def islands(model: Any) -> set[str]:
-    """The nodes between a ReduceL2 and the product that it scales, found without the code under test."""
-    readers: dict[str, list[Any]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    found = set()
-    for node in model.graph.node:
-        if node.op_type == "ReduceL2":
-            for expected in COSINE:
-                assert node.op_type == expected
-                found.add(node.name)
-                node = readers[node.output[0]][0]
-    return found
+    """The nodes from the squares to the scaled cosines, found without the code under test."""
+    return {node.name for node in model.graph.node if "/Cosine" in node.name} - {
+        node.name for node in model.graph.node if node.op_type in ("Concat", "MatMul") or _swaps_keys(node)
+    }
+
+
+def _swaps_keys(node: Any) -> bool:
+    """Whether it is the Transpose in front of the product, not the one of the keys' squared lengths."""
+    return node.op_type == "Transpose" and "Split" not in node.input[0]
 
 
 def test_every_weight_outside_the_islands_is_half(graphs: Any) -> None:
     asked, _, _, narrow, _ = graphs
     kept = islands(narrow)
-    assert len(kept) == (4 * asked.blocks if asked.version == 2 else 0)
+    assert len(kept) == (9 * asked.blocks if asked.version == 2 else 0)
     inside = {name for node in narrow.graph.node if node.name in kept for name in node.input}
     types = {
         tensor.name: tensor.data_type
@@ -131,20 +128,21 @@ def test_every_value_outside_the_islands_is_half(graphs: Any) -> None:
 
 
 def test_casts_are_counted(graphs: Any) -> None:
-    asked, _, wide, narrow, records = graphs
-    expected = 2 + (2 * asked.blocks if asked.version == 2 else 0)
-    assert records == (PassRecord("fp16_types", expected),)
+    asked, _, _, narrow, records = graphs
+    expected = 2 + (3 * asked.blocks if asked.version == 2 else 0)
+    assert records[:-1] == tuple(PassRecord(step.name, step.expected(asked)) for step in ENGINE_PASSES)
+    assert records[-1] == PassRecord("fp16_types", expected)
     found = [node.op_type for node in narrow.graph.node]
     assert found.count("Cast") == expected
-    assert len(found) == len(wide.graph.node) + expected
     names = [node.name for node in narrow.graph.node]
     assert len(set(names)) == len(names)
 
 
 def test_islands_are_found_in_v2_alone(graphs: Any) -> None:
-    asked, _, wide, _, _ = graphs
-    assert cosine_islands(gs.import_onnx(wide)) == islands(wide)
-    assert len(islands(wide)) == (4 * asked.blocks if asked.version == 2 else 0)
+    asked, _, _, narrow, _ = graphs
+    kept = islands(narrow)
+    assert {name for name in found_islands(gs.import_onnx(narrow)) if "/Cosine" in name and "Cast" not in name} == kept
+    assert len(kept) == (9 * asked.blocks if asked.version == 2 else 0)
 
 
 def test_fp32_graph_is_left_alone(graphs: Any) -> None:
@@ -167,7 +165,7 @@ def test_weight_beyond_half_precision_is_an_error() -> None:
 
 
 def test_graph_of_another_config_is_an_error() -> None:
-    with pytest.raises(PassError, match=r'"fp16_types" found 2 places where this architecture has 10'):
+    with pytest.raises(PassError, match=r'"query_bias_in_norm" found 4 places where this architecture has 0'):
         fp16_from_fp32(fp32(1, WHOLE), config(2), TASK)
 
 

@@ -45,7 +45,7 @@ def test_order_is_pad_roll_partition(height: int, width: int, window: int, shift
     expected = partition(rolled, window) - 1
     assert grid.padded == tuple(padded.shape[1:3])
     assert (grid.windows, grid.tokens_per_window) == tuple(expected.shape[:2])
-    assert grid.order().tolist() == expected.flatten().tolist()
+    assert grid.order().tolist() == expected.T.flatten().tolist()  # token by token, not window by window
 
 
 @pytest.mark.parametrize("version", ["swin", "swinv2"])
@@ -75,7 +75,7 @@ def test_merge_order_is_pad_slice_concatenate(height: int, width: int, window: i
     merged = torch.cat(four, -1)
     rows, columns = merged.shape[1:3]
     padded = torch.nn.functional.pad(merged, (0, 0, 0, -columns % window, 0, -rows % window))
-    expected = partition(torch.roll(padded, (-shift, -shift), (1, 2)), window).reshape(-1, 4) - 1
+    expected = partition(torch.roll(padded, (-shift, -shift), (1, 2)), window).transpose(0, 1).reshape(-1, 4) - 1
     target = square(rows, columns, window, shift).order()
     assert windows.merge_order(Stage(height, width, ()), target).tolist() == expected.tolist()
 
@@ -123,7 +123,7 @@ def test_gather_fetches_every_real_token(source: tuple[int, int, int, int], targ
 def test_gather_is_none_where_nothing_moves() -> None:
     order = square(8, 8, 4, 2).order()
     assert windows.gather(order, order.copy()) is None
-    assert windows.gather(np.arange(64), square(8, 8, 8, 0).order()) is None
+    assert windows.gather(np.arange(64), square(8, 8, 8, 0).order()) is None  # one window
 
 
 def test_keep_marks_padding() -> None:
@@ -131,9 +131,9 @@ def test_keep_marks_padding() -> None:
     order = square(3, 5, 4, 0).order()
     keep = windows.keep(order)
     assert keep is not None
-    assert keep.shape == (len(order), 1)
+    assert keep.shape == (len(order), 1, 1)
     assert keep.sum() == 15
-    assert np.array_equal(keep[:, 0] == 0, order == PAD)
+    assert np.array_equal(keep.ravel() == 0, order == PAD)
 
 
 def config(version: int, **fields: Any) -> SwinConfig:
@@ -176,7 +176,7 @@ def test_order_of_windows_with_two_sides(
     expected = split.permute(0, 2, 1, 3).reshape(-1, window[0] * window[1]) - 1
     assert grid.padded == (rows, columns)
     assert (grid.windows, grid.tokens_per_window) == tuple(expected.shape)
-    assert grid.order().tolist() == expected.flatten().tolist()
+    assert grid.order().tolist() == expected.T.flatten().tolist()
 
 
 def test_v2_window_and_shift_come_from_the_configured_height() -> None:
