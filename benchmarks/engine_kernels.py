@@ -1,19 +1,21 @@
-"""What TensorRT for RTX makes of our fp16 graphs, and of transformers' own export of the same networks, as a table.
+"""What TensorRT for RTX makes of our fp16 graphs, and of its peers' own export of the same networks, as a table.
 
     python benchmarks/engine_kernels.py [--variants swin-tiny,swinv2-tiny] [--gpu sm_89]
 
 The engines are compiled, not run, so no GPU is needed. The figures are read from the compiler's own description of each
 engine: its kernels, those of them that are a whole softmax(Q K^T) V, and the bytes that all of them read and write. Weights
-are random; no figure depends on them. Needs the extras "export", "tensorrt-rtx" and "test", and no network.
+are random; no figure depends on them. Needs the extras "export", "tensorrt-rtx" and "test", and no network. timm and
+torchvision have their rows where they are installed, in versions that fit the torch beside them.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -24,7 +26,7 @@ import transformers
 from swin_deploy.exporters.engine_from_onnx import Engine, engine_from_onnx
 from swin_deploy.exporters.engine_spec import EngineSpec
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
-from swin_deploy.exporters.precision import fp16_from_fp32
+from swin_deploy.exporters.precision import typed_from_fp32
 from swin_deploy.exporters.weights import embed_weights
 from swin_deploy.models.checkpoints import random_checkpoint
 from swin_deploy.models.swin import SwinNetwork
@@ -47,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(HEADER, flush=True)
     for name in given.variants.split(","):
         variant = find_variant(name)
-        for title, graph in (("swin-deploy, fp16", ours(variant)), ("transformers, fp16", theirs(variant))):
+        for title, make in (("swin-deploy", ours), *peers()):
+            graph = make(variant)
             engine = engine_from_onnx(graph.SerializeToString(), EngineSpec("tensorrt-rtx", given.gpu), lambda *_: None)
             print(row(variant, title, graph, engine), flush=True)
     return 0
@@ -64,6 +67,16 @@ def row(variant: Variant, title: str, graph: onnx.ModelProto, engine: Engine) ->
 
 def megabytes(count: int | None) -> str:
     return "not known" if count is None else f"{count / 1e6:.0f} MB"
+
+
+def peers() -> Iterator[tuple[str, Callable[[Variant], onnx.ModelProto]]]:
+    """Their names with versions, and what makes a graph of a variant."""
+    for name, network in {"transformers": of_transformers, "timm": of_timm, "torchvision": of_torchvision}.items():
+        try:
+            importlib.import_module(name)
+        except (ImportError, RuntimeError):  # RuntimeError: built for another torch
+            continue
+        yield f"{name} {version(name)}", lambda variant, network=network: theirs(network(variant), variant.image_size)
 
 
 class Logits(torch.nn.Module):
@@ -83,23 +96,39 @@ def ours(variant: Variant) -> onnx.ModelProto:
     network = SwinNetwork(config, config.image_size, random_checkpoint(config, task).tensors, task).eval()
     traced = onnx_from_torch(network, config.image_size)
     embed_weights(traced.model, traced.weights)
-    model, _ = fp16_from_fp32(traced.model, config, task)
+    model, _ = typed_from_fp32(traced.model, config, task, "fp16")
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1
     del model.graph.value_info[:]
     return model
 
 
-def theirs(variant: Variant) -> onnx.ModelProto:
-    """transformers' network in half precision, for one image, by torch's TorchScript exporter, as optimum has long done."""
+def of_transformers(variant: Variant) -> torch.nn.Module:
     kind = transformers.SwinForImageClassification if variant.version == 1 else transformers.Swinv2ForImageClassification
-    model: Any = kind(kind.config_class.from_dict(variant.config().to_dict())).eval().half()
+    return Logits(kind(kind.config_class.from_dict(variant.config().to_dict())))
+
+
+def of_timm(variant: Variant) -> torch.nn.Module:
+    network: torch.nn.Module = importlib.import_module("timm").create_model(variant.timm_name.split(".")[0])
+    return network
+
+
+def of_torchvision(variant: Variant) -> torch.nn.Module:
+    """Its Swins have windows of 7 (V1) and 8 (V2), as the variants that this is meant for."""
+    letter = {(2, 2, 6, 2): "t", (2, 2, 18, 2): "s" if variant.embed_dim == 96 else "b"}[variant.depths]
+    models = importlib.import_module("torchvision").models
+    network: torch.nn.Module = getattr(models, f"swin_{'v2_' if variant.version == 2 else ''}{letter}")()
+    return network
+
+
+def theirs(network: torch.nn.Module, image_size: int) -> onnx.ModelProto:
+    """A network in half precision, for one image, by torch's TorchScript exporter, as optimum has long done."""
     written = io.BytesIO()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            Logits(model),
-            (torch.zeros(1, 3, variant.image_size, variant.image_size, dtype=torch.float16),),
+            network.eval().half(),
+            (torch.zeros(1, 3, image_size, image_size, dtype=torch.float16),),
             written,
             input_names=["pixel_values"],
             output_names=["logits"],

@@ -19,7 +19,7 @@ from swin_deploy.tasks import TaskSpec
 from .engine_from_onnx import Engine, Log, Progress, engine_from_onnx, resolve_backend
 from .engine_spec import BACKENDS, EngineSpec, fingerprint
 from .gpu import cuda_devices, target_gpu
-from .precision import fp16_from_fp32
+from .precision import typed_from_fp32
 from .roofline import capability_of
 from .weights import WeightFile
 
@@ -141,7 +141,7 @@ def with_typed_graphs(bundle: Bundle, precision: str, open_graph: OpenGraph, say
     made = []
     for source, file in missing:
         say(f"Writing {file}")
-        made.append(fp16_from_fp32(onnx.load(str(bundle.verified_path(source))), config, task))
+        made.append(typed_from_fp32(onnx.load(str(bundle.verified_path(source))), config, task, precision))
     if shared is not None:
 
         def write_weights(path: Path) -> None:
@@ -153,7 +153,8 @@ def with_typed_graphs(bundle: Bundle, precision: str, open_graph: OpenGraph, say
     for (source, file), (model, records) in zip(missing, made, strict=True):
         origin = bundle.files[source]
         entry: dict[str, Any] = {
-            **{key: origin[key] for key in ("image_size", "inputs", "outputs", "reference", "opset")},
+            **{key: origin[key] for key in ("image_size", "inputs", "outputs", "reference")},
+            "opset": next(domain.version for domain in model.opset_import if not domain.domain),
             "precision": precision,
             "parent": origin["sha256"],
             "passes": [{"name": record.name, "count": record.count} for record in records],

@@ -1,4 +1,4 @@
-"""A fp32 graph -> the same graph in fp16 types, for compilers that take precision from the graph (TensorRT 10, 11, RTX).
+"""A fp32 graph -> the same in fp16 or bf16 types, for compilers that take precision from the graph (TensorRT 10, 11, RTX).
 
 Input and output stay float32, so that whoever feeds the fp32 graph feeds this one. The cosine attention of Swin V2 keeps
 an island of fp32: it divides by the lengths of queries and keys, which for a padding token are 0, and no floor that fp16 can
@@ -25,27 +25,34 @@ if TYPE_CHECKING:
     import onnx
 
 
-def fp16_from_fp32(
-    model: onnx.ModelProto, config: SwinConfig, task: TaskSpec
+BF16_OPSET = 22  # the first whose every operator takes bfloat16
+
+
+def typed_from_fp32(
+    model: onnx.ModelProto, config: SwinConfig, task: TaskSpec, precision: str
 ) -> tuple[onnx.ModelProto, tuple[PassRecord, ...]]:
-    """The typed fp16 graph, in the form that GPU compilers like, and the record of the rewrites.
+    """The graph in the types of `precision` ("fp16" or "bf16"), in the form that GPU compilers like, and the rewrites' record.
 
-    Raises ExportError where a weight does not fit into fp16.
+    Raises ExportError where a weight does not fit into the type.
     """
-    gs = require("onnx_graphsurgeon", "write the fp16 graph")
+    gs = require("onnx_graphsurgeon", f"write the {precision} graph")
     graph = gs.import_onnx(model)
-    records = run_passes(graph, config, (*ENGINE_PASSES, fp16_types(task)))
-    return gs.export_onnx(graph), records
+    records = run_passes(graph, config, (*ENGINE_PASSES, narrow_types(task, precision)))
+    typed = gs.export_onnx(graph)
+    if precision == "bf16":
+        for domain in typed.opset_import:
+            domain.version = max(domain.version, BF16_OPSET) if not domain.domain else domain.version
+    return typed, records
 
 
-def fp16_types(task: TaskSpec) -> Pass:
-    """The pass; it inserts a Cast wherever a value crosses between fp32 and fp16.
+def narrow_types(task: TaskSpec, precision: str) -> Pass:
+    """The pass; it inserts a Cast wherever a value crosses between fp32 and the narrow type.
 
     There is one behind the image, one before each output, and three at each island: vectors in, products in, cosines out.
     """
     return Pass(
-        "fp16_types",
-        lambda graph: assign_types(graph, wide=islands(graph), narrow=np.dtype(np.float16)),
+        f"{precision}_types",
+        lambda graph: assign_types(graph, wide=islands(graph), narrow=_dtype(precision)),
         lambda config: 1 + len(task.output_names(config)) + (3 * config.blocks if config.version == 2 else 0),
     )
 
@@ -101,12 +108,20 @@ def assign_types(graph: Graph, wide: Set[str], narrow: np.dtype[Any]) -> int:
     return len(casts)
 
 
+def _dtype(precision: str) -> np.dtype[Any]:
+    if precision == "fp16":
+        return np.dtype(np.float16)
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
+
+
 def _narrow_constant(tensor: Any, narrow: np.dtype[Any]) -> Any:
     import onnx_graphsurgeon as gs
 
     with np.errstate(over="ignore"):
         values = tensor.values.astype(narrow)
-    if not np.isfinite(values).all():
+    if not np.isfinite(values.astype(np.float32)).all():
         raise ExportError(
             f"{tensor.name} holds {float(np.abs(tensor.values).max()):.3g}, which {narrow.name} cannot represent. "
             f"Build the engine with --fp32."

@@ -65,6 +65,10 @@ def _slice(x: Tensor, start: Tensor, end: Tensor, axes: Tensor, steps: Tensor | 
     return x[tuple(index)]
 
 
+def _split(x: Tensor, sizes: Tensor | None = None, axis: int = 0, num_outputs: int = 0) -> tuple[Tensor, ...]:
+    return torch.split(x, x.shape[axis] // num_outputs if sizes is None else sizes.tolist(), axis)
+
+
 def _gather(x: Tensor, index: Tensor, axis: int = 0) -> Tensor:
     picked = x.index_select(axis, index.reshape(-1))
     axis %= x.ndim
@@ -124,6 +128,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Reshape": _reshape,
     "Slice": _slice,
     "Softmax": lambda x, axis=-1: torch.softmax(x, axis),
+    "Split": _split,
     "Sqrt": torch.sqrt,
     "Squeeze": lambda x, axes: x.squeeze(axes.tolist()),
     "Sub": torch.sub,

@@ -20,7 +20,7 @@ from swin_deploy.errors import ExportError, PassError  # noqa: E402
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch  # noqa: E402
 from swin_deploy.exporters.passes import ENGINE_PASSES, PassRecord  # noqa: E402
 from swin_deploy.exporters.passes.cosine_after_product import islands as found_islands  # noqa: E402
-from swin_deploy.exporters.precision import assign_types, fp16_from_fp32  # noqa: E402
+from swin_deploy.exporters.precision import assign_types, typed_from_fp32  # noqa: E402
 from swin_deploy.exporters.weights import embed_weights  # noqa: E402
 from swin_deploy.models.checkpoints import random_checkpoint  # noqa: E402
 from swin_deploy.models.swin import SwinNetwork  # noqa: E402
@@ -51,7 +51,7 @@ def graphs(request: pytest.FixtureRequest) -> tuple[SwinConfig, tuple[int, int],
     """The config, the image size, the fp32 graph, the fp16 graph, and the records of the rewrite."""
     version, size = request.param
     model = fp32(version, size)
-    return config(version), size, model, *fp16_from_fp32(model, config(version), TASK)
+    return config(version), size, model, *typed_from_fp32(model, config(version), TASK, "fp16")
 
 
 def answers(model: Any, size: tuple[int, int], batch: int = 3) -> Any:
@@ -148,7 +148,7 @@ def test_islands_are_found_in_v2_alone(graphs: Any) -> None:
 def test_fp32_graph_is_left_alone(graphs: Any) -> None:
     asked, _, wide, narrow, _ = graphs
     before = wide.SerializeToString(deterministic=True)
-    again, _ = fp16_from_fp32(wide, asked, TASK)
+    again, _ = typed_from_fp32(wide, asked, TASK, "fp16")
     assert wide.SerializeToString(deterministic=True) == before
     assert again.SerializeToString(deterministic=True) == narrow.SerializeToString(deterministic=True)
 
@@ -160,13 +160,13 @@ def test_weight_beyond_half_precision_is_an_error() -> None:
     values[2, 3] = -1e5
     weight.CopyFrom(numpy_helper.from_array(values, weight.name))
     with pytest.raises(ExportError) as caught:
-        fp16_from_fp32(model, config(1), TASK)
+        typed_from_fp32(model, config(1), TASK, "fp16")
     assert str(caught.value) == ("classifier.weight holds 1e+05, which float16 cannot represent. Build the engine with --fp32.")
 
 
 def test_graph_of_another_config_is_an_error() -> None:
     with pytest.raises(PassError, match=r'"query_bias_in_norm" found 4 places where this architecture has 0'):
-        fp16_from_fp32(fp32(1, WHOLE), config(2), TASK)
+        typed_from_fp32(fp32(1, WHOLE), config(2), TASK, "fp16")
 
 
 def small(nodes: list[Any], outputs: list[str]) -> Any:

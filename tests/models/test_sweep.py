@@ -25,7 +25,7 @@ import swin_deploy  # noqa: E402
 from swin_deploy.compare import TOLERANCES  # noqa: E402
 from swin_deploy.exporters.build import with_typed_graphs  # noqa: E402
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch  # noqa: E402
-from swin_deploy.exporters.precision import fp16_from_fp32  # noqa: E402
+from swin_deploy.exporters.precision import typed_from_fp32  # noqa: E402
 from swin_deploy.exporters.weights import embed_weights  # noqa: E402
 from swin_deploy.models.checkpoints import checkpoint_from_path  # noqa: E402
 from swin_deploy.models.swin import SwinNetwork  # noqa: E402
@@ -247,7 +247,7 @@ def test_half_precision_sweep(
     checkpoint = checkpoint_from_path(tmp_path, spec)
     traced = onnx_from_torch(SwinNetwork(checkpoint.config, size, checkpoint.tensors, spec).eval(), size)
     embed_weights(traced.model, traced.weights)
-    typed, _ = fp16_from_fp32(traced.model, checkpoint.config, spec)
+    typed, _ = typed_from_fp32(traced.model, checkpoint.config, spec, "fp16")
     wide, narrow = (ort.InferenceSession(model.SerializeToString()) for model in (traced.model, typed))
     names = [output.name for output in wide.get_outputs()]
     for batch in (1, 3):
