@@ -12,7 +12,7 @@ from swin_deploy.config import SwinConfig
 from swin_deploy.errors import MissingDependencyError, UsageError, VerificationError
 from swin_deploy.reference import OpenGraph, Reference, check_graph
 from swin_deploy.requires import require
-from swin_deploy.specs import PRECISIONS, Size, graph_file, size_text, weights_file
+from swin_deploy.specs import PRECISIONS, TARGETS, Size, graph_file, size_text, weights_file
 from swin_deploy.tasks import TaskSpec
 
 from .engine_from_onnx import BACKENDS, EngineSpec, Log, Progress, engine_from_onnx, resolve_backend
@@ -55,6 +55,11 @@ def build_engines(
     """
     if precision not in PRECISIONS:
         raise UsageError(f'There is no precision "{precision}". There are: {", ".join(PRECISIONS)}.')
+    if (target := bundle.manifest.get("target", TARGETS[0])) != TARGETS[0]:
+        raise UsageError(
+            f"The bundle {bundle.path} was exported for {target}, and TensorRT needs another form of the graph. "
+            f'Export it again with "--target {TARGETS[0]}".'
+        )
     chosen = resolve_backend(backend)
     if not gpus:
         gpus = ("current",) if cuda_devices() or chosen == "tensorrt" else DEFAULT_GPUS

@@ -16,7 +16,7 @@ from swin_deploy.errors import CheckpointError, InputError, MissingDependencyErr
 from swin_deploy.preprocess import Preprocessor
 from swin_deploy.reference import OpenGraph, Reference, check_graph, sample_inputs
 from swin_deploy.requires import require
-from swin_deploy.specs import Size, graph_file, reference_file, size_text, weights_file
+from swin_deploy.specs import TARGETS, Size, graph_file, reference_file, size_text, weights_file
 from swin_deploy.tasks import TaskSpec
 
 from .onnx_from_torch import OPSET, onnx_from_torch, output_specs, writer
@@ -39,15 +39,18 @@ def bundle_from_checkpoint(
     variant: str | None,
     task: TaskSpec,
     image_sizes: Sequence[Size],
+    target: str = TARGETS[0],
     replace: bool,
     open_graph: OpenGraph,
     say: Say,
 ) -> Bundle:
-    """The bundle at `path`, with a graph for each of `image_sizes` (none given: the checkpoint's own).
+    """The bundle at `path`, with a graph in `target`'s form for each of `image_sizes` (none given: the checkpoint's own).
 
     `open_graph` loads the graphs to be compared; without ONNX Runtime they are kept as not verified. `say` gets a line for
     each step. Raises VerificationError, and writes nothing, when ONNX and PyTorch disagree.
     """
+    if target not in TARGETS:
+        raise UsageError(f'There is no target "{target}". There are: {", ".join(TARGETS)}.')
     for module in ("torch", "onnx", "onnxscript", "onnx_graphsurgeon"):
         require(module, "export a model")
     config = checkpoint.config
@@ -60,13 +63,14 @@ def bundle_from_checkpoint(
         "variant": variant,
         "task": task.to_dict(),
         "semantics": config.semantics,
+        "target": target,
         "source": checkpoint.source,
         "tools": tool_versions(TOOLS),
     }
     with create_bundle(path, replace=replace, facts=facts) as draft:
         shared = WeightFile(draft.path / weights_file("fp32")) if len(sizes) > 1 else None
         for number, size in enumerate(sizes):
-            _add_graph(draft, checkpoint, task, size, None if number == 0 else size, shared, open_graph, say)
+            _add_graph(draft, checkpoint, task, size, target, None if number == 0 else size, shared, open_graph, say)
         raw = dict(checkpoint.raw_config or config.to_dict())
         draft.add_json(CONFIG, raw if config.semantics == "hf" else {**raw, "semantics": config.semantics})
         draft.add_json(PREPROCESSOR, _preprocessor_config(checkpoint, preprocessor, sizes[0]))
@@ -89,6 +93,7 @@ def _add_graph(
     checkpoint: Checkpoint,
     task: TaskSpec,
     size: Size,
+    target: str,
     further: Size | None,
     shared: WeightFile | None,
     open_graph: OpenGraph,
@@ -106,6 +111,8 @@ def _add_graph(
     say(f"Running PyTorch on the reference inputs{at}")
     reference = _reference(network, size)
     say(f"Tracing to ONNX{at}")
+    if target != network.target:  # what PyTorch answered is always the network's plain form
+        network = SwinNetwork(config, size, checkpoint.tensors, task, target).eval()
     traced = onnx_from_torch(network, size)
     file = graph_file("fp32", further)
     entry: dict[str, Any] = {

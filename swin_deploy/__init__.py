@@ -54,6 +54,7 @@ def export(
     task: str | TaskSpec = "image-classification",
     image_sizes: Sequence[tuple[int, int]] = (),
     semantics: str | None = None,
+    target: str = "tensorrt",
     force: bool = False,
     say: Say = _silent,
 ) -> Bundle:
@@ -63,9 +64,10 @@ def export(
     torchvision or TensorFlow, recognised by what it holds) or a hub id, and otherwise the variant's own hub id;
     `random_weights` takes reproducible random ones instead. `task` is one of tasks.TASKS, or a TaskSpec with its options;
     `image_sizes` are (height, width) in pixels, one graph each, by default the checkpoint's own; `semantics` (one of
-    config.SEMANTICS) replaces the rules of the system that wrote the checkpoint. The bundle is written to `output`, by
-    default a folder of the variant's (or checkpoint's) name in the current directory; `force` replaces a bundle that is
-    there. `say` gets a line for each step. Raises errors.SwinDeployError with nothing written.
+    config.SEMANTICS) replaces the rules of the system that wrote the checkpoint; `target` is what the graph's form is fastest
+    with (one of specs.TARGETS; it answers the same everywhere). The bundle is written to `output`, by default a folder of
+    the variant's (or checkpoint's) name in the current directory; `force` replaces a bundle that is there. `say` gets a line
+    for each step. Raises errors.SwinDeployError with nothing written.
     """
     from swin_deploy.exporters.export import bundle_from_checkpoint
     from swin_deploy.exporters.source import checkpoint_from_request
@@ -82,6 +84,7 @@ def export(
         variant=variant,
         task=spec,
         image_sizes=image_sizes,
+        target=target,
         replace=force,
         open_graph=runtime_from_onnx,
         say=say,

@@ -9,6 +9,7 @@ from typing import Any
 from swin_deploy.errors import UsageError
 
 PRECISIONS = ("fp32", "fp16")
+TARGETS = ("tensorrt", "onnxruntime", "openvino")  # whose form a graph has; every graph runs on every back end
 Size = tuple[int, int]
 
 

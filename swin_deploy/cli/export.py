@@ -6,7 +6,7 @@ import click
 
 from swin_deploy.cli.output import json_option, print_json, teller
 from swin_deploy.config import SEMANTICS
-from swin_deploy.specs import size_from_text
+from swin_deploy.specs import TARGETS, size_from_text
 from swin_deploy.tasks import TASKS, TaskSpec
 
 
@@ -25,6 +25,9 @@ from swin_deploy.tasks import TASKS, TaskSpec
 @click.option("--use-mask-token", is_flag=True, help="Feature extraction that takes bool_masked_pos.")
 @click.option("--no-pooling-layer", is_flag=True, help="Feature extraction without pooler_output.")
 @click.option("--semantics", type=click.Choice(SEMANTICS), help="Whose window rules hold. Default: the checkpoint's own.")
+@click.option(
+    "--target", type=click.Choice(TARGETS), default=TARGETS[0], show_default=True, help="What the graph is to be fast with."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle to write. Default: ./NAME.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
 @json_option
@@ -41,6 +44,7 @@ def command(
     use_mask_token: bool,
     no_pooling_layer: bool,
     semantics: str | None,
+    target: str,
     output: Path | None,
     force: bool,
     as_json: bool,
@@ -69,6 +73,7 @@ def command(
         task=spec,
         image_sizes=[size_from_text(size) for size in image_sizes],
         semantics=semantics,
+        target=target,
         output=output,
         force=force,
         say=say,

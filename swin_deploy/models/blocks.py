@@ -22,6 +22,7 @@ from swin_deploy.config import SwinConfig
 from swin_deploy.models import windows
 from swin_deploy.models.activations import ACTIVATIONS
 from swin_deploy.models.windows import WindowGrid
+from swin_deploy.specs import TARGETS
 
 Tensors = Mapping[str, Tensor]
 
@@ -85,9 +86,9 @@ class Attention(nn.Module):
         self.head_width = config.width(stage) // self.heads
         self.qkv = _fused_qkv(config, self.head_width, tensors)
         self.proj = Linear(tensors["attention.output.dense.weight"], tensors["attention.output.dense.bias"])
-        self.register_buffer("bias", _position_bias(config, stage, tensors)[None, None])
+        self.register_buffer("bias", position_bias(config, stage, tensors)[None, None])
         self.register_buffer("mask", mask)
-        self.register_buffer("scale", _cosine_scale(tensors) if config.version == 2 else None)
+        self.register_buffer("scale", cosine_scale(tensors) if config.version == 2 else None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         channels = x.shape[-1]
@@ -119,15 +120,13 @@ class Block(nn.Module):
     def __init__(
         self,
         config: SwinConfig,
-        stage: int,
-        grid: WindowGrid,
         tensors: Tensors,
-        mask: Tensor | None,
+        attention: nn.Module,
         keep: Tensor | None,
     ) -> None:
         super().__init__()
         self.version = config.version
-        self.attention = Attention(config, stage, grid, tensors, mask)
+        self.attention = attention
         self.norm1 = LayerNorm(tensors, "layernorm_before", config.layer_norm_eps)
         self.norm2 = LayerNorm(tensors, "layernorm_after", config.layer_norm_eps)
         self.fc1 = Linear(tensors["intermediate.dense.weight"], tensors["intermediate.dense.bias"])
@@ -179,18 +178,23 @@ class PatchMerging(nn.Module):
 
 
 def _fused_qkv(config: SwinConfig, head_width: int, tensors: Tensors) -> Linear:
-    """One projection for query, key and value; V1's softmax scale goes into the query, V2's absent key bias becomes 0."""
-    weights, biases = [], []
+    """One projection for query, key and value; V2's absent key bias becomes 0."""
+    weights, biases = zip(*qkv_parts(config, head_width, tensors), strict=True)
+    filled = [torch.zeros(len(weight)) if bias is None else bias for weight, bias in zip(weights, biases, strict=True)]
+    return Linear(torch.cat(weights), torch.cat(filled) if config.qkv_bias else None)
+
+
+def qkv_parts(config: SwinConfig, head_width: int, tensors: Tensors) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Weight and bias of query, key and value; V1's softmax scale is in the query."""
     for part in ("query", "key", "value"):
-        factor = 1 / math.sqrt(head_width) if part == "query" and config.version == 1 else 1.0
-        weight = tensors[f"attention.self.{part}.weight"]
-        bias = tensors.get(f"attention.self.{part}.bias")
-        weights.append(weight * factor)
-        biases.append(torch.zeros(len(weight)) if bias is None else bias * factor)
-    return Linear(torch.cat(weights), torch.cat(biases) if config.qkv_bias else None)
+        weight, bias = tensors[f"attention.self.{part}.weight"], tensors.get(f"attention.self.{part}.bias")
+        if part == "query" and config.version == 1:
+            factor = 1 / math.sqrt(head_width)
+            weight, bias = weight * factor, None if bias is None else bias * factor
+        yield weight, bias if config.qkv_bias else None
 
 
-def _position_bias(config: SwinConfig, stage: int, tensors: Tensors) -> Tensor:
+def position_bias(config: SwinConfig, stage: int, tensors: Tensors) -> Tensor:
     """[heads, tokens, tokens], added to the attention scores of every window."""
     window, heads = config.table_window(stage), config.num_heads[stage]
     tokens = window[0] * window[1]
@@ -205,15 +209,20 @@ def _position_bias(config: SwinConfig, stage: int, tensors: Tensors) -> Tensor:
     return table[index].reshape(tokens, tokens, heads).permute(2, 0, 1).contiguous()
 
 
-def _cosine_scale(tensors: Tensors) -> Tensor:
+def cosine_scale(tensors: Tensors) -> Tensor:
     """[2, 1, 1, heads, 1, 1]: what unit queries (exp of the clamped logit scale) and unit keys (1) are multiplied by."""
     scale = tensors["attention.self.logit_scale"].clamp(max=math.log(100)).exp()
     return torch.stack([scale, torch.ones_like(scale)]).reshape(2, 1, 1, -1, 1, 1)
 
 
-def shift_mask(config: SwinConfig, grid: WindowGrid) -> Tensor | None:
-    """[1, windows, 1, tokens, tokens]. transformers adds V2's mask of -100 twice, and so its -200 is what it computes."""
-    mask = tensor(grid.mask(-200.0 if config.version == 2 and config.semantics == "hf" else -100.0))
+def shift_mask(config: SwinConfig, grid: WindowGrid, target: str = TARGETS[0]) -> Tensor | None:
+    """[1, windows, 1, tokens, tokens]. transformers adds V2's mask of -100 twice, and so its -200 is what it computes.
+
+    exp(-100) is denormal, and a CPU multiplies denormal numbers many times slower than 0, which exp(-1000) is. The value
+    makes no difference until a masked score is more than 80 above every other of its row.
+    """
+    value = -200.0 if config.version == 2 and config.semantics == "hf" else -100.0
+    mask = tensor(grid.mask(value if target == TARGETS[0] else -1000.0))
     return None if mask is None else mask[None, :, None]
 
 

@@ -13,6 +13,7 @@ from swin_deploy.config import SwinConfig
 from swin_deploy.models import windows
 from swin_deploy.models.blocks import (
     DEFAULT_EPS,
+    Attention,
     Block,
     Inside,
     LayerNorm,
@@ -23,7 +24,9 @@ from swin_deploy.models.blocks import (
     shift_mask,
     tensor,
 )
+from swin_deploy.models.cpu_attention import SplitAttention
 from swin_deploy.models.positions import position_embeddings
+from swin_deploy.specs import TARGETS
 from swin_deploy.tasks import TaskSpec
 
 
@@ -62,18 +65,25 @@ class PatchEmbedding(nn.Module):
 class Stage(nn.Module):
     """The blocks of one stage, each behind the gather into its window order; returns tokens and the last block's attention."""
 
-    def __init__(self, config: SwinConfig, number: int, stage: windows.Stage, order: windows.Index, tensors: Tensors) -> None:
+    def __init__(
+        self, config: SwinConfig, number: int, stage: windows.Stage, order: windows.Index, tensors: Tensors, target: str
+    ) -> None:
         super().__init__()
         self.steps = nn.Sequential()
-        masks = {grid.shift: shift_mask(config, grid) for grid in stage.grids}
+        masks = {grid.shift: shift_mask(config, grid, target) for grid in stage.grids}
         for j, grid in enumerate(stage.grids):
-            target = grid.order()
-            if (step := reorder(order, target)) is not None:
+            wanted = grid.order()
+            if (step := reorder(order, wanted)) is not None:
                 self.steps.add_module(f"reorder{j}", step)
-            order = target
+            order = wanted
             parts = Inside(tensors, f"encoder.layers.{number}.blocks.{j}.")
             keep = tensor(windows.keep(order))
-            self.steps.add_module(f"block{j}", Block(config, number, grid, parts, masks[grid.shift], keep))
+            attention: nn.Module
+            if target == TARGETS[0]:
+                attention = Attention(config, number, grid, parts, masks[grid.shift])
+            else:
+                attention = SplitAttention(config, number, grid, parts, masks[grid.shift], join=target == "openvino")
+            self.steps.add_module(f"block{j}", Block(config, parts, attention, keep))
         self.order = order
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,12 +118,19 @@ class SwinNetwork(nn.Module):
     """pixel_values [batch, channels, height, width] (and bool_masked_pos [batch, patches]) -> the outputs of `task`.
 
     They come as a tuple in the order of `task.output_names(config)`; `named` makes a dict of it. `tensors` holds every
-    parameter of parameters.parameters(config, task) in float32.
+    parameter of parameters.parameters(config, task) in float32. `target` is whose form the graph will have (specs.TARGETS).
     """
 
-    def __init__(self, config: SwinConfig, image_size: tuple[int, int], tensors: Tensors, task: TaskSpec | None = None) -> None:
+    def __init__(
+        self,
+        config: SwinConfig,
+        image_size: tuple[int, int],
+        tensors: Tensors,
+        task: TaskSpec | None = None,
+        target: str = TARGETS[0],
+    ) -> None:
         super().__init__()
-        self.config, self.task = config, task or TaskSpec()
+        self.config, self.task, self.target = config, task or TaskSpec(), target
         self.output_names = self.task.output_names(config)
         self.embeddings = PatchEmbedding(config, image_size, tensors, self.task.masked)
         backbone = self.task.name == "backbone"
@@ -123,7 +140,7 @@ class SwinNetwork(nn.Module):
         self.stages, self.merges = nn.ModuleList(), nn.ModuleList()
         self.rows_before, self.rows_after = nn.ModuleList(), nn.ModuleList()
         for i, stage in enumerate(plan):
-            module = Stage(config, i, stage, order, tensors)
+            module = Stage(config, i, stage, order, tensors, target)
             self.stages.append(module)
             order = module.order
             self.rows_before.append(RowMajor(order, stage.height, stage.width))
