@@ -3,9 +3,9 @@
     python benchmarks/cpu_forms.py [--variants swin-tiny,swinv2-tiny] [--rounds 20] [--clock wall]
 
 Every candidate is loaded once, in a process of its own; then they take turns, a few calls at a time, for many rounds, so that
-whatever else the machine does hits all alike. A ratio is the median of the rounds' own ratios, its spread their quartiles. Where
-others use the machine, --clock cpu measures one thread's processor time instead of the time that passes. Both networks have
-the same random weights. Needs the extras "export", "onnxruntime", "openvino" and "test", and no network.
+whatever else the machine does hits all alike. A ratio is the median of the rounds' own ratios, its spread their quartiles.
+Where others use the machine, --clock cpu measures one thread's processor time instead of the time that passes. Both networks
+have the same random weights. Needs the extras "export", "onnxruntime", "openvino" and "test", and no network.
 """
 
 from __future__ import annotations
