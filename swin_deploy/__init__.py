@@ -61,6 +61,7 @@ def export(
     semantics: str | None = None,
     window_size: int | Sequence[int] | None = None,
     pretrained_window_sizes: int | Sequence[int] | None = None,
+    target: str = "tensorrt",
     force: bool = False,
     say: Say = _silent,
 ) -> Bundle:
@@ -72,7 +73,8 @@ def export(
     `image_sizes` are (height, width) in pixels, one graph each, by default the checkpoint's own; `semantics` (one of
     config.SEMANTICS) replaces the rules of the system that wrote the checkpoint; `window_size` (tokens, one number or one
     for each stage) builds the network with other windows, and for the first image size given, for which the checkpoint's
-    position tables are resized as its own system does it; `pretrained_window_sizes` are Swin V2's. The bundle is written to
+    position tables are resized as its own system does it; `pretrained_window_sizes` are Swin V2's; `target` is what
+    the graph's form is fastest with (one of specs.TARGETS; it answers the same everywhere). The bundle is written to
     `output`, by default a folder of the variant's (or checkpoint's) name in the current directory; `force` replaces a
     bundle that is there. `say` gets a line for each step. Raises errors.SwinDeployError with nothing written.
     """
@@ -100,6 +102,7 @@ def export(
         variant=variant,
         task=spec,
         image_sizes=image_sizes,
+        target=target,
         replace=force,
         open_graph=runtime_to_check,
         say=say,

@@ -9,6 +9,7 @@ from typing import Any
 from swin_deploy.errors import UsageError
 
 PRECISIONS = ("fp32", "fp16", "bf16")
+TARGETS = ("tensorrt", "onnxruntime", "openvino")  # whose form a graph has; every graph runs on every back end
 Size = tuple[int, int]
 Batch = tuple[int, int, int]  # smallest, tuned for, largest
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}

@@ -6,7 +6,7 @@ import click
 
 from swin_deploy.cli.output import json_option, print_json, teller
 from swin_deploy.config import SEMANTICS
-from swin_deploy.specs import numbers_from_text, size_from_text
+from swin_deploy.specs import TARGETS, numbers_from_text, size_from_text
 from swin_deploy.tasks import TASKS, TaskSpec
 
 
@@ -35,6 +35,9 @@ from swin_deploy.tasks import TASKS, TaskSpec
     "--window-size", "windows", metavar="N[,N...]", help="Build the network with other windows, and resize the weights to them."
 )
 @click.option("--pretrained-window-sizes", metavar="N[,N...]", help="Of Swin V2: the windows that it was pretrained with.")
+@click.option(
+    "--target", type=click.Choice(TARGETS), default=TARGETS[0], show_default=True, help="What the graph is to be fast with."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle to write. Default: ./NAME.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
 @json_option
@@ -53,6 +56,7 @@ def command(
     semantics: str | None,
     windows: str | None,
     pretrained_window_sizes: str | None,
+    target: str,
     output: Path | None,
     force: bool,
     as_json: bool,
@@ -83,6 +87,7 @@ def command(
         semantics=semantics,
         window_size=numbers_from_text(windows, "window size"),
         pretrained_window_sizes=numbers_from_text(pretrained_window_sizes, "pretrained window size"),
+        target=target,
         output=output,
         force=force,
         say=say,

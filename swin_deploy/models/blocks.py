@@ -70,9 +70,10 @@ class Reorder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Window attention over tokens [tokens * windows * batch, channels], with the position bias as a constant.
+    """Window attention over tokens in the order of `grid`, [places * batch, channels], with the position bias as a constant.
 
-    Returns the tokens, and the probabilities [batch * windows, heads, tokens, tokens].
+    Returns the tokens, and the probabilities [batch * windows, heads, tokens, tokens]. Query, key and value are one
+    projection where tokens stand first, the form for TensorRT, and three where windows do, the form for a CPU.
     """
 
     bias: Tensor
@@ -81,9 +82,11 @@ class Attention(nn.Module):
 
     def __init__(self, config: SwinConfig, stage: int, grid: WindowGrid, tensors: Tensors, mask: Tensor | None) -> None:
         super().__init__()
-        self.heads, self.windows, self.tokens = config.num_heads[stage], grid.windows, grid.tokens_per_window
+        self.heads, self.tokens, self.tokens_first = config.num_heads[stage], grid.tokens_per_window, grid.tokens_first
+        self.places = (self.tokens, grid.windows) if self.tokens_first else (grid.windows, self.tokens)
         self.head_width = config.width(stage) // self.heads
-        self.qkv = _fused_qkv(config, self.head_width, tensors)
+        parts = _qkv(config, self.head_width, tensors)
+        self.qkv = nn.ModuleList([_joined(parts)] if self.tokens_first else parts)
         self.proj = Linear(tensors["attention.output.dense.weight"], tensors["attention.output.dense.bias"])
         self.register_buffer("bias", _position_bias(config, stage, tensors)[None, None])
         self.register_buffer("mask", mask)
@@ -91,18 +94,22 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         channels = x.shape[-1]
-        query, key, value = (
-            part.reshape(self.tokens, self.windows, -1, self.heads, self.head_width).permute(1, 2, 3, 0, 4)
-            for part in self.qkv(x).chunk(3, dim=-1)
-        )
+        parts = self.qkv[0](x).chunk(3, dim=-1) if self.tokens_first else [step(x) for step in self.qkv]
+        query, key, value = (self._by_window(part) for part in parts)
         if self.scale is not None:
             query, key = _unit(query) * self.scale, _unit(key)
         scores = query @ key.transpose(-1, -2) + self.bias
         if self.mask is not None:
             scores = scores + self.mask
         probabilities = torch.softmax(scores, dim=-1)
-        context = (probabilities @ value).permute(3, 0, 1, 2, 4).reshape(-1, channels)
-        return self.proj(context), probabilities.transpose(0, 1).reshape(-1, self.heads, self.tokens, self.tokens)
+        context = (probabilities @ value).permute(*((3, 0, 1, 2, 4) if self.tokens_first else (0, 3, 1, 2, 4)))
+        attended = self.proj(context.reshape(-1, channels))
+        return attended, probabilities.transpose(0, 1).reshape(-1, self.heads, self.tokens, self.tokens)
+
+    def _by_window(self, x: Tensor) -> Tensor:
+        """[places * batch, channels] -> [windows, batch, heads, tokens, head width]."""
+        split = x.reshape(*self.places, -1, self.heads, self.head_width)
+        return split.permute(*((1, 2, 3, 0, 4) if self.tokens_first else (0, 2, 3, 1, 4)))
 
 
 class Block(nn.Module):
@@ -178,16 +185,23 @@ class PatchMerging(nn.Module):
         return x
 
 
-def _fused_qkv(config: SwinConfig, head_width: int, tensors: Tensors) -> Linear:
-    """One projection for query, key and value; V1's softmax scale goes into the query, V2's absent key bias becomes 0."""
-    weights, biases = [], []
+def _qkv(config: SwinConfig, head_width: int, tensors: Tensors) -> list[Linear]:
+    """The projections to query, key and value; V1's softmax scale goes into the query's."""
+    parts = []
     for part in ("query", "key", "value"):
-        factor = 1 / math.sqrt(head_width) if part == "query" and config.version == 1 else 1.0
-        weight = tensors[f"attention.self.{part}.weight"]
-        bias = tensors.get(f"attention.self.{part}.bias")
-        weights.append(weight * factor)
-        biases.append(torch.zeros(len(weight)) if bias is None else bias * factor)
-    return Linear(torch.cat(weights), torch.cat(biases) if config.qkv_bias else None)
+        weight, bias = tensors[f"attention.self.{part}.weight"], tensors.get(f"attention.self.{part}.bias")
+        if part == "query" and config.version == 1:
+            factor = 1 / math.sqrt(head_width)
+            weight, bias = weight * factor, None if bias is None else bias * factor
+        parts.append(Linear(weight, bias if config.qkv_bias else None))
+    return parts
+
+
+def _joined(parts: list[Linear]) -> Linear:
+    """One projection to all of them; V2's absent key bias becomes 0."""
+    weights, biases = [part.weight.data for part in parts], [part.bias for part in parts]
+    filled = [torch.zeros(len(w)) if b is None else b.data for w, b in zip(weights, biases, strict=True)]
+    return Linear(torch.cat(weights), None if all(bias is None for bias in biases) else torch.cat(filled))
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -222,8 +236,13 @@ def _cosine_scale(tensors: Tensors) -> Tensor:
 
 
 def shift_mask(config: SwinConfig, grid: WindowGrid) -> Tensor | None:
-    """[windows, 1, 1, tokens, tokens]. transformers adds V2's mask of -100 twice, and so its -200 is what it computes."""
-    mask = tensor(grid.mask(-200.0 if config.version == 2 and config.semantics == "hf" else -100.0))
+    """[windows, 1, 1, tokens, tokens]. transformers adds V2's mask of -100 twice, and so its -200 is what it computes.
+
+    V1's is -100 everywhere; but exp(-100) is a denormal number, with which a CPU multiplies many times slower than with the 0
+    that exp(-1000) is. They differ only where a masked score is more than 80 above all others of its query.
+    """
+    value = -1000.0 if config.version == 1 else -200.0 if config.semantics == "hf" else -100.0
+    mask = tensor(grid.mask(value))
     return None if mask is None else mask[:, None, None]
 
 

@@ -24,6 +24,7 @@ from swin_deploy.models.blocks import (
     tensor,
 )
 from swin_deploy.models.positions import position_embeddings
+from swin_deploy.specs import TARGETS
 from swin_deploy.tasks import TaskSpec
 
 
@@ -109,16 +110,25 @@ class SwinNetwork(nn.Module):
     """pixel_values [batch, channels, height, width] (and bool_masked_pos [batch, patches]) -> the outputs of `task`.
 
     They come as a tuple in the order of `task.output_names(config)`; `named` makes a dict of it. `tensors` holds every
-    parameter of parameters.parameters(config, task) in float32.
+    parameter of parameters.parameters(config, task) in float32. `target` is whose form the graph will have (specs.TARGETS);
+    all of them compute the same.
     """
 
-    def __init__(self, config: SwinConfig, image_size: tuple[int, int], tensors: Tensors, task: TaskSpec | None = None) -> None:
+    def __init__(
+        self,
+        config: SwinConfig,
+        image_size: tuple[int, int],
+        tensors: Tensors,
+        task: TaskSpec | None = None,
+        target: str = TARGETS[0],
+    ) -> None:
         super().__init__()
+        self.target = target
         self.config, self.task = config, task or TaskSpec()
         self.output_names = self.task.output_names(config)
         self.embeddings = PatchEmbedding(config, image_size, tensors, self.task.masked)
         backbone = self.task.name == "backbone"
-        plan = windows.stages(config, image_size, always_partition=backbone)
+        plan = windows.stages(config, image_size, always_partition=backbone, tokens_first=target == "tensorrt")
         order = np.arange(plan[0].height * plan[0].width)
         self.stem_rows = RowMajor(order, plan[0].height, plan[0].width)
         self.stages, self.merges = nn.ModuleList(), nn.ModuleList()
@@ -197,7 +207,7 @@ class SwinNetwork(nn.Module):
         if not self.task.output_hidden_states:
             return
         tokens = rows(x)
-        as_map = self.task.name == "backbone" and self.config.backbone_maps
+        as_map = self.task.name == "backbone" and self.config.version == 1 and self.config.backbone_maps
         outputs[f"hidden_states.{number}"] = rows.as_map(tokens) if as_map else tokens
         outputs[f"reshaped_hidden_states.{number}"] = rows.as_map(tokens)
 

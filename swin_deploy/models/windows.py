@@ -25,7 +25,8 @@ PAD = -1
 class WindowGrid:
     """A feature map of `height` x `width` tokens, cut into windows after a cyclic shift; pairs are (height, width).
 
-    `roll_first`: the map is rolled and then padded (timm), not padded and then rolled (everyone else).
+    `roll_first`: the map is rolled and then padded (timm), not padded and then rolled (everyone else). `tokens_first`: the
+    stream has the first token of every window first, not all tokens of the first window.
     """
 
     height: int
@@ -33,6 +34,7 @@ class WindowGrid:
     window: tuple[int, int]
     shift: tuple[int, int]
     roll_first: bool = False
+    tokens_first: bool = True
 
     @property
     def padded(self) -> tuple[int, int]:
@@ -51,14 +53,14 @@ class WindowGrid:
     def order(self) -> Index:
         """[tokens_per_window * windows]: the row-major position of the token at each place, PAD where there is none.
 
-        First the first token of every window, then the second, and so on: windows are then an axis of equal steps.
+        `tokens_first` makes windows an axis of equal steps, which TensorRT likes; a CPU likes what it needs to be near.
         """
         tokens = np.arange(self.height * self.width).reshape(self.height, self.width)
         back = (-self.shift[0], -self.shift[1])
         grid = np.full(self.padded, PAD, dtype=np.int64)
         grid[: self.height, : self.width] = np.roll(tokens, back, (0, 1)) if self.roll_first else tokens
         windows = self._partition(grid if self.roll_first else np.roll(grid, back, (0, 1)))
-        return np.asarray(windows.T.reshape(-1))
+        return np.asarray((windows.T if self.tokens_first else windows).reshape(-1))
 
     def mask(self, value: float) -> NDArray[np.float32] | None:
         """[windows, tokens, tokens]: `value` between tokens that the roll brought together, 0 elsewhere; None unshifted.
@@ -91,7 +93,9 @@ class Stage:
     grids: tuple[WindowGrid, ...]
 
 
-def stages(config: SwinConfig, image_size: tuple[int, int], always_partition: bool = False) -> tuple[Stage, ...]:
+def stages(
+    config: SwinConfig, image_size: tuple[int, int], always_partition: bool = False, tokens_first: bool = True
+) -> tuple[Stage, ...]:
     """Every stage that an image of `image_size` (height, width in pixels) passes through.
 
     `always_partition` is Hugging Face's Swin V1 backbone: windows are shifted even on a map no larger than one.
@@ -103,7 +107,7 @@ def stages(config: SwinConfig, image_size: tuple[int, int], always_partition: bo
         grids = []
         for block in range(depth):
             shift = (0, 0) if block % 2 == 0 else _shift(config, index, (height, width), window, always_partition)
-            grids.append(WindowGrid(height, width, window, shift, roll_first=config.semantics == "timm"))
+            grids.append(WindowGrid(height, width, window, shift, config.semantics == "timm", tokens_first))
         result.append(Stage(height, width, tuple(grids)))
         height, width = -(-height // 2), -(-width // 2)
     return tuple(result)

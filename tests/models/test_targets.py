@@ -1,0 +1,126 @@
+"""The forms for CPU runtimes answer as the plain form does: every task, with padding, at the network and exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the networks are torch networks")
+
+import swin_deploy  # noqa: E402
+from swin_deploy.compare import compare  # noqa: E402
+from swin_deploy.config import SwinConfig  # noqa: E402
+from swin_deploy.errors import UsageError  # noqa: E402
+from swin_deploy.models.blocks import shift_mask  # noqa: E402
+from swin_deploy.models.checkpoints import random_checkpoint  # noqa: E402
+from swin_deploy.models.swin import SwinNetwork  # noqa: E402
+from swin_deploy.models.windows import WindowGrid  # noqa: E402
+from swin_deploy.reference import sample_inputs  # noqa: E402
+from swin_deploy.specs import TARGETS  # noqa: E402
+from swin_deploy.tasks import TASKS, TaskSpec  # noqa: E402
+
+# Maps of 16 x 20, 8 x 10 and 4 x 5 tokens at the first size (shifted), of 13 x 18, 7 x 9 and 4 x 5 at the second (padded).
+SIZES = [(64, 80), (52, 72)]
+FIELDS: dict[str, Any] = {
+    "image_size": (64, 64), "embed_dim": 16, "depths": (2, 2, 2), "num_heads": (1, 2, 4), "window_size": (4, 4, 4),
+    "pretrained_window_sizes": (0, 0, 0), "id2label": {i: str(i) for i in range(5)}, "encoder_stride": 16,
+}  # fmt: skip
+CPU = TARGETS[1:]
+
+
+def network(version: int, task: str, size: tuple[int, int], target: str, **changes: Any) -> Any:
+    config = SwinConfig(**{"version": version, **FIELDS, **changes})
+    spec = TaskSpec(task, output_hidden_states=True, output_attentions=True)
+    return SwinNetwork(config, size, random_checkpoint(config, spec).tensors, spec, target).eval()
+
+
+def answers(made: Any, size: tuple[int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What goes in, and what comes out."""
+    feeds = sample_inputs(made.task.inputs(made.config, size))
+    with torch.no_grad():
+        outputs = made.named(*map(torch.from_numpy, feeds.values()))
+    return feeds, {name: value.numpy() for name, value in outputs.items()}
+
+
+def assert_agree(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert found[name].shape == wanted[name].shape
+        assert compare(wanted[name], found[name]).relative_l2 < limit(name), name
+
+
+def limit(name: str) -> float:
+    """Random weights make sharp attention, which amplifies rounding; no form does so more than another."""
+    return 5e-5 if name.startswith("attentions.") else 1e-5
+
+
+@pytest.mark.parametrize("target", CPU)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("version", [1, 2])
+def test_network(version: int, task: str, size: tuple[int, int], target: str) -> None:
+    _, wanted = answers(network(version, task, size, TARGETS[0]), size)
+    _, found = answers(network(version, task, size, target), size)
+    assert_agree(found, wanted)
+
+
+@pytest.mark.parametrize("target", CPU)
+def test_without_biases(target: str) -> None:
+    for version in (1, 2):
+        made = [network(version, TASKS[0], SIZES[1], t, qkv_bias=False) for t in (TARGETS[0], target)]
+        assert_agree(answers(made[1], SIZES[1])[1], answers(made[0], SIZES[1])[1])
+
+
+@pytest.mark.parametrize("target", CPU)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("version", [1, 2])
+def test_exported(version: int, task: str, size: tuple[int, int], target: str, tmp_path: Path) -> None:
+    for module in ("onnx", "onnxscript", "onnx_graphsurgeon"):
+        pytest.importorskip(module, reason="exporting needs it")
+    pytest.importorskip(target, reason="runs the graph")
+    from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
+    from swin_deploy.exporters.weights import embed_weights
+    from swin_deploy.runtimes.backends import runtime_from_onnx
+
+    feeds, wanted = answers(network(version, task, size, TARGETS[0]), size)
+    made = network(version, task, size, target)
+    traced = onnx_from_torch(made, size)
+    embed_weights(traced.model, traced.weights)
+    assert traced.passes == ()
+    del traced.model.graph.value_info[:]
+    file = tmp_path / "model.onnx"
+    file.write_bytes(traced.model.SerializeToString())
+    with runtime_from_onnx(file, target, threads=1) as runtime:
+        assert_agree(runtime.run(feeds), wanted)
+        single = runtime.run({name: feed[:1] for name, feed in feeds.items()})
+        assert runtime.inputs[0].shape[0] == "batch"
+    for name, value in single.items():
+        part = len(wanted[name]) // len(feeds["pixel_values"])  # attentions have the windows in their first axis
+        assert compare(wanted[name][:part], value).relative_l2 < limit(name), name
+
+
+def test_masked_scores_leave_no_denormal_numbers() -> None:
+    for version, semantics in ((1, "hf"), (1, "timm"), (2, "hf")):
+        mask = shift_mask(
+            SwinConfig(**{"version": version, **FIELDS, "semantics": semantics}), WindowGrid(8, 8, (4, 4), (2, 2))
+        )
+        assert mask is not None
+        assert np.exp(mask.min().numpy()) == 0
+    assert 0 < np.exp(np.float32(-100)) < np.finfo(np.float32).tiny
+
+
+def test_bundle_says_its_target_and_tensorrt_refuses_it(tmp_path: Path) -> None:
+    for module in ("onnx", "onnxscript", "onnx_graphsurgeon", "onnxruntime"):
+        pytest.importorskip(module, reason="exporting needs it")
+    folder = Path(__file__).parents[2] / "examples/digits/swinv2-digits"
+    bundle = swin_deploy.export(weights=folder, output=tmp_path / "digits", target="onnxruntime")
+    assert bundle.manifest["target"] == "onnxruntime"
+    assert all(verdict.verified for verdict in swin_deploy.verify(bundle.path))
+    with pytest.raises(UsageError, match=r"was exported for onnxruntime.*--target tensorrt"):
+        swin_deploy.build_engine(bundle.path)
+    with pytest.raises(UsageError, match=r'no target "tpu"\. There are: tensorrt, onnxruntime, openvino'):
+        swin_deploy.export(weights=folder, output=tmp_path / "other", target="tpu")
