@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def engine_from_onnx(onnx: bytes | Path, spec: EngineSpec, log: Log, progress: P
     trt, gpu = load_compiler(spec.backend), target_gpu(spec.backend, spec.gpu)
     watch = Watch(log, progress)
     begun = time.perf_counter()
-    with _interrupts_kept_for(watch):
+    with _interrupts_kept_for(watch), natives_freed():
         plan, reports = _compile(trt, onnx, spec, gpu, watch)
         watch.check()  # the compiler may also speak while it is being taken down
     return Engine(plan, reports, spec.backend, str(trt.__version__), gpu, time.perf_counter() - begun)
@@ -126,6 +126,25 @@ class Watch:
                 function(*arguments)
             except BaseException as error:  # noqa: BLE001 -- raised again by check(), once the native code has returned
                 self.stop = error
+
+
+@contextmanager
+def natives_freed() -> Iterator[None]:
+    """What the compiler made is freed as soon as an error leaves here, not with whoever keeps that error's traceback.
+
+    The compiler holds a lock while it logs, and takes it to free a builder. Were one left to the garbage collector, which may
+    run inside any Python function, the one that hears the next compiler's log among them, it would wait for itself.
+    """
+    try:
+        yield
+    except BaseException as error:
+        trace = error.__traceback__
+        while trace is not None:
+            if Path(trace.tb_frame.f_code.co_filename).parent == Path(__file__).parent:
+                with suppress(RuntimeError):  # it still runs
+                    trace.tb_frame.clear()
+            trace = trace.tb_next
+        raise
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from swin_deploy.bundle import Bundle
 from swin_deploy.errors import EngineError, UsageError
 
 from .build import Built, Say, bytes_writer
-from .engine_from_onnx import Log, Watch, joined, listeners, load_compiler
+from .engine_from_onnx import Log, Watch, joined, listeners, load_compiler, natives_freed
 from .engine_spec import BACKENDS, fingerprint
 from .gpu import cuda_devices
 
@@ -46,14 +46,15 @@ def refit_engines(bundle: Bundle, say: Say, log: Log) -> tuple[Built, ...]:
                     'Compile it again with "swin-deploy build-engine --strip-weights".'
                 )
             say(f"Refitting {file} from {entry['graph']}")
-            plan = refitted_plan(
-                entry["backend"],
-                entry["backend_version"],
-                entry["gpu"],
-                bundle.verified_path(file),
-                bundle.verified_path(entry["graph"]),
-                log,
-            )
+            with natives_freed():
+                plan = refitted_plan(
+                    entry["backend"],
+                    entry["backend_version"],
+                    entry["gpu"],
+                    bundle.verified_path(file),
+                    bundle.verified_path(entry["graph"]),
+                    log,
+                )
             bundle = bundle.with_file(target, facts, bytes_writer(plan))
             built.append(Built(target, bundle.files[target], reused=False))
     return tuple(built)

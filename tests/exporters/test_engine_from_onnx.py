@@ -242,6 +242,29 @@ def test_what_a_callback_raises_comes_out_here(fused, where: float, error: BaseE
     assert caught.value is error
 
 
+COLLECTED = """
+import gc
+from engine_graphs import SM89, attention, silent
+from swin_deploy.errors import EngineError
+from swin_deploy.exporters.engine_from_onnx import engine_from_onnx
+
+gc.disable()
+try:
+    engine_from_onnx(b"nothing", SM89, silent)
+except EngineError as error:
+    kept = [error]
+    kept.append(kept)  # only the garbage collector frees this, and the traceback in it
+del kept
+engine_from_onnx(attention().SerializeToString(), SM89, lambda *said: gc.collect())
+print("done")
+"""
+
+
+def test_an_error_that_is_collected_while_the_next_compiler_speaks_does_not_stop_it() -> None:
+    """The builder used to be collected with it, and waited for the lock under which the compiler spoke."""
+    assert python(COLLECTED).stdout == "done\n"
+
+
 def test_other_threads_may_compile() -> None:
     model = attention().SerializeToString()
     error = ZeroDivisionError("ours")
