@@ -86,7 +86,10 @@ class Attention(nn.Module):
         self.places = (self.tokens, grid.windows) if self.tokens_first else (grid.windows, self.tokens)
         self.head_width = config.width(stage) // self.heads
         parts = _qkv(config, self.head_width, tensors)
-        self.qkv = nn.ModuleList([_joined(parts)] if self.tokens_first else parts)
+        if self.tokens_first:
+            self.qkv = _joined(parts)
+        else:
+            self.query, self.key, self.value = parts
         self.proj = Linear(tensors["attention.output.dense.weight"], tensors["attention.output.dense.bias"])
         self.register_buffer("bias", _position_bias(config, stage, tensors)[None, None])
         self.register_buffer("mask", mask)
@@ -94,7 +97,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         channels = x.shape[-1]
-        parts = self.qkv[0](x).chunk(3, dim=-1) if self.tokens_first else [step(x) for step in self.qkv]
+        parts = self.qkv(x).chunk(3, dim=-1) if self.tokens_first else (self.query(x), self.key(x), self.value(x))
         query, key, value = (self._by_window(part) for part in parts)
         if self.scale is not None:
             query, key = _unit(query) * self.scale, _unit(key)

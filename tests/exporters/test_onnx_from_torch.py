@@ -184,7 +184,8 @@ def test_foreign_operator_is_an_error() -> None:
         def __init__(self, inner: Any) -> None:
             super().__init__()
             self.inner = inner
-            self.config, self.task, self.output_names = inner.config, inner.task, inner.output_names
+            self.config, self.task, self.target = inner.config, inner.task, inner.target
+            self.output_names = inner.output_names
 
         def forward(self, pixel_values: Any) -> Any:
             return (self.inner(pixel_values)[0].cumsum(1),)
