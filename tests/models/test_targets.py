@@ -74,8 +74,7 @@ def test_without_biases(target: str) -> None:
         assert_agree(answers(made[1], SIZES[1])[1], answers(made[0], SIZES[1])[1])
 
 
-@pytest.mark.parametrize("target", CPU)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("target", "size"), list(zip(CPU, SIZES, strict=True)))
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("version", [1, 2])
 def test_exported(version: int, task: str, size: tuple[int, int], target: str, tmp_path: Path) -> None:
