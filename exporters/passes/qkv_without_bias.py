@@ -17,40 +17,43 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from swin_deploy.config import SwinConfig
-
 from .attention import Attention, add_behind, attentions, constant
 from .base import Graph, Pass
 
 
 def value_bias_in_projection(graph: Graph) -> int:
-    """The number of value biases moved into the linear layer behind attention."""
+    """The number of attentions whose value bias, if they have one, is moved into the linear layer behind."""
     count = 0
     for attention in attentions(graph):
-        bias, (weight, projected) = attention.bias(), attention.projection.inputs[1:]
+        count += 1
+        bias = attention.bias()
         if bias is None:
             continue
+        weight, *projected = (np.asarray(tensor.values, dtype=np.float64) for tensor in attention.projection.inputs[1:])
         value = bias[2 * len(bias) // 3 :]
-        moved = projected.values + np.asarray(weight.values, dtype=np.float64) @ value
-        attention.projection.inputs[2] = constant(f"{attention.projection.name}_bias", moved)
+        moved = sum(projected, weight @ value)  # a bias of zeros is not in the graph
+        attention.projection.inputs = [*attention.projection.inputs[:2], constant(f"{attention.projection.name}_bias", moved)]
         value[:] = 0
         attention.qkv.inputs[2] = constant(f"{attention.qkv.name}_bias", bias)
-        count += 1
     return count
 
 
 def query_bias_in_norm(graph: Graph) -> int:
-    """The number of query biases moved into the LayerNorm in front; the key's are dropped."""
+    """The number of attentions whose query bias, if they have one, is moved into the LayerNorm in front; the key's goes."""
     count = 0
     for attention in attentions(graph):
+        if attention.is_cosine:
+            continue
+        count += 1
         bias, weight, norm = attention.bias(), attention.weight(), attention.qkv.i()
-        if bias is None or attention.is_cosine:
+        if bias is None:
             continue
         keep = None
         if norm.op == "Reshape":  # padding is zeroed behind the norm: Reshape, Mul, Reshape
             keep, norm = norm.i().inputs[1].values, norm.i().i().i()
-        scale, shift = (np.asarray(tensor.values, dtype=np.float64) for tensor in norm.inputs[1:3])
+        scale, *shifts = (np.asarray(tensor.values, dtype=np.float64) for tensor in norm.inputs[1:3])
         channels = len(scale)
+        shift = sum(shifts, np.zeros(channels))
         query = bias[:channels].copy()
         bias[channels:] = 0
         bias += weight @ shift
@@ -63,7 +66,6 @@ def query_bias_in_norm(graph: Graph) -> int:
         norm.inputs = [norm.inputs[0], constant(f"{norm.name}_scale", ~unit), constant(f"{norm.name}_bias", unit)]
         if keep is not None and attention.probabilities_are_read:
             _restore_padding(graph, attention, query, keep)
-        count += 1
     return count
 
 
@@ -75,11 +77,5 @@ def _restore_padding(graph: Graph, attention: Attention, bias: NDArray[Any], kee
     add_behind(graph, attention.query, lost)
 
 
-def expected(config: SwinConfig) -> int:
-    return config.blocks if config.qkv_bias else 0
-
-
-VALUE_BIAS_IN_PROJECTION = Pass("value_bias_in_projection", value_bias_in_projection, expected)
-QUERY_BIAS_IN_NORM = Pass(
-    "query_bias_in_norm", query_bias_in_norm, lambda config: expected(config) if config.version == 1 else 0
-)
+VALUE_BIAS_IN_PROJECTION = Pass("value_bias_in_projection", value_bias_in_projection, lambda config: config.blocks)
+QUERY_BIAS_IN_NORM = Pass("query_bias_in_norm", query_bias_in_norm, lambda config: config.blocks if config.version == 1 else 0)

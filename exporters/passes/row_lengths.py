@@ -24,8 +24,8 @@ def row_lengths(graph: Graph) -> dict[str, float]:
 
 def _longest(node: Any, inputs: list[float | None]) -> float | None:
     if node.op == "LayerNormalization":
-        scale, shift = (np.asarray(tensor.values, dtype=np.float64) for tensor in node.inputs[1:3])
-        return float(np.abs(scale).max() * math.sqrt(len(scale)) + np.linalg.norm(shift))
+        scale, *shift = (np.asarray(tensor.values, dtype=np.float64) for tensor in node.inputs[1:3])
+        return float(np.abs(scale).max() * math.sqrt(len(scale)) + sum(np.linalg.norm(s) for s in shift))
     if node.op == "Conv":  # patches that do not overlap
         weight = np.asarray(node.inputs[1].values, dtype=np.float64).reshape(len(node.inputs[1].values), -1)
         bias = np.linalg.norm(node.inputs[2].values) if len(node.inputs) > 2 else 0.0
