@@ -75,7 +75,7 @@ def test_without_biases(target: str) -> None:
 
 
 @pytest.mark.parametrize(("target", "size"), list(zip(CPU, SIZES, strict=True)))
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["feature-extraction", "backbone"])
 @pytest.mark.parametrize("version", [1, 2])
 def test_exported(version: int, task: str, size: tuple[int, int], target: str, tmp_path: Path) -> None:
     for module in ("onnx", "onnxscript", "onnx_graphsurgeon"):
