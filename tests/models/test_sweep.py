@@ -240,9 +240,9 @@ def test_exported_graphs(
 def test_half_precision_sweep(
     version: int, task: str, patch: int, size: Size, record_property: Callable[[str, object], None], tmp_path: Path
 ) -> None:
-    """The fp16 graphs against fp32: finite, and within 1e-2 in ONNX Runtime; and, but for attentions, with every node rounded.
+    """The fp16 graphs against fp32: finite, and within 1e-2 in ONNX Runtime; and with every node rounded, but for attentions.
 
-    Swin V2's attention probabilities come to 1.05e-2 where every node is rounded, its product and its cosine among them.
+    Rounding weights and image to fp16, and nothing else, takes Swin V2's probabilities up to 6e-3 away.
     """
     ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pristine(version, task, patch, clamped_head=False).save_pretrained(tmp_path)
@@ -261,9 +261,8 @@ def test_half_precision_sweep(
             assert all(np.isfinite(array).all() for array in found.values())
             distances = relative(found, exact)
             record_property(f"{where} {batch}", max(distances.values()))
-            if where == "torch":
-                distances = {name: value for name, value in distances.items() if not name.startswith("attentions.")}
-            assert {name: value for name, value in distances.items() if not value < 1e-2} == {}, where
+            limits = {name: 1.25e-2 if where == "torch" and name.startswith("attentions.") else 1e-2 for name in distances}
+            assert {name: value for name, value in distances.items() if not value < limits[name]} == {}, where
 
 
 def test_half_precision_of_transformers_is_nan_in_padded_windows() -> None:
