@@ -72,21 +72,24 @@ class Reorder(nn.Module):
 class Attention(nn.Module):
     """Window attention over tokens in the order of `grid`, [places * batch, channels], with the position bias as a constant.
 
-    Returns the tokens, and the probabilities [batch * windows, heads, tokens, tokens]. Query, key and value are one
-    projection where tokens stand first, the form for TensorRT, and three where windows do, the form for a CPU.
+    Returns the tokens, and the probabilities [batch * windows, heads, tokens, tokens]. Query, key and value are `joined` in
+    one projection for TensorRT, and three for a CPU.
     """
 
     bias: Tensor
     mask: Tensor | None
     scale: Tensor | None
 
-    def __init__(self, config: SwinConfig, stage: int, grid: WindowGrid, tensors: Tensors, mask: Tensor | None) -> None:
+    def __init__(
+        self, config: SwinConfig, stage: int, grid: WindowGrid, tensors: Tensors, mask: Tensor | None, joined: bool
+    ) -> None:
         super().__init__()
         self.heads, self.tokens, self.tokens_first = config.num_heads[stage], grid.tokens_per_window, grid.tokens_first
         self.places = (self.tokens, grid.windows) if self.tokens_first else (grid.windows, self.tokens)
         self.head_width = config.width(stage) // self.heads
         parts = _qkv(config, self.head_width, tensors)
-        if self.tokens_first:
+        self.joined = joined
+        if joined:
             self.qkv = _joined(parts)
         else:
             self.query, self.key, self.value = parts
@@ -97,7 +100,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         channels = x.shape[-1]
-        parts = self.qkv(x).chunk(3, dim=-1) if self.tokens_first else (self.query(x), self.key(x), self.value(x))
+        parts = self.qkv(x).chunk(3, dim=-1) if self.joined else (self.query(x), self.key(x), self.value(x))
         query, key, value = (self._by_window(part) for part in parts)
         if self.scale is not None:
             query, key = _unit(query) * self.scale, _unit(key)
@@ -131,10 +134,11 @@ class Block(nn.Module):
         tensors: Tensors,
         mask: Tensor | None,
         keep: Tensor | None,
+        joined: bool,
     ) -> None:
         super().__init__()
         self.version = config.version
-        self.attention = Attention(config, stage, grid, tensors, mask)
+        self.attention = Attention(config, stage, grid, tensors, mask, joined)
         self.norm1 = LayerNorm(tensors, "layernorm_before", config.layer_norm_eps)
         self.norm2 = LayerNorm(tensors, "layernorm_after", config.layer_norm_eps)
         self.fc1 = Linear(tensors["intermediate.dense.weight"], tensors["intermediate.dense.bias"])

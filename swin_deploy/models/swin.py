@@ -64,7 +64,9 @@ class PatchEmbedding(nn.Module):
 class Stage(nn.Module):
     """The blocks of one stage, each behind the gather into its window order; returns tokens and the last block's attention."""
 
-    def __init__(self, config: SwinConfig, number: int, stage: windows.Stage, order: windows.Index, tensors: Tensors) -> None:
+    def __init__(
+        self, config: SwinConfig, number: int, stage: windows.Stage, order: windows.Index, tensors: Tensors, joined: bool
+    ) -> None:
         super().__init__()
         self.steps = nn.Sequential()
         masks = {grid.shift: shift_mask(config, grid) for grid in stage.grids}
@@ -75,7 +77,7 @@ class Stage(nn.Module):
             order = target
             parts = Inside(tensors, f"encoder.layers.{number}.blocks.{j}.")
             keep = tensor(windows.keep(order))
-            self.steps.add_module(f"block{j}", Block(config, number, grid, parts, masks[grid.shift], keep))
+            self.steps.add_module(f"block{j}", Block(config, number, grid, parts, masks[grid.shift], keep, joined))
         self.order = order
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,13 +130,13 @@ class SwinNetwork(nn.Module):
         self.output_names = self.task.output_names(config)
         self.embeddings = PatchEmbedding(config, image_size, tensors, self.task.masked)
         backbone = self.task.name == "backbone"
-        plan = windows.stages(config, image_size, always_partition=backbone, tokens_first=target == "tensorrt")
+        plan = windows.stages(config, image_size, always_partition=backbone, tokens_first=target != "openvino")
         order = np.arange(plan[0].height * plan[0].width)
         self.stem_rows = RowMajor(order, plan[0].height, plan[0].width)
         self.stages, self.merges = nn.ModuleList(), nn.ModuleList()
         self.rows_before, self.rows_after = nn.ModuleList(), nn.ModuleList()
         for i, stage in enumerate(plan):
-            module = Stage(config, i, stage, order, tensors)
+            module = Stage(config, i, stage, order, tensors, joined=target == "tensorrt")
             self.stages.append(module)
             order = module.order
             self.rows_before.append(RowMajor(order, stage.height, stage.width))
