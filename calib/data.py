@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from swin_deploy.bundle import PREPROCESSOR, Bundle
 from swin_deploy.errors import InputError, UsageError
 from swin_deploy.preprocess import Preprocessor
-from swin_deploy.specs import Size, TensorSpec, graph_file
+from swin_deploy.specs import Size, TensorSpec
 
+from .labels import labels_from_file
 from .sources import Folder, Items, NumpyFile, Source, spooled
 
 Array = NDArray[Any]
@@ -47,6 +48,17 @@ class Samples:
         """The class of each sample, a folder's name or what came with the data; None where there is none."""
         known = self.source.labels
         return None if known is None else tuple(known[index] for index in self.chosen)
+
+    @property
+    def image_size(self) -> Size:
+        """(height, width) in pixels of what the network takes."""
+        return (int(self.inputs[0].shape[2]), int(self.inputs[0].shape[3]))
+
+    @property
+    def ready(self) -> bool:
+        """Whether samples come as the network takes them, for one image size."""
+        sample = next(self.source.read(self.chosen[:1]))
+        return isinstance(sample, np.ndarray) and sample.dtype.kind == "f"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -95,17 +107,23 @@ def samples_from(
     preprocessor: Preprocessor,
     inputs: tuple[TensorSpec, ...],
     samples: int | None = None,
+    labels: str | os.PathLike[str] | None = None,
 ) -> Samples:
     """The samples of a folder of images, of an .npy or .npz file, or of a Python iterable.
 
     An iterable gives paths, PIL images, uint8 arrays [h, w, 3] or prepared float arrays [3, h, w], each alone or in a pair
     with its label. `samples` takes that many, evenly spread over what there is in sorted order, and equally many of
-    each class where classes are known; an iterable without a length gives its first ones. Raises InputError where there is
-    nothing to take, and where what is there does not vary.
+    each class where classes are known; an iterable without a length gives its first ones. `labels` is a file
+    (see labels_from_file) with the classes of the images of a folder. Raises InputError where there is nothing to take, and
+    where what is there does not vary.
     """
     if samples is not None and samples < 1:
         raise UsageError(f"{samples} samples are asked for, and at least 1 is needed.")
     found = _source(source, preprocessor, inputs, samples)
+    if labels is not None:
+        if not isinstance(found, Folder):
+            raise UsageError(f"The labels {labels} are for a folder of images, and {found.title} is none. Leave them out.")
+        found = dataclasses.replace(found, labels=labels_from_file(Path(labels), found.names))
     chosen = tuple(range(len(found)))
     if samples is not None and samples < len(found):
         chosen = spread(chosen, samples) if found.labels is None else balanced(found.labels, samples)
@@ -115,10 +133,13 @@ def samples_from(
 
 
 def samples_for(
-    bundle: Bundle, source: str | os.PathLike[str] | Iterable[Any], samples: int | None = None, file: str | None = None
+    bundle: Bundle,
+    source: str | os.PathLike[str] | Iterable[Any],
+    samples: int | None = None,
+    labels: str | os.PathLike[str] | None = None,
 ) -> Samples:
-    """As samples_from, for the graph `file` of `bundle`, by default its fp32 graph of the first image size."""
-    return samples_from(source, *preparation(bundle, file or graph_file("fp32")), samples)
+    """As samples_from, for the graphs of the first image size of `bundle`."""
+    return samples_from(source, *preparation(bundle, next(iter(bundle.graphs))), samples, labels)
 
 
 def preparation(bundle: Bundle, file: str) -> tuple[Preprocessor, tuple[TensorSpec, ...]]:
