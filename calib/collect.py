@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from swin_deploy.bundle import disk_errors, sha256_of
+from swin_deploy.bundle import disk_errors, sha256_of, write_whole
 from swin_deploy.errors import BackendError, UsageError
 from swin_deploy.requires import require
 
@@ -29,6 +28,8 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 Progress = Callable[[int, int], None]
+State = tuple[int, dict[str, Observation]]  # how many samples were seen, and what they showed
+CACHE = ".calibration"  # where a bundle's observations may be kept, a folder in it
 FORMAT = 1  # of the files; another number makes none of the old ones found
 
 
@@ -56,34 +57,43 @@ def collect(
 ) -> dict[str, Observation]:
     """An observation of each of `tensors` of the graph `model`, a file or a loaded one with its weights, over all of `data`.
 
-    Memory is that of the model, one batch with the tensors' values, and about 0.3 MB a tensor. `cache` is a folder: every
-    `every` seconds what is known so far is written there, and a pass over the same graph, data and batch size resumes from it;
-    finished observations are kept and cost no further pass. `progress(done, total)` counts samples. Raises UsageError for a
-    tensor that the graph does not have, InputError for one that becomes NaN.
+    Memory is that of the model, one batch with the tensors' values, and about 0.3 MB a tensor. `cache` is a folder (for a
+    bundle, CACHE in it): every `every` seconds, and at an interrupt, what is known so far is written there, and a pass over the
+    same graph, data and batch size resumes from it; finished observations are kept and cost no further pass.
+    `progress(done, total)` counts samples. Raises UsageError for a tensor that the graph does not have, InputError for one
+    that becomes NaN.
     """
     wanted = tuple(dict.fromkeys(tensors))
     store = None if cache is None else _Store(Path(cache), _key(model, data, batch))
     known = {} if store is None else store.finished()
     missing = tuple(name for name in wanted if name not in known)
     if missing:
-        done, seen = (0, {}) if store is None else store.begun(missing)
+        state: State = (0, {}) if store is None else store.begun(missing)
         run = _session(model, missing, threads)
         saved = time.monotonic()
-        for feeds in data.batches(batch, done):
-            count = len(next(iter(feeds.values())))
-            found = run(feeds)
-            fresh = {name: Observation.of(found[name], count, f"The tensor {name}") for name in missing}
-            seen = {name: seen[name].merged(one) if name in seen else one for name, one in fresh.items()}
-            done += count
-            if progress is not None:
-                progress(done, len(data))
-            if store is not None and done < len(data) and time.monotonic() - saved >= every:
-                store.keep(done, seen)
-                saved = time.monotonic()
-        known = {**known, **seen}
+        try:
+            for feeds in data.batches(batch, state[0]):
+                state = _advanced(state, run(feeds), missing, len(next(iter(feeds.values()))))
+                if progress is not None:
+                    progress(state[0], len(data))
+                if store is not None and state[0] < len(data) and time.monotonic() - saved >= every:
+                    store.keep(*state)
+                    saved = time.monotonic()
+        except KeyboardInterrupt:
+            if store is not None:
+                store.keep(*state)
+            raise
+        known = {**known, **state[1]}
         if store is not None:
             store.finish(known)
     return {name: known[name] for name in wanted}
+
+
+def _advanced(state: State, values: Mapping[str, Array], tensors: Sequence[str], count: int) -> State:
+    """The state after a further batch of `count` samples."""
+    done, before = state
+    fresh = {name: Observation.of(values[name], count, f"The tensor {name}") for name in tensors}
+    return done + count, {name: before[name].merged(one) if name in before else one for name, one in fresh.items()}
 
 
 class _Store:
@@ -97,7 +107,7 @@ class _Store:
         arrays = self._read(self._whole)
         return {} if arrays is None else from_arrays(arrays)
 
-    def begun(self, tensors: Sequence[str]) -> tuple[int, dict[str, Observation]]:
+    def begun(self, tensors: Sequence[str]) -> State:
         """How many samples a stopped pass over the same tensors has seen, and what it knows."""
         arrays = self._read(self._part)
         if arrays is None or tuple(arrays["names"]) != tuple(tensors):
@@ -122,17 +132,13 @@ class _Store:
             return None
 
     def _write(self, path: Path, arrays: Mapping[str, Any]) -> None:
-        scratch = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with scratch.open("wb") as file:
-                    np.savez_compressed(file, key=np.array(self._key), **arrays)
-                    file.flush()
-                    os.fsync(file.fileno())
-                scratch.replace(path)
-            finally:
-                scratch.unlink(missing_ok=True)
+        def write(scratch: Path) -> None:
+            with scratch.open("wb") as file:
+                np.savez_compressed(file, key=np.array(self._key), **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+
+        write_whole(path, write)
 
 
 def _key(model: str | os.PathLike[str] | onnx.ModelProto, data: Data, batch: int) -> str:

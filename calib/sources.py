@@ -191,7 +191,9 @@ class Items:
         self.labels: Sequence[Any] | None = None
         if len(items) == 0:
             raise InputError("There are no samples: the sequence is empty. Give at least one image.")
-        if _is_pair(items[0]):
+        if len(getattr(items, "targets", ())) == len(items):  # torchvision's data sets, without reading every image
+            self.labels = list(items.targets)
+        elif _is_pair(items[0]):
             self.labels = [_split(items[index])[1] for index in range(len(items))]
 
     def __len__(self) -> int:

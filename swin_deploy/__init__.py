@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from swin_deploy.evaluation import Evaluation
     from swin_deploy.exporters.build import Built
     from swin_deploy.exporters.inspection import Inspection
+    from swin_deploy.models.running import TorchNetwork
     from swin_deploy.reference import Verdict
     from swin_deploy.runtimes.model import Model
     from swin_deploy.tasks import TaskSpec
@@ -229,15 +230,17 @@ def evaluate(
     batch: int = 8,
     precisions: Sequence[str] = (),
     backend: str = "onnxruntime",
+    weights: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """How often the graphs of a bundle are right on `data`, and how far they are from its fp32 graph, in one pass.
+    """How often the graphs of a bundle are right on `data`, and how far they are from fp32, in one pass.
 
     `data` is a folder of images, an .npz or .npy file, or an iterable of images, each alone or in a pair with its class; see
     calib.data.samples_from. Classes come from the names of folders, or from the file `labels` with lines "image,class";
     `labels` "none" ignores them. `precisions` leaves out other graphs than these and the fp32 ones; types that the back end
-    has no kernels for are emulated. `progress(done, total)` counts samples. Raises errors.InputError for data that does not
-    fit the network, errors.UsageError for a precision that the bundle does not hold.
+    has no kernels for are emulated. Graphs are compared with the fp32 graph of their image size, or with PyTorch where
+    `weights` names the checkpoint that was exported. `progress(done, total)` counts samples. Raises errors.InputError for data
+    that does not fit the network, errors.UsageError for a precision that the bundle does not hold.
     """
     from swin_deploy.bundle import CONFIG, Bundle
     from swin_deploy.calib.data import Samples, preparation, samples_for
@@ -258,14 +261,16 @@ def evaluate(
     if classes and labels != "none" and chosen.source.labels is not None and chosen.labels is not None:
         numbers, rule = class_numbers(chosen.source.labels, config.id2label)
         wanted = [numbers[label] for label in chosen.labels]
+    prepared: dict[tuple[int, int], Samples] = {}
+    graphs, left_out = [], []
     with contextlib.ExitStack() as stack:
-        graphs, left_out = [], []
-        prepared: dict[tuple[int, int], Samples] = {}
         for file, entry in sorted(found.graphs.items(), key=lambda item: item[1]["precision"] != "fp32"):
             size = (int(entry["image_size"][0]), int(entry["image_size"][1]))
             if chosen.ready and size != chosen.image_size:
                 left_out.append(file)
             elif not precisions or entry["precision"] in ("fp32", *precisions):
+                if weights is not None and size not in prepared:
+                    graphs.append(Graph("", "fp32", size, _torch_network(weights, found, size)))
                 runtime = stack.enter_context(runtime_to_check(found.verified_path(file), backend))
                 graphs.append(Graph(file, str(entry["precision"]), size, runtime))
                 prepared.setdefault(size, chosen.with_size(*preparation(found, file)))
@@ -273,4 +278,15 @@ def evaluate(
         batches = (dict(zip(prepared, feeds, strict=True)) for feeds in zip(*streams, strict=True))
         tell = progress or (lambda done, total: None)
         scores = evaluate_graphs(graphs, batches, wanted, classes, lambda done: tell(done, len(chosen)))
-    return Evaluation(len(chosen), rule, scores, tuple(left_out))
+    against = "the fp32 graph" if weights is None else "PyTorch fp32"
+    return Evaluation(len(chosen), rule, against, scores, tuple(left_out))
+
+
+def _torch_network(weights: str | os.PathLike[str], bundle: Bundle, size: tuple[int, int]) -> TorchNetwork:
+    from swin_deploy.exporters.source import checkpoint_from_request
+    from swin_deploy.models.running import TorchNetwork
+    from swin_deploy.tasks import TaskSpec
+
+    task, semantics = TaskSpec.from_dict(bundle.manifest["task"]), str(bundle.manifest["semantics"])
+    checkpoint, _ = checkpoint_from_request(None, weights, False, 0, task, size, semantics, None, None, _silent)
+    return TorchNetwork(checkpoint, task, size)

@@ -1,4 +1,4 @@
-"""How good the graphs of a bundle are on data: right answers, and how far each is from the fp32 graph."""
+"""How good the graphs of a bundle are on data: right answers, and how far each is from a reference in fp32."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ LOGITS = "logits"
 class Score:
     """One graph, over all samples; what could not be measured is None.
 
-    `top1` and `top5` are shares of right answers, `equal` the share of samples with the fp32 graph's best class. `relative_l2`
-    is |test - fp32| / |fp32|, a mean over samples, and `sqnr_db` the power of the fp32 output over that of the difference, in
-    decibels; both are of `output`, the worst one. `not_finite` counts samples with NaN or infinity.
+    `top1` and `top5` are shares of right answers, `equal` that of samples with the reference's best class. `relative_l2` is
+    |test - reference| / |reference|, a mean over samples, and `sqnr_db` the power of the reference over that of the difference,
+    in decibels; both are of `output`, the worst one. `not_finite` counts samples with NaN or infinity.
     """
 
     file: str
@@ -48,24 +48,26 @@ class Score:
 class Evaluation:
     """The scores of a bundle's graphs. `rule` says how labels became class numbers; None where there were none.
 
+    `against` is the reference, "the fp32 graph" or "PyTorch fp32", which is itself the first score of its image size.
     `left_out` names graphs of other image sizes than data has that comes prepared for one.
     """
 
     samples: int
     rule: str | None
+    against: str
     scores: tuple[Score, ...]
     left_out: tuple[str, ...] = ()
 
     def score(self, precision: str) -> Score:
-        """The score of that precision at the first image size."""
-        return next(score for score in self.scores if score.precision == precision)
+        """The score of the graph of that precision at the first image size. Raises KeyError where there is none."""
+        return {score.precision: score for score in reversed(self.scores) if score.file}[precision]
 
 
 @dataclass
 class Graph:
     """A graph to be scored, and what is counted while it is: right answers, and powers by output."""
 
-    file: str
+    file: str  # empty for PyTorch
     precision: str
     image_size: Size
     runtime: Runnable
@@ -78,8 +80,8 @@ class Graph:
     power: dict[str, float] = field(default_factory=dict)
     error: dict[str, float] = field(default_factory=dict)
 
-    def count(self, found: Mapping[str, Array], wanted: Array | None, fp32: Mapping[str, Array] | None) -> None:
-        """Counts one batch: outputs by name, class numbers, and the fp32 graph's outputs."""
+    def count(self, found: Mapping[str, Array], wanted: Array | None, reference: Mapping[str, Array] | None) -> None:
+        """Counts one batch: outputs by name, class numbers, and the reference's outputs; None for the reference itself."""
         flat = {name: array.reshape(len(array), -1).astype(np.float64) for name, array in found.items()}
         finite = np.logical_and.reduce([np.isfinite(array).all(axis=1) for array in flat.values()])
         self.samples += len(finite)
@@ -88,19 +90,20 @@ class Graph:
             places = _places(flat[LOGITS], wanted)
             self.right += int((finite & (places < 1)).sum())
             self.right_of_five += int((finite & (places < 5)).sum())
-        if fp32 is None:
+        if reference is None:
             return
         if LOGITS in flat:
-            self.equal += int((finite & (flat[LOGITS].argmax(axis=1) == fp32[LOGITS].argmax(axis=1))).sum())
+            self.equal += int((finite & (flat[LOGITS].argmax(axis=1) == reference[LOGITS].argmax(axis=1))).sum())
         for name, array in flat.items():
-            reference = fp32[name].reshape(len(array), -1).astype(np.float64)
-            square, error = np.square(reference).sum(axis=1), np.square(array - reference).sum(axis=1)
+            exact = reference[name].reshape(len(array), -1).astype(np.float64)
+            square, error = np.square(exact).sum(axis=1), np.square(array - exact).sum(axis=1)
             distance = np.sqrt(error / np.maximum(square, np.finfo(np.float64).tiny))
             for sums, values in ((self.power, square), (self.error, error), (self.distance, distance)):
                 sums[name] = sums.get(name, 0.0) + float(values.sum())
 
-    def score(self, labelled: bool, compared: bool, classes: int) -> Score:
+    def score(self, labelled: bool, classes: int) -> Score:
         """The score of what was counted."""
+        compared = bool(self.power)
         decibels = {name: _decibels(self.power[name], self.error[name]) for name in self.power}
         worst = min(decibels, key=lambda name: decibels[name], default=self.runtime.outputs[0].name)
         return Score(
@@ -129,26 +132,23 @@ def evaluate_graphs(
     """The scores of `graphs` in one pass over `batches`, each with the feeds for every image size.
 
     `wanted` holds the class number of every sample; `classes` is how many there are, 0 where outputs are no logits, of which
-    only distances are taken. Each graph is compared with the fp32 graph of its image size, which must come before it.
+    only distances are taken. Graphs are compared with the first one of their image size, if that is fp32.
     """
     done = 0
     for feeds in batches:
         count = len(next(iter(next(iter(feeds.values())).values())))
         truth = None if wanted is None else np.asarray(wanted[done : done + count])
-        fp32: dict[Size, dict[str, Array]] = {}
+        references: dict[Size, dict[str, Array]] = {}
         for graph in graphs:
             found = graph.runtime.run(feeds[graph.image_size])
             if classes:
                 found = {LOGITS: found[LOGITS]}
-            graph.count(found, truth, fp32.get(graph.image_size))
+            graph.count(found, truth, references.get(graph.image_size))
             if graph.precision == "fp32":
-                fp32[graph.image_size] = found
+                references.setdefault(graph.image_size, found)
         done += count
         progress(done)
-    sizes = {graph.image_size for graph in graphs if graph.precision == "fp32"}
-    return tuple(
-        graph.score(wanted is not None, graph.precision != "fp32" and graph.image_size in sizes, classes) for graph in graphs
-    )
+    return tuple(graph.score(wanted is not None, classes) for graph in graphs)
 
 
 def _places(logits: Array, wanted: Array) -> Array:

@@ -15,6 +15,7 @@ from swin_deploy.cli.output import json_option, print_json, print_table, teller
 @click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Images at a time.")
 @click.option("--precision", "precisions", multiple=True, help="Repeatable; without it every graph of the bundle.")
 @click.option("--backend", default="onnxruntime", show_default=True, help="What runs the graphs: onnxruntime, openvino.")
+@click.option("--weights", help="The checkpoint that was exported; graphs are then compared with PyTorch itself.")
 @json_option
 def command(
     bundle: Path,
@@ -24,12 +25,14 @@ def command(
     batch: int,
     precisions: tuple[str, ...],
     backend: str,
+    weights: str | None,
     as_json: bool,
 ) -> None:
     """Run the images of --data through every graph of BUNDLE, in one pass, and print how often each is right.
 
     Class folders are matched to the network's classes by name or by number, or in sorted order where there are as many (so
-    ImageNet's 1000). Every graph is also compared with the fp32 graph, which was compared with PyTorch when it was made.
+    ImageNet's 1000). Every graph is also compared with the fp32 graph, which was compared with PyTorch when it was made; or,
+    given --weights, with PyTorch.
     """
     import swin_deploy
     from swin_deploy.bundle import Bundle
@@ -45,6 +48,7 @@ def command(
             batch=batch,
             precisions=precisions,
             backend=backend,
+            weights=weights,
             progress=lambda done, total: say.follow("Evaluating", done, total),
         )
     finally:
@@ -59,21 +63,22 @@ def command(
                 "data": data,
                 "samples": found.samples,
                 "labels": found.rule,
+                "against": found.against,
                 "fp32_against_pytorch": torch,
                 "graphs": [score.to_dict() for score in found.scores],
                 "not_evaluated": [*found.left_out, *engines],
             }
         )
         return
-    labelled = f"classes by {found.rule}" if found.rule else "no classes given, so only the distance from fp32 is measured"
-    say(f"{found.samples} samples; {labelled}")
+    labelled = f"classes by {found.rule}" if found.rule else "no classes given"
+    say(f"{found.samples} samples; {labelled}; compared with {found.against}")
     for file, words in torch.items():
         say(f"{file} against PyTorch: {words}")
     print_table(
-        ("graph", "precision", "top-1", "top-5", "as fp32", "relative L2", "SQNR dB", "not finite", "run by"),
+        ("graph", "precision", "top-1", "top-5", "agrees", "relative L2", "SQNR dB", "not finite", "run by"),
         [
             (
-                score.file,
+                score.file or "(PyTorch)",
                 score.precision,
                 *("-" if share is None else f"{share:.2%}" for share in (score.top1, score.top5, score.equal)),
                 "-" if score.relative_l2 is None else f"{score.relative_l2:.2e}",

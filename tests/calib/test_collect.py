@@ -114,15 +114,15 @@ def test_damaged_files_are_made_again(model: Path, tmp_path: Path, counted: Coun
     assert sum(counted.given) == 100
 
 
-@pytest.mark.parametrize("stop", [1, 4])
+@pytest.mark.parametrize("stop", [0, 1, 4])
 def test_an_interrupted_pass_resumes(model: Path, tmp_path: Path, counted: Counted, stop: int) -> None:
     expected = collect(model, TENSORS, data(), batch=3)
     Counted.stop_after = stop
     with pytest.raises(KeyboardInterrupt):
-        collect(model, TENSORS, counted, batch=3, cache=tmp_path / "cache", every=0)
+        collect(model, TENSORS, counted, batch=3, cache=tmp_path / "cache")
     Counted.stop_after = None
     counted.given.clear()
-    assert bits(collect(model, TENSORS, counted, batch=3, cache=tmp_path / "cache", every=0)) == bits(expected)
+    assert bits(collect(model, TENSORS, counted, batch=3, cache=tmp_path / "cache")) == bits(expected)
     assert sum(counted.given) == 20 - 3 * stop
     assert [file.name for file in (tmp_path / "cache").iterdir() if "partial" in file.name or file.name.startswith(".")] == []
 

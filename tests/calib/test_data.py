@@ -64,6 +64,23 @@ def test_labels_come_with_the_samples(tmp_path: Path) -> None:
     assert taken(raw).labels is None
 
 
+def test_a_data_set_that_knows_its_labels_is_not_read_for_them() -> None:
+    class Pictures:  # as torchvision's data sets are
+        targets = (3, 1, 2)
+        read: list[int] = []  # noqa: RUF012 - what was asked for
+
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+            self.read.append(index)
+            return images(3)[index], self.targets[index]
+
+    samples = taken(Pictures(), 2)
+    assert samples.labels == (3, 2)
+    assert set(Pictures.read) == set(samples.chosen)
+
+
 def test_class_folders_are_labels_at_any_depth(tmp_path: Path) -> None:
     root = folder(tmp_path / "classes", {"cat": 2, "dog/brown": 1, "dog/white": 1})
     (root / "dog" / "readme.txt").write_text("no image")

@@ -14,6 +14,8 @@ from cli.exported import WEIGHTS, cli, digits, refused, result
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from tiny_network import SIDE, folder, images
+from torch import from_numpy, inference_mode
+from transformers import AutoModelForImageClassification
 
 import swin_deploy
 from swin_deploy.bundle import CONFIG, PREPROCESSOR, create_bundle
@@ -119,6 +121,7 @@ def test_prepared_data_is_of_one_size(tmp_path: Path) -> None:
     done = cli("evaluate", bundle(tmp_path / "b"), "--data", "data.npz", "--json", cwd=tmp_path)
     found = result(done)
     assert isinstance(found, dict)
+    assert found["against"] == "the fp32 graph"
     assert [one["file"] for one in found["graphs"]] == ["onnx/model.onnx", "onnx/model_bf16.onnx", "onnx/model_fp16.onnx"]
     assert found["not_evaluated"] == ["onnx/model_16x16.onnx", "onnx/model_16x16_fp16.onnx"]
     assert (found["samples"], found["labels"]) == (12, "class numbers")
@@ -169,6 +172,26 @@ def test_the_digits_from_a_folder(tmp_path: Path) -> None:
     assert told.returncode == 0
     assert "4 samples; no classes given" in told.stderr
     assert [line.split()[2:5] for line in told.stdout.splitlines()[1:]] == [["-", "-", "-"], ["-", "-", "100.00%"]]
+
+
+def test_pytorch_as_the_reference() -> None:
+    """Given its checkpoint, every graph is compared with PyTorch; here with ten digits and their classes."""
+    paths = [(WEIGHTS[1].parent / f"images/{number}.png", number) for number in range(10)]
+    found = swin_deploy.evaluate(digits(1), paths, weights=WEIGHTS[1])
+    torch, fp32, fp16 = found.scores
+    assert (found.against, torch.file, torch.sqnr_db) == ("PyTorch fp32", "", None)
+    assert torch.backend.startswith("PyTorch 2.")
+    assert (torch.top1, fp32.top1, fp16.top1, fp32.equal, fp16.equal) == (1, 1, 1, 1, 1)
+    assert found.score("fp32") is fp32
+    assert fp32.relative_l2 is not None
+    assert 0 < fp32.relative_l2 < 1e-5
+    with swin_deploy.load(digits(1), precision="fp16") as model:
+        pixels = model.preprocessor([path for path, _ in paths])
+        logits = model.run({"pixel_values": pixels})["logits"].astype(np.float64)
+    network = AutoModelForImageClassification.from_pretrained(WEIGHTS[1]).eval()
+    with inference_mode():
+        exact = network(pixel_values=from_numpy(pixels)).logits.numpy().astype(np.float64)
+    assert fp16.sqnr_db == pytest.approx(10 * np.log10((exact**2).sum() / ((logits - exact) ** 2).sum()), abs=0.1)
 
 
 NETWORK = dict(enumerate(CLASSES))
