@@ -224,6 +224,19 @@ def newest_bundle(folder: Path) -> Bundle:
     return max(found, key=lambda bundle: str(bundle.manifest["created"]))
 
 
+def write_whole(target: Path, write: Callable[[Path], None]) -> None:
+    """Makes `target`, a file that no manifest lists, with `write(path)`, all at once; leftovers of the killed are swept."""
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
+        scratch = _scratch(target)
+        try:
+            write(scratch)
+            scratch.replace(target)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, in hexadecimal, read in pieces."""
     digest = hashlib.sha256()

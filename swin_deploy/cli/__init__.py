@@ -26,6 +26,7 @@ VERBS = {
     "inspect": "inspect",
     "verify": "verify",
     "predict": "predict",
+    "evaluate": "evaluate",
     "bench": "bench",
 }
 

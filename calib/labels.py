@@ -1,0 +1,97 @@
+"""From what samples are labelled with (folders, a file, numbers) to the class numbers of a network."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from swin_deploy.errors import InputError
+
+WORDNET = re.compile(r"n\d{8}")
+EXPECTED = "a line for each image with its file and its class, such as cat/1.jpg,cat"
+
+
+def labels_from_file(path: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """The class of each of `names`, from lines "file,class" (or with a space between); a heading is passed over.
+
+    `file` is a path as in `names`, or the last part of one. Raises InputError where a name has no class.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The labels {path} cannot be read ({error}). Expected {EXPECTED}.") from error
+    rows = [row for row in csv.reader(lines) if row]
+    if rows and all(len(row) == 1 for row in rows):
+        rows = [row[0].rsplit(maxsplit=1) for row in rows if row[0].strip()]
+    known: dict[str, str] = {}
+    for row in rows:
+        if len(row) < 2:
+            raise InputError(f"The labels {path} have a line {','.join(row)!r}. Expected {EXPECTED}.")
+        known[row[0].strip().replace("\\", "/").removeprefix("./")] = row[1].strip()
+    last = Counter(file.rsplit("/", 1)[-1] for file in known)
+    short = {file.rsplit("/", 1)[-1]: label for file, label in known.items() if last[file.rsplit("/", 1)[-1]] == 1}
+    found = [known.get(name, short.get(name.rsplit("/", 1)[-1])) for name in names]
+    if None in found:
+        raise InputError(f"The labels {path} have no line for {names[found.index(None)]}. Expected {EXPECTED}.")
+    return tuple(str(label) for label in found)
+
+
+def class_numbers(labels: Sequence[Any], id2label: Mapping[int, str]) -> tuple[dict[Any, int], str]:
+    """The class number of each distinct label of a whole data set, and the rule by which it was found.
+
+    Tried in this order: labels are numbers; they are the network's own names for its classes (upper case, "_" and "-" do not
+    count, and one of several names parted by commas is enough); they are numbers in words; there are as many as the network
+    has classes, which are then taken to be sorted, as in ImageNet. Raises InputError where none of these holds.
+    """
+    distinct = list(dict.fromkeys(labels))
+    count = len(id2label)
+    if all(isinstance(label, int | np.integer) for label in distinct):
+        outside = [label for label in distinct if label not in id2label]
+        if outside:
+            raise InputError(
+                f"There is a label {outside[0]}, and the network has classes 0 to {count - 1}. Correct the labels."
+            )
+        return {label: int(label) for label in distinct}, "class numbers"
+    texts = {label: str(label) for label in distinct}
+    find = _names(id2label)
+    numbers = {label: find(text) for label, text in texts.items()}
+    if all(number is not None for number in numbers.values()):
+        return {label: int(number or 0) for label, number in numbers.items()}, "names of classes"
+    numeric = [text for text in texts.values() if re.fullmatch(r"[0-9]{1,9}", text)]
+    if len(numeric) == len(texts) and all(int(text) in id2label for text in numeric):
+        return {label: int(text) for label, text in texts.items()}, "class numbers"
+    if len(texts) == count and not numeric:  # in sorted order, 10 would come before 2
+        order = {label: number for number, label in enumerate(sorted(distinct, key=str))}
+        words = all(WORDNET.fullmatch(text) for text in texts.values())
+        return order, f"the {count} {'WordNet ids' if words else 'labels'} in sorted order"
+    unknown = next(texts[label] for label, number in numbers.items() if number is None)
+    raise InputError(
+        f'The label "{unknown}" is no class of this network ("{id2label[0]}", ...), and there are {len(texts)} labels for its '
+        f"{count} classes. Name the folders as the classes are named, or give --labels with class numbers."
+    )
+
+
+def _names(id2label: Mapping[int, str]) -> Callable[[str], int | None]:
+    whole: dict[str, set[int]] = {}
+    part: dict[str, set[int]] = {}
+    for number, name in id2label.items():
+        whole.setdefault(_plain(name), set()).add(number)
+        for one in name.split(","):
+            part.setdefault(_plain(one), set()).add(number)
+
+    def find(text: str) -> int | None:
+        """The one class with that name; None where there are several ("crane" is a bird and a machine)."""
+        found = whole.get(_plain(text)) or part.get(_plain(text)) or set()
+        return next(iter(found)) if len(found) == 1 else None
+
+    return find
+
+
+def _plain(name: str) -> str:
+    return " ".join(re.split(r"[\s_-]+", name.strip().casefold()))

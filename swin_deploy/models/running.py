@@ -1,0 +1,30 @@
+"""The torch network behind the interface that graphs are run through, so that both answer the same questions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from swin_deploy.models.checkpoints import Checkpoint
+from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.specs import Size, TensorSpec
+from swin_deploy.tasks import TaskSpec
+
+
+class TorchNetwork:
+    """A checkpoint in fp32 PyTorch, for one image size; see reference.Runnable."""
+
+    def __init__(self, checkpoint: Checkpoint, task: TaskSpec, size: Size) -> None:
+        self.title = f"PyTorch {torch.__version__}"
+        self._network = SwinNetwork(checkpoint.config, size, checkpoint.tensors, task).eval()
+        self.inputs = task.inputs(checkpoint.config, size)
+        names = task.output_names(checkpoint.config)
+        self.outputs = tuple(TensorSpec(name, "float32", ("batch",)) for name in names)
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        with torch.inference_mode():
+            outputs = self._network.named(*(torch.from_numpy(feeds[spec.name]) for spec in self.inputs))
+        return {name: output.contiguous().numpy() for name, output in outputs.items()}

@@ -1,0 +1,260 @@
+"""`evaluate`: shares and distances that scikit-learn and numpy find as well, labels matched by rules that it names."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from cli.exported import WEIGHTS, cli, digits, refused, result
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from tiny_network import SIDE, folder, images
+from torch import from_numpy, inference_mode
+from transformers import AutoModelForImageClassification
+
+import swin_deploy
+from swin_deploy.bundle import CONFIG, PREPROCESSOR, create_bundle
+from swin_deploy.calib.labels import class_numbers, labels_from_file
+from swin_deploy.errors import InputError, UsageError
+from swin_deploy.preprocess import Preprocessor
+from swin_deploy.specs import graph_file
+from swin_deploy.tasks import TaskSpec
+
+sklearn = pytest.importorskip("sklearn.metrics", reason="scikit-learn counts the right answers again")
+
+CLASSES = ("ant", "bee", "crane, bird", "dog", "emu", "fox", "crane, machine")
+NOISE = {"fp32": 0.0, "fp16": 0.02, "bf16": 0.3}
+
+
+def weights(precision: str) -> np.ndarray:
+    """float32 [3, 7], from mean colours to logits; those of other precisions are a little off."""
+    exact, noise = np.random.default_rng(0).standard_normal((2, 3, len(CLASSES)))
+    return (exact * 4 + noise * NOISE[precision]).astype(np.float32)
+
+
+def graph(precision: str, side: int, output: str = "logits") -> onnx.ModelProto:
+    """pixel_values [batch, 3, side, side] -> mean colours [batch, 3] -> logits [batch, 7]."""
+    value = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("ReduceMean", ["pixel_values", "axes"], ["mean"], keepdims=0),
+        helper.make_node("MatMul", ["mean", "weights"], [output]),
+    ]
+    made = helper.make_graph(
+        nodes,
+        "colours",
+        [value("pixel_values", TensorProto.FLOAT, ["batch", 3, side, side])],
+        [value(output, TensorProto.FLOAT, ["batch", len(CLASSES)]), value("mean", TensorProto.FLOAT, ["batch", 3])],
+        [numpy_helper.from_array(np.array([2, 3]), "axes"), numpy_helper.from_array(weights(precision), "weights")],
+    )
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def bundle(path: Path, task: str = "image-classification") -> Path:
+    """A bundle of graphs that look at colours only: three precisions at 8 pixels, and two at 16."""
+    config = json.loads((WEIGHTS[1] / "config.json").read_text())
+    config |= {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
+    output = "logits" if task == "image-classification" else "last_hidden_state"
+    with create_bundle(path, replace=False, facts={"name": "colours", "task": TaskSpec(task).to_dict()}) as draft:
+        draft.add_json(CONFIG, config)
+        draft.add_json(PREPROCESSOR, Preprocessor.imagenet(SIDE).to_dict())
+        for side, precisions in ((SIDE, ("fp32", "bf16", "fp16")), (2 * SIDE, ("fp32", "fp16"))):
+            inputs = [{"name": "pixel_values", "dtype": "float32", "shape": ["batch", 3, side, side]}]
+            for precision in precisions:
+                entry: dict[str, Any] = {"precision": precision, "image_size": [side, side], "inputs": inputs}
+                file = graph_file(precision, None if side == SIDE else (side, side))
+                model = graph(precision, side, output)
+                draft.add(file, entry, lambda path, model=model: onnx.save(model, str(path)))  # type: ignore[misc]
+    return path
+
+
+def logits(precision: str, pixels: np.ndarray) -> np.ndarray:
+    return np.asarray(pixels.mean(axis=(2, 3), dtype=np.float64) @ weights(precision))
+
+
+def test_figures_are_those_of_others(tmp_path: Path) -> None:
+    path, raw = bundle(tmp_path / "b"), images(50)
+    wanted = np.random.default_rng(1).integers(0, len(CLASSES), 50)
+    told: list[tuple[int, int]] = []
+    found = swin_deploy.evaluate(
+        path, list(zip(raw, wanted, strict=True)), batch=8, progress=lambda done, total: told.append((done, total))
+    )
+    assert (found.samples, found.rule, told[0], told[-1]) == (50, "class numbers", (8, 50), (50, 50))
+    assert [(s.file, s.precision, s.image_size) for s in found.scores] == [
+        ("onnx/model.onnx", "fp32", (8, 8)),
+        ("onnx/model_16x16.onnx", "fp32", (16, 16)),
+        ("onnx/model_bf16.onnx", "bf16", (8, 8)),
+        ("onnx/model_fp16.onnx", "fp16", (8, 8)),
+        ("onnx/model_16x16_fp16.onnx", "fp16", (16, 16)),
+    ]
+    for score in found.scores:
+        pixels = Preprocessor.imagenet(score.image_size)(list(raw))
+        test, fp32 = logits(score.precision, pixels), logits("fp32", pixels)
+        everyone = list(range(len(CLASSES)))
+        assert score.top1 == pytest.approx(sklearn.accuracy_score(wanted, test.argmax(1)))
+        assert score.top5 == pytest.approx(sklearn.top_k_accuracy_score(wanted, test, k=5, labels=everyone))
+        if score.precision == "fp32":
+            assert (score.equal, score.relative_l2, score.sqnr_db) == (None, None, None)
+            continue
+        assert score.equal == pytest.approx((test.argmax(1) == fp32.argmax(1)).mean())
+        distances = np.linalg.norm(test - fp32, axis=1) / np.linalg.norm(fp32, axis=1)
+        assert score.relative_l2 == pytest.approx(distances.mean(), rel=1e-4)
+        assert score.sqnr_db == pytest.approx(10 * np.log10((fp32**2).sum() / ((test - fp32) ** 2).sum()), rel=1e-4)
+    assert found.score("bf16").sqnr_db < found.score("fp16").sqnr_db
+
+
+def test_other_tasks_have_distances_only(tmp_path: Path) -> None:
+    found = swin_deploy.evaluate(bundle(tmp_path / "b", "feature-extraction"), [(image, 0) for image in images(9)])
+    score = found.score("fp16")
+    assert (found.rule, score.top1, score.top5, score.equal) == (None, None, None, None)
+    assert score.output == "last_hidden_state"  # the means are exact
+    assert score.relative_l2 is not None
+    assert 0 < score.relative_l2 < 0.05
+
+
+def test_prepared_data_is_of_one_size(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", pixel_values=Preprocessor.imagenet(SIDE)(list(images(12))), labels=np.arange(12) % 7)
+    done = cli("evaluate", bundle(tmp_path / "b"), "--data", "data.npz", "--json", cwd=tmp_path)
+    found = result(done)
+    assert isinstance(found, dict)
+    assert found["against"] == "the fp32 graph"
+    assert [one["file"] for one in found["graphs"]] == ["onnx/model.onnx", "onnx/model_bf16.onnx", "onnx/model_fp16.onnx"]
+    assert found["not_evaluated"] == ["onnx/model_16x16.onnx", "onnx/model_16x16_fp16.onnx"]
+    assert (found["samples"], found["labels"]) == (12, "class numbers")
+
+
+def test_an_output_that_is_not_finite(tmp_path: Path) -> None:
+    path = bundle(tmp_path / "b")
+    file = path / "onnx/model_fp16.onnx"
+    broken = onnx.load(str(file))
+    broken.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.full((3, 7), np.nan, np.float32), "weights"))
+    held = swin_deploy.bundle.Bundle.open(path)
+    held.with_file("onnx/model_fp16.onnx", dict(held.files["onnx/model_fp16.onnx"]), lambda p: onnx.save(broken, str(p)))
+    done = cli("evaluate", path, "--data", folder(tmp_path / "d", {"ant": 3, "bee": 3}), "--json", cwd=tmp_path)
+    found = result(done)
+    assert isinstance(found, dict)
+    score = next(one for one in found["graphs"] if one["file"] == "onnx/model_fp16.onnx")
+    assert (score["top1"], score["top5"], score["equal"], score["not_finite"]) == (0, 0, 0, 6)
+    assert (score["relative_l2"], score["sqnr_db"]) == (None, None)
+
+
+def test_the_digits_from_a_folder(tmp_path: Path) -> None:
+    """The trained network, by class folders named in words, by numbers, and by a file: the same shares."""
+    names = list(json.loads((WEIGHTS[2] / "config.json").read_text())["id2label"].values())
+    rows = []
+    for number, name in enumerate(names):
+        picture = Image.open(WEIGHTS[2].parent / f"images/{number}.png")
+        for root, kind in (("words", name), ("numbers", str(number)), ("flat", ".")):
+            (tmp_path / root / kind).mkdir(parents=True, exist_ok=True)
+            picture.save(tmp_path / root / kind / f"image{number}.png")
+        rows.append((f"image{number}.png", name))
+    with (tmp_path / "labels.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("file", "label"), *rows])
+    found = result(cli("evaluate", digits(2), "--data", "words", "--batch", 4, "--json", cwd=tmp_path))
+    assert isinstance(found, dict)
+    assert (found["labels"], found["samples"]) == ("names of classes", 10)
+    assert "verified" in found["fp32_against_pytorch"]["onnx/model.onnx"]
+    shares = [("fp32", 1.0, 1.0, None), ("fp16", 1.0, 1.0, 1.0)]
+    assert [(s["precision"], s["top1"], s["top5"], s["equal"]) for s in found["graphs"]] == shares
+    for root, labels, rule in (("numbers", None, "class numbers"), ("flat", tmp_path / "labels.csv", "names of classes")):
+        again = swin_deploy.evaluate(digits(2), tmp_path / root, labels=labels)
+        assert [(s.precision, s.top1, s.top5, s.equal) for s in again.scores] == shares
+        assert again.rule == rule
+    told = cli("evaluate", digits(2), "--data", "flat", "--samples", 4, cwd=tmp_path)
+    assert told.returncode == 0
+    assert "4 samples; no classes given" in told.stderr
+    assert [line.split()[2:5] for line in told.stdout.splitlines()[1:]] == [["-", "-", "-"], ["-", "-", "100.00%"]]
+
+
+def test_pytorch_as_the_reference() -> None:
+    """Given its checkpoint, every graph is compared with PyTorch; here with ten digits and their classes."""
+    paths = [(WEIGHTS[1].parent / f"images/{number}.png", number) for number in range(10)]
+    found = swin_deploy.evaluate(digits(1), paths, weights=WEIGHTS[1])
+    torch, fp32, fp16 = found.scores
+    assert (found.against, torch.file, torch.sqnr_db) == ("PyTorch fp32", "", None)
+    assert torch.backend.startswith("PyTorch 2.")
+    assert (torch.top1, fp32.top1, fp16.top1, fp32.equal, fp16.equal) == (1, 1, 1, 1, 1)
+    assert found.score("fp32") is fp32
+    assert fp32.relative_l2 is not None
+    assert 0 < fp32.relative_l2 < 1e-5
+    with swin_deploy.load(digits(1), precision="fp16") as model:
+        pixels = model.preprocessor([path for path, _ in paths])
+        logits = model.run({"pixel_values": pixels})["logits"].astype(np.float64)
+    network = AutoModelForImageClassification.from_pretrained(WEIGHTS[1]).eval()
+    with inference_mode():
+        exact = network(pixel_values=from_numpy(pixels)).logits.numpy().astype(np.float64)
+    assert fp16.sqnr_db == pytest.approx(10 * np.log10((exact**2).sum() / ((logits - exact) ** 2).sum()), abs=0.1)
+
+
+NETWORK = dict(enumerate(CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers", "rule"),
+    [
+        ([6, 0, 3], [6, 0, 3], "class numbers"),
+        (list(np.array([6, 0])), [6, 0], "class numbers"),
+        (["4", "00"], [4, 0], "class numbers"),
+        (["Bee", "DOG", "crane,_bird", "machine"], [1, 3, 2, 6], "names of classes"),
+        (["n01", "n03", "n02", "n07", "n04", "n06", "n05"], [0, 2, 1, 6, 3, 5, 4], "the 7 labels in sorted order"),
+        ([f"n0000000{i}" for i in (3, 1, 2, 9, 4, 5, 6)], [2, 0, 1, 6, 3, 4, 5], "the 7 WordNet ids in sorted order"),
+    ],
+)
+def test_rules_from_labels_to_classes(labels: list[Any], numbers: list[int], rule: str) -> None:
+    found, used = class_numbers([*labels, *labels], NETWORK)
+    assert ([found[label] for label in labels], used) == (numbers, rule)
+
+
+@pytest.mark.parametrize("count", [1000, 21841])
+def test_imagenets_folders_are_in_the_order_of_its_classes(count: int) -> None:
+    folders = [f"n{1440764 + 7 * place:08d}" for place in range(count)]
+    found, rule = class_numbers(folders[::-1], {place: f"name {place}" for place in range(count)})
+    assert [found[name] for name in folders] == list(range(count))
+    assert rule == f"the {count} WordNet ids in sorted order"
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([7], "a label 7"),
+        ([-1], "a label -1"),
+        (["crane", "ant"], '"crane" is no class'),  # the bird, or the machine?
+        (["n01440764", "ant"], '"n01440764" is no class'),
+        (["1", "7"], '"1" is no class'),
+        ([str(number) for number in range(1, 8)], '"1" is no class'),  # from 1, or names of folders that were sorted?
+    ],
+)
+def test_labels_that_fit_no_rule(labels: list[Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        class_numbers(labels, NETWORK)
+
+
+def test_labels_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "labels"
+    file.write_text("cat/a.jpg,0\n./dog/a.jpg,1\nb.jpg, bee\n\n")
+    assert labels_from_file(file, ["dog/a.jpg", "cat/a.jpg", "deep/b.jpg"]) == ("1", "0", "bee")
+    file.write_text("ILSVRC2012_val_00000001.JPEG 65\nwith space.JPEG 970\n")
+    assert labels_from_file(file, ["with space.JPEG", "ILSVRC2012_val_00000001.JPEG"]) == ("970", "65")
+    for text, said in (("cat/a.jpg,0\ndog/a.jpg,1\n", "no line for a.jpg"), ("", "no line for"), ("x,1\ny\n", "a line 'y'")):
+        file.write_text(text)
+        with pytest.raises(InputError, match=said):
+            labels_from_file(file, ["a.jpg"])
+
+
+def test_what_can_be_asked_wrongly(tmp_path: Path) -> None:
+    path = bundle(tmp_path / "b")
+    data = folder(tmp_path / "data", {"ant": 2, "zebra": 2})
+    refused(cli("evaluate", path, "--data", data, cwd=tmp_path), '"zebra" is no class', "--labels")
+    refused(cli("evaluate", path, "--data", "absent", cwd=tmp_path), "no folder or file absent")
+    refused(cli("evaluate", path, "--data", data, "--labels", "absent.csv", cwd=tmp_path), "absent.csv cannot be read")
+    assert cli("evaluate", path, "--data", data, "--labels", "none", cwd=tmp_path).returncode == 0
+    with pytest.raises(UsageError, match="holds no int8 graph"):
+        swin_deploy.evaluate(path, data, precisions=["int8"])
+    with pytest.raises(UsageError, match='no back end "tvm"'):
+        swin_deploy.evaluate(path, data, labels="none", backend="tvm")
+    with pytest.raises(UsageError, match="for a folder of images"):
+        swin_deploy.evaluate(path, images(4), labels="labels.csv")

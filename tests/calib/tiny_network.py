@@ -1,0 +1,58 @@
+"""What the tests of calibration share: a graph of two layers, and images that take no time to make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from swin_deploy.preprocess import Preprocessor
+from swin_deploy.specs import TensorSpec
+
+SIDE = 8
+INPUTS = (TensorSpec("pixel_values", "float32", ("batch", 3, SIDE, SIDE)),)
+PREPROCESSOR = Preprocessor.imagenet(SIDE)
+TENSORS = ("pixel_values", "flat", "hidden", "gelu")
+
+
+def network(seed: int = 0) -> onnx.ModelProto:
+    """pixel_values [batch, 3, 8, 8] -> flat [batch, 192] -> hidden, gelu [batch, 16] -> logits [batch, 4]."""
+    rng = np.random.default_rng(seed)
+    weights = {
+        "w1": rng.standard_normal((3 * SIDE * SIDE, 16)).astype(np.float32) / 8,
+        "w2": rng.standard_normal((16, 4)).astype(np.float32),
+        "shape": np.array([-1, 3 * SIDE * SIDE]),
+    }
+    nodes = [
+        helper.make_node("Reshape", ["pixel_values", "shape"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "w1"], ["hidden"]),
+        helper.make_node("Gelu", ["hidden"], ["gelu"]),
+        helper.make_node("Gemm", ["gelu", "w2"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, SIDE, SIDE])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 4])],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def images(count: int, seed: int = 0) -> np.ndarray:
+    """uint8 [count, 8, 8, 3]."""
+    return np.random.default_rng(seed).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
+
+
+def folder(path: Path, classes: dict[str, int], suffix: str = ".png") -> Path:
+    """`path` with so many images in a folder for each class; the class "" is `path` itself."""
+    number = 0
+    for name, count in classes.items():
+        (path / name).mkdir(parents=True, exist_ok=True)
+        for place in range(count):
+            Image.fromarray(images(1, seed=number)[0]).save(path / name / f"{place}{suffix}")
+            number += 1
+    return path
