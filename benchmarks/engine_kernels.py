@@ -96,7 +96,7 @@ def ours(variant: Variant) -> onnx.ModelProto:
     network = SwinNetwork(config, config.image_size, random_checkpoint(config, task).tensors, task).eval()
     traced = onnx_from_torch(network, config.image_size)
     embed_weights(traced.model, traced.weights)
-    model, _ = typed_from_fp32(traced.model, config, task, "fp16")
+    model = typed_from_fp32(traced.model, config, task, "fp16").model
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1
     del model.graph.value_info[:]

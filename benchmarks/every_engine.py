@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         embed_weights(traced.model, traced.weights)
         del network
         for precision in given.precisions.split(","):
-            graph = typed_from_fp32(traced.model, config, task, precision)[0].SerializeToString()
+            graph = typed_from_fp32(traced.model, config, task, precision).model.SerializeToString()
             cells, seconds = [], 0.0
             for gpu in gpus:
                 cell, took = compiled(graph, gpu, config.blocks)

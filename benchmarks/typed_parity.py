@@ -74,7 +74,7 @@ def both(variant: Variant, folder: Path, task: TaskSpec) -> dict[tuple[str, str]
     embed_weights(traced.model, traced.weights)
     result = {}
     for precision in ("fp16", "bf16"):
-        model, _ = typed_from_fp32(traced.model, config, task, precision)
+        model = typed_from_fp32(traced.model, config, task, precision).model
         path = folder / "emulated.onnx"
         onnx.save(emulated(model), str(path))
         with runtime_from_onnx(path) as runtime:

@@ -69,7 +69,7 @@ def collect(
     missing = tuple(name for name in wanted if name not in known)
     if missing:
         state: State = (0, {}) if store is None else store.begun(missing)
-        run = _session(model, missing, threads)
+        run = session_for(model, missing, threads)
         saved = time.monotonic()
         try:
             for feeds in data.batches(batch, state[0]):
@@ -170,7 +170,7 @@ def _weight_files(model: onnx.ModelProto) -> list[str]:
     return sorted({e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"})
 
 
-def _session(
+def session_for(
     model: str | os.PathLike[str] | onnx.ModelProto, tensors: Sequence[str], threads: int
 ) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
     """A function from feeds to the values of `tensors`."""

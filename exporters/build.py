@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,18 @@ DEFAULT_GPUS = ("sm_86", "sm_89", "sm_120")
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """Samples on which the ranges of a graph's values are measured: how many, what they are, and the measuring.
+
+    `largest(file, model)` gives the largest absolute value of each value of a fp32 form of the bundle's graph `file`.
+    """
+
+    samples: int
+    fingerprint: str
+    largest: Callable[[str, Any], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
 class Built:
     """One engine in a bundle. `reused` when it was there already, of this graph, spec, compiler and target."""
 
@@ -50,6 +63,7 @@ def build_engines(
     say: Say,
     log: Log,
     progress: Progress | None = None,
+    calibration: Calibration | None = None,
 ) -> tuple[Bundle, tuple[Built, ...]]:
     """The bundle with an engine for each of `gpus` in it (none given: this machine's GPU, else DEFAULT_GPUS).
 
@@ -72,7 +86,7 @@ def build_engines(
     release = str(require(BACKENDS[chosen][0], "compile engines").__version__)
     built = []
     with bundle.compiling(lambda: say(f"Waiting for another process that compiles into {bundle.path}")) as bundle:
-        bundle = with_typed_graphs(bundle, precision, open_graph, say)
+        bundle = with_typed_graphs(bundle, precision, open_graph, say, calibration)
         graphs = [file for file, entry in bundle.graphs.items() if entry["precision"] == precision]
         for number, graph in enumerate(graphs):
             path, entry = bundle.verified_path(graph), bundle.files[graph]
@@ -130,11 +144,17 @@ def _with_engine(bundle: Bundle, file: str, engine: Engine, spec: EngineSpec, fa
     return bundle.with_file(layers_file(file), {"parent": bundle.files[file]["sha256"]}, bytes_writer(text.encode()))
 
 
-def with_typed_graphs(bundle: Bundle, precision: str, open_graph: OpenGraph, say: Say) -> Bundle:
-    """The bundle with the ONNX graphs of `precision` in it, written from the fp32 graphs and compared with PyTorch."""
+def with_typed_graphs(
+    bundle: Bundle, precision: str, open_graph: OpenGraph, say: Say, calibration: Calibration | None = None
+) -> Bundle:
+    """The bundle with the ONNX graphs of `precision` in it, written from the fp32 graphs and compared with PyTorch.
+
+    Those that are there already stay, unless `calibration` asks for the ranges of other samples.
+    """
+    ranges = None if calibration is None else {"samples": calibration.samples, "data": calibration.fingerprint}
     sources = [file for file, entry in bundle.graphs.items() if entry["precision"] == "fp32"]
     pairs = [(source, graph_file(precision, _further(bundle, source, number))) for number, source in enumerate(sources)]
-    missing = [(source, file) for source, file in pairs if not _known(bundle, file, bundle.files[source]["sha256"])]
+    missing = [(source, file) for source, file in pairs if not _known(bundle, file, bundle.files[source]["sha256"], ranges)]
     if precision == "fp32" or not missing:
         return bundle
     shared = weights_file(precision) if bundle.files[sources[0]].get("weights") else None
@@ -146,26 +166,29 @@ def with_typed_graphs(bundle: Bundle, precision: str, open_graph: OpenGraph, say
     made = []
     for source, file in missing:
         say(f"Writing {file}")
-        made.append(typed_from_fp32(_with_shapes(bundle.verified_path(source)), config, task, precision))
+        measure = None if calibration is None else partial(calibration.largest, source)
+        made.append(typed_from_fp32(_with_shapes(bundle.verified_path(source)), config, task, precision, measure))
     if shared is not None:
 
         def write_weights(path: Path) -> None:
             weights = WeightFile(path, Path(shared).name)
-            for model, _ in made:
-                weights.take(model)
+            for graph in made:
+                weights.take(graph.model)
 
         bundle = bundle.with_file(shared, {}, write_weights)
-    for (source, file), (model, records) in zip(missing, made, strict=True):
+    for (source, file), graph in zip(missing, made, strict=True):
         origin = bundle.files[source]
         entry: dict[str, Any] = {
             **{key: origin[key] for key in ("image_size", "inputs", "outputs", "reference")},
-            "opset": next(domain.version for domain in model.opset_import if not domain.domain),
+            "opset": next(domain.version for domain in graph.model.opset_import if not domain.domain),
             "precision": precision,
             "parent": origin["sha256"],
-            "passes": [{"name": record.name, "count": record.count} for record in records],
+            "passes": [asdict(record) for record in graph.records],
+            "islands": [asdict(island) for island in graph.islands],
+            **({"ranges": ranges} if ranges else {}),
             **({"weights": shared} if shared else {}),
         }
-        bundle = bundle.with_file(file, entry, _graph_writer(bundle, model, entry, file, open_graph))
+        bundle = bundle.with_file(file, entry, _graph_writer(bundle, graph.model, entry, file, open_graph))
     return bundle
 
 
@@ -197,8 +220,8 @@ def _graph_writer(
             return
         if not verdict.verified:
             raise VerificationError(
-                f"The {entry['precision']} graph is too far from PyTorch: {verdict.complaint()}. It was not kept; build with "
-                f"--fp32 instead."
+                f"The {entry['precision']} graph is too far from PyTorch: {verdict.complaint()}. It was not kept; name images "
+                f"with --data, by which to see what must stay fp32, or build with --fp32 instead."
             )
         entry["agreement"] = verdict.to_dict()
 
@@ -219,10 +242,13 @@ def _further(bundle: Bundle, source: str, number: int) -> Size | None:
     return None if number == 0 else (height, width)
 
 
-def _known(bundle: Bundle, file: str, parent: str) -> bool:
-    """Whether `file` is in the bundle, and was made from the graph whose sha256 is `parent`; a deleted one is made again."""
+def _known(bundle: Bundle, file: str, parent: str, ranges: Mapping[str, Any] | None) -> bool:
+    """Whether `file` is in the bundle, made from the graph whose sha256 is `parent`; a deleted one is made again.
+
+    With `ranges`, also whether these are what it was made with.
+    """
     known = bundle.files.get(file)
-    if known is None or known["parent"] != parent:
+    if known is None or known["parent"] != parent or (ranges is not None and known.get("ranges") != ranges):
         return False
     return all((bundle.path / name).exists() for name in (file, known.get("weights")) if name)
 

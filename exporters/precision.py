@@ -1,13 +1,16 @@
 """A fp32 graph -> the same in fp16 or bf16 types, for compilers that take precision from the graph (TensorRT 10, 11, RTX).
 
-Input and output stay float32, so that whoever feeds the fp32 graph feeds this one. The cosine attention of Swin V2 keeps
-an island of fp32: it divides by the lengths of queries and keys, which for a padding token are 0, and no floor that fp16 can
-hold is below the lengths that occur (0/0; Hugging Face's half-precision Swin V2 is all NaN there).
+Input and output stay float32, so that whoever feeds the fp32 graph feeds this one. Islands of fp32 stay where fp16 will
+not do. The cosine attention of Swin V2 is always one: it divides by the lengths of queries and keys, which for a padding
+token are 0, and no floor that fp16 can hold is below the lengths that occur (0/0; Hugging Face's half-precision Swin V2 is
+all NaN there). Others are where values measured on calibration samples come near the largest fp16 number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,36 +28,88 @@ if TYPE_CHECKING:
     import onnx
 
 
+Measure = Callable[[Any], Mapping[str, float]]
+
 BF16_OPSET = 22  # the first whose every operator takes bfloat16
 
 
-def typed_from_fp32(
-    model: onnx.ModelProto, config: SwinConfig, task: TaskSpec, precision: str
-) -> tuple[onnx.ModelProto, tuple[PassRecord, ...]]:
-    """The graph in the types of `precision` ("fp16" or "bf16"), in the form that GPU compilers like, and the rewrites' record.
+COSINE = "squared lengths of queries and keys: a padding token's are 0, and others are below what fp16 can hold"
+LARGEST = float(np.finfo(np.float16).max)
+HEADROOM = 2.0  # measured values may be so many times larger on other images
 
-    Raises ExportError where a weight does not fit into the type.
+
+@dataclass(frozen=True)
+class Island:
+    """Nodes that stay fp32: where (a module, or a node's name), how many, and why."""
+
+    at: str
+    nodes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class TypedGraph:
+    """A graph in the types of a precision, what each rewrite did, and what of it is still fp32."""
+
+    model: onnx.ModelProto
+    records: tuple[PassRecord, ...]
+    islands: tuple[Island, ...]
+
+
+def typed_from_fp32(
+    model: onnx.ModelProto, config: SwinConfig, task: TaskSpec, precision: str, measure: Measure | None = None
+) -> TypedGraph:
+    """The graph in the types of `precision` ("fp16" or "bf16"), in the form that GPU compilers like.
+
+    `measure`, for fp16, gives the largest absolute value of each value of a fp32 graph, by name, on calibration samples; what
+    comes near the largest number of fp16 stays fp32. Raises ExportError where a weight does not fit into the type.
     """
     gs = require("onnx_graphsurgeon", f"write the {precision} graph")
     graph = gs.import_onnx(model)
-    records = run_passes(graph, config, (*ENGINE_PASSES, narrow_types(task, precision)))
+    records = run_passes(graph, config, ENGINE_PASSES)
+    wide = set(islands(graph))
+    found = [
+        Island(at, len(list(names)), COSINE) for at, names in groupby(sorted(wide), key=lambda name: name.rpartition("/")[0])
+    ]
+    if measure is not None:
+        beyond = _beyond(graph, measure(gs.export_onnx(graph)))
+        found += [Island(name, 1, reason) for name, reason in beyond.items() if name not in wide]
+        wide |= beyond.keys()
+    records += run_passes(graph, config, (narrow_types(task, precision, wide, as_designed=measure is None),))
     typed = gs.export_onnx(graph)
     if precision == "bf16":
         for domain in typed.opset_import:
             domain.version = max(domain.version, BF16_OPSET) if not domain.domain else domain.version
-    return typed, records
+    return TypedGraph(typed, records, tuple(found))
 
 
-def narrow_types(task: TaskSpec, precision: str) -> Pass:
-    """The pass; it inserts a Cast wherever a value crosses between fp32 and the narrow type.
+def narrow_types(task: TaskSpec, precision: str, wide: Set[str], as_designed: bool = True) -> Pass:
+    """The pass; it inserts a Cast wherever a value crosses between fp32, in the nodes of `wide`, and the narrow type.
 
-    There is one behind the image, one before each output, and three at each island: vectors in, products in, cosines out.
+    There is one behind the image, one before each output, and three at each island of the design: vectors in, products in,
+    cosines out. Where measured ranges decide, no number can be expected.
     """
-    return Pass(
-        f"{precision}_types",
-        lambda graph: assign_types(graph, wide=islands(graph), narrow=_dtype(precision)),
-        lambda config: 1 + len(task.output_names(config)) + (3 * config.blocks if config.version == 2 else 0),
-    )
+    done: list[int] = []
+
+    def rewrite(graph: Graph) -> int:
+        done.append(assign_types(graph, wide, _dtype(precision)))
+        return done[0]
+
+    def expected(config: SwinConfig) -> int:
+        in_islands = 3 * config.blocks if config.version == 2 else 0
+        return 1 + len(task.output_names(config)) + in_islands if as_designed else done[0]
+
+    return Pass(f"{precision}_types", rewrite, expected)
+
+
+def _beyond(graph: Graph, largest: Mapping[str, float]) -> dict[str, str]:
+    """The nodes that read or write what fp16 may not hold, by name, and why."""
+    found = {}
+    for node in graph.nodes:
+        top = max((largest.get(tensor.name, 0.0) for tensor in (*node.inputs, *node.outputs)), default=0.0)
+        if top * HEADROOM > LARGEST:
+            found[str(node.name)] = f"reads or writes {top:.3g} on calibration samples, and fp16 ends at {LARGEST:.0f}"
+    return found
 
 
 def assign_types(graph: Graph, wide: Set[str], narrow: np.dtype[Any]) -> int:

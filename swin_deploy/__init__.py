@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
     from swin_deploy.evaluation import Evaluation
-    from swin_deploy.exporters.build import Built
+    from swin_deploy.exporters.build import Built, Calibration
     from swin_deploy.exporters.inspection import Inspection
     from swin_deploy.models.running import TorchNetwork
     from swin_deploy.reference import Verdict
@@ -116,6 +116,8 @@ def build_engine(
     bundle: str | os.PathLike[str] | None = None,
     *,
     precision: str = "fp16",
+    data: str | os.PathLike[str] | Iterable[Any] | None = None,
+    samples: int | None = None,
     backend: str = "auto",
     gpus: Sequence[str] = (),
     batches: Sequence[tuple[int, int, int]] = ((1, 1, 1),),
@@ -132,14 +134,17 @@ def build_engine(
 ) -> tuple[Built, ...]:
     """The TensorRT engines compiled from a bundle, which are also written into it.
 
-    `bundle` None is the newest one in the current directory. `backend` "auto" is TensorRT where it and a GPU are, else
-    TensorRT for RTX, which compiles for `gpus` ("sm_89", ...) without one. `batches` are (smallest, tuned for, largest), one
-    optimisation profile each; `workspace` is in bytes; an engine of `strip_weights` runs after `refit`. An option that the
-    back end lacks is an errors.UsageError, and an engine that is there already, of the same graph, options, compiler and
-    GPU, is not compiled again unless with `force`. `log(severity, message)` gets the compiler's own messages,
-    `progress(phase, step, steps)` follows it. Raises errors.EngineError when it refuses.
+    `bundle` None is the newest one in the current directory. `data` (see `evaluate`; of it `samples`) are images on which
+    the ranges of an fp16 graph's values are measured; what comes near the largest number of fp16 stays fp32. `backend`
+    "auto" is TensorRT where it and a GPU are, else TensorRT for RTX, which compiles for `gpus` ("sm_89", ...) without one.
+    `batches` are (smallest, tuned for, largest), one optimisation profile each; `workspace` is in bytes; an engine of
+    `strip_weights` runs after `refit`. An option that the back end lacks is an errors.UsageError, and an engine that is
+    there already, of the same graph, options, compiler and GPU, is not compiled again unless with `force`. `log(severity,
+    message)` gets the compiler's own messages, `progress(phase, step, steps)` follows it. Raises errors.EngineError when it
+    refuses.
     """
     from swin_deploy.bundle import Bundle, newest_bundle
+    from swin_deploy.errors import UsageError
     from swin_deploy.exporters.build import build_engines
     from swin_deploy.exporters.engine_spec import EngineSpec
     from swin_deploy.runtimes.backends import runtime_to_check
@@ -158,6 +163,8 @@ def build_engine(
         )
 
     found = newest_bundle(Path.cwd()) if bundle is None else Bundle.open(bundle)
+    if data is not None and precision != "fp16":
+        raise UsageError(f"{precision} has the range of fp32, and no values need to be measured for it. Leave the data out.")
     _, built = build_engines(
         found,
         precision,
@@ -169,8 +176,29 @@ def build_engine(
         say=say,
         log=log or (lambda severity, message: None),
         progress=progress,
+        calibration=None if data is None else _calibration(found, data, samples, progress),
     )
     return built
+
+
+def _calibration(
+    bundle: Bundle,
+    data: str | os.PathLike[str] | Iterable[Any],
+    samples: int | None,
+    progress: Callable[[str, int, int], None] | None,
+) -> Calibration:
+    from swin_deploy.calib.data import preparation, samples_for
+    from swin_deploy.calib.largest import largest_values
+    from swin_deploy.exporters.build import Calibration
+
+    chosen = samples_for(bundle, data, samples)
+    tell = progress or (lambda phase, done, total: None)
+
+    def largest(file: str, model: Any) -> dict[str, float]:
+        of_file = chosen.with_size(*preparation(bundle, file))
+        return largest_values(model, of_file, progress=lambda done, total: tell("Measuring ranges", done, total))
+
+    return Calibration(len(chosen), chosen.fingerprint, largest)
 
 
 def refit(

@@ -23,6 +23,8 @@ def precision_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command("build-engine", short_help="Compile a bundle into TensorRT engines.")
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @precision_options
+@click.option("--data", help="Images on which the ranges of values are measured; what fp16 may not hold stays fp32.")
+@click.option("--samples", type=click.IntRange(1), help="Only so many of --data, evenly spread.")
 @click.option("--gpu", "gpus", metavar="SM,...", default="", help="Targets such as sm_86,sm_89,rtx-5090, or current.")
 @click.option(
     "--backend",

@@ -39,6 +39,8 @@ BUILD = ("build-engine", "b", "--gpu", "sm_89")
         (["--hardware-compatible"], ["TensorRT for RTX has no hardware-compatible engines", "each GPU"]),
         pytest.param(["--strip-weights"], ["without their weights", "no usable NVIDIA GPU"], marks=no_gpu),
         pytest.param(["--backend", "tensorrt"], ["no usable NVIDIA GPU", "tensorrt-rtx"], marks=no_gpu),
+        (["--bf16", "--data", "."], ["bf16 has the range of fp32", "Leave the data out"]),
+        (["--data", "absent"], ["absent"]),
         (["--int3"], ["--int3"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else None,
@@ -48,6 +50,23 @@ def test_an_option_is_refused_in_one_sentence(arguments: list[str], parts: list[
     before = contents(tmp_path)
     refused(cli(*BUILD, *arguments, cwd=tmp_path), *parts)
     assert contents(tmp_path) == before
+
+
+def test_ranges_measured_on_images_are_in_the_manifest(tmp_path: Path) -> None:
+    """A graph is written again for other images, and its engine with it only where the graph is another one."""
+    path = copied(2, tmp_path / "b")
+    images = Path(__file__).parents[2] / "examples" / "digits" / "images"
+    result(cli(*BUILD, "--json", "--data", str(images), "--samples", "2", cwd=tmp_path))
+    entry = Bundle.open(path).graphs["onnx/model_fp16.onnx"]
+    assert entry["ranges"]["samples"] == 2
+    islands = {island["at"]: (island["nodes"], island["reason"]) for island in entry["islands"]}
+    blocks = sum(json.loads((path / "config.json").read_text())["depths"])
+    assert len(islands) == blocks, "nothing in this network comes near 65504"
+    assert all(name.endswith(".attention") and nodes == 9 for name, (nodes, _) in islands.items())
+    assert all("padding token" in reason for _, reason in islands.values())
+    [again] = result(cli(*BUILD, "--json", "--data", str(images), cwd=tmp_path))  # type: ignore[misc]
+    assert again["reused"]
+    assert Bundle.open(path).graphs["onnx/model_fp16.onnx"]["ranges"]["samples"] > 2
 
 
 def test_refit_has_nothing_to_do(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def graphs(request: pytest.FixtureRequest) -> tuple[int, tuple[int, int], Any, A
     """The version, the image size, the fp32 graph and the bf16 graph."""
     version, size = request.param
     model = fp32(version, size)
-    return version, size, model, typed_from_fp32(model, config(version), TASK, "bf16")[0]
+    return version, size, model, typed_from_fp32(model, config(version), TASK, "bf16").model
 
 
 def pixels(size: tuple[int, int]) -> dict[str, np.ndarray[Any, Any]]:
@@ -74,7 +74,7 @@ def test_emulated_fp16_is_what_pytorch_computes_in_fp16(version: int, tmp_path: 
     from swin_deploy.runtimes.emulate import emulated_file
 
     wide = fp32(version, WHOLE)
-    narrow, _ = typed_from_fp32(wide, config(version), TASK, "fp16")
+    narrow = typed_from_fp32(wide, config(version), TASK, "fp16").model
     path = tmp_path / "model.onnx"
     onnx.save(narrow, str(path))
     with runtime_from_onnx(emulated_file(path, tmp_path)) as runtime:

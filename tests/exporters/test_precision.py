@@ -12,8 +12,10 @@ onnx = pytest.importorskip("onnx", reason="graphs are ONNX graphs")
 pytest.importorskip("onnxscript", reason="torch exports through onnxscript")
 gs = pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with onnx-graphsurgeon")
 
+import typed_torch  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
+from swin_deploy.calib.largest import largest_values  # noqa: E402
 from swin_deploy.compare import compare  # noqa: E402
 from swin_deploy.config import SwinConfig  # noqa: E402
 from swin_deploy.errors import ExportError, PassError  # noqa: E402
@@ -51,7 +53,8 @@ def graphs(request: pytest.FixtureRequest) -> tuple[SwinConfig, tuple[int, int],
     """The config, the image size, the fp32 graph, the fp16 graph, and the records of the rewrite."""
     version, size = request.param
     model = fp32(version, size)
-    return config(version), size, model, *typed_from_fp32(model, config(version), TASK, "fp16")
+    typed = typed_from_fp32(model, config(version), TASK, "fp16")
+    return config(version), size, model, typed.model, typed.records
 
 
 def answers(model: Any, size: tuple[int, int], batch: int = 3) -> Any:
@@ -148,7 +151,7 @@ def test_islands_are_found_in_v2_alone(graphs: Any) -> None:
 def test_fp32_graph_is_left_alone(graphs: Any) -> None:
     asked, _, wide, narrow, _ = graphs
     before = wide.SerializeToString(deterministic=True)
-    again, _ = typed_from_fp32(wide, asked, TASK, "fp16")
+    again = typed_from_fp32(wide, asked, TASK, "fp16").model
     assert wide.SerializeToString(deterministic=True) == before
     assert again.SerializeToString(deterministic=True) == narrow.SerializeToString(deterministic=True)
 
@@ -205,3 +208,53 @@ def test_a_value_that_two_nodes_read_is_cast_once() -> None:
     (found,) = run(model, [1.5, -3.0])
     a = np.array([3.0, -0.3])
     np.testing.assert_allclose(found, a * (a + [2.0, 0.1]) * 2 + a, rtol=5e-3)
+
+
+class Images:
+    """Calibration samples."""
+
+    fingerprint = "noise"
+
+    def __len__(self) -> int:
+        return 6
+
+    def batches(self, size: int, start: int = 0) -> Any:
+        for index in range(start, len(self), size):
+            seeds = range(index, min(index + size, len(self)))
+            images = [np.random.default_rng(seed).standard_normal((3, *WHOLE), dtype=np.float32) for seed in seeds]
+            yield {INPUT: np.stack(images)}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_values_beyond_half_precision_on_samples_stay_fp32(version: int) -> None:
+    """A residual stream that grows past 65504, as large Swins' do: without samples infinite, with them as good as any."""
+    model = fp32(version, WHOLE)
+    for name, factor in {1: {"fc1.weight": 100, "fc2.weight": 1e5}, 2: {"norm2.weight": 4e4}}[version].items():
+        (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == f"stages.0.steps.block0.{name}")
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(factor), weight.name))
+    pixels = next(Images().batches(2, 1))
+    wanted = typed_torch.run(model, pixels)[OUTPUT]
+    assert not np.isfinite(typed_torch.run(typed_from_fp32(model, config(version), TASK, "fp16").model, pixels)[OUTPUT]).all()
+
+    typed = typed_from_fp32(model, config(version), TASK, "fp16", lambda wide: largest_values(wide, Images(), batch=2))
+    assert compare(typed_torch.run(typed.model, pixels)[OUTPUT], wanted).within(1e-2)
+    measured = {island.at: island.reason for island in typed.islands if "calibration samples" in island.reason}
+    assert any("stages.0" in name for name in measured)
+    assert not any("stages.1" in name for name in measured), "behind the merging's norm all is small again"
+    assert all("and fp16 ends at 65504" in reason for reason in measured.values())
+    cosine = {island.at: island.nodes for island in typed.islands if island.at not in measured}
+    names = [f"stages.{stage}.steps.block{block}.attention" for stage in (0, 1) for block in (0, 1)]
+    assert cosine == (dict.fromkeys(names, 9) if version == 2 else {})
+
+
+def test_measured_ranges_are_those_of_the_values() -> None:
+    model = fp32(1, WHOLE)
+    found = largest_values(model, Images(), batch=3)
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in found if name != OUTPUT)
+    session = pytest.importorskip("onnxruntime").InferenceSession(watched.SerializeToString())
+    runs = [session.run(list(found), feeds) for feeds in Images().batches(1)]
+    assert len(found) > 50
+    for number, name in enumerate(found):
+        assert found[name] == pytest.approx(max(np.abs(run[number]).max() for run in runs), rel=1e-5), name

@@ -250,7 +250,7 @@ def test_half_precision_sweep(
     checkpoint = checkpoint_from_path(tmp_path, spec)
     traced = onnx_from_torch(SwinNetwork(checkpoint.config, size, checkpoint.tensors, spec).eval(), size)
     embed_weights(traced.model, traced.weights)
-    typed, _ = typed_from_fp32(traced.model, checkpoint.config, spec, "fp16")
+    typed = typed_from_fp32(traced.model, checkpoint.config, spec, "fp16").model
     wide, narrow = (ort.InferenceSession(model.SerializeToString()) for model in (traced.model, typed))
     names = [output.name for output in wide.get_outputs()]
     for batch in (1, 3):
