@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import hashlib
 import json
@@ -12,10 +11,11 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
+
+from once import once
 
 import swin_deploy
 from swin_deploy.bundle import Bundle
@@ -99,19 +99,14 @@ def stopped(command: tuple[str, ...], cwd: Path, line: str, seconds: float, sign
 
 
 @functools.cache
-def _folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="swin-deploy-tests-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-@functools.cache
 def digits(version: int) -> Path:
     """The trained digits checkpoint of that Swin version as a bundle, with its fp16 graph. Copy it before changing it."""
-    path = _folder() / WEIGHTS[version].name
-    bundle = swin_deploy.export(weights=WEIGHTS[version], output=path)
-    with_typed_graphs(bundle, "fp16", runtime_from_onnx, lambda line: None)
-    return path
+
+    def make(path: Path) -> None:
+        bundle = swin_deploy.export(weights=WEIGHTS[version], output=path)
+        with_typed_graphs(bundle, "fp16", runtime_from_onnx, lambda line: None)
+
+    return once(WEIGHTS[version].name, make)
 
 
 def copied(version: int, target: Path) -> Path:
