@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cli.exported import one_block
 
 torch = pytest.importorskip("torch", reason="the networks are torch networks")
 
@@ -121,8 +122,8 @@ def test_masked_scores_leave_no_denormal_numbers() -> None:
 def test_bundle_says_its_target_and_tensorrt_refuses_it(tmp_path: Path) -> None:
     for module in ("onnx", "onnxscript", "onnx_graphsurgeon", "onnxruntime"):
         pytest.importorskip(module, reason="exporting needs it")
-    folder = Path(__file__).parents[2] / "examples/digits/swinv2-digits"
-    bundle = swin_deploy.export(weights=folder, output=tmp_path / "digits", target="onnxruntime")
+    folder = one_block()
+    bundle = swin_deploy.export(weights=folder, output=tmp_path / "one", target="onnxruntime")
     assert bundle.manifest["target"] == "onnxruntime"
     assert all(verdict.verified for verdict in swin_deploy.verify(bundle.path))
     with pytest.raises(UsageError, match=r"was exported for onnxruntime.*--target tensorrt"):
