@@ -1,5 +1,5 @@
 # make demo    export, compile, verify and run two models, into demo/
-# make test    ruff, mypy, pytest
+# make test    ruff, mypy, pytest in as many processes as there are processors, four at most
 # make clean   remove everything that these made, the environment included
 #
 # Needs make, bash and Python 3.10 or newer; another interpreter: make test PYTHON=python3.12
@@ -25,7 +25,7 @@ demo: venv
 	cd demo && swin-deploy predict swinv2-tiny ../examples/photos/flower.jpg
 
 test: lint
-	pytest
+	pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: venv
 	ruff check
@@ -45,5 +45,5 @@ venv: .venv/installed
 	  "its venv module is absent. On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 2; }
 	@echo "Installing into .venv; the first time this takes some minutes."
 	@$(PYTHON) -m venv .venv
-	@python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	@python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@

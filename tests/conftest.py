@@ -2,6 +2,8 @@
 
 SWIN_DEPLOY_REQUIRE=cuda,tensorrt turns the skips of tests with these markers into failures: for a machine that is meant
 to run them all.
+
+`pytest -n auto` runs the tests in several processes. What is expensive to make and only read they make once (once.py).
 """
 
 from __future__ import annotations
@@ -10,10 +12,16 @@ import ctypes
 import functools
 import importlib.util
 import os
+import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Generator
 
+# Before torch is imported, and for the commands that tests start: networks this small only lose by more threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import once
 import pytest
 
 
@@ -45,7 +53,12 @@ def required() -> set[str]:
     return {name.strip() for name in os.environ.get("SWIN_DEPLOY_REQUIRE", "").split(",")} - {""}
 
 
-def pytest_configure() -> None:
+def is_worker(config: pytest.Config) -> bool:
+    """Whether this is one of the processes that `pytest -n` starts."""
+    return hasattr(config, "workerinput")
+
+
+def pytest_configure(config: pytest.Config) -> None:
     try:
         installed = importlib.util.find_spec("swin_deploy.exporters") is not None
     except ModuleNotFoundError:
@@ -54,6 +67,13 @@ def pytest_configure() -> None:
         pytest.exit('swin-deploy is not installed here. Run: make test, or: pip install -e ".[test]"', returncode=2)
     if unknown := required() - MISSING.keys():
         raise pytest.UsageError(f"SWIN_DEPLOY_REQUIRE names {sorted(unknown)}; it takes: {', '.join(MISSING)}.")
+    if not is_worker(config):
+        os.environ[once.FOLDER] = tempfile.mkdtemp(prefix="swin-deploy-tests-")  # the workers inherit it
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not is_worker(config) and (folder := os.environ.pop(once.FOLDER, None)):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

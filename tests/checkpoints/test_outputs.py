@@ -6,6 +6,7 @@ further runs.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,13 @@ from swin_deploy.tasks import MASK, PIXELS, TaskSpec  # noqa: E402
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 LOSS = "loss"
+
+# The same network in another kind of file -> the one that is exported.
+EXPORTED_AS = {
+    "hf523__SwinForImageClassification__sharded": "tf434__TFSwinForImageClassification__sharded_h5",
+    "hf523__SwinForMaskedImageModeling__basic": "tf434__TFSwinForMaskedImageModeling__basic",
+    "timm0613__SwinTransformer__v06_layout": "timm__SwinTransformer__bin_only",
+}
 
 # TensorFlow's masked image modelling averages the errors over the batch before it masks them, which only agrees for one image.
 OTHER_LOSS = {"tf434__TFSwinForMaskedImageModeling__basic"}
@@ -118,7 +126,20 @@ def test_the_network_computes_what_the_system_that_wrote_it_computed(name: str, 
     agree(found | ({LOSS: loss[0].reshape(arrays[LOSS].shape)} if loss else {}), arrays)
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize(("name", "other"), EXPORTED_AS.items())
+def test_the_same_network_is_exported_only_once(name: str, other: str) -> None:
+    """Whatever file it was read from: the same config, tensors, task and size make the same graph."""
+    size = runs(name)[""][PIXELS].shape[2:]
+    assert size == runs(other)[""][PIXELS].shape[2:]
+    assert task_of(name) == task_of(other)
+    first, second = (checkpoint_from_path(weights(which), task_of(which), image_size=size) for which in (name, other))
+    maps = second.config.backbone_maps  # of a backbone, which none of these is
+    assert dataclasses.replace(first.config, backbone_maps=maps) == second.config
+    assert sorted(first.tensors) == sorted(second.tensors)
+    assert all(torch.equal(tensor, second.tensors[key]) for key, tensor in first.tensors.items())
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - EXPORTED_AS.keys()))
 def test_so_does_the_exported_graph_in_onnx_runtime(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     run = next(iter(runs(name)))

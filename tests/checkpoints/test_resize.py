@@ -60,6 +60,20 @@ def logits(checkpoint: Checkpoint, pixels: np.ndarray[Any, Any]) -> np.ndarray[A
 
 @pytest.mark.parametrize(("path", "key", "windows", "pretrained", "said"), CASES)
 def test_as_its_own_system_does_it(
+    path: Path, key: str, windows: tuple[int, ...], pretrained: tuple[int, ...] | None, said: str
+) -> None:
+    """The network that is to be exported; an export compares its graph with it."""
+    pixels, wanted = recorded(key)
+    lines: list[str] = []
+    size = (pixels.shape[2], pixels.shape[3])
+    checkpoint, _ = checkpoint_from_request(None, path, False, 0, TaskSpec(), size, None, windows, pretrained, lines.append)
+    assert any(re.search(said, line) for line in lines)
+    assert any(re.search(said, note) for note in checkpoint.notes)
+    assert distance(logits(checkpoint, pixels), wanted) < 1e-5
+
+
+@pytest.mark.parametrize(("path", "key", "windows", "pretrained", "said"), [CASES[number] for number in (0, 2, 6)])
+def test_so_does_its_exported_graph(
     path: Path, key: str, windows: tuple[int, ...], pretrained: tuple[int, ...] | None, said: str, tmp_path: Path
 ) -> None:
     """The whole chain: asked for in an export, said while it runs, kept in the bundle, and right in ONNX Runtime."""

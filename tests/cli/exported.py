@@ -1,8 +1,7 @@
-"""What the tests of bundles share: the command line in a process of its own, and bundles that are exported only once."""
+"""What the tests of bundles share: the command line, in a process of its own or in this one, and what is exported only once."""
 
 from __future__ import annotations
 
-import atexit
 import functools
 import hashlib
 import json
@@ -16,9 +15,13 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-import swin_deploy
+from once import once
+
 from swin_deploy.bundle import Bundle
+from swin_deploy.cli import main
+from swin_deploy.config import SwinConfig
 from swin_deploy.exporters.build import with_typed_graphs
 from swin_deploy.runtimes.backends import runtime_from_onnx
 
@@ -39,6 +42,43 @@ def cli(*args: object, cwd: Path, prefix: Iterable[str] = (), **env: str) -> Don
     return subprocess.run(
         [*prefix, SCRIPT, *map(str, args)], cwd=cwd, capture_output=True, text=True, env={**os.environ, **OFFLINE, **env}
     )
+
+
+def cli_here(*args: object, cwd: Path, **env: str) -> Done:
+    """As `cli`, in this process, which has paid for the import of torch. What libraries write to the descriptors counts too."""
+    changed = {**OFFLINE, **env}
+    before = {name: os.environ.get(name) for name in changed}
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    standing, argv, streams, kept = Path.cwd(), sys.argv, (sys.stdout, sys.stderr), (os.dup(1), os.dup(2))
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        for stream, file, descriptor in zip(streams, (out, err), (1, 2), strict=True):
+            stream.flush()
+            os.dup2(file.fileno(), descriptor)
+        sys.stdout, sys.stderr = (os.fdopen(os.dup(descriptor), "w") for descriptor in (1, 2))
+        sys.argv = ["swin-deploy", *map(str, args)]
+        os.environ.update(changed)
+        os.chdir(cwd)
+        try:
+            main()
+            code: object = 0
+        except SystemExit as error:
+            code = error.code
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.close()
+            (sys.stdout, sys.stderr), sys.argv = streams, argv
+            for descriptor, saved in zip((1, 2), kept, strict=True):
+                os.dup2(saved, descriptor)
+                os.close(saved)
+            os.chdir(standing)
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+        for file in (out, err):
+            file.seek(0)
+        assert code is None or isinstance(code, int)
+        return subprocess.CompletedProcess(sys.argv, code or 0, out.read(), err.read())
 
 
 def cli_without(modules: Iterable[str], *args: object, cwd: Path, **env: str) -> Done:
@@ -99,19 +139,57 @@ def stopped(command: tuple[str, ...], cwd: Path, line: str, seconds: float, sign
 
 
 @functools.cache
-def _folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="swin-deploy-tests-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+def exported(*options: str) -> Path:
+    """A folder in which `export --json` was run with these options: the bundle, and what was printed in printed.json."""
+
+    def make(path: Path) -> None:
+        path.mkdir()
+        done = cli("export", *options, "--json", cwd=path)
+        result(done)
+        assert len(list(path.iterdir())) == 1
+        (path / "printed.json").write_text(done.stdout)
+
+    return once("exported-" + hashlib.sha256(" ".join(options).encode()).hexdigest()[:16], make)
+
+
+def exported_into(folder: Path, *options: str) -> Any:
+    """What `export --json` printed, and its bundle in `folder`, as if it had been run there."""
+    made = exported(*options)
+    printed = json.loads((made / "printed.json").read_text())
+    shutil.copytree(made / printed["bundle"], folder / printed["bundle"])
+    return printed
 
 
 @functools.cache
 def digits(version: int) -> Path:
     """The trained digits checkpoint of that Swin version as a bundle, with its fp16 graph. Copy it before changing it."""
-    path = _folder() / WEIGHTS[version].name
-    bundle = swin_deploy.export(weights=WEIGHTS[version], output=path)
-    with_typed_graphs(bundle, "fp16", runtime_from_onnx, lambda line: None)
-    return path
+
+    name = WEIGHTS[version].name
+
+    def make(path: Path) -> None:
+        shutil.copytree(exported("--weights", str(WEIGHTS[version])) / name, path)
+        with_typed_graphs(Bundle.open(path), "fp16", runtime_from_onnx, lambda line: None)
+
+    return once(name, make)
+
+
+@functools.cache
+def one_block() -> Path:
+    """A checkpoint of one block with random weights, for what does not depend on the network; it is traced in no time."""
+
+    def make(path: Path) -> None:
+        from safetensors.torch import save_file
+
+        from swin_deploy.models.checkpoints import random_checkpoint
+        from swin_deploy.tasks import TaskSpec
+
+        fields = {"image_size": (32, 32), "embed_dim": 64, "depths": (1,), "num_heads": (2,), "window_size": (4,)}
+        checkpoint = random_checkpoint(SwinConfig(version=1, **fields), TaskSpec())  # type: ignore[arg-type]
+        path.mkdir()
+        save_file(dict(checkpoint.tensors), path / "model.safetensors")
+        (path / "config.json").write_text(json.dumps(checkpoint.config.to_dict()))
+
+    return once("one-block", make)
 
 
 def copied(version: int, target: Path) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.exported import FLOWER, SCRIPT, THREE, WEIGHTS, cli, copied, digits, result
+from cli.exported import FLOWER, SCRIPT, THREE, WEIGHTS, cli, copied, digits, exported_into, result
 
 from swin_deploy.bundle import Bundle
 
@@ -32,7 +32,7 @@ class Made:
 def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """`export --variant` with random weights, then `build-engine --fp16` without naming the bundle."""
     folder = tmp_path_factory.mktemp(request.param)
-    exported: Any = result(cli("export", "--variant", request.param, "--random-weights", "--json", cwd=folder))
+    exported = exported_into(folder, "--variant", request.param, "--random-weights")
     engines: Any = result(cli("build-engine", "--fp16", "--gpu", "sm_89", "--json", cwd=folder))
     return Made(folder, exported, engines)
 
@@ -41,7 +41,7 @@ def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """The same of a trained checkpoint, and `build-engine` without any argument at all."""
     folder = tmp_path_factory.mktemp("trained")
-    exported: Any = result(cli("export", "--weights", WEIGHTS[request.param], "--json", cwd=folder))
+    exported = exported_into(folder, "--weights", str(WEIGHTS[request.param]))
     done = cli("build-engine", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert f"Taking the newest bundle here, {WEIGHTS[request.param].name}" in done.stderr
@@ -149,7 +149,7 @@ def test_measuring(tmp_path: Path) -> None:
     # A checkout's own folder, or any module of the directory one stands in, must not take the installed one's place.
     (tmp_path / "swin_deploy").mkdir()
     (tmp_path / "swin_deploy/__init__.py").write_text("raise SystemExit('the wrong swin_deploy')")
-    arguments = ("--seconds", 0.6, "--rounds", 1, "--batch", 1, "--batch", 4, "--precision", "fp32", "--precision", "fp16")
+    arguments = ("--seconds", 0.2, "--rounds", 1, "--batch", 1, "--batch", 4, "--precision", "fp32", "--precision", "fp16")
     found: Any = result(cli("bench", digits(2), *arguments, "--json", cwd=tmp_path))
     assert [(one["candidate"]["precision"], one["candidate"]["batch"]) for one in found] == [
         ("fp32", 1),

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from cli.exported import copied, exported
 from engine_graphs import SM89, attention, graph, linear, silent
 from onnx import TensorProto, helper, numpy_helper
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,9 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from swin_deploy.errors import UsageError
 from swin_deploy.exporters.cost import cost_from_onnx, cost_of_model
 from swin_deploy.exporters.inspect import ROLES, EngineLayer, EngineTensor
-from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
 from swin_deploy.exporters.roofline import GPUS, LAUNCH, find_gpu, roofline
-from swin_deploy.exporters.weights import embed_weights
 from swin_deploy.models.checkpoints import random_checkpoint
 from swin_deploy.models.swin import SwinNetwork
 from swin_deploy.tasks import TaskSpec
@@ -31,17 +30,16 @@ from swin_deploy.variants import find_variant
 @pytest.mark.parametrize("variant", ["swin-tiny", "swinv2-tiny"])
 def test_operations_are_those_that_torch_counts(variant: str) -> None:
     """torch counts while the network runs; here they are read from the exported graph. Not one may be missing."""
+    file = exported("--variant", variant, "--random-weights") / variant / "onnx/model.onnx"
     config, task = find_variant(variant).config(), TaskSpec()
     network = SwinNetwork(config, config.image_size, random_checkpoint(config, task).tensors, task).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 3, *config.image_size))
-    traced = onnx_from_torch(network, config.image_size)
-    embed_weights(traced.model, traced.weights)
-    cost = cost_of_model(traced.model)
+    cost = cost_from_onnx(file)
     assert cost.flops == {"float": counter.get_total_flops()}
     assert cost.parameters == pytest.approx(28.3e6, rel=0.04)  # the published count, and the tables that the export folded
     assert cost.parameter_bytes == 4 * cost.parameters
-    assert sum(cost.nodes.values()) == len(traced.model.graph.node)
+    assert sum(cost.nodes.values()) == len(onnx.load(file).graph.node)
 
 
 def conv() -> onnx.ModelProto:
@@ -195,8 +193,6 @@ def test_the_published_figures_are_plausible() -> None:
 @pytest.fixture(scope="module")
 def inspected(tmp_path_factory: pytest.TempPathFactory) -> Any:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engines of these tests")
-    from cli.exported import copied
-
     import swin_deploy
 
     path = copied(2, tmp_path_factory.mktemp("inspected") / "b")

@@ -228,19 +228,18 @@ def test_published_size_through_the_whole_chain(version: int, name: str, tmp_pat
     from swin_deploy.exporters.build import with_typed_graphs
     from swin_deploy.runtimes.backends import runtime_from_onnx
 
-    torch.set_num_threads(2)
     fields = find_variant(name).config().to_dict()
     model = reference_model(
         version, {key: value for key, value in fields.items() if key not in ("model_type", "architectures")}
     )
     model.save_pretrained(tmp_path / "checkpoint")
-    batches = {batch: images(model, batch) for batch in BATCHES}
+    batches = {batch: images(model, batch) for batch in (1, 2)}  # more of them in tests/exporters
     with torch.no_grad():
         expected = {batch: model(pixels).logits.numpy() for batch, pixels in batches.items()}
     bundle = swin_deploy.export(weights=tmp_path / "checkpoint", output=tmp_path / "bundle")
     with_typed_graphs(bundle, "fp16", runtime_from_onnx, lambda line: None)
     for precision, allowed in (("fp32", 1e-5), ("fp16", 5e-3)):
-        with swin_deploy.load(bundle.path, precision=precision, threads=2) as loaded:
+        with swin_deploy.load(bundle.path, precision=precision, threads=1) as loaded:
             for batch, pixels in batches.items():
                 agreement = compare(loaded.run({"pixel_values": pixels.numpy()})["logits"], expected[batch])
                 assert agreement.within(allowed), (precision, batch, agreement)
