@@ -52,7 +52,7 @@ def narrow_types(task: TaskSpec, precision: str) -> Pass:
     """
     return Pass(
         f"{precision}_types",
-        lambda graph: assign_types(graph, wide=islands(graph), narrow=_dtype(precision)),
+        lambda graph: assign_types(graph, wide=islands(graph), narrow=narrow_type(precision)),
         lambda config: 1 + len(task.output_names(config)) + (3 * config.blocks if config.version == 2 else 0),
     )
 
@@ -108,7 +108,8 @@ def assign_types(graph: Graph, wide: Set[str], narrow: np.dtype[Any]) -> int:
     return len(casts)
 
 
-def _dtype(precision: str) -> np.dtype[Any]:
+def narrow_type(precision: str) -> np.dtype[Any]:
+    """The numpy type of "fp16" or "bf16"."""
     if precision == "fp16":
         return np.dtype(np.float16)
     import ml_dtypes
