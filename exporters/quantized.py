@@ -33,8 +33,8 @@ from .passes.base import Graph, Pass, PassRecord
 from .passes.cosine_after_product import COSINE_AFTER_PRODUCT, islands
 from .passes.gather_before_norm import GATHER_BEFORE_NORM
 from .passes.norm_behind_product import norm_behind_product
-from .passes.quantize_linear import FORMATS, Quantizer
 from .passes.qkv_without_bias import VALUE_BIAS_IN_PROJECTION
+from .passes.quantize_linear import FORMATS, Quantizer
 from .precision import BF16_OPSET, assign_types, narrow_type, narrow_types
 
 if TYPE_CHECKING:
@@ -98,10 +98,10 @@ def quantized_from_fp32(
 ) -> tuple[onnx.ModelProto, tuple[PassRecord, ...]]:
     """The graph in INT8 or FP8, narrow elsewhere, and the rewrites' record. Input and output stay float32.
 
-    `amplitudes` has the largest magnitude to represent of each tensor that `quantized_inputs` names; `weight_scales` may have, by
-    layer, the steps of a weight (one, or one for each output channel; not for V1's projections to query, key and value, which
-    are brought to one size); `keep` names the layers of `quantized_layers` that stay narrow. Raises ExportError where a range
-    is missing or no positive number, and where a weight does not fit into the narrow type.
+    `amplitudes` has the largest magnitude to represent of each tensor that `quantized_inputs` names; `weight_scales` may have,
+    by layer, the steps of a weight (one, or one for each output channel; not for V1's projections to query, key and value,
+    which are brought to one size); `keep` names the layers of `quantized_layers` that stay narrow. Raises ExportError where a
+    range is missing or no positive number, and where a weight does not fit into the narrow type.
     """
     layers = quantized_layers(model, config, quantization)
     known = {layer.name for layer in layers}
@@ -247,14 +247,18 @@ def _split(quantizer: Quantizer, node: Any) -> None:
     for part, (result, values) in enumerate(zip(results, np.split(weight, 3), strict=True)):
         name = f"{_name(node)}.{'qkv'[part]}"
         inputs = [node.inputs[0], quantizer.weight(name, values, by_channel=False, shared=float(np.abs(weight).max()))]
-        biases = [constant(f"{name}.bias", half) for half in np.split(np.asarray(node.inputs[2].values), 3)] if node.inputs[2:] else []
+        biases = (
+            [constant(f"{name}.bias", half) for half in np.split(np.asarray(node.inputs[2].values), 3)]
+            if node.inputs[2:]
+            else []
+        )
         result.inputs.clear()
         quantizer.graph.nodes.append(gs.Node("Gemm", f"{name}/Gemm", {"transB": 1}, inputs + biases[part : part + 1], [result]))
     node.inputs.clear()
 
 
 def _as_sum(quantizer: Quantizer, node: Any) -> None:
-    """A product with few rows as a sum of products in fp32, a form that reads quantised weights in the kernel that adds the bias."""
+    """A product with few rows as sums in fp32: a form that reads quantised weights in the kernel that adds the bias."""
     weight = quantizer.weight(HEAD, node.inputs[1].values, by_channel=True)
     shape = Quantizer.constant(f"{node.name}/shape", np.array([-1, 1, node.inputs[1].values.shape[1]]))
     rows = quantizer.node(f"{node.name}/Reshape", "Reshape", [node.inputs[0], shape])
@@ -263,8 +267,7 @@ def _as_sum(quantizer: Quantizer, node: Any) -> None:
     total = quantizer.node(f"{node.name}/ReduceSum", "ReduceSum", [scaled, axis], keepdims=0)
     if biases:
         total = quantizer.node(f"{node.name}/Add", "Add", [total, biases[0]])
-    quantizer.wide |= {name for name in (f"{node.name}/{op}" for op in ("Mul", "ReduceSum", "Add"))}
-    quantizer.wide.add(weight.inputs[0].name)
+    quantizer.wide |= {weight.inputs[0].name, *(f"{node.name}/{op}" for op in ("Mul", "ReduceSum", "Add"))}
     node.inputs.clear()
     node.outputs.clear()
     total.inputs[0].outputs = [result]

@@ -36,7 +36,8 @@ class Quantizer:
             return np.dtype(np.int8)
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.float8_e4m3fn)
+        float8: np.dtype[Any] = np.dtype(ml_dtypes.float8_e4m3fn)
+        return float8
 
     def node(self, name: str, op: str, inputs: list[Any], dtype: Any = np.float32, **attributes: Any) -> Any:
         """The variable that a new node of this name writes."""
