@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 OPSET = 21  # the first whose QuantizeLinear is the one that every compiler and runtime here reads
 HEAD = "classifier"
+ATTENDED = {"int8": range(513), "fp8": range(32, 1 << 30)}  # tokens of a window for which quantised attention is one kernel
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def quantized_layers(model: onnx.ModelProto, config: SwinConfig, quantization: s
     graph = gs.import_onnx(model)
     products = {}
     for attention in attentions(graph):
-        if config.version == 2:
+        if config.version == 2 and attention.query.outputs[0].shape[3] in ATTENDED[quantization]:
             products[attention.qkv.name] = Layer(attention.scope, tuple(_attended(attention).values()))
     layers = []
     for node in [node for node in graph.nodes if node.op == "Gemm"]:
