@@ -112,7 +112,7 @@ def quantized_from_fp32(
     used = [layer for layer in layers if layer.name not in keep]
     ranges = {name: _range(amplitudes, name) for layer in used for name in layer.inputs}
     graph = require("onnx_graphsurgeon", f"write the {quantization} graph").import_onnx(model)
-    plan = _Plan(config, {layer.name: [ranges[name] for name in layer.inputs] for layer in used})
+    plan = _Plan(config, graph, {layer.name: [ranges[name] for name in layer.inputs] for layer in used})
     quantizer = Quantizer(graph, quantization, narrow_type(narrow), dict(weight_scales or {}))
     steps = (
         *((Pass("balanced_attention", plan.balance(quantization), _blocks(1)),) if config.version == 1 else ()),
@@ -134,11 +134,15 @@ def quantized_from_fp32(
 
 
 class _Plan:
-    """What is done to each layer: `ranges` has, by layer, those of its inputs; a layer that is kept has none."""
+    """What is done to each layer: `ranges` has, by layer, those of its inputs; a layer that is kept has none.
 
-    def __init__(self, config: SwinConfig, ranges: Mapping[str, list[float]]) -> None:
+    `moved` is by how much, at most, values and what is made of them shift as the value's bias goes into the next layer.
+    """
+
+    def __init__(self, config: SwinConfig, graph: Graph, ranges: Mapping[str, list[float]]) -> None:
         self.version, self.ranges = config.version, ranges
         self.grown: Mapping[str, float] = {}
+        self.moved = {attention.scope: _largest_value_bias(attention) for attention in attentions(graph)}
         self.epilogues = 0
 
     @property
@@ -187,10 +191,11 @@ class _Plan:
         if ranges is None:
             return 0
         values = _values(attention)
-        for vectors, amplitude in zip((attention.query, attention.key, values), ranges, strict=False):
+        shifts = (0.0, 0.0, self.moved[attention.scope])
+        for vectors, amplitude, shift in zip((attention.query, attention.key, values), ranges, shifts, strict=False):
             reader = vectors.outputs[0].outputs[0]
             last = reader if len(vectors.outputs[0].outputs) == 1 and reader.op == "Add" else vectors
-            quantizer.behind(last.outputs[0], amplitude)
+            quantizer.behind(last.outputs[0], amplitude + shift)
         weighted = [node for node in attention.softmax.outputs[0].outputs if node.op == "MatMul"]
         quantizer.behind(attention.softmax.outputs[0], ranges[3], weighted)
         return 1
@@ -212,7 +217,8 @@ class _Plan:
             return 0
         if quantizer.format == "fp8" or attention.scope in self.ranges:
             read, written = self.ranges[name]
-            node.inputs[0] = quantizer.activation(node.inputs[0], read * self.grown.get(attention.scope, 1.0))
+            read = (read + self.moved[attention.scope]) * self.grown.get(attention.scope, 1.0)
+            node.inputs[0] = quantizer.activation(node.inputs[0], read)
             _quantize_weight(quantizer, node, by_channel=False)
             _quantize_result(quantizer, node, written)
             return 1
@@ -290,6 +296,11 @@ def _attended(attention: Attention) -> dict[str, str]:
     vectors = {"query": attention.query, "key": attention.key, "value": _values(attention)}
     found = {part: str(node.outputs[0].name) for part, node in vectors.items()}
     return {**found, "probabilities": str(attention.softmax.outputs[0].name)}
+
+
+def _largest_value_bias(attention: Attention) -> float:
+    bias = attention.bias()
+    return 0.0 if bias is None else float(np.abs(bias[2 * len(bias) // 3 :]).max())
 
 
 def _values(attention: Attention) -> Any:
