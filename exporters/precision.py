@@ -92,7 +92,7 @@ def narrow_types(task: TaskSpec, precision: str, wide: Set[str], as_designed: bo
     done: list[int] = []
 
     def rewrite(graph: Graph) -> int:
-        done.append(assign_types(graph, wide, _dtype(precision)))
+        done.append(assign_types(graph, wide, narrow_type(precision)))
         return done[0]
 
     def expected(config: SwinConfig) -> int:
@@ -163,7 +163,8 @@ def assign_types(graph: Graph, wide: Set[str], narrow: np.dtype[Any]) -> int:
     return len(casts)
 
 
-def _dtype(precision: str) -> np.dtype[Any]:
+def narrow_type(precision: str) -> np.dtype[Any]:
+    """The numpy type of "fp16" or "bf16"."""
     if precision == "fp16":
         return np.dtype(np.float16)
     import ml_dtypes

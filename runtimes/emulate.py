@@ -46,9 +46,10 @@ def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
         kind = next((types[name] for name in node.input if name in types), None)
         if node.op_type == "Cast":
             kind = next(helper.get_attribute_value(a) for a in node.attribute if a.name == "to")
-            kept = helper.make_node("Identity", node.input, node.output, node.name)
+            if kind in {*narrow, TensorProto.FLOAT}:
+                kept = helper.make_node("Identity", node.input, node.output, node.name)
         nodes.append(kept)
-        if kind not in narrow or node.op_type == "Shape":
+        if kind not in narrow or node.op_type in ("Shape", "QuantizeLinear"):
             continue
         for position, name in enumerate(node.output):
             types[name] = kind

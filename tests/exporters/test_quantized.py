@@ -1,0 +1,326 @@
+"""INT8 and FP8 graphs: what the rewrites change, how far the answers are from fp32, and what the compiler makes of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="graphs are traced from torch")
+onnx = pytest.importorskip("onnx", reason="graphs are ONNX graphs")
+pytest.importorskip("onnxscript", reason="torch exports through onnxscript")
+gs = pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with onnx-graphsurgeon")
+ort = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the graphs")
+
+from cli.exported import EXAMPLES, WEIGHTS  # noqa: E402
+from engine_graphs import silent  # noqa: E402
+from onnx import TensorProto, helper  # noqa: E402
+
+from swin_deploy.config import SwinConfig  # noqa: E402
+from swin_deploy.errors import EngineError, ExportError, UsageError  # noqa: E402
+from swin_deploy.exporters.engine_from_onnx import engine_from_onnx  # noqa: E402
+from swin_deploy.exporters.engine_spec import EngineSpec  # noqa: E402
+from swin_deploy.exporters.onnx_from_torch import onnx_from_torch  # noqa: E402
+from swin_deploy.exporters.passes.balanced_attention import balanced_attention, query_bias_in_channel  # noqa: E402
+from swin_deploy.exporters.passes.norm_behind_product import norm_behind_product  # noqa: E402
+from swin_deploy.exporters.passes.qkv_without_bias import value_bias_in_projection  # noqa: E402
+from swin_deploy.exporters.passes.quantize_linear import Quantizer  # noqa: E402
+from swin_deploy.exporters.precision import typed_from_fp32  # noqa: E402
+from swin_deploy.exporters.quantized import quantized_from_fp32, quantized_inputs, quantized_layers  # noqa: E402
+from swin_deploy.exporters.weights import embed_weights  # noqa: E402
+from swin_deploy.models.checkpoints import checkpoint_from_path, random_checkpoint  # noqa: E402
+from swin_deploy.models.swin import SwinNetwork  # noqa: E402
+from swin_deploy.preprocess import Preprocessor  # noqa: E402
+from swin_deploy.runtimes.emulate import emulated  # noqa: E402
+from swin_deploy.tasks import TaskSpec  # noqa: E402
+
+WHOLE, PADDED = (48, 48), (44, 52)  # 12 x 12 tokens in windows of 6; 11 x 13, padded
+LOGITS = TaskSpec()
+EVERYTHING = TaskSpec("feature-extraction", output_hidden_states=True, output_attentions=True)
+V1 = SwinConfig(
+    1, image_size=WHOLE, embed_dim=32, depths=(2, 1), num_heads=(2, 4), window_size=(6, 6), pretrained_window_sizes=(0, 0),
+    id2label={i: str(i) for i in range(6)},
+)  # fmt: skip
+CONFIGS = {1: V1, 2: replace(V1, version=2)}
+BOTH = pytest.mark.parametrize("version", [1, 2])
+FORMATS = pytest.mark.parametrize("quantization", ["int8", "fp8"])
+
+
+def remembered(function: Any) -> Any:
+    """`function`, called once for each of its arguments, which have no hash."""
+    results: dict[str, Any] = {}
+
+    @wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        key = repr((arguments, named))
+        if key not in results:
+            results[key] = function(*arguments, **named)
+        return results[key]
+
+    return call
+
+
+@remembered
+def fp32(config: SwinConfig, size: tuple[int, int] = WHOLE, task: TaskSpec = LOGITS) -> Any:
+    traced = onnx_from_torch(SwinNetwork(config, size, random_checkpoint(config, task).tensors, task).eval(), size)
+    embed_weights(traced.model, traced.weights)
+    return traced.model
+
+
+@remembered
+def trained(version: int) -> tuple[SwinConfig, Any, Any]:
+    """Of the network in `examples/`: its config, its fp32 graph, and ten images."""
+    folder = WEIGHTS[version]
+    checkpoint = checkpoint_from_path(folder, LOGITS)
+    config = checkpoint.config
+    traced = onnx_from_torch(SwinNetwork(config, config.image_size, checkpoint.tensors, LOGITS).eval(), config.image_size)
+    embed_weights(traced.model, traced.weights)
+    prepare = Preprocessor.from_dict(json.loads((folder / "preprocessor_config.json").read_text()))
+    return config, traced.model, prepare([str(file) for file in sorted((EXAMPLES / "digits/images").glob("*.png"))])
+
+
+def noise(size: tuple[int, int]) -> Any:
+    return np.random.default_rng(0).standard_normal((4, 3, *size), dtype=np.float32)
+
+
+def answers(model: Any, pixels: Any = None, names: list[str] | None = None) -> dict[str, Any]:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = names or [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, {"pixel_values": noise(WHOLE) if pixels is None else pixels}), strict=True))
+
+
+def extremes(model: Any, names: list[str], pixels: Any) -> dict[str, float]:
+    """Of the images that the tests compare with: what is measured there is rounding, not the choice of a range."""
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    watched.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
+    return {name: float(np.abs(values).max()) for name, values in answers(watched, pixels, names).items()}
+
+
+@remembered
+def amplitudes(config: SwinConfig, quantization: str, size: tuple[int, int] = WHOLE) -> dict[str, float]:
+    model = fp32(config, size)
+    return extremes(model, quantized_inputs(model, config, quantization), noise(size))
+
+
+@remembered
+def quantized(config: SwinConfig, quantization: str, narrow: str = "fp16", size: tuple[int, int] = WHOLE) -> Any:
+    ranges = amplitudes(config, quantization, size)
+    return quantized_from_fp32(fp32(config, size), config, LOGITS, quantization, ranges, narrow)[0]
+
+
+def sqnr(found: Any, wanted: Any) -> float:
+    """In dB."""
+    return float(10 * np.log10((wanted**2).sum() / ((found - wanted) ** 2).sum()))
+
+
+def relative(found: Any, wanted: Any) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+@FORMATS
+@BOTH
+def test_trained_networks_stay_close_to_fp32(version: int, quantization: str) -> None:
+    """The digits' networks on ten drawn digits. Random networks, which the tests below run, are 10 dB and more worse."""
+    config, model, pixels = trained(version)
+    wanted = answers(model, pixels)["logits"]
+    names = quantized_inputs(model, config, quantization)
+    made, _ = quantized_from_fp32(model, config, LOGITS, quantization, extremes(model, names, pixels))
+    for graph in (emulated(made), made):  # every node rounded, and by the runtime's own half-precision kernels
+        found = answers(graph, pixels)["logits"]
+        print(f"V{version} {quantization}: {sqnr(found, wanted):.1f} dB")
+        assert sqnr(found, wanted) >= {"int8": 36, "fp8": 27}[quantization]
+        assert np.array_equal(found.argmax(axis=1), wanted.argmax(axis=1))
+
+
+@FORMATS
+@BOTH
+def test_padding_costs_nothing(version: int, quantization: str) -> None:
+    config, found = CONFIGS[version], []
+    for size in (WHOLE, PADDED):
+        wanted = answers(fp32(config, size), noise(size))["logits"]
+        found.append(sqnr(answers(emulated(quantized(config, quantization, size=size)), noise(size))["logits"], wanted))
+    assert found[1] >= found[0] - 3
+
+
+@FORMATS
+@BOTH
+def test_what_is_kept_is_not_quantised(version: int, quantization: str) -> None:
+    config = CONFIGS[version]
+    model, wanted = fp32(config), answers(fp32(config))["logits"]
+    layers = {layer.name for layer in quantized_layers(model, config, quantization)}
+    none, _ = quantized_from_fp32(model, config, LOGITS, quantization, {}, keep=layers)
+    assert not {"QuantizeLinear", "DequantizeLinear"} & {node.op_type for node in none.graph.node}
+    assert relative(answers(emulated(none))["logits"], wanted) < 1e-2
+    kept = {name for name in layers if name.endswith((".qkv", "attention"))}
+    some, _ = quantized_from_fp32(model, config, LOGITS, quantization, amplitudes(config, quantization), keep=kept)
+    assert sqnr(answers(emulated(some))["logits"], wanted) > sqnr(
+        answers(emulated(quantized(config, quantization)))["logits"], wanted
+    )
+
+
+@FORMATS
+@BOTH
+def test_layers_and_the_tensors_that_they_need(version: int, quantization: str) -> None:
+    config, model = CONFIGS[version], fp32(CONFIGS[version])
+    layers = quantized_layers(model, config, quantization)
+    names = quantized_inputs(model, config, quantization)
+    assert len(names) == len(set(names))
+    assert set(names) <= {name for node in model.graph.node for name in node.output}
+    kinds = [layer.name.rpartition(".")[2] for layer in layers]
+    for kind, count in {"qkv": 3, "proj": 3, "fc2": 3, "reduction": 1, "classifier": 1, "fc1": 0}.items():
+        assert kinds.count(kind) == count, kind
+    assert kinds.count("attention") == (3 if version == 2 else 0)
+    stored = [node for node in quantized(config, quantization).graph.node if node.op_type == "DequantizeLinear"]
+    weights = [node for node in stored if ".weight" in node.input[0]]
+    unquantised = 3 if (version, quantization) == (1, "int8") else 0  # projections, whose residual saves more bytes
+    assert len(weights) == 11 + (6 if version == 1 else 0) - unquantised
+
+
+@FORMATS
+@BOTH
+def test_the_graph_is_valid_and_the_fp32_one_left_alone(version: int, quantization: str) -> None:
+    wide = fp32(CONFIGS[version])
+    before = wide.SerializeToString(deterministic=True)
+    model = quantized(CONFIGS[version], quantization)
+    assert wide.SerializeToString(deterministic=True) == before
+    onnx.checker.check_model(model, full_check=True)
+    assert (list(model.graph.input), list(model.graph.output)) == (list(wide.graph.input), list(wide.graph.output))
+    names = [node.name for node in model.graph.node]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(("case", "by_row"), [("whole", True), ("padded", False), ("every output", True), ("no bias", True)])
+def test_rewrites_of_v1_change_no_answer(case: str, by_row: bool) -> None:
+    config = replace(V1, qkv_bias=False) if case == "no bias" else V1
+    size, task = (WHOLE if case == "whole" else PADDED), (EVERYTHING if case == "every output" else LOGITS)
+    graph = gs.import_onnx(fp32(config, size, task))
+    assert len(balanced_attention(graph, by_row)) == 3
+    assert value_bias_in_projection(graph) == 3
+    assert query_bias_in_channel(graph, {node.name: 5.0 for node in graph.nodes}) == 3
+    assert norm_behind_product(graph, Quantizer(graph, "int8", np.dtype(np.float16))) == 3
+    rewritten = gs.export_onnx(graph.cleanup().toposort())
+    wanted, found = (answers(model, noise(size)) for model in (fp32(config, size, task), rewritten))
+    for name in wanted:
+        assert relative(found[name], wanted[name]) < 2e-5, name
+    if not by_row:
+        return
+    for node in graph.nodes:  # rows of query and key are of one size, pair by pair, and those of the values of the largest
+        if node.name.endswith("qkv/Gemm"):
+            assert len(node.inputs) == 2 or not np.any(node.inputs[2].values)
+
+
+def test_rows_are_brought_to_one_size() -> None:
+    graph = gs.import_onnx(fp32(V1))
+    balanced_attention(graph, values_by_row=True)
+    rows = [np.abs(n.inputs[1].values).max(axis=1).reshape(3, -1) for n in graph.nodes if n.name.endswith("qkv/Gemm")]
+    assert len(rows) == 3
+    for query, key, value in rows:
+        np.testing.assert_allclose(query, key, rtol=1e-5)
+        np.testing.assert_allclose(value, max(query.max(), key.max()), rtol=1e-5)
+
+
+def test_the_quantisation_in_an_epilogue_is_that_of_onnx() -> None:
+    """Against ONNX Runtime's QuantizeLinear, values beyond the range included; ties, which it rounds to even, left out."""
+    values = np.random.default_rng(0).uniform(-5, 5, 10000).astype(np.float32)
+    amplitude = 127 / 32.0
+    values = values[np.abs(np.abs(values * 32) % 1 - 0.5) > 1e-4]
+    found = []
+    for method in ("in_epilogue", "activation"):
+        read = gs.Variable("x", np.float32, values.shape)
+        graph = gs.Graph([], [read], [], opset=21, ir_version=10)
+        written = getattr(Quantizer(graph, "int8", np.dtype(np.float16)), method)(read, amplitude)
+        written.shape = values.shape
+        graph.outputs = [written]
+        session = ort.InferenceSession(gs.export_onnx(graph.toposort()).SerializeToString(), providers=["CPUExecutionProvider"])
+        found.append(session.run(None, {"x": values})[0])
+    found[1] = np.maximum(found[1], -amplitude)  # ONNX has one more negative number, which a symmetric range leaves out
+    np.testing.assert_array_equal(*found)
+    assert (np.abs(found[0]).max(), len(np.unique(found[0]))) == (amplitude, 255)
+
+
+def test_scales_of_weights_that_are_given_are_used() -> None:
+    layer, step = "stages.0.steps.block0.fc2", 2.0**-9
+    given = {layer: step}
+    model, _ = quantized_from_fp32(fp32(V1), V1, LOGITS, "int8", amplitudes(V1, "int8"), weight_scales=given)
+    (node,) = [n for n in model.graph.node if n.name == f"{layer}.weight/DequantizeLinear"]
+    tables = {table.name: onnx.numpy_helper.to_array(table) for table in model.graph.initializer}
+    assert np.all(tables[node.input[1]] == np.float16(step))
+    (wanted,) = [onnx.numpy_helper.to_array(t) for t in fp32(V1).graph.initializer if t.name == f"{layer}.weight"]
+    np.testing.assert_array_equal(tables[node.input[0]], np.clip(np.rint(wanted / step), -127, 127))
+
+
+@pytest.mark.parametrize("amplitude", [None, 0.0, -1.0, float("nan"), float("inf")])
+def test_a_range_that_is_none_is_refused(amplitude: float | None) -> None:
+    ranges = dict(amplitudes(V1, "int8"))
+    name = next(iter(ranges))
+    del ranges[name]
+    if amplitude is not None:
+        ranges[name] = amplitude
+    with pytest.raises(ExportError, match=rf'amplitude of "{name}" is .*Expected a positive number'):
+        quantized_from_fp32(fp32(V1), V1, LOGITS, "int8", ranges)
+
+
+def test_names_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(UsageError, match=r'no quantisation "int4". There are: int8, fp8'):
+        quantized_layers(fp32(V1), V1, "int4")
+    with pytest.raises(UsageError, match=r'no layer "head" to quantise. There are: classifier,'):
+        quantized_from_fp32(fp32(V1), V1, LOGITS, "int8", amplitudes(V1, "int8"), keep={"head"})
+    with pytest.raises(UsageError, match='no layer "fc9"'):
+        quantized_from_fp32(fp32(V1), V1, LOGITS, "int8", amplitudes(V1, "int8"), weight_scales={"fc9": 1.0})
+
+
+def compiled(model: Any, gpu: str = "sm_89") -> Any:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for value in (*copy.graph.input, *copy.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    del copy.graph.value_info[:]
+    return engine_from_onnx(copy.SerializeToString(), EngineSpec("tensorrt-rtx", gpu), silent).report
+
+
+@BOTH
+def test_the_compiler_makes_no_more_kernels_than_in_fp16_and_moves_less(version: int) -> None:
+    config = CONFIGS[version]
+    half = compiled(typed_from_fp32(fp32(config), config, LOGITS, "fp16").model)
+    for quantization in ("int8", "fp8"):
+        report = compiled(quantized(config, quantization))
+        assert report.kernels <= half.kernels
+        assert report.fused_attention == half.fused_attention == config.blocks
+        assert report.bytes_moved < 0.85 * half.bytes_moved  # a small network: a third of it is the image
+        written = {"int8": "Int8", "fp8": "FP8"}[quantization]
+        assert report.types[written] >= 2 * config.blocks
+    assert compiled(quantized(config, "int8", "bf16")).kernels <= half.kernels
+    assert compiled(quantized(config, "int8"), "sm_86").kernels <= half.kernels
+
+
+def test_fp8_is_refused_for_a_gpu_without_it() -> None:
+    with pytest.raises(EngineError, match="sm86, because the model contains HW-specific datatypes: fp8_e4m3"):
+        compiled(quantized(V1, "fp8"), "sm_86")
+
+
+@pytest.mark.parametrize(("quantization", "window"), [("fp8", 5), ("int8", 24)])
+def test_windows_without_a_quantised_attention_keep_it_narrow(quantization: str, window: int) -> None:
+    size = (4 * window, 4 * window)
+    config = replace(
+        CONFIGS[2], image_size=size, depths=(1,), num_heads=(2,), window_size=(window,), pretrained_window_sizes=(0,)
+    )
+    model = fp32(config, size)
+    layers = quantized_layers(model, config, quantization)
+    assert not [layer for layer in layers if layer.name.endswith("attention")]
+    ranges = dict.fromkeys(quantized_inputs(model, config, quantization), 4.0)
+    report = compiled(quantized_from_fp32(model, config, LOGITS, quantization, ranges)[0])
+    assert report.fused_attention == 1
+
+
+def test_integers_of_a_graph_stay_integers_where_it_is_emulated() -> None:
+    kinds = {node.attribute[0].i for node in emulated(quantized(V1, "int8")).graph.node if node.op_type == "Cast"}
+    assert {TensorProto.INT8, TensorProto.INT32} <= kinds
