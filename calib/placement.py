@@ -7,7 +7,7 @@ bias and float results of it, and OpenVINO an 8-bit FullyConnected.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,36 +73,46 @@ def linear_layers(model: onnx.ModelProto) -> tuple[LinearLayer, ...]:
     return tuple(found)
 
 
-def qdq_from_fp32(model: onnx.ModelProto, quantized: Mapping[str, QuantizedLinear]) -> onnx.ModelProto:
-    """`model` with each layer of `quantized` (by the name of its output) in 8 bits; the other layers are as they were.
+def qdq_from_fp32(model: onnx.ModelProto, quantized: Iterable[QuantizedLinear]) -> onnx.ModelProto:
+    """`model` with the layers of `quantized` in 8 bits; the others are as they were.
 
     Layers that read the same tensor must agree on its scale: it is quantised once.
     """
+    nodes, constants = qdq_nodes(model.graph.node, quantized)
+    return with_nodes(model, nodes, constants.values())
+
+
+def qdq_nodes(nodes: Iterable[Any], quantized: Iterable[QuantizedLinear]) -> tuple[list[Any], dict[str, Any]]:
+    """`nodes` with Q/DQ before the layers of `quantized`, and the constants that these need, by name."""
     onnx = require("onnx", "write the quantised graph")
-    by_output = {layer.layer.output: layer for layer in quantized.values()}
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    graph = result.graph
-    writer = _Writer(onnx)
-    nodes = []
-    for node in graph.node:
+    by_output = {layer.layer.output: layer for layer in quantized}
+    writer, result = _Writer(onnx), list[Any]()
+    for node in nodes:
         layer = by_output.get(node.output[0]) if node.op_type == "Gemm" else None
         if layer is not None:
-            nodes += writer.activation(layer) + writer.weights(layer)
+            result += writer.activation(layer) + writer.weights(layer)
             names = [f"{layer.layer.input}/dequantized", f"{layer.layer.weight}/dequantized"]
             if layer.bias is not None:
                 names.append(f"{layer.layer.name}/bias")
+            node = onnx.NodeProto.FromString(node.SerializeToString())
             del node.input[:]
             node.input.extend(names)
-        nodes.append(node)
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    used = {name for node in kept for name in node.input} | {value.name for value in graph.output}
-    constants = [tensor for tensor in graph.initializer if tensor.name in used] + writer.constants
-    del graph.node[:]
-    graph.node.extend(kept)
-    constants = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in constants]
-    del graph.initializer[:]
-    graph.initializer.extend(constants)
+        result.append(node)
+    return result, {tensor.name: tensor for tensor in writer.constants}
+
+
+def with_nodes(model: onnx.ModelProto, nodes: Iterable[Any], constants: Iterable[Any]) -> onnx.ModelProto:
+    """`model` with other nodes and further constants; constants that no node reads are left out."""
+    nodes = list(nodes)
+    result = type(model)(ir_version=model.ir_version, producer_name=model.producer_name)
+    result.opset_import.extend(model.opset_import)
+    graph = result.graph
+    graph.name = model.graph.name
+    graph.node.extend(nodes)
+    graph.input.extend(model.graph.input)
+    graph.output.extend(model.graph.output)
+    used = {name for node in nodes for name in node.input}
+    graph.initializer.extend(tensor for tensor in (*model.graph.initializer, *constants) if tensor.name in used)
     return result
 
 
@@ -110,7 +120,7 @@ class _Writer:
     """Makes the nodes and constants of quantised layers; an activation that several layers read is quantised once."""
 
     def __init__(self, onnx: Any) -> None:
-        self.onnx, self.constants, self.seen = onnx, [], dict[str, ActivationScale]()
+        self.onnx, self.constants, self.seen = onnx, list[Any](), dict[str, ActivationScale]()
 
     def activation(self, layer: QuantizedLinear) -> list[Any]:
         name, scale = layer.layer.input, layer.activation
