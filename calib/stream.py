@@ -71,7 +71,7 @@ class Stream:
         return nodes[::-1]
 
     def _session(self, nodes: list[Any], inputs: list[str], outputs: list[str]) -> Any:
-        runtime, helper = require("onnxruntime", "quantise a model"), self.onnx.helper
+        helper = self.onnx.helper
         used = {name for node in nodes for name in node.input}
         kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in self._load(0).items()}
         graph = helper.make_graph(
@@ -82,10 +82,7 @@ class Stream:
             [tensor for name, tensor in self.constants.items() if name in used],
         )
         step = helper.make_model(graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = self.threads, 3
-        options.add_session_config_entry("session.disable_quant_qdq", "1")  # it moves Q to where FP8 has no kernels
-        return runtime.InferenceSession(step.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return session(step, self.threads)
 
     def _save(self, batch: int, values: Feeds) -> None:
         with (self.folder / str(batch)).open("wb") as file:
@@ -101,3 +98,12 @@ class Stream:
                 name = str(np.load(file))
                 values[name] = np.load(file)
         return values
+
+
+def session(model: onnx.ModelProto, threads: int) -> Any:
+    """An ONNX Runtime session on the CPU that computes what Q/DQ say in fp32: it has kernels of some 8-bit types only."""
+    runtime = require("onnxruntime", "quantise a model")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
