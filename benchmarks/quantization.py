@@ -10,10 +10,18 @@ the Python of an environment that has them. Needs the extras "export", "onnxrunt
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
+import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -165,3 +173,112 @@ def logits(path: Path, pixels: Any) -> Any:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return np.concatenate([session.run(["logits"], {"pixel_values": batch})[0] for batch in batches])
+
+
+def ours(folder: Path, kind: str, symmetric: bool, without: str = "") -> Path:
+    """What this package makes of the graph; `without` leaves one step out ("balance", "ranges", "least squares", "gptq")."""
+    import onnx
+
+    from swin_deploy.calib import quantize as steps
+    from swin_deploy.calib import rounding
+    from swin_deploy.calib.grids import scale_of_range
+
+    pixels = np.load(folder / "data.npz")["calibration"]
+    batch = BATCH if len(pixels) < 64 else 32
+
+    def feeds() -> Any:
+        return ({"pixel_values": pixels[i : i + batch]} for i in range(0, len(pixels), batch))
+
+    def in_place(moments: rounding.Moments) -> Any:  # as if the input were the one that is meant
+        gram, _, seen, meant = centred(moments)
+        return gram, gram, seen, meant
+
+    centred = rounding.Moments.centred
+    patches = {
+        "": [],
+        "balance": [patch.object(steps, "balanced", lambda model, feeds, options: model)],
+        "ranges": [
+            patch.object(steps, "best_activation_scale", lambda _, low, high, __, *how: scale_of_range(low, high, *how))
+        ],
+        "least squares": [patch.object(rounding.Moments, "centred", in_place)],
+        "gptq": [patch.object(rounding, "gptq", lambda weight, _, scale, kind: kind.nearest(weight / scale[:, None]))],
+    }
+    names = [name for name in patches if name] if without == "everything" else [without]
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            for change in patches[name]:
+                stack.enter_context(change)
+        options = steps.Options(kind=kind, symmetric=symmetric, threads=1)
+        model = steps.quantize(onnx.load(folder / "fp32.onnx"), feeds, options).model
+    result = folder / f"ours-{kind}.onnx"
+    result.write_bytes(model.SerializeToString())
+    return result
+
+
+def candidates(given: argparse.Namespace) -> dict[str, Callable[[Path], Path]]:
+    """What is compared: its title, and what makes a graph of the folder of a network."""
+    if given.steps:
+        left_out = ("", "balance", "ranges", "least squares", "gptq", "everything")
+        return {f"without {w}" if w else "all": lambda f, w=w: ours(f, "int8", False, w) for w in left_out}
+    methods = ("MinMax", "Entropy", "Percentile", "Distribution")
+    every: dict[str, Callable[[Path], Path]] = {
+        f"ONNX Runtime, {m}": lambda f, m=m: onnxruntime_quantized(f, m)  # type: ignore[misc]
+        for m in methods
+    }
+    every["ONNX Runtime, MinMax, told: Gemm, per channel"] = lambda f: onnxruntime_quantized(f, "MinMax", True)
+    if given.nncf:
+        every["NNCF"] = lambda f: by_other_python(given.nncf, NNCF, f, "nncf.xml")
+        every["NNCF, told: transformer"] = lambda f: by_other_python(given.nncf, NNCF, f, "nncf-transformer.xml")
+    if given.modelopt:
+        every["ModelOpt"] = lambda f: by_other_python(given.modelopt, MODELOPT, f, "modelopt-int8.onnx")
+        every["ModelOpt, FP8"] = lambda f: by_other_python(given.modelopt, MODELOPT, f, "modelopt-fp8.onnx")
+    every["swin-deploy"] = lambda f: ours(f, "int8", False)
+    every["swin-deploy, symmetric"] = lambda f: ours(f, "int8", True)
+    every["swin-deploy, FP8"] = lambda f: ours(f, "fp8", False)
+    return every
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--networks", default=",".join(NETWORKS), help="names with commas between")
+    parser.add_argument("--nncf", help="the Python of an environment with NNCF")
+    parser.add_argument("--modelopt", help="the Python of an environment with ModelOpt")
+    parser.add_argument("--only", default="", help="what the titles of the rows must hold")
+    parser.add_argument("--steps", action="store_true", help="ours with one step left out, instead of others")
+    given = parser.parse_args(arguments)
+    print(", ".join(f"{p} {version(p)}" for p in ("swin-deploy", "onnx", "onnxruntime", "openvino")))
+    print(
+        "| network | quantiser | SQNR, dB | top-1 | top-1 of fp32 | processor time, s |\n|---|---|--:|--:|--:|--:|", flush=True
+    )
+    for name in given.networks.split(","):
+        with tempfile.TemporaryDirectory(prefix="swin-quantization-") as scratch:
+            folder = Path(scratch)
+            write_network(name, folder)
+            data = np.load(folder / "data.npz")
+            reference = logits(folder / "fp32.onnx", data["test"])
+            for title, make in candidates(given).items():
+                if given.only in title:
+                    print(f"| {name} | {title} | {row(make, folder, data, reference)} |", flush=True)
+    return 0
+
+
+def row(make: Callable[[Path], Path], folder: Path, data: Any, reference: Any) -> str:
+    from swin_deploy.calib.quantize import sqnr
+
+    start = os.times()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            path = make(folder)
+        found = logits(path, data["test"])
+    except Exception as error:  # noqa: BLE001 - a rival that fails is a row of the table
+        return f"failed: {' '.join(str(error).split())[-150:]} | | | "
+    spent = sum(os.times()[:4]) - sum(start[:4])
+    right = [
+        f"{100 * float((x.argmax(1) == data['classes']).mean()):.2f}" if len(data["classes"]) else ""
+        for x in (found, reference)
+    ]
+    return f"{sqnr(reference, found):.1f} | {right[0]} | {right[1]} | {spent:.0f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -27,7 +27,7 @@ Array = NDArray[Any]
 Batches = Callable[[], Iterator[Array]]  # an activation of every batch; may be asked for again
 Ranges = Callable[[str, Batches], tuple[float, float]]  # (tensor, its values) -> lowest and highest value of its codes
 SampleFeeds = Callable[[], Iterable[Feeds]]
-SAMPLED = 1 << 19  # values from which an activation's range is chosen
+SAMPLED = 1 << 17  # values from which an activation's range is chosen
 HEADS = frozenset({"classifier"})  # one small product for each image, on which every answer hangs
 
 
