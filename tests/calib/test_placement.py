@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 from tiny_graphs import mlp_model, run, samples
 
 from swin_deploy.calib.folding import Graph, channels_of, fold
-from swin_deploy.calib.forms import norms_of_three_axes
+from swin_deploy.calib.forms import norms_of_three_axes, small_layers
 from swin_deploy.calib.placement import linear_layers
 from swin_deploy.calib.quantize import Options, Quantized, quantize, sqnr
 
@@ -73,6 +73,12 @@ def test_openvino_computes_linear_layers_in_8_bits(quantized: Quantized, tmp_pat
     assert all(layer.lower().endswith("i8") for layer in layers), layers
     found = np.array(compiled(feed)["y"])
     assert sqnr(run(quantized.model, feed, exact=True), found) > 40
+
+
+def test_small_layers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert small_layers(mlp_model()) == {"fc1", "fc2"}
+    monkeypatch.setattr("swin_deploy.calib.forms.SMALL", 16 * 40)
+    assert small_layers(mlp_model()) == frozenset()
 
 
 def test_channels_are_balanced_and_the_network_stays() -> None:
