@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 CALLS = 8  # of each candidate in each round
+WRITER = "cpu_forms.write_graphs"  # what writes the graphs of a variant; cpu_int8.py has its own
 HEADER = (
     "| variant | candidate | lowest ms | lower quartile | median | ratio | quartiles of the ratio | distance from PyTorch |"
 )
@@ -68,20 +69,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{HEADER}\n|---|---|--:|--:|--:|--:|--:|--:|", flush=True)
     for variant in given.variants.split(","):
         with tempfile.TemporaryDirectory(prefix="swin-cpu-") as scratch:
-            alone(f"write_graphs({variant!r}, {scratch!r})").wait()
+            alone(f"{WRITER}({variant!r}, {scratch!r})").wait()
             race(variant, Path(scratch), given.rounds, given.clock)
     return 0
 
 
 def alone(call: str) -> subprocess.Popen[str]:
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import cpu_forms; cpu_forms.{call}"
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import {call.split('.')[0]}; {call}"
     return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def race(variant: str, folder: Path, rounds: int, clock: str) -> None:
     processes, distance = {}, {}
     for title, candidate in CANDIDATES.items():
-        processes[title] = process = alone(f"serve({asdict(candidate)!r}, {str(folder)!r}, {clock!r})")
+        processes[title] = process = alone(f"cpu_forms.serve({asdict(candidate)!r}, {str(folder)!r}, {clock!r})")
         distance[title] = answer(process)
     times: dict[str, list[list[float]]] = {title: [] for title in processes}
     titles = list(processes)
