@@ -1,4 +1,4 @@
-"""Patches of twenty photographs as image folders: which photograph is a patch from? Written the same by every run.
+"""Patches of fourteen photographs as image folders: which photograph is a patch from? Written the same by every run.
 
     python examples/patches/patches.py FOLDER        # FOLDER/train and FOLDER/test, a class folder for each photograph
 
@@ -17,22 +17,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
+# Scenes of many things (such as the astronaut and the motorcycle) are left out: their parts have little in common.
 PHOTOS = Path(__file__).resolve().parents[1] / "photos"
 OURS = {"china": "china.jpg", "flower": "flower.jpg"}
 THEIRS = {
-    "astronaut": "astronaut.png",
     "brick": "brick.png",
-    "camera": "camera.png",
     "cat": "chelsea.png",
-    "cell": "cell.png",
-    "clock": "clock_motion.png",
-    "coffee": "coffee.png",
     "coins": "coins.png",
     "galaxies": "hubble_deep_field.jpg",
     "grass": "grass.png",
     "gravel": "gravel.png",
     "moon": "moon.png",
-    "motorcycle": "motorcycle_left.png",
     "page": "page.png",
     "retina": "retina.jpg",
     "rocket": "rocket.jpg",
@@ -65,10 +60,10 @@ def changed(patch: Image.Image, rng: np.random.Generator) -> Image.Image:
     patch = patch.rotate(90 * int(rng.integers(4)))
     if rng.random() < 0.5:
         patch = patch.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    patch = patch.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.8)))
+    patch = patch.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.5)))
     values = np.asarray(patch, dtype=np.float64)
-    values = (values - values.mean()) * rng.uniform(0.7, 1.3) + values.mean() + rng.uniform(-40, 40)
-    values += rng.standard_normal(values.shape) * rng.uniform(0, 10)
+    values = (values - values.mean()) * rng.uniform(0.85, 1.15) + values.mean() + rng.uniform(-20, 20)
+    values += rng.standard_normal(values.shape) * rng.uniform(0, 5)
     return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
 
 

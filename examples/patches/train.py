@@ -39,7 +39,7 @@ ARCHITECTURE = {
     "patch_size": 3,
     "num_channels": 3,
     "embed_dim": 32,
-    "depths": [2, 4],
+    "depths": [2, 2],
     "num_heads": [2, 4],
     "window_size": 4,
     "drop_path_rate": 0.05,
@@ -72,11 +72,11 @@ def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         moved.append(F.pad(patch[None], (4, 4, 4, 4), mode="reflect")[0, :, down : down + 48, right : right + 48])
     batch = torch.stack(moved)
     light, contrast, noise = (torch.rand(len(batch), 1, 1, 1, generator=generator) for _ in range(3))
-    batch = batch * (0.8 + 0.4 * contrast) + (light - 0.5) * 0.8
-    return batch + torch.randn(batch[:, :1].shape, generator=generator) * (0.15 * noise)
+    batch = batch * (0.9 + 0.2 * contrast) + (light - 0.5) * 0.4
+    return batch + torch.randn(batch[:, :1].shape, generator=generator) * (0.08 * noise)
 
 
-def train(version: int, folder: Path, epochs: int, seed: int, batch: int = 64, rate: float = 2e-3) -> PreTrainedModel:
+def train(version: int, folder: Path, epochs: int, seed: int, batch: int = 32, rate: float = 2e-3) -> PreTrainedModel:
     """Return a model of this Swin version, trained from random weights on the training part only."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="what patches.py wrote")
     parser.add_argument("--version", choices=["1", "2", "both"], default="both", help="the Swin version to train")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where the folders are written")
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=42)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
