@@ -17,6 +17,7 @@ pytest.importorskip("onnxscript", reason="torch exports through onnxscript")
 gs = pytest.importorskip("onnx_graphsurgeon", reason="rewrites act on onnx-graphsurgeon graphs")
 
 from onnx import TensorProto, checker, helper  # noqa: E402
+from traced import traced_once  # noqa: E402
 
 from swin_deploy.compare import compare  # noqa: E402
 from swin_deploy.config import SwinConfig  # noqa: E402
@@ -44,9 +45,10 @@ Edit = Callable[[dict[str, Any]], None]
 
 
 def traced(config: SwinConfig, size: tuple[int, int], task: TaskSpec = LOGITS, edit: Edit | None = None) -> Any:
+    if edit is None:
+        return traced_once(config, size, task)
     tensors = dict(random_checkpoint(config, task).tensors)
-    if edit is not None:
-        edit(tensors)
+    edit(tensors)
     result = onnx_from_torch(SwinNetwork(config, size, tensors, task).eval(), size)
     embed_weights(result.model, result.weights)
     return result.model

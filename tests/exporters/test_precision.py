@@ -14,18 +14,15 @@ gs = pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with 
 
 import typed_torch  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from traced import traced_once  # noqa: E402
 
 from swin_deploy.calib.largest import largest_values  # noqa: E402
 from swin_deploy.compare import compare  # noqa: E402
 from swin_deploy.config import SwinConfig  # noqa: E402
 from swin_deploy.errors import ExportError, PassError  # noqa: E402
-from swin_deploy.exporters.onnx_from_torch import onnx_from_torch  # noqa: E402
 from swin_deploy.exporters.passes import ENGINE_PASSES, PassRecord  # noqa: E402
 from swin_deploy.exporters.passes.cosine_after_product import islands as found_islands  # noqa: E402
 from swin_deploy.exporters.precision import assign_types, typed_from_fp32  # noqa: E402
-from swin_deploy.exporters.weights import embed_weights  # noqa: E402
-from swin_deploy.models.checkpoints import random_checkpoint  # noqa: E402
-from swin_deploy.models.swin import SwinNetwork  # noqa: E402
 from swin_deploy.tasks import TaskSpec  # noqa: E402
 
 INPUT, OUTPUT = "pixel_values", "logits"
@@ -42,10 +39,7 @@ def config(version: int) -> SwinConfig:
 
 
 def fp32(version: int, size: tuple[int, int]) -> Any:
-    asked = config(version)
-    traced = onnx_from_torch(SwinNetwork(asked, size, random_checkpoint(asked, TASK).tensors).eval(), size)
-    embed_weights(traced.model, traced.weights)
-    return traced.model
+    return traced_once(config(version), size, TASK)
 
 
 @pytest.fixture(scope="module", params=[(1, WHOLE), (1, PADDED), (2, WHOLE), (2, PADDED)], ids=lambda p: f"V{p[0]}-{p[1][0]}")
