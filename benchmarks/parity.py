@@ -168,7 +168,7 @@ def export(folder: Path, threads: int) -> tuple[float, int]:
 
 def write_fp16(folder: Path) -> None:
     from swin_deploy.bundle import Bundle
-    from swin_deploy.exporters.build import with_typed_graphs
+    from swin_deploy.exporters.graphs import with_typed_graphs
     from swin_deploy.runtimes.backends import runtime_from_onnx
 
     with_typed_graphs(Bundle.open(folder / BUNDLE), "fp16", runtime_from_onnx, lambda line: None)

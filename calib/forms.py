@@ -7,18 +7,44 @@ less. OpenVINO computes LayerNorm on `[rows, channels]` and what rounds its resu
 
 from __future__ import annotations
 
-from collections.abc import Set
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Set
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from swin_deploy.requires import require
 
 from .folding import Graph
+from .observers import Observation
 from .placement import linear_layers, with_nodes
+from .quantize import HEADS, Batches, Options, SampleFeeds, quantize
 
 if TYPE_CHECKING:
     import onnx
+
+
+def quantized_for(
+    target: str, model: onnx.ModelProto, feeds: SampleFeeds, method: str | None, keep: Set[str], say: Callable[[str], None]
+) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
+    """`model` in INT8 as "onnxruntime" or "openvino" runs it fastest, and a record of each layer.
+
+    `feeds()` yields the samples batch by batch; `method` finds ranges (one of ranges.METHODS; None: the least error behind
+    the layer), `keep` names layers that stay as they are.
+    """
+    keep = HEADS | keep | (small_layers(model) if target == "openvino" else frozenset())
+    made = quantize(model, feeds, Options(keep=keep), None if method is None else partial(_interval, method), say)
+    graph = made.model if target != "openvino" else norms_of_three_axes(made.model, made.scales.keys())
+    return graph, list(made.records)
+
+
+def _interval(method: str, name: str, values: Batches) -> tuple[float, float]:
+    seen: Observation | None = None
+    for batch in values():
+        one = Observation.of(batch, len(batch), f"The tensor {name}")
+        seen = one if seen is None else seen.merged(one)
+    assert seen is not None
+    return seen.interval(method)
 
 
 SMALL = 1 << 14  # weights of one layer: 96 x 96 is small, 96 x 384 is not

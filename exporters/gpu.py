@@ -85,6 +85,11 @@ def check_gpu(backend: str, gpu: str) -> None:
         raise UsageError(f"TensorRT for RTX does not compile for {gpu}. Expected one of: {', '.join(known)}.")
 
 
+def has_fp8(gpu: str) -> bool:
+    """Whether a GPU of that compute capability ("sm_89") multiplies FP8 numbers."""
+    return int(gpu.removeprefix("sm_")) >= 89
+
+
 def target_gpu(backend: str, gpu: str) -> str:
     """The compute capability to compile for: `gpu` itself, or that of this machine's first GPU for "current".
 

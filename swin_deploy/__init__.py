@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
     from swin_deploy.evaluation import Evaluation
-    from swin_deploy.exporters.build import Built, Calibration
+    from swin_deploy.exporters.build import Built
+    from swin_deploy.exporters.graphs import Calibration
     from swin_deploy.exporters.inspection import Inspection
     from swin_deploy.models.running import TorchNetwork
     from swin_deploy.reference import Verdict
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from swin_deploy.tasks import TaskSpec
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "build_engine", "evaluate", "export", "inspect", "load", "refit", "verify"]
+__all__ = ["__version__", "build_engine", "evaluate", "export", "inspect", "load", "quantize", "refit", "verify"]
 
 Say = Callable[[str], None]
 
@@ -189,7 +190,7 @@ def _calibration(
 ) -> Calibration:
     from swin_deploy.calib.data import preparation, samples_for
     from swin_deploy.calib.largest import largest_values
-    from swin_deploy.exporters.build import Calibration
+    from swin_deploy.exporters.graphs import Calibration
 
     chosen = samples_for(bundle, data, samples)
     tell = progress or (lambda phase, done, total: None)
@@ -199,6 +200,81 @@ def _calibration(
         return largest_values(model, of_file, progress=lambda done, total: tell("Measuring ranges", done, total))
 
     return Calibration(len(chosen), chosen.fingerprint, largest)
+
+
+def quantize(
+    bundle: str | os.PathLike[str],
+    data: str | os.PathLike[str] | Iterable[Any],
+    *,
+    quantization: str = "int8",
+    method: str | None = None,
+    samples: int | None = None,
+    batch: int = 8,
+    keep: Iterable[str] = (),
+    say: Say = _silent,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Evaluation:
+    """Writes the graphs of "int8" or "fp8" of a bundle into it, and returns how far they are from fp32 on the samples.
+
+    `data`, of it `samples`, are images like those of the application (see `evaluate`), on which the ranges of activations
+    are measured; measured ranges are kept in the bundle, and an interrupted measurement goes on where it was. `method` is
+    how a range is chosen, one of calib.ranges.METHODS; without it, the one with the least squared error. `keep` names
+    layers that are not quantised. A bundle for TensorRT gets fp16 between the quantised layers, for `build_engine`; one for
+    ONNX Runtime or OpenVINO fp32, and weights rounded so that each layer makes up for those before it. Raises
+    errors.InputError for data that does not fit, errors.UsageError for a layer or method that there is not,
+    errors.VerificationError when the graph is not recognisably the same network.
+    """
+    from swin_deploy.bundle import Bundle
+    from swin_deploy.calib.collect import CACHE, collect
+    from swin_deploy.calib.data import preparation, samples_for
+    from swin_deploy.calib.forms import quantized_for
+    from swin_deploy.calib.ranges import METHODS
+    from swin_deploy.errors import UsageError
+    from swin_deploy.exporters.graphs import NewGraph, config_and_task, with_graphs
+    from swin_deploy.exporters.quantized import quantized_from_fp32, quantized_inputs
+    from swin_deploy.runtimes.backends import runtime_to_check
+    from swin_deploy.specs import QUANTIZED, TARGETS
+
+    found, kept = Bundle.open(bundle), frozenset(keep)
+    target = str(found.manifest.get("target", TARGETS[0]))
+    for what, given, known in (("quantisation", quantization, QUANTIZED), ("method", method or METHODS[0], METHODS)):
+        if given not in known:
+            raise UsageError(f'There is no {what} "{given}". There are: {", ".join(known)}.')
+    if quantization == "fp8" and target != TARGETS[0]:
+        raise UsageError(f"{found.path} was exported for {target}, which does not compute in FP8. Take int8.")
+    chosen = samples_for(found, data, samples)
+    config, task = config_and_task(found)
+    tell = progress or (lambda phase, done, total: None)
+    facts = {"samples": len(chosen), "data": chosen.fingerprint, "method": method, "keep": sorted(kept)}
+
+    def make(source: str, model: Any) -> NewGraph:
+        feeds = chosen.with_size(*preparation(found, source))
+        if target != TARGETS[0]:
+            graph, layers = quantized_for(target, model, lambda: feeds.batches(batch), method, kept, say)
+            return NewGraph(graph, (), {"layers": layers})
+        seen = collect(
+            found.path / source,
+            quantized_inputs(model, config, quantization),
+            feeds,
+            batch=batch,
+            cache=found.path / CACHE,
+            progress=lambda done, total: tell("Measuring ranges", done, total),
+        )
+        amplitudes = {name: one.amplitude(method or "mse", quantization) for name, one in seen.items()}
+        made, records = quantized_from_fp32(model, config, task, quantization, amplitudes, keep=kept)
+        return NewGraph(made, records, {"amplitudes": amplitudes})
+
+    with found.compiling(lambda: say(f"Waiting for another process that works on {found.path}")) as found:
+        found = with_graphs(found, quantization, make, {"calibration": facts}, runtime_to_check, say)
+        say("Comparing with fp32 on the samples")
+        result = evaluate(
+            found.path, data, labels="none", samples=samples, batch=batch, precisions=[quantization],
+            progress=lambda done, total: tell("Comparing", done, total),
+        )  # fmt: skip
+        for score in result.scores:
+            if score.precision == quantization:
+                found = found.with_entry(score.file, {"on_samples": score.to_dict()})
+    return result
 
 
 def refit(

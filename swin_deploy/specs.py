@@ -8,7 +8,8 @@ from typing import Any
 
 from swin_deploy.errors import UsageError
 
-PRECISIONS = ("fp32", "fp16", "bf16")
+QUANTIZED = ("int8", "fp8")
+PRECISIONS = ("fp32", "fp16", "bf16", *QUANTIZED)
 TARGETS = ("tensorrt", "onnxruntime", "openvino")  # whose form a graph has; every graph runs on every back end
 Size = tuple[int, int]
 Batch = tuple[int, int, int]  # smallest, tuned for, largest

@@ -21,6 +21,7 @@ NO_ARGUMENTS: tuple[type[click.UsageError], ...] = tuple(
 VERBS = {
     "variants": "variants",
     "export": "export",
+    "quantize": "quantize",
     "build-engine": "build_engine",
     "refit": "refit",
     "inspect": "inspect",

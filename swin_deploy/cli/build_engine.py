@@ -9,7 +9,8 @@ import click
 from swin_deploy.cli.output import compiler_log, json_option, print_json, print_table, stdout_kept_clean, teller
 from swin_deploy.specs import PRECISIONS
 
-HELP = {"fp16": "Compute in fp16 (the default).", "bf16": "Compute in bf16.", "fp32": "Compute in fp32, with TF32 off."}
+HELP = {"fp16": "Compute in fp16 (the default).", "bf16": "Compute in bf16.", "fp32": "Compute in fp32, with TF32 off.",
+        "int8": "The graph of \"quantize --int8\".", "fp8": "The graph of \"quantize --fp8\"."}  # fmt: skip
 
 
 def precision_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from swin_deploy.cli.output import json_option, print_json, print_table
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.option("-k", "--top-k", default=5, show_default=True, type=click.IntRange(1), help="How many classes an image.")
-@click.option("--precision", default="fp32", show_default=True, help="Which graph of the bundle: fp32, fp16.")
+@click.option("--precision", default="fp32", show_default=True, help="Which graph of the bundle: fp32, fp16, int8.")
 @click.option("--backend", default="onnxruntime", show_default=True, help="What runs it: onnxruntime, openvino.")
 @json_option
 def command(bundle: Path, images: tuple[str, ...], top_k: int, precision: str, backend: str, as_json: bool) -> None:

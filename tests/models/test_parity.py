@@ -225,7 +225,7 @@ def test_buffers_of_older_files_are_ignored(version: int, tmp_path: Path) -> Non
 def test_published_size_through_the_whole_chain(version: int, name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the exported graphs")
     pytest.importorskip("onnxscript", reason="torch exports through onnxscript")
-    from swin_deploy.exporters.build import with_typed_graphs
+    from swin_deploy.exporters.graphs import with_typed_graphs
     from swin_deploy.runtimes.backends import runtime_from_onnx
 
     fields = find_variant(name).config().to_dict()

@@ -23,7 +23,7 @@ import typed_torch  # noqa: E402
 
 import swin_deploy  # noqa: E402
 from swin_deploy.compare import TOLERANCES  # noqa: E402
-from swin_deploy.exporters.build import with_typed_graphs  # noqa: E402
+from swin_deploy.exporters.graphs import with_typed_graphs  # noqa: E402
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch  # noqa: E402
 from swin_deploy.exporters.precision import typed_from_fp32  # noqa: E402
 from swin_deploy.exporters.weights import embed_weights  # noqa: E402

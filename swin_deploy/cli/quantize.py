@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from swin_deploy.cli.output import json_option, print_json, print_table, teller
+
+
+@click.command("quantize", short_help="Write a bundle's graphs in INT8 or FP8.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--int8", "quantization", flag_value="int8", default="int8", help="Quantise to INT8 (the default).")
+@click.option("--fp8", "quantization", flag_value="fp8", help="Quantise to FP8 (E4M3). Bundles for TensorRT only.")
+@click.option("--data", required=True, help="A folder of images like those of the application, or an .npz or .npy file.")
+@click.option("--method", help="How ranges are chosen: minmax, percentile, entropy, mse. Without it: the least error.")
+@click.option("--samples", type=click.IntRange(1), help="Only so many of --data, evenly spread.")
+@click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Images at a time.")
+@click.option("--keep", multiple=True, metavar="LAYER", help="A layer that is not quantised. Repeatable.")
+@json_option
+def command(
+    bundle: Path,
+    quantization: str,
+    data: str,
+    method: str | None,
+    samples: int | None,
+    batch: int,
+    keep: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Measure ranges on the images of --data, and write the graphs of BUNDLE in INT8 or FP8 with them.
+
+    A bundle for TensorRT gets a graph for "build-engine --int8" or "--fp8"; one that was exported for ONNX Runtime or
+    OpenVINO a graph that these run (predict, bench: --precision int8). How far it is from fp32 on the images is printed.
+    """
+    import swin_deploy
+
+    say = teller()
+    try:
+        found = swin_deploy.quantize(
+            bundle, data, quantization=quantization, method=method, samples=samples, batch=batch, keep=keep, say=say,
+            progress=say.follow,
+        )  # fmt: skip
+    finally:
+        say.clear()
+    scores = [score for score in found.scores if score.precision == quantization]
+    if as_json:
+        print_json({"bundle": str(bundle), "samples": found.samples, "graphs": [score.to_dict() for score in scores]})
+        return
+    print_table(
+        ("graph", "samples", "agrees with fp32", "relative L2", "SQNR dB"),
+        [
+            (
+                score.file,
+                score.samples,
+                "-" if score.equal is None else f"{score.equal:.2%}",
+                "-" if score.relative_l2 is None else f"{score.relative_l2:.2e}",
+                "-" if score.sqnr_db is None else f"{score.sqnr_db:.1f}",
+            )
+            for score in scores
+        ],
+    )
