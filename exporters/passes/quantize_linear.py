@@ -61,7 +61,9 @@ class Quantizer:
     def behind(self, tensor: Any, amplitude: float, readers: list[Node] | None = None) -> None:
         """Quantises `tensor` for `readers`, or for all who read it."""
         readers = list(tensor.outputs) if readers is None else readers
-        replaced(tensor, self.activation(tensor, amplitude), readers)
+        quantized = self.activation(tensor, amplitude)
+        for reader in readers:
+            reader.inputs = [quantized if read is tensor else read for read in reader.inputs]
 
     def in_epilogue(self, tensor: Any, amplitude: float) -> Any:
         """The same, in operators that the compiler can compute in the kernel of the product in front of `tensor`.
@@ -116,9 +118,3 @@ class Quantizer:
         import onnx_graphsurgeon as gs
 
         return gs.Constant(name, np.asarray(values, order="C"))  # of rank 0 where `values` is
-
-
-def replaced(old: Any, new: Any, readers: list[Node]) -> None:
-    """Makes `readers` read `new` where they read `old`."""
-    for reader in readers:
-        reader.inputs = [new if tensor is old else tensor for tensor in reader.inputs]
