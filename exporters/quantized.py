@@ -15,7 +15,7 @@ comes behind it must fit into the kernel after it, and fc1, whose GELU would not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,13 @@ def quantized_inputs(model: onnx.ModelProto, config: SwinConfig, quantization: s
     return list(dict.fromkeys(name for layer in quantized_layers(model, config, quantization) for name in layer.inputs))
 
 
+def refuse_unknown(layers: Iterable[Layer], names: Set[str]) -> None:
+    """Raises UsageError for a name that none of `layers` has."""
+    known = {layer.name for layer in layers}
+    if unknown := sorted(names - known):
+        raise UsageError(f'There is no layer "{unknown[0]}" to quantise. There are: {", ".join(sorted(known))}.')
+
+
 def quantized_from_fp32(
     model: onnx.ModelProto,
     config: SwinConfig,
@@ -105,10 +112,8 @@ def quantized_from_fp32(
     range is missing or no positive number, and where a weight does not fit into the narrow type.
     """
     layers = quantized_layers(model, config, quantization)
-    known = {layer.name for layer in layers}
     for given in (keep, set(weight_scales or ())):
-        if unknown := sorted(given - known):
-            raise UsageError(f'There is no layer "{unknown[0]}" to quantise. There are: {", ".join(sorted(known))}.')
+        refuse_unknown(layers, given)
     used = [layer for layer in layers if layer.name not in keep]
     ranges = {name: _range(amplitudes, name) for layer in used for name in layer.inputs}
     graph = require("onnx_graphsurgeon", f"write the {quantization} graph").import_onnx(model)

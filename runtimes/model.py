@@ -16,7 +16,7 @@ from swin_deploy.bundle import CONFIG, PREPROCESSOR, Bundle
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import BackendError, InputError, UsageError
 from swin_deploy.preprocess import Preprocessor
-from swin_deploy.specs import PRECISIONS, Size, TensorSpec, size_text
+from swin_deploy.specs import PRECISIONS, QUANTIZED, Size, TensorSpec, size_text
 from swin_deploy.tasks import PIXELS, TaskSpec
 
 from .backends import runtime_from_onnx
@@ -183,8 +183,9 @@ def load_model(path: str | os.PathLike[str], precision: str = "fp32", backend: s
     }
     if not files:
         held = dict.fromkeys(str(entry["precision"]) for entry in bundle.graphs.values())
+        verb, data = ("quantize", " --data DIR") if precision in QUANTIZED else ("build-engine", "")
         raise UsageError(
             f"The bundle {bundle.path} holds no {precision} graph; it holds {', '.join(held)}. "
-            f'Make it with "swin-deploy build-engine {bundle.path} --{precision}".'
+            f'Make it with "swin-deploy {verb} {bundle.path} --{precision}{data}".'
         )
     return Model(bundle, files, precision, lambda file: runtime_from_onnx(bundle.verified_path(file), backend, threads))

@@ -231,7 +231,7 @@ def quantize(
     from swin_deploy.calib.ranges import METHODS
     from swin_deploy.errors import UsageError
     from swin_deploy.exporters.graphs import NewGraph, config_and_task, with_graphs
-    from swin_deploy.exporters.quantized import quantized_from_fp32, quantized_inputs
+    from swin_deploy.exporters.quantized import quantized_from_fp32, quantized_layers, refuse_unknown
     from swin_deploy.runtimes.backends import runtime_to_check
     from swin_deploy.specs import QUANTIZED, TARGETS
 
@@ -250,11 +250,13 @@ def quantize(
     def make(source: str, model: Any) -> NewGraph:
         feeds = chosen.with_size(*preparation(found, source))
         if target != TARGETS[0]:
-            graph, layers = quantized_for(target, model, lambda: feeds.batches(batch), method, kept, say)
-            return NewGraph(graph, (), {"layers": layers})
+            graph, done = quantized_for(target, model, lambda: feeds.batches(batch), method, kept, say)
+            return NewGraph(graph, (), {"layers": done})
+        layers = quantized_layers(model, config, quantization)
+        refuse_unknown(layers, kept)
         seen = collect(
             found.path / source,
-            quantized_inputs(model, config, quantization),
+            [name for layer in layers for name in layer.inputs],
             feeds,
             batch=batch,
             cache=found.path / CACHE,

@@ -1,0 +1,130 @@
+"""quantize as a user runs it: for each target, what the manifest keeps, the engine, the accuracy, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli.exported import EXAMPLES, WEIGHTS, cli_here, contents, copied, refused, result
+
+import swin_deploy
+from swin_deploy.bundle import Bundle
+
+pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with onnx-graphsurgeon")
+pytest.importorskip("onnxruntime", reason="ranges are measured with ONNX Runtime")
+datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn has the digits")
+
+IMAGES = EXAMPLES / "digits/images"
+
+
+@pytest.fixture(scope="module")
+def digits_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Files of images: digits that the networks were trained on, and those that they were not (examples/digits/digits.py)."""
+    import sys
+
+    sys.path.insert(0, str(EXAMPLES / "digits"))
+    from digits import split
+
+    data, folder = split(), tmp_path_factory.mktemp("digits-data")
+    np.savez(folder / "train.npz", images=data.train_images[:64])
+    np.savez(folder / "test.npz", images=data.test_images, labels=data.test_digits)
+    return folder / "train.npz", folder / "test.npz"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_for_tensorrt(version: int, digits_data: tuple[Path, Path], tmp_path: Path) -> None:
+    """INT8 loses at most 0.3 points of top-1 on held-out digits, FP8 0.15, and engines take no more kernels than fp16."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engines")
+    path = copied(version, tmp_path / "b")
+    train, test = digits_data
+    kernels = {}
+    for precision in ("int8", "fp8", "fp16"):
+        if precision != "fp16":
+            [score] = result(cli_here("quantize", "b", f"--{precision}", "--data", train, "--json", cwd=tmp_path))["graphs"]  # type: ignore[call-overload,index]
+            entry = Bundle.open(path).graphs[f"onnx/model_{precision}.onnx"]
+            assert entry["calibration"]["samples"] == 64
+            assert entry["on_samples"] == score
+            assert score["sqnr_db"] > {"int8": 38, "fp8": 29}[precision]
+        [engine] = result(cli_here("build-engine", "b", f"--{precision}", "--gpu", "sm_89", "--json", cwd=tmp_path))  # type: ignore[misc]
+        assert engine["precision"] == precision
+        assert engine["profiles"][0]["fused_attention"] == 4
+        kernels[precision] = engine["profiles"][0]["kernels"]
+    assert max(kernels.values()) == kernels["fp16"]
+
+    found = swin_deploy.evaluate(path, test)
+    top1 = {score.precision: 100 * float(score.top1 or 0) for score in found.scores}
+    assert top1["fp32"] - top1["int8"] <= 0.3
+    assert top1["fp32"] - top1["fp8"] <= 0.15
+    assert all(verdict.verified for verdict in swin_deploy.verify(path))
+
+
+@pytest.mark.parametrize(("target", "backend"), [("onnxruntime", "onnxruntime"), ("openvino", "openvino")])
+def test_for_a_cpu(target: str, backend: str, digits_data: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip(backend, reason="runs the graph")
+    train, test = digits_data
+    path = tmp_path / "b"
+    swin_deploy.export(weights=WEIGHTS[2], output=path, target=target)
+    [_, score] = swin_deploy.quantize(path, train).scores
+    assert score.sqnr_db is not None
+    assert score.sqnr_db > 44
+    entry = Bundle.open(path).graphs["onnx/model_int8.onnx"]
+    assert {layer["type"] for layer in entry["layers"]} == {"int8"}
+    assert {layer["name"].rpartition(".")[2] for layer in entry["layers"]} >= {"fc1", "fc2"}
+    found = swin_deploy.evaluate(path, test, backend=backend)
+    top1 = {one.precision: 100 * float(one.top1 or 0) for one in found.scores}
+    assert top1["fp32"] - top1["int8"] <= 0.3
+    with swin_deploy.load(path, precision="int8", backend=backend) as model:
+        assert [found[0].label for found in model.classify([IMAGES / "3.png", IMAGES / "7.png"])] == ["three", "seven"]
+    if target == "onnxruntime":
+        refused(cli_here("quantize", "b", "--fp8", "--data", train, cwd=tmp_path), "does not compute in FP8")
+
+
+def test_the_same_data_and_options_are_found_again(tmp_path: Path) -> None:
+    copied(1, tmp_path / "b")
+    sums = []
+    for more in ([], [], ["--method", "minmax"], ["--keep", "stages.0.steps.block0.fc2"], ["--samples", "4"]):
+        result(cli_here("quantize", "b", "--data", IMAGES, "--json", *more, cwd=tmp_path))
+        sums.append(Bundle.open(tmp_path / "b").files["onnx/model_int8.onnx"]["sha256"])
+    assert sums[0] == sums[1]
+    assert len(set(sums)) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--data", "absent"], ["absent"]),
+        (["--data", "empty"], ["no image in empty"]),
+        (["--data", IMAGES, "--method", "guess"], ['no method "guess"', "minmax, percentile, entropy, mse"]),
+        (["--data", IMAGES, "--keep", "stages.9"], ['no layer "stages.9"']),
+        ([], ["--data"]),
+    ],
+    ids=["absent", "empty", "method", "layer", "no data"],
+)
+def test_refusals(arguments: list[Any], parts: list[str], tmp_path: Path) -> None:
+    copied(1, tmp_path / "b")
+    (tmp_path / "empty").mkdir()
+    before = contents(tmp_path)
+    refused(cli_here("quantize", "b", *arguments, cwd=tmp_path), *parts)
+    assert contents(tmp_path) == before
+
+
+def test_engines_need_the_graph_and_a_gpu_that_can(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engines")
+    copied(1, tmp_path / "b")
+    refused(
+        cli_here("build-engine", "b", "--int8", "--gpu", "sm_89", cwd=tmp_path),
+        "no int8 graph",
+        "swin-deploy quantize b --int8",
+    )
+    refused(
+        cli_here("predict", "b", IMAGES / "3.png", "--precision", "int8", cwd=tmp_path), "no int8 graph", "swin-deploy quantize"
+    )
+    result(cli_here("quantize", "b", "--fp8", "--data", IMAGES, "--json", cwd=tmp_path))
+    refused(cli_here("build-engine", "b", "--fp8", "--gpu", "sm_86", cwd=tmp_path), "sm_86 has no FP8", "--int8")
+    engines = result(cli_here("build-engine", "b", "--fp8", "--json", cwd=tmp_path))
+    assert isinstance(engines, list)
+    assert {engine["gpu"] for engine in engines} == {"sm_89", "sm_120"}
+    assert json.loads((tmp_path / "b/manifest.json").read_text())["files"]["onnx/model_fp8.onnx"]["amplitudes"]
