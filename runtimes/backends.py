@@ -13,12 +13,16 @@ from .base import Runtime
 BACKENDS = {"onnxruntime": ("onnxruntime", "OnnxRuntime"), "openvino": ("openvino", "OpenVino")}
 
 
-def runtime_from_onnx(path: Path, backend: str = "onnxruntime", threads: int = 0) -> Runtime:
-    """The ONNX model at `path`, loaded by `backend`. Raises UsageError for a back end that there is not."""
+def runtime_from_onnx(path: Path, backend: str = "onnxruntime", threads: int = 0, bf16: bool = False) -> Runtime:
+    """The ONNX model at `path`, loaded by `backend`, which computes in the graph's own types, or, of OpenVINO, in bf16.
+
+    Raises UsageError for a back end that there is not.
+    """
     if backend not in BACKENDS:
         raise UsageError(f'There is no back end "{backend}". There are: {", ".join(BACKENDS)}.')
     module, name = BACKENDS[backend]
-    loaded: Runtime = getattr(importlib.import_module(f".{module}", __package__), name)(path, threads)
+    make = getattr(importlib.import_module(f".{module}", __package__), name)
+    loaded: Runtime = make(path, threads, bf16=True) if bf16 else make(path, threads)
     return loaded
 
 

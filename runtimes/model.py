@@ -168,7 +168,8 @@ class Model:
 def load_model(path: str | os.PathLike[str], precision: str = "fp32", backend: str = "onnxruntime", threads: int = 0) -> Model:
     """The bundle at `path`, loaded: its graphs of `precision`, run by `backend` ("onnxruntime" or "openvino") on the CPU.
 
-    Every file is checked against its sha256 before it is read. `threads` 0 lets the back end choose. Raises BundleError
+    OpenVINO computes the fp32 graph in bf16 itself, where the processor does. Every file is checked against its sha256
+    before it is read. `threads` 0 lets the back end choose. Raises BundleError
     for a folder that is no intact bundle, UsageError for a precision that it does not hold.
     """
     bundle = Bundle.open(path)
@@ -176,10 +177,11 @@ def load_model(path: str | os.PathLike[str], precision: str = "fp32", backend: s
         raise UsageError(f'There is no precision "{precision}". There are: {", ".join(PRECISIONS)}.')
     if not 0 <= threads <= MOST_THREADS:
         raise UsageError(f"threads is {threads}, and must be from 0 (the back end chooses) to {MOST_THREADS}.")
+    in_bf16 = precision == "bf16" and backend == "openvino"
     files = {
         (int(entry["image_size"][0]), int(entry["image_size"][1])): file
         for file, entry in bundle.graphs.items()
-        if entry["precision"] == precision
+        if entry["precision"] == ("fp32" if in_bf16 else precision)
     }
     if not files:
         held = dict.fromkeys(str(entry["precision"]) for entry in bundle.graphs.values())
@@ -188,4 +190,6 @@ def load_model(path: str | os.PathLike[str], precision: str = "fp32", backend: s
             f"The bundle {bundle.path} holds no {precision} graph; it holds {', '.join(held)}. "
             f'Make it with "swin-deploy {verb} {bundle.path} --{precision}{data}".'
         )
-    return Model(bundle, files, precision, lambda file: runtime_from_onnx(bundle.verified_path(file), backend, threads))
+    return Model(
+        bundle, files, precision, lambda file: runtime_from_onnx(bundle.verified_path(file), backend, threads, in_bf16)
+    )

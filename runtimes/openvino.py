@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from swin_deploy.errors import BackendError
+from swin_deploy.errors import BackendError, UsageError
 from swin_deploy.requires import require
 from swin_deploy.specs import TensorSpec
 
@@ -17,17 +17,21 @@ from .base import Array, Runtime
 
 
 class OpenVino(Runtime):
-    """The ONNX model in the file `path`, computed in its own precision. `threads` 0 lets OpenVINO choose.
+    """The ONNX model in the file `path`, computed in its own precision, or with `bf16` in that. `threads` 0: OpenVINO chooses.
 
     It is compiled for one image at a time, which is 3 to 7 % faster than for a free batch and the only way to fuse
-    attention; the first larger batch has it compiled once more, for any. Raises BackendError when OpenVINO does not take it.
+    attention; the first larger batch has it compiled once more, for any. Raises BackendError when OpenVINO does not take it,
+    UsageError for bf16 on a processor that has none.
     """
 
-    def __init__(self, path: Path, threads: int = 0) -> None:
+    def __init__(self, path: Path, threads: int = 0, bf16: bool = False) -> None:
         ov = require("openvino", "run models with the openvino back end")
         # Left alone, OpenVINO computes fp32 models in bf16 on processors that have it; the graph's types decide here.
-        self._config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+        hint = "bf16" if bf16 else "f32"
+        self._config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads}
         self._core, self._path = ov.Core(), path
+        if bf16 and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise UsageError("This processor does not compute in bf16 (it has neither AVX512_BF16 nor AMX). Take fp32.")
         try:
             model = self._core.read_model(str(path))
             inputs, outputs = _specs(model.inputs), _specs(model.outputs)

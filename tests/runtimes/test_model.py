@@ -17,6 +17,7 @@ from PIL import Image
 
 import swin_deploy
 from swin_deploy.bundle import Bundle, create_bundle
+from swin_deploy.compare import TOLERANCES, compare
 from swin_deploy.errors import BackendError, BundleError, InputError, UsageError
 from swin_deploy.runtimes.model import Model
 
@@ -211,3 +212,17 @@ assert all(verdict.verified for verdict in swin_deploy.verify({str(digits(2))!r}
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "three\nthree\n", "")
+
+
+def test_openvino_computes_the_fp32_graph_in_bf16() -> None:
+    """Where the processor does; elsewhere it is refused rather than answered in fp32."""
+    ov = pytest.importorskip("openvino", reason="the back end under test")
+    if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(UsageError, match="does not compute in bf16"):
+            swin_deploy.load(digits(2), precision="bf16", backend="openvino")
+        return
+    answers = []
+    for precision in ("fp32", "bf16"):
+        with swin_deploy.load(digits(2), precision=precision, backend="openvino") as loaded:
+            answers.append(loaded.run({"pixel_values": FEED})["logits"])
+    assert 1e-4 < compare(answers[1], answers[0]).relative_l2 < TOLERANCES["bf16"]
