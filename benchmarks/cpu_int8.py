@@ -31,8 +31,7 @@ def write_graphs(name: str, folder: str) -> None:
     """The graphs of cpu_forms.py, and INT8 ones for each target."""
     import onnx
 
-    from swin_deploy.calib.forms import norms_of_three_axes, small_layers
-    from swin_deploy.calib.quantize import HEADS, Options, quantize
+    from swin_deploy.calib.forms import quantized_for
 
     cpu_forms.write_graphs(name, folder)
     pixels = np.load(f"{folder}/image.npz")["pixels"]
@@ -42,11 +41,7 @@ def write_graphs(name: str, folder: str) -> None:
 
     for target in ("onnxruntime", "openvino"):
         model = onnx.load(f"{folder}/{target}.onnx")
-        keep = HEADS | small_layers(model) if target == "openvino" else HEADS
-        quantized = quantize(model, feeds, Options(keep=keep, threads=1))
-        graph = quantized.model
-        if target == "openvino":
-            graph = norms_of_three_axes(graph, quantized.scales.keys())
+        graph, _ = quantized_for(target, model, feeds, None, frozenset(), lambda line: None)
         Path(folder, f"int8_{target}.onnx").write_bytes(graph.SerializeToString())
 
 
