@@ -167,6 +167,8 @@ def build_engine(
     found = newest_bundle(Path.cwd()) if bundle is None else Bundle.open(bundle)
     if data is not None and precision != "fp16":
         raise UsageError(f"{precision} has the range of fp32, and no values need to be measured for it. Leave the data out.")
+    if samples is not None and data is None:
+        raise UsageError("A number of samples is given and no data to take them from. Name images with --data.")
     _, built = build_engines(
         found,
         precision,
@@ -218,12 +220,11 @@ def quantize(
     """Writes the graphs of "int8" or "fp8" of a bundle into it, and returns how far they are from fp32 on the samples.
 
     `data`, of it `samples`, are images like those of the application (see `evaluate`), on which the ranges of activations
-    are measured; measured ranges are kept in the bundle, and an interrupted measurement goes on where it was. `method` is
-    how a range is chosen, one of calib.ranges.METHODS; without it, the one with the least squared error. `keep` names
-    layers that are not quantised. A bundle for TensorRT gets fp16 between the quantised layers, for `build_engine`; one for
-    ONNX Runtime or OpenVINO fp32, and weights rounded so that each layer makes up for those before it. Raises
-    errors.InputError for data that does not fit, errors.UsageError for a layer or method that there is not,
-    errors.VerificationError when the graph is not recognisably the same network.
+    are measured; these are kept in the bundle, and a measurement that was interrupted goes on. `method` is how a range is
+    chosen, one of calib.ranges.METHODS; without it, the one with the least squared error. `keep` names layers that are not
+    quantised. A bundle for TensorRT gets fp16 between the quantised layers, for `build_engine`; one for ONNX Runtime or
+    OpenVINO fp32, and weights rounded so that each layer makes up for those before it. Raises errors.InputError for data
+    that does not fit and errors.UsageError for a layer or method that there is not.
     """
     from swin_deploy.bundle import Bundle
     from swin_deploy.calib.collect import CACHE, collect
@@ -244,9 +245,7 @@ def quantize(
     if quantization == "fp8" and target != TARGETS[0]:
         raise UsageError(f"{found.path} was exported for {target}, which does not compute in FP8. Take int8.")
     chosen = samples_for(found, data, samples)
-    config, task = config_and_task(found)
-    tell = progress or (lambda phase, done, total: None)
-    facts = {"samples": len(chosen), "data": chosen.fingerprint, "method": method, "keep": sorted(kept)}
+    (config, task), tell = config_and_task(found), progress or (lambda phase, done, total: None)
 
     def make(source: str, model: Any) -> NewGraph:
         feeds = chosen.with_size(*preparation(found, source))
@@ -268,6 +267,7 @@ def quantize(
         return NewGraph(made, records, {"amplitudes": amplitudes})
 
     with found.compiling(lambda: say(f"Waiting for another process that works on {found.path}")) as found:
+        facts = {"samples": len(chosen), "data": chosen.fingerprint, "method": method, "keep": sorted(kept)}
         found = with_graphs(found, quantization, make, {"calibration": facts}, runtime_to_check, say)
         say("Comparing with fp32 on the samples")
         result = evaluate(
@@ -391,9 +391,10 @@ def evaluate(
 
 def _torch_network(weights: str | os.PathLike[str], bundle: Bundle, size: tuple[int, int]) -> TorchNetwork:
     from swin_deploy.exporters.source import checkpoint_from_request
-    from swin_deploy.models.running import TorchNetwork
+    from swin_deploy.models.running import TorchNetwork, refuse_other_network
     from swin_deploy.tasks import TaskSpec
 
     task, semantics = TaskSpec.from_dict(bundle.manifest["task"]), str(bundle.manifest["semantics"])
     checkpoint, _ = checkpoint_from_request(None, weights, False, 0, task, size, semantics, None, None, _silent)
+    refuse_other_network(weights, checkpoint.config, bundle)
     return TorchNetwork(checkpoint, task, size)

@@ -90,7 +90,7 @@ class Bundle:
         if entry is None:
             raise BundleError(f"The bundle {self.path} has no {file}. It holds: {', '.join(sorted(self.files))}.")
         path = self.path / file
-        engine = file.endswith(".engine")
+        engine = file.endswith((".engine", ".layers.json"))
         remedy = 'compile it again with "swin-deploy build-engine --force"' if engine else "export the bundle again"
         try:
             actual = sha256_of(path)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from swin_deploy.errors import CheckpointError
+from swin_deploy.errors import CheckpointError, UsageError
 
 # Those of transformers that have no parameters of their own (models/activations.py).
 # fmt: off
@@ -125,6 +125,11 @@ class SwinConfig:
         """
         height, width = image_size or self.image_size
         if self.semantics == "torchvision":
+            if height < self.patch_size[0] or width < self.patch_size[1]:
+                raise UsageError(
+                    f"An image of {height}x{width} pixels is smaller than a patch of {self.patch_size}, and torchvision's "
+                    f"rules leave nothing of it. Give a larger --image-size, or other --semantics."
+                )
             return height // self.patch_size[0], width // self.patch_size[1]
         return math.ceil(height / self.patch_size[0]), math.ceil(width / self.patch_size[1])
 
@@ -289,6 +294,11 @@ def _out_features(raw: Mapping[str, Any], stages: int) -> tuple[str, ...]:
         wanted = tuple(names[index] for index in _integers(raw["out_indices"]))
     else:
         return ()
+    indices = raw.get("out_indices")
+    if raw.get("out_features") is not None and indices is not None:
+        meant = tuple(names[index] if -len(names) <= index < len(names) else "" for index in _integers(indices))
+        if meant != wanted:
+            raise ValueError(f"out_features names {', '.join(wanted)}, and out_indices {list(indices)} are other ones")
     unknown = [name for name in wanted if name not in names]
     if unknown:
         raise ValueError(f"out_features names {unknown[0]!r}, and this network has {', '.join(names)}")

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -203,6 +204,8 @@ def read_image(path: str | os.PathLike[str]) -> PILImage.Image:
     from PIL import Image, ImageOps
 
     label = _label(path, 0, 1)
+    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):  # a pipe would never end
+        raise InputError(f"{label} is no file. Expected an image file, such as a JPEG or PNG.")
     with _decoding(label), Image.open(path) as opened:
         return _eight_bit(ImageOps.exif_transpose(opened), label).convert("RGB")
 

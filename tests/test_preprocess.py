@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import zlib
@@ -433,3 +434,9 @@ def test_a_batch_of_two_sizes_is_refused() -> None:
 def test_importing_is_cheap() -> None:
     code = "import sys, swin_deploy.preprocess; sys.exit(bool({'PIL', 'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_pipe_is_no_image(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(InputError, match=r"pipe\.png.* is no file"):
+        read_image(tmp_path / "pipe.png")

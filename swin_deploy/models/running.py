@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from swin_deploy.bundle import CONFIG, Bundle
+from swin_deploy.config import SwinConfig
+from swin_deploy.errors import UsageError
 from swin_deploy.models.checkpoints import Checkpoint
 from swin_deploy.models.swin import SwinNetwork
 from swin_deploy.specs import Size, TensorSpec
@@ -28,3 +31,15 @@ class TorchNetwork:
         with torch.inference_mode():
             outputs = self._network.named(*(torch.from_numpy(feeds[spec.name]) for spec in self.inputs))
         return {name: output.contiguous().numpy() for name, output in outputs.items()}
+
+
+def refuse_other_network(weights: object, config: SwinConfig, bundle: Bundle) -> None:
+    """Raises UsageError where `config`, of the checkpoint `weights`, is not the architecture of `bundle`."""
+    ours = SwinConfig.from_dict(bundle.read_json(CONFIG))
+    names = ("version", "embed_dim", "depths", "num_heads", "window_size", "patch_size", "mlp_ratio", "qkv_bias", "num_labels")
+    for name in names:
+        if getattr(ours, name) != getattr(config, name):
+            raise UsageError(
+                f"{weights} is another network than that of {bundle.path} ({name} {getattr(config, name)}, not "
+                f"{getattr(ours, name)}). Name the checkpoint that was exported."
+            )

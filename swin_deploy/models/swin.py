@@ -23,6 +23,7 @@ from swin_deploy.models.blocks import (
     shift_mask,
     tensor,
 )
+from swin_deploy.models.losses import classification_loss, reconstruction_loss
 from swin_deploy.models.positions import position_embeddings
 from swin_deploy.specs import TARGETS
 from swin_deploy.tasks import TaskSpec
@@ -185,6 +186,24 @@ class SwinNetwork(nn.Module):
     def named(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> dict[str, Tensor]:
         """The outputs by name."""
         return dict(zip(self.output_names, self(pixel_values, bool_masked_pos), strict=True))
+
+    def with_loss(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        labels: Tensor | None = None,
+        problem_type: str | None = None,
+    ) -> dict[str, Tensor]:
+        """The outputs by name and, where there are `labels` to classify or a mask to fill, the "loss" of transformers.
+
+        `problem_type` is as losses.classification_loss takes it.
+        """
+        outputs = self.named(pixel_values, bool_masked_pos)
+        if self.task.name == "image-classification" and labels is not None:
+            outputs["loss"] = classification_loss(self.config, outputs["logits"], labels, problem_type)
+        if self.task.name == "masked-image-modeling" and bool_masked_pos is not None:
+            outputs["loss"] = reconstruction_loss(self.config, pixel_values, outputs["reconstruction"], bool_masked_pos)
+        return outputs
 
     def _head(self, outputs: dict[str, Tensor], x: Tensor) -> None:
         rows = cast(RowMajor, self.rows_before[-1])

@@ -187,6 +187,7 @@ def test_numbers_that_are_none(value: float, tmp_path: Path) -> None:
         ({"depths": [10**9, 2]}, "has 79 tensors for 1000000002 blocks in its config"),
         ({"depths": [1] * 100_000}, "100000 stages, which no Swin has"),
         ({"id2label": None, "num_labels": 10**12}, "1000000000000 labels"),
+        ({"out_features": ["stage2"], "out_indices": [1]}, "out_features names stage2, and out_indices .* are other ones"),
     ],
 )
 def test_configs_that_are_refused(config: dict[str, Any], sentence: str, tmp_path: Path) -> None:

@@ -110,6 +110,15 @@ def test_every_name_is_in_the_tensorrt_that_is_installed() -> None:
     assert missing_in_module("tensorrt") == ONLY_IN_RTX
 
 
+def test_every_name_of_running_is_in_tensorrt_lean() -> None:
+    """The part of TensorRT 11 that only runs engines, which installs without a GPU: it has no builder and no parser."""
+    lean = pytest.importorskip("tensorrt_lean_bindings", reason="tensorrt_lean is not installed")
+    assert lean.__version__.startswith("11.")
+    known = {name for name in USED if hasattr(lean, name.partition(".")[0])}
+    assert known >= {"Runtime.deserialize_cuda_engine", "Refitter.refit_cuda_engine"}
+    assert known & missing_in_module("tensorrt_lean_bindings") == set()
+
+
 @pytest.mark.parametrize("release", ["10.12", "11.4"])
 def test_every_name_is_in_full_tensorrt(release: str) -> None:
     kept = json.loads((LISTS / f"tensorrt-{release}.json").read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the reference for window order is torch")
 
 from swin_deploy.config import SwinConfig  # noqa: E402
+from swin_deploy.errors import UsageError  # noqa: E402
 from swin_deploy.models import windows  # noqa: E402
 from swin_deploy.models.windows import PAD, Stage, WindowGrid  # noqa: E402
 
@@ -190,3 +191,9 @@ def test_v2_window_and_shift_come_from_the_configured_height() -> None:
 def test_odd_maps_grow_when_they_are_halved() -> None:
     found = windows.stages(config(1, depths=(1, 1, 1), image_size=(52, 44), window_size=(2, 2, 2)), (52, 44))
     assert [(stage.height, stage.width) for stage in found] == [(13, 11), (7, 6), (4, 3)]
+
+
+def test_an_image_smaller_than_a_patch_is_nothing_to_torchvision() -> None:
+    with pytest.raises(UsageError, match=r"1x64 pixels is smaller than a patch of \(4, 4\)"):
+        SwinConfig(version=1, semantics="torchvision").grid((1, 64))
+    assert SwinConfig(version=1).grid((1, 64)) == (1, 16)
