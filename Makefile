@@ -45,5 +45,5 @@ venv: .venv/installed
 	  "its venv module is absent. On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 2; }
 	@echo "Installing into .venv; the first time this takes some minutes."
 	@$(PYTHON) -m venv .venv
-	@python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	@python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
