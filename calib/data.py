@@ -134,11 +134,13 @@ def samples_from(
 
 def samples_for(
     bundle: Bundle,
-    source: str | os.PathLike[str] | Iterable[Any],
+    source: str | os.PathLike[str] | Iterable[Any] | Samples,
     samples: int | None = None,
     labels: str | os.PathLike[str] | None = None,
 ) -> Samples:
-    """As samples_from, for the graphs of the first image size of `bundle`."""
+    """As samples_from, for the graphs of the first image size of `bundle`; samples that were chosen already are returned."""
+    if isinstance(source, Samples):
+        return source
     return samples_from(source, *preparation(bundle, next(iter(bundle.graphs))), samples, labels)
 
 

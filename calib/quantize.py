@@ -61,23 +61,6 @@ class Quantized:
         return qdq_from_fp32(self.base, self.layers.values())
 
     @property
-    def on_grid(self) -> onnx.ModelProto:
-        """The fp32 graph whose weights and biases are what 8 bits make of them; its activations are not rounded."""
-        from onnx import helper, numpy_helper
-
-        nodes, constants = [], []
-        by_output = {layer.layer.output: layer for layer in self.layers.values()}
-        for node in self.base.graph.node:
-            layer = by_output.get(node.output[0])
-            if layer is not None and layer.bias is not None:
-                names = [f"{layer.layer.weight}/on_grid", f"{layer.layer.name}.bias/on_grid"]
-                node = helper.make_node("Gemm", [layer.layer.input, *names], [*node.output], node.name, transB=1)
-                arrays = (layer.weight, layer.bias)
-                constants += [numpy_helper.from_array(a, name) for a, name in zip(arrays, names, strict=True)]
-            nodes.append(node)
-        return with_nodes(self.base, nodes, constants)
-
-    @property
     def scales(self) -> dict[str, ActivationScale]:
         """The scale of every activation that is quantised, by the tensor's name."""
         return {layer.layer.input: layer.activation for layer in self.layers.values()}

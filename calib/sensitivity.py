@@ -38,11 +38,6 @@ def sensitivity(
     return tuple(sorted(found, key=lambda damage: damage.sqnr_db))
 
 
-def total_sqnr(quantized: Quantized, feeds: SampleFeeds, threads: int = 0) -> float:
-    """The SQNR of the outputs in dB with all layers in 8 bits."""
-    return sqnr(_answers(quantized, {}, feeds(), threads), _answers(quantized, quantized.layers, feeds(), threads))
-
-
 def _answers(quantized: Quantized, layers: Mapping[str, QuantizedLinear], feeds: Iterable[Feeds], threads: int) -> Array:
     """All outputs for all samples, one after the other, as one vector."""
     require("onnx", "quantise a model")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
+    from swin_deploy.calib.data import Samples
     from swin_deploy.evaluation import Evaluation
     from swin_deploy.exporters.build import Built
     from swin_deploy.exporters.graphs import Calibration
@@ -271,7 +272,7 @@ def quantize(
         found = with_graphs(found, quantization, make, {"calibration": facts}, runtime_to_check, say)
         say("Comparing with fp32 on the samples")
         result = evaluate(
-            found.path, data, labels="none", samples=samples, batch=batch, precisions=[quantization],
+            found.path, chosen, labels="none", batch=batch, precisions=[quantization],
             progress=lambda done, total: tell("Comparing", done, total),
         )  # fmt: skip
         for score in result.scores:
@@ -330,7 +331,7 @@ def verify(bundle: str | os.PathLike[str], *, backend: str = "onnxruntime") -> t
 
 def evaluate(
     bundle: str | os.PathLike[str],
-    data: str | os.PathLike[str] | Iterable[Any],
+    data: str | os.PathLike[str] | Iterable[Any] | Samples,
     *,
     labels: str | os.PathLike[str] | None = None,
     samples: int | None = None,
@@ -350,7 +351,7 @@ def evaluate(
     that does not fit the network, errors.UsageError for a precision that the bundle does not hold.
     """
     from swin_deploy.bundle import CONFIG, Bundle
-    from swin_deploy.calib.data import Samples, preparation, samples_for
+    from swin_deploy.calib.data import preparation, samples_for
     from swin_deploy.calib.labels import class_numbers
     from swin_deploy.config import SwinConfig
     from swin_deploy.errors import UsageError
@@ -381,10 +382,9 @@ def evaluate(
                 runtime = stack.enter_context(runtime_to_check(found.verified_path(file), backend))
                 graphs.append(Graph(file, str(entry["precision"]), size, runtime))
                 prepared.setdefault(size, chosen.with_size(*preparation(found, file)))
-        streams = [made.batches(batch) for made in prepared.values()]
-        batches = (dict(zip(prepared, feeds, strict=True)) for feeds in zip(*streams, strict=True))
-        tell = progress or (lambda done, total: None)
-        scores = evaluate_graphs(graphs, batches, wanted, classes, lambda done: tell(done, len(chosen)))
+        streams = zip(*(made.batches(batch) for made in prepared.values()), strict=True)
+        batches = (dict(zip(prepared, feeds, strict=True)) for feeds in streams)
+        scores = evaluate_graphs(graphs, batches, wanted, classes, lambda done: progress and progress(done, len(chosen)))
     against = "the fp32 graph" if weights is None else "PyTorch fp32"
     return Evaluation(len(chosen), rule, against, scores, tuple(left_out))
 

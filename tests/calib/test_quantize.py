@@ -51,7 +51,6 @@ def test_digits_keep_their_answers(version: int, kind: str, least: float, drop: 
     assert sqnr(reference, found) > least
     right = [(answers.argmax(1) == wanted).mean() for answers in (reference, found)]
     assert right[1] >= right[0] - drop
-    assert sqnr(reference, run(quantized.on_grid, {"pixel_values": test})) > sqnr(reference, found)
 
 
 def test_balancing_changes_no_answer_and_gains(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ def test_a_closed_model_says_so(backend: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({XX,
+        ({"precision": "int4"}, 'no precision "int4"'),
         ({"backend": "tensorflow"}, 'no back end "tensorflow"'),
         ({"threads": -1}, "threads is -1"),
         ({"threads": 10**6}, "threads is 1000000"),

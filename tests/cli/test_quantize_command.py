@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from cli.exported import EXAMPLES, WEIGHTS, cli_here, contents, copied, refused, result
+from PIL import Image
 
 import swin_deploy
 from swin_deploy.bundle import Bundle
@@ -23,8 +25,6 @@ IMAGES = EXAMPLES / "digits/images"
 @pytest.fixture(scope="module")
 def digits_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Files of images: digits that the networks were trained on, and those that they were not (examples/digits/digits.py)."""
-    import sys
-
     sys.path.insert(0, str(EXAMPLES / "digits"))
     from digits import split
 
@@ -90,6 +90,13 @@ def test_the_same_data_and_options_are_found_again(tmp_path: Path) -> None:
         sums.append(Bundle.open(tmp_path / "b").files["onnx/model_int8.onnx"]["sha256"])
     assert sums[0] == sums[1]
     assert len(set(sums)) == 4
+
+
+def test_images_that_come_only_once(tmp_path: Path) -> None:
+    """A generator, as a camera's frames are: it is read once, for the ranges and for the comparison."""
+    frames = (np.asarray(Image.open(path).convert("RGB")) for path in sorted(IMAGES.glob("*.png")))
+    [_, score] = swin_deploy.quantize(copied(1, tmp_path / "b"), frames).scores
+    assert score.samples == len(list(IMAGES.glob("*.png")))
 
 
 @pytest.mark.parametrize(
