@@ -1,0 +1,102 @@
+"""How near the graphs of a bundle are to PyTorch, and how often they are right."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from swin_deploy.api.say import silent
+
+if TYPE_CHECKING:
+    from swin_deploy.bundle import Bundle
+    from swin_deploy.calib.data import Samples
+    from swin_deploy.evaluation import Evaluation
+    from swin_deploy.models.running import TorchNetwork
+    from swin_deploy.reference import Verdict
+
+
+def verify(bundle: str | os.PathLike[str], *, backend: str = "onnxruntime") -> tuple[Verdict, ...]:
+    """A verdict on every ONNX graph of a bundle, run here by `backend` against PyTorch's recorded answers.
+
+    Checks every file's sha256 first (errors.BundleError). A verdict that is not `verified` is returned, not raised.
+    """
+    from functools import partial
+
+    from swin_deploy.bundle import Bundle
+    from swin_deploy.reference import verify_bundle
+    from swin_deploy.runtimes.backends import runtime_to_check
+
+    return verify_bundle(Bundle.open(bundle), partial(runtime_to_check, backend=backend))
+
+
+def evaluate(
+    bundle: str | os.PathLike[str],
+    data: str | os.PathLike[str] | Iterable[Any] | Samples,
+    *,
+    labels: str | os.PathLike[str] | None = None,
+    samples: int | None = None,
+    batch: int = 8,
+    precisions: Sequence[str] = (),
+    backend: str = "onnxruntime",
+    weights: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """How often the graphs of a bundle are right on `data`, and how far they are from fp32, in one pass.
+
+    `data` is a folder of images, an .npz or .npy file, or an iterable of images, each alone or in a pair with its class; see
+    calib.data.samples_from. Classes come from the names of folders, or from the file `labels` with lines "image,class";
+    `labels` "none" ignores them. `precisions` leaves out other graphs than these and the fp32 ones; types that the back end
+    has no kernels for are emulated. Graphs are compared with the fp32 graph of their image size, or with PyTorch where
+    `weights` names the checkpoint that was exported. `progress(done, total)` counts samples. Raises errors.InputError for data
+    that does not fit the network, errors.UsageError for a precision that the bundle does not hold.
+    """
+    from swin_deploy.bundle import CONFIG, Bundle
+    from swin_deploy.calib.data import preparation, samples_for
+    from swin_deploy.calib.labels import class_numbers
+    from swin_deploy.config import SwinConfig
+    from swin_deploy.errors import UsageError
+    from swin_deploy.evaluation import Evaluation, Graph, evaluate_graphs
+    from swin_deploy.runtimes.backends import runtime_to_check
+
+    found = Bundle.open(bundle)
+    held = dict.fromkeys(str(entry["precision"]) for entry in found.graphs.values())
+    if unknown := [precision for precision in precisions if precision not in held]:
+        raise UsageError(f"The bundle {found.path} holds no {unknown[0]} graph. It holds: {', '.join(held)}.")
+    config = SwinConfig.from_dict(found.read_json(CONFIG))
+    classes = config.num_labels if found.manifest["task"]["name"] == "image-classification" else 0
+    chosen = samples_for(found, data, samples, None if labels == "none" else labels)
+    wanted, rule = None, None
+    if classes and labels != "none" and chosen.source.labels is not None and chosen.labels is not None:
+        numbers, rule = class_numbers(chosen.source.labels, config.id2label)
+        wanted = [numbers[label] for label in chosen.labels]
+    prepared: dict[tuple[int, int], Samples] = {}
+    graphs, left_out = [], []
+    with contextlib.ExitStack() as stack:
+        for file, entry in sorted(found.graphs.items(), key=lambda item: item[1]["precision"] != "fp32"):
+            size = (int(entry["image_size"][0]), int(entry["image_size"][1]))
+            if chosen.ready and size != chosen.image_size:
+                left_out.append(file)
+            elif not precisions or entry["precision"] in ("fp32", *precisions):
+                if weights is not None and size not in prepared:
+                    graphs.append(Graph("", "fp32", size, _torch_network(weights, found, size)))
+                runtime = stack.enter_context(runtime_to_check(found.verified_path(file), backend))
+                graphs.append(Graph(file, str(entry["precision"]), size, runtime))
+                prepared.setdefault(size, chosen.with_size(*preparation(found, file)))
+        streams = zip(*(made.batches(batch) for made in prepared.values()), strict=True)
+        batches = (dict(zip(prepared, feeds, strict=True)) for feeds in streams)
+        scores = evaluate_graphs(graphs, batches, wanted, classes, lambda done: progress and progress(done, len(chosen)))
+    against = "the fp32 graph" if weights is None else "PyTorch fp32"
+    return Evaluation(len(chosen), rule, against, scores, tuple(left_out))
+
+
+def _torch_network(weights: str | os.PathLike[str], bundle: Bundle, size: tuple[int, int]) -> TorchNetwork:
+    from swin_deploy.exporters.source import checkpoint_from_request
+    from swin_deploy.models.running import TorchNetwork, refuse_other_network
+    from swin_deploy.tasks import TaskSpec
+
+    task, semantics = TaskSpec.from_dict(bundle.manifest["task"]), str(bundle.manifest["semantics"])
+    checkpoint, _ = checkpoint_from_request(None, weights, False, 0, task, size, semantics, None, None, silent)
+    refuse_other_network(weights, checkpoint.config, bundle)
+    return TorchNetwork(checkpoint, task, size)

@@ -1,0 +1,78 @@
+"""A checkpoint -> a bundle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from swin_deploy.api.say import Say, silent
+
+if TYPE_CHECKING:
+    from swin_deploy.bundle import Bundle
+    from swin_deploy.tasks import TaskSpec
+
+
+def _one_or_more(sizes: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if sizes is None else (sizes,) if isinstance(sizes, int) else tuple(sizes)
+
+
+def export(
+    variant: str | None = None,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    random_weights: bool = False,
+    seed: int = 0,
+    output: str | os.PathLike[str] | None = None,
+    task: str | TaskSpec = "image-classification",
+    image_sizes: Sequence[tuple[int, int]] = (),
+    semantics: str | None = None,
+    window_size: int | Sequence[int] | None = None,
+    pretrained_window_sizes: int | Sequence[int] | None = None,
+    target: str = "tensorrt",
+    force: bool = False,
+    say: Say = silent,
+) -> Bundle:
+    """The bundle that a checkpoint was exported to, compared with PyTorch before it is kept.
+
+    `variant` is a name of `swin-deploy variants`; `weights` a checkpoint's folder or file (of transformers, timm, Microsoft,
+    torchvision or TensorFlow, recognised by what it holds) or a hub id, and otherwise the variant's own hub id;
+    `random_weights` takes reproducible random ones instead. `task` is one of tasks.TASKS, or a TaskSpec with its options;
+    `image_sizes` are (height, width) in pixels, one graph each, by default the checkpoint's own; `semantics` (one of
+    config.SEMANTICS) replaces the rules of the system that wrote the checkpoint; `window_size` (tokens, one number or one
+    for each stage) builds the network with other windows, and for the first image size given, for which the checkpoint's
+    position tables are resized as its own system does it; `pretrained_window_sizes` are Swin V2's; `target` is what
+    the graph's form is fastest with (one of specs.TARGETS; it answers the same everywhere). The bundle is written to
+    `output`, by default a folder of the variant's (or checkpoint's) name in the current directory; `force` replaces a
+    bundle that is there. `say` gets a line for each step. Raises errors.SwinDeployError with nothing written.
+    """
+    from swin_deploy.exporters.export import bundle_from_checkpoint
+    from swin_deploy.exporters.source import checkpoint_from_request
+    from swin_deploy.runtimes.backends import runtime_to_check
+    from swin_deploy.tasks import TaskSpec
+
+    spec = TaskSpec(task) if isinstance(task, str) else task
+    checkpoint, name = checkpoint_from_request(
+        variant,
+        weights,
+        random_weights,
+        seed,
+        spec,
+        image_sizes[0] if image_sizes else None,
+        semantics,
+        _one_or_more(window_size),
+        _one_or_more(pretrained_window_sizes),
+        say,
+    )
+    return bundle_from_checkpoint(
+        checkpoint,
+        Path(name if output is None else output),
+        variant=variant,
+        task=spec,
+        image_sizes=image_sizes,
+        target=target,
+        replace=force,
+        open_graph=runtime_to_check,
+        say=say,
+    )
