@@ -41,7 +41,7 @@ def write_graphs(name: str, folder: str) -> None:
 
     for target in ("onnxruntime", "openvino"):
         model = onnx.load(f"{folder}/{target}.onnx")
-        graph, _ = quantized_for(target, model, feeds, None, frozenset(), lambda line: None)
+        graph = quantized_for(target, model, feeds, None, frozenset(), lambda line: None).graph()
         Path(folder, f"int8_{target}.onnx").write_bytes(graph.SerializeToString())
 
 

@@ -8,6 +8,7 @@ less. OpenVINO computes LayerNorm on `[rows, channels]` and what rounds its resu
 from __future__ import annotations
 
 from collections.abc import Callable, Set
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,25 +18,45 @@ from swin_deploy.requires import require
 
 from .folding import Graph
 from .observers import Observation
-from .placement import linear_layers, with_nodes
-from .quantize import HEADS, Batches, Options, SampleFeeds, quantize
+from .placement import linear_layers, qdq_from_fp32, with_nodes
+from .quantize import HEADS, Batches, Options, Quantized, SampleFeeds, quantize
 
 if TYPE_CHECKING:
     import onnx
 
 
+@dataclass(frozen=True)
+class Form:
+    """A network in INT8 as a runtime takes it: the layers that are, by name, a record of each, and the graph with fewer."""
+
+    quantized: Quantized
+    target: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.quantized.layers)
+
+    def graph(self, keep: Set[str] = frozenset()) -> onnx.ModelProto:
+        """The graph; the layers `keep` are not quantised, the others as if these were."""
+        layers = [layer for name, layer in self.quantized.layers.items() if name not in keep]
+        made = qdq_from_fp32(self.quantized.base, layers)
+        return made if self.target != "openvino" else norms_of_three_axes(made, {layer.layer.input for layer in layers})
+
+    def records(self, keep: Set[str]) -> list[dict[str, Any]]:
+        """What a manifest should know of each layer that is quantised."""
+        return [record for record in self.quantized.records if record["name"] not in keep]
+
+
 def quantized_for(
     target: str, model: onnx.ModelProto, feeds: SampleFeeds, method: str | None, keep: Set[str], say: Callable[[str], None]
-) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
-    """`model` in INT8 as "onnxruntime" or "openvino" runs it fastest, and a record of each layer.
+) -> Form:
+    """`model` in INT8 as "onnxruntime" or "openvino" runs it fastest.
 
     `feeds()` yields the samples batch by batch; `method` finds ranges (one of ranges.METHODS; None: the least error behind
     the layer), `keep` names layers that stay as they are.
     """
     keep = HEADS | keep | (small_layers(model) if target == "openvino" else frozenset())
-    made = quantize(model, feeds, Options(keep=keep), None if method is None else partial(_interval, method), say)
-    graph = made.model if target != "openvino" else norms_of_three_axes(made.model, made.scales.keys())
-    return graph, list(made.records)
+    return Form(quantize(model, feeds, Options(keep=keep), None if method is None else partial(_interval, method), say), target)
 
 
 def _interval(method: str, name: str, values: Batches) -> tuple[float, float]:

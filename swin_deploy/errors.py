@@ -10,10 +10,12 @@
     │   └── PassError            a graph rewrite did not find what it was written for
     ├── EngineError              the TensorRT compiler refused the graph
     ├── BackendError             a back end failed while loading or running (its own error is the cause)
-    └── VerificationError        a model that runs, and disagrees with PyTorch
+    ├── VerificationError        a model that runs, and disagrees with PyTorch
+    └── GateError                an INT8 or FP8 graph that is less accurate or less fast than was asked for
 
 Each message is one sentence or two: what happened, what was expected, what to do. The command line prints it without a
-traceback and exits with `exit_code`: 2 for what the user can correct, 1 for a result that is simply not good enough.
+traceback and exits with `exit_code`: 2 for what the user can correct, 1 for a result that is simply not good enough, 3 for a
+quantised graph that is not what was asked for.
 """
 
 from __future__ import annotations
@@ -69,3 +71,9 @@ class VerificationError(SwinDeployError):
     """A model that runs, and whose answers are not those of PyTorch."""
 
     exit_code = 1
+
+
+class GateError(SwinDeployError):
+    """A quantised graph that cannot be as accurate and as fast as was asked for."""
+
+    exit_code = 3

@@ -52,10 +52,8 @@ def evaluate(
     `weights` names the checkpoint that was exported. `progress(done, total)` counts samples. Raises errors.InputError for data
     that does not fit the network, errors.UsageError for a precision that the bundle does not hold.
     """
-    from swin_deploy.bundle import CONFIG, Bundle
+    from swin_deploy.bundle import Bundle
     from swin_deploy.calib.data import preparation, samples_for
-    from swin_deploy.calib.labels import class_numbers
-    from swin_deploy.config import SwinConfig
     from swin_deploy.errors import UsageError
     from swin_deploy.evaluation import Evaluation, Graph, evaluate_graphs
     from swin_deploy.runtimes.backends import runtime_to_check
@@ -64,13 +62,8 @@ def evaluate(
     held = dict.fromkeys(str(entry["precision"]) for entry in found.graphs.values())
     if unknown := [precision for precision in precisions if precision not in held]:
         raise UsageError(f"The bundle {found.path} holds no {unknown[0]} graph. It holds: {', '.join(held)}.")
-    config = SwinConfig.from_dict(found.read_json(CONFIG))
-    classes = config.num_labels if found.manifest["task"]["name"] == "image-classification" else 0
     chosen = samples_for(found, data, samples, None if labels == "none" else labels)
-    wanted, rule = None, None
-    if classes and labels != "none" and chosen.source.labels is not None and chosen.labels is not None:
-        numbers, rule = class_numbers(chosen.source.labels, config.id2label)
-        wanted = [numbers[label] for label in chosen.labels]
+    classes, wanted, rule = wanted_classes(found, chosen, labels)
     prepared: dict[tuple[int, int], Samples] = {}
     graphs, left_out = [], []
     with contextlib.ExitStack() as stack:
@@ -89,6 +82,25 @@ def evaluate(
         scores = evaluate_graphs(graphs, batches, wanted, classes, lambda done: progress and progress(done, len(chosen)))
     against = "the fp32 graph" if weights is None else "PyTorch fp32"
     return Evaluation(len(chosen), rule, against, scores, tuple(left_out))
+
+
+def wanted_classes(
+    bundle: Bundle, chosen: Samples, labels: str | os.PathLike[str] | None
+) -> tuple[int, list[int] | None, str | None]:
+    """How many classes the network has (0: its outputs are no logits), those of the samples, and how their labels were read.
+
+    The latter two are None where the samples have no labels, or `labels` is "none".
+    """
+    from swin_deploy.bundle import CONFIG
+    from swin_deploy.calib.labels import class_numbers
+    from swin_deploy.config import SwinConfig
+
+    config = SwinConfig.from_dict(bundle.read_json(CONFIG))
+    classes = config.num_labels if bundle.manifest["task"]["name"] == "image-classification" else 0
+    if not classes or labels == "none" or chosen.source.labels is None or chosen.labels is None:
+        return classes, None, None
+    numbers, rule = class_numbers(chosen.source.labels, config.id2label)
+    return classes, [numbers[label] for label in chosen.labels], rule
 
 
 def _torch_network(weights: str | os.PathLike[str], bundle: Bundle, size: tuple[int, int]) -> TorchNetwork:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import TYPE_CHECKING, Any
 
-from swin_deploy.api.evaluate import evaluate
+from swin_deploy.api.evaluate import evaluate, wanted_classes
+from swin_deploy.api.forms import CpuForm, Form, TensorRTForm, opened
 from swin_deploy.api.say import Say, silent
 
 if TYPE_CHECKING:
+    from swin_deploy.calib.sensitivity import Damage
     from swin_deploy.evaluation import Evaluation
+
+Progress = Callable[[str, int, int], None]
 
 
 def quantize(
@@ -22,8 +26,12 @@ def quantize(
     samples: int | None = None,
     batch: int = 8,
     keep: Iterable[str] = (),
+    max_drop: float | None = None,
+    min_speedup: float | None = None,
+    labels: str | os.PathLike[str] | None = None,
+    gpu: str | None = None,
     say: Say = silent,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Writes the graphs of "int8" or "fp8" of a bundle into it, and returns how far they are from fp32 on the samples.
 
@@ -31,52 +39,73 @@ def quantize(
     are measured; these are kept in the bundle, and a measurement that was interrupted goes on. `method` is how a range is
     chosen, one of calib.ranges.METHODS; without it, the one with the least squared error. `keep` names layers that are not
     quantised. A bundle for TensorRT gets fp16 between the quantised layers, for `build_engine`; one for ONNX Runtime or
-    OpenVINO fp32, and weights rounded so that each layer makes up for those before it. Raises errors.InputError for data
-    that does not fit and errors.UsageError for a layer or method that there is not.
+    OpenVINO fp32, and weights rounded so that each layer makes up for those before it.
+
+    `max_drop` is how much may be lost on the samples, in percentage points: of top-1 where their classes are known (`labels`
+    as for `evaluate`), else of images classified otherwise than by fp32, else of relative L2. Layers are ranked by the damage
+    that they do, and the fewest that it takes are left as they are. `min_speedup` is how many times as fast the graph must
+    be: as the fp32 graph, measured on this machine, or, for TensorRT, as the fp16 graph, by the compiler's report and the
+    roofline of `gpu` (see `inspect`). Raises errors.GateError when the graph cannot be both; the bundle is then as it was.
+    Raises errors.InputError for data that does not fit and errors.UsageError for a layer or method that there is not.
     """
     from swin_deploy.bundle import Bundle
-    from swin_deploy.calib.collect import CACHE, collect
     from swin_deploy.calib.data import preparation, samples_for
-    from swin_deploy.calib.forms import quantized_for
+    from swin_deploy.calib.gate import Judge, accurate
     from swin_deploy.calib.ranges import METHODS
+    from swin_deploy.calib.sensitivity import svg_from_damages
     from swin_deploy.errors import UsageError
-    from swin_deploy.exporters.graphs import NewGraph, config_and_task, with_graphs
-    from swin_deploy.exporters.quantized import quantized_from_fp32, quantized_layers, refuse_unknown
+    from swin_deploy.exporters.graphs import NewGraph, bytes_writer, with_graphs
     from swin_deploy.runtimes.backends import runtime_to_check
     from swin_deploy.specs import QUANTIZED, TARGETS
 
     found, kept = Bundle.open(bundle), frozenset(keep)
-    target = str(found.manifest.get("target", TARGETS[0]))
+    target, title = str(found.manifest.get("target", TARGETS[0])), quantization.upper()
     for what, given, known in (("quantisation", quantization, QUANTIZED), ("method", method or METHODS[0], METHODS)):
         if given not in known:
             raise UsageError(f'There is no {what} "{given}". There are: {", ".join(known)}.')
     if quantization == "fp8" and target != TARGETS[0]:
         raise UsageError(f"{found.path} was exported for {target}, which does not compute in FP8. Take int8.")
-    chosen = samples_for(found, data, samples)
-    (config, task), tell = config_and_task(found), progress or (lambda phase, done, total: None)
+    for what, number in (("--max-drop", max_drop), ("--min-speedup", min_speedup)):
+        if number is not None and not 0 <= number < float("inf"):
+            raise UsageError(f"{what} is {number}, and must be a number from 0 on.")
+    if gpu is not None and (min_speedup is None or target != TARGETS[0]):
+        raise UsageError("A GPU is named for the roofline of --min-speedup, of a bundle for TensorRT. Leave it out.")
+    chosen = samples_for(found, data, samples, None if labels == "none" else labels)
+    classes, wanted, _ = wanted_classes(found, chosen, "none" if max_drop is None else labels)
+    tell: Progress = progress or (lambda phase, done, total: None)
+    rankings: dict[str, tuple[tuple[Damage, ...], Set[str]]] = {}
 
     def make(source: str, model: Any) -> NewGraph:
         feeds = chosen.with_size(*preparation(found, source))
-        if target != TARGETS[0]:
-            graph, done = quantized_for(target, model, lambda: feeds.batches(batch), method, kept, say)
-            return NewGraph(graph, (), {"layers": done})
-        layers = quantized_layers(model, config, quantization)
-        refuse_unknown(layers, kept)
-        seen = collect(
-            found.path / source,
-            [name for layer in layers for name in layer.inputs],
-            feeds,
-            batch=batch,
-            cache=found.path / CACHE,
-            progress=lambda done, total: tell("Measuring ranges", done, total),
-        )
-        amplitudes = {name: one.amplitude(method or "mse", quantization) for name, one in seen.items()}
-        made, records = quantized_from_fp32(model, config, task, quantization, amplitudes, keep=kept)
-        return NewGraph(made, records, {"amplitudes": amplitudes})
+        if target == TARGETS[0]:
+            form: Form = TensorRTForm(found, source, model, quantization, method, kept, feeds, batch, tell)
+        else:
+            form = CpuForm(target, model, method, kept, feeds, batch, say)
+        facts: dict[str, Any] = {}
+        left = kept
+        if max_drop is not None:
+            judge = Judge(model, lambda: feeds.batches(batch), len(feeds), feeds.image_size, wanted, classes, opened, tell)
+            passed = accurate(title, form.names, lambda more: form.graph(kept | more)[0], judge, max_drop, say)
+            facts, left = passed.facts(), kept | passed.kept
+            rankings[source] = (passed.ranking, passed.kept)
+        graph, records, more = form.graph(left)
+        if min_speedup is not None:
+            say("Comparing the speed")
+            speed = form.speed(graph, gpu)
+            speed.refuse_below(min_speedup, title, len(set(form.names) & left), len(form.names))
+            facts = {**facts, "speed": speed.facts()}
+        return NewGraph(graph, records, {**more, **facts})
 
     with found.compiling(lambda: say(f"Waiting for another process that works on {found.path}")) as found:
-        facts = {"samples": len(chosen), "data": chosen.fingerprint, "method": method, "keep": sorted(kept)}
-        found = with_graphs(found, quantization, make, {"calibration": facts}, runtime_to_check, say)
+        asked = {"samples": len(chosen), "data": chosen.fingerprint, "method": method, "keep": sorted(kept)}
+        gate = {"max_drop": max_drop, "min_speedup": min_speedup} if (max_drop, min_speedup) != (None, None) else {}
+        found = with_graphs(found, quantization, make, {"calibration": {**asked, **gate}}, runtime_to_check, say)
+        for file, entry in list(found.graphs.items()):
+            source = next((name for name in rankings if found.files[name]["sha256"] == entry.get("parent")), None)
+            if source is not None and entry["precision"] == quantization:
+                picture = svg_from_damages(f"{found.name}, {title}, {file}", *rankings[source])
+                name = file.removesuffix(".onnx") + ".sensitivity.svg"
+                found = found.with_file(name, {"parent": entry["sha256"]}, bytes_writer(picture.encode()))
         say("Comparing with fp32 on the samples")
         result = evaluate(
             found.path, chosen, labels="none", batch=batch, precisions=[quantization],

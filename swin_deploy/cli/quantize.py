@@ -16,6 +16,12 @@ from swin_deploy.cli.output import json_option, print_json, print_table, teller
 @click.option("--samples", type=click.IntRange(1), help="Only so many of --data, evenly spread.")
 @click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Images at a time.")
 @click.option("--keep", multiple=True, metavar="LAYER", help="A layer that is not quantised. Repeatable.")
+@click.option("--max-drop", type=click.FloatRange(0), metavar="POINTS", help="The most that may be lost, in percentage points.")
+@click.option(
+    "--min-speedup", type=click.FloatRange(0), metavar="TIMES", help="How many times as fast it must be. Exit 3 if not."
+)
+@click.option("--labels", help='The images\' classes: a file of lines "image,class", or "none". Without it: their folders.')
+@click.option("--gpu", help="The GPU whose roofline --min-speedup takes, of a bundle for TensorRT, such as rtx-4090 or sm_86.")
 @json_option
 def command(
     bundle: Path,
@@ -25,20 +31,29 @@ def command(
     samples: int | None,
     batch: int,
     keep: tuple[str, ...],
+    max_drop: float | None,
+    min_speedup: float | None,
+    labels: str | None,
+    gpu: str | None,
     as_json: bool,
 ) -> None:
     """Measure ranges on the images of --data, and write the graphs of BUNDLE in INT8 or FP8 with them.
 
     A bundle for TensorRT gets a graph for "build-engine --int8" or "--fp8"; one that was exported for ONNX Runtime or
     OpenVINO a graph that these run (predict, bench: --precision int8). How far it is from fp32 on the images is printed.
+
+    With --max-drop, layers are ranked by the damage that they do, and as few as possible are left as they were so that no more
+    is lost: of top-1 where the images' classes are known, else of agreement with fp32. With --min-speedup, the graph must
+    also be faster: than fp32 on this machine, or, for TensorRT, than fp16 by the compiler's report. If it cannot be both, the
+    bundle stays as it was and the exit code is 3.
     """
     import swin_deploy
 
     say = teller()
     try:
         found = swin_deploy.quantize(
-            bundle, data, quantization=quantization, method=method, samples=samples, batch=batch, keep=keep, say=say,
-            progress=say.follow,
+            bundle, data, quantization=quantization, method=method, samples=samples, batch=batch, keep=keep, max_drop=max_drop,
+            min_speedup=min_speedup, labels=labels, gpu=gpu, say=say, progress=say.follow,
         )  # fmt: skip
     finally:
         say.clear()

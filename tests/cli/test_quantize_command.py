@@ -135,3 +135,59 @@ def test_engines_need_the_graph_and_a_gpu_that_can(tmp_path: Path) -> None:
     assert isinstance(engines, list)
     assert {engine["gpu"] for engine in engines} == {"sm_89", "sm_120"}
     assert json.loads((tmp_path / "b/manifest.json").read_text())["files"]["onnx/model_fp8.onnx"]["amplitudes"]
+
+
+def test_the_gate_puts_back_as_few_layers_as_it_takes(digits_data: tuple[Path, Path], tmp_path: Path) -> None:
+    """In FP8 one of the 450 digits is taken for another: with the worst layers in fp16, none is."""
+    path = copied(1, tmp_path / "b")
+    _, test = digits_data
+    arguments = ["quantize", "b", "--fp8", "--data", test, "--batch", "64", "--labels", "none", "--json"]
+    [score] = result(cli_here(*arguments, cwd=tmp_path))["graphs"]  # type: ignore[call-overload,index]
+    assert score["equal"] < 1
+    [score] = result(cli_here(*arguments, "--max-drop", "0", cwd=tmp_path))["graphs"]  # type: ignore[call-overload,index]
+    assert score["equal"] == 1
+    bundle = Bundle.open(path)
+    entry = bundle.graphs["onnx/model_fp8.onnx"]
+    ranking, gate = entry["sensitivity"], entry["gate"]
+    assert 1 <= len(gate["put_back"]) < len(ranking)
+    assert sorted(layer["name"] for layer in ranking[: len(gate["put_back"])]) == gate["put_back"]
+    assert [layer["sqnr_db"] for layer in ranking] == sorted(layer["sqnr_db"] for layer in ranking)
+    assert (gate["loss"], gate["unit"]) == (0, "% of images classified otherwise than by fp32")
+    picture = bundle.verified_path("onnx/model_fp8.sensitivity.svg").read_text()
+    assert all(layer["name"] in picture for layer in ranking)
+    assert picture.count("#ee6677") == len(gate["put_back"])
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_what_is_not_faster_is_refused_and_nothing_kept(target: str, tmp_path: Path) -> None:
+    if target == "tensorrt":
+        pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the graphs")
+        copied(1, tmp_path / "b")
+    else:
+        swin_deploy.export(weights=WEIGHTS[1], output=tmp_path / "b", target=target)
+    arguments = ["quantize", "b", "--data", IMAGES, "--json", "--min-speedup"]
+    before = contents(tmp_path)
+    refusal = refused(cli_here(*arguments, "1000", cwd=tmp_path), "not as fast as asked for", "1000 was asked for", code=3)
+    than = {"onnxruntime": "measured here in onnxruntime", "tensorrt": "roofline of rtx-4090"}[target]
+    assert than in refusal
+    left = contents(tmp_path)
+    assert {name: left[name] for name in before} == before
+    assert all(".calibration" in str(name) for name in set(left) - set(before))
+    result(cli_here(*arguments, "0.01", cwd=tmp_path))
+    speed = Bundle.open(tmp_path / "b").graphs["onnx/model_int8.onnx"]["speed"]
+    assert speed["speedup"] >= 0.01
+    assert speed["than"] == {"onnxruntime": "fp32", "tensorrt": "fp16"}[target]
+
+
+def test_what_cannot_be_accurate_is_refused(tmp_path: Path) -> None:
+    """Feature maps in 8 bits are never those of fp32 to the last bit."""
+    swin_deploy.export(weights=WEIGHTS[2], output=tmp_path / "b", task="backbone", target="onnxruntime")
+    before = contents(tmp_path)
+    refused(
+        cli_here("quantize", "b", "--data", IMAGES, "--max-drop", "0", cwd=tmp_path),
+        "cannot be as accurate as asked for",
+        "relative L2",
+        "at most 0 was asked for",
+        code=3,
+    )
+    assert contents(tmp_path) == before

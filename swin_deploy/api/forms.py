@@ -1,0 +1,151 @@
+"""The two ways to a quantised graph: in the form for TensorRT, and in those for runtimes on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Set
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from swin_deploy.bundle import Bundle
+    from swin_deploy.calib.data import Samples
+    from swin_deploy.calib.gate import Speed
+    from swin_deploy.exporters.passes import PassRecord
+
+Made = tuple[Any, tuple["PassRecord", ...], dict[str, Any]]  # a graph, how it was made, and what else a manifest should know
+
+
+class Form(Protocol):
+    """One fp32 graph that was calibrated: `names` are the layers that may be quantised."""
+
+    names: tuple[str, ...]
+
+    def graph(self, keep: Set[str]) -> Made:
+        """The quantised graph; the layers `keep` stay as they were."""
+
+    def speed(self, model: Any, gpu: str | None) -> Speed:
+        """How many times as fast `model`, one that `graph` made, is as what one would use instead of it."""
+
+
+class TensorRTForm:
+    """Ranges are measured once; graphs with fp16 between the quantised layers are made of them."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        source: str,
+        model: Any,
+        quantization: str,
+        method: str | None,
+        keep: Set[str],
+        feeds: Samples,
+        batch: int,
+        tell: Callable[[str, int, int], None],
+    ) -> None:
+        from swin_deploy.calib.collect import CACHE, collect
+        from swin_deploy.exporters.graphs import config_and_task
+        from swin_deploy.exporters.quantized import quantized_layers, refuse_unknown
+
+        self._model, self._quantization = model, quantization
+        self._config, self._task = config_and_task(bundle)
+        layers = quantized_layers(model, self._config, quantization)
+        refuse_unknown(layers, keep)
+        self.names = tuple(layer.name for layer in layers if layer.name not in keep)
+        seen = collect(
+            bundle.path / source,
+            [name for layer in layers for name in layer.inputs],
+            feeds,
+            batch=batch,
+            cache=bundle.path / CACHE,
+            progress=lambda done, total: tell("Measuring ranges", done, total),
+        )
+        self._amplitudes = {name: one.amplitude(method or "mse", quantization) for name, one in seen.items()}
+
+    def graph(self, keep: Set[str]) -> Made:
+        from swin_deploy.exporters.quantized import quantized_from_fp32
+
+        made, records = quantized_from_fp32(
+            _copy(self._model), self._config, self._task, self._quantization, self._amplitudes, keep=keep
+        )
+        return made, records, {"amplitudes": self._amplitudes}
+
+    def speed(self, model: Any, gpu: str | None) -> Speed:
+        """By the roofline of `gpu`, from the compiler's report of both graphs."""
+        from swin_deploy.calib.gate import Speed
+        from swin_deploy.errors import UsageError
+        from swin_deploy.exporters.inspection import inspect_onnx
+        from swin_deploy.exporters.precision import typed_from_fp32
+
+        fp16 = typed_from_fp32(_copy(self._model), self._config, self._task, "fp16", None).model
+        seconds, where = [], ""
+        for graph in (fp16, model):
+            with _file(graph) as path:
+                cost = inspect_onnx(path, gpu, 1, "auto", lambda severity, message: None, None).engines[0]
+            if cost.roofline is None:
+                raise UsageError(
+                    f"The published peaks of a {cost.gpu} GPU are not known, and so not what {self._quantization} gains there. "
+                    f"Name another one with --gpu, such as rtx-4090, or leave out --min-speedup."
+                )
+            where = f"roofline of {cost.roofline.gpu}, from the compiler's report"
+            seconds.append(cost.roofline.seconds)
+        before, after = seconds
+        return Speed(where, "fp16", before, after, before / after)
+
+
+class CpuForm:
+    """The network is quantised once, layer after layer; graphs with fewer quantised layers leave some of them out."""
+
+    def __init__(
+        self,
+        target: str,
+        model: Any,
+        method: str | None,
+        keep: Set[str],
+        feeds: Samples,
+        batch: int,
+        say: Callable[[str], None],
+    ) -> None:
+        from swin_deploy.calib.forms import quantized_for
+
+        self._model, self._target, self._feeds = model, target, feeds
+        self._made = quantized_for(target, model, lambda: feeds.batches(batch), method, keep, say)
+        self.names = self._made.names
+
+    def graph(self, keep: Set[str]) -> Made:
+        return self._made.graph(keep), (), {"layers": self._made.records(keep)}
+
+    def speed(self, model: Any, gpu: str | None) -> Speed:
+        """Measured on this machine, one image at a time, in the runtime that the bundle is for."""
+        from swin_deploy.calib.gate import measured
+        from swin_deploy.runtimes.backends import runtime_from_onnx
+
+        feed = next(self._feeds.batches(1))
+        with _file(self._model) as before, _file(model) as after:
+            return measured(
+                lambda: runtime_from_onnx(before, self._target), lambda: runtime_from_onnx(after, self._target), feed, "fp32"
+            )
+
+
+@contextlib.contextmanager
+def opened(model: Any) -> Iterator[Any]:
+    """A runtime with the graph `model`, types that it has no kernels for emulated."""
+    from swin_deploy.runtimes.backends import runtime_to_check
+
+    with _file(model) as path, runtime_to_check(path) as runtime:
+        yield runtime
+
+
+@contextlib.contextmanager
+def _file(model: Any) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="swin-quantize-") as folder:
+        path = Path(folder, "model.onnx")
+        path.write_bytes(model.SerializeToString())
+        yield path
+
+
+def _copy(model: Any) -> Any:
+    copy = type(model)()
+    copy.CopyFrom(model)
+    return copy

@@ -1,0 +1,105 @@
+"""The gate: layers ranked by their damage, the fewest of them put back, speed compared, and what fails refused with numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import xml.etree.ElementTree as ET
+from collections.abc import Set
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_graphs import mlp_model, run, samples
+
+from swin_deploy.calib.forms import quantized_for
+from swin_deploy.calib.gate import Speed, measured
+from swin_deploy.calib.quantize import Options, quantize, sqnr
+from swin_deploy.calib.sensitivity import Damage, fewest, ranked, svg_from_damages
+from swin_deploy.errors import GateError
+
+
+def test_layers_are_ranked_by_damage() -> None:
+    form = quantized_for("onnxruntime", mlp_model(), samples(), None, frozenset(), lambda line: None)
+    feed = next(iter(samples(1)()))
+    damages = ranked(form.names, lambda keep: run(form.graph(keep), feed, exact=True))
+    assert {damage.name for damage in damages} == {"fc1", "fc2"}
+    assert damages[0].sqnr_db <= damages[1].sqnr_db
+    alone = quantize(mlp_model(), samples(), Options(keep={"fc2"})).model
+    by_name = {damage.name: damage.sqnr_db for damage in damages}
+    assert by_name["fc1"] == pytest.approx(sqnr(run(mlp_model(), feed), run(alone, feed, exact=True)), abs=0.5)
+
+
+def test_a_form_without_all_its_layers_is_fp32() -> None:
+    form = quantized_for("openvino", mlp_model(), samples(), None, frozenset(), lambda line: None)
+    feed = next(iter(samples(1)()))
+    assert sqnr(run(mlp_model(), feed), run(form.graph(frozenset(form.names)), feed)) > 100
+    assert form.records(frozenset(form.names)) == []
+
+
+@pytest.mark.parametrize("layers", range(1, 12))
+def test_the_fewest_layers_are_put_back(layers: int) -> None:
+    """Against trying every number, for losses that shrink with each layer that is put back."""
+    ranking = [Damage(str(number), float(number)) for number in range(layers)]
+    for seed in range(20):
+        rng = np.random.default_rng([layers, seed])
+        losses = np.sort(rng.integers(0, 6, layers))[::-1].astype(float)  # losses[n]: with n put back
+        asked: list[int] = []
+
+        def drop(kept: Set[str], losses: Any = losses, asked: list[int] = asked) -> float:
+            assert kept == {str(number) for number in range(len(kept))}
+            asked.append(len(kept))
+            return float(losses[len(kept)])
+
+        most = float(rng.integers(0, 6))
+        wanted = next((count for count in range(layers) if losses[count] <= most), layers)
+        kept, loss = fewest(ranking, drop, most)
+        assert len(kept) == wanted
+        assert loss == losses[min(wanted, layers - 1)]
+        assert len(asked) == len(set(asked)) <= 2 + 2 * math.log2(layers + 1)
+
+
+def test_the_picture_has_a_bar_for_each_layer() -> None:
+    ranking = (Damage("stages.0.<fc1>", 12.0), Damage("fc2", 30.0), Damage("head", math.inf))
+    tree = ET.fromstring(svg_from_damages("a & b", ranking, {"stages.0.<fc1>"}))
+    bars = list(tree.iter("{http://www.w3.org/2000/svg}rect"))[1:]
+    assert [bar.get("fill") for bar in bars] == ["#ee6677", "#4477aa", "#4477aa"]
+    widths = [float(bar.get("width") or 0) for bar in bars]
+    assert widths[0] / widths[1] == pytest.approx(12 / 30, rel=0.01)
+    assert widths[1] == widths[2]
+
+
+class Counting:
+    """A runtime that sleeps for nobody: it counts how often it runs, and how many are open."""
+
+    title = "counting"
+    open_now = 0
+
+    def __init__(self, work: int) -> None:
+        self.work = work
+
+    def __enter__(self) -> Counting:
+        Counting.open_now += 1
+        assert Counting.open_now == 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Counting.open_now -= 1
+
+    def run(self, feeds: dict[str, Any]) -> dict[str, Any]:
+        return {"y": sum(itertools.repeat(1.0, self.work))}
+
+
+def test_speed_is_a_ratio_and_only_one_graph_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swin_deploy.calib.gate.SECONDS", 0.0)
+    speed = measured(lambda: Counting(200_000), lambda: Counting(1_000), {}, "fp32")
+    assert speed.ratio > 1
+    assert speed.before > speed.after
+    assert speed.where == "measured here in counting"
+
+
+def test_what_is_too_slow_is_refused_with_numbers() -> None:
+    speed = Speed("measured here", "fp32", 0.030, 0.025, 1.2)
+    speed.refuse_below(1.2, "INT8", 3, 50)
+    with pytest.raises(GateError, match=r"47 of 50 layers quantised it is 1.20 times as fast as fp32 \(25.00 ms, not 30.00"):
+        speed.refuse_below(1.5, "INT8", 3, 50)
