@@ -139,7 +139,14 @@ def test_the_same_network_is_exported_only_once(name: str, other: str) -> None:
     assert all(torch.equal(tensor, second.tensors[key]) for key, tensor in first.tensors.items())
 
 
-@pytest.mark.parametrize("name", sorted(CASES.keys() - EXPORTED_AS.keys()))
+# All of them: pytest -m "slow or not slow" -k exported_graph, or benchmarks/checkpoints.py. Every third is run always.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if number % 3 == 0 else pytest.mark.slow)
+        for number, name in enumerate(sorted(CASES.keys() - EXPORTED_AS.keys()))
+    ],
+)
 def test_so_does_the_exported_graph_in_onnx_runtime(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     run = next(iter(runs(name)))

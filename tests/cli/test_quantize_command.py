@@ -159,7 +159,9 @@ def test_the_gate_puts_back_as_few_layers_as_it_takes(digits_data: tuple[Path, P
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
-def test_what_is_not_faster_is_refused_and_nothing_kept(target: str, tmp_path: Path) -> None:
+def test_what_is_not_faster_is_refused_and_nothing_kept(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swin_deploy.calib.gate.ROUNDS", 2)
+    monkeypatch.setattr("swin_deploy.calib.gate.SECONDS", 0.1)
     if target == "tensorrt":
         pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the graphs")
         copied(1, tmp_path / "b")

@@ -105,7 +105,10 @@ def both(name: str) -> tuple[SwinConfig, tuple[int, int], Any, Any]:
     return config, size, model, rewritten(model, config)
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+SLOW = {"no patch norm", "no qkv bias", "V2 zero biases"}  # the same of the other version is run always
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES])
 def case(request: pytest.FixtureRequest) -> tuple[SwinConfig, tuple[int, int], Any, Any]:
     """The config, the image size, and the graph before and after ENGINE_PASSES."""
     return both(request.param)

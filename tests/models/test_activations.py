@@ -42,7 +42,13 @@ def test_refused_by_name(name: str) -> None:
         config(name)
 
 
-@pytest.mark.parametrize("name", ["gelu_10", "hardswish", "laplace", "leaky_relu", "mish", "relu2", "sqrtsoftplus"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("gelu_10", "laplace", "sqrtsoftplus"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("hardswish", "leaky_relu", "mish", "relu2")),
+    ],
+)
 def test_exported(name: str, tmp_path: Path) -> None:
     """Through torch's exporter, whose operators for these differ, and ONNX Runtime; the export itself compares."""
     from swin_deploy.exporters.export import bundle_from_checkpoint

@@ -79,8 +79,8 @@ def test_without_biases(target: str) -> None:
     ("version", "task", "target", "size"),
     [
         (1, "feature-extraction", CPU[0], SIZES[0]),
-        (1, "backbone", CPU[1], SIZES[1]),
-        (2, "backbone", CPU[0], SIZES[0]),
+        pytest.param(1, "backbone", CPU[1], SIZES[1], marks=pytest.mark.slow),
+        pytest.param(2, "backbone", CPU[0], SIZES[0], marks=pytest.mark.slow),
         (2, "feature-extraction", CPU[1], SIZES[1]),
     ],
 )
