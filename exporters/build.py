@@ -59,11 +59,15 @@ def build_engines(
             f"The bundle {bundle.path} was exported for {target}, and TensorRT needs another form of the graph. "
             f'Export it again with "--target {TARGETS[0]}".'
         )
-    if precision in QUANTIZED and precision not in {entry["precision"] for entry in bundle.graphs.values()}:
-        raise UsageError(
-            f"The bundle {bundle.path} holds no {precision} graph, which takes images to measure ranges on. Make it with "
-            f'"swin-deploy quantize {bundle.path} --{precision} --data DIR".'
-        )
+    if precision in QUANTIZED:
+        held = [entry for entry in bundle.graphs.values() if entry["precision"] == precision]
+        others = [made for entry in held if (made := entry["calibration"].get("target", TARGETS[0])) != TARGETS[0]]
+        if not held or others:
+            what = f"an {precision} graph for {others[0]}" if others else f"no {precision} graph"
+            raise UsageError(
+                f"The bundle {bundle.path} holds {what}; TensorRT's takes images to measure ranges on. Make it with "
+                f'"swin-deploy quantize {bundle.path} --{precision} --data DIR".'
+            )
     chosen = resolve_backend(backend)
     if not gpus:
         able = [gpu for gpu in DEFAULT_GPUS if precision != "fp8" or has_fp8(gpu)]

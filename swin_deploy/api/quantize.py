@@ -22,6 +22,7 @@ def quantize(
     data: str | os.PathLike[str] | Iterable[Any],
     *,
     quantization: str = "int8",
+    target: str | None = None,
     method: str | None = None,
     samples: int | None = None,
     batch: int = 8,
@@ -38,8 +39,9 @@ def quantize(
     `data`, of it `samples`, are images like those of the application (see `evaluate`), on which the ranges of activations
     are measured; these are kept in the bundle, and a measurement that was interrupted goes on. `method` is how a range is
     chosen, one of calib.ranges.METHODS; without it, the one with the least squared error. `keep` names layers that are not
-    quantised. A bundle for TensorRT gets fp16 between the quantised layers, for `build_engine`; one for ONNX Runtime or
-    OpenVINO fp32, and weights rounded so that each layer makes up for those before it.
+    quantised. `target` is what the graph is for, one of specs.TARGETS, by default what the bundle was exported for: for
+    TensorRT, fp16 is between the quantised layers, for `build_engine`; for ONNX Runtime and OpenVINO fp32, and weights are
+    rounded so that each layer makes up for those before it.
 
     `max_drop` is how much may be lost on the samples, in percentage points: of top-1 where their classes are known (`labels`
     as for `evaluate`), else of images classified otherwise than by fp32, else of relative L2. Layers are ranked by the damage
@@ -59,12 +61,20 @@ def quantize(
     from swin_deploy.specs import QUANTIZED, TARGETS
 
     found, kept = Bundle.open(bundle), frozenset(keep)
-    target, title = str(found.manifest.get("target", TARGETS[0])), quantization.upper()
-    for what, given, known in (("quantisation", quantization, QUANTIZED), ("method", method or METHODS[0], METHODS)):
+    form_of_bundle, title = str(found.manifest.get("target", TARGETS[0])), quantization.upper()
+    target = target or form_of_bundle
+    for what, given, known in (
+        ("quantisation", quantization, QUANTIZED), ("target", target, TARGETS), ("method", method or METHODS[0], METHODS)
+    ):  # fmt: skip
         if given not in known:
             raise UsageError(f'There is no {what} "{given}". There are: {", ".join(known)}.')
     if quantization == "fp8" and target != TARGETS[0]:
-        raise UsageError(f"{found.path} was exported for {target}, which does not compute in FP8. Take int8.")
+        raise UsageError(f"The graph is for {target}, which does not compute in FP8. Take int8, or --target tensorrt.")
+    if target == TARGETS[0] != form_of_bundle:
+        raise UsageError(
+            f"{found.path} was exported for {form_of_bundle}, in a form that TensorRT compiles badly. Export it with "
+            f'"--target tensorrt", or quantise it for {form_of_bundle}.'
+        )
     for what, number in (("--max-drop", max_drop), ("--min-speedup", min_speedup)):
         if number is not None and not 0 <= number < float("inf"):
             raise UsageError(f"{what} is {number}, and must be a number from 0 on.")
@@ -97,7 +107,7 @@ def quantize(
         return NewGraph(graph, records, {**more, **facts})
 
     with found.compiling(lambda: say(f"Waiting for another process that works on {found.path}")) as found:
-        asked = {"samples": len(chosen), "data": chosen.fingerprint, "method": method, "keep": sorted(kept)}
+        asked = {"target": target, "samples": len(chosen), "data": chosen.fingerprint, "method": method, "keep": sorted(kept)}
         gate = {"max_drop": max_drop, "min_speedup": min_speedup} if (max_drop, min_speedup) != (None, None) else {}
         found = with_graphs(found, quantization, make, {"calibration": {**asked, **gate}}, runtime_to_check, say)
         for file, entry in list(found.graphs.items()):

@@ -5,12 +5,14 @@ from pathlib import Path
 import click
 
 from swin_deploy.cli.output import json_option, print_json, print_table, teller
+from swin_deploy.specs import TARGETS
 
 
 @click.command("quantize", short_help="Write a bundle's graphs in INT8 or FP8.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--int8", "quantization", flag_value="int8", default="int8", help="Quantise to INT8 (the default).")
 @click.option("--fp8", "quantization", flag_value="fp8", help="Quantise to FP8 (E4M3). Bundles for TensorRT only.")
+@click.option("--target", type=click.Choice(TARGETS), help="What the graph is for. Without it: what BUNDLE was exported for.")
 @click.option("--data", required=True, help="A folder of images like those of the application, or an .npz or .npy file.")
 @click.option("--method", help="How ranges are chosen: minmax, percentile, entropy, mse. Without it: the least error.")
 @click.option("--samples", type=click.IntRange(1), help="Only so many of --data, evenly spread.")
@@ -26,6 +28,7 @@ from swin_deploy.cli.output import json_option, print_json, print_table, teller
 def command(
     bundle: Path,
     quantization: str,
+    target: str | None,
     data: str,
     method: str | None,
     samples: int | None,
@@ -52,8 +55,8 @@ def command(
     say = teller()
     try:
         found = swin_deploy.quantize(
-            bundle, data, quantization=quantization, method=method, samples=samples, batch=batch, keep=keep, max_drop=max_drop,
-            min_speedup=min_speedup, labels=labels, gpu=gpu, say=say, progress=say.follow,
+            bundle, data, quantization=quantization, target=target, method=method, samples=samples, batch=batch,
+            keep=keep, max_drop=max_drop, min_speedup=min_speedup, labels=labels, gpu=gpu, say=say, progress=say.follow,
         )  # fmt: skip
     finally:
         say.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -66,8 +67,11 @@ def test_for_a_cpu(target: str, backend: str, digits_data: tuple[Path, Path], tm
     pytest.importorskip(backend, reason="runs the graph")
     train, test = digits_data
     path = tmp_path / "b"
-    swin_deploy.export(weights=WEIGHTS[2], output=path, target=target)
-    [_, score] = swin_deploy.quantize(path, train).scores
+    if target == "onnxruntime":
+        swin_deploy.export(weights=WEIGHTS[2], output=path, target=target)
+        [_, score] = swin_deploy.quantize(path, train).scores
+    else:  # a bundle for TensorRT has a form that OpenVINO runs as well
+        [_, score] = swin_deploy.quantize(copied(2, path), train, target=target).scores
     assert score.sqnr_db is not None
     assert score.sqnr_db > 44
     entry = Bundle.open(path).graphs["onnx/model_int8.onnx"]
@@ -80,6 +84,9 @@ def test_for_a_cpu(target: str, backend: str, digits_data: tuple[Path, Path], tm
         assert [found[0].label for found in model.classify([IMAGES / "3.png", IMAGES / "7.png"])] == ["three", "seven"]
     if target == "onnxruntime":
         refused(cli_here("quantize", "b", "--fp8", "--data", train, cwd=tmp_path), "does not compute in FP8")
+        refused(cli_here("quantize", "b", "--data", train, "--target", "tensorrt", cwd=tmp_path), "exported for onnxruntime")
+    elif importlib.util.find_spec("tensorrt_rtx") is not None:
+        refused(cli_here("build-engine", "b", "--int8", cwd=tmp_path), "an int8 graph for openvino", "swin-deploy quantize b")
 
 
 def test_the_same_data_and_options_are_found_again(tmp_path: Path) -> None:
