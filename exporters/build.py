@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swin_deploy.bundle import Bundle
+from swin_deploy.cuda import cuda_devices
 from swin_deploy.errors import UsageError
 from swin_deploy.reference import OpenGraph
 from swin_deploy.requires import require
@@ -15,7 +16,7 @@ from swin_deploy.specs import PRECISIONS, QUANTIZED, TARGETS, Size, size_text
 
 from .engine_from_onnx import Engine, Log, Progress, engine_from_onnx, resolve_backend
 from .engine_spec import BACKENDS, EngineSpec, fingerprint
-from .gpu import cuda_devices, has_fp8, target_gpu
+from .gpu import has_fp8, target_gpu
 from .graphs import Calibration, Say, bytes_writer, further_size, with_typed_graphs
 from .roofline import capability_of
 

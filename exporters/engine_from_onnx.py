@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swin_deploy.cuda import cuda_devices
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
 from swin_deploy.requires import require
 from swin_deploy.specs import Batch
 
 from .engine_spec import BACKENDS, EngineSpec
-from .gpu import cuda_devices, target_gpu
+from .gpu import target_gpu
 from .inspect import EngineReport, report_from_inspector, report_from_log, reports_by_profile
 
 OLDEST_TENSORRT = (10, 12)  # the first whose strongly typed networks take every graph that we write

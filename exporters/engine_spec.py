@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swin_deploy.cuda import cuda_devices
 from swin_deploy.errors import EngineError, UsageError
 from swin_deploy.specs import Batch
 
-from .gpu import check_gpu, cuda_devices
+from .gpu import check_gpu
 
 # back end -> (the module, what to call it)
 BACKENDS = {"tensorrt": ("tensorrt", "TensorRT"), "tensorrt-rtx": ("tensorrt_rtx", "TensorRT for RTX")}

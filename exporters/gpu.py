@@ -1,57 +1,12 @@
-"""Which NVIDIA GPUs this machine has, and which one an engine can be compiled for.
-
-The driver itself is asked, so that neither torch nor a CUDA toolkit has to be installed.
-"""
+"""Which GPU an engine can be compiled for."""
 
 from __future__ import annotations
 
-import ctypes
 import re
-import sys
-from dataclasses import dataclass
 
+from swin_deploy.cuda import cuda_devices
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
 from swin_deploy.requires import require
-
-# CUdevice_attribute values of cuda.h; they are part of the driver's stable ABI.
-_CAPABILITY_MAJOR = 75
-_CAPABILITY_MINOR = 76
-
-
-@dataclass(frozen=True)
-class CudaDevice:
-    """One GPU: its marketing name, and its compute capability written as "sm_89"."""
-
-    name: str
-    capability: str
-
-
-def cuda_devices() -> tuple[CudaDevice, ...]:
-    """The CUDA GPUs that this process may use, in CUDA's own order; empty without a driver or without a GPU.
-
-    CUDA_VISIBLE_DEVICES applies, because the driver applies it. A driver that is present and refuses to start (no
-    permission, or a kernel module of another version) reads as no GPU: nothing could be run on it either.
-    """
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return ()
-    count = ctypes.c_int()
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return ()
-    found = []
-    for ordinal in range(count.value):
-        device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-        name = ctypes.create_string_buffer(256)
-        failure = (
-            driver.cuDeviceGet(ctypes.byref(device), ordinal)
-            or driver.cuDeviceGetName(name, len(name), device)
-            or driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
-            or driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
-        )
-        if not failure:
-            found.append(CudaDevice(name.value.decode("utf-8", "replace"), f"sm_{major.value}{minor.value}"))
-    return tuple(found)
 
 
 def rtx_gpus() -> tuple[str, ...]:

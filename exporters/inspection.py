@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from swin_deploy.bundle import Bundle
+from swin_deploy.cuda import cuda_devices
 from swin_deploy.errors import UsageError
 from swin_deploy.specs import Batch
 
@@ -15,7 +16,7 @@ from .build import layers_file
 from .cost import GraphCost, cost_from_onnx
 from .engine_from_onnx import Log, Progress, engine_from_onnx, resolve_backend
 from .engine_spec import EngineSpec
-from .gpu import cuda_devices, target_gpu
+from .gpu import target_gpu
 from .roofline import GPUS, Gpu, Roofline, find_gpu, roofline
 
 PRECISION_OF = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "int8", "float8e4m3fn": "fp8"}

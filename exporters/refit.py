@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from swin_deploy.bundle import Bundle
+from swin_deploy.cuda import cuda_devices
 from swin_deploy.errors import EngineError, UsageError
 
 from .build import Built
 from .engine_from_onnx import Log, Watch, joined, listeners, load_compiler, natives_freed
 from .engine_spec import BACKENDS, fingerprint
-from .gpu import cuda_devices
 from .graphs import Say, bytes_writer
 
 

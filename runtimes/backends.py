@@ -3,40 +3,90 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import re
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from swin_deploy.errors import MissingKernelError, UsageError
 
 from .base import Runtime
 
-BACKENDS = {"onnxruntime": ("onnxruntime", "OnnxRuntime"), "openvino": ("openvino", "OpenVino")}
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a back end is: our module and class, the library it needs, and the kinds of device it runs on.
+
+    `engines` says that it runs engines and not graphs; `auto` that it may be chosen without being asked for by name.
+    """
+
+    module: str
+    runtime: str
+    library: str
+    devices: tuple[str, ...]
+    engines: bool = False
+    auto: bool = True
+
+    @property
+    def installed(self) -> bool:
+        """Whether its library is there."""
+        return importlib.util.find_spec(self.library) is not None
 
 
-def runtime_from_onnx(path: Path, backend: str = "onnxruntime", threads: int = 0, bf16: bool = False) -> Runtime:
+BACKENDS = {
+    "onnxruntime": Backend("onnxruntime", "OnnxRuntime", "onnxruntime", ("cpu", "cuda")),
+    "openvino": Backend("openvino", "OpenVino", "openvino", ("cpu",)),
+    # It compiles the graph each time that it is loaded.
+    "onnxruntime-tensorrt": Backend("onnxruntime", "OnnxRuntimeTensorRt", "onnxruntime", ("cuda",), auto=False),
+}
+
+
+def backend_named(name: str) -> Backend:
+    """The back end of that name. Raises UsageError where there is none."""
+    if name not in BACKENDS:
+        raise UsageError(f'There is no back end "{name}". There are: {", ".join(BACKENDS)}.')
+    return BACKENDS[name]
+
+
+def device_from_text(text: str) -> str:
+    """ "cuda:0" from "cuda" or "cuda:0", "cpu" from "cpu". Raises UsageError for anything else."""
+    if text == "cpu":
+        return text
+    match = re.fullmatch(r"cuda(?::(\d{1,3}))?", text)
+    if match is None:
+        raise UsageError(f'There is no device "{text}". Expected cpu, cuda, or one of several GPUs such as cuda:1.')
+    return f"cuda:{int(match[1] or 0)}"
+
+
+def runtime_from_onnx(
+    path: Path, backend: str = "onnxruntime", threads: int = 0, bf16: bool = False, device: str = "cpu"
+) -> Runtime:
     """The ONNX model at `path`, loaded by `backend`, which computes in the graph's own types, or, of OpenVINO, in bf16.
 
-    Raises UsageError for a back end that there is not.
+    Raises UsageError for a back end or a device that there is not, or that do not go together.
     """
-    if backend not in BACKENDS:
-        raise UsageError(f'There is no back end "{backend}". There are: {", ".join(BACKENDS)}.')
-    module, name = BACKENDS[backend]
-    make = getattr(importlib.import_module(f".{module}", __package__), name)
-    loaded: Runtime = make(path, threads, bf16=True) if bf16 else make(path, threads)
+    chosen, device = backend_named(backend), device_from_text(device)
+    if chosen.engines:
+        raise UsageError(f"The back end {backend} runs engines, not ONNX graphs. Take one of another name.")
+    if device.partition(":")[0] not in chosen.devices:
+        raise UsageError(f"The back end {backend} runs on {' or '.join(chosen.devices)}, not on {device}.")
+    make = getattr(importlib.import_module(f".{chosen.module}", __package__), chosen.runtime)
+    loaded: Runtime = make(path, threads, device, bf16=True) if bf16 else make(path, threads, device)
     return loaded
 
 
-def runtime_to_check(path: Path, backend: str = "onnxruntime") -> Runtime:
+def runtime_to_check(path: Path, backend: str = "onnxruntime", device: str = "cpu") -> Runtime:
     """As runtime_from_onnx, for comparing answers only: types that the back end has no kernels for are emulated.
 
     The runtime's title says so where it was done.
     """
     try:
-        return runtime_from_onnx(path, backend)
+        return runtime_from_onnx(path, backend, device=device)
     except MissingKernelError:
         from .emulate import emulated_file
 
         with tempfile.TemporaryDirectory() as folder:
-            runtime = runtime_from_onnx(emulated_file(path, Path(folder)), backend)
+            runtime = runtime_from_onnx(emulated_file(path, Path(folder)), backend, device=device)
     runtime.title += ", types emulated"
     return runtime

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import TracebackType
@@ -13,38 +15,71 @@ from numpy.typing import NDArray
 from swin_deploy.errors import BackendError, InputError
 from swin_deploy.specs import TensorSpec
 
+from .tensors import DeviceTensor, from_dlpack
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 Array = NDArray[Any]
+Feeds = dict[str, Any]  # numpy arrays, contiguous and aligned; or DeviceTensor, of a runtime that takes them
 
 
 class Runtime(ABC):
-    """A loaded model. `inputs` and `outputs` say what it takes and gives, `title` what runs it ("onnxruntime 1.31.1").
+    """A loaded model. `inputs` and `outputs` say what it takes and gives, `title` what runs it ("onnxruntime 1.31.1"),
+    `device` where ("cpu", "cuda:0").
 
-    `run` runs it; `close` lets it go. A back end implements `_run` and, if it holds anything, `_close`.
+    `run` runs it, from as many threads as you like; `close` lets it go. A back end implements `_run`, which must bear several
+    threads at a time, and, if it holds anything, `_close`, which is called when nobody is inside `_run`.
     """
 
-    def __init__(self, title: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
-        self.title, self.inputs, self.outputs = title, inputs, outputs
+    def __init__(
+        self, title: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], device: str = "cpu"
+    ) -> None:
+        self.title, self.inputs, self.outputs, self.device = title, inputs, outputs, device
+        self._known = frozenset(spec.name for spec in inputs)
         self._closed = False
+        self._running = 0
+        self._turn = threading.Condition()
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Every output by name, in new arrays. `feeds` holds an array for each input.
+    def run(self, feeds: Mapping[str, Any], out: Mapping[str, Array] | None = None) -> Mapping[str, Array]:
+        """Every output by name, in new arrays, or in those of `out`, which holds one of its shape for each and is returned.
 
-        Raises InputError when an input is missing, unknown, or of another dtype or shape than `inputs` says, and
-        BackendError when the back end fails.
+        `feeds` holds for each input a numpy array, or what has `__dlpack__` (a torch or CuPy tensor); on a GPU only where this
+        runtime is there, too. Raises InputError when an array is missing, unknown, or of another dtype or shape than
+        `inputs` and `outputs` say, and BackendError when the back end fails; the model can be run again after either.
         """
-        if self._closed:
-            raise BackendError("This model is closed. Load it again to run it.")
-        self._check(feeds)
-        return self._run(feeds)
+        ready, free = self._checked(feeds)
+        shapes = [resolved(spec.shape, free) for spec in self.outputs]
+        if out is not None:
+            self._check_out(out, shapes)
+        with self._turn:
+            if self._closed:
+                raise BackendError("This model is closed. Load it again to run it.")
+            self._running += 1
+        try:
+            if None in shapes:  # a graph that does not say how large its outputs are
+                found = self._run(ready, None)
+                return found if out is None else _copied(found, out)
+            if out is not None:
+                self._run(ready, out)
+                return out
+            made = {spec.name: np.empty(shape or (), spec.dtype) for spec, shape in zip(self.outputs, shapes, strict=True)}
+            self._run(ready, made)
+            return made
+        finally:
+            with self._turn:
+                self._running -= 1
+                if self._closed and not self._running:
+                    self._turn.notify_all()
 
     def close(self) -> None:
-        """Frees what the back end holds; closing twice does nothing."""
-        if not self._closed:
+        """Frees what the back end holds, once the calls that are running have ended; closing twice does nothing."""
+        with self._turn:
+            if self._closed:
+                return
             self._closed = True
-            self._close()
+            self._turn.wait_for(lambda: not self._running)
+        self._close()
 
     def __enter__(self) -> Self:
         return self
@@ -53,36 +88,81 @@ class Runtime(ABC):
         self.close()
 
     @abstractmethod
-    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
+    def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
+        """Fills the arrays of `out`, which are contiguous, and returns it; None: returns new arrays."""
 
     def _close(self) -> None:  # noqa: B027 - most back ends free everything with their last reference
         pass
 
-    def _check(self, feeds: Mapping[str, Array]) -> None:
-        known = {spec.name for spec in self.inputs}
+    def _checked(self, feeds: Mapping[str, Any]) -> tuple[Feeds, dict[str, int]]:
+        """`feeds` as a back end takes them, and the size of every free axis."""
         for name in feeds:
-            if name not in known:
+            if name not in self._known:
                 raise InputError(f'The model has no input "{name}". Its inputs are: {_listed(self.inputs)}.')
+        ready: Feeds = {}
         free: dict[str, int] = {}
         for spec in self.inputs:
             if spec.name not in feeds:
                 raise InputError(f'The input "{spec.name}" is missing. The model takes {_listed(self.inputs)}.')
-            _check_array(spec, feeds[spec.name], free)
+            array = feeds[spec.name]
+            if not isinstance(array, np.ndarray | DeviceTensor):
+                array = from_dlpack(spec, array)
+            _check_array(spec, array, free, f'The input "{spec.name}"')
+            if isinstance(array, DeviceTensor):
+                if array.device != self.device:
+                    raise InputError(
+                        f'The input "{spec.name}" is on {array.device}, and the model runs on {self.device}. Move it there '
+                        "first, or load the model for that device."
+                    )
+            elif not (array.flags.c_contiguous and array.flags.aligned):
+                array = np.require(array, requirements=["C", "A"])
+            ready[spec.name] = array
+        return ready, free
+
+    def _check_out(self, out: Mapping[str, Array], shapes: list[tuple[int, ...] | None]) -> None:
+        if len(out) != len(self.outputs) or any(spec.name not in out for spec in self.outputs):
+            raise InputError(f"out holds {', '.join(out) or 'nothing'}; expected an array for each of {_listed(self.outputs)}.")
+        for spec, shape in zip(self.outputs, shapes, strict=True):
+            array, what = out[spec.name], f'The array for the output "{spec.name}"'
+            if not isinstance(array, np.ndarray):
+                raise InputError(f"{what} is a {type(array).__name__}; expected a numpy array, {spec}.")
+            _check_array(TensorSpec(spec.name, spec.dtype, shape or array.shape), array, {}, what)
+            if not (array.flags.c_contiguous and array.flags.aligned and array.flags.writeable):
+                raise InputError(f"{what} cannot be written into directly; expected a writeable, contiguous one (numpy.empty).")
 
 
-def _check_array(spec: TensorSpec, array: object, free: dict[str, int]) -> None:
-    if not isinstance(array, np.ndarray):
-        raise InputError(f'The input "{spec.name}" is a {type(array).__name__}; expected a numpy array, {spec}.')
-    if array.dtype != np.dtype(spec.dtype):
-        raise InputError(
-            f'The input "{spec.name}" has dtype {array.dtype}; expected {spec}. Convert it: array.astype("{spec.dtype}").'
-        )
-    fits = array.ndim == len(spec.shape) and all(
+def resolved(shape: tuple[int | str, ...], free: Mapping[str, int]) -> tuple[int, ...] | None:
+    """`shape` with the sizes of its free axes, ("batch", 10) or ("16*batch", 2); None where one is not known."""
+    sizes = []
+    for size in shape:
+        if isinstance(size, int):
+            sizes.append(size)
+        elif size in free:
+            sizes.append(free[size])
+        elif (match := re.fullmatch(r"(\d+)\*(\w+)", str(size))) and match[2] in free:
+            sizes.append(int(match[1]) * free[match[2]])
+        else:
+            return None
+    return tuple(sizes)
+
+
+def _copied(found: Mapping[str, Array], out: Mapping[str, Array]) -> Mapping[str, Array]:
+    for name, array in found.items():
+        if out[name].shape != array.shape:
+            raise InputError(f'The output "{name}" has shape {list(array.shape)}; out has {list(out[name].shape)} for it.')
+        np.copyto(out[name], array)
+    return out
+
+
+def _check_array(spec: TensorSpec, array: Array | DeviceTensor, free: dict[str, int], what: str) -> None:
+    if array.dtype != spec.dtype:
+        raise InputError(f'{what} has dtype {array.dtype}; expected {spec}. Convert it: array.astype("{spec.dtype}").')
+    fits = len(array.shape) == len(spec.shape) and all(
         size == wanted if isinstance(wanted, int) else size > 0 and free.setdefault(wanted, size) == size
         for size, wanted in zip(array.shape, spec.shape, strict=True)
     )
     if not fits:
-        raise InputError(f'The input "{spec.name}" has shape {list(array.shape)}; expected {spec}.')
+        raise InputError(f"{what} has shape {list(array.shape)}; expected {spec}.")
 
 
 def _listed(specs: tuple[TensorSpec, ...]) -> str:

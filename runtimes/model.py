@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,11 +17,12 @@ from swin_deploy.bundle import CONFIG, PREPROCESSOR, Bundle
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import BackendError, InputError, UsageError
 from swin_deploy.preprocess import Preprocessor
-from swin_deploy.specs import PRECISIONS, QUANTIZED, Size, TensorSpec, size_text
-from swin_deploy.tasks import PIXELS, TaskSpec
+from swin_deploy.specs import Size, TensorSpec, size_text
+from swin_deploy.tasks import MASK, PIXELS, TaskSpec
 
-from .backends import runtime_from_onnx
 from .base import Runtime
+from .choice import Description
+from .stream import pipelined
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -46,10 +48,18 @@ class Model:
     """A bundle that is loaded and ready to run; use it as a context manager, or call `close`.
 
     It holds one graph for each image size that it was exported for, and takes the one that fits the input. The first is
-    loaded at once, the others when they are needed.
+    loaded at once, the others when they are needed. Any number of threads may use it at a time; each gets the answers, to the
+    bit, that it would get alone. A call that fails leaves it as it was.
     """
 
-    def __init__(self, bundle: Bundle, files: Mapping[Size, str], precision: str, open_graph: Callable[[str], Runtime]) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        files: Mapping[Size, str],
+        precision: str,
+        open_graph: Callable[[str], Runtime],
+        described: Callable[[str], Description],
+    ) -> None:
         self.bundle, self.precision = bundle, precision
         self.config = SwinConfig.from_dict(bundle.read_json(CONFIG))
         self.task = TaskSpec.from_dict(bundle.manifest["task"])
@@ -57,8 +67,13 @@ class Model:
         self.image_sizes: tuple[Size, ...] = tuple(files)
         self._files, self._open = dict(files), open_graph
         self._runtimes: dict[Size, Runtime] = {}
-        self._closed = False
-        self._runtime(self.image_sizes[0])
+        self._closed, self._opening = False, threading.Lock()
+        self._description = described(self._runtime(self.image_sizes[0]).title)
+
+    def describe(self) -> Description:
+        """What runs this model, and why: back end, device, precision and files, and what was measured where that was to
+        choose. `str()` of it is a text to read."""
+        return self._description
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -75,13 +90,25 @@ class Model:
         """The name of every class, by its number."""
         return tuple(self.config.id2label.values())
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
+    def run(self, feeds: Mapping[str, Any], out: Mapping[str, NDArray[Any]] | None = None) -> Mapping[str, NDArray[Any]]:
         """Arrays in, arrays out: {"pixel_values": float32 [batch, 3, height, width]} -> {"logits": float32 [batch, labels]}.
 
-        The task decides what else goes in and what comes out (`inputs`, `outputs`). Raises InputError when a feed does not
-        fit, naming the image sizes that do.
+        The task decides what else goes in and what comes out (`inputs`, `outputs`). Feeds are numpy arrays, or tensors with
+        `__dlpack__` (torch, CuPy), which are not copied. `out` holds an array for each output, as an earlier call returned
+        them; they are filled and returned instead of new ones. Raises InputError when an array does not fit, naming the image
+        sizes that do, and BackendError when the back end fails or the model is closed.
         """
-        return self._runtime(self._size_of(feeds.get(PIXELS))).run(feeds)
+        return self._runtime(self._size_of(feeds.get(PIXELS))).run(feeds, out)
+
+    def warm_up(self, batch: int = 1) -> None:
+        """Loads the graphs of all image sizes, and runs each once on `batch` black images, so that the first call is as quick
+        as the next ones."""
+        if batch < 1:
+            raise UsageError(f"batch is {batch}, and must be at least 1.")
+        for size in self.image_sizes:
+            runtime = self._runtime(size)
+            shapes = {spec.name: (batch, *(int(n) for n in spec.shape[1:])) for spec in runtime.inputs}
+            runtime.run({spec.name: np.zeros(shapes[spec.name], spec.dtype) for spec in runtime.inputs})
 
     def classify(self, images: ImageLike | Iterable[ImageLike], top_k: int = 5, batch_size: int = 8) -> list[list[Prediction]]:
         """The `top_k` best classes of every image, best first.
@@ -109,9 +136,54 @@ class Model:
             raise InputError("There are no images. Give at least one.")
         return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
+    def reconstruct(
+        self, images: ImageLike | Iterable[ImageLike], mask: NDArray[np.bool_] | None = None, batch_size: int = 8
+    ) -> NDArray[np.float32]:
+        """What masked image modelling makes of `images`: float32 [images, channels, height, width], normalised as its input is.
+
+        `mask` is bool [images, patches] or, for all images alike, [patches]; where it is True the network does not see the
+        patch. None hides nothing. Raises InputError for a mask of another shape.
+        """
+        self._must_be("masked-image-modeling", "reconstruct")
+        patches = next(spec.shape[1] for spec in self.inputs if spec.name == MASK)
+        if mask is not None and (not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape[-1:] != (patches,)):
+            given = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, np.ndarray) else f"a {type(mask).__name__}"
+            raise InputError(f"The mask is {given}; expected an array bool [images, {patches}], or [{patches}] for all images.")
+        found: list[NDArray[np.float32]] = []
+        for outputs in self._batches(images, batch_size, mask):
+            found.append(outputs["reconstruction"])
+        if not found:
+            raise InputError("There are no images. Give at least one.")
+        made = np.concatenate(found)
+        if mask is not None and mask.ndim == 2 and len(mask) != len(made):
+            raise InputError(f"The mask is for {len(mask)} images, and there are {len(made)}. Give one row for each.")
+        return made
+
+    def stream(self, frames: Iterable[ImageLike], batch: int = 1, prefetch: int = 2, top_k: int = 5) -> Iterator[Any]:
+        """The answer to each frame, in order: of a classifier its `top_k` best classes, else every output of `run` by name.
+
+        Frames (paths, PIL images, uint8 arrays [height, width, 3]) are taken and prepared in one thread, `batch` at a time,
+        and run in another, while the caller uses the answers. At most `prefetch` batches wait in front of the network and as
+        many behind it: a caller who is slow holds up the frames, and memory does not grow. An error is raised where the
+        answer to its frame would be. Closing the iterator, or leaving its `for`, ends the threads.
+        """
+        for name, value in (("batch", batch), ("prefetch", prefetch), ("top_k", top_k)):
+            if value < 1:
+                raise UsageError(f"{name} is {value}, and must be at least 1.")
+        classes = self.task.name == "image-classification" and self.config.num_labels > 0
+
+        def run(feeds: Arrays, count: int) -> Iterator[Any]:
+            outputs = self.run(feeds)
+            for i in range(count):
+                one = {name: array[i * (n := len(array) // count) : (i + 1) * n] for name, array in outputs.items()}
+                yield self._best(one["logits"][0].astype(np.float64), top_k) if classes else one
+
+        return pipelined(frames, batch, prefetch, self._feeds, run)
+
     def close(self) -> None:
-        """Frees the back end's memory; the model cannot be run afterwards."""
-        self._closed = True
+        """Frees the back end's memory, once the calls that are running have ended; the model cannot be run afterwards."""
+        with self._opening:
+            self._closed = True
         for runtime in self._runtimes.values():
             runtime.close()
 
@@ -122,16 +194,20 @@ class Model:
         self.close()
 
     def _runtime(self, size: Size) -> Runtime:
-        if self._closed:
-            raise BackendError("This model is closed. Load it again to run it.")
-        if size not in self._runtimes:
-            self._runtimes[size] = self._open(self._files[size])
-        return self._runtimes[size]
+        runtime = self._runtimes.get(size)
+        if runtime is None or self._closed:
+            with self._opening:
+                if self._closed:
+                    raise BackendError("This model is closed. Load it again to run it.")
+                runtime = self._runtimes.get(size) or self._open(self._files[size])
+                self._runtimes[size] = runtime
+        return runtime
 
     def _size_of(self, pixels: object) -> Size:
         """The image size whose graph takes `pixels`; the first one's own check says what else is wrong with them."""
-        if isinstance(pixels, np.ndarray) and pixels.ndim == 4 and len(self.image_sizes) > 1:
-            size = (pixels.shape[2], pixels.shape[3])
+        shape = tuple(getattr(pixels, "shape", ()))
+        if len(shape) == 4 and len(self.image_sizes) > 1:
+            size = (int(shape[2]), int(shape[3]))
             if size not in self._files:
                 raise InputError(
                     f'The input "{PIXELS}" has images of {size_text(size)} pixels, and this bundle has graphs for '
@@ -140,16 +216,29 @@ class Model:
             return size
         return self.image_sizes[0]
 
-    def _batches(self, images: ImageLike | Iterable[ImageLike], batch_size: int) -> Iterator[Arrays]:
+    def _batches(
+        self, images: ImageLike | Iterable[ImageLike], batch_size: int, mask: NDArray[np.bool_] | None = None
+    ) -> Iterator[Mapping[str, NDArray[Any]]]:
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}, and must be at least 1.")
         single = isinstance(images, str | os.PathLike | np.ndarray) or not isinstance(images, Iterable)
         stream = iter([images] if single else images)  # type: ignore[arg-type]
+        done = 0
         while batch := list(islice(stream, batch_size)):
-            feeds: Arrays = {PIXELS: self.preprocessor(batch)}  # type: ignore[arg-type]
-            for spec in self.inputs[1:]:  # a mask that hides nothing
-                feeds[spec.name] = np.zeros((len(batch), *(int(n) for n in spec.shape[1:])), dtype=spec.dtype)
+            feeds = self._feeds(batch)
+            if mask is not None:
+                rows = mask if mask.ndim == 1 else mask[done : done + len(batch)]
+                if mask.ndim > 2 or (mask.ndim == 2 and len(rows) < len(batch)):
+                    raise InputError(f"The mask has shape {list(mask.shape)}; expected a row for each image.")
+                feeds[MASK][:] = rows
+            done += len(batch)
             yield self.run(feeds)
+
+    def _feeds(self, images: list[Any]) -> Arrays:
+        feeds: Arrays = {PIXELS: self.preprocessor(images)}
+        for spec in self.inputs[1:]:  # a mask that hides nothing
+            feeds[spec.name] = np.zeros((len(images), *(int(n) for n in spec.shape[1:])), dtype=spec.dtype)
+        return feeds
 
     def _must_be(self, task: str, method: str) -> None:
         if self.task.name != task:
@@ -163,33 +252,3 @@ class Model:
         scores = odds / odds.sum()
         best = np.argsort(-logits, kind="stable")[:top_k]
         return [Prediction(int(i), self.config.id2label[int(i)], float(scores[i])) for i in best]
-
-
-def load_model(path: str | os.PathLike[str], precision: str = "fp32", backend: str = "onnxruntime", threads: int = 0) -> Model:
-    """The bundle at `path`, loaded: its graphs of `precision`, run by `backend` ("onnxruntime" or "openvino") on the CPU.
-
-    OpenVINO computes the fp32 graph in bf16 itself, where the processor does. Every file is checked against its sha256
-    before it is read. `threads` 0 lets the back end choose. Raises BundleError
-    for a folder that is no intact bundle, UsageError for a precision that it does not hold.
-    """
-    bundle = Bundle.open(path)
-    if precision not in PRECISIONS:
-        raise UsageError(f'There is no precision "{precision}". There are: {", ".join(PRECISIONS)}.')
-    if not 0 <= threads <= MOST_THREADS:
-        raise UsageError(f"threads is {threads}, and must be from 0 (the back end chooses) to {MOST_THREADS}.")
-    in_bf16 = precision == "bf16" and backend == "openvino"
-    files = {
-        (int(entry["image_size"][0]), int(entry["image_size"][1])): file
-        for file, entry in bundle.graphs.items()
-        if entry["precision"] == ("fp32" if in_bf16 else precision)
-    }
-    if not files:
-        held = dict.fromkeys(str(entry["precision"]) for entry in bundle.graphs.values())
-        verb, data = ("quantize", " --data DIR") if precision in QUANTIZED else ("build-engine", "")
-        raise UsageError(
-            f"The bundle {bundle.path} holds no {precision} graph; it holds {', '.join(held)}. "
-            f'Make it with "swin-deploy {verb} {bundle.path} --{precision}{data}".'
-        )
-    return Model(
-        bundle, files, precision, lambda file: runtime_from_onnx(bundle.verified_path(file), backend, threads, in_bf16)
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from swin_deploy.errors import BackendError, UsageError
 from swin_deploy.requires import require
 from swin_deploy.specs import TensorSpec
 
-from .base import Array, Runtime
+from .base import Array, Feeds, Runtime
+from .pool import Pool
 
 
 class OpenVino(Runtime):
@@ -24,12 +26,14 @@ class OpenVino(Runtime):
     UsageError for bf16 on a processor that has none.
     """
 
-    def __init__(self, path: Path, threads: int = 0, bf16: bool = False) -> None:
-        ov = require("openvino", "run models with the openvino back end")
+    def __init__(self, path: Path, threads: int = 0, device: str = "cpu", bf16: bool = False) -> None:
+        ov = self._ov = require("openvino", "run models with the openvino back end")
+        if device != "cpu":
+            raise UsageError(f"The back end openvino runs on the CPU, not on {device}. Take onnxruntime for a GPU.")
         # Left alone, OpenVINO computes fp32 models in bf16 on processors that have it; the graph's types decide here.
         hint = "bf16" if bf16 else "f32"
         self._config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads}
-        self._core, self._path = ov.Core(), path
+        self._core, self._path, self._compiling = ov.Core(), path, threading.Lock()
         if bf16 and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise UsageError("This processor does not compute in bf16 (it has neither AVX512_BF16 nor AMX). Take fp32.")
         try:
@@ -37,30 +41,53 @@ class OpenVino(Runtime):
             inputs, outputs = _specs(model.inputs), _specs(model.outputs)
             if all(spec.shape[0] == "batch" for spec in inputs):
                 model.reshape({port: [1, *list(port.get_partial_shape())[1:]] for port in model.inputs})
-            self._single = self._core.compile_model(model, "CPU", self._config).create_infer_request()
+                outputs = tuple(map(_of_free_batch, outputs, _specs(model.outputs)))
+            self._single = self._requests(model)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot load {path}: {_sentence(error)}") from error
-        self._any: Any = None
-        self._turn = threading.Lock()  # a request serves one caller at a time, and refuses the others
         super().__init__(f"openvino {ov.__version__}", inputs, outputs)
 
-    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
         try:
-            with self._turn:
-                results = self._request(feeds).infer(dict(feeds))
-                return {spec.name: np.array(results[spec.name]) for spec in self.outputs}
+            with self._pool(feeds).taken() as request:
+                for number, spec in enumerate(self.inputs):
+                    request.set_input_tensor(number, self._ov.Tensor(feeds[spec.name], shared_memory=True))
+                for number, spec in enumerate(self.outputs) if out is not None else ():
+                    request.set_output_tensor(number, self._ov.Tensor(out[spec.name], shared_memory=True))  # type: ignore[index]
+                request.infer()
+                if out is not None:
+                    return out
+                return {spec.name: np.array(request.get_output_tensor(n).data) for n, spec in enumerate(self.outputs)}
         except RuntimeError as error:
             raise BackendError(f"OpenVINO failed while running the model: {_sentence(error)}") from error
 
-    def _request(self, feeds: Mapping[str, Array]) -> Any:
+    def _pool(self, feeds: Feeds) -> Pool[Any]:
         if all(len(feeds[spec.name]) == 1 or spec.shape[0] != "batch" for spec in self.inputs):
             return self._single
-        if self._any is None:
-            self._any = self._core.compile_model(str(self._path), "CPU", self._config).create_infer_request()
-        return self._any
+        with self._compiling:
+            return self._any
+
+    @cached_property
+    def _any(self) -> Pool[Any]:
+        return self._requests(str(self._path))
+
+    def _requests(self, model: Any) -> Pool[Any]:
+        compiled = self._core.compile_model(model, "CPU", self._config)
+        # A request serves one caller at a time. With two, one is made ready while the other computes with all threads.
+        most = max(2, compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+        return Pool(compiled.create_infer_request, most)
 
     def _close(self) -> None:
-        del self._single, self._any, self._core
+        self.__dict__.pop("_any", None)
+        del self._single, self._core
+
+
+def _of_free_batch(spec: TensorSpec, single: TensorSpec) -> TensorSpec:
+    """`spec` with the shape that it has for one image, `single`, where only the first axis is free: n of one are "n*batch"."""
+    first = single.shape[0]
+    if spec.shape[0] != "batch" or "batch" in spec.shape[1:] or not isinstance(first, int):
+        return spec
+    return TensorSpec(spec.name, spec.dtype, ("batch" if first == 1 else f"{first}*batch", *spec.shape[1:]))
 
 
 def _sentence(error: Exception) -> str:

@@ -31,7 +31,7 @@ class Runnable(Protocol):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]: ...
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]: ...
 
 
 OpenGraph = Callable[[Path], AbstractContextManager[Runnable]]
@@ -163,17 +163,20 @@ def sample_inputs(specs: tuple[TensorSpec, ...], seed: int = SEED) -> dict[str, 
 def check_graph(reference: Reference, open_graph: OpenGraph, path: Path, file: str, precision: str) -> Verdict:
     """The verdict on the ONNX graph at `path`, run with all samples at once and with each alone."""
     with open_graph(path) as runtime:
-        together = runtime.run(reference.feeds)
-        alone = [
-            runtime.run({name: feed[i : i + 1] for name, feed in reference.feeds.items()}) for i in range(reference.samples)
-        ]
-        backend = runtime.title
+        return check_runtime(reference, runtime, file, precision)
+
+
+def check_runtime(reference: Reference, runtime: Runnable, file: str, precision: str, *, together: bool = True) -> Verdict:
+    """The verdict on what a runtime answers to each sample alone and, with `together`, to all at once."""
+    found = [runtime.run({name: feed[i : i + 1] for name, feed in reference.feeds.items()}) for i in range(reference.samples)]
+    if together:
+        found.insert(0, runtime.run(reference.feeds))
     agreements = {}
     for name, expected in reference.outputs.items():
-        found = np.concatenate([together[name], *(one[name] for one in alone)])
-        agreements[name] = compare(found, np.concatenate([expected, expected]))
+        answers = np.concatenate([answer[name] for answer in found])
+        agreements[name] = compare(answers, np.concatenate([expected] * (1 + together)))
     tolerances = {name: reference.tolerance(precision, name) for name in reference.outputs}
-    return Verdict(file, precision, backend, agreements, tolerances)
+    return Verdict(file, precision, runtime.title, agreements, tolerances)
 
 
 def verify_bundle(bundle: Bundle, open_graph: OpenGraph) -> tuple[Verdict, ...]:

@@ -35,13 +35,15 @@ class Answers(Runtime):
         super().__init__("answers 1.0", (spec,), outputs)
         self.reference, self.alone = reference, alone
 
-    def _run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        answers = self.reference.outputs
-        if len(feeds["x"]) > 1:
-            return {name: answer.copy() for name, answer in answers.items()}
-        [index] = [i for i, sample in enumerate(self.reference.feeds["x"]) if np.array_equal(sample, feeds["x"][0])]
-        one = {name: answer[index : index + 1] for name, answer in answers.items()}
-        return {**one, "z": one["z"] * (1 + self.alone)}
+    def _run(self, feeds: dict[str, Any], out: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        assert out is not None
+        for name, answers in self.reference.outputs.items():
+            if len(feeds["x"]) > 1:
+                out[name][:] = answers
+                continue
+            [index] = [i for i, sample in enumerate(self.reference.feeds["x"]) if np.array_equal(sample, feeds["x"][0])]
+            out[name][:] = answers[index] * (1 + self.alone if name == "z" else 1)
+        return out
 
 
 @pytest.fixture

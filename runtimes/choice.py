@@ -1,0 +1,216 @@
+"""What "auto" stands for: the fastest of what this machine and a bundle offer that answers as PyTorch does, measured once.
+
+What was measured is kept in the user's cache folder, for this bundle, these libraries and this processor.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import json
+import os
+import platform
+import secrets
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from swin_deploy.bundle import Bundle
+from swin_deploy.errors import BackendError, MissingDependencyError, UsageError
+from swin_deploy.reference import Reference, Verdict, check_runtime, described
+from swin_deploy.specs import Size, size_text
+
+from .base import Runtime
+
+SECONDS, FEWEST_CALLS = 0.5, 7  # of each candidate
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to run a bundle."""
+
+    backend: str
+    precision: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.backend} {self.precision} on {self.device}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A candidate, the median milliseconds of a call with one image (None: not timed), and how it compares with PyTorch."""
+
+    candidate: Candidate
+    milliseconds: float | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What runs a model, and why. `graphs` is the file for each image size; `measured` is empty where nothing was to choose."""
+
+    bundle: str
+    backend: str
+    version: str
+    device: str
+    precision: str
+    threads: int
+    graphs: Mapping[Size, str]
+    reason: str
+    measured: tuple[Measured, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        graphs = [{"image_size": list(size), "file": file} for size, file in self.graphs.items()]
+        measured = [{**asdict(m.candidate), "milliseconds": m.milliseconds, "verdict": m.verdict} for m in self.measured]
+        return {**asdict(self), "graphs": graphs, "measured": measured}
+
+    def __str__(self) -> str:
+        threads = f", {self.threads} threads" if self.threads else ""
+        lines = [f"{self.bundle}: {self.backend} {self.version}, {self.precision}, on {self.device}{threads}"]
+        lines += [f"  {size_text(size)}: {file}" for size, file in self.graphs.items()]
+        lines += [f"  why: {self.reason}"]
+        for row in self.measured:
+            taken = "not timed" if row.milliseconds is None else f"{row.milliseconds:.2f} ms"
+            lines.append(f"  {taken:>12}  {row.candidate}: {row.verdict}")
+        return "\n".join(lines)
+
+
+Kept = tuple[str, tuple[Measured, ...]]  # when, and what
+Open = Callable[[Candidate], tuple[str, Runtime]]  # the file of the first image size, and what runs it
+
+
+def choose(
+    bundle: Bundle, candidates: Sequence[Candidate], open_first: Open, threads: int
+) -> tuple[Candidate, str, tuple[Measured, ...]]:
+    """The fastest of `candidates` that is correct, why, and what was measured: now, or before on this machine.
+
+    Raises BackendError where none of them runs and agrees with PyTorch.
+    """
+    if len(candidates) == 1:
+        return candidates[0], "there is nothing else to choose from here", ()
+    key = _key(bundle, candidates, threads)
+    file = _cache_file(key)
+    kept = _read(file, key, candidates)
+    if kept is None:
+        rows = tuple(_measure(bundle, candidate, open_first) for candidate in candidates)
+        kept = (dt.datetime.now().astimezone().isoformat(timespec="seconds"), rows)
+        if any(row.milliseconds is not None for row in rows):
+            _write(file, key, *kept)
+    when, rows = kept
+    timed = [row for row in rows if row.milliseconds is not None]
+    if not timed:
+        raise BackendError("None of what is here runs this bundle: " + "; ".join(f"{r.candidate}: {r.verdict}" for r in rows))
+    best = min(timed, key=lambda row: row.milliseconds or 0)
+    reason = f"the fastest of {len(timed)} that agree with PyTorch, one image at a time, measured here at {when}"
+    return best.candidate, reason, rows
+
+
+def _measure(bundle: Bundle, candidate: Candidate, open_first: Open) -> Measured:
+    """Loaded alone: two back ends in one process would disturb each other through their threads."""
+    try:
+        file, runtime = open_first(candidate)
+    except (BackendError, MissingDependencyError, UsageError) as error:
+        return Measured(candidate, None, str(error))
+    with runtime:
+        reference = Reference.load(bundle, _reference_of(bundle, file))
+        try:
+            verdict: Verdict = check_runtime(reference, runtime, file, candidate.precision, together=False)
+            if not verdict.verified:
+                return Measured(candidate, None, verdict.complaint())
+            feeds = {name: feed[:1] for name, feed in reference.feeds.items()}
+            out = runtime.run(feeds)
+            times: list[float] = []
+            begun = time.perf_counter()
+            while len(times) < FEWEST_CALLS or time.perf_counter() - begun < SECONDS:
+                start = time.perf_counter()
+                runtime.run(feeds, out)
+                times.append((time.perf_counter() - start) * 1e3)
+        except BackendError as error:
+            return Measured(candidate, None, str(error))
+    return Measured(candidate, statistics.median(times), described({"verified": True, **verdict.agreement.to_dict()}))
+
+
+def _reference_of(bundle: Bundle, file: str) -> str:
+    entry = bundle.files[file]
+    return str(entry["reference"] if "reference" in entry else bundle.files[entry["graph"]]["reference"])
+
+
+def _key(bundle: Bundle, candidates: Sequence[Candidate], threads: int) -> dict[str, Any]:
+    """All that what is fastest depends on, as JSON values."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "bundle": hashlib.sha256(json.dumps(sorted((f, e["sha256"]) for f, e in bundle.files.items())).encode()).hexdigest(),
+        "candidates": [asdict(candidate) for candidate in candidates],
+        "threads": threads,
+        "libraries": {name: _version(name) for name in ("swin-deploy", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy")},
+        "machine": [_processor(), cores, platform.machine(), platform.system(), os.environ.get("CUDA_VISIBLE_DEVICES", "")],
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _cache_file(key: Mapping[str, Any]) -> Path | None:
+    """Where the measurement of `key` is kept; None where there is no home for it."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        folder = Path(given)
+    elif sys.platform == "win32":
+        folder = Path(os.environ.get("LOCALAPPDATA", ""))
+    else:
+        try:
+            folder = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+        except RuntimeError:
+            return None
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    return folder / "swin-deploy" / "auto" / f"{name}.json" if folder.is_absolute() else None
+
+
+def _read(file: Path | None, key: Mapping[str, Any], candidates: Sequence[Candidate]) -> Kept | None:
+    """When it was measured, and what; None where that is not known, or not to be read."""
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8")) if file else None
+        if not raw or raw["key"] != key:
+            return None
+        rows = tuple(
+            Measured(candidate, None if ms is None else float(ms), str(verdict))
+            for candidate, (ms, verdict) in zip(candidates, raw["rows"], strict=True)
+        )
+        return str(raw["when"]), rows
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(file: Path | None, key: Mapping[str, Any], when: str, rows: Sequence[Measured]) -> None:
+    """Keeps a measurement; where nothing may be written it is made again next time."""
+    if file is None:
+        return
+    scratch = file.with_name(f".{file.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    text = json.dumps({"key": key, "when": when, "rows": [(row.milliseconds, row.verdict) for row in rows]}, indent=2)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            scratch.write_text(text, encoding="utf-8")
+            scratch.replace(file)
+        finally:
+            scratch.unlink(missing_ok=True)
+    except OSError:
+        pass

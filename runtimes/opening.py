@@ -1,0 +1,116 @@
+"""load_model: a bundle -> a Model, run by what was asked for, or by what is fastest here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from swin_deploy.bundle import Bundle
+from swin_deploy.cuda import cuda_devices
+from swin_deploy.errors import MissingDependencyError, UsageError
+from swin_deploy.requires import require
+from swin_deploy.specs import PRECISIONS, QUANTIZED, Size
+
+from .backends import BACKENDS, Backend, backend_named, device_from_text, runtime_from_onnx
+from .base import Runtime
+from .choice import Candidate, Description, choose
+from .model import MOST_THREADS, Model
+
+AUTO = "auto"
+
+
+def load_model(
+    path: str | os.PathLike[str], backend: str = AUTO, precision: str = "fp32", device: str = AUTO, threads: int = 0
+) -> Model:
+    """The bundle at `path`, loaded; see swin_deploy.load. Every file is checked against its sha256 before it is read."""
+    bundle = Bundle.open(path)
+    if precision not in (AUTO, *PRECISIONS):
+        raise UsageError(f'There is no precision "{precision}". There are: {", ".join(PRECISIONS)}, and auto.')
+    if not 0 <= threads <= MOST_THREADS:
+        raise UsageError(f"threads is {threads}, and must be from 0 (the back end chooses) to {MOST_THREADS}.")
+    candidates = _candidates(bundle, backend, precision, device)
+
+    def open_first(candidate: Candidate) -> tuple[str, Runtime]:
+        file = next(iter(_files(bundle, candidate).values()))
+        return file, _open(bundle, candidate, file, threads)
+
+    chosen, reason, measured = choose(bundle, candidates, open_first, threads)
+    if AUTO not in (backend, precision, device):
+        reason = "asked for by name"
+    files = _files(bundle, chosen)
+
+    def described(title: str) -> Description:
+        version = title.rpartition(" ")[2]
+        return Description(
+            str(bundle.path), chosen.backend, version, chosen.device, chosen.precision, threads, files, reason, measured
+        )
+
+    return Model(bundle, files, chosen.precision, lambda file: _open(bundle, chosen, file, threads), described)
+
+
+def _open(bundle: Bundle, candidate: Candidate, file: str, threads: int) -> Runtime:
+    in_bf16 = bundle.files[file]["precision"] != candidate.precision
+    return runtime_from_onnx(bundle.verified_path(file), candidate.backend, threads, in_bf16, candidate.device)
+
+
+def _candidates(bundle: Bundle, backend: str, precision: str, device: str) -> list[Candidate]:
+    """All that was left open, in the order of BACKENDS and PRECISIONS. Raises UsageError where nothing fits what was asked."""
+    wanted = None if device == AUTO else device_from_text(device)
+    if backend != AUTO:
+        named = {backend: backend_named(backend)}
+        require(named[backend].library, f"run models with the back end {backend}")
+    else:
+        named = {name: found for name, found in BACKENDS.items() if found.auto and found.installed}
+        if not named:
+            raise MissingDependencyError('Nothing that runs models is installed. Run: pip install "swin-deploy[onnxruntime]"')
+    found = [
+        candidate
+        for name, kind in named.items()
+        for where in _devices(kind, wanted)
+        for one in ([precision] if precision != AUTO else PRECISIONS)
+        if _files(bundle, candidate := Candidate(name, one, where)) and (precision != AUTO or _verified(bundle, candidate))
+    ]
+    if found:
+        return found
+    if not any(_devices(kind, wanted) for kind in named.values()):
+        kinds = dict.fromkeys(place for kind in named.values() for place in kind.devices)
+        what = f"The back end {backend}" if backend != AUTO else "What is installed"
+        where = device if wanted else "this machine, which has no usable NVIDIA GPU"
+        raise UsageError(f"{what} runs on {' or '.join(kinds)}, not on {where}. Take another device or back end.")
+    held = dict.fromkeys(str(entry["precision"]) for entry in bundle.graphs.values())
+    verb, data = ("quantize", " --data DIR") if precision in QUANTIZED else ("build-engine", "")
+    made = f' Make it with "swin-deploy {verb} {bundle.path} --{precision}{data}".' if precision != AUTO else ""
+    asked = "verified" if precision == AUTO else precision
+    raise UsageError(f"The bundle {bundle.path} holds no {asked} graph; it holds {', '.join(held)}.{made}")
+
+
+def _devices(kind: Backend, wanted: str | None) -> list[str]:
+    """Where a back end is to run: `wanted` where it can, else every kind of device that it knows and this machine has."""
+    if wanted is not None:
+        return [wanted] if wanted.partition(":")[0] in kind.devices else []
+    here = ["cpu"] if "cpu" in kind.devices else []
+    return here + ["cuda:0"] if "cuda" in kind.devices and cuda_devices() and _has_cuda(kind) else here
+
+
+def _has_cuda(kind: Backend) -> bool:
+    if kind.library != "onnxruntime":
+        return True
+    providers: list[str] = require("onnxruntime", "run ONNX models").get_available_providers()
+    return "CUDAExecutionProvider" in providers
+
+
+def _files(bundle: Bundle, candidate: Candidate) -> dict[Size, str]:
+    """What the candidate runs: image size -> file. OpenVINO computes fp32 graphs in bf16 itself."""
+    stored = "fp32" if (candidate.backend, candidate.precision) == ("openvino", "bf16") else candidate.precision
+    return {_size(entry): file for file, entry in bundle.graphs.items() if entry["precision"] == stored}
+
+
+def _size(entry: Mapping[str, Any]) -> Size:
+    return int(entry["image_size"][0]), int(entry["image_size"][1])
+
+
+def _verified(bundle: Bundle, candidate: Candidate) -> bool:
+    """Whether every graph of the candidate was found to agree with PyTorch when it was made."""
+    verdicts = (bundle.files[file].get("agreement") for file in _files(bundle, candidate).values())
+    return all(isinstance(verdict, Mapping) and verdict.get("verified") for verdict in verdicts)

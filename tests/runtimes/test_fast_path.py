@@ -1,0 +1,134 @@
+"""run() with `out`, with tensors of other libraries, and what it leaves behind: nothing."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli.exported import digits, one_block
+from cli.exported import exported as exported_bundle
+
+import swin_deploy
+from swin_deploy.errors import InputError, UsageError
+from swin_deploy.runtimes.base import resolved
+from swin_deploy.runtimes.model import Model
+
+FEED = np.random.default_rng(0).standard_normal((3, 3, 32, 32)).astype(np.float32)
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
+def model(request: pytest.FixtureRequest) -> Iterator[Model]:
+    pytest.importorskip(request.param, reason=f"{request.param} is not installed")
+    with swin_deploy.load(digits(2), backend=request.param, threads=1) as loaded:
+        yield loaded
+
+
+def test_out_is_filled_and_returned(model: Model) -> None:
+    for batch in (1, 3):
+        wanted = model.run({"pixel_values": FEED[:batch]})
+        out = {"logits": np.full((batch, 10), np.nan, np.float32)}
+        assert model.run({"pixel_values": FEED[:batch]}, out) is out
+        assert out["logits"].tobytes() == wanted["logits"].tobytes()
+    part = np.full((5, 10), np.nan, np.float32)  # one's own array may be part of a larger one
+    model.run({"pixel_values": FEED}, {"logits": part[1:4]})
+    assert part[1:4].tobytes() == wanted["logits"].tobytes()
+    assert np.isnan(part[[0, 4]]).all()
+
+
+def read_only() -> np.ndarray:
+    array = np.empty((3, 10), np.float32)
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    ("out", "sentence"),
+    [
+        ({}, "out holds nothing; expected an array for each of logits: float32"),
+        ({"logit": np.empty((3, 10), np.float32)}, "out holds logit"),
+        ({"logits": np.empty((3, 10), np.float32), "more": np.empty(1)}, "out holds logits, more"),
+        ({"logits": np.empty((3, 10))}, 'array for the output "logits" has dtype float64'),
+        ({"logits": np.empty((2, 10), np.float32)}, r'output "logits" has shape \[2, 10\]; expected .*\[3, 10\]'),
+        ({"logits": np.empty((10, 3), np.float32).T}, "writeable, contiguous"),
+        ({"logits": read_only()}, "writeable, contiguous"),
+        ({"logits": [0.0] * 10}, "is a list; expected a numpy array"),
+    ],
+)
+def test_an_out_that_does_not_fit(model: Model, out: dict[str, np.ndarray], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        model.run({"pixel_values": FEED}, out)
+
+
+def test_outputs_with_more_rows_than_images(tmp_path: Path) -> None:
+    """Attentions have a row for each window of each image."""
+    options = ("--weights", str(one_block()), "--task", "feature-extraction", "--output-attentions")
+    [path] = [path for path in exported_bundle(*options).iterdir() if path.is_dir()]
+    answers = {}
+    for backend in ("onnxruntime", "openvino"):
+        pytest.importorskip(backend, reason=f"{backend} is not installed")
+        with swin_deploy.load(path, backend=backend) as model:
+            for batch in (1, 3):
+                found = model.run({"pixel_values": FEED[:batch]})
+                out = {name: np.full_like(array, np.nan) for name, array in found.items()}
+                model.run({"pixel_values": FEED[:batch]}, out)
+                assert all(out[name].tobytes() == found[name].tobytes() for name in found)
+                assert found["attentions.0"].shape == (4 * batch, 2, 16, 16)
+            answers[backend] = found
+    assert all(np.allclose(*(answer[name] for answer in answers.values()), atol=1e-4) for name in found)
+
+
+def test_sizes_of_outputs() -> None:
+    assert resolved(("batch", 10), {"batch": 3}) == (3, 10)
+    assert resolved(("16*batch", 2), {"batch": 3}) == (48, 2)
+    assert resolved((4, 2), {}) == (4, 2)
+    assert resolved(("other", 2), {"batch": 3}) is None
+
+
+def test_ready_tensors_of_other_libraries(model: Model) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch makes the tensors")
+    wanted = model.run({"pixel_values": FEED})["logits"]
+    tensor = torch.from_numpy(FEED)
+    for same in (tensor, tensor.to(memory_format=torch.channels_last)):
+        assert model.run({"pixel_values": same})["logits"].tobytes() == wanted.tobytes()
+    with pytest.raises(InputError, match="dtype float64"):
+        model.run({"pixel_values": tensor.double()})
+    with pytest.raises(InputError, match=r"cannot be read through DLPack: .*grad"):
+        model.run({"pixel_values": tensor.clone().requires_grad_()})
+    with pytest.raises(InputError, match="DLPack type"):
+        model.run({"pixel_values": tensor.to("meta")})
+
+
+def test_warm_calls_keep_nothing(model: Model) -> None:
+    """Neither do the arrays of `out` grow a copy, nor does our own code keep or make more than small passing objects."""
+    feeds = {"pixel_values": FEED}
+    out = dict(model.run(feeds))
+    model.warm_up(3)
+    for _ in range(50):
+        model.run(feeds, out)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for _ in range(20):
+            model.run(feeds, out)
+        gc.collect()
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        for _ in range(500):
+            model.run(feeds, out)
+        _, peak = tracemalloc.get_traced_memory()
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 500  # less than a byte a call: nothing stays
+    assert peak - before < FEED.nbytes / 4  # no call copies its input
+
+
+@pytest.mark.parametrize("batch", [0, -1])
+def test_a_batch_to_warm_up_that_cannot_be_meant(model: Model, batch: int) -> None:
+    with pytest.raises(UsageError, match="at least 1"):
+        model.warm_up(batch)

@@ -1,0 +1,143 @@
+"""One loaded model used from many threads: the answers of one thread, to the bit, and none lost."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from cli.exported import digits, exported, one_block
+
+import swin_deploy
+from swin_deploy.bundle import Bundle
+from swin_deploy.errors import BackendError, InputError
+from swin_deploy.runtimes.pool import Pool
+
+THREADS, REQUESTS = 32, {"onnxruntime": 10_000, "openvino": 3_000}
+SIZES = ((32, 32), (16, 24))
+
+
+@pytest.fixture(scope="module")
+def two_sizes() -> str:
+    """One block at two image sizes."""
+    options = [part for height, width in SIZES for part in ("--image-size", f"{height}x{width}")]
+    [path] = [path for path in exported("--weights", str(one_block()), *options).iterdir() if path.is_dir()]
+    return str(path)
+
+
+def same(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> bool:
+    return found.keys() == wanted.keys() and all(found[name].tobytes() == wanted[name].tobytes() for name in wanted)
+
+
+@pytest.mark.parametrize("backend", REQUESTS)
+def test_many_threads_get_the_answers_of_one(backend: str, two_sizes: str) -> None:
+    """Graphs that nobody has opened yet, two sizes, three batches, a quarter with `out`."""
+    pytest.importorskip(backend, reason=f"{backend} is not installed")
+    random = np.random.default_rng(0)
+    feeds = [
+        {"pixel_values": random.standard_normal((batch, 3, *size)).astype(np.float32)}
+        for size in SIZES
+        for batch in (1, 2, 3, 5)
+    ]
+    with swin_deploy.load(two_sizes, backend=backend, threads=1) as alone:
+        wanted = [alone.run(feed) for feed in feeds]
+    count = REQUESTS[backend]
+    order = random.integers(0, len(feeds), count)
+    lost = []
+
+    def client(number: int) -> int:
+        outs = [{name: np.empty_like(array) for name, array in answer.items()} for answer in wanted]
+        done = 0
+        for request in range(number, count, THREADS):
+            which = int(order[request])
+            found = shared.run(feeds[which], outs[which] if request % 4 == 0 else None)
+            if not same(found, wanted[which]):
+                lost.append(request)
+            done += 1
+        return done
+
+    with swin_deploy.load(two_sizes, backend=backend, threads=1) as shared, ThreadPoolExecutor(THREADS) as pool:
+        assert sum(pool.map(client, range(THREADS))) == count
+    assert lost == []
+
+
+@pytest.mark.parametrize("backend", REQUESTS)
+def test_closing_waits_for_those_inside_and_refuses_the_others(backend: str) -> None:
+    pytest.importorskip(backend, reason=f"{backend} is not installed")
+    feed = {"pixel_values": np.random.default_rng(0).standard_normal((4, 3, 32, 32)).astype(np.float32)}
+    model = swin_deploy.load(digits(2), backend=backend, threads=1)
+    wanted = model.run(feed)
+    begun, ends = threading.Barrier(9), []
+
+    def client() -> None:
+        begun.wait()
+        try:
+            while True:
+                assert same(model.run(feed), wanted)
+        except BackendError as error:
+            ends.append(str(error))
+
+    threads = [threading.Thread(target=client) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    begun.wait()
+    model.close()
+    for thread in threads:
+        thread.join(60)
+    assert ends == ["This model is closed. Load it again to run it."] * 8
+
+
+@pytest.mark.parametrize("backend", REQUESTS)
+def test_a_call_that_fails_leaves_the_model_usable(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip(backend, reason=f"{backend} is not installed")
+    feed = {"pixel_values": np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)}
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("out of\nmemory")
+
+    with swin_deploy.load(digits(1), backend=backend) as model:
+        wanted = model.run(feed)
+        with pytest.raises(InputError):
+            model.run({"pixel_values": feed["pixel_values"][:, :1]})
+        with monkeypatch.context() as patch:
+            owner = module.InferenceSession if backend == "onnxruntime" else module.InferRequest
+            patch.setattr(owner, "run_with_iobinding" if backend == "onnxruntime" else "infer", fails)
+            for _ in range(300):  # more than any pool holds
+                with pytest.raises(BackendError, match="failed while running the model: out of memory") as caught:
+                    model.run(feed)
+        assert isinstance(caught.value.__cause__, RuntimeError)
+        assert same(model.run(feed), wanted)
+
+
+def test_a_pool_makes_no_more_than_it_may_and_drops_what_failed() -> None:
+    made, inside, most, turn = [], 0, 0, threading.Lock()
+    pool = Pool(lambda: made.append(object()) or made[-1], 3)
+
+    def use(number: int) -> None:
+        nonlocal inside, most
+        with pool.taken():
+            with turn:
+                inside += 1
+                most = max(most, inside)
+            threading.Event().wait(0.001)
+            with turn:
+                inside -= 1
+
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(use, range(200)))
+    assert most <= 3
+    assert len(made) <= 3
+    before = len(made)
+    for _ in range(5):
+        with pytest.raises(KeyError), pool.taken():
+            raise KeyError
+    with pool.taken() as one:
+        assert one is made[-1]
+    assert len(made) == before + 5 - (before - 1)
+
+
+def test_the_bundle_under_test_has_both_sizes(two_sizes: str) -> None:
+    assert [tuple(entry["image_size"]) for entry in Bundle.open(two_sizes).graphs.values()] == list(SIZES)
