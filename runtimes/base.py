@@ -69,8 +69,7 @@ class Runtime(ABC):
         finally:
             with self._turn:
                 self._running -= 1
-                if self._closed and not self._running:
-                    self._turn.notify_all()
+                self._turn.notify_all()  # close() may wait
 
     def close(self) -> None:
         """Frees what the back end holds, once the calls that are running have ended; closing twice does nothing."""

@@ -48,8 +48,8 @@ def from_dlpack(spec: TensorSpec, value: Any) -> Any:
     """
     if not (hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__")):
         raise InputError(f'The input "{spec.name}" is a {type(value).__name__}; expected a numpy array, {spec}.')
-    kind, number = (int(part) for part in value.__dlpack_device__())
     try:
+        kind, number = (int(part) for part in value.__dlpack_device__())
         if kind in (_CPU, _CUDA_HOST):
             return np.from_dlpack(value)
         if kind == _CUDA:

@@ -138,7 +138,7 @@ def evaluate_graphs(
     for feeds in batches:
         count = len(next(iter(next(iter(feeds.values())).values())))
         truth = None if wanted is None else np.asarray(wanted[done : done + count])
-        references: dict[Size, dict[str, Array]] = {}
+        references: dict[Size, Mapping[str, Array]] = {}
         for graph in graphs:
             found = graph.runtime.run(feeds[graph.image_size])
             if classes:

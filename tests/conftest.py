@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Generator
+from pathlib import Path
 
 # Before torch is imported, and for the commands that tests start: networks this small only lose by more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -69,6 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"SWIN_DEPLOY_REQUIRE names {sorted(unknown)}; it takes: {', '.join(MISSING)}.")
     if not is_worker(config):
         os.environ[once.FOLDER] = tempfile.mkdtemp(prefix="swin-deploy-tests-")  # the workers inherit it
+        os.environ["XDG_CACHE_HOME"] = str(Path(os.environ[once.FOLDER]) / "cache")  # what "auto" measures
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

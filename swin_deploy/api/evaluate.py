@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from swin_deploy.reference import Verdict
 
 
-def verify(bundle: str | os.PathLike[str], *, backend: str = "onnxruntime") -> tuple[Verdict, ...]:
-    """A verdict on every ONNX graph of a bundle, run here by `backend` against PyTorch's recorded answers.
+def verify(bundle: str | os.PathLike[str], *, backend: str = "onnxruntime", device: str = "cpu") -> tuple[Verdict, ...]:
+    """A verdict on every ONNX graph of a bundle, run here by `backend` on `device` against PyTorch's recorded answers.
 
     Checks every file's sha256 first (errors.BundleError). A verdict that is not `verified` is returned, not raised.
     """
@@ -28,7 +28,7 @@ def verify(bundle: str | os.PathLike[str], *, backend: str = "onnxruntime") -> t
     from swin_deploy.reference import verify_bundle
     from swin_deploy.runtimes.backends import runtime_to_check
 
-    return verify_bundle(Bundle.open(bundle), partial(runtime_to_check, backend=backend))
+    return verify_bundle(Bundle.open(bundle), partial(runtime_to_check, backend=backend, device=device))
 
 
 def evaluate(

@@ -12,14 +12,17 @@ from swin_deploy.cli.output import json_option, print_json, print_table
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.option("-k", "--top-k", default=5, show_default=True, type=click.IntRange(1), help="How many classes an image.")
-@click.option("--precision", default="fp32", show_default=True, help="Which graph of the bundle: fp32, fp16, int8.")
-@click.option("--backend", default="onnxruntime", show_default=True, help="What runs it: onnxruntime, openvino.")
+@click.option("--precision", default="fp32", show_default=True, help="Which graph of the bundle: fp32, fp16, int8, auto.")
+@click.option("--backend", default="auto", show_default=True, help="What runs it: onnxruntime, openvino, or the fastest here.")
+@click.option("--device", default="auto", show_default=True, help="Where: cpu, cuda, cuda:1.")
 @json_option
-def command(bundle: Path, images: tuple[str, ...], top_k: int, precision: str, backend: str, as_json: bool) -> None:
+def command(
+    bundle: Path, images: tuple[str, ...], top_k: int, precision: str, backend: str, device: str, as_json: bool
+) -> None:
     """Print the best classes of every IMAGE, with their probabilities."""
     import swin_deploy
 
-    with swin_deploy.load(bundle, precision=precision, backend=backend) as model:
+    with swin_deploy.load(bundle, precision=precision, backend=backend, device=device) as model:
         found = model.classify(images, top_k=top_k)
     if as_json:
         print_json(

@@ -10,8 +10,9 @@ from swin_deploy.cli.output import json_option, print_json, print_table
 @click.command("verify", short_help="Check a bundle's files, and its graphs against PyTorch's answers.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--backend", default="onnxruntime", show_default=True, help="What runs the graphs: onnxruntime, openvino.")
+@click.option("--device", default="cpu", show_default=True, help="Where: cpu, cuda, cuda:1.")
 @json_option
-def command(bundle: Path, backend: str, as_json: bool) -> None:
+def command(bundle: Path, backend: str, device: str, as_json: bool) -> None:
     """Check the sha256 of every file of BUNDLE, and run its ONNX graphs against the answers that PyTorch gave at export.
 
     Exits with 1 when a graph disagrees. Engines run only on the GPU they were compiled for, and are listed as not verified.
@@ -19,7 +20,7 @@ def command(bundle: Path, backend: str, as_json: bool) -> None:
     import swin_deploy
     from swin_deploy.bundle import Bundle
 
-    verdicts = swin_deploy.verify(bundle, backend=backend)
+    verdicts = swin_deploy.verify(bundle, backend=backend, device=device)
     engines = [file for file in Bundle.open(bundle).files if file.endswith(".engine")]
     if as_json:
         rows = [{"file": v.file, **v.to_dict()} for v in verdicts]

@@ -98,7 +98,7 @@ def test_ready_tensors_of_other_libraries(model: Model) -> None:
         model.run({"pixel_values": tensor.double()})
     with pytest.raises(InputError, match=r"cannot be read through DLPack: .*grad"):
         model.run({"pixel_values": tensor.clone().requires_grad_()})
-    with pytest.raises(InputError, match="DLPack type"):
+    with pytest.raises(InputError, match="cannot be read through DLPack: Unknown device"):
         model.run({"pixel_values": tensor.to("meta")})
 
 
@@ -112,19 +112,19 @@ def test_warm_calls_keep_nothing(model: Model) -> None:
     gc.collect()
     tracemalloc.start()
     try:
-        for _ in range(20):
+        for _ in range(500):
             model.run(feeds, out)
         gc.collect()
         before, _ = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
-        for _ in range(500):
+        for _ in range(3000):
             model.run(feeds, out)
         _, peak = tracemalloc.get_traced_memory()
         gc.collect()
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert after - before < 500  # less than a byte a call: nothing stays
+    assert after - before < 3000  # less than a byte a call: nothing stays
     assert peak - before < FEED.nbytes / 4  # no call copies its input
 
 

@@ -16,7 +16,7 @@ from swin_deploy.bundle import Bundle
 from swin_deploy.errors import BackendError, InputError
 from swin_deploy.runtimes.pool import Pool
 
-THREADS, REQUESTS = 32, {"onnxruntime": 10_000, "openvino": 3_000}
+THREADS, REQUESTS = 32, {"onnxruntime": 10_000, "openvino": 400}
 SIZES = ((32, 32), (16, 24))
 
 

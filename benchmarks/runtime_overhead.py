@@ -1,0 +1,85 @@
+"""What model.run costs above the session of ONNX Runtime that it uses, and whether memory grows over many calls.
+
+    python benchmarks/runtime_overhead.py BUNDLE [--rounds 40] [--calls 200000]
+
+Overhead: one process, one session; the raw session's run, model.run, and model.run with `out` take turns, a few calls at a
+time. A ratio is the median of all calls of the one to that of the other, so whatever else the machine does hits all alike.
+Memory: resident memory (VmRSS) after the first tenth of `--calls` and after the last, of model.run with `out`; meant for a
+tiny bundle, such as that of examples/digits; 0 leaves it out. Both on the CPU, with one image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import swin_deploy
+
+CALLS = 5  # of each in each round
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--calls", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0)
+    given = parser.parse_args(arguments)
+    print(f"swin-deploy {version('swin-deploy')}, onnxruntime {version('onnxruntime')}, {given.bundle}")
+    with swin_deploy.load(given.bundle, backend="onnxruntime", device="cpu", threads=given.threads) as model:
+        shape = (1, *(int(size) for size in model.inputs[0].shape[1:]))
+        feeds = {model.inputs[0].name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+        if given.rounds:
+            race(model, feeds, given.rounds)
+        if given.calls:
+            growth(model, feeds, given.calls)
+    return 0
+
+
+def race(model: Any, feeds: dict[str, Any], rounds: int) -> None:
+    session = model._runtime(model.image_sizes[0])._session
+    names, out = [spec.name for spec in model.outputs], dict(model.run(feeds))
+    ways: dict[str, Callable[[], object]] = {
+        "session.run": lambda: session.run(names, feeds),
+        "model.run": lambda: model.run(feeds),
+        "model.run with out": lambda: model.run(feeds, out),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 2):
+        for name, call in ways.items():
+            for _ in range(CALLS):
+                begin = time.perf_counter()
+                call()
+                if turn >= 2:
+                    times[name].append((time.perf_counter() - begin) * 1e3)
+    base = statistics.median(times["session.run"])
+    print("| | median ms | lowest ms | ratio of medians |\n|---|--:|--:|--:|")
+    for name, taken in times.items():
+        print(f"| {name} | {statistics.median(taken):.3f} | {min(taken):.3f} | {statistics.median(taken) / base:.4f} |")
+
+
+def growth(model: Any, feeds: dict[str, Any], calls: int) -> None:
+    out = dict(model.run(feeds))
+    first = 0.0
+    for call in range(calls):
+        model.run(feeds, out)
+        if call == calls // 10:
+            first = resident_mb()
+    last = resident_mb()
+    print(f"{calls} calls: {first:.1f} MB after a tenth, {last:.1f} MB at the end ({last / first - 1:+.2%})")
+
+
+def resident_mb() -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS:"))
+    return float(line.split()[1]) / 1e3
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,160 @@
+"""What "auto" takes: the fastest that is correct, measured once; and what is named is never replaced."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli.exported import copied, digits
+
+import swin_deploy
+from swin_deploy.bundle import Bundle
+from swin_deploy.errors import BackendError, MissingDependencyError, UsageError
+from swin_deploy.runtimes import choice
+from swin_deploy.runtimes.choice import Candidate, Measured, choose
+
+ORT, OV = Candidate("onnxruntime", "fp32", "cpu"), Candidate("openvino", "fp32", "cpu")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/swin-deploy/auto"
+
+
+def refuse(candidate: Candidate) -> Any:
+    raise AssertionError(f"{candidate} was opened")
+
+
+def rows_of(*milliseconds: float | None) -> Any:
+    found = iter(milliseconds)
+
+    def measure(bundle: Bundle, candidate: Candidate, open_first: Any) -> Measured:
+        took = next(found)
+        return Measured(candidate, took, "not verified" if took is None else "verified (relative L2 2.4e-07)")
+
+    return measure
+
+
+def test_measured_once_and_explained(cache: Path) -> None:
+    pytest.importorskip("openvino", reason="there would be nothing to choose")
+    with swin_deploy.load(digits(2)) as model:
+        first = model.describe()
+    assert (first.precision, first.device, first.graphs) == ("fp32", "cpu", {(32, 32): "onnx/model.onnx"})
+    assert {row.candidate.backend for row in first.measured} == {"onnxruntime", "openvino"}
+    assert all(row.milliseconds and row.verdict.startswith("verified (relative L2") for row in first.measured)
+    fastest = min(first.measured, key=lambda row: row.milliseconds or 0)
+    assert first.backend == fastest.candidate.backend
+    assert "the fastest of 2 that agree with PyTorch" in first.reason
+    text = str(first)
+    assert all(part in text for part in ("32x32: onnx/model.onnx", f"{fastest.milliseconds:.2f} ms", first.version, "openvino"))
+    assert json.loads(json.dumps(first.to_dict()))["measured"][0]["backend"] == "onnxruntime"
+    [kept] = cache.iterdir()
+    with swin_deploy.load(digits(2)) as model:
+        assert model.describe() == first  # to the microsecond: it was not measured again
+    kept.write_text("no json")
+    with swin_deploy.load(digits(2)) as model:
+        assert model.describe().measured != first.measured
+
+
+def test_the_fastest_of_those_that_agree(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, third = Bundle.open(digits(2)), Candidate("onnxruntime", "fp16", "cpu")
+    monkeypatch.setattr(choice, "_measure", rows_of(5.0, 3.0, None))
+    best, reason, rows = choose(bundle, [ORT, OV, third], refuse, 0)
+    assert (best, [row.milliseconds for row in rows]) == (OV, [5.0, 3.0, None])
+    assert "the fastest of 2" in reason
+    monkeypatch.setattr(choice, "_measure", rows_of(1.0, 3.0, 2.0))
+    assert choose(bundle, [ORT, OV, third], refuse, 0)[2] == rows  # from the cache
+    assert choose(bundle, [ORT, OV, third], refuse, 1)[0] == ORT  # with other threads, measured anew
+
+
+def test_where_none_is_correct(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_measure", rows_of(None, None))
+    with pytest.raises(BackendError, match=r"None of what is here.*onnxruntime fp32 on cpu: not verified"):
+        choose(Bundle.open(digits(2)), [ORT, OV], refuse, 0)
+    assert not cache.exists()
+
+
+def test_a_wrong_answer_is_not_timed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A back end that answers with what its first class would be elsewhere is fast, and not taken."""
+    pytest.importorskip("openvino", reason="there would be nothing to choose")
+    from swin_deploy.runtimes.openvino import OpenVino
+
+    right = OpenVino._run
+
+    def wrong(self: OpenVino, feeds: Any, out: Any) -> Any:
+        found = right(self, feeds, out)
+        found["logits"][:] *= 1.001
+        return found
+
+    monkeypatch.setattr(OpenVino, "_run", wrong)
+    with swin_deploy.load(digits(2)) as model:
+        told = model.describe()
+    assert told.backend == "onnxruntime"
+    [row] = [row for row in told.measured if row.candidate.backend == "openvino"]
+    assert row.milliseconds is None
+    assert "the output logits differs by 1.0" in row.verdict
+
+
+def test_nothing_to_choose_is_not_measured(cache: Path) -> None:
+    with swin_deploy.load(digits(2), backend="onnxruntime") as model:
+        assert model.describe().measured == ()
+        assert model.describe().reason == "there is nothing else to choose from here"
+    with swin_deploy.load(digits(2), backend="onnxruntime", device="cpu") as model:
+        assert model.describe().reason == "asked for by name"
+    assert not cache.exists()
+
+
+def test_no_place_for_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # not a folder: not even root can write into it
+    monkeypatch.setattr(choice, "_measure", rows_of(2.0, 3.0))
+    assert choose(Bundle.open(digits(2)), [ORT, OV], refuse, 0)[0] == ORT
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(choice.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    monkeypatch.setattr(choice, "_measure", rows_of(3.0, 2.0))
+    assert choose(Bundle.open(digits(2)), [ORT, OV], refuse, 0)[0] == OV
+
+
+def test_auto_takes_every_precision_that_is_verified(cache: Path, tmp_path: Path) -> None:
+    path = copied(2, tmp_path / "b")
+    with swin_deploy.load(path, backend="onnxruntime", precision="auto") as model:
+        assert [row.candidate.precision for row in model.describe().measured] == ["fp32", "fp16"]
+    Bundle.open(path).with_entry("onnx/model_fp16.onnx", {"agreement": "not verified"})
+    with swin_deploy.load(path, backend="onnxruntime", precision="auto") as model:
+        assert (model.precision, model.describe().measured) == ("fp32", ())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        ({"device": "tpu"}, UsageError, 'no device "tpu"'),
+        ({"device": "cuda:x"}, UsageError, "no device"),
+        ({"backend": "openvino", "device": "cuda"}, UsageError, "openvino runs on cpu, not on cuda"),
+        ({"backend": "onnxruntime-tensorrt", "device": "cpu"}, UsageError, "runs on cuda, not on cpu"),
+    ],
+)
+def test_devices_that_cannot_be_meant(arguments: dict[str, str], error: type[Exception], sentence: str) -> None:
+    pytest.importorskip("openvino", reason="it would be missed first")
+    with pytest.raises(error, match=sentence):
+        swin_deploy.load(digits(2), **arguments)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "onnxruntime-tensorrt"])
+def test_a_gpu_that_this_onnxruntime_has_no_provider_for(backend: str) -> None:
+    """It is told what to install, and nothing else is taken instead."""
+    ort = pytest.importorskip("onnxruntime", reason="the back end under test")
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("this ONNX Runtime has the CUDA provider")
+    with pytest.raises(MissingDependencyError, match=r'cannot run on cuda:1. Run: .*"swin-deploy\[gpu\]"'):
+        swin_deploy.load(digits(2), backend=backend, device="cuda:1")
+
+
+def test_a_back_end_that_is_not_installed_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    with pytest.raises(MissingDependencyError, match=r'"swin-deploy\[openvino\]"'):
+        swin_deploy.load(digits(2), backend="openvino")
+    with swin_deploy.load(digits(2)) as model:
+        assert model.describe().backend == "onnxruntime"

@@ -1,0 +1,118 @@
+"""model.stream: the answers of classify, in order, with a bounded number of frames in hand."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli.exported import EXAMPLES, digits, exported
+
+import swin_deploy
+from swin_deploy.errors import BackendError, InputError, UsageError
+from swin_deploy.runtimes.model import Model
+
+CHECKPOINTS = EXAMPLES.parent / "tests/checkpoints/data"
+DIGITS = [EXAMPLES / f"digits/images/{digit}.png" for digit in (4, 2, 9, 9, 0, 1, 7)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with swin_deploy.load(digits(2), backend="onnxruntime", threads=1) as loaded:
+        yield loaded
+
+
+def workers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "swin-deploy stream"]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7, 100])
+def test_the_answers_of_classify_in_order(model: Model, batch: int) -> None:
+    found = list(model.stream(iter(DIGITS), batch=batch, top_k=2))
+    assert found == model.classify(DIGITS, top_k=2, batch_size=batch)
+    assert list(model.stream([], batch=batch)) == []
+    assert workers() == []
+
+
+@pytest.mark.parametrize(("batch", "prefetch"), [(1, 1), (1, 2), (3, 2)])
+def test_a_slow_consumer_holds_up_the_frames(model: Model, batch: int, prefetch: int) -> None:
+    taken = 0
+
+    def frames() -> Iterator[Path]:
+        nonlocal taken
+        for _ in range(1000):
+            taken += 1
+            yield DIGITS[0]
+
+    stream = model.stream(frames(), batch=batch, prefetch=prefetch)
+    for _ in range(5 * batch):
+        next(stream)
+    seen = 0
+    while taken != seen:  # until nothing moves any more
+        seen = taken
+        time.sleep(0.5)
+    # One batch in each thread's hands, and `prefetch` in front of and behind the network.
+    assert 5 * batch <= taken <= batch * (5 + 2 * prefetch + 2)
+    stream.close()  # type: ignore[attr-defined]
+    assert workers() == []
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_an_error_comes_where_its_frame_would(model: Model, batch: int) -> None:
+    def broken() -> Iterator[Path]:
+        yield from DIGITS[:3]
+        raise OSError("the camera is gone")
+
+    for frames, error in ((broken(), OSError), ([*DIGITS[:3], Path("absent.png"), *DIGITS[3:]], InputError)):
+        found = []
+        stream = model.stream(frames, batch=batch)
+        with pytest.raises(error, match=r"gone|absent"):
+            found.extend(best[0].index for best in stream)
+        assert found == [4, 2, 9]
+        assert workers() == []
+
+
+def test_a_model_that_is_closed_meanwhile() -> None:
+    model = swin_deploy.load(digits(2), backend="onnxruntime", threads=1)
+    stream = model.stream(DIGITS * 100)
+    next(stream)
+    model.close()
+    with pytest.raises(BackendError, match="closed"):
+        list(stream)
+    assert workers() == []
+
+
+@pytest.mark.parametrize("arguments", [{"batch": 0}, {"prefetch": 0}, {"top_k": 0}])
+def test_numbers_of_a_stream_that_cannot_be_meant(model: Model, arguments: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="at least 1"):
+        model.stream(DIGITS, **arguments)  # before anything is asked of it
+
+
+def test_reconstruct_and_the_stream_of_another_task() -> None:
+    options = ("--weights", str(CHECKPOINTS / "hf523__SwinForMaskedImageModeling__basic"), "--task", "masked-image-modeling")
+    [path] = [path for path in exported(*options).iterdir() if path.is_dir()]
+    with swin_deploy.load(path, backend="onnxruntime", threads=1) as model:
+        patches = model.inputs[1].shape[1]
+        assert isinstance(patches, int)
+        mask = np.random.default_rng(0).random((3, patches)) < 0.5
+        images = [np.asarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3)), np.uint8) for i in range(3)]
+        feeds = {"pixel_values": model.preprocessor(images), "bool_masked_pos": mask}
+        wanted = model.run(feeds)["reconstruction"]
+        assert np.allclose(model.reconstruct(images, mask, batch_size=2), wanted, atol=1e-5)
+        plain = model.run({**feeds, "bool_masked_pos": np.zeros_like(mask)})["reconstruction"]
+        assert np.allclose(model.reconstruct(iter(images)), plain, atol=1e-5)
+        assert not np.allclose(wanted, plain, atol=1e-3)
+        alike = model.run({**feeds, "bool_masked_pos": mask[[0] * 3]})["reconstruction"]
+        assert np.allclose(model.reconstruct(images, mask[0]), alike, atol=1e-5)
+        streamed = [one["reconstruction"] for one in model.stream(images, batch=2)]
+        assert np.allclose(np.concatenate(streamed), plain, atol=1e-5)
+        for wrong in (mask[:2], mask[[0] * 4], mask[:, 1:], mask.astype(np.float32), [True]):
+            with pytest.raises(InputError, match="mask"):
+                model.reconstruct(images, wrong)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="classify"):
+            model.classify(images)
+    with swin_deploy.load(digits(2), backend="onnxruntime") as other, pytest.raises(UsageError, match=r"reconstruct\(\) needs"):
+        other.reconstruct(images)

@@ -1,0 +1,33 @@
+"""examples/camera.py as a user runs it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli.exported import EXAMPLES, THREE, digits
+
+
+def camera(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / "camera.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_folder_of_frames(batch: int, tmp_path: Path) -> None:
+    done = camera(digits(2), EXAMPLES / "digits/images", "--batch", batch, "--backend", "onnxruntime", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    assert [(row[0], row[-1]) for row in rows] == [(str(i), word) for i, word in enumerate(words)]
+    assert all(float(row[2]) >= 0 and row[3] == "ms" for row in rows)
+    assert "onnxruntime" in done.stderr
+
+
+def test_what_is_no_source(tmp_path: Path) -> None:
+    done = camera(digits(2), THREE.with_name("absent.mp4"), "--backend", "onnxruntime", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "absent.mp4 is n" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
