@@ -178,7 +178,7 @@ class Model:
                 one = {name: array[i * (n := len(array) // count) : (i + 1) * n] for name, array in outputs.items()}
                 yield self._best(one["logits"][0].astype(np.float64), top_k) if classes else one
 
-        return pipelined(frames, batch, prefetch, self._feeds, run)
+        return pipelined(_several(frames), batch, prefetch, self._feeds, run)
 
     def close(self) -> None:
         """Frees the back end's memory, once the calls that are running have ended; the model cannot be run afterwards."""
@@ -221,8 +221,7 @@ class Model:
     ) -> Iterator[Mapping[str, NDArray[Any]]]:
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}, and must be at least 1.")
-        single = isinstance(images, str | os.PathLike | np.ndarray) or not isinstance(images, Iterable)
-        stream = iter([images] if single else images)  # type: ignore[arg-type]
+        stream = iter(_several(images))
         done = 0
         while batch := list(islice(stream, batch_size)):
             feeds = self._feeds(batch)
@@ -252,3 +251,9 @@ class Model:
         scores = odds / odds.sum()
         best = np.argsort(-logits, kind="stable")[:top_k]
         return [Prediction(int(i), self.config.id2label[int(i)], float(scores[i])) for i in best]
+
+
+def _several(images: Any) -> Iterable[Any]:
+    """`images`, or one image in a list."""
+    single = isinstance(images, str | os.PathLike | np.ndarray) or not isinstance(images, Iterable)
+    return [images] if single else images

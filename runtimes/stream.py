@@ -63,11 +63,12 @@ def pipelined(
     An error is raised where the result of its frame would be; that of a frame that cannot be prepared comes after the
     results of those before it in its batch. When the iterator is closed both threads end, once the frame in hand is there.
     """
+    stream = iter(frames)
     prepared: _Channel[Any] = _Channel(prefetch)
     results: _Channel[Any] = _Channel(prefetch)
 
     def preparing() -> None:
-        stream, error = iter(frames), None
+        error: BaseException | None = None
         while error is None:
             taken: list[Any] = []
             try:

@@ -116,3 +116,10 @@ def test_reconstruct_and_the_stream_of_another_task() -> None:
             model.classify(images)
     with swin_deploy.load(digits(2), backend="onnxruntime") as other, pytest.raises(UsageError, match=r"reconstruct\(\) needs"):
         other.reconstruct(images)
+
+
+def test_one_frame_and_what_is_none(model: Model) -> None:
+    assert list(model.stream(DIGITS[0])) == list(model.stream(str(DIGITS[0]))) == model.classify(DIGITS[0])
+    with pytest.raises(InputError):
+        list(model.stream(3))  # type: ignore[arg-type]
+    assert workers() == []
