@@ -286,7 +286,7 @@ def test_a_reader_that_leaves_early(tmp_path: Path) -> None:
         ("tensorrt_rtx", ["build-engine", "B"], "tensorrt-rtx"),
         ("tensorrt_rtx", ["build-engine", "B", "--backend", "tensorrt-rtx"], "tensorrt-rtx"),
         ("onnxruntime", ["verify", "B"], "onnxruntime"),
-        ("onnxruntime", ["predict", "B", THREE], "onnxruntime"),
+        ("onnxruntime", ["predict", "B", THREE, "--backend", "onnxruntime"], "onnxruntime"),
         ("onnxruntime", ["bench", "B"], "onnxruntime"),
         ("openvino", ["verify", "B", "--backend", "openvino"], "openvino"),
     ],

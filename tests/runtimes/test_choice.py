@@ -158,3 +158,6 @@ def test_a_back_end_that_is_not_installed_is_not_replaced(monkeypatch: pytest.Mo
         swin_deploy.load(digits(2), backend="openvino")
     with swin_deploy.load(digits(2)) as model:
         assert model.describe().backend == "onnxruntime"
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(MissingDependencyError, match=r'Nothing that runs models .*"swin-deploy\[onnxruntime\]"'):
+        swin_deploy.load(digits(2))
