@@ -16,6 +16,7 @@ import swin_deploy
 from swin_deploy.errors import InputError, UsageError
 from swin_deploy.runtimes.base import resolved
 from swin_deploy.runtimes.model import Model
+from swin_deploy.runtimes.tensors import device_tensor
 
 FEED = np.random.default_rng(0).standard_normal((3, 3, 32, 32)).astype(np.float32)
 
@@ -132,3 +133,17 @@ def test_warm_calls_keep_nothing(model: Model) -> None:
 def test_a_batch_to_warm_up_that_cannot_be_meant(model: Model, batch: int) -> None:
     with pytest.raises(UsageError, match="at least 1"):
         model.warm_up(batch)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint8", "bool"])
+def test_what_a_dlpack_capsule_says_is_read(dtype: str) -> None:
+    """As PyTorch itself says it; where the memory is plays no part in that."""
+    torch = pytest.importorskip("torch", reason="PyTorch makes the capsules")
+    tensor = torch.zeros((4, 3, 8, 6), dtype=getattr(torch, dtype))[1:3]
+    found = device_tensor(tensor.__dlpack__(), "cuda:1")
+    assert (found.device, found.dtype, found.shape) == ("cuda:1", np.dtype(dtype), tuple(tensor.shape))
+    assert found.pointer == tensor.data_ptr()
+    with pytest.raises(ValueError, match="not contiguous"):
+        device_tensor(tensor.transpose(2, 3).__dlpack__(), "cuda:1")
+    with pytest.raises(ValueError, match="DLPack code"):
+        device_tensor(tensor.to(torch.bfloat16).__dlpack__(), "cuda:1")
