@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from swin_deploy.bundle import CONFIG, PREPROCESSOR, Bundle
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import BackendError, InputError, UsageError
+from swin_deploy.frames import Frames, preparation_for
 from swin_deploy.preprocess import Preprocessor
 from swin_deploy.specs import PRECISIONS, QUANTIZED, Size, TensorSpec, size_text
 from swin_deploy.tasks import PIXELS, TaskSpec
@@ -54,6 +55,7 @@ class Model:
         self.config = SwinConfig.from_dict(bundle.read_json(CONFIG))
         self.task = TaskSpec.from_dict(bundle.manifest["task"])
         self.preprocessor = Preprocessor.from_dict(bundle.read_json(PREPROCESSOR))
+        self.preparation = preparation_for(self.preprocessor, bundle.files[next(iter(files.values()))])
         self.image_sizes: tuple[Size, ...] = tuple(files)
         self._files, self._open = dict(files), open_graph
         self._runtimes: dict[Size, Runtime] = {}
@@ -78,8 +80,9 @@ class Model:
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
         """Arrays in, arrays out: {"pixel_values": float32 [batch, 3, height, width]} -> {"logits": float32 [batch, labels]}.
 
-        The task decides what else goes in and what comes out (`inputs`, `outputs`). Raises InputError when a feed does not
-        fit, naming the image sizes that do.
+        A graph with embedded preprocessing takes uint8 frames [batch, height, width, 3] in RGB. The task decides what else
+        goes in and what comes out (`inputs`, `outputs`). Raises InputError when a feed does not fit, naming the image sizes
+        that do.
         """
         return self._runtime(self._size_of(feeds.get(PIXELS))).run(feeds)
 
@@ -131,7 +134,8 @@ class Model:
     def _size_of(self, pixels: object) -> Size:
         """The image size whose graph takes `pixels`; the first one's own check says what else is wrong with them."""
         if isinstance(pixels, np.ndarray) and pixels.ndim == 4 and len(self.image_sizes) > 1:
-            size = (pixels.shape[2], pixels.shape[3])
+            first = 1 if isinstance(self.preparation, Frames) else 2  # frames have their channels last
+            size = (pixels.shape[first], pixels.shape[first + 1])
             if size not in self._files:
                 raise InputError(
                     f'The input "{PIXELS}" has images of {size_text(size)} pixels, and this bundle has graphs for '
@@ -146,7 +150,7 @@ class Model:
         single = isinstance(images, str | os.PathLike | np.ndarray) or not isinstance(images, Iterable)
         stream = iter([images] if single else images)  # type: ignore[arg-type]
         while batch := list(islice(stream, batch_size)):
-            feeds: Arrays = {PIXELS: self.preprocessor(batch)}  # type: ignore[arg-type]
+            feeds: Arrays = {PIXELS: self.preparation(batch)}  # type: ignore[arg-type]
             for spec in self.inputs[1:]:  # a mask that hides nothing
                 feeds[spec.name] = np.zeros((len(batch), *(int(n) for n in spec.shape[1:])), dtype=spec.dtype)
             yield self.run(feeds)
