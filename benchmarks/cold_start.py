@@ -110,7 +110,11 @@ def sizes_of(python: Path, cwd: Path) -> dict[str, int]:
     place = Path(subprocess.run([str(python), "-c", code], cwd=cwd, capture_output=True, text=True, check=True).stdout.strip())
     sizes: dict[str, int] = {}
     for entry in place.iterdir():
-        name = entry.name.partition(".")[0] if entry.is_dir() and not entry.name.endswith("-info") else entry.name.partition("-")[0]
+        name = (
+            entry.name.partition(".")[0]
+            if entry.is_dir() and not entry.name.endswith("-info")
+            else entry.name.partition("-")[0]
+        )
         files = [file for file in entry.rglob("*") if file.is_file()] if entry.is_dir() else [entry]
         sizes[name] = sizes.get(name, 0) + sum(file.stat().st_size for file in files)
     return sizes

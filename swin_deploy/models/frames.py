@@ -142,7 +142,8 @@ class Columns(Resampling):
         if self.index is not None:
             x = x.reshape(-1, height, width // self.granule, self.granule * CHANNELS).index_select(2, self.index)
         x = x.reshape(-1, height, self.blocks, self.window * CHANNELS).permute(0, 2, 1, 3).float()
-        x = self.rounded(*torch.matmul(x, self.factors).chunk(2, dim=3))
+        x, half = torch.matmul(x, self.factors), self.size * CHANNELS
+        x = self.rounded(x[..., :half], x[..., half:])
         x = x.permute(0, 2, 1, 3).reshape(-1, height, self.blocks * self.size, CHANNELS)
         return x[:, :, : self.new]
 
@@ -161,7 +162,8 @@ class Rows(Resampling):
         if self.index is not None:
             x = x.index_select(1, self.index)
         x = x.reshape(-1, self.blocks, self.window, width * CHANNELS).float()
-        x = self.rounded(*torch.matmul(self.factors, x).chunk(2, dim=2))
+        x = torch.matmul(self.factors, x)
+        x = self.rounded(x[:, :, : self.size], x[:, :, self.size :])
         return x.reshape(-1, self.blocks * self.size, width, CHANNELS)[:, : self.new]
 
 

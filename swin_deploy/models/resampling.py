@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from swin_deploy.errors import UsageError
 from swin_deploy.preprocess import Preprocessor
 from swin_deploy.specs import Size
 
@@ -116,10 +117,14 @@ def split_exactly(weights: Weights) -> tuple[NDArray[np.float32], NDArray[np.flo
         half = 1 << (shift - 1)
         low = (weights + half) % (2 * half) - half
         high = (weights - low) >> shift
-        sums = [255 * int(np.abs(part).sum(axis=1).max()) for part in (high, low)]
-        if max(sums) < 1 << 24 and int(np.abs(high).max()) <= 1 << 11:
+        # Whatever is added first, a sum lies between those of all negative and of all positive terms.
+        signs = (np.clip(sign * part, 0, None) for part in (high, low) for sign in (1, -1))
+        if max(255 * int(part.sum(axis=1).max()) for part in signs) < 1 << 24 and int(np.abs(high).max()) <= 1 << 11:
             return high.astype(np.float32), low.astype(np.float32), shift
-    raise ValueError("these weights cannot be split")  # more than 100,000 pixels become one
+    raise UsageError(
+        f"A frame of {weights.shape[1]} pixels cannot be resized to {len(weights)} in float32. Make it smaller outside, and "
+        f"export without --embed-resize."
+    )
 
 
 def _nearest(length: int, target: int) -> list[int]:

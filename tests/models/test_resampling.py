@@ -26,9 +26,7 @@ BICUBIC = {"size": {"height": 48, "width": 40}, "resample": 3, **IMAGENET}
 
 def embedding(preprocessor: Preprocessor, image: tuple[int, int], frame: tuple[int, int] | None, cast_first: bool) -> Any:
     """(the network's patch embedding, the same for frames), with random weights."""
-    config = SwinConfig(
-        version=1, image_size=image, embed_dim=16, depths=(1,), num_heads=(2,), window_size=(4,), num_labels=3
-    )
+    config = SwinConfig(version=1, image_size=image, embed_dim=16, depths=(1,), num_heads=(2,), window_size=(4,))
     tensors = random_checkpoint(config, TaskSpec()).tensors
     frames = Frames(preprocessor, frame)
     return PatchEmbedding(config, image, tensors, False), FrameEmbedding(config, image, tensors, False, frames, cast_first)
