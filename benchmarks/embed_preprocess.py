@@ -49,7 +49,7 @@ def main() -> int:
     height, width = given.frame.split("x")
     photo = Path(__file__).resolve().parents[1] / "examples/photos/china.jpg"
     with tempfile.TemporaryDirectory() as scratch:
-        folder = given.folder or Path(scratch)
+        folder = (given.folder or Path(scratch)).absolute()
         workers = {}
         for name, options in CANDIDATES.items():
             bundle = exported(folder, given.frame, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ import numpy as np
 import pytest
 from cli.exported import EXAMPLES, FLOWER, THREE, WEIGHTS, cli_here, contents, digits, exported, one_block, refused, result
 from PIL import Image
+from safetensors.torch import save_file
 
 import swin_deploy
 from swin_deploy.bundle import Bundle
+from swin_deploy.config import SwinConfig
 from swin_deploy.errors import InputError, UsageError
+from swin_deploy.models.checkpoints import random_checkpoint
+from swin_deploy.tasks import TaskSpec
 
 pytest.importorskip("onnxruntime", reason="graphs are run with ONNX Runtime")
 CHINA = EXAMPLES / "photos/china.jpg"
@@ -145,25 +150,58 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     refused(cli_here(*export, "--embed-resize", "wide", cwd=tmp_path), '"wide" is no image size')
     assert contents(tmp_path) == before
     with pytest.raises(UsageError, match="takes images of 1 channels"):
-        swin_deploy.export(weights=_grey(tmp_path), output=tmp_path / "grey", embed_preprocess=True)
+        swin_deploy.export(weights=_weights(tmp_path, TaskSpec(), 1), output=tmp_path / "grey", embed_preprocess=True)
 
 
-def _grey(folder: Path) -> Path:
-    """A checkpoint for images of one channel."""
-    import json
-
-    from safetensors.torch import save_file
-
-    from swin_deploy.config import SwinConfig
-    from swin_deploy.models.checkpoints import random_checkpoint
-    from swin_deploy.tasks import TaskSpec
-
+def _weights(folder: Path, task: TaskSpec, channels: int) -> Path:
+    """A checkpoint of one block with random weights, for `task`, of images with so many channels."""
     config = SwinConfig(
-        version=1, image_size=(32, 32), num_channels=1, embed_dim=16, depths=(1,), num_heads=(2,), window_size=(4,)
+        version=1, image_size=(32, 32), num_channels=channels, embed_dim=64, depths=(1,), num_heads=(2,), window_size=(4,)
     )
-    checkpoint = random_checkpoint(config, TaskSpec())
+    checkpoint = random_checkpoint(config, task)
     path = folder / "weights"
     path.mkdir()
     save_file(dict(checkpoint.tensors), path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(checkpoint.config.to_dict()))
     return path
+
+
+@pytest.mark.parametrize("task", ["feature-extraction", "backbone", "masked-image-modeling"])
+def test_every_task_and_size_on_both_back_ends(task: str, tmp_path: Path) -> None:
+    """No export is kept that is not PyTorch's answer to what the image processor makes; 30 pixels are no whole patches."""
+    pytest.importorskip("openvino", reason="OpenVINO runs the graphs, too")
+    spec = TaskSpec(task)
+    target = "onnxruntime" if task == "backbone" else "openvino"
+    weights = _weights(tmp_path, spec, 3)
+    sizes = [(32, 32), (30, 42)]
+    made = swin_deploy.export(
+        weights=weights, output=tmp_path / "b", task=spec, image_sizes=sizes, target=target, embed_preprocess=True
+    )
+    assert [entry["agreement"]["verified"] for entry in made.graphs.values()] == [True, True]
+    assert all(verdict.verified for verdict in swin_deploy.verify(tmp_path / "b", backend="openvino"))
+    frames = np.stack([np.asarray(Image.open(photo).resize((42, 30))) for photo in (CHINA, FLOWER)])
+    with swin_deploy.load(tmp_path / "b") as model:
+        feeds = {"pixel_values": frames}
+        if spec.masked:
+            feeds["bool_masked_pos"] = np.zeros((2, 8 * 11), dtype=bool)
+        assert all(len(output) == 2 for output in model.run(feeds).values())
+        with pytest.raises(InputError, match=r"images of 31x42 pixels, and this bundle has graphs for 32x32, 30x42"):
+            model.run({**feeds, "pixel_values": np.zeros((1, 31, 42, 3), np.uint8)})
+        if task != "masked-image-modeling":
+            assert all(len(output) == 2 for output in model.features([CHINA, FLOWER]).values())
+
+
+def test_bf16_and_openvino_from_whole_frames(tmp_path: Path) -> None:
+    weights = _weights(tmp_path, TaskSpec(), 3)
+    swin_deploy.export(weights=weights, output=tmp_path / "b", embed_resize=(123, 77))
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engine")
+    [built] = swin_deploy.build_engine(tmp_path / "b", precision="bf16", gpus=["sm_89"], batches=[(1, 2, 4)])
+    assert built.entry["precision"] == "bf16"
+    assert all(verdict.verified for verdict in swin_deploy.verify(tmp_path / "b"))
+    pytest.importorskip("openvino", reason="OpenVINO runs the graph, too")
+    frames = np.stack([np.asarray(Image.open(photo).resize((77, 123))) for photo in (CHINA, FLOWER)])
+    answers = []
+    for backend in ("onnxruntime", "openvino"):
+        with swin_deploy.load(tmp_path / "b", backend=backend) as model:
+            answers.append(model.run({"pixel_values": frames})["logits"])
+    assert distance(*answers) < 1e-5
