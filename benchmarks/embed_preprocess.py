@@ -3,7 +3,8 @@
     python benchmarks/embed_preprocess.py [--frame 1080x1920] [--rounds 20] [--threads 0]
 
 Swin-T with random weights in ONNX Runtime. The candidates take turns, one call each, in processes of their own that live as
-long as the benchmark. Needs the extras "export" and "onnxruntime", and no network.
+long as the benchmark. What the processors spent is disturbed less by other programs than the clock. Needs the extras "export"
+and "onnxruntime", and no network.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ CANDIDATES = {  # what is exported, and whether the image processor runs outside
     "--embed-preprocess: Pillow, then uint8": ("--embed-preprocess",),
     "--embed-resize: the frame itself": ("--embed-resize",),
 }
-# Answers each line with the milliseconds of one call: in all, and of what was done before the graph.
+# Answers each line with the milliseconds of one call: by the clock, of the processors, and of these before the graph.
 WORKER = """
 import sys, time
 import numpy as np
@@ -31,11 +32,11 @@ with Image.open(photo) as image:
     frame = np.asarray(image.convert("RGB").resize((width, height)))
 with swin_deploy.load(bundle, threads=threads) as model:
     for line in sys.stdin:
-        start = time.perf_counter()
-        pixels = model.preparation(frame)
-        prepared = time.perf_counter()
+        start, spent = time.perf_counter(), time.process_time()
+        pixels = frame[None] if model.inputs[0].image_size == frame.shape[:2] else model.preparation(frame)
+        before = time.process_time() - spent
         model.run({"pixel_values": pixels})
-        print(1e3 * (time.perf_counter() - start), 1e3 * (prepared - start), flush=True)
+        print(*(1e3 * t for t in (time.perf_counter() - start, time.process_time() - spent, before)), flush=True)
 """
 
 
@@ -55,23 +56,24 @@ def main() -> int:
             bundle = exported(folder, given.frame, options)
             command = [sys.executable, "-c", WORKER, str(bundle), str(given.threads), height, width, str(photo)]
             workers[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
+        times: dict[str, list[list[float]]] = {name: [] for name in workers}
         for turn in range(given.rounds + 3):
             for name, worker in workers.items():
                 assert worker.stdin is not None
                 assert worker.stdout is not None
                 worker.stdin.write("go\n")
                 worker.stdin.flush()
-                whole, before = map(float, worker.stdout.readline().split())
+                taken = [float(part) for part in worker.stdout.readline().split()]
                 if turn >= 3:
-                    times[name].append((whole, before))
+                    times[name].append(taken)
         for worker in workers.values():
             worker.communicate()
-    print(f"| a frame of {given.frame} | best ms | median ms | of it before the graph, median |")
-    print("|---|---|---|---|")
-    for name, pairs in times.items():
-        whole, before = zip(*pairs, strict=True)
-        print(f"| {name} | {min(whole):.1f} | {statistics.median(whole):.1f} | {statistics.median(before):.1f} |")
+    print(f"| a frame of {given.frame} | best ms | median ms | processor ms, best and median | of these before the graph |")
+    print("|---|---|---|---|---|")
+    for name, taken in times.items():
+        clock, spent, before = zip(*taken, strict=True)
+        print(f"| {name} | {min(clock):.1f} | {statistics.median(clock):.1f} ", end="")
+        print(f"| {min(spent):.1f}, {statistics.median(spent):.1f} | {statistics.median(before):.1f} |")
     return 0
 
 
