@@ -166,7 +166,9 @@ def _weights(folder: Path, task: TaskSpec, channels: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("task", ["feature-extraction", "backbone", "masked-image-modeling"])
+@pytest.mark.parametrize(
+    "task", [pytest.param("feature-extraction", marks=pytest.mark.slow), "backbone", "masked-image-modeling"]
+)
 def test_every_task_and_size_on_both_back_ends(task: str, tmp_path: Path) -> None:
     """No export is kept that is not PyTorch's answer to what the image processor makes; 30 pixels are no whole patches."""
     pytest.importorskip("openvino", reason="OpenVINO runs the graphs, too")
