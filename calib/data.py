@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from swin_deploy.bundle import PREPROCESSOR, Bundle
 from swin_deploy.errors import InputError, UsageError
+from swin_deploy.frames import Frames, Preparation, preparation_for
 from swin_deploy.preprocess import Preprocessor
 from swin_deploy.specs import Size, TensorSpec
 
@@ -36,7 +37,7 @@ class Samples:
     """
 
     source: Source
-    preprocessor: Preprocessor
+    preprocessor: Preparation
     inputs: tuple[TensorSpec, ...]
     chosen: tuple[int, ...]
 
@@ -52,11 +53,13 @@ class Samples:
     @property
     def image_size(self) -> Size:
         """(height, width) in pixels of what the network takes."""
-        return (int(self.inputs[0].shape[2]), int(self.inputs[0].shape[3]))
+        return self.inputs[0].image_size
 
     @property
     def ready(self) -> bool:
         """Whether samples come as the network takes them, for one image size."""
+        if isinstance(self.source, NumpyFile) and self.source.prepared:
+            return True
         sample = next(self.source.read(self.chosen[:1]))
         return isinstance(sample, np.ndarray) and sample.dtype.kind == "f"
 
@@ -77,7 +80,8 @@ class Samples:
     def batches(self, size: int, start: int = 0) -> Iterator[Feeds]:
         """Feeds for the network, at most `size` samples each, from sample number `start` on.
 
-        {"pixel_values": float32 [size, 3, height, width]}, and masks that hide nothing where the network takes masks.
+        {"pixel_values": float32 [size, 3, height, width], or uint8 frames [size, height, width, 3] where the graph takes
+        them}, and masks that hide nothing where the network takes masks.
         Raises InputError for a sample that cannot be read, has another shape, or holds NaN or infinity.
         """
         if size < 1:
@@ -86,9 +90,10 @@ class Samples:
         stream = zip(chosen, self.source.read(chosen), strict=True)
         for first in range(0, len(chosen), size):
             count = min(size, len(chosen) - first)
-            pixels = np.empty((count, *_shape(self.inputs)), dtype=np.float32)
+            pixels = np.empty((count, *_shape(self.inputs)), dtype=self.inputs[0].dtype)
             for row, (index, sample) in zip(pixels, stream, strict=False):
-                row[:] = prepared(sample, self.source.name(index), self.preprocessor, self.inputs)
+                as_is = isinstance(self.source, NumpyFile) and self.source.prepared
+                row[:] = sample if as_is else prepared(sample, self.source.name(index), self.preprocessor, self.inputs)
             yield self._feeds(pixels)
 
     def _feeds(self, pixels: Array) -> Feeds:
@@ -97,14 +102,14 @@ class Samples:
             feeds[spec.name] = np.zeros((len(pixels), *(int(n) for n in spec.shape[1:])), dtype=spec.dtype)
         return feeds
 
-    def with_size(self, preprocessor: Preprocessor, inputs: tuple[TensorSpec, ...]) -> Samples:
+    def with_size(self, preprocessor: Preparation, inputs: tuple[TensorSpec, ...]) -> Samples:
         """The same samples for another network, such as that of another image size."""
         return dataclasses.replace(self, preprocessor=preprocessor, inputs=inputs)
 
 
 def samples_from(
     source: str | os.PathLike[str] | Iterable[Any],
-    preprocessor: Preprocessor,
+    preprocessor: Preparation,
     inputs: tuple[TensorSpec, ...],
     samples: int | None = None,
     labels: str | os.PathLike[str] | None = None,
@@ -144,29 +149,33 @@ def samples_for(
     return samples_from(source, *preparation(bundle, next(iter(bundle.graphs))), samples, labels)
 
 
-def preparation(bundle: Bundle, file: str) -> tuple[Preprocessor, tuple[TensorSpec, ...]]:
-    """How images become what the graph `file` of `bundle` takes: the preprocessor, for its image size, and its inputs."""
+def preparation(bundle: Bundle, file: str) -> tuple[Preparation, tuple[TensorSpec, ...]]:
+    """How images become what the graph `file` of `bundle` takes, for its image size, and its inputs."""
     entry: Mapping[str, Any] = bundle.files[file]
     inputs = tuple(TensorSpec.from_dict(spec) for spec in entry["inputs"])
     preprocessor = Preprocessor.from_dict(bundle.read_json(PREPROCESSOR))
     first = next(iter(bundle.graphs.values()))["image_size"]
     if entry["image_size"] != first:  # the bundle's preprocessor makes the first size
-        size: Size = (int(entry["image_size"][0]), int(entry["image_size"][1]))
-        if preprocessor.do_center_crop:
-            preprocessor = dataclasses.replace(preprocessor, crop_size=size)
-        else:
-            preprocessor = dataclasses.replace(preprocessor, size=size, shortest_edge=None)
-    return preprocessor, inputs
+        preprocessor = preprocessor.with_size((int(entry["image_size"][0]), int(entry["image_size"][1])))
+    return preparation_for(preprocessor, entry), inputs
 
 
-def prepared(sample: Any, name: str, preprocessor: Preprocessor, inputs: tuple[TensorSpec, ...]) -> Array:
-    """One sample as the network takes it, float32 [3, height, width]. Raises InputError for one that does not fit."""
+def prepared(sample: Any, name: str, preprocessor: Preparation, inputs: tuple[TensorSpec, ...]) -> Array:
+    """One sample as the graph takes it, float32 [3, height, width] or uint8 [height, width, 3].
+
+    Raises InputError for one that does not fit.
+    """
     from PIL import Image
 
     shape = _shape(inputs)
     if hasattr(sample, "__array__") and not isinstance(sample, np.ndarray | Image.Image):
         sample = np.asarray(sample)  # a tensor of some library
     if isinstance(sample, np.ndarray) and sample.dtype.kind == "f":
+        if isinstance(preprocessor, Frames):
+            raise InputError(
+                f"{name} is prepared already ({sample.dtype}), and this graph prepares its images itself. Give uint8 images "
+                f"[height, width, 3]."
+            )
         pixels = sample.astype(np.float32)
         if pixels.shape != shape:
             raise InputError(
@@ -181,7 +190,8 @@ def prepared(sample: Any, name: str, preprocessor: Preprocessor, inputs: tuple[T
     except InputError as error:
         raise error if isinstance(sample, str | os.PathLike) else InputError(f"{name}: {error}") from error
     if made.shape != shape:
-        comes, takes = (f"{height}x{width}" for _, height, width in (made.shape, shape))
+        sizes = (made.shape, shape) if isinstance(preprocessor, Frames) else (made.shape[1:], shape[1:])
+        comes, takes = (f"{size[0]}x{size[1]}" for size in sizes)
         raise InputError(
             f"{name} is {comes} pixels once it is prepared, and the network takes {takes}. Export for that size as well."
         )
@@ -209,7 +219,7 @@ def balanced(labels: Sequence[Any], count: int) -> tuple[int, ...]:
     return tuple(sorted(index for label, number in taken.items() if number for index in spread(members[label], number)))
 
 
-def _source(source: Any, preprocessor: Preprocessor, inputs: tuple[TensorSpec, ...], samples: int | None) -> Source:
+def _source(source: Any, preprocessor: Preparation, inputs: tuple[TensorSpec, ...], samples: int | None) -> Source:
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
@@ -235,6 +245,11 @@ def _fitting(found: NumpyFile, inputs: tuple[TensorSpec, ...]) -> NumpyFile:
     shape = _shape(inputs)
     images = found.dtype == np.uint8 and (len(found.shape) == 3 or (len(found.shape) == 4 and found.shape[3] in (1, 3, 4)))
     sides = ", ".join(map(str, shape))
+    if inputs[0].dtype == "uint8" and not images:
+        raise InputError(
+            f"{found.title} is {found.dtype} {list(found.shape)}, and this graph prepares its images itself. Expected uint8 "
+            f"images [n, height, width, 3]."
+        )
     if not images and not (found.dtype.kind == "f" and found.shape[1:] == shape):
         raise InputError(
             f"{found.title} is {found.dtype} {list(found.shape)}. Expected float [n, {sides}], prepared as the network takes "

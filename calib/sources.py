@@ -111,6 +111,7 @@ class NumpyFile:
     def __init__(self, title: str, open_array: Callable[[], contextlib.AbstractContextManager[IO[bytes]]]) -> None:
         self.title, self._open = title, open_array
         self.labels: Sequence[Any] | None = None
+        self.prepared = False  # whether the samples are what the graph takes, whatever their type
         with self._reading() as stream:
             self.shape, self.dtype = self._header(stream)
 
@@ -226,7 +227,7 @@ def spooled(items: Iterable[Any], limit: int | None, prepare: Callable[[int, Any
         sample, label = _split(item)
         array = prepare(count - 1, sample)
         shape = array.shape
-        file.write(np.ascontiguousarray(array, dtype=np.float32).data)
+        file.write(np.ascontiguousarray(array).data)
         if _is_pair(item):
             labels.append(label)
         if count == limit:
@@ -234,7 +235,7 @@ def spooled(items: Iterable[Any], limit: int | None, prepare: Callable[[int, Any
     if not count:
         raise InputError("There are no samples: the iterable gives none. Give at least one image.")
     file.seek(0)
-    described = {"descr": "<f4", "fortran_order": False, "shape": (count, *shape)}
+    described = {"descr": array.dtype.str, "fortran_order": False, "shape": (count, *shape)}
     np.lib.format.write_array_header_1_0(file, described)
     assert file.tell() == header  # NumPy pads its headers to 64 bytes, and this one never needs more than 128
 
@@ -244,6 +245,7 @@ def spooled(items: Iterable[Any], limit: int | None, prepare: Callable[[int, Any
         yield file
 
     source = NumpyFile("the samples", rewound)
+    source.prepared = True
     source.labels = labels if len(labels) == count else None
     return source
 

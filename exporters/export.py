@@ -5,30 +5,36 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from numpy.typing import NDArray
+
 from swin_deploy.bundle import CONFIG, PREPROCESSOR, Bundle, Draft, create_bundle, disk_errors
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError, InputError, MissingDependencyError, UsageError, VerificationError
+from swin_deploy.frames import Frames, refuse_misfit
 from swin_deploy.preprocess import Preprocessor
 from swin_deploy.reference import OpenGraph, Reference, check_graph, sample_inputs
 from swin_deploy.requires import require
-from swin_deploy.specs import TARGETS, Size, graph_file, reference_file, size_text, weights_file
-from swin_deploy.tasks import TaskSpec
+from swin_deploy.specs import TARGETS, Size, TensorSpec, graph_file, reference_file, size_text, weights_file
+from swin_deploy.tasks import PIXELS, TaskSpec
 
 from .onnx_from_torch import OPSET, onnx_from_torch, output_specs, writer
 from .weights import WeightFile, embed_weights, weight_bytes
 
 if TYPE_CHECKING:
+    import torch
+
     from swin_deploy.models.checkpoints import Checkpoint
     from swin_deploy.models.swin import SwinNetwork
 
 Say = Callable[[str], None]
 TOOLS = ("swin-deploy", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime", "numpy")
 LARGEST_SIDE = 4096  # pixels; a graph for more than that would not fit into memory
+LARGEST_FRAME = 32768
 PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf message ends at 2 GiB, and the graph itself needs some
 
 
@@ -40,12 +46,16 @@ def bundle_from_checkpoint(
     task: TaskSpec,
     image_sizes: Sequence[Size],
     target: str = TARGETS[0],
+    embed_preprocess: bool = False,
+    frame_size: Size | None = None,
     replace: bool,
     open_graph: OpenGraph,
     say: Say,
 ) -> Bundle:
     """The bundle at `path`, with a graph in `target`'s form for each of `image_sizes` (none given: the checkpoint's own).
 
+    With `embed_preprocess` the graphs take uint8 frames [batch, height, width, 3], and with `frame_size` such of that size,
+    which they resize as the image processor does.
     `open_graph` loads the graphs to be compared; without ONNX Runtime they are kept as not verified. `say` gets a line for
     each step. Raises VerificationError, and writes nothing, when ONNX and PyTorch disagree.
     """
@@ -58,6 +68,20 @@ def bundle_from_checkpoint(
     sizes = tuple(dict.fromkeys(image_sizes)) or (_image_size(preprocessor, config, say),)
     if (largest := max(max(size) for size in sizes)) > LARGEST_SIDE:
         raise UsageError(f"An image side of {largest} pixels was asked for; at most {LARGEST_SIDE} are supported.")
+    if frame_size is not None and max(frame_size) > LARGEST_FRAME:
+        raise UsageError(f"Frames of {size_text(frame_size)} pixels were asked for; a side may have at most {LARGEST_FRAME}.")
+    if frame_size is not None and len(sizes) > 1:
+        raise UsageError(
+            f"Frames of {size_text(frame_size)} can be resized in one graph only, and {len(sizes)} image sizes are asked for. "
+            f"Export one bundle for each."
+        )
+    processor = _preprocessor_config(checkpoint, preprocessor, sizes[0])
+    preparations = {size: Preprocessor.from_dict(processor) for size in sizes[:1]}
+    preparations |= {size: preparations[sizes[0]].with_size(size) for size in sizes[1:]}
+    frames = {size: Frames(one, frame_size) if embed_preprocess else None for size, one in preparations.items()}
+    for size, one in frames.items():
+        if one is not None:
+            refuse_misfit(one, size, config.num_channels)
     facts = {
         "name": Path(os.path.realpath(path)).name,
         "variant": variant,
@@ -71,10 +95,11 @@ def bundle_from_checkpoint(
     with create_bundle(path, replace=replace, facts=facts) as draft:
         shared = WeightFile(draft.path / weights_file("fp32")) if len(sizes) > 1 else None
         for number, size in enumerate(sizes):
-            _add_graph(draft, checkpoint, task, size, target, None if number == 0 else size, shared, open_graph, say)
+            further = None if number == 0 else size
+            _add_graph(draft, checkpoint, task, size, target, further, shared, frames[size], open_graph, say)
         raw = dict(checkpoint.raw_config or config.to_dict())
         draft.add_json(CONFIG, raw if config.semantics == "hf" else {**raw, "semantics": config.semantics})
-        draft.add_json(PREPROCESSOR, _preprocessor_config(checkpoint, preprocessor, sizes[0]))
+        draft.add_json(PREPROCESSOR, processor)
     return Bundle.open(path)
 
 
@@ -97,12 +122,17 @@ def _add_graph(
     target: str,
     further: Size | None,
     shared: WeightFile | None,
+    frames: Frames | None,
     open_graph: OpenGraph,
     say: Say,
 ) -> None:
-    """Makes the graph for images of `size` and its certificate; `further` is the size in their names, None for the first."""
+    """Makes the graph for images of `size` and its certificate; `further` is the size in their names, None for the first.
+
+    With `frames` it takes these; PyTorch answers for what the image processor makes of them.
+    """
     import onnx
 
+    from swin_deploy.models.frames import take_frames
     from swin_deploy.models.swin import SwinNetwork
 
     config = checkpoint.config
@@ -110,16 +140,21 @@ def _add_graph(
     say(f"Loading {checkpoint.source}{at}")
     network = SwinNetwork(config, size, checkpoint.tensors, task, target).eval()
     say(f"Running PyTorch on the reference inputs{at}")
-    reference = _reference(network, size)
+    frame_size = None if frames is None else frames.frame_size or size
+    inputs = task.inputs(config, size, frame_size)
+    reference = _reference(network, inputs, frames)
     say(f"Tracing to ONNX{at}")
-    traced = onnx_from_torch(network, size)
+    if frames is not None:
+        take_frames(network, size, checkpoint.tensors, frames)
+    traced = onnx_from_torch(network, size, frame_size)
     file = graph_file("fp32", further)
     entry: dict[str, Any] = {
         "precision": "fp32",
         "opset": OPSET,
         "image_size": list(size),
-        "inputs": [spec.to_dict() for spec in task.inputs(config, size)],
+        "inputs": [spec.to_dict() for spec in inputs],
         "outputs": [spec.to_dict() for spec in output_specs(traced.model)],
+        "preprocessing": None if frames is None else frames.entry(),
         "reference": reference_file(further),
         "parent": None,
         "passes": [{"name": record.name, "count": record.count} for record in traced.passes],
@@ -148,7 +183,7 @@ def _add_graph(
     else:
         if not verdict.verified:
             # Some weights amplify rounding beyond any fixed bound; how far PyTorch is from itself in float64 tells.
-            reference = _with_noise(SwinNetwork(config, size, checkpoint.tensors, task, target).eval(), reference)
+            reference = _with_noise(SwinNetwork(config, size, checkpoint.tensors, task, target).eval(), reference, frames)
             verdict = dataclasses.replace(
                 verdict, tolerances={name: reference.tolerance("fp32", name) for name in reference.outputs}
             )
@@ -161,21 +196,31 @@ def _add_graph(
     draft.add(reference_file(further), {}, reference.save)
 
 
-def _reference(network: SwinNetwork, size: Size) -> Reference:
+def _reference(network: SwinNetwork, inputs: tuple[TensorSpec, ...], frames: Frames | None) -> Reference:
     import torch
 
-    feeds = sample_inputs(network.task.inputs(network.config, size))
+    feeds = sample_inputs(inputs)
     with torch.no_grad():
-        outputs = network.named(*(torch.from_numpy(feed) for feed in feeds.values()))
+        outputs = network.named(*_prepared(feeds, frames))
     return Reference(feeds, {name: output.contiguous().numpy() for name, output in outputs.items()})
 
 
-def _with_noise(network: SwinNetwork, reference: Reference) -> Reference:
+def _prepared(feeds: Mapping[str, NDArray[Any]], frames: Frames | None) -> list[torch.Tensor]:
+    """What PyTorch's network is given for `feeds`: frames go through the image processor first."""
+    import torch
+
+    given = dict(feeds)
+    if frames is not None:
+        given[PIXELS] = frames.inside(list(feeds[PIXELS]))
+    return [torch.from_numpy(feed) for feed in given.values()]
+
+
+def _with_noise(network: SwinNetwork, reference: Reference, frames: Frames | None) -> Reference:
     import torch
 
     from swin_deploy.compare import compare
 
-    feeds = [torch.from_numpy(feed) for feed in reference.feeds.values()]
+    feeds = _prepared(reference.feeds, frames)
     with torch.no_grad():
         exact = network.double().named(*(feed.double() if feed.is_floating_point() else feed for feed in feeds))
     noise = {name: compare(reference.outputs[name], output.numpy()).relative_l2 for name, output in exact.items()}

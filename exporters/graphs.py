@@ -105,7 +105,7 @@ def with_graphs(
     for (source, file), graph in zip(missing, made, strict=True):
         origin = bundle.files[source]
         entry: dict[str, Any] = {
-            **{key: origin[key] for key in ("image_size", "inputs", "outputs", "reference")},
+            **{key: origin.get(key) for key in ("image_size", "inputs", "outputs", "preprocessing", "reference")},
             "opset": next(domain.version for domain in graph.model.opset_import if not domain.domain),
             "precision": precision,
             "parent": origin["sha256"],

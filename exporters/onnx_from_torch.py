@@ -31,6 +31,8 @@ OPSET = 20  # the first with Gelu as one operator; every runtime since 2024 read
 OPERATORS = frozenset({
     "Add", "Clip", "Conv", "Div", "Gather", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Mul", "ReduceL2", "ReduceMean",
     "Reshape", "Slice", "Softmax", "Split", "Transpose", "Unsqueeze", "Where",
+    # of frames that become pixels
+    "Cast", "Floor",
     # of activations other than GELU
     "Erf", "Greater", "HardSwish", "LeakyRelu", "Max", "Min", "Mish", "Pow", "Relu", "Sigmoid", "Softplus", "Sqrt", "Sub",
     "Tanh",
@@ -47,14 +49,15 @@ class Traced:
     passes: tuple[PassRecord, ...]
 
 
-def onnx_from_torch(network: SwinNetwork, image_size: Size) -> Traced:
+def onnx_from_torch(network: SwinNetwork, image_size: Size, frame_size: Size | None = None) -> Traced:
     """The fp32 graph of `network`, traced and rewritten.
 
-    Inputs and outputs are those of the network's task, float32 and bool. Raises ExportError (PassError) when the exporter's
+    Inputs and outputs are those of the network's task, float32 and bool; of one that takes frames (models/frames.py),
+    uint8 frames of `frame_size`. Raises ExportError (PassError) when the exporter's
     graph is not what this release was written for.
     """
     require("onnxscript", "export to ONNX")
-    model, weights = _traced(network, image_size)
+    model, weights = _traced(network, network.task.inputs(network.config, image_size, frame_size))
     _name_by_module(model)
     gs = require("onnx_graphsurgeon", "rewrite the ONNX graph")
     graph = gs.import_onnx(model)
@@ -83,12 +86,11 @@ def output_specs(model: onnx.ModelProto) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
-def _traced(network: SwinNetwork, image_size: Size) -> tuple[Any, dict[str, Any]]:
+def _traced(network: SwinNetwork, specs: Sequence[TensorSpec]) -> tuple[Any, dict[str, Any]]:
     import onnx_ir
     import torch
 
     # A batch of two: a batch of one would be taken for a constant.
-    specs = network.task.inputs(network.config, image_size)
     examples = [torch.zeros(2, *(int(n) for n in spec.shape[1:]), dtype=getattr(torch, spec.dtype)) for spec in specs]
     batch = torch.export.Dim("batch")
     with torch.no_grad(), _quiet():

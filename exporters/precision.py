@@ -34,6 +34,8 @@ BF16_OPSET = 22  # the first whose every operator takes bfloat16
 
 
 COSINE = "squared lengths of queries and keys: a padding token's are 0, and others are below what fp16 can hold"
+WHOLE = "pixels are resized in whole numbers, as Pillow does it, and float32 holds them"
+RESIZE = "embeddings.resize"
 LARGEST = float(np.finfo(np.float16).max)
 HEADROOM = 2.0  # measured values may be so many times larger on other images
 
@@ -71,6 +73,9 @@ def typed_from_fp32(
     found = [
         Island(at, len(list(names)), COSINE) for at, names in groupby(sorted(wide), key=lambda name: name.rpartition("/")[0])
     ]
+    if resized := resizing(graph):
+        found.append(Island(RESIZE, len(resized), WHOLE))
+        wide |= resized
     if measure is not None:
         beyond = _beyond(graph, measure(gs.export_onnx(graph)))
         found += [Island(name, 1, reason) for name, reason in beyond.items() if name not in wide]
@@ -87,17 +92,19 @@ def narrow_types(task: TaskSpec, precision: str, wide: Set[str], as_designed: bo
     """The pass; it inserts a Cast wherever a value crosses between fp32, in the nodes of `wide`, and the narrow type.
 
     There is one behind the image, one before each output, and three at each island of the design: vectors in, products in,
-    cosines out. Where measured ranges decide, no number can be expected.
+    cosines out. Frames have a Cast in the fp32 graph already. Where measured ranges decide, no number can be expected.
     """
     done: list[int] = []
+    behind_image: list[int] = []
 
     def rewrite(graph: Graph) -> int:
+        behind_image.append(0 if graph.inputs[0].dtype == np.uint8 and not resizing(graph) else 1)
         done.append(assign_types(graph, wide, narrow_type(precision)))
         return done[0]
 
     def expected(config: SwinConfig) -> int:
         in_islands = 3 * config.blocks if config.version == 2 else 0
-        return 1 + len(task.output_names(config)) + in_islands if as_designed else done[0]
+        return behind_image[0] + len(task.output_names(config)) + in_islands if as_designed else done[0]
 
     return Pass(f"{precision}_types", rewrite, expected)
 
@@ -110,6 +117,11 @@ def _beyond(graph: Graph, largest: Mapping[str, float]) -> dict[str, str]:
         if top * HEADROOM > LARGEST:
             found[str(node.name)] = f"reads or writes {top:.3g} on calibration samples, and fp16 ends at {LARGEST:.0f}"
     return found
+
+
+def resizing(graph: Graph) -> set[str]:
+    """The names of the nodes that resize frames; they stay fp32 in every precision."""
+    return {str(node.name) for node in graph.nodes if str(node.name).startswith(RESIZE)}
 
 
 def assign_types(graph: Graph, wide: Set[str], narrow: np.dtype[Any]) -> int:
@@ -160,6 +172,8 @@ def assign_types(graph: Graph, wide: Set[str], narrow: np.dtype[Any]) -> int:
         for tensor in node.outputs:
             if tensor.name in floating and not is_wide[tensor.name]:
                 tensor.dtype = narrow
+                if node.op == "Cast":  # of frames
+                    node.attrs["to"] = _onnx_type(narrow)
     return len(casts)
 
 

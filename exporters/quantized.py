@@ -35,7 +35,7 @@ from .passes.gather_before_norm import GATHER_BEFORE_NORM
 from .passes.norm_behind_product import norm_behind_product
 from .passes.qkv_without_bias import VALUE_BIAS_IN_PROJECTION
 from .passes.quantize_linear import FORMATS, Quantizer
-from .precision import BF16_OPSET, assign_types, narrow_type, narrow_types
+from .precision import BF16_OPSET, narrow_type, narrow_types, resizing
 
 if TYPE_CHECKING:
     import onnx
@@ -163,7 +163,7 @@ class _Plan:
 
     def quantize(self, graph: Graph, quantizer: Quantizer) -> int:
         done = 0
-        quantizer.wide |= islands(graph)
+        quantizer.wide |= islands(graph) | resizing(graph)
         found = list(attentions(graph))
         products = [node for node in graph.nodes if node.op == "Gemm"]
         for attention in found:
@@ -291,7 +291,7 @@ def _narrow_types(quantizer: Quantizer, narrow: str, task: TaskSpec, plan: _Plan
     rounding = quantizer.format == "int8"
     return Pass(
         plain.name,
-        lambda graph: assign_types(graph, frozenset(quantizer.wide), quantizer.narrow),
+        plain.rewrite,
         lambda config: plain.expected(config) + (2 * config.blocks if config.version == 1 else 0) + rounding * plan.epilogues,
     )
 

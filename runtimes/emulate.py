@@ -40,14 +40,19 @@ def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
             values = numpy_helper.to_array(initializer).astype(np.float32)
             initializer.CopyFrom(numpy_helper.from_array(values, initializer.name))
     nodes = []
+    whole = {value.name for value in graph.input if value.type.tensor_type.elem_type == TensorProto.UINT8}  # and what moves it
     for node in model.graph.node:
         kept = onnx.NodeProto()
         kept.CopyFrom(node)
         kind = next((types[name] for name in node.input if name in types), None)
         if node.op_type == "Cast":
             kind = next(helper.get_attribute_value(a) for a in node.attribute if a.name == "to")
-            if kind in {*narrow, TensorProto.FLOAT}:
+            if node.input[0] in whole:
+                kept = helper.make_node("Cast", node.input, node.output, node.name, to=TensorProto.FLOAT)
+            elif kind in {*narrow, TensorProto.FLOAT}:
                 kept = helper.make_node("Identity", node.input, node.output, node.name)
+        elif node.input and node.input[0] in whole:
+            whole.update(node.output)
         nodes.append(kept)
         if kind not in narrow or node.op_type in ("Shape", "QuantizeLinear"):
             continue

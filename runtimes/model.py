@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from swin_deploy.bundle import CONFIG, PREPROCESSOR, Bundle
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import BackendError, InputError, UsageError
+from swin_deploy.frames import Frames, preparation_for
 from swin_deploy.preprocess import Preprocessor
 from swin_deploy.specs import Size, TensorSpec, size_text
 from swin_deploy.tasks import MASK, PIXELS, TaskSpec
@@ -64,6 +65,7 @@ class Model:
         self.config = SwinConfig.from_dict(bundle.read_json(CONFIG))
         self.task = TaskSpec.from_dict(bundle.manifest["task"])
         self.preprocessor = Preprocessor.from_dict(bundle.read_json(PREPROCESSOR))
+        self.preparation = preparation_for(self.preprocessor, bundle.files[next(iter(files.values()))])
         self.image_sizes: tuple[Size, ...] = tuple(files)
         self._files, self._open = dict(files), open_graph
         self._runtimes: dict[Size, Runtime] = {}
@@ -93,10 +95,11 @@ class Model:
     def run(self, feeds: Mapping[str, Any], out: Mapping[str, NDArray[Any]] | None = None) -> Mapping[str, NDArray[Any]]:
         """Arrays in, arrays out: {"pixel_values": float32 [batch, 3, height, width]} -> {"logits": float32 [batch, labels]}.
 
-        The task decides what else goes in and what comes out (`inputs`, `outputs`). Feeds are numpy arrays, or tensors with
-        `__dlpack__` (torch, CuPy), which are not copied. `out` holds an array for each output, as an earlier call returned
-        them; they are filled and returned instead of new ones. Raises InputError when an array does not fit, naming the image
-        sizes that do, and BackendError when the back end fails or the model is closed.
+        A graph with embedded preprocessing takes uint8 frames [batch, height, width, 3] in RGB. The task decides what else
+        goes in and what comes out (`inputs`, `outputs`). Feeds are numpy arrays, or tensors with `__dlpack__` (torch, CuPy),
+        which are not copied. `out` holds an array for each output, as an earlier call returned them; they are filled and
+        returned instead of new ones. Raises InputError when an array does not fit, naming the image sizes that do, and
+        BackendError when the back end fails or the model is closed.
         """
         return self._runtime(self._size_of(feeds.get(PIXELS))).run(feeds, out)
 
@@ -207,7 +210,8 @@ class Model:
         """The image size whose graph takes `pixels`; the first one's own check says what else is wrong with them."""
         shape = tuple(getattr(pixels, "shape", ()))
         if len(shape) == 4 and len(self.image_sizes) > 1:
-            size = (int(shape[2]), int(shape[3]))
+            first = 1 if isinstance(self.preparation, Frames) else 2  # frames have their channels last
+            size = (int(shape[first]), int(shape[first + 1]))
             if size not in self._files:
                 raise InputError(
                     f'The input "{PIXELS}" has images of {size_text(size)} pixels, and this bundle has graphs for '
@@ -234,7 +238,7 @@ class Model:
             yield self.run(feeds)
 
     def _feeds(self, images: list[Any]) -> Arrays:
-        feeds: Arrays = {PIXELS: self.preprocessor(images)}
+        feeds: Arrays = {PIXELS: self.preparation(images)}
         for spec in self.inputs[1:]:  # a mask that hides nothing
             feeds[spec.name] = np.zeros((len(images), *(int(n) for n in spec.shape[1:])), dtype=spec.dtype)
         return feeds

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -135,21 +135,59 @@ class Preprocessor:
         (3 channels, 4 with alpha, 1) or HW. Images are read one at a time. Raises InputError for one that cannot be
         read, and for images that come out in different sizes.
         """
-        batch: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
-        if not batch:
-            raise InputError("The list of images is empty, and at least one image is needed; give one.")
         output = np.empty(0, dtype=np.float32)
-        for index, image in enumerate(batch):
-            label = _label(image, index, len(batch))
-            pixels = self._pixels(image, label)
+        for index, count, pixels in self._each(images):
             if index == 0:
-                output = np.empty((len(batch), 3, *pixels.shape[:2]), dtype=np.float32)
-            if pixels.shape[:2] != output.shape[2:]:
-                sizes = f"{pixels.shape[:2]} pixels (height, width), and those before it {output.shape[2:]}"
-                raise InputError(f"{label} comes out {sizes}; a batch holds one size, so process them one by one.")
+                output = np.empty((count, 3, *pixels.shape[:2]), dtype=np.float32)
             for channel in range(3):  # a uint8 index is always in range; "clip" spares numpy the check and a buffer
                 np.take(self._table[channel], pixels[..., channel], out=output[index, channel], mode="clip")
         return output
+
+    def frames(self, images: ImageLike | list[ImageLike] | tuple[ImageLike, ...]) -> NDArray[np.uint8]:
+        """The images read, resized and cropped, but neither rescaled nor normalised: uint8 [B, H, W, 3], contiguous.
+
+        `images` and errors are those of a call.
+        """
+        output = np.empty(0, dtype=np.uint8)
+        for index, count, pixels in self._each(images):
+            if index == 0:
+                output = np.empty((count, *pixels.shape), dtype=np.uint8)
+            output[index] = pixels
+        return output
+
+    def with_size(self, size: tuple[int, int]) -> Preprocessor:
+        """The same preprocessing for another `size` (height, width) of the network: what it crops to, or squashes to."""
+        if self.do_center_crop:
+            return replace(self, crop_size=size)
+        return replace(self, size=size, shortest_edge=None)
+
+    def of_frames(self) -> Preprocessor:
+        """The part of it that is left to do on frames: neither resize nor crop."""
+        return replace(self, do_resize=False, do_center_crop=False)
+
+    def resized_to(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that an image of `height` and `width` is resized to, before it is cropped."""
+        if not self.do_resize:
+            return height, width
+        if (short := self.shortest_edge) is None:
+            return self.size
+        long = int(short * max(width, height) / min(width, height))
+        return (long, short) if width <= height else (short, long)
+
+    def _each(self, images: Any) -> Iterator[tuple[int, int, NDArray[np.uint8]]]:
+        """(number, how many there are, pixels uint8 HWC) of each image, all of one size."""
+        batch: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
+        if not batch:
+            raise InputError("The list of images is empty, and at least one image is needed; give one.")
+        shape: tuple[int, ...] = ()
+        for index, image in enumerate(batch):
+            label = _label(image, index, len(batch))
+            pixels = self._pixels(image, label)
+            shape = shape or pixels.shape
+            if pixels.shape != shape:
+                sizes = f"{pixels.shape[:2]} pixels (height, width), and those before it {shape[:2]}"
+                raise InputError(f"{label} comes out {sizes}; a batch holds one size, so process them one by one.")
+            yield index, len(batch), pixels
 
     @cached_property
     def _table(self) -> NDArray[np.float32]:
@@ -179,10 +217,7 @@ class Preprocessor:
             raise InputError(f"{label} is a {type(image).__name__}; give a path, a PIL image or a uint8 array.")
         if self.do_resize:
             width, height = picture.size
-            target_height, target_width = self.size
-            if (short := self.shortest_edge) is not None:
-                long = int(short * max(width, height) / min(width, height))
-                target_height, target_width = (long, short) if width <= height else (short, long)
+            target_height, target_width = self.resized_to(height, width)
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and target_height * target_width > 2 * limit:  # where Pillow itself refuses a file
                 made = f"{label} ({width} wide, {height} high) becomes {target_width} wide and {target_height} high"

@@ -142,7 +142,8 @@ class Verdict:
 def sample_inputs(specs: tuple[TensorSpec, ...], seed: int = SEED) -> dict[str, NDArray[Any]]:
     """Two samples for every input: images of noise and of smooth blobs, as the preprocessing would leave them, and masks.
 
-    Every pixel is a float16 value, so that the file in the bundle is half as large and loses nothing.
+    Every pixel is a float16 value, so that the file in the bundle is half as large and loses nothing. Frames (uint8) show the
+    same.
     """
     rng = np.random.default_rng(seed)
     feeds: dict[str, NDArray[Any]] = {}
@@ -151,12 +152,16 @@ def sample_inputs(specs: tuple[TensorSpec, ...], seed: int = SEED) -> dict[str, 
         if spec.dtype == "bool":
             feeds[spec.name] = rng.random((2, *shape)) < 0.6
             continue
-        channels, height, width = shape
-        noise = rng.standard_normal(shape)
+        channels = shape[2] if spec.dtype == "uint8" else shape[0]
+        height, width = spec.image_size
+        noise = rng.standard_normal((channels, height, width))
         coarse = rng.standard_normal((channels, 9, 9))
         rows, columns = np.linspace(0, 8, height), np.linspace(0, 8, width)
         smooth = _interpolate(_interpolate(coarse, rows, axis=1), columns, axis=2) * 1.5
         feeds[spec.name] = np.stack([noise, smooth]).astype(np.float16).astype(np.float32)
+        if spec.dtype == "uint8":
+            bytes_ = np.clip(feeds[spec.name] * 57 + 120, 0, 255).astype(np.uint8)  # ImageNet's mean and deviation
+            feeds[spec.name] = np.ascontiguousarray(bytes_.transpose(0, 2, 3, 1))
     return feeds
 
 

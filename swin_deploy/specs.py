@@ -24,6 +24,12 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | str, ...]
 
+    @property
+    def image_size(self) -> Size:
+        """(height, width) of the images of an input: uint8 frames have their channels last, prepared arrays first."""
+        height, width = self.shape[1:3] if self.dtype == "uint8" else self.shape[2:4]
+        return int(height), int(width)
+
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
 

@@ -57,10 +57,17 @@ class TaskSpec:
             raise UsageError(f'There is no feature "{unknown[0]}" in this network. There are: {", ".join(known)}.')
         return tuple(name for name in known if name in wanted)
 
-    def inputs(self, config: SwinConfig, image_size: tuple[int, int]) -> tuple[TensorSpec, ...]:
-        """pixel_values float32 [batch, channels, height, width], and bool_masked_pos bool [batch, patches] where masked."""
+    def inputs(
+        self, config: SwinConfig, image_size: tuple[int, int], frame_size: tuple[int, int] | None = None
+    ) -> tuple[TensorSpec, ...]:
+        """pixel_values float32 [batch, channels, height, width], and bool_masked_pos bool [batch, patches] where masked.
+
+        With `frame_size`, of a graph that prepares frames itself, pixel_values are uint8 [batch, height, width, 3].
+        """
         rows, columns = config.grid(image_size)
         pixels = TensorSpec(PIXELS, "float32", ("batch", config.num_channels, *image_size))
+        if frame_size is not None:
+            pixels = TensorSpec(PIXELS, "uint8", ("batch", *frame_size, config.num_channels))
         return (pixels, TensorSpec(MASK, "bool", ("batch", rows * columns))) if self.masked else (pixels,)
 
     def output_names(self, config: SwinConfig) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
     from swin_deploy.calib.data import Samples
     from swin_deploy.evaluation import Evaluation
+    from swin_deploy.frames import Preparation
     from swin_deploy.models.running import TorchNetwork
     from swin_deploy.reference import Verdict
 
@@ -72,11 +73,12 @@ def evaluate(
             if chosen.ready and size != chosen.image_size:
                 left_out.append(file)
             elif not precisions or entry["precision"] in ("fp32", *precisions):
+                how, inputs = preparation(found, file)
                 if weights is not None and size not in prepared:
-                    graphs.append(Graph("", "fp32", size, _torch_network(weights, found, size)))
+                    graphs.append(Graph("", "fp32", size, _torch_network(weights, found, size, how)))
                 runtime = stack.enter_context(runtime_to_check(found.verified_path(file), backend))
                 graphs.append(Graph(file, str(entry["precision"]), size, runtime))
-                prepared.setdefault(size, chosen.with_size(*preparation(found, file)))
+                prepared.setdefault(size, chosen.with_size(how, inputs))
         streams = zip(*(made.batches(batch) for made in prepared.values()), strict=True)
         batches = (dict(zip(prepared, feeds, strict=True)) for feeds in streams)
         scores = evaluate_graphs(graphs, batches, wanted, classes, lambda done: progress and progress(done, len(chosen)))
@@ -103,12 +105,13 @@ def wanted_classes(
     return classes, [numbers[label] for label in chosen.labels], rule
 
 
-def _torch_network(weights: str | os.PathLike[str], bundle: Bundle, size: tuple[int, int]) -> TorchNetwork:
+def _torch_network(weights: str | os.PathLike[str], bundle: Bundle, size: tuple[int, int], how: Preparation) -> TorchNetwork:
     from swin_deploy.exporters.source import checkpoint_from_request
+    from swin_deploy.frames import Frames
     from swin_deploy.models.running import TorchNetwork, refuse_other_network
     from swin_deploy.tasks import TaskSpec
 
     task, semantics = TaskSpec.from_dict(bundle.manifest["task"]), str(bundle.manifest["semantics"])
     checkpoint, _ = checkpoint_from_request(None, weights, False, 0, task, size, semantics, None, None, silent)
     refuse_other_network(weights, checkpoint.config, bundle)
-    return TorchNetwork(checkpoint, task, size)
+    return TorchNetwork(checkpoint, task, size, how if isinstance(how, Frames) else None)

@@ -31,6 +31,8 @@ def export(
     window_size: int | Sequence[int] | None = None,
     pretrained_window_sizes: int | Sequence[int] | None = None,
     target: str = "tensorrt",
+    embed_preprocess: bool = False,
+    embed_resize: tuple[int, int] | None = None,
     force: bool = False,
     say: Say = silent,
 ) -> Bundle:
@@ -43,7 +45,9 @@ def export(
     config.SEMANTICS) replaces the rules of the system that wrote the checkpoint; `window_size` (tokens, one number or one
     for each stage) builds the network with other windows, and for the first image size given, for which the checkpoint's
     position tables are resized as its own system does it; `pretrained_window_sizes` are Swin V2's; `target` is what
-    the graph's form is fastest with (one of specs.TARGETS; it answers the same everywhere). The bundle is written to
+    the graph's form is fastest with (one of specs.TARGETS; it answers the same everywhere). With `embed_preprocess` the
+    graphs take `pixel_values` uint8 [batch, height, width, 3] in RGB and rescale and normalise themselves; `embed_resize`,
+    the (height, width) of a camera's frames, is such a graph that also resizes and crops them. The bundle is written to
     `output`, by default a folder of the variant's (or checkpoint's) name in the current directory; `force` replaces a
     bundle that is there. `say` gets a line for each step. Raises errors.SwinDeployError with nothing written.
     """
@@ -72,6 +76,8 @@ def export(
         task=spec,
         image_sizes=image_sizes,
         target=target,
+        embed_preprocess=embed_preprocess or embed_resize is not None,
+        frame_size=embed_resize,
         replace=force,
         open_graph=runtime_to_check,
         say=say,

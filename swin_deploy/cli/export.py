@@ -38,6 +38,8 @@ from swin_deploy.tasks import TASKS, TaskSpec
 @click.option(
     "--target", type=click.Choice(TARGETS), default=TARGETS[0], show_default=True, help="What the graph is to be fast with."
 )
+@click.option("--embed-preprocess", is_flag=True, help="Let the graph take uint8 frames [batch, height, width, 3].")
+@click.option("--embed-resize", metavar="HxW", help="The same for frames of this size, which the graph resizes, too.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle to write. Default: ./NAME.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
 @json_option
@@ -57,6 +59,8 @@ def command(
     windows: str | None,
     pretrained_window_sizes: str | None,
     target: str,
+    embed_preprocess: bool,
+    embed_resize: str | None,
     output: Path | None,
     force: bool,
     as_json: bool,
@@ -88,6 +92,8 @@ def command(
         window_size=numbers_from_text(windows, "window size"),
         pretrained_window_sizes=numbers_from_text(pretrained_window_sizes, "pretrained window size"),
         target=target,
+        embed_preprocess=embed_preprocess,
+        embed_resize=None if embed_resize is None else size_from_text(embed_resize),
         output=output,
         force=force,
         say=say,

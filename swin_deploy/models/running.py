@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from swin_deploy.bundle import CONFIG, Bundle
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import UsageError
+from swin_deploy.frames import Frames
 from swin_deploy.models.checkpoints import Checkpoint
 from swin_deploy.models.swin import SwinNetwork
 from swin_deploy.specs import Size, TensorSpec
@@ -18,18 +19,25 @@ from swin_deploy.tasks import TaskSpec
 
 
 class TorchNetwork:
-    """A checkpoint in fp32 PyTorch, for one image size; see reference.Runnable."""
+    """A checkpoint in fp32 PyTorch, for one image size; see reference.Runnable.
 
-    def __init__(self, checkpoint: Checkpoint, task: TaskSpec, size: Size) -> None:
+    With `frames` it takes uint8 frames, and has them prepared by the image processor.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, task: TaskSpec, size: Size, frames: Frames | None = None) -> None:
         self.title = f"PyTorch {torch.__version__}"
         self._network = SwinNetwork(checkpoint.config, size, checkpoint.tensors, task).eval()
-        self.inputs = task.inputs(checkpoint.config, size)
+        self._frames = frames
+        self.inputs = task.inputs(checkpoint.config, size, None if frames is None else frames.frame_size or size)
         names = task.output_names(checkpoint.config)
         self.outputs = tuple(TensorSpec(name, "float32", ("batch",)) for name in names)
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        arrays = [feeds[spec.name] for spec in self.inputs]
+        if self._frames is not None:
+            arrays[0] = self._frames.inside(list(arrays[0]))
         with torch.inference_mode():
-            outputs = self._network.named(*(torch.from_numpy(feeds[spec.name]) for spec in self.inputs))
+            outputs = self._network.named(*map(torch.from_numpy, arrays))
         return {name: output.contiguous().numpy() for name, output in outputs.items()}
 
 

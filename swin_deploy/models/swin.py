@@ -50,16 +50,20 @@ class PatchEmbedding(nn.Module):
         self.register_buffer("mask_token", tensors["embeddings.mask_token"] if masked else None)
 
     def forward(self, pixel_values: Tensor, mask: Tensor | None) -> Tensor:
-        # Images that are not whole patches are zero-padded right and bottom.
-        if any(self.missing):
-            pixel_values = F.pad(pixel_values, (0, self.missing[1], 0, self.missing[0]))
-        x = F.conv2d(pixel_values, self.weight, self.bias, stride=self.patch)
-        x = self.norm(x.flatten(2).permute(2, 0, 1))
+        x: Tensor = self.norm(self.project(pixel_values).flatten(2).permute(2, 0, 1))
         if mask is not None and self.mask_token is not None:
             x = torch.where(mask.transpose(0, 1).unsqueeze(-1), self.mask_token, x)
         if self.position is not None:
             x = x + self.position
         return x.reshape(-1, x.shape[-1])
+
+    def project(self, pixel_values: Tensor) -> Tensor:
+        """The convolution of patches: [batch, embed_dim, rows, columns]."""
+        return F.conv2d(self.padded(pixel_values), self.weight, self.bias, stride=self.patch)
+
+    def padded(self, pixel_values: Tensor) -> Tensor:
+        """Images that are not whole patches are zero-padded right and bottom."""
+        return F.pad(pixel_values, (0, self.missing[1], 0, self.missing[0])) if any(self.missing) else pixel_values
 
 
 class Stage(nn.Module):

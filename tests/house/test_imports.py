@@ -47,7 +47,9 @@ def run(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     [
         "swin_deploy",
         "swin_deploy.cli",
+        "swin_deploy.frames",
         "swin_deploy.preprocess",
+        "swin_deploy.runtimes.model",
         "swin_deploy.runtimes.onnxruntime",
         "swin_deploy.variants",
     ],

@@ -1,0 +1,126 @@
+"""What an edge application pays before its first answer: a fresh environment with the extra "onnxruntime" alone, as a table.
+
+    python benchmarks/cold_start.py [--bundle FOLDER] [--source .] [--image FILE] [--runs 10] [--folder FOLDER]
+
+Makes a virtual environment, installs "swin-deploy[onnxruntime]" from `--source` (this checkout, or a wheel), and classifies a
+photograph in it, each time in a new process. Without `--bundle` a Swin-T with random weights is exported first, which needs the
+extra "export" in the environment that runs this. Needs a package index. Times are in milliseconds: the best and the median of
+the clock, and the median of what the processors spent on it (all threads), which other programs disturb less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+# The clock starts in the process that starts this one; its argument says when.
+APPLICATION = """
+import json, sys, time
+start, bundle, image = float(sys.argv[1]), sys.argv[2], sys.argv[3]
+def since(): return [1e3 * (time.time() - start), 1e3 * time.process_time()]
+marks = {"Python": since()}
+import numpy
+marks["import numpy"] = since()
+import swin_deploy
+marks["import swin_deploy"] = since()
+with swin_deploy.load(bundle) as model:
+    marks["load"] = since()
+    [[best, *_]] = model.classify(image)
+    marks["first label"] = since()
+    model.classify(image)
+    marks["second label"] = since()
+heavy = [name for name in ("torch", "onnx", "transformers") if name in sys.modules]
+print(json.dumps({"marks": marks, "label": best.label, "heavy": heavy}))
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--bundle", type=Path)
+    parser.add_argument("--source", default=str(ROOT))
+    parser.add_argument("--image", type=Path, default=ROOT / "examples/photos/china.jpg")
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--folder", type=Path, help="Where the environment is made, and found again. Default: temporary.")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = (given.folder or Path(scratch)).absolute()
+        bundle = given.bundle or exported(folder)
+        python = environment(folder / "environment", given.source)
+        report(python, bundle.resolve(), given.image.resolve(), given.runs, Path(scratch))
+    return 0
+
+
+def exported(folder: Path) -> Path:
+    """A bundle of Swin-T with random weights, made by this environment."""
+    target = folder / "swin-tiny"
+    if not target.exists():
+        command = "import sys; from swin_deploy.cli import main; main()"
+        arguments = ["export", "--variant", "swin-tiny", "--random-weights", "--target", "onnxruntime", "-o", str(target)]
+        subprocess.run([sys.executable, "-c", command, *arguments], check=True, stdout=sys.stderr)
+    return target
+
+
+def environment(folder: Path, source: str) -> Path:
+    """The Python of a fresh environment at `folder` with the extra alone; pip is this one's, so that none is in it."""
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists():
+        venv.create(folder, with_pip=False)
+        install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*install, f"swin-deploy[onnxruntime] @ {Path(source).resolve().as_uri()}"], check=True)
+    return python
+
+
+def report(python: Path, bundle: Path, image: Path, runs: int, cwd: Path) -> None:
+    answers = [first_label(python, bundle, image, cwd) for _ in range(runs + 1)][1:]  # the first one fills the disk's cache
+    heavy = sorted({name for answer in answers for name in answer["heavy"]})
+    assert not heavy, f"imported: {heavy}"
+    sizes = sizes_of(python, cwd)
+    print("| package | MB on disk |")
+    print("|---|---|")
+    for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        print(f"| {name} | {size / 1e6:.1f} |")
+    print(f"| **all** | **{sum(sizes.values()) / 1e6:.1f}** |")
+    print()
+    print("| since the process was started | best ms | median ms | processor ms |")
+    print("|---|---|---|---|")
+    for mark in answers[0]["marks"]:
+        clock, spent = zip(*(answer["marks"][mark] for answer in answers), strict=True)
+        print(f"| {mark} | {min(clock):.0f} | {statistics.median(clock):.0f} | {statistics.median(spent):.0f} |")
+
+
+def first_label(python: Path, bundle: Path, image: Path, cwd: Path) -> dict[str, Any]:
+    """The marks of one process of the application."""
+    command = [str(python), "-c", APPLICATION, repr(time.time()), str(bundle), str(image)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True)
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def sizes_of(python: Path, cwd: Path) -> dict[str, int]:
+    """Bytes of every distribution in the environment, its compiled bytecode included."""
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    place = Path(subprocess.run([str(python), "-c", code], cwd=cwd, capture_output=True, text=True, check=True).stdout.strip())
+    sizes: dict[str, int] = {}
+    for entry in place.iterdir():
+        name = (
+            entry.name.partition(".")[0]
+            if entry.is_dir() and not entry.name.endswith("-info")
+            else entry.name.partition("-")[0]
+        )
+        files = [file for file in entry.rglob("*") if file.is_file()] if entry.is_dir() else [entry]
+        sizes[name] = sizes.get(name, 0) + sum(file.stat().st_size for file in files)
+    return sizes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

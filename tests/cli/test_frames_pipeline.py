@@ -1,0 +1,209 @@
+"""Graphs with the preprocessing inside, from export to predictions, against transformers and the path outside."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli.exported import EXAMPLES, FLOWER, THREE, WEIGHTS, cli_here, contents, digits, exported, one_block, refused, result
+from PIL import Image
+from safetensors.torch import save_file
+
+import swin_deploy
+from swin_deploy.bundle import Bundle
+from swin_deploy.config import SwinConfig
+from swin_deploy.errors import InputError, UsageError
+from swin_deploy.models.checkpoints import random_checkpoint
+from swin_deploy.tasks import TaskSpec
+
+pytest.importorskip("onnxruntime", reason="graphs are run with ONNX Runtime")
+CHINA = EXAMPLES / "photos/china.jpg"
+FRAME = (427, 640)  # of both photographs
+AS_TRANSFORMERS = ("cmyk", "palette", "alpha", "exif", "one pixel", "very wide")
+
+
+def embedded(*options: str) -> Path:
+    """The trained digits network, V1, exported with `options`. Copy it before changing it."""
+    return exported("--weights", str(WEIGHTS[1]), *options) / WEIGHTS[1].name
+
+
+@functools.cache
+def outside(folder: Path) -> dict[str, Path]:
+    """Photographs of awkward sizes and modes, as files in `folder`."""
+    china, flower = Image.open(CHINA), Image.open(FLOWER)
+    china.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
+    flower.quantize(64).save(folder / "palette.png", transparency=3)
+    alpha = flower.copy()
+    alpha.putalpha(china.convert("L"))
+    alpha.save(folder / "alpha.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    china.save(folder / "exif.jpg", exif=exif)
+    Image.fromarray(np.asarray(flower.convert("L")).astype(np.uint16) * 257).save(folder / "sixteen.png")
+    china.crop((5, 5, 6, 6)).save(folder / "one.png")
+    Image.fromarray(np.tile(np.asarray(china), (1, 32, 1))[:64, :20000]).save(folder / "wide.png")
+    files = {"sixteen bits": "sixteen.png", "one pixel": "one.png", "very wide": "wide.png"}
+    return {
+        name: folder / files.get(name, f"{name}{'.jpg' if name in ('cmyk', 'exif') else '.png'}")
+        for name in (*AS_TRANSFORMERS, "sixteen bits")
+    }
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return outside(tmp_path_factory.mktemp("photos"))
+
+
+def distance(found: Any, expected: Any) -> float:
+    """The largest difference, as a part of the logits' scale."""
+    return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
+
+
+def test_photographs_of_every_kind_as_transformers_answers(photos: dict[str, Path]) -> None:
+    """Logits within 1e-5 of their scale of transformers' image processor and network, and of the graph without it."""
+    transformers = pytest.importorskip("transformers")
+    import torch
+    from transformers.image_utils import load_image
+
+    processor = transformers.ViTImageProcessorPil.from_pretrained(WEIGHTS[1])
+    network = transformers.SwinForImageClassification.from_pretrained(WEIGHTS[1]).eval()
+    with swin_deploy.load(embedded("--embed-preprocess")) as model, swin_deploy.load(digits(1)) as plain:
+        assert [str(spec) for spec in model.inputs] == ["pixel_values: uint8 [batch, 32, 32, 3]"]
+        for name, path in photos.items():
+            frames = model.preparation(path)
+            assert frames.dtype == np.uint8
+            found = model.run({"pixel_values": frames})["logits"]
+            assert distance(found, plain.run({"pixel_values": plain.preprocessor(path)})["logits"]) < 1e-5
+            if name in AS_TRANSFORMERS:
+                with torch.no_grad():
+                    expected = network(**processor(load_image(str(path)), return_tensors="pt")).logits.numpy()
+                assert distance(found, expected) < 1e-5, name
+            both = [[(p.index, round(p.score, 4)) for p in one.classify(path)[0]] for one in (model, plain)]
+            assert both[0] == both[1]
+
+
+def test_frames_of_a_camera_are_resized_in_the_graph(tmp_path: Path) -> None:
+    path = embedded("--embed-resize", "427x640")
+    entry = Bundle.open(path).graphs["onnx/model.onnx"]
+    assert entry["preprocessing"]["frame_size"] == list(FRAME)
+    assert entry["preprocessing"]["steps"]["resize"] == {"size": [32, 32], "resample": 3}
+    assert entry["agreement"]["verified"]
+    with swin_deploy.load(path) as model, swin_deploy.load(digits(1)) as plain:
+        assert [str(spec) for spec in model.inputs] == ["pixel_values: uint8 [batch, 427, 640, 3]"]
+        frames = np.stack([np.asarray(Image.open(photo)) for photo in (CHINA, FLOWER)])
+        expected = plain.run({"pixel_values": plain.preprocessor(list(frames))})["logits"]
+        assert distance(model.run({"pixel_values": frames})["logits"], expected) < 1e-5
+        assert [one[0].index for one in model.classify([CHINA, FLOWER])] == list(expected.argmax(axis=1))
+        with pytest.raises(InputError, match=r"takes frames of 427x640"):
+            model.classify(THREE)
+        with pytest.raises(InputError, match="uint8"):
+            model.run({"pixel_values": frames.astype(np.float32)})
+
+
+@pytest.mark.parametrize("options", [("--embed-preprocess",), ("--embed-resize", "427x640")], ids=lambda o: o[0])
+def test_every_precision_and_engines(options: tuple[str, ...], tmp_path: Path) -> None:
+    """fp16 and INT8 from frames, verified, and an engine whose input is bytes; what is resized stays in whole numbers."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engine")
+    shutil.copytree(embedded(*options), tmp_path / "b")
+    [engine] = result(cli_here("build-engine", "b", "--fp16", "--gpu", "sm_89", "--json", cwd=tmp_path))  # type: ignore[misc]
+    assert engine["profiles"][0]["fused_attention"] == 4
+    photos = tmp_path / "images"
+    shutil.copytree(EXAMPLES / "photos", photos)
+    result(cli_here("quantize", "b", "--int8", "--data", photos, "--json", cwd=tmp_path))
+    bundle = Bundle.open(tmp_path / "b")
+    for precision in ("fp16", "int8"):
+        entry = bundle.graphs[f"onnx/model_{precision}.onnx"]
+        assert entry["inputs"] == bundle.graphs["onnx/model.onnx"]["inputs"]
+        assert entry["preprocessing"] == bundle.graphs["onnx/model.onnx"]["preprocessing"]
+    islands = bundle.graphs["onnx/model_fp16.onnx"]["islands"]
+    assert [island["at"] for island in islands] == (["embeddings.resize"] if "--embed-resize" in options else [])
+    assert all(verdict.verified for verdict in swin_deploy.verify(bundle.path))
+
+
+def test_the_checkpoint_itself_is_compared_with_on_frames() -> None:
+    for options in (("--embed-preprocess",), ("--embed-resize", "427x640")):
+        found = swin_deploy.evaluate(embedded(*options), [CHINA, FLOWER], weights=WEIGHTS[1])
+        assert found.against == "PyTorch fp32"
+        distance = found.score("fp32").relative_l2
+        assert distance is not None
+        assert distance < 1e-5
+
+
+def test_an_iterator_of_images_is_kept_as_frames() -> None:
+    [score] = swin_deploy.evaluate(embedded("--embed-preprocess"), iter([CHINA, FLOWER])).scores
+    assert score.samples == 2
+    with pytest.raises(InputError, match="prepares its images itself"):
+        swin_deploy.evaluate(embedded("--embed-preprocess"), [np.zeros((3, 32, 32), np.float32)])
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    before = contents(tmp_path)
+    export = ("export", "--weights", one_block(), "-o", "b")
+    two = ("--image-size", "32", "--image-size", "48", "--embed-resize", "100x200")
+    refused(cli_here(*export, *two, cwd=tmp_path), "one graph only", "2 image sizes", "one bundle for each")
+    refused(cli_here(*export, "--embed-resize", "40000x20", cwd=tmp_path), "40000x20", "at most 32768")
+    refused(cli_here(*export, "--embed-resize", "wide", cwd=tmp_path), '"wide" is no image size')
+    assert contents(tmp_path) == before
+    with pytest.raises(UsageError, match="takes images of 1 channels"):
+        swin_deploy.export(weights=_weights(tmp_path, TaskSpec(), 1), output=tmp_path / "grey", embed_preprocess=True)
+
+
+def _weights(folder: Path, task: TaskSpec, channels: int) -> Path:
+    """A checkpoint of one block with random weights, for `task`, of images with so many channels."""
+    config = SwinConfig(
+        version=1, image_size=(32, 32), num_channels=channels, embed_dim=64, depths=(1,), num_heads=(2,), window_size=(4,)
+    )
+    checkpoint = random_checkpoint(config, task)
+    path = folder / "weights"
+    path.mkdir()
+    save_file(dict(checkpoint.tensors), path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(checkpoint.config.to_dict()))
+    return path
+
+
+@pytest.mark.parametrize(
+    "task", [pytest.param("feature-extraction", marks=pytest.mark.slow), "backbone", "masked-image-modeling"]
+)
+def test_every_task_and_size_on_both_back_ends(task: str, tmp_path: Path) -> None:
+    """No export is kept that is not PyTorch's answer to what the image processor makes; 30 pixels are no whole patches."""
+    pytest.importorskip("openvino", reason="OpenVINO runs the graphs, too")
+    spec = TaskSpec(task)
+    target = "onnxruntime" if task == "backbone" else "openvino"
+    weights = _weights(tmp_path, spec, 3)
+    sizes = [(32, 32), (30, 42)]
+    made = swin_deploy.export(
+        weights=weights, output=tmp_path / "b", task=spec, image_sizes=sizes, target=target, embed_preprocess=True
+    )
+    assert [entry["agreement"]["verified"] for entry in made.graphs.values()] == [True, True]
+    assert all(verdict.verified for verdict in swin_deploy.verify(tmp_path / "b", backend="openvino"))
+    frames = np.stack([np.asarray(Image.open(photo).resize((42, 30))) for photo in (CHINA, FLOWER)])
+    with swin_deploy.load(tmp_path / "b") as model:
+        feeds = {"pixel_values": frames}
+        if spec.masked:
+            feeds["bool_masked_pos"] = np.zeros((2, 8 * 11), dtype=bool)
+        assert all(len(output) == 2 for output in model.run(feeds).values())
+        with pytest.raises(InputError, match=r"images of 31x42 pixels, and this bundle has graphs for 32x32, 30x42"):
+            model.run({**feeds, "pixel_values": np.zeros((1, 31, 42, 3), np.uint8)})
+        if task != "masked-image-modeling":
+            assert all(len(output) == 2 for output in model.features([CHINA, FLOWER]).values())
+
+
+def test_bf16_and_openvino_from_whole_frames(tmp_path: Path) -> None:
+    weights = _weights(tmp_path, TaskSpec(), 3)
+    swin_deploy.export(weights=weights, output=tmp_path / "b", embed_resize=(123, 77))
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engine")
+    [built] = swin_deploy.build_engine(tmp_path / "b", precision="bf16", gpus=["sm_89"], batches=[(1, 2, 4)])
+    assert built.entry["precision"] == "bf16"
+    assert all(verdict.verified for verdict in swin_deploy.verify(tmp_path / "b"))
+    pytest.importorskip("openvino", reason="OpenVINO runs the graph, too")
+    frames = np.stack([np.asarray(Image.open(photo).resize((77, 123))) for photo in (CHINA, FLOWER)])
+    answers = []
+    for backend in ("onnxruntime", "openvino"):
+        with swin_deploy.load(tmp_path / "b", backend=backend) as model:
+            answers.append(model.run({"pixel_values": frames})["logits"])
+    assert distance(*answers) < 1e-5

@@ -1,0 +1,132 @@
+"""Frames inside the network against Pillow and the preprocessor outside: the same pixels, and the same patch embedding."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from swin_deploy.config import SwinConfig
+from swin_deploy.errors import InputError, UsageError
+from swin_deploy.frames import Frames, preparation_for, refuse_misfit
+from swin_deploy.models.checkpoints import random_checkpoint
+from swin_deploy.models.frames import FrameEmbedding
+from swin_deploy.models.resampling import split_exactly
+from swin_deploy.models.swin import PatchEmbedding
+from swin_deploy.preprocess import Preprocessor
+from swin_deploy.tasks import TaskSpec
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+BICUBIC = {"size": {"height": 48, "width": 40}, "resample": 3, **IMAGENET}
+
+
+def embedding(preprocessor: Preprocessor, image: tuple[int, int], frame: tuple[int, int] | None, cast_first: bool) -> Any:
+    """(the network's patch embedding, the same for frames), with random weights."""
+    config = SwinConfig(version=1, image_size=image, embed_dim=16, depths=(1,), num_heads=(2,), window_size=(4,))
+    tensors = random_checkpoint(config, TaskSpec()).tensors
+    frames = Frames(preprocessor, frame)
+    return PatchEmbedding(config, image, tensors, False), FrameEmbedding(config, image, tensors, False, frames, cast_first)
+
+
+def noise(height: int, width: int, extreme: bool = False) -> np.ndarray[Any, Any]:
+    rng = np.random.default_rng(height * 10007 + width)
+    if extreme:  # the filter overshoots, and Pillow cuts
+        return (rng.integers(0, 2, (2, height, width, 3)) * 255).astype(np.uint8)
+    return rng.integers(0, 256, (2, height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("cast_first", [True, False])
+@pytest.mark.parametrize(
+    ("frame", "size", "resample"),
+    [
+        ((135, 240), (56, 56), 3),
+        ((240, 135), (56, 56), 2),
+        ((480, 30), (56, 56), 3),  # Pillow may take the rows first here
+        ((30, 480), (56, 56), 3),
+        ((1, 1), (32, 36), 3),
+        ((3, 5), (48, 40), 2),
+        ((2, 20000), (32, 32), 3),
+        ((97, 101), (32, 36), 1),
+        ((97, 101), (32, 36), 4),
+        ((97, 101), (32, 36), 5),
+        ((97, 101), (132, 36), 0),
+        ((64, 56), (64, 32), 3),
+        ((64, 56), (64, 56), 3),
+    ],
+)
+def test_pixels_are_those_of_pillow(frame: tuple[int, int], size: tuple[int, int], resample: int, cast_first: bool) -> None:
+    """To the bit: whole numbers are summed that float32 holds."""
+    preprocessor = Preprocessor(size=size, resample=resample)
+    _, module = embedding(preprocessor, size, frame, cast_first)
+    for extreme in (False, True):
+        images = noise(*frame, extreme)
+        made = module.resize(torch.from_numpy(images)).numpy()
+        pillow = [Image.fromarray(image).resize(size[::-1], Image.Resampling(resample)) for image in images]
+        assert np.array_equal(made, np.stack([np.asarray(image) for image in pillow]))
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "bicubic": BICUBIC,
+    "shortest edge and crop": {
+        "resample": 3, "size": {"shortest_edge": 60}, "do_center_crop": True, "crop_size": [48, 40], **IMAGENET,
+    },
+    "crop that pads with black": {"size": 20, "do_center_crop": True, "crop_size": [48, 40], **IMAGENET},
+    "crop alone": {"do_resize": False, "do_center_crop": True, "crop_size": [48, 40]},
+    "no rescale": {**BICUBIC, "do_rescale": False, "image_mean": [120.0, 110.0, 100.0], "image_std": [57.0, 58.0, 59.0]},
+    "no normalize": {**BICUBIC, "do_normalize": False},
+    "other scale": {**BICUBIC, "rescale_factor": 1 / 127.5, "image_mean": 1, "image_std": 1.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("image", [(48, 40), (45, 38)])  # the second is no whole patches, and zeros come after normalisation
+def test_tokens_are_those_of_transformers_processor(name: str, image: tuple[int, int]) -> None:
+    transformers = pytest.importorskip("transformers")
+    preprocessor = Preprocessor.from_dict(CONFIGS[name])
+    if image != (48, 40):
+        preprocessor = preprocessor.with_size(image)
+    processor = transformers.ViTImageProcessorPil.from_dict(preprocessor.to_dict())
+    frames = noise(70, 52)
+    prepared = processor(list(frames), return_tensors="np")["pixel_values"].astype(np.float32)
+    for frame in (None, (70, 52)):
+        outside, inside = embedding(preprocessor, image, frame, cast_first=True)
+        given = Frames(preprocessor, frame)(list(frames))
+        assert given.dtype == np.uint8
+        expected = outside.project(torch.from_numpy(prepared))
+        found = inside.project(torch.from_numpy(given))
+        scale = float(expected.abs().max())
+        assert float((found - expected).abs().max()) < 1e-6 * scale * 10
+
+
+def test_halves_are_the_whole() -> None:
+    weights = np.random.default_rng(0).integers(-(1 << 19), 1 << 22, (5, 9))
+    high, low, shift = split_exactly(weights)
+    assert np.array_equal(high.astype(np.int64) * (1 << shift) + low.astype(np.int64), weights)
+    assert float(np.abs(low).max()) <= 2048
+    assert float(np.abs(high).max()) <= 2048
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    preprocessor = Preprocessor.from_dict(BICUBIC)
+    refuse_misfit(Frames(preprocessor, (1080, 1920)), (48, 40), 3)
+    with pytest.raises(UsageError, match="takes images of 4 channels"):
+        refuse_misfit(Frames(preprocessor), (48, 40), 4)
+    edge = dataclasses.replace(preprocessor, shortest_edge=48)
+    with pytest.raises(UsageError, match=r"makes 48x96 pixels of a frame of 100x200, and the graph is for 48x40"):
+        refuse_misfit(Frames(edge, (100, 200)), (48, 40), 3)
+    with pytest.raises(InputError, match=r"has 70x52 pixels, and this graph takes frames of 100x200"):
+        Frames(preprocessor, (100, 200))(list(noise(70, 52)))
+
+
+def test_a_manifest_gives_back_what_was_embedded() -> None:
+    preprocessor = Preprocessor.from_dict(BICUBIC)
+    for one in (Frames(preprocessor), Frames(preprocessor, (1080, 1920))):
+        assert preparation_for(preprocessor, {"preprocessing": one.entry()}) == one
+    assert preparation_for(preprocessor, {"preprocessing": None}) is preprocessor
+    steps = Frames(preprocessor, (1080, 1920)).entry()["steps"]
+    assert list(steps) == ["resize", "rescale", "normalize"]
+    assert list(Frames(preprocessor).entry()["steps"]) == ["rescale", "normalize"]
