@@ -1,133 +1,183 @@
-"""How fast a bundle is here: latency percentiles, throughput and peak memory, one process for each candidate.
+"""How fast things are here: latency, throughput, memory and cold start, one process for each candidate.
 
-Several sessions in one process disturb each other through their thread pools, so every candidate is measured in a process of
-its own, and rounds of the candidates alternate so that a machine whose speed drifts does so for all alike.
+Several sessions in one process disturb each other through their thread pools, so every candidate is loaded in a process of
+its own. These then take turns, a few calls at a time, so that a machine whose speed drifts does so for all alike.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import contextlib
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from swin_deploy.compare import compare
 from swin_deploy.errors import BackendError
+from swin_deploy.machine import this_machine
+from swin_deploy.measuring import Child
 
 PERCENTILES = (50, 90, 95, 99)
+
+Request = Mapping[str, Any]
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is measured: a graph of the bundle, what runs it, and how many images at a time."""
+    """What is measured: whose network ("swin-deploy", "transformers", "timm"), what runs it, and how many images at a time."""
 
+    model: str
     backend: str
     precision: str
     batch: int
-    threads: int = 0
+    same_weights: bool = True  # as the bundle's; others have random ones, and their answers are not compared
+
+    def __str__(self) -> str:
+        ours = "" if self.model == "swin-deploy" else f" ({self.model})"
+        return f"{self.backend} {self.precision}{ours}, batch {self.batch}"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Time relative to the reference row of the same batch: the median of the rounds' own ratios, and their quartiles."""
+
+    median: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Milliseconds a call, images a second (from the median), and the process's peak memory in MB."""
+    """Milliseconds a call, images a second (from the median), peak memory in MB of 10^6 bytes.
+
+    `round_ms` is the median of each round. `cold_start_seconds` is the time from the start of the process to its first answer.
+    `relative_l2` is the distance of that answer from the reference row's to the same input; None where weights or outputs
+    are others. `run_by` is what the back end calls itself.
+    """
 
     candidate: Candidate
+    run_by: str
     runs: int
     min_ms: float
     mean_ms: float
     percentiles_ms: dict[int, float]
+    round_ms: tuple[float, ...]
     images_per_second: float
-    load_seconds: float
+    cold_start_seconds: float
     peak_memory_mb: float
+    ratio: Ratio | None = None
+    relative_l2: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON values."""
-        return asdict(self)
+        rest = asdict(self)
+        far = self.relative_l2 if self.relative_l2 is not None and math.isfinite(self.relative_l2) else None
+        return {**rest.pop("candidate"), **rest, "round_ms": list(self.round_ms), "relative_l2": far}
 
 
-def bench(
-    bundle: Path, candidates: Sequence[Candidate], seconds: float, rounds: int, say: Callable[[str], None]
-) -> tuple[Measurement, ...]:
-    """A measurement of every candidate, `seconds` long in all, spread over `rounds`.
+@dataclass(frozen=True)
+class LeftOut:
+    """A candidate that was not measured, and why."""
 
-    Raises what loading the bundle raises, and BackendError when a measuring process dies.
+    candidate: Candidate
+    reason: str
+
+
+@dataclass(frozen=True)
+class Raced:
+    """What was measured, in the order of the candidates, and what was not."""
+
+    rows: tuple[Measurement, ...]
+    left_out: tuple[LeftOut, ...]
+
+
+def race(
+    requests: Mapping[Candidate, Request],
+    seconds: float,
+    rounds: int,
+    progress: Progress,
+    check: Callable[[Sequence[LeftOut]], None],
+) -> Raced:
+    """Every candidate measured for `seconds` in all, in `rounds` in which they take turns; those that do not load are left out.
+
+    What a process loads is said by its request, which `api.bench.serve` understands. `check` gets what was left out before
+    anything is measured, to raise what is wrong with it. Raises BackendError where one that had loaded fails, and where
+    memory does not hold all of them at once.
     """
-    taken: dict[Candidate, list[dict[str, Any]]] = {candidate: [] for candidate in candidates}
-    for turn in range(rounds):
-        for candidate in candidates:
-            say(f"Round {turn + 1} of {rounds}: {candidate.backend} {candidate.precision}, batch {candidate.batch}")
-            taken[candidate].append(_in_own_process(bundle, candidate, seconds / rounds))
-    return tuple(_summary(candidate, results) for candidate, results in taken.items())
+    left_out: list[LeftOut] = []
+    running: dict[Candidate, Child] = {}
+    answers: dict[Candidate, dict[str, NDArray[Any]]] = {}
+    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory(prefix="swin-bench-") as folder:
+        for number, (candidate, request) in enumerate(requests.items()):
+            progress("Loading", number, len(requests))
+            answer = Path(folder, f"{number}.npz")
+            try:
+                child = stack.enter_context(Child({**request, "batch": candidate.batch, "answer": str(answer)}))
+            except BackendError as error:
+                left_out.append(LeftOut(candidate, str(error)))
+                continue
+            running[candidate] = child
+            with np.load(answer) as saved:
+                answers[candidate] = dict(saved)
+            _leave_room(running, len(requests) - number - 1)
+        check(left_out)
+        for number, child in enumerate(running.values()):
+            progress("Warming up", number, len(running))
+            child.milliseconds(seconds / 5)
+        taken: dict[Candidate, list[list[float]]] = {candidate: [] for candidate in running}
+        order = list(running)
+        for turn in range(rounds):
+            progress("Measuring, round", turn + 1, rounds)
+            first = turn % len(order)
+            for candidate in order[first:] + order[:first]:
+                taken[candidate].append(running[candidate].milliseconds(seconds / rounds))
+    rows = [_summary(candidate, child, taken[candidate]) for candidate, child in running.items()]
+    return Raced(tuple(_compared(row, _reference(row, rows), answers) for row in rows), tuple(left_out))
 
 
-def _in_own_process(bundle: Path, candidate: Candidate, seconds: float) -> dict[str, Any]:
-    request = json.dumps({"bundle": str(bundle), "seconds": seconds, **asdict(candidate)})
-    # Not with -m: the folder it is started in would come first in the search for modules, a checkout of this very package.
-    code = "import sys; sys.path[:] = filter(None, sys.path); from swin_deploy.bench import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, request], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise BackendError(f"Measuring {candidate.backend} {candidate.precision} failed: {last}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+def _leave_room(running: Mapping[Candidate, Child], more: int) -> None:
+    free, largest = this_machine().free_memory, max(child.peak_memory for child in running.values())
+    if more and free is not None and free < 1.5 * largest:
+        raise BackendError(
+            f"{len(running)} of {len(running) + more} candidates are loaded, and {free / 1e9:.1f} GB of memory are left, too "
+            "little for another one. Measure fewer at once: name them with --backend, --precision or --batch."
+        )
 
 
-def _summary(candidate: Candidate, results: list[dict[str, Any]]) -> Measurement:
-    times = np.concatenate([result["ms"] for result in results])
+def _summary(candidate: Candidate, child: Child, rounds: Sequence[Sequence[float]]) -> Measurement:
+    times = np.concatenate([np.asarray(turn) for turn in rounds])
     return Measurement(
         candidate=candidate,
+        run_by=child.title,
         runs=len(times),
         min_ms=float(times.min()),
         mean_ms=float(times.mean()),
         percentiles_ms={p: float(np.percentile(times, p)) for p in PERCENTILES},
+        round_ms=tuple(float(np.median(turn)) for turn in rounds),
         images_per_second=float(candidate.batch * 1000 / np.median(times)),
-        load_seconds=min(float(result["load_seconds"]) for result in results),
-        peak_memory_mb=max(float(result["peak_memory_mb"]) for result in results),
+        cold_start_seconds=child.cold_start,
+        peak_memory_mb=child.peak_memory / 1e6,
     )
 
 
-def _measure(bundle: str, backend: str, precision: str, batch: int, threads: int, seconds: float) -> dict[str, Any]:
-    """Runs in the measuring process: loads, warms up for a fifth of the time, then times single calls."""
-    import swin_deploy
-
-    begin = time.perf_counter()
-    with swin_deploy.load(bundle, precision=precision, backend=backend, threads=threads) as model:
-        loaded = time.perf_counter() - begin
-        spec = model.inputs[0]
-        shape = (batch, *(int(size) for size in spec.shape[1:]))
-        feeds = {spec.name: np.random.default_rng(0).standard_normal(shape).astype(spec.dtype)}
-        end = time.perf_counter() + seconds / 5
-        while time.perf_counter() < end:
-            model.run(feeds)
-        times: list[float] = []
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(times) < 5:
-            start = time.perf_counter()
-            model.run(feeds)
-            times.append((time.perf_counter() - start) * 1e3)
-    return {"ms": times, "load_seconds": loaded, "peak_memory_mb": _peak_memory_mb()}
+def _reference(row: Measurement, rows: Sequence[Measurement]) -> Measurement:
+    """PyTorch at the same batch, or what comes first at that batch."""
+    same = [other for other in rows if other.candidate.batch == row.candidate.batch]
+    return next((other for other in same if other.candidate.backend == "pytorch"), same[0])
 
 
-def _peak_memory_mb() -> float:
-    try:
-        # Not getrusage: on Linux its peak starts at what the process that started this one held at that moment.
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        return float(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) / 1e3
-    except (OSError, StopIteration):
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return float("nan")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
-
-
-def main() -> None:
-    """The measuring process: the request is its argument, the result is the last line that it prints."""
-    print(json.dumps(_measure(**json.loads(sys.argv[1]))))
+def _compared(row: Measurement, reference: Measurement, answers: Mapping[Candidate, Mapping[str, NDArray[Any]]]) -> Measurement:
+    """The row with its ratio to the reference, and its distance from it where both have the same weights and outputs."""
+    quotients = np.asarray(row.round_ms) / np.asarray(reference.round_ms)
+    low, middle, high = (float(value) for value in np.quantile(quotients, (0.25, 0.5, 0.75)))
+    ours, theirs = answers[row.candidate], answers[reference.candidate]
+    named = row.candidate.same_weights and theirs.keys() <= ours.keys()
+    same = named and all(ours[name].shape == theirs[name].shape for name in theirs)
+    far = max(compare(ours[name], theirs[name]).relative_l2 for name in theirs) if same else None
+    return replace(row, ratio=Ratio(middle, low, high), relative_l2=far)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 from swin_deploy.errors import MissingDependencyError
@@ -42,3 +43,11 @@ def require(module: str, purpose: str) -> Any:
             f"{name} is needed to {purpose}, but it is installed and fails to import ({error}). "
             f'Reinstall it: pip install --force-reinstall "swin-deploy[{extra}]"'
         ) from error
+
+
+def installed(module: str) -> bool:
+    """Whether `module` is there to be imported, which is not done: it takes seconds, and may still fail."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False

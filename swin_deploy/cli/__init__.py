@@ -29,6 +29,7 @@ VERBS = {
     "predict": "predict",
     "evaluate": "evaluate",
     "bench": "bench",
+    "doctor": "doctor",
 }
 
 

@@ -1,68 +1,87 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from swin_deploy.cli.output import json_option, print_json, print_table, teller
+from swin_deploy.cli.output import check_plot, json_option, print_json, print_table, teller, write_plot
+
+if TYPE_CHECKING:
+    from swin_deploy.bench import LeftOut, Measurement
 
 
-@click.command("bench", short_help="Measure latency, throughput and memory on this machine.")
+@click.command("bench", short_help="Measure latency, throughput, memory and cold start on this machine.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--backend", "backends", multiple=True, default=("onnxruntime",), show_default=True, help="Repeatable.")
-@click.option("--precision", "precisions", multiple=True, default=("fp32",), show_default=True, help="Repeatable.")
-@click.option("--batch", "batches", multiple=True, default=(1,), show_default=True, type=click.IntRange(1), help="Repeatable.")
+@click.option("--backend", "backends", multiple=True, help="Repeatable. Default: all that are installed.")
+@click.option(
+    "--precision", "precisions", multiple=True, help="Repeatable. Default: all that the bundle and the back end have."
+)
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), help="Repeatable. Default: 1 and 8.")
+@click.option("--weights", help="The checkpoint that was exported: adds rows of PyTorch, which the others are compared with.")
+@click.option("--peers", is_flag=True, help="Add the exports of transformers and timm, where they are installed.")
 @click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="0 lets the back end choose.")
-@click.option("--seconds", default=6.0, show_default=True, type=click.FloatRange(0.1), help="For each candidate, in all.")
-@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Candidates take turns so often.")
+@click.option("--seconds", default=6.0, show_default=True, type=float, help="For each candidate, in all.")
+@click.option("--rounds", default=10, show_default=True, type=click.IntRange(1), help="Candidates take turns so often.")
+@click.option("--plot", metavar="FILE.svg", type=click.Path(path_type=Path), help="Draw the table, as SVG.")
 @json_option
-def command(
-    bundle: Path,
-    backends: tuple[str, ...],
-    precisions: tuple[str, ...],
-    batches: tuple[int, ...],
-    threads: int,
-    seconds: float,
-    rounds: int,
-    as_json: bool,
-) -> None:
-    """Measure BUNDLE here: every back end, precision and batch size given, each in a process of its own, taking turns."""
-    import swin_deploy
-    from swin_deploy.bench import Candidate, bench
+def command(bundle: Path, plot: Path | None, as_json: bool, **options: Any) -> None:
+    """Measure BUNDLE here: every back end, precision and batch size, each in a process of its own, taking turns.
 
-    candidates = [Candidate(b, p, n, threads) for b in backends for p in precisions for n in batches]
-    for backend, precision in dict.fromkeys((c.backend, c.precision) for c in candidates):
-        swin_deploy.load(bundle, precision=precision, backend=backend).close()  # what is wrong is said before measuring
-    found = bench(bundle, candidates, seconds, rounds, teller())
+    The ratio is the time relative to the reference, the first row of the same batch: PyTorch where --weights names the
+    checkpoint, or where the bundle has random weights. Its interval spans the quartiles of the rounds.
+    """
+    from swin_deploy.api.bench import bench
+
+    if plot is not None:
+        check_plot(plot)
+    say = teller()
+    try:
+        found = bench(bundle, say=say, progress=say.follow, **options)
+    finally:
+        say.clear()
+    if plot is not None:
+        from swin_deploy.bench_plot import svg_from_rows
+
+        write_plot(plot, svg_from_rows(found.rows, str(found.machine), found.reference))
+        say(f"Wrote {plot}")
+    for line in _lines(found.left_out):
+        say(f"Left out: {line}")
+    say(f"On {found.machine}; ratios are to {found.reference}")
     if as_json:
-        print_json([m.to_dict() for m in found])
-        return
+        print_json({"bundle": str(bundle), **found.to_dict()})
+    else:
+        _print_rows(found.rows)
+
+
+def _print_rows(rows: Sequence[Measurement]) -> None:
     print_table(
-        (
-            "back end",
-            "precision",
-            "batch",
-            "runs",
-            "min ms",
-            "p50 ms",
-            "p90 ms",
-            "p99 ms",
-            "images/s",
-            "peak MB",
-            "load s",
-        ),
+        ("model", "back end", "precision", "batch", "runs", "p50 ms", "p90 ms", "p99 ms", "images/s", "peak MB", "cold s",
+         "ratio", "quartiles", "distance"),
         [
             (
-                m.candidate.backend,
-                m.candidate.precision,
-                m.candidate.batch,
-                m.runs,
-                round(m.min_ms, 2),
-                *(round(m.percentiles_ms[p], 2) for p in (50, 90, 99)),
-                round(m.images_per_second, 1),
-                round(m.peak_memory_mb),
-                round(m.load_seconds, 2),
+                row.candidate.model,
+                row.candidate.backend,
+                row.candidate.precision,
+                row.candidate.batch,
+                row.runs,
+                *(f"{row.percentiles_ms[p]:.2f}".rjust(7) for p in (50, 90, 99)),
+                f"{row.images_per_second:.1f}".rjust(8),
+                round(row.peak_memory_mb),
+                f"{row.cold_start_seconds:.2f}".rjust(6),
+                f"{row.ratio.median:.3f}",
+                f"{row.ratio.low:.3f} to {row.ratio.high:.3f}",
+                "-" if row.relative_l2 is None else f"{row.relative_l2:.1e}",
             )
-            for m in found
+            for row in rows
         ],
-    )
+    )  # fmt: skip
+
+
+def _lines(left_out: Sequence[LeftOut]) -> list[str]:
+    """A line for each reason, with all that it holds for."""
+    reasons: dict[str, list[str]] = {}
+    for one in left_out:
+        reasons.setdefault(one.reason, []).append(str(one.candidate))
+    return [f"{'; '.join(names)}: {reason}" for reason, names in reasons.items()]

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from swin_deploy.cli.output import compiler_log, json_option, print_json, print_table, stdout_kept_clean, teller
+from swin_deploy.cli.output import (
+    check_plot,
+    compiler_log,
+    json_option,
+    print_json,
+    print_table,
+    stdout_kept_clean,
+    teller,
+    write_plot,
+)
 
 if TYPE_CHECKING:
     from swin_deploy.exporters.inspection import EngineCost, Inspection
@@ -44,10 +53,9 @@ def command(
     published peaks: a bound to compare with, and no measurement.
     """
     import swin_deploy
-    from swin_deploy.errors import UsageError
 
-    if plot is not None and (plot.suffix != ".svg" or plot.is_dir() or not plot.absolute().parent.is_dir()):
-        raise UsageError(f"The plot {plot} cannot be drawn. Expected the name of an .svg file in a folder that exists.")
+    if plot is not None:
+        check_plot(plot)
     say = teller()
     found = []
     try:
@@ -64,7 +72,7 @@ def command(
         from swin_deploy.exporters.plot import svg_from_engines
 
         titled = [(_shown(one, engine.name), engine) for one in found for engine in one.engines]
-        plot.write_text(svg_from_engines(titled), encoding="utf-8")
+        write_plot(plot, svg_from_engines(titled))
         say(f"Wrote {plot}")
     if as_json:
         print_json([one.to_dict() for one in found] if compare is not None else found[0].to_dict())

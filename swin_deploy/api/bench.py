@@ -1,0 +1,293 @@
+"""A bundle -> how fast it is on this machine, beside PyTorch and the exports of others."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from swin_deploy.api.load import load
+from swin_deploy.api.say import Say, silent
+from swin_deploy.bench import Candidate, LeftOut, Measurement, Progress, Request, race
+from swin_deploy.bundle import CONFIG, Bundle
+from swin_deploy.config import SwinConfig
+from swin_deploy.errors import BackendError, MissingDependencyError, UsageError
+from swin_deploy.machine import Machine, this_machine
+from swin_deploy.requires import installed, require
+from swin_deploy.specs import PRECISIONS, Size, size_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from swin_deploy.models.checkpoints import Checkpoint
+
+BATCHES = (1, 8)
+LONGEST = 86_400.0  # seconds for each candidate
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was measured on which machine. `reference` names the rows that others are compared with, one for each batch."""
+
+    machine: Machine
+    reference: str
+    rows: tuple[Measurement, ...]
+    left_out: tuple[LeftOut, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as JSON values."""
+        return {
+            "machine": self.machine.to_dict(),
+            "reference": self.reference,
+            "rows": [row.to_dict() for row in self.rows],
+            "left_out": [{**vars(one.candidate), "reason": one.reason} for one in self.left_out],
+        }
+
+
+def bench(
+    bundle: str | os.PathLike[str],
+    *,
+    backends: Sequence[str] = (),
+    precisions: Sequence[str] = (),
+    batches: Sequence[int] = (),
+    threads: int = 0,
+    seconds: float = 6.0,
+    rounds: int = 10,
+    weights: str | os.PathLike[str] | None = None,
+    peers: bool = False,
+    say: Say = silent,
+    progress: Progress | None = None,
+) -> Bench:
+    """Latency, throughput, memory and cold start of a bundle's first image size here, each candidate in its own process.
+
+    Without `backends`, `precisions` and `batches`: all back ends that are installed, the precisions whose graphs the bundle
+    holds (and OpenVINO's bf16), 1 and 8 images. What of these does not run is left out; what was named and does not is an
+    error. `seconds` is for each candidate, spread over `rounds` in which they take turns. Rows of PyTorch, the reference, are
+    added where `weights` names the checkpoint that was exported, or the bundle has random weights. `peers` adds the exports of
+    transformers and timm. Raises errors.UsageError for figures that cannot be meant, what loading raises, and
+    errors.BackendError when a measuring process dies.
+    """
+    from swin_deploy.runtimes.model import MOST_THREADS
+
+    found, machine = Bundle.open(bundle), this_machine()
+    config = SwinConfig.from_dict(found.read_json(CONFIG))
+    size, sizes = _image_size(found), tuple(dict.fromkeys(batches or BATCHES))
+    if not 0.1 <= seconds <= LONGEST:
+        raise UsageError(f"{seconds} seconds cannot be measured. Expected a number from 0.1 to {LONGEST:.0f}.")
+    if rounds < 1 or not 0 <= threads <= MOST_THREADS:
+        raise UsageError(f"{rounds} rounds and {threads} threads cannot be meant: from 1 up, and from 0 to {MOST_THREADS}.")
+    for batch in sizes:
+        _check_batch(batch, config, size, machine)
+    ours = _of_bundle(found, backends, precisions, sizes, threads)
+
+    def check(left_out: Sequence[LeftOut]) -> None:
+        """Raises the reason where nothing is left of what was asked for by name, or nothing at all."""
+        lost = [one for one in left_out if one.candidate in ours]
+        left = ours.keys() - {one.candidate for one in lost}
+        for name, named in (("backend", backends), ("precision", precisions), ("batch", batches)):
+            for value in named:
+                if value not in {getattr(candidate, name) for candidate in left}:
+                    raise BackendError(next(one.reason for one in lost if getattr(one.candidate, name) == value))
+        if not left:
+            raise BackendError(lost[0].reason)
+
+    with tempfile.TemporaryDirectory(prefix="swin-bench-") as scratch:
+        others = Others(found, config, size, threads, Path(scratch), say)
+        requests: dict[Candidate, Request] = {**others.pytorch(weights, sizes), **ours}
+        if peers:
+            requests |= others.exports(ours)
+        raced = race(requests, seconds, rounds, progress or (lambda phase, step, steps: None), check)
+    return Bench(machine, raced.rows[0].run_by, raced.rows, raced.left_out)
+
+
+def _image_size(bundle: Bundle) -> Size:
+    height, width = next(iter(bundle.graphs.values()))["image_size"]
+    return int(height), int(width)
+
+
+def _check_batch(batch: int, config: SwinConfig, size: Size, machine: Machine) -> None:
+    """Raises UsageError for a batch whose pixels and first hidden layer alone do not fit into memory."""
+    if batch < 1:
+        raise UsageError(f"A batch of {batch} images cannot be meant. Expected a whole number from 1 up.")
+    numbers = math.prod(size) * config.num_channels + math.prod(config.grid(size)) * config.mlp_width(0)
+    if machine.free_memory is not None and batch * numbers * 4 > machine.free_memory:
+        raise UsageError(
+            f"A batch of {batch} images of {size_text(size)} pixels takes more than {batch * numbers * 4 / 1e9:.0f} GB, and "
+            f"{machine.free_memory / 1e9:.1f} GB of memory are free here. Take a smaller one."
+        )
+
+
+def _of_bundle(
+    bundle: Bundle, backends: Sequence[str], precisions: Sequence[str], batches: Sequence[int], threads: int
+) -> dict[Candidate, Request]:
+    """What there is to measure of the bundle itself. A back end asked for by name must be installed."""
+    from swin_deploy.runtimes.backends import BACKENDS
+
+    if unknown := [name for name in backends if name not in BACKENDS]:
+        raise UsageError(f'There is no back end "{unknown[0]}". There are: {", ".join(BACKENDS)}.')
+    if unknown := [name for name in precisions if name not in PRECISIONS]:
+        raise UsageError(f'There is no precision "{unknown[0]}". There are: {", ".join(PRECISIONS)}.')
+    for name in backends:
+        if not installed(_module(name)):
+            require(_module(name), "measure what it runs")
+    held = dict.fromkeys(str(entry["precision"]) for entry in bundle.graphs.values())
+    found: dict[Candidate, Request] = {}
+    for backend in dict.fromkeys(backends or [name for name in BACKENDS if installed(_module(name))]):
+        for precision in dict.fromkeys(precisions or [*held, *(["bf16"] if backend == "openvino" else [])]):
+            for batch in batches:
+                request = {"bundle": str(bundle.path), "backend": backend, "precision": precision, "threads": threads}
+                found[Candidate("swin-deploy", backend, precision, batch)] = request
+    if not found:
+        raise MissingDependencyError(
+            'Nothing is installed that runs a bundle. Run: pip install "swin-deploy[onnxruntime]", or see: swin-deploy doctor'
+        )
+    return found
+
+
+def _module(backend: str) -> str:
+    return backend.replace("-", "_")
+
+
+@dataclass(frozen=True)
+class Others:
+    """The rows beside those of the bundle; what they need is written to `scratch`."""
+
+    bundle: Bundle
+    config: SwinConfig
+    size: Size
+    threads: int
+    scratch: Path
+    say: Say
+
+    def pytorch(self, weights: str | os.PathLike[str] | None, batches: Sequence[int]) -> dict[Candidate, Request]:
+        """PyTorch itself, where the checkpoint is known: transformers' model, or without transformers this package's."""
+        seed = re.fullmatch(r"random weights, seed (\d+)", str(self.bundle.manifest["source"]))
+        if weights is not None:
+            require("torch", "measure PyTorch")
+        elif seed is None or self.bundle.manifest["notes"] or not installed("torch"):
+            what = "torch is not installed" if seed else "the checkpoint that was exported is not named (--weights)"
+            self.say(f"No rows of PyTorch: {what}")
+            return {}
+        source = {"weights": None if weights is None else str(weights), "seed": int(seed[1]) if seed else 0}
+        request: dict[str, Any] = {"torch": str(self.bundle.path), **source, "threads": self.threads}
+        checkpoint, model = checkpoint_of(self.bundle, **source), "swin-deploy"
+        if self._transformers_has_it():
+            from swin_deploy.exporters.peers import transformers_folder
+
+            model, request = "transformers", {"transformers": str(self.scratch / "same"), "threads": self.threads}
+            transformers_folder(checkpoint, self.scratch / "same")
+        return {Candidate(model, "pytorch", "fp32", batch): {**request, "size": self.size} for batch in batches}
+
+    def exports(self, ours: Iterable[Candidate]) -> dict[Candidate, Request]:
+        """What transformers and timm export of this architecture, run by the back ends of `ours`."""
+        found: dict[Candidate, Request] = {}
+        for model, make in (("transformers", self._transformers), ("timm", self._timm)):
+            if not installed(model) or not installed("torch"):
+                self.say(f"No rows of {model}: it is not installed" + (" (pip install timm)" if model == "timm" else ""))
+                continue
+            if self.bundle.manifest["task"]["name"] != "image-classification":
+                self.say(f"No rows of {model}: it is compared as an image classifier, and this bundle is none")
+                continue
+            try:
+                network, same = make()
+                for one in ours:
+                    if one.backend in ("onnxruntime", "openvino") and one.precision in ("fp32", "bf16"):
+                        file = self._exported(model, network, one.batch)
+                        request = {"onnx": str(file), "backend": one.backend, "bf16": one.precision == "bf16"}
+                        found[replace(one, model=model, same_weights=same)] = {**request, "threads": self.threads}
+            except Exception as error:  # noqa: BLE001 - what fails in their code ends their rows only
+                self.say(f"No rows of {model}: its export failed ({' '.join(str(error).split())[:300]})")
+        return found
+
+    def _transformers_has_it(self) -> bool:
+        classifier = self.bundle.manifest["task"]["name"] == "image-classification" and self.config.num_labels > 0
+        plain = classifier and self.bundle.manifest["task"]["output_hidden_states"] is False
+        return plain and self.config.semantics == "hf" and self.config.patch_norm and installed("transformers")
+
+    def _transformers(self) -> tuple[torch.nn.Module, bool]:
+        from swin_deploy.exporters.peers import transformers_folder, transformers_network
+        from swin_deploy.models.checkpoints import random_checkpoint
+        from swin_deploy.tasks import TaskSpec
+
+        folder = self.scratch / "same"
+        same = folder.exists()
+        if not same:
+            folder = self.scratch / "random"
+            transformers_folder(random_checkpoint(self.config, TaskSpec()), folder)
+        return transformers_network(folder), same
+
+    def _timm(self) -> tuple[torch.nn.Module, bool]:
+        from swin_deploy.exporters.peers import timm_network
+
+        return timm_network(self.config, self.size), False
+
+    def _exported(self, model: str, network: torch.nn.Module, batch: int) -> Path:
+        from swin_deploy.exporters.peers import exported_by_its_user
+
+        file = self.scratch / f"{model}-{batch}.onnx"
+        if not file.exists():
+            self.say(f"Exporting the network of {model} for {batch} images")
+            file.write_bytes(exported_by_its_user(network, (batch, self.config.num_channels, *self.size)))
+        return file
+
+
+def checkpoint_of(bundle: Bundle, weights: str | None, seed: int) -> Checkpoint:
+    """The checkpoint that was exported: the one at `weights`, or random weights."""
+    from swin_deploy.exporters.source import checkpoint_from_request
+    from swin_deploy.models.checkpoints import random_checkpoint
+    from swin_deploy.models.running import refuse_other_network
+    from swin_deploy.tasks import TaskSpec
+
+    task = TaskSpec.from_dict(bundle.manifest["task"])
+    if weights is None:
+        return random_checkpoint(SwinConfig.from_dict(bundle.read_json(CONFIG)), task, seed)
+    semantics, size = str(bundle.manifest["semantics"]), _image_size(bundle)
+    checkpoint, _ = checkpoint_from_request(None, weights, False, 0, task, size, semantics, None, None, silent)
+    refuse_other_network(weights, checkpoint.config, bundle)
+    return checkpoint
+
+
+def serve() -> None:
+    """The measuring process."""
+    from swin_deploy.measuring import answering
+
+    answering(_opened)
+
+
+def _opened(request: dict[str, Any]) -> Any:
+    """What a request of `bench` or `doctor` names, loaded: it has `title`, `inputs` and `run`."""
+    if "torch" in request or "transformers" in request:
+        return _opened_by_torch(request)
+    backend, threads = request["backend"], request["threads"]
+    if "onnx" in request:
+        from swin_deploy.runtimes.backends import runtime_from_onnx
+
+        return runtime_from_onnx(Path(request["onnx"]), backend, threads, request["bf16"])
+    model = load(request["bundle"], precision=request["precision"], backend=backend, threads=threads)
+    version = importlib.import_module(_module(backend)).__version__
+    return SimpleNamespace(title=f"{backend} {version}", inputs=model.inputs, run=model.run)
+
+
+def _opened_by_torch(request: dict[str, Any]) -> Any:
+    import torch
+
+    from swin_deploy.models.running import TorchNetwork
+    from swin_deploy.tasks import TaskSpec
+
+    if request["threads"]:
+        torch.set_num_threads(request["threads"])
+    size = (int(request["size"][0]), int(request["size"][1]))
+    if "transformers" in request:
+        from swin_deploy.exporters.peers import TransformersNetwork
+
+        return TransformersNetwork(Path(request["transformers"]), size)
+    bundle = Bundle.open(request["torch"])
+    checkpoint = checkpoint_of(bundle, request["weights"], request["seed"])
+    return TorchNetwork(checkpoint, TaskSpec.from_dict(bundle.manifest["task"]), size)

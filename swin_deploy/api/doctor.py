@@ -1,0 +1,304 @@
+"""This machine, and a bundle -> what can be done here, and what has to be installed for the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import swin_deploy
+from swin_deploy.bundle import Bundle
+from swin_deploy.doctor import BROKEN, STEPS, WORKS, Finding, Step, Trap, install, installed_traps, unusable, versions_for
+from swin_deploy.errors import BackendError
+from swin_deploy.machine import Gpu, Machine, driver_and_gpus, this_machine
+from swin_deploy.requires import installed, require
+
+SECONDS = 180  # for one library to show that it works
+PROBE = "import sys; sys.path[:] = filter(None, sys.path); from swin_deploy.api.doctor import probe; probe()"
+
+# One value through one Relu, opset 17.
+MICRO = (
+    b'\x08\x08:7\n\x0c\n\x01x\x12\x01y"\x04Relu\x12\x05microZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x11"
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A graph or an engine of a bundle and a back end: whether that can run here, and what it said."""
+
+    file: str
+    backend: str
+    precision: str
+    works: bool
+    said: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found. `runs` is None where no bundle was named; `healthy` is whether something can run one, or that one."""
+
+    machine: Machine
+    driver: str | None
+    gpus: tuple[Gpu, ...]
+    findings: tuple[Finding, ...]
+    traps: tuple[Trap, ...]
+    runs: tuple[Run, ...] | None
+    healthy: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as JSON values."""
+        return {
+            "swin_deploy": swin_deploy.__version__,
+            "machine": self.machine.to_dict(),
+            "driver": self.driver,
+            "gpus": [asdict(gpu) for gpu in self.gpus],
+            "steps": [finding.to_dict() for finding in self.findings],
+            "traps": [asdict(trap) for trap in self.traps],
+            "bundle": None if self.runs is None else [asdict(run) for run in self.runs],
+            "can_run": self.healthy,
+        }
+
+
+def doctor(bundle: str | os.PathLike[str] | None = None) -> Diagnosis:
+    """What this machine has and can do: every library is really tried, each in a process of its own.
+
+    With `bundle`, every graph of it is loaded and run by every back end, too. Raises errors.BundleError where it is none.
+    """
+    from swin_deploy.exporters.gpu import cuda_devices
+    from swin_deploy.runtimes.backends import BACKENDS
+
+    found = None if bundle is None else Bundle.open(bundle)
+    machine, devices = this_machine(), cuda_devices()
+    driver, listed = driver_and_gpus()
+    memory = {gpu.name: gpu.memory for gpu in listed}
+    gpus = tuple(Gpu(device.name, device.capability, memory.get(device.name)) for device in devices)
+    with ThreadPoolExecutor(min(4, machine.usable_cores)) as pool:
+        findings = tuple(pool.map(lambda step: _finding(step, bool(gpus)), STEPS))
+    traps = installed_traps(bool(gpus))
+    if listed and not gpus:
+        traps += (
+            Trap(
+                f"nvidia-smi lists {len(listed)} GPU(s), and CUDA offers none to this process (CUDA_VISIBLE_DEVICES is "
+                f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')!r})",
+                "unset CUDA_VISIBLE_DEVICES",
+            ),
+        )
+    able = {step.backend for step, one in zip(STEPS, findings, strict=True) if one.state == WORKS} & BACKENDS.keys()
+    runs = None if found is None else _runs(found, [name for name in BACKENDS if name in able], gpus)
+    healthy = bool(able) if runs is None else any(run.works for run in runs)
+    return Diagnosis(machine, driver, gpus, findings, traps, runs, healthy)
+
+
+def _finding(step: Step, gpu: bool) -> Finding:
+    found = versions_for(step)
+    if (why := unusable(step, gpu, found)) is not None:
+        return why
+    command = [sys.executable, "-c", PROBE, step.name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, errors="replace")
+    except subprocess.TimeoutExpired:
+        return Finding(step.name, BROKEN, found, f"gave no answer within {SECONDS} seconds", _reinstall(step))
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        last = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), "it said nothing")
+        return Finding(step.name, BROKEN, found, f"crashed (exit code {done.returncode}): {last}", _reinstall(step))
+    if "error" in answer:
+        return Finding(step.name, BROKEN, found, answer["error"], answer["command"] or _reinstall(step))
+    return Finding(step.name, WORKS, found, answer["can"])
+
+
+def _reinstall(step: Step) -> str:
+    return install(step.extras).replace("install", "install --force-reinstall")
+
+
+def probe() -> None:
+    """The process in which one library is tried: the step's name is its argument, and a line of JSON its answer."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print
+    step = next(step for step in STEPS if step.name == sys.argv[1])
+    try:
+        for module in step.modules:
+            require(module, f"use {step.name}")
+        answer = {"can": PROBES[step.name]()}
+    except Wrong as error:
+        answer = {"error": str(error), "command": error.command}
+    except Exception as error:  # noqa: BLE001 - whatever a library says
+        answer = {"error": " ".join(str(error).split()) or type(error).__name__, "command": ""}
+    answers.write(json.dumps(answer))
+    answers.flush()
+
+
+class Wrong(Exception):
+    """A library that is there and does not do what it should, with the command that puts it right."""
+
+    def __init__(self, what: str, command: str) -> None:
+        super().__init__(what)
+        self.command = command
+
+
+def _onnxruntime_cpu() -> str:
+    _session("CPUExecutionProvider")
+    return "fp32 and INT8 graphs"
+
+
+def _onnxruntime_cuda() -> str:
+    _session("CUDAExecutionProvider")
+    return "fp32 and fp16 graphs on the GPU"
+
+
+def _onnxruntime_tensorrt() -> str:
+    _session("TensorrtExecutionProvider")
+    return "graphs compiled by TensorRT while they load"
+
+
+def _session(provider: str) -> None:
+    ort = require("onnxruntime", "run a graph")
+    extras = {"CPUExecutionProvider": "onnxruntime", "CUDAExecutionProvider": "gpu"}.get(provider, "gpu,tensorrt")
+    if provider not in ort.get_available_providers():
+        command = ("" if extras == "onnxruntime" else "pip uninstall -y onnxruntime && ") + install(extras)
+        raise Wrong(f"this build of onnxruntime has no {provider}", command)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(MICRO, options, providers=[provider])
+    if session.get_providers()[0] != provider:  # it falls back to the CPU and says so in its log alone
+        raise Wrong(
+            f"{provider} does not start: CUDA or one of its libraries is missing or of another version", install(extras)
+        )
+    [answer] = session.run(None, {"x": _ones()})
+    if answer.tolist() != [1.0]:
+        raise BackendError(f"Relu(1) is {answer.tolist()}")
+
+
+def _ones() -> Any:
+    import numpy as np
+
+    return np.ones(1, np.float32)
+
+
+def _openvino() -> str:
+    core = require("openvino", "run a graph").Core()
+    request = core.compile_model(core.read_model(MICRO), "CPU").create_infer_request()
+    answer = request.infer({"x": _ones()})["y"]
+    if answer.tolist() != [1.0]:
+        raise BackendError(f"Relu(1) is {answer.tolist()}")
+    types = [str(name) for name in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")]
+    computes = [
+        name for word, name in (("FP32", "fp32"), ("BF16", "bf16"), ("FP16", "fp16"), ("INT8", "INT8")) if word in types
+    ]
+    return f"{', '.join(computes)} on the CPU; devices: {', '.join(core.available_devices)}"
+
+
+def _tensorrt() -> str:
+    from swin_deploy.exporters.gpu import cuda_devices, has_fp8
+
+    _builder("tensorrt")
+    gpu = cuda_devices()[0].capability
+    number = int(gpu.removeprefix("sm_"))
+    types = ["fp32", "fp16"] + ["bf16"] * (number >= 80) + ["INT8"] + ["FP8"] * has_fp8(gpu)
+    return f"compiles {', '.join(types)} engines for {gpu}"
+
+
+def _tensorrt_rtx() -> str:
+    from swin_deploy.exporters.gpu import rtx_gpus
+
+    _builder("tensorrt-rtx")
+    return f"compiles for {', '.join(rtx_gpus())}, without a GPU"
+
+
+def _builder(backend: str) -> None:
+    from swin_deploy.exporters.engine_from_onnx import load_compiler
+
+    trt = load_compiler(backend)
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    if not trt.OnnxParser(network, logger).parse(MICRO):
+        raise BackendError("its parser does not take an ONNX graph of one node")
+
+
+def _export() -> str:
+    import torch
+
+    from swin_deploy.specs import PRECISIONS
+
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
+    return f"torch is built for {build}; graphs in {', '.join(PRECISIONS[:3])}"
+
+
+def _quantize() -> str:
+    return "INT8 and FP8 graphs for TensorRT, INT8 for ONNX Runtime and OpenVINO"
+
+
+def _hub() -> str:
+    import huggingface_hub
+
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    return (
+        "the local cache only (HF_HUB_OFFLINE is set)" if offline else "checkpoints from the hub (not contacted) and its cache"
+    )
+
+
+def _h5py() -> str:
+    return "tf_model.h5 files"
+
+
+PROBES: Mapping[str, Callable[[], str]] = {
+    "ONNX Runtime, CPU": _onnxruntime_cpu,
+    "ONNX Runtime, CUDA": _onnxruntime_cuda,
+    "ONNX Runtime, TensorRT": _onnxruntime_tensorrt,
+    "OpenVINO": _openvino,
+    "TensorRT": _tensorrt,
+    "TensorRT for RTX": _tensorrt_rtx,
+    "export": _export,
+    "quantize": _quantize,
+    "hub": _hub,
+    "TensorFlow checkpoints": _h5py,
+}
+
+
+def _runs(bundle: Bundle, backends: list[str], gpus: tuple[Gpu, ...]) -> tuple[Run, ...]:
+    """Every precision of the bundle in every back end, really run, and every engine against the GPUs that are here."""
+    from swin_deploy.measuring import Child
+
+    runs = []
+    held = {str(entry["precision"]): file for file, entry in reversed(bundle.graphs.items())}
+    for backend in backends:
+        extra = {"bf16": held["fp32"]} if backend == "openvino" and "fp32" in held else {}
+        for precision, file in ({**extra, **dict(reversed(held.items()))}).items():
+            request = {"bundle": str(bundle.path), "backend": backend, "precision": precision, "threads": 0, "batch": 1}
+            with tempfile.TemporaryDirectory(prefix="swin-doctor-") as folder:
+                try:
+                    with Child({**request, "answer": str(Path(folder, "answer.npz"))}) as child:
+                        said = f"{child.title}; first answer {child.cold_start:.1f} s after its process started"
+                        runs.append(Run(file, backend, precision, True, said))
+                except BackendError as error:
+                    runs.append(Run(file, backend, precision, False, str(error)))
+    for file, entry in bundle.files.items():
+        if file.endswith(".engine"):
+            runs.append(_engine(file, entry, gpus, backends))
+    return tuple(runs)
+
+
+def _engine(file: str, entry: Mapping[str, Any], gpus: tuple[Gpu, ...], backends: list[str]) -> Run:
+    """Whether an engine is for a GPU and a release that are here; it is not run."""
+    backend, wanted = str(entry["backend"]), f"{entry['gpu']} and {entry['backend']} {entry['backend_version']}"
+    module = backend.replace("-", "_")
+    here = str(require(module, "run engines").__version__) if installed(module) else "not installed"
+    if entry["gpu"] not in {gpu.capability for gpu in gpus}:
+        why = f"needs {wanted}; this machine has {', '.join(gpu.capability for gpu in gpus) or 'no NVIDIA GPU'}"
+    elif here != entry["backend_version"]:
+        why = f"needs {wanted}; {backend} is {here}"
+    elif backend not in backends:
+        why = "fits this machine; this package does not run engines yet, TensorRT's own runtime does"
+    else:
+        why = "fits this machine"
+    return Run(file, backend, str(entry["precision"]), why == "fits this machine", why)
