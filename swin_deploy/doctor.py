@@ -15,7 +15,8 @@ from swin_deploy.requires import installed
 class Step:
     """Something that this package does with libraries: the modules it imports, and the extras that bring them.
 
-    `backend` is the name under which it runs bundles, and None where it makes them. `needs_gpu`: it does nothing without one.
+    `backend` is the name under which it runs bundles, and None where it makes them. `needs_gpu`: it does nothing without one;
+    `runs_on_gpu`: it only compiles without one.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Step:
     extras: str
     backend: str | None = None
     needs_gpu: bool = False
+    runs_on_gpu: bool = False
 
 
 STEPS = (
@@ -31,7 +33,7 @@ STEPS = (
     Step("ONNX Runtime, TensorRT", ("onnxruntime",), "gpu,tensorrt", "onnxruntime", needs_gpu=True),
     Step("OpenVINO", ("openvino",), "openvino", "openvino"),
     Step("TensorRT", ("tensorrt",), "tensorrt", "tensorrt", needs_gpu=True),
-    Step("TensorRT for RTX", ("tensorrt_rtx",), "tensorrt-rtx", "tensorrt-rtx"),
+    Step("TensorRT for RTX", ("tensorrt_rtx",), "tensorrt-rtx", "tensorrt-rtx", runs_on_gpu=True),
     Step("export", ("torch", "onnx", "onnxscript", "onnx_graphsurgeon", "safetensors"), "export"),
     Step("quantize", ("onnx", "onnx_graphsurgeon", "onnxruntime"), "export,onnxruntime"),
     Step("hub", ("huggingface_hub",), "hub"),

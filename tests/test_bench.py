@@ -1,19 +1,44 @@
-"""The measuring process tells its own memory."""
+"""The measuring process: its own memory, why it could not load, and what is said when it dies."""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cli.exported import digits
+
+from swin_deploy.errors import BackendError
+from swin_deploy.measuring import Child
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc tells a process's own peak on Linux alone")
 def test_peak_memory_is_not_that_of_the_process_that_started_it() -> None:
     held = np.ones(40_000_000)  # 320 MB here, which getrusage would count to a process started now
-    code = "from swin_deploy.bench import _peak_memory_mb; print(_peak_memory_mb())"
+    code = "from swin_deploy.measuring import peak_memory; print(peak_memory())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     assert held.nbytes == 320_000_000
-    assert 5 < float(done.stdout) < 200
+    assert 5e6 < int(done.stdout) < 200e6
+
+
+def request(tmp_path: Path, **changes: object) -> dict[str, object]:
+    usual = {"bundle": str(digits(2)), "backend": "onnxruntime", "precision": "fp32", "threads": 1, "batch": 2}
+    return {**usual, "answer": str(tmp_path / "answer.npz"), **changes}
+
+
+def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="holds no int8 graph; it holds fp32, fp16"):
+        Child(request(tmp_path, precision="int8"))
+
+
+def test_a_process_that_is_killed_is_told_of(tmp_path: Path) -> None:
+    with Child(request(tmp_path)) as child:
+        assert np.load(tmp_path / "answer.npz")["logits"].shape == (2, 10)
+        assert len(child.milliseconds(0.01)) >= 1
+        os.kill(child._process.pid, signal.SIGKILL)
+        with pytest.raises(BackendError, match="killed by the system"):
+            child.milliseconds(0.01)

@@ -103,6 +103,7 @@ def bench(
         requests: dict[Candidate, Request] = {**others.pytorch(weights, sizes), **ours}
         if peers:
             requests |= others.exports(ours)
+        say(f"Measuring {len(requests)} candidates, {seconds:g} s each and the time that they take to load")
         raced = race(requests, seconds, rounds, progress or (lambda phase, step, steps: None), check)
     return Bench(machine, raced.rows[0].run_by, raced.rows, raced.left_out)
 

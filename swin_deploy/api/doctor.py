@@ -91,7 +91,8 @@ def doctor(bundle: str | os.PathLike[str] | None = None) -> Diagnosis:
                 "unset CUDA_VISIBLE_DEVICES",
             ),
         )
-    able = {step.backend for step, one in zip(STEPS, findings, strict=True) if one.state == WORKS} & BACKENDS.keys()
+    working = [step for step, one in zip(STEPS, findings, strict=True) if one.state == WORKS and (gpus or not step.runs_on_gpu)]
+    able = {step.backend for step in working} & BACKENDS.keys()
     runs = None if found is None else _runs(found, [name for name in BACKENDS if name in able], gpus)
     healthy = bool(able) if runs is None else any(run.works for run in runs)
     return Diagnosis(machine, driver, gpus, findings, traps, runs, healthy)

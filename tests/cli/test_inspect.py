@@ -84,7 +84,7 @@ def test_a_drawing(place: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert ET.parse(tmp_path / "engines.svg").getroot().tag.endswith("svg")
     refused(cli("inspect", place / "b", "--plot", "engines.png", cwd=tmp_path), "engines.png", ".svg")
-    refused(cli("inspect", place / "b", "--plot", "no/engines.svg", cwd=tmp_path), "a folder that exists")
+    refused(cli("inspect", place / "b", "--plot", "no/engines.svg", cwd=tmp_path), "a folder that can be written")
     assert [file.name for file in tmp_path.iterdir()] == ["engines.svg"]
 
 

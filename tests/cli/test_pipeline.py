@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.exported import FLOWER, SCRIPT, THREE, WEIGHTS, cli, copied, digits, exported_into, result
+from cli.exported import FLOWER, SCRIPT, THREE, WEIGHTS, cli, copied, exported_into, result
 
 from swin_deploy.bundle import Bundle
 
@@ -143,27 +143,6 @@ def test_what_was_deleted_is_made_again_and_what_was_changed_is_refused(tmp_path
         assert "It was changed or damaged" in done.stderr
     done = cli("build-engine", "b", "--gpu", "sm_89", "--force", cwd=tmp_path)
     assert done.returncode == 2  # no engine is compiled from a graph that was changed
-
-
-def test_measuring(tmp_path: Path) -> None:
-    # A checkout's own folder, or any module of the directory one stands in, must not take the installed one's place.
-    (tmp_path / "swin_deploy").mkdir()
-    (tmp_path / "swin_deploy/__init__.py").write_text("raise SystemExit('the wrong swin_deploy')")
-    arguments = ("--seconds", 0.2, "--rounds", 1, "--batch", 1, "--batch", 4, "--precision", "fp32", "--precision", "fp16")
-    found: Any = result(cli("bench", digits(2), *arguments, "--json", cwd=tmp_path))
-    assert [(one["candidate"]["precision"], one["candidate"]["batch"]) for one in found] == [
-        ("fp32", 1),
-        ("fp32", 4),
-        ("fp16", 1),
-        ("fp16", 4),
-    ]
-    for one in found:
-        percentiles = [one["percentiles_ms"][p] for p in ("50", "90", "95", "99")]
-        assert 0 < one["min_ms"] <= percentiles[0] <= percentiles[1] <= percentiles[2] <= percentiles[3]
-        assert one["runs"] >= 5
-        assert one["images_per_second"] == pytest.approx(one["candidate"]["batch"] * 1000 / percentiles[0])
-        assert 0 < one["load_seconds"] < 60
-        assert 10 < one["peak_memory_mb"] < 4000
 
 
 def test_variants_are_listed(tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""`swin-deploy bench`: rows, figures that agree with each other, the drawing, and an end of all its processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli.exported import SCRIPT, cli, cli_here, exported, one_block, result, stopped
+
+QUICK = ("--seconds", 0.1, "--rounds", 2, "--json")
+FIGURES = {
+    "model": str, "backend": str, "precision": str, "batch": int, "same_weights": bool, "run_by": str, "runs": int,
+    "min_ms": float, "mean_ms": float, "percentiles_ms": dict, "round_ms": list, "images_per_second": float,
+    "cold_start_seconds": float, "peak_memory_mb": float, "ratio": dict, "relative_l2": (float, type(None)),
+}  # fmt: skip
+
+
+def bundle() -> Path:
+    folder = exported("--weights", str(one_block()))
+    return next(path for path in folder.iterdir() if path.is_dir())
+
+
+def consistent(rows: Any) -> None:
+    """Every figure is of its type, and those that follow from others do."""
+    for row in rows:
+        assert {name: isinstance(row[name], kind) for name, kind in FIGURES.items()} == dict.fromkeys(FIGURES, True)
+        assert row.keys() == FIGURES.keys()
+        percentiles = [row["percentiles_ms"][p] for p in ("50", "90", "95", "99")]
+        assert 0 < row["min_ms"] <= percentiles[0] <= percentiles[1] <= percentiles[2] <= percentiles[3]
+        assert row["images_per_second"] == pytest.approx(row["batch"] * 1000 / percentiles[0])
+        assert row["runs"] >= len(row["round_ms"]) == 2
+        assert 0 < row["cold_start_seconds"] < 600
+        assert 10 < row["peak_memory_mb"] < 4000
+        reference = next(other for other in rows if other["batch"] == row["batch"])
+        quotients = sorted(a / b for a, b in zip(row["round_ms"], reference["round_ms"], strict=True))
+        assert [row["ratio"][part] for part in ("low", "median", "high")] == pytest.approx(
+            [float(np.quantile(quotients, q)) for q in (0.25, 0.5, 0.75)]
+        )
+
+
+def test_all_that_this_machine_has_is_measured(tmp_path: Path) -> None:
+    # A checkout's own folder, or any module of the directory one stands in, must not take the installed one's place.
+    (tmp_path / "swin_deploy").mkdir()
+    (tmp_path / "swin_deploy/__init__.py").write_text("raise SystemExit('the wrong swin_deploy')")
+    done = cli("bench", bundle(), *QUICK, cwd=tmp_path)
+    found: Any = result(done)
+    assert "--weights" in done.stderr  # why there is no row of PyTorch
+    rows = [(row["backend"], row["precision"], row["batch"]) for row in found["rows"]]
+    left_out = [(one["backend"], one["precision"], one["batch"]) for one in found["left_out"]]
+    wanted = [(backend, "fp32", batch) for backend in ("onnxruntime", "openvino") for batch in (1, 8)]
+    assert [row for row in rows if row[1] == "fp32"] == wanted
+    assert set(rows) | set(left_out) == {*wanted, ("openvino", "bf16", 1), ("openvino", "bf16", 8)}  # as the processor has it
+    assert found["reference"].startswith("onnxruntime")
+    assert found["machine"]["cores"] == os.cpu_count()
+    consistent(found["rows"])
+    assert all(row["relative_l2"] < 1e-5 for row in found["rows"] if row["precision"] == "fp32")
+
+
+def test_pytorch_is_the_reference_and_transformers_exports_beside(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    options = ("--weights", one_block(), "--peers", "--backend", "onnxruntime", "--batch", 2, "--plot", "a.svg")
+    done = cli_here("bench", bundle(), *options, *QUICK, cwd=tmp_path)
+    found: Any = result(done)
+    rows = found["rows"]
+    assert [(row["model"], row["backend"]) for row in rows][:3] == [
+        ("transformers", "pytorch"),
+        ("swin-deploy", "onnxruntime"),
+        ("transformers", "onnxruntime"),
+    ]
+    assert "transformers" in found["reference"]
+    consistent(rows)
+    assert rows[0]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert all(row["relative_l2"] < 1e-5 for row in rows if row["same_weights"])  # all three ran the same network
+    drawn(tmp_path / "a.svg", rows)
+
+
+def drawn(file: Path, rows: Any) -> None:
+    """The drawing has a bar for each row, as long as its figure, and an interval."""
+    tags = list(ET.parse(file).iter())
+    bars = [float(tag.attrib["width"]) for tag in tags if tag.get("class") == "bar"]
+    medians = [float(np.median(row["round_ms"])) / row["batch"] for row in rows]
+    assert len(bars) == len(rows) == len([tag for tag in tags if tag.get("class") == "interval"])
+    assert bars == pytest.approx([bars[0] * one / medians[0] for one in medians], rel=0.02, abs=0.3)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="/proc tells the environment of a process on Linux alone")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_it_ends_what_it_started(signum: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = f"bench-{os.getpid()}-{signum}-{time.monotonic_ns()}"
+    monkeypatch.setenv("BENCH_MARK", mark)
+    command = (SCRIPT, "bench", str(bundle()), "--backend", "onnxruntime", "--seconds", "600")
+    code, said = stopped(command, tmp_path, "Measuring 2 candidates", 2.0, signum)
+    assert code == 128 + signum
+    assert len(said) == 1
+    left = [path for path in Path("/proc").glob("[0-9]*/environ") if mark.encode() in contents_of(path)]
+    assert [path for path in left if path.parent.name != str(os.getpid())] == []
+
+
+def contents_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it has ended, or is somebody else's
+        return b""
