@@ -25,7 +25,8 @@ def labels_from_file(path: Path, names: Sequence[str]) -> tuple[str, ...]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The labels {path} cannot be read ({error}). Expected {EXPECTED}.") from error
+        why = str(error.strerror) if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise InputError(f'The labels {path} cannot be read: {why}. Expected a file with {EXPECTED}; or "none".') from error
     rows = [row for row in csv.reader(lines) if row]
     if rows and all(len(row) == 1 for row in rows):
         rows = [row[0].rsplit(maxsplit=1) for row in rows if row[0].strip()]

@@ -82,6 +82,9 @@ def build_engines(
     release = str(require(BACKENDS[chosen][0], "compile engines").__version__)
     built = []
     with bundle.compiling(lambda: say(f"Waiting for another process that compiles into {bundle.path}")) as bundle:
+        for file, entry in bundle.graphs.items():
+            if entry["precision"] == "fp32" and not (bundle.path / file).exists():
+                bundle.verified_path(file)  # says what to do; the others can be made of it again
         if precision not in QUANTIZED:
             bundle = with_typed_graphs(bundle, precision, open_graph, say, calibration)
         graphs = [file for file, entry in bundle.graphs.items() if entry["precision"] == precision]

@@ -125,7 +125,13 @@ def inspect_path(path: Path, gpu: str | None, batch: int, backend: str, log: Log
         if not path.is_file():
             raise UsageError(f"There is no ONNX file {path}. Expected the file of a graph, or the folder of a bundle.")
         return inspect_onnx(path, gpu, batch, backend, log, progress)
-    return inspect_bundle(Bundle.open(path), gpu)
+    bundle = Bundle.open(path)
+    if batch != 1:
+        raise UsageError(
+            f"A batch of {batch} is for ONNX files, which are compiled for it, and the engines of the bundle {path} have their "
+            f'own. Leave it out, or make engines with "swin-deploy build-engine --batch {batch}".'
+        )
+    return inspect_bundle(bundle, gpu)
 
 
 def _engine(

@@ -46,6 +46,8 @@ def checkpoint_from_request(
         raise UsageError('Nothing to export: give --variant NAME (see "swin-deploy variants"), or --weights FOLDER.')
     if weights is not None and random_weights:
         raise UsageError("--weights and --random-weights exclude each other: give one of them.")
+    if seed and not random_weights:
+        raise UsageError(f"A seed of {seed} is given, and the weights are not random. Add --random-weights, or leave it out.")
     if seed < 0:
         raise UsageError(f"The seed is {seed}, and must be 0 or more.")
     variant = None if variant_name is None else find_variant(variant_name)

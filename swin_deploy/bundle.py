@@ -56,7 +56,9 @@ class Bundle:
         except OSError as error:  # no permission, a name that is too long
             raise BundleError(f"{folder} cannot be read: {error.strerror}. Expected the folder of a bundle.") from error
         if not there:
-            raise BundleError(f'There is no bundle at {folder}: the folder does not exist. Make one with "swin-deploy export".')
+            link = "it is a link that leads nowhere" if folder.is_symlink() else "the folder does not exist"
+            why = "it is not a folder" if folder.exists() else link
+            raise BundleError(f'There is no bundle at {folder}: {why}. Make one with "swin-deploy export".')
         if not finished:
             raise BundleError(
                 f"{folder} is not a bundle: it has no {MANIFEST}, which an export writes last. "
@@ -188,6 +190,8 @@ def create_bundle(path: Path, *, replace: bool, facts: Mapping[str, Any]) -> Ite
                 f"{shown} is the folder that this was started in, or holds it, and would be replaced by another one. "
                 f"Name a folder in it with -o."
             )
+        if path.is_symlink():
+            raise BundleError(f"{shown} is a link that leads to itself. Choose another place with -o.")
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
         staging = _scratch(path)

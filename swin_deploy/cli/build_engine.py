@@ -6,7 +6,15 @@ from typing import Any
 
 import click
 
-from swin_deploy.cli.output import compiler_log, json_option, print_json, print_table, stdout_kept_clean, teller
+from swin_deploy.cli.output import (
+    compiler_log,
+    json_option,
+    only_flag,
+    print_json,
+    print_table,
+    stdout_kept_clean,
+    teller,
+)
 from swin_deploy.specs import PRECISIONS
 
 HELP = {"fp16": "Compute in fp16 (the default).", "bf16": "Compute in bf16.", "fp32": "Compute in fp32, with TF32 off.",
@@ -16,8 +24,7 @@ HELP = {"fp16": "Compute in fp16 (the default).", "bf16": "Compute in bf16.", "f
 def precision_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """An option for each precision there is: --fp32, --fp16, ..."""
     for precision in PRECISIONS:
-        text = HELP.get(precision, f"Compute in {precision}.")
-        command = click.option(f"--{precision}", "precision", flag_value=precision, default="fp16", help=text)(command)
+        command = click.option(f"--{precision}", is_flag=True, help=HELP.get(precision, f"Compute in {precision}."))(command)
     return command
 
 
@@ -59,7 +66,6 @@ def precision_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @json_option
 def command(
     bundle: Path | None,
-    precision: str,
     gpus: str,
     backend: str,
     batches: tuple[str, ...],
@@ -78,6 +84,7 @@ def command(
     from swin_deploy.bundle import newest_bundle
     from swin_deploy.specs import batch_from_text, bytes_from_text
 
+    precision = only_flag({name: options.pop(name) for name in PRECISIONS}) or "fp16"
     say = teller()
     if bundle is None:
         bundle = newest_bundle(Path()).path

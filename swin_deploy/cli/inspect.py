@@ -60,12 +60,12 @@ def command(
     found = []
     try:
         with stdout_kept_clean():
-            for one in (path, *([compare] if compare is not None else [])):
-                found.append(
-                    swin_deploy.inspect(
-                        one, gpu=gpu, batch=batch, backend=backend, log=compiler_log(say, verbose), progress=say.follow
-                    )
-                )
+            both = [path, *([compare] if compare is not None else [])]
+            # A bundle beside a file has engines for batches of its own.
+            batches = [1 if one.is_dir() and any(map(Path.is_file, both)) else batch for one in both]
+            log = compiler_log(say, verbose)
+            for one, size in zip(both, batches, strict=True):
+                found.append(swin_deploy.inspect(one, gpu=gpu, batch=size, backend=backend, log=log, progress=say.follow))
     finally:
         say.clear()
     if plot is not None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,20 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 
 def print_json(value: Any) -> None:
     """`value` on stdout, as JSON that a program can read."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(_encodable(json.dumps(value, indent=2, ensure_ascii=False)))
+
+
+def _encodable(text: str) -> str:
+    """`text` with halves of characters, which a label may hold and UTF-8 has no bytes for, as JSON would escape them."""
+    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def only_flag(given: Mapping[str, bool]) -> str | None:
+    """The one that is set of options that exclude each other, or None. Raises UsageError where more are."""
+    names = [name for name, value in given.items() if value]
+    if len(names) > 1:
+        raise UsageError(f"--{names[0]} and --{names[1]} exclude each other: give one of them.")
+    return names[0] if names else None
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -34,7 +48,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
             text.rjust(width) if to_right else text.ljust(width)
             for text, width, to_right in zip(row, widths, right, strict=True)
         ]
-        click.echo("  ".join(padded).rstrip())
+        click.echo(_encodable("  ".join(padded).rstrip()))
 
 
 class Teller:
