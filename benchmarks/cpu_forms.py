@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -113,34 +112,24 @@ def answer(process: subprocess.Popen[str]) -> Any:
 def write_graphs(name: str, folder: str) -> None:
     """Every graph of the variant in `folder`, an image, and PyTorch's answer to it."""
     import torch
-    import transformers
-    from engine_kernels import Logits
 
     from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
+    from swin_deploy.exporters.peers import exported_by_its_user, transformers_folder, transformers_network
     from swin_deploy.exporters.weights import embed_weights
-    from swin_deploy.models.checkpoints import checkpoint_from_path
-    from swin_deploy.models.parameters import random_parameter
+    from swin_deploy.models.checkpoints import random_checkpoint
     from swin_deploy.models.swin import SwinNetwork
     from swin_deploy.specs import TARGETS
     from swin_deploy.tasks import TaskSpec
     from swin_deploy.variants import find_variant
 
-    variant = find_variant(name)
-    kind = transformers.SwinForImageClassification if variant.version == 1 else transformers.Swinv2ForImageClassification
-    model: Any = kind(kind.config_class.from_dict(variant.config().to_dict())).eval()
+    checkpoint = random_checkpoint(find_variant(name).config(), TaskSpec())
+    transformers_folder(checkpoint, Path(folder, "checkpoint"))
+    network = transformers_network(Path(folder, "checkpoint"))
+    shape = (1, 3, *checkpoint.config.image_size)
+    pixels = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(random_parameter(key, tuple(parameter.shape), 0)))
-    model.save_pretrained(f"{folder}/checkpoint")
-    pixels = np.random.default_rng(0).standard_normal((1, 3, variant.image_size, variant.image_size), dtype=np.float32)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        np.savez(f"{folder}/image.npz", pixels=pixels, logits=model(torch.from_numpy(pixels)).logits.numpy())
-        torch.onnx.export(
-            Logits(model), (torch.from_numpy(pixels),), f"{folder}/transformers.onnx", input_names=["pixel_values"],
-            output_names=["logits"], opset_version=17, dynamo=False,
-        )  # fmt: skip
-    checkpoint = checkpoint_from_path(Path(folder, "checkpoint"), TaskSpec())
+        np.savez(f"{folder}/image.npz", pixels=pixels, logits=network(torch.from_numpy(pixels)).numpy())
+    Path(folder, "transformers.onnx").write_bytes(exported_by_its_user(network, shape))
     for target in TARGETS:
         size = checkpoint.config.image_size
         traced = onnx_from_torch(SwinNetwork(checkpoint.config, size, checkpoint.tensors, TaskSpec(), target).eval(), size)

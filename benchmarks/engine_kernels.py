@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
-from typing import Any
 
 import onnx
 import torch
@@ -26,6 +23,7 @@ import transformers
 from swin_deploy.exporters.engine_from_onnx import Engine, engine_from_onnx
 from swin_deploy.exporters.engine_spec import EngineSpec
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
+from swin_deploy.exporters.peers import Logits, exported_by_its_user
 from swin_deploy.exporters.precision import typed_from_fp32
 from swin_deploy.exporters.weights import embed_weights
 from swin_deploy.models.checkpoints import random_checkpoint
@@ -79,17 +77,6 @@ def peers() -> Iterator[tuple[str, Callable[[Variant], onnx.ModelProto]]]:
         yield f"{name} {version(name)}", lambda variant, network=network: theirs(network(variant), variant.image_size)
 
 
-class Logits(torch.nn.Module):
-    """A model of transformers, for an exporter that takes tensors and no output objects."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: torch.Tensor) -> Any:
-        return self.model(pixel_values).logits
-
-
 def ours(variant: Variant) -> onnx.ModelProto:
     """The typed graph of our export for one image: bytes can only be counted where no extent is free."""
     config, task = variant.config(), TaskSpec()
@@ -122,20 +109,8 @@ def of_torchvision(variant: Variant) -> torch.nn.Module:
 
 
 def theirs(network: torch.nn.Module, image_size: int) -> onnx.ModelProto:
-    """A network in half precision, for one image, by torch's TorchScript exporter, as optimum has long done."""
-    written = io.BytesIO()
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            network.eval().half(),
-            (torch.zeros(1, 3, image_size, image_size, dtype=torch.float16),),
-            written,
-            input_names=["pixel_values"],
-            output_names=["logits"],
-            opset_version=17,
-            dynamo=False,
-        )
-    return onnx.load_from_string(written.getvalue())
+    """A network in half precision, for one image, by torch's TorchScript exporter."""
+    return onnx.load_from_string(exported_by_its_user(network, (1, 3, image_size, image_size), half=True))
 
 
 if __name__ == "__main__":

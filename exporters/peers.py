@@ -61,7 +61,7 @@ class TransformersNetwork:
 
     def __init__(self, folder: Path, size: Size) -> None:
         self._network = transformers_network(folder)
-        channels = self._network.model.config.num_channels  # type: ignore[union-attr]
+        channels = int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_channels"])
         self.title = f"PyTorch {torch.__version__}, transformers {version('transformers')}"
         self.inputs = (TensorSpec(PIXELS, "float32", ("batch", channels, *size)),)
 
@@ -95,7 +95,7 @@ def timm_network(config: SwinConfig, size: Size) -> torch.nn.Module:
 
 def exported_by_its_user(network: torch.nn.Module, shape: tuple[int, int, int, int], half: bool = False) -> bytes:
     """The ONNX graph of `network` for pixels of that shape by torch's TorchScript exporter, as optimum has long done."""
-    written = io.BytesIO()
+    written: Any = io.BytesIO()
     network = network.eval().half() if half else network.eval()
     pixels = torch.zeros(shape, dtype=torch.float16 if half else torch.float32)
     with torch.no_grad(), warnings.catch_warnings():

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ PERCENTILES = (50, 90, 95, 99)
 
 Request = Mapping[str, Any]
 Progress = Callable[[str, int, int], None]
+Rounds = Sequence[Sequence[float]]  # milliseconds of every call
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Measurement:
     images_per_second: float
     cold_start_seconds: float
     peak_memory_mb: float
-    ratio: Ratio | None = None
-    relative_l2: float | None = None
+    ratio: Ratio
+    relative_l2: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON values."""
@@ -137,8 +138,12 @@ def race(
             first = turn % len(order)
             for candidate in order[first:] + order[:first]:
                 taken[candidate].append(running[candidate].milliseconds(seconds / rounds))
-    rows = [_summary(candidate, child, taken[candidate]) for candidate, child in running.items()]
-    return Raced(tuple(_compared(row, _reference(row, rows), answers) for row in rows), tuple(left_out))
+    rows = []
+    for candidate, child in running.items():
+        reference = _reference(candidate, running)
+        far = _distance(candidate, answers[candidate], answers[reference])
+        rows.append(_summary(candidate, child, taken[candidate], taken[reference], far))
+    return Raced(tuple(rows), tuple(left_out))
 
 
 def _leave_room(running: Mapping[Candidate, Child], more: int) -> None:
@@ -150,8 +155,24 @@ def _leave_room(running: Mapping[Candidate, Child], more: int) -> None:
         )
 
 
-def _summary(candidate: Candidate, child: Child, rounds: Sequence[Sequence[float]]) -> Measurement:
+def _reference(candidate: Candidate, measured: Iterable[Candidate]) -> Candidate:
+    """PyTorch at the same batch, or what comes first at that batch."""
+    same = [other for other in measured if other.batch == candidate.batch]
+    return next((other for other in same if other.backend == "pytorch"), same[0])
+
+
+def _distance(candidate: Candidate, ours: Mapping[str, NDArray[Any]], theirs: Mapping[str, NDArray[Any]]) -> float | None:
+    """The largest relative L2 distance of an output, where weights and outputs are those of the reference."""
+    if not candidate.same_weights or any(name not in ours or ours[name].shape != theirs[name].shape for name in theirs):
+        return None
+    return max(compare(ours[name], theirs[name]).relative_l2 for name in theirs)
+
+
+def _summary(candidate: Candidate, child: Child, rounds: Rounds, reference: Rounds, relative_l2: float | None) -> Measurement:
     times = np.concatenate([np.asarray(turn) for turn in rounds])
+    medians = np.asarray([np.median(turn) for turn in rounds])
+    quotients = medians / np.asarray([np.median(turn) for turn in reference])
+    low, middle, high = (float(value) for value in np.quantile(quotients, (0.25, 0.5, 0.75)))
     return Measurement(
         candidate=candidate,
         run_by=child.title,
@@ -159,25 +180,10 @@ def _summary(candidate: Candidate, child: Child, rounds: Sequence[Sequence[float
         min_ms=float(times.min()),
         mean_ms=float(times.mean()),
         percentiles_ms={p: float(np.percentile(times, p)) for p in PERCENTILES},
-        round_ms=tuple(float(np.median(turn)) for turn in rounds),
+        round_ms=tuple(medians.tolist()),
         images_per_second=float(candidate.batch * 1000 / np.median(times)),
         cold_start_seconds=child.cold_start,
         peak_memory_mb=child.peak_memory / 1e6,
+        ratio=Ratio(middle, low, high),
+        relative_l2=relative_l2,
     )
-
-
-def _reference(row: Measurement, rows: Sequence[Measurement]) -> Measurement:
-    """PyTorch at the same batch, or what comes first at that batch."""
-    same = [other for other in rows if other.candidate.batch == row.candidate.batch]
-    return next((other for other in same if other.candidate.backend == "pytorch"), same[0])
-
-
-def _compared(row: Measurement, reference: Measurement, answers: Mapping[Candidate, Mapping[str, NDArray[Any]]]) -> Measurement:
-    """The row with its ratio to the reference, and its distance from it where both have the same weights and outputs."""
-    quotients = np.asarray(row.round_ms) / np.asarray(reference.round_ms)
-    low, middle, high = (float(value) for value in np.quantile(quotients, (0.25, 0.5, 0.75)))
-    ours, theirs = answers[row.candidate], answers[reference.candidate]
-    named = row.candidate.same_weights and theirs.keys() <= ours.keys()
-    same = named and all(ours[name].shape == theirs[name].shape for name in theirs)
-    far = max(compare(ours[name], theirs[name]).relative_l2 for name in theirs) if same else None
-    return replace(row, ratio=Ratio(middle, low, high), relative_l2=far)

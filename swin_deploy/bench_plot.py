@@ -27,7 +27,7 @@ def svg_from_rows(rows: Sequence[Measurement], machine: str, reference: str) -> 
     ]
     for number, (row, (low, middle, high)) in enumerate(zip(rows, spans, strict=True)):
         y = _TOP + _ROW * number
-        ratio = "" if row.ratio is None else f", x {row.ratio.median:.2f}"
+        ratio = f", x {row.ratio.median:.2f}"
         kind = "pytorch" if row.candidate.backend == "pytorch" else row.candidate.model
         lines += [
             f'<text x="{_LEFT - 10}" y="{y + 13}" text-anchor="end">{escape(str(row.candidate))}</text>',

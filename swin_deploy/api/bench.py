@@ -176,9 +176,9 @@ class Others:
             what = "torch is not installed" if seed else "the checkpoint that was exported is not named (--weights)"
             self.say(f"No rows of PyTorch: {what}")
             return {}
-        source = {"weights": None if weights is None else str(weights), "seed": int(seed[1]) if seed else 0}
-        request: dict[str, Any] = {"torch": str(self.bundle.path), **source, "threads": self.threads}
-        checkpoint, model = checkpoint_of(self.bundle, **source), "swin-deploy"
+        path, number = None if weights is None else str(weights), int(seed[1]) if seed else 0
+        checkpoint, model = checkpoint_of(self.bundle, path, number), "swin-deploy"
+        request: dict[str, Any] = {"torch": str(self.bundle.path), "weights": path, "seed": number, "threads": self.threads}
         if self._transformers_has_it():
             from swin_deploy.exporters.peers import transformers_folder
 

@@ -271,10 +271,11 @@ def _runs(bundle: Bundle, backends: list[str], gpus: tuple[Gpu, ...]) -> tuple[R
     from swin_deploy.measuring import Child
 
     runs = []
-    held = {str(entry["precision"]): file for file, entry in reversed(bundle.graphs.items())}
+    held: dict[str, str] = {}
+    for file, entry in bundle.graphs.items():
+        held.setdefault(str(entry["precision"]), file)  # the first image size
     for backend in backends:
-        extra = {"bf16": held["fp32"]} if backend == "openvino" and "fp32" in held else {}
-        for precision, file in ({**extra, **dict(reversed(held.items()))}).items():
+        for precision, file in {**held, **({"bf16": held["fp32"]} if backend == "openvino" else {})}.items():
             request = {"bundle": str(bundle.path), "backend": backend, "precision": precision, "threads": 0, "batch": 1}
             with tempfile.TemporaryDirectory(prefix="swin-doctor-") as folder:
                 try:

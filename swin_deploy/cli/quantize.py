@@ -4,14 +4,14 @@ from pathlib import Path
 
 import click
 
-from swin_deploy.cli.output import json_option, print_json, print_table, teller
+from swin_deploy.cli.output import json_option, only_flag, print_json, print_table, teller
 from swin_deploy.specs import TARGETS
 
 
 @click.command("quantize", short_help="Write a bundle's graphs in INT8 or FP8.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--int8", "quantization", flag_value="int8", default="int8", help="Quantise to INT8 (the default).")
-@click.option("--fp8", "quantization", flag_value="fp8", help="Quantise to FP8 (E4M3). Bundles for TensorRT only.")
+@click.option("--int8", is_flag=True, help="Quantise to INT8 (the default).")
+@click.option("--fp8", is_flag=True, help="Quantise to FP8 (E4M3). Bundles for TensorRT only.")
 @click.option("--target", type=click.Choice(TARGETS), help="What the graph is for. Without it: what BUNDLE was exported for.")
 @click.option("--data", required=True, help="A folder of images like those of the application, or an .npz or .npy file.")
 @click.option("--method", help="How ranges are chosen: minmax, percentile, entropy, mse. Without it: the least error.")
@@ -27,7 +27,8 @@ from swin_deploy.specs import TARGETS
 @json_option
 def command(
     bundle: Path,
-    quantization: str,
+    int8: bool,
+    fp8: bool,
     target: str | None,
     data: str,
     method: str | None,
@@ -52,6 +53,7 @@ def command(
     """
     import swin_deploy
 
+    quantization = only_flag({"int8": int8, "fp8": fp8}) or "int8"
     say = teller()
     try:
         found = swin_deploy.quantize(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.exported import FLOWER, SCRIPT, THREE, WEIGHTS, cli, copied, exported_into, result
+from cli.exported import FLOWER, SCRIPT, THREE, WEIGHTS, cli, copied, exported_into, refused, result
 
 from swin_deploy.bundle import Bundle
 
@@ -143,6 +143,13 @@ def test_what_was_deleted_is_made_again_and_what_was_changed_is_refused(tmp_path
         assert "It was changed or damaged" in done.stderr
     done = cli("build-engine", "b", "--gpu", "sm_89", "--force", cwd=tmp_path)
     assert done.returncode == 2  # no engine is compiled from a graph that was changed
+
+
+def test_a_deleted_fp32_graph_is_noticed_although_the_engine_is_there(tmp_path: Path) -> None:
+    path = copied(2, tmp_path / "b")
+    result(cli("build-engine", "b", "--gpu", "sm_89", "--json", cwd=tmp_path))
+    (path / "onnx/model.onnx").unlink()
+    refused(cli("build-engine", "b", "--gpu", "sm_89", cwd=tmp_path), "model.onnx cannot be read", "export the bundle again")
 
 
 def test_variants_are_listed(tmp_path: Path) -> None:

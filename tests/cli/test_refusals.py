@@ -100,6 +100,14 @@ FILES = (
         (["bench", "B", "--weights", WEIGHTS[1]], ["another network"]),
         (["bench", "B", "--plot", "no/a.svg"], ["no/a.svg", "a folder that can be written"]),
         (["doctor", "absent"], ["no bundle at absent"]),
+        (["build-engine", "B", "--fp32", "--fp16"], ["--fp32 and --fp16 exclude each other"]),
+        (["quantize", "B", "--int8", "--fp8", "--data", "full"], ["--int8 and --fp8 exclude each other"]),
+        (["export", "--weights", NETWORK, "--seed", "3"], ["A seed of 3", "--random-weights"]),
+        (["inspect", "B", "--batch", "8"], ["A batch of 8 is for ONNX files", "build-engine --batch 8"]),
+        (["inspect", "fifo"], ["no bundle at fifo", "it is not a folder"]),
+        (["verify", "loop"], ["no bundle at loop", "a link that leads nowhere"]),
+        (["export", "--weights", NETWORK, "-o", "loop"], ["loop is a link that leads to itself"]),
+        (["evaluate", "B", "--data", NETWORK.parent / "images", "--labels", "nosuch"], ["nosuch", "No such file", "1.jpg,cat"]),
         (["bench", "absent"], ["no bundle at absent"]),
         (["exprot"], ["exprot", "swin-deploy --help"]),
         (["predict", "--frobnicate"], ["--frobnicate"]),
@@ -111,6 +119,8 @@ def test_one_sentence(arguments: list[Any], parts: list[str], tmp_path: Path) ->
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.txt").write_text("mine")
     (tmp_path / "cut.jpg").write_bytes(FLOWER.read_bytes()[:5000])
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "fifo")
     before = contents(tmp_path)
     if "--gpu" in arguments or "--batch" in arguments:
         pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX tells which GPUs it compiles for")

@@ -1,0 +1,46 @@
+"""What the verbs print can be encoded, whatever a label holds, and JSON stays JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli.exported import THREE, cli_here, digits, result
+
+from swin_deploy.bundle import CONFIG, Bundle
+from swin_deploy.cli.output import check_plot, write_plot
+from swin_deploy.errors import UsageError
+
+
+def test_labels_with_half_a_character(tmp_path: Path) -> None:
+    path = tmp_path / "b"
+    shutil.copytree(digits(2), path)
+    bundle = Bundle.open(path)
+    config = bundle.read_json(CONFIG)
+    config["id2label"]["3"] = "drei \ud83d"
+    bundle.with_file(CONFIG, {}, lambda file: file.write_text(json.dumps(config)) and None)
+    [answer] = result(cli_here("predict", path, THREE, "--json", cwd=tmp_path))  # type: ignore[misc]
+    best: Any = answer["predictions"][0]
+    assert best["label"] == "drei \ud83d"
+    done = cli_here("predict", path, THREE, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "drei \\ud83d" in done.stdout
+
+
+def test_where_a_plot_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for path in ("a.png", "no/a.svg", "loop/a.svg"):
+        with pytest.raises(UsageError, match="cannot be drawn"):
+            check_plot(tmp_path / path)
+    check_plot(tmp_path / "a.svg")
+    write_plot(tmp_path / "a.svg", "<svg/>")
+    assert (tmp_path / "a.svg").read_text() == "<svg/>"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="this system has no /proc")
+def test_a_plot_that_the_system_refuses() -> None:
+    with pytest.raises(UsageError, match=r"/proc/a.svg cannot be written"):
+        write_plot(Path("/proc/a.svg"), "<svg/>")
