@@ -104,4 +104,5 @@ def exported_by_its_user(network: torch.nn.Module, shape: tuple[int, int, int, i
             network, (pixels,), written, input_names=["pixel_values"], output_names=["logits"], opset_version=17,
             dynamo=False,
         )  # fmt: skip
-    return written.getvalue()
+    graph: bytes = written.getvalue()
+    return graph

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -103,7 +103,7 @@ def bench(
         requests: dict[Candidate, Request] = {**others.pytorch(weights, sizes), **ours}
         if peers:
             requests |= others.exports(ours)
-        say(f"Measuring {len(requests)} candidates, {seconds:g} s each and the time that they take to load")
+        say(f"Measuring {len(requests)} rows, {seconds:g} s each and the time that they take to load")
         raced = race(requests, seconds, rounds, progress or (lambda phase, step, steps: None), check)
     return Bench(machine, raced.rows[0].run_by, raced.rows, raced.left_out)
 
@@ -199,10 +199,11 @@ class Others:
             try:
                 network, same = make()
                 for one in ours:
-                    if one.backend in ("onnxruntime", "openvino") and one.precision in ("fp32", "bf16"):
+                    if one.backend in ("onnxruntime", "openvino"):
                         file = self._exported(model, network, one.batch)
-                        request = {"onnx": str(file), "backend": one.backend, "bf16": one.precision == "bf16"}
-                        found[replace(one, model=model, same_weights=same)] = {**request, "threads": self.threads}
+                        bf16 = (one.backend, one.precision) == ("openvino", "bf16")
+                        theirs = Candidate(model, one.backend, "bf16" if bf16 else "fp32", one.batch, same)
+                        found[theirs] = {"onnx": str(file), "backend": one.backend, "bf16": bf16, "threads": self.threads}
             except Exception as error:  # noqa: BLE001 - what fails in their code ends their rows only
                 self.say(f"No rows of {model}: its export failed ({' '.join(str(error).split())[:300]})")
         return found

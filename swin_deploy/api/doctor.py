@@ -93,7 +93,11 @@ def doctor(bundle: str | os.PathLike[str] | None = None) -> Diagnosis:
         )
     working = [step for step, one in zip(STEPS, findings, strict=True) if one.state == WORKS and (gpus or not step.runs_on_gpu)]
     able = {step.backend for step in working} & BACKENDS.keys()
-    runs = None if found is None else _runs(found, [name for name in BACKENDS if name in able], gpus)
+    runs = None
+    if found is not None:
+        runs = _runs(found, [name for name in BACKENDS if name in able], gpus)
+        why = {step.backend: one.can for step, one in reversed([*zip(STEPS, findings, strict=True)])}
+        runs += tuple(Run("-", name, "-", False, why[name]) for name in BACKENDS if name not in able)
     healthy = bool(able) if runs is None else any(run.works for run in runs)
     return Diagnosis(machine, driver, gpus, findings, traps, runs, healthy)
 

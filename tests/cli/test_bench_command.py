@@ -95,7 +95,7 @@ def test_stopped_it_ends_what_it_started(signum: signal.Signals, tmp_path: Path,
     mark = f"bench-{os.getpid()}-{signum}-{time.monotonic_ns()}"
     monkeypatch.setenv("BENCH_MARK", mark)
     command = (SCRIPT, "bench", str(bundle()), "--backend", "onnxruntime", "--seconds", "600")
-    code, said = stopped(command, tmp_path, "Measuring 2 candidates", 2.0, signum)
+    code, said = stopped(command, tmp_path, "Measuring 2 rows", 2.0, signum)
     assert code == 128 + signum
     assert len(said) == 1
     left = [path for path in Path("/proc").glob("[0-9]*/environ") if mark.encode() in contents_of(path)]

@@ -66,8 +66,10 @@ def test_an_edge_device_and_a_bundle(tmp_path: Path) -> None:
 
 def test_the_table(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
-    done = cli_without((*MAKERS, "onnx", "openvino"), "doctor", cwd=tmp_path)
+    done = cli_without((*MAKERS, "onnx", "openvino"), "doctor", digits(2), cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
+    assert any(line.split()[:5] == ["onnx/model.onnx", "onnxruntime", "fp32", "runs", "onnxruntime"] for line in lines if line)
+    assert any(line.split()[:3] == ["-", "openvino", "-"] and "cannot be imported" in line for line in lines)
     assert any(line.startswith("ONNX Runtime, CPU") and version("onnxruntime") in line for line in lines)
     assert any(line.split()[0] == "OpenVINO" and 'pip install "swin-deploy[openvino]"' in line for line in lines if line)

@@ -91,7 +91,7 @@ FILES = (
         (["predict", "B", THREE, "--backend", "tvm"], ["tvm"]),
         (["bench", "B", "--precision", "int8"], ["int8"]),
         (["bench", "B", "--batch", "0"], ["--batch"]),
-        (["bench", "B", "--batch", "100000000"], ["100000000 images of 28x28 pixels", "GB of memory are free"]),
+        (["bench", "B", "--batch", "100000000"], ["100000000 images of 32x32 pixels", "GB of memory are free"]),
         (["bench", "B", "--threads", "100000"], ["100000 threads", "1024"]),
         (["bench", "B", "--seconds", "nan"], ["nan seconds"]),
         (["bench", "B", "--seconds", "0"], ["0.0 seconds"]),
