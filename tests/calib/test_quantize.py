@@ -32,6 +32,14 @@ def digit_pixels() -> tuple[Array, Array, Array]:
     return prepare(list(data.train_images[:64])), prepare(list(data.test_images)), data.test_digits
 
 
+def test_a_layer_that_there_is_not_is_refused_before_a_sample_is_read() -> None:
+    def unread() -> Iterator[dict[str, Array]]:
+        pytest.fail("samples were read")
+
+    with pytest.raises(UsageError, match='no linear layer "fc3"'):
+        quantize(mlp_model(), unread, Options(keep=frozenset({"fc3"})))
+
+
 @pytest.mark.parametrize(("kind", "least", "drop"), [("int8", 44, 0.003), ("fp8", 33, 0.0015)])
 @pytest.mark.parametrize("version", [1, 2])
 def test_digits_keep_their_answers(version: int, kind: str, least: float, drop: float) -> None:
