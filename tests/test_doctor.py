@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from swin_deploy.api.doctor import MICRO, PROBES
-from swin_deploy.doctor import STEPS, distributions, requirements, traps, versions_for
+from swin_deploy.doctor import STEPS, Step, distributions, requirements, traps, versions_for
 from swin_deploy.machine import this_machine
 from swin_deploy.requires import installed
 
@@ -94,3 +94,12 @@ def test_every_step_is_tried() -> None:
     for step in STEPS:
         if all(map(installed, step.modules)):
             assert versions_for(step)
+
+
+@pytest.mark.parametrize("step", [step for step in STEPS if not step.needs_gpu and step.name != "export"], ids=lambda s: s.name)
+def test_what_is_installed_here_works(step: Step) -> None:
+    """The libraries that other tests run networks with must not be called broken."""
+    for module in step.modules:
+        if not installed(module):
+            pytest.skip(f"{module} is not installed")
+    assert PROBES[step.name]()

@@ -244,12 +244,10 @@ def _quantize() -> str:
 
 
 def _hub() -> str:
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    offline = huggingface_hub.constants.HF_HUB_OFFLINE
-    return (
-        "the local cache only (HF_HUB_OFFLINE is set)" if offline else "checkpoints from the hub (not contacted) and its cache"
-    )
+    offline = "the local cache only: HF_HUB_OFFLINE is set"
+    return offline if constants.HF_HUB_OFFLINE else "checkpoints from the cache and the hub, which was not contacted"
 
 
 def _h5py() -> str:
