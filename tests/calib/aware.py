@@ -24,7 +24,7 @@ from torch.ao.quantization import (  # noqa: E402
 )
 
 FIELDS = {
-    "image_size": 32, "patch_size": 4, "embed_dim": 32, "depths": [2, 1], "num_heads": [2, 4], "window_size": 4,
+    "image_size": 32, "patch_size": 4, "embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4,
     "num_labels": 6, "drop_path_rate": 0.0,
 }  # fmt: skip
 TENSOR = {"observer": MovingAverageMinMaxObserver, "averaging_constant": 0.1}
