@@ -149,6 +149,8 @@ class _Graph:
             values = [a.t for a in node.attribute if a.name == "value"]
             if node.op_type == "Constant" and values:
                 self.constants[node.output[0]] = values[0]
+            elif node.op_type == "Identity" and node.input[0] in self.constants:  # torch keeps equal constants once
+                self.constants[node.output[0]] = self.constants[node.input[0]]
 
     def products(self) -> Iterator[_Product]:
         """Every linear layer that has a quantised weight or input."""

@@ -58,7 +58,10 @@ def network(version: int) -> Any:
 
 
 def wrapped(model: Any, activation: Any, weight: Any, outputs: bool) -> Any:
-    """`model` with a QuantWrapper around every linear layer, prepared for training; with `outputs`, these are rounded too."""
+    """`model` with a QuantWrapper around every linear layer, prepared for training.
+
+    With `outputs`, what the last layer of each attention and MLP writes is rounded, too.
+    """
     qconfig = QConfig(activation=activation, weight=weight)
     linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "continuous_position" not in n]
     for name in linear:
@@ -69,8 +72,8 @@ def wrapped(model: Any, activation: Any, weight: Any, outputs: bool) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.ao is to move to torchao
         prepare_qat(model.train(), inplace=True)
-    if not outputs:
-        for name in linear:
+    for name in linear:
+        if not (outputs and name.endswith(("fc2", "o_proj", "output.dense"))):
             model.get_submodule(f"{name}.module").activation_post_process = torch.nn.Identity()
     return model
 

@@ -23,6 +23,7 @@ from cli.exported import cli_here, contents, refused, result  # noqa: E402
 
 import swin_deploy  # noqa: E402
 from swin_deploy.bundle import Bundle  # noqa: E402
+from swin_deploy.calib.placement import linear_layers  # noqa: E402
 from swin_deploy.calib.quantize import sqnr  # noqa: E402
 from swin_deploy.models.checkpoints.layouts import canonical_layers  # noqa: E402
 from swin_deploy.ranges import RANGES, Ranges, modules_of  # noqa: E402
@@ -60,9 +61,12 @@ def copied(made: Path, folder: Path) -> Path:
     return folder / "b"
 
 
-def run(path: Path, feed: Any) -> Any:
+def run(path: Path, feed: Any, plainly: bool = False) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
+    options.graph_optimization_level = (
+        ort.GraphOptimizationLevel.ORT_DISABLE_ALL if plainly else options.graph_optimization_level
+    )
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(
         None, {"pixel_values": feed.numpy()}
     )[0]
@@ -88,16 +92,22 @@ def constants(path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_the_graph_is_the_network_that_was_trained(version: int, tmp_path: Path) -> None:
-    """Without a single sample, and far nearer to PyTorch's fake quantisation than the weights in fp32 are."""
+    """Without a single sample, and as near to PyTorch's fake quantisation as that is to itself when pixels move by 1e-4.
+
+    Every rounding of an activation turns a difference far below its step into whole steps of some values.
+    """
     model, path = trained(version), copied(bundle(version, "onnxruntime"), tmp_path)
     assert swin_deploy.quantize(path).scores == ()
     feed = pixels(32, 99)
     wanted = answers(model, feed)
     found, fp32 = sqnr(wanted, run(path / INT8, feed)), sqnr(wanted, answers(without_rounding(model), feed))
-    print(f"V{version}: {found:.1f} dB from the trained network, which is {fp32:.1f} dB from fp32")
-    assert found > fp32 + 6
+    itself = sqnr(wanted, answers(model, feed * (1 + 1e-4)))
+    print(f"V{version}: {found:.1f} dB from the trained network, which is {fp32:.1f} dB from fp32, {itself:.1f} from itself")
+    assert found > fp32 + 4
+    assert found > itself - 3
 
     entry, values = Bundle.open(path).graphs[INT8], constants(path / INT8)
+    weights = {layer.name: layer.weight for layer in linear_layers(onnx.load(path / "onnx/model.onnx"))}
     assert entry["calibration"]["samples"] == 0
     layers = {layer["name"]: layer for layer in entry["layers"]}
     assert "classifier" in layers
@@ -106,15 +116,13 @@ def test_the_graph_is_the_network_that_was_trained(version: int, tmp_path: Path)
         [module] = modules_of(name)
         assert layer["zero_point"] == int(fake_quant(model, module, "quant.activation_post_process.zero_point"))
         assert layer["scale"] == float(fake_quant(model, module, "quant.activation_post_process.scale"))
-        steps = fake_quant(model, module, "module.weight_fake_quant.scale").numpy()
-        if version == 1 and name.endswith(".query"):  # the softmax scale is in the graph's weight: heads of 16
-            steps = steps / 4
-        [scale] = [
-            array
-            for key, array in values.items()
-            if key.endswith("/scale") and array.shape == steps.shape and np.allclose(array, steps, rtol=1e-6)
-        ]
-        assert scale.dtype == np.float32
+        linear = model.get_submodule(f"{layer_of(model, module)}.module")
+        factor = 1 / 4 if version == 1 and name.endswith(".query") else 1  # the softmax scale, of heads 16 wide
+        weight = (linear.weight_fake_quant(linear.weight) * factor).detach().numpy()
+        steps = linear.weight_fake_quant.scale.numpy() * factor
+        codes = values[f"{weights[name]}/quantized"]
+        np.testing.assert_array_equal(values[f"{weights[name]}/scale"], steps.astype(np.float32))
+        np.testing.assert_allclose(codes * steps[:, None], weight, atol=1e-7)
 
 
 def exported_with_qdq(model: Any, path: Path) -> Path:
@@ -210,7 +218,7 @@ def test_for_tensorrt(version: int, tmp_path: Path) -> None:
             assert entry["amplitudes"][tensor] == own.amplitude
             checked += 1
     assert checked >= 4
-    wanted = answers(model, feed)
-    found, fp32 = sqnr(wanted, run(path / INT8, feed)), sqnr(wanted, answers(without_rounding(model), feed))
+    reference = answers(model, feed)
+    found, fp32 = sqnr(reference, run(path / INT8, feed, True)), sqnr(reference, answers(without_rounding(model), feed))
     print(f"V{version}: {found:.1f} dB from the trained network, which is {fp32:.1f} dB from fp32")
-    assert found > 20
+    assert found > fp32 - 6  # PyTorch has neither the fp16 nor the joined steps of this form
