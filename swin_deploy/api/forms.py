@@ -128,7 +128,8 @@ class CpuForm:
         from swin_deploy.calib.forms import quantized_for
 
         self._model, self._target, self._feeds = model, target, feeds
-        self._made = quantized_for(target, model, feeds and (lambda: feeds.batches(batch)), method, keep, say, own)
+        batches = None if feeds is None else lambda: feeds.batches(batch)
+        self._made = quantized_for(target, model, batches, method, keep, say, own)
         self.names = self._made.names
 
     def graph(self, keep: Set[str]) -> Made:

@@ -119,8 +119,10 @@ def quantize(
         return NewGraph(graph, records, {**more, **facts})
 
     with found.compiling(lambda: say(f"Waiting for another process that works on {found.path}")) as found:
-        what = {"samples": 0, "data": None} if chosen is None else {"samples": len(chosen), "data": chosen.fingerprint}
-        asked = {"target": target, **what, "method": method, "keep": sorted(kept), "ranges": fingerprint}
+        count, data_sum = (0, None) if chosen is None else (len(chosen), chosen.fingerprint)
+        asked = {"target": target, "samples": count, "data": data_sum, "method": method, "keep": sorted(kept)}
+        if fingerprint is not None:
+            asked["ranges"] = fingerprint
         gate = {"max_drop": max_drop, "min_speedup": min_speedup} if (max_drop, min_speedup) != (None, None) else {}
         found = with_graphs(found, quantization, make, {"calibration": {**asked, **gate}}, runtime_to_check, say)
         for file, entry in list(found.graphs.items()):
