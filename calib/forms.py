@@ -55,7 +55,7 @@ def quantized_for(
     method: str | None,
     keep: Set[str],
     say: Callable[[str], None],
-    own: Own,
+    own: Own | None = None,
 ) -> Form:
     """`model` in INT8 as "onnxruntime" or "openvino" runs it fastest.
 
@@ -63,7 +63,8 @@ def quantized_for(
     ranges.METHODS; None: the least error behind the layer), `keep` names layers that stay as they are. A classifier that was
     trained in 8 bits is quantised like the others.
     """
-    heads = HEADS - {layer.name for layer in linear_layers(model) if own.covers([layer])}
+    trained = own or Own()
+    heads = HEADS - {layer.name for layer in linear_layers(model) if trained.covers([layer])}
     keep = heads | keep | (small_layers(model) if target == "openvino" else frozenset())
     ranges = None if method is None else partial(_interval, method)
     return Form(quantize(model, feeds, Options(keep=keep), ranges, say, own), target)
