@@ -18,6 +18,7 @@ from swin_deploy.requires import require
 
 from .folding import Graph
 from .observers import Observation
+from .own import Own
 from .placement import linear_layers, qdq_from_fp32, with_nodes
 from .quantize import HEADS, Batches, Options, Quantized, SampleFeeds, quantize
 
@@ -48,15 +49,25 @@ class Form:
 
 
 def quantized_for(
-    target: str, model: onnx.ModelProto, feeds: SampleFeeds, method: str | None, keep: Set[str], say: Callable[[str], None]
+    target: str,
+    model: onnx.ModelProto,
+    feeds: SampleFeeds | None,
+    method: str | None,
+    keep: Set[str],
+    say: Callable[[str], None],
+    own: Own | None = None,
 ) -> Form:
     """`model` in INT8 as "onnxruntime" or "openvino" runs it fastest.
 
-    `feeds()` yields the samples batch by batch; `method` finds ranges (one of ranges.METHODS; None: the least error behind
-    the layer), `keep` names layers that stay as they are.
+    `feeds()` yields the samples batch by batch, None where `own` has every range; `method` finds ranges (one of
+    ranges.METHODS; None: the least error behind the layer), `keep` names layers that stay as they are. A classifier that was
+    trained in 8 bits is quantised like the others.
     """
-    keep = HEADS | keep | (small_layers(model) if target == "openvino" else frozenset())
-    return Form(quantize(model, feeds, Options(keep=keep), None if method is None else partial(_interval, method), say), target)
+    trained = own or Own()
+    heads = HEADS - {layer.name for layer in linear_layers(model) if trained.covers([layer])}
+    keep = heads | keep | (small_layers(model) if target == "openvino" else frozenset())
+    ranges = None if method is None else partial(_interval, method)
+    return Form(quantize(model, feeds, Options(keep=keep), ranges, say, own), target)
 
 
 def _interval(method: str, name: str, values: Batches) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from swin_deploy.errors import InputError, UsageError
 
 from .folding import ChannelStatistics, Graph, best_factors, channels_of, fold
 from .grids import Grid, best_activation_scale, grid, quantized_activation, scale_of_range
+from .own import Own, refuse_missing
 from .placement import ActivationScale, LinearLayer, QuantizedLinear, linear_layers, qdq_from_fp32, qdq_nodes, with_nodes
 from .rounding import Moments, rounded_linear
 from .stream import Feeds, Stream
@@ -68,64 +69,84 @@ class Quantized:
 
 def quantize(
     model: onnx.ModelProto,
-    feeds: SampleFeeds,
+    feeds: SampleFeeds | None,
     options: Options | None = None,
     ranges: Ranges | None = None,
     say: Callable[[str], None] = lambda line: None,
+    own: Own | None = None,
 ) -> Quantized:
     """`model` (weights inside) in 8 bits; `feeds()` yields its inputs batch by batch, the same ones each time.
 
     `ranges` finds an activation's range from its values; without it the range is the one with the least error behind the
-    next layer. Raises InputError where samples make a value that is not finite, UsageError for a layer that there is not.
+    next layer. What the network has of its `own` is taken as it is, its weights rounded to nearest. Raises InputError where
+    samples make a value that is not finite, UsageError for a layer that there is not, or a range where `feeds` is None.
     """
     from onnx import numpy_helper
 
-    options = options or Options()
+    options, own = options or Options(), own or Own()
     kind = grid(options.kind)
-    model = balanced(model, feeds, options)
+    if feeds is None:
+        refuse_missing(own, [layer for layers in _groups(model, options).values() for layer in layers], own.source)
+        feeds = tuple
+    model = balanced(model, feeds, options, own)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     groups = _groups(model, options)
     done: dict[str, QuantizedLinear] = {}
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="swin-quantize-") as scratch:
-        meant = Stream(model, feeds(), Path(scratch, "fp32"), options.threads)
-        seen = Stream(model, feeds(), Path(scratch, "quantized"), options.threads)
+        streams: list[Stream] = []
         for number, (name, layers) in enumerate(groups.items()):
             say(f"Quantising {layers[0].name} ({number + 1} of {len(groups)})")
             matrices = [numpy_helper.to_array(weights[layer.weight]) for layer in layers]
-            seen.nodes, constants = qdq_nodes(model.graph.node, done.values())
-            seen.constants |= constants
+            biases = [None if layer.bias is None else numpy_helper.to_array(weights[layer.bias]) for layer in layers]
+            scale = own.scale(name, kind)
+            if scale is None or not own.covers(layers):
+                streams = streams or [Stream(model, feeds(), Path(scratch, one), options.threads) for one in ("fp32", "int8")]
+                meant, seen = streams
+                seen.nodes, constants = qdq_nodes(model.graph.node, done.values())
+                seen.constants |= constants
 
-            def values(name: str = name) -> Iterator[Array]:
-                return (batch.reshape(-1, batch.shape[-1]) for batch in seen.advance(name))
+                def values(name: str = name, seen: Stream = seen) -> Iterator[Array]:
+                    return (batch.reshape(-1, batch.shape[-1]) for batch in seen.advance(name))
 
-            if ranges is None:
-                scale = _best_scale(values(), np.square(np.concatenate(matrices)).sum(axis=0), kind, options.symmetric)
-            else:
-                scale = scale_of_range(*ranges(name, values), kind, options.symmetric)
-            moments = Moments.empty(matrices[0].shape[1])
-            for ours, theirs in zip(values(), meant.advance(name), strict=True):
-                moments.add(quantized_activation(ours, scale, kind), theirs.reshape(ours.shape))
-            for layer, matrix in zip(layers, matrices, strict=True):
-                bias = None if layer.bias is None else numpy_helper.to_array(weights[layer.bias])
-                codes, steps, found = rounded_linear(matrix, bias, moments, kind)
-                done[layer.name] = QuantizedLinear(layer, codes, steps, found, scale)
-                records.append(_record(done[layer.name], matrix, options.kind))
+                if scale is None and ranges is None:
+                    scale = _best_scale(values(), np.square(np.concatenate(matrices)).sum(axis=0), kind, options.symmetric)
+                elif scale is None and ranges is not None:
+                    scale = scale_of_range(*ranges(name, values), kind, options.symmetric)
+                assert scale is not None
+                moments = Moments.empty(matrices[0].shape[1])
+                for ours, theirs in zip(values(), meant.advance(name), strict=True):
+                    moments.add(quantized_activation(ours, scale, kind), theirs.reshape(ours.shape))
+            for layer, matrix, bias in zip(layers, matrices, biases, strict=True):
+                if layer.name in own.steps:
+                    done[layer.name] = own.layer(layer, matrix, bias, scale, kind)
+                else:
+                    codes, steps, found = rounded_linear(matrix, bias, moments, kind)
+                    done[layer.name] = QuantizedLinear(layer, codes, steps, found, scale)
+                records.append(_record(done[layer.name], matrix, options.kind) | own.origin(layer))
     return Quantized(model, done, tuple(records))
 
 
-def balanced(model: onnx.ModelProto, feeds: SampleFeeds, options: Options) -> onnx.ModelProto:
-    """The same network, the channels of its activations brought to such sizes that 8 bits suit them (see folding.py)."""
+def balanced(model: onnx.ModelProto, feeds: SampleFeeds, options: Options, own: Own | None = None) -> onnx.ModelProto:
+    """The same network, the channels of its activations brought to such sizes that 8 bits suit them (see folding.py).
+
+    Channels that any layer has ranges or steps of its `own` for stay as they are.
+    """
     from onnx import numpy_helper
 
-    groups = _groups(model, options)
+    groups, own = _groups(model, options), own or Own()
+    layers = tuple(layer for group in groups.values() for layer in group)
+    if all(own.touches([layer], {layer.weight}, set()) for layer in layers):
+        return model
     with tempfile.TemporaryDirectory(prefix="swin-quantize-") as scratch:
         stream = Stream(model, feeds(), Path(scratch), options.threads)
         statistics = {name: _statistics(stream.advance(name), name) for name in groups}
     result = with_nodes(model, model.graph.node, [])
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     read = {layer.weight: (name, numpy_helper.to_array(weights[layer.weight])) for name in groups for layer in groups[name]}
-    for one in channels_of(Graph(model), tuple(layer for layers in groups.values() for layer in layers)):
+    for one in channels_of(Graph(model), layers):
+        if own.touches(layers, one.read, {name for name, *_ in one.written}):
+            continue
         factors = best_factors(one, read, statistics)
         if factors is not None:
             fold(result, one, factors)

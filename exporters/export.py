@@ -17,11 +17,13 @@ from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError, InputError, MissingDependencyError, UsageError, VerificationError
 from swin_deploy.frames import Frames, refuse_misfit
 from swin_deploy.preprocess import Preprocessor
+from swin_deploy.ranges import RANGES
 from swin_deploy.reference import OpenGraph, Reference, check_graph, sample_inputs
 from swin_deploy.requires import require
 from swin_deploy.specs import TARGETS, Size, TensorSpec, graph_file, reference_file, size_text, weights_file
 from swin_deploy.tasks import PIXELS, TaskSpec
 
+from .graphs import bytes_writer
 from .onnx_from_torch import OPSET, onnx_from_torch, output_specs, writer
 from .weights import WeightFile, embed_weights, weight_bytes
 
@@ -99,6 +101,8 @@ def bundle_from_checkpoint(
             _add_graph(draft, checkpoint, task, size, target, further, shared, frames[size], open_graph, say)
         raw = dict(checkpoint.raw_config or config.to_dict())
         draft.add_json(CONFIG, raw if config.semantics == "hf" else {**raw, "semantics": config.semantics})
+        if checkpoint.ranges is not None:
+            draft.add(RANGES, {}, bytes_writer(checkpoint.ranges.to_json().encode()))
         draft.add_json(PREPROCESSOR, processor)
     return Bundle.open(path)
 

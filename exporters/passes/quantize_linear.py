@@ -95,14 +95,12 @@ class Quantizer:
         `shared` is the amplitude that several weights with one scale have together.
         """
         values = np.asarray(values, np.float32)
-        if shared is None and layer in self.scales:
-            given = np.asarray(self.scales[layer], np.float32).reshape(-1)
-            scale = self.scale(np.broadcast_to(given, values.shape[:1]) * TOP[self.format])
-            scale = scale if by_channel else scale.max()
-        else:
-            scale = self.scale(shared or np.abs(values).max(axis=1 if by_channel else None))
-        steps = values / (scale[:, None] if by_channel else scale)
-        limited = np.clip(steps, -TOP[self.format], TOP[self.format])
+        own = self.scales.get(layer) if shared is None else None
+        needed = (shared or np.abs(values).max(axis=1)) if own is None else np.broadcast_to(np.ravel(own), len(values))
+        scale = self.scale(needed if own is None else needed * TOP[self.format])
+        scale = scale if by_channel else scale.max()
+        lowest = -128.0 if own is not None and self.format == "int8" else -TOP[self.format]  # trained weights use it
+        limited = np.clip(values / (scale[:, None] if by_channel else scale), lowest, TOP[self.format])
         quantized = (np.rint(limited) if self.format == "int8" else limited).astype(self.dtype)
         number, zero = self._parameters(f"{layer}.weight", scale)
         stored = self.constant(f"{layer}.weight_{self.format}", quantized)

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
     from swin_deploy.calib.data import Samples
     from swin_deploy.calib.gate import Speed
+    from swin_deploy.calib.own import Own
     from swin_deploy.exporters.passes import PassRecord
+    from swin_deploy.ranges import Ranges
 
 Made = tuple[Any, tuple["PassRecord", ...], dict[str, Any]]  # a graph, how it was made, and what else a manifest should know
 
@@ -40,19 +42,31 @@ class TensorRTForm:
         quantization: str,
         method: str | None,
         keep: Set[str],
-        feeds: Samples,
+        feeds: Samples | None,
         batch: int,
         tell: Callable[[str, int, int], None],
+        ranges: Ranges | None,
     ) -> None:
         from swin_deploy.calib.collect import CACHE, collect
         from swin_deploy.exporters.graphs import config_and_task
+        from swin_deploy.exporters.own import own_layers
         from swin_deploy.exporters.quantized import quantized_layers, refuse_unknown
+        from swin_deploy.ranges import lacking
 
         self._model, self._quantization = model, quantization
         self._config, self._task = config_and_task(bundle)
         layers = quantized_layers(model, self._config, quantization)
         refuse_unknown(layers, keep)
-        self.names = tuple(layer.name for layer in layers if layer.name not in keep)
+        self._layers = [layer for layer in layers if layer.name not in keep]
+        self.names = tuple(layer.name for layer in self._layers)
+        self._own = own_layers(ranges, layers, model, self._config, quantization)
+        self._amplitudes = dict(self._own.amplitudes)
+        # Where there are samples, all are measured: it is one pass, and its observations serve other options as well.
+        missing = [name for layer in self._layers for name in layer.inputs if name not in self._amplitudes]
+        if not missing:
+            return
+        if feeds is None:
+            raise lacking(missing, self._own.source)
         seen = collect(
             bundle.path / source,
             [name for layer in layers for name in layer.inputs],
@@ -61,15 +75,18 @@ class TensorRTForm:
             cache=bundle.path / CACHE,
             progress=lambda done, total: tell("Measuring ranges", done, total),
         )
-        self._amplitudes = {name: one.amplitude(method or "mse", quantization) for name, one in seen.items()}
+        measured = {name: one.amplitude(method or "mse", quantization) for name, one in seen.items()}
+        self._amplitudes = {**measured, **self._amplitudes}
 
     def graph(self, keep: Set[str]) -> Made:
         from swin_deploy.exporters.quantized import quantized_from_fp32
 
         made, records = quantized_from_fp32(
-            _copy(self._model), self._config, self._task, self._quantization, self._amplitudes, keep=keep
-        )
-        return made, records, {"amplitudes": self._amplitudes}
+            _copy(self._model), self._config, self._task, self._quantization, self._amplitudes,
+            weight_scales={name: steps for name, steps in self._own.steps.items() if name not in keep}, keep=keep,
+        )  # fmt: skip
+        layers = self._own.records(layer for layer in self._layers if layer.name not in keep)
+        return made, records, {"amplitudes": self._amplitudes, "layers": layers}
 
     def speed(self, model: Any, gpu: str | None) -> Speed:
         """By the roofline of `gpu`, from the compiler's report of both graphs."""
@@ -103,14 +120,16 @@ class CpuForm:
         model: Any,
         method: str | None,
         keep: Set[str],
-        feeds: Samples,
+        feeds: Samples | None,
         batch: int,
         say: Callable[[str], None],
+        own: Own,
     ) -> None:
         from swin_deploy.calib.forms import quantized_for
 
         self._model, self._target, self._feeds = model, target, feeds
-        self._made = quantized_for(target, model, lambda: feeds.batches(batch), method, keep, say)
+        batches = None if feeds is None else lambda: feeds.batches(batch)
+        self._made = quantized_for(target, model, batches, method, keep, say, own)
         self.names = self._made.names
 
     def graph(self, keep: Set[str]) -> Made:
@@ -121,6 +140,7 @@ class CpuForm:
         from swin_deploy.calib.gate import measured
         from swin_deploy.runtimes.backends import runtime_from_onnx
 
+        assert self._feeds is not None
         feed = next(self._feeds.batches(1))
         with _file(self._model) as before, _file(model) as after:
             return measured(

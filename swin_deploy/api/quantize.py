@@ -19,7 +19,7 @@ Progress = Callable[[str, int, int], None]
 
 def quantize(
     bundle: str | os.PathLike[str],
-    data: str | os.PathLike[str] | Iterable[Any],
+    data: str | os.PathLike[str] | Iterable[Any] | None = None,
     *,
     quantization: str = "int8",
     target: str | None = None,
@@ -31,6 +31,7 @@ def quantize(
     min_speedup: float | None = None,
     labels: str | os.PathLike[str] | None = None,
     gpu: str | None = None,
+    ranges: str | os.PathLike[str] | None = None,
     say: Say = silent,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -48,15 +49,22 @@ def quantize(
     that they do, and the fewest that it takes are left as they are. `min_speedup` is how many times as fast the graph must
     be: as the fp32 graph, measured on this machine, or, for TensorRT, as the fp16 graph, by the compiler's report and the
     roofline of `gpu` (see `inspect`). Raises errors.GateError when the graph cannot be both; the bundle is then as it was.
-    Raises errors.InputError for data that does not fit and errors.UsageError for a layer or method that there is not.
+
+    Ranges that the bundle's checkpoint brought along are taken as they are, or those of `ranges`, an ONNX graph with Q/DQ of
+    the same network; "none" stands for neither. Without `data` there must be all of them, and nothing is compared. Raises
+    errors.InputError for data or a graph that does not fit and errors.UsageError for a layer or method that there is not, and
+    for ranges that are missing.
     """
     from swin_deploy.bundle import Bundle
     from swin_deploy.calib.data import preparation, samples_for
     from swin_deploy.calib.gate import Judge, accurate
+    from swin_deploy.calib.own import own_of
     from swin_deploy.calib.ranges import METHODS
     from swin_deploy.calib.sensitivity import svg_from_damages
     from swin_deploy.errors import UsageError
-    from swin_deploy.exporters.graphs import NewGraph, bytes_writer, with_graphs
+    from swin_deploy.evaluation import Evaluation
+    from swin_deploy.exporters.graphs import NewGraph, bytes_writer, config_and_task, with_graphs
+    from swin_deploy.exporters.ranges_from_onnx import ranges_for
     from swin_deploy.runtimes.backends import runtime_to_check
     from swin_deploy.specs import QUANTIZED, TARGETS
 
@@ -80,20 +88,24 @@ def quantize(
             raise UsageError(f"{what} is {number}, and must be a number from 0 on.")
     if gpu is not None and (min_speedup is None or target != TARGETS[0]):
         raise UsageError("A GPU is named for the roofline of --min-speedup, of a bundle for TensorRT. Leave it out.")
-    chosen = samples_for(found, data, samples, None if labels == "none" else labels)
-    classes, wanted, _ = wanted_classes(found, chosen, "none" if max_drop is None else labels)
+    if data is None and (max_drop, min_speedup) != (None, None):
+        raise UsageError("--max-drop and --min-speedup are judged on samples: name images with --data.")
+    chosen = None if data is None else samples_for(found, data, samples, None if labels == "none" else labels)
+    brought, fingerprint = ranges_for(found, ranges)
     tell: Progress = progress or (lambda phase, done, total: None)
     rankings: dict[str, tuple[tuple[Damage, ...], Set[str]]] = {}
 
     def make(source: str, model: Any) -> NewGraph:
-        feeds = chosen.with_size(*preparation(found, source))
+        feeds = None if chosen is None else chosen.with_size(*preparation(found, source))
         if target == TARGETS[0]:
-            form: Form = TensorRTForm(found, source, model, quantization, method, kept, feeds, batch, tell)
+            form: Form = TensorRTForm(found, source, model, quantization, method, kept, feeds, batch, tell, brought)
         else:
-            form = CpuForm(target, model, method, kept, feeds, batch, say)
+            own = own_of(brought, model, config_and_task(found)[0])
+            form = CpuForm(target, model, method, kept, feeds, batch, say, own)
         facts: dict[str, Any] = {}
         left = kept
-        if max_drop is not None:
+        if max_drop is not None and feeds is not None and chosen is not None:
+            classes, wanted, _ = wanted_classes(found, chosen, labels)
             judge = Judge(model, lambda: feeds.batches(batch), len(feeds), feeds.image_size, wanted, classes, opened, tell)
             passed = accurate(title, form.names, lambda more: form.graph(kept | more)[0], judge, max_drop, say)
             facts, left = passed.facts(), kept | passed.kept
@@ -107,7 +119,10 @@ def quantize(
         return NewGraph(graph, records, {**more, **facts})
 
     with found.compiling(lambda: say(f"Waiting for another process that works on {found.path}")) as found:
-        asked = {"target": target, "samples": len(chosen), "data": chosen.fingerprint, "method": method, "keep": sorted(kept)}
+        count, data_sum = (0, None) if chosen is None else (len(chosen), chosen.fingerprint)
+        asked = {"target": target, "samples": count, "data": data_sum, "method": method, "keep": sorted(kept)}
+        if fingerprint is not None:
+            asked["ranges"] = fingerprint
         gate = {"max_drop": max_drop, "min_speedup": min_speedup} if (max_drop, min_speedup) != (None, None) else {}
         found = with_graphs(found, quantization, make, {"calibration": {**asked, **gate}}, runtime_to_check, say)
         for file, entry in list(found.graphs.items()):
@@ -116,6 +131,8 @@ def quantize(
                 picture = svg_from_damages(f"{found.name}, {title}, {file}", *rankings[source])
                 name = file.removesuffix(".onnx") + ".sensitivity.svg"
                 found = found.with_file(name, {"parent": entry["sha256"]}, bytes_writer(picture.encode()))
+        if chosen is None:
+            return Evaluation(0, None, "the fp32 graph", ())
         say("Comparing with fp32 on the samples")
         result = evaluate(
             found.path, chosen, labels="none", batch=batch, precisions=[quantization],

@@ -13,7 +13,7 @@ from swin_deploy.specs import TARGETS
 @click.option("--int8", is_flag=True, help="Quantise to INT8 (the default).")
 @click.option("--fp8", is_flag=True, help="Quantise to FP8 (E4M3). Bundles for TensorRT only.")
 @click.option("--target", type=click.Choice(TARGETS), help="What the graph is for. Without it: what BUNDLE was exported for.")
-@click.option("--data", required=True, help="A folder of images like those of the application, or an .npz or .npy file.")
+@click.option("--data", help="A folder of images like those of the application, or an .npz or .npy file.")
 @click.option("--method", help="How ranges are chosen: minmax, percentile, entropy, mse. Without it: the least error.")
 @click.option("--samples", type=click.IntRange(1), help="Only so many of --data, evenly spread.")
 @click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Images at a time.")
@@ -24,13 +24,14 @@ from swin_deploy.specs import TARGETS
 )
 @click.option("--labels", help='The images\' classes: a file of lines "image,class", or "none". Without it: their folders.')
 @click.option("--gpu", help="The GPU whose roofline --min-speedup takes, of a bundle for TensorRT, such as rtx-4090 or sm_86.")
+@click.option("--ranges", metavar="FILE", help="An ONNX graph with Q/DQ of the same network: its scales. none: measured only.")
 @json_option
 def command(
     bundle: Path,
     int8: bool,
     fp8: bool,
     target: str | None,
-    data: str,
+    data: str | None,
     method: str | None,
     samples: int | None,
     batch: int,
@@ -39,12 +40,15 @@ def command(
     min_speedup: float | None,
     labels: str | None,
     gpu: str | None,
+    ranges: str | None,
     as_json: bool,
 ) -> None:
     """Measure ranges on the images of --data, and write the graphs of BUNDLE in INT8 or FP8 with them.
 
     A bundle for TensorRT gets a graph for "build-engine --int8" or "--fp8"; one that was exported for ONNX Runtime or
     OpenVINO a graph that these run (predict, bench: --precision int8). How far it is from fp32 on the images is printed.
+
+    Ranges that the checkpoint brought along are kept; where it has all of them, --data only serves to compare.
 
     With --max-drop, layers are ranked by the damage that they do, and as few as possible are left as they were so that no more
     is lost: of top-1 where the images' classes are known, else of agreement with fp32. With --min-speedup, the graph must
@@ -58,13 +62,17 @@ def command(
     try:
         found = swin_deploy.quantize(
             bundle, data, quantization=quantization, target=target, method=method, samples=samples, batch=batch,
-            keep=keep, max_drop=max_drop, min_speedup=min_speedup, labels=labels, gpu=gpu, say=say, progress=say.follow,
+            keep=keep, max_drop=max_drop, min_speedup=min_speedup, labels=labels, gpu=gpu, ranges=ranges, say=say,
+            progress=say.follow,
         )  # fmt: skip
     finally:
         say.clear()
     scores = [score for score in found.scores if score.precision == quantization]
     if as_json:
         print_json({"bundle": str(bundle), "samples": found.samples, "graphs": [score.to_dict() for score in scores]})
+        return
+    if data is None:
+        say("Written, and not compared with fp32: there is no --data")
         return
     print_table(
         ("graph", "samples", "agrees with fp32", "relative L2", "SQNR dB"),

@@ -69,7 +69,7 @@ def test_balancing_changes_no_answer_and_gains(monkeypatch: pytest.MonkeyPatch) 
     assert [node.op_type for node in model.graph.node] == [node.op_type for node in large.graph.node]
     assert sqnr(wanted, run(model, feed)) > 110
     found = sqnr(wanted, run(quantize(large, samples(), Options(keep={"fc2"})).model, feed))
-    monkeypatch.setattr("swin_deploy.calib.quantize.balanced", lambda model, feeds, options: model)
+    monkeypatch.setattr("swin_deploy.calib.quantize.balanced", lambda model, feeds, options, own: model)
     assert found > 3 + sqnr(wanted, run(quantize(large, samples(), Options(keep={"fc2"})).model, feed))
 
 

@@ -254,7 +254,7 @@ def test_scales_of_weights_that_are_given_are_used() -> None:
     tables = {table.name: onnx.numpy_helper.to_array(table) for table in model.graph.initializer}
     assert np.all(tables[node.input[1]] == np.float16(step))
     (wanted,) = [onnx.numpy_helper.to_array(t) for t in fp32(V1).graph.initializer if t.name == f"{layer}.weight"]
-    np.testing.assert_array_equal(tables[node.input[0]], np.clip(np.rint(wanted / step), -127, 127))
+    np.testing.assert_array_equal(tables[node.input[0]], np.clip(np.rint(wanted / step), -128, 127))
 
 
 @pytest.mark.parametrize("amplitude", [None, 0.0, -1.0, float("nan"), float("inf")])

@@ -36,6 +36,7 @@ def checkpoint_from_path(
         raw_config=found.raw_config if found.system in ("hf", "tf") else None,
         preprocessor=found.preprocessor if found.system in ("hf", "tf") else None,
         notes=found.notes,
+        ranges=found.ranges,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError
 from swin_deploy.models.parameters import POSITIONS, Shape, parameters, random_parameter
+from swin_deploy.ranges import Ranges
 from swin_deploy.tasks import TaskSpec
 
 
@@ -26,6 +27,7 @@ class Checkpoint:
     raw_config: Mapping[str, Any] | None = None  # config.json as found, kept so that nothing in it is lost
     preprocessor: Mapping[str, Any] | None = None  # preprocessor_config.json as found
     notes: tuple[str, ...] = ()  # what the checkpoint does not tell and was assumed
+    ranges: Ranges | None = None  # its own quantisation ranges
 
 
 class LazyTensors(Mapping[str, Tensor]):

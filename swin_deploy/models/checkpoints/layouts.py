@@ -8,14 +8,15 @@ TensorFlow keeps (in, out) kernels and HWIO convolutions.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, cast
 
 from torch import Tensor
 
 from swin_deploy.errors import CheckpointError
 from swin_deploy.models.checkpoints.base import usable
+from swin_deploy.models.checkpoints.fake_quant import Quantizer, separated
 from swin_deploy.models.checkpoints.families import refuse_other_families
 from swin_deploy.models.checkpoints.stored import FLOATING, Stored, StoredFile
 from swin_deploy.models.parameters import Shape
@@ -109,11 +110,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """A file's tensors under canonical names; `buffers` are what the system could compute anew, and tell sizes."""
+    """A file's tensors under canonical names; `buffers` are what the system could compute anew, and tell sizes.
+
+    `quantizers` are what quantisation-aware training left there, under the file's own names (see own_ranges.py).
+    """
 
     system: System
     parts: Mapping[str, Part]
     buffers: Mapping[str, Stored]
+    quantizers: list[Quantizer] = field(default_factory=list)
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -126,7 +131,8 @@ def layout_of(file: StoredFile) -> Layout:
     Raises CheckpointError for another network, for names that no Swin has, and for tensors of a type that weights never are.
     """
     where = str(file.path)
-    tensors = _without_prefixes(file.tensors)
+    tensors, quantizers = separated(_without_prefixes(file.tensors))
+    tensors = _without_prefixes(tensors, quantizers)
     refuse_other_families({name: stored.shape for name, stored in tensors.items()}, where)
     system = _system(tensors, file.tensorflow, where)
     fused_v2 = system == "torchvision" and any(name.endswith(".logit_scale") for name in tensors)
@@ -157,17 +163,29 @@ def layout_of(file: StoredFile) -> Layout:
     for part in parts.values():
         if part.stored.dtype not in FLOATING:
             raise CheckpointError(f"{where}: {part.name} is of type {part.stored.dtype}; expected a floating-point tensor.")
-    return Layout(system, parts, buffers)
+    return Layout(system, parts, buffers, quantizers)
 
 
-def _without_prefixes(tensors: Mapping[str, Stored]) -> Mapping[str, Stored]:
-    """The tensors without what all their names begin with; SimMIM puts the whole network under encoder."""
+def canonical_layers(layer: str, system: System) -> tuple[str, ...]:
+    """The canonical names of a layer of that system's file: three for one that is query, key and value."""
+    name = _canonical(f"{layer}.weight", system).removesuffix(".weight")
+    return tuple(f"{name.removesuffix('qkv')}{part}" for part in PARTS) if name.endswith(".self.qkv") else (name,)
+
+
+def _without_prefixes(tensors: Mapping[str, Stored], quantizers: Iterable[Quantizer] = ()) -> Mapping[str, Stored]:
+    """The tensors without what all their names begin with, as their `quantizers`; SimMIM puts the network under encoder."""
     for prefix in PREFIXES:
         if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): stored for name, stored in tensors.items()}
+            tensors = _without(prefix, tensors, quantizers)
     if "encoder.patch_embed.proj.weight" in tensors:
-        tensors = {name.removeprefix("encoder."): stored for name, stored in tensors.items()}
+        tensors = _without("encoder.", tensors, quantizers)
     return tensors
+
+
+def _without(prefix: str, tensors: Mapping[str, Stored], quantizers: Iterable[Quantizer]) -> Mapping[str, Stored]:
+    for one in quantizers:
+        one.layer = one.layer.removeprefix(prefix)
+    return {name.removeprefix(prefix): stored for name, stored in tensors.items()}
 
 
 def _system(tensors: Mapping[str, Stored], tensorflow: bool, where: str) -> System:

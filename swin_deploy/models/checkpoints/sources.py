@@ -16,8 +16,10 @@ from swin_deploy.models.checkpoints.base import LazyTensors
 from swin_deploy.models.checkpoints.formats import open_weights, read_json
 from swin_deploy.models.checkpoints.infer import infer_config
 from swin_deploy.models.checkpoints.layouts import System, layout_of
+from swin_deploy.models.checkpoints.own_ranges import ranges_of
 from swin_deploy.models.checkpoints.timm_config import MOST_LABELS, config_from_timm
 from swin_deploy.models.parameters import Shape
+from swin_deploy.ranges import Ranges
 
 Task = Literal["image-classification", "feature-extraction", "backbone", "masked-image-modeling"]
 
@@ -49,6 +51,7 @@ class Source:
     raw_config: Mapping[str, Any] | None = None  # config.json as found
     preprocessor: Mapping[str, Any] | None = None  # preprocessor_config.json as found
     notes: tuple[str, ...] = ()  # what the checkpoint does not tell and was assumed
+    ranges: Ranges | None = None  # what quantisation-aware training left beside the weights
 
     @property
     def semantics(self) -> str:
@@ -69,6 +72,7 @@ def open_source(path: Path, image_size: tuple[int, int] | None = None) -> Source
         _config(raw, folder)  # another model family is best refused by what it calls itself
     file = open_weights(path)
     layout = layout_of(file)
+    ranges, kept = ranges_of(layout, file.extras, str(path))
     if raw is not None and layout.system not in (("timm", "microsoft") if timm else ("hf", "tf")):
         if path.is_dir():
             raise CheckpointError(
@@ -100,7 +104,8 @@ def open_source(path: Path, image_size: tuple[int, int] | None = None) -> Source
         patch_norm="embeddings.norm.weight" in shapes,
         raw_config=raw,
         preprocessor=read_json(preprocessor) if raw is not None and preprocessor.is_file() else None,
-        notes=(*notes, *_position_note(config, shapes)),
+        notes=(*notes, *_position_note(config, shapes), *kept),
+        ranges=ranges,
     )
 
 
