@@ -30,7 +30,7 @@ class Step:
 STEPS = (
     Step("ONNX Runtime, CPU", ("onnxruntime",), "onnxruntime", "onnxruntime"),
     Step("ONNX Runtime, CUDA", ("onnxruntime",), "gpu", "onnxruntime", needs_gpu=True),
-    Step("ONNX Runtime, TensorRT", ("onnxruntime",), "gpu,tensorrt", "onnxruntime", needs_gpu=True),
+    Step("ONNX Runtime, TensorRT", ("onnxruntime",), "gpu,tensorrt", "onnxruntime-tensorrt", needs_gpu=True),
     Step("OpenVINO", ("openvino",), "openvino", "openvino"),
     Step("TensorRT", ("tensorrt",), "tensorrt", "tensorrt", needs_gpu=True),
     Step("TensorRT for RTX", ("tensorrt_rtx",), "tensorrt-rtx", "tensorrt-rtx", runs_on_gpu=True),

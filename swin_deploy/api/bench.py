@@ -136,11 +136,13 @@ def _of_bundle(
     if unknown := [name for name in precisions if name not in PRECISIONS]:
         raise UsageError(f'There is no precision "{unknown[0]}". There are: {", ".join(PRECISIONS)}.')
     for name in backends:
-        if not installed(_module(name)):
-            require(_module(name), "measure what it runs")
+        if not BACKENDS[name].installed:
+            require(BACKENDS[name].library, "measure what it runs")
     held = dict.fromkeys(str(entry["precision"]) for entry in bundle.graphs.values())
     found: dict[Candidate, Request] = {}
-    for backend in dict.fromkeys(backends or [name for name in BACKENDS if installed(_module(name))]):
+    for backend in dict.fromkeys(
+        backends or [name for name, one in BACKENDS.items() if one.installed and "cpu" in one.devices]
+    ):
         for precision in dict.fromkeys(precisions or [*held, *(["bf16"] if backend == "openvino" else [])]):
             for batch in batches:
                 request = {"bundle": str(bundle.path), "backend": backend, "precision": precision, "threads": threads}
@@ -150,10 +152,6 @@ def _of_bundle(
             'Nothing is installed that runs a bundle. Run: pip install "swin-deploy[onnxruntime]", or see: swin-deploy doctor'
         )
     return found
-
-
-def _module(backend: str) -> str:
-    return backend.replace("-", "_")
 
 
 @dataclass(frozen=True)
@@ -267,13 +265,15 @@ def _opened(request: dict[str, Any]) -> Any:
     """What a request of `bench` or `doctor` names, loaded: it has `title`, `inputs` and `run`."""
     if "torch" in request or "transformers" in request:
         return _opened_by_torch(request)
+    from swin_deploy.runtimes.backends import BACKENDS, runtime_from_onnx
+
     backend, threads = request["backend"], request["threads"]
     if "onnx" in request:
-        from swin_deploy.runtimes.backends import runtime_from_onnx
-
         return runtime_from_onnx(Path(request["onnx"]), backend, threads, request["bf16"])
-    model = load(request["bundle"], precision=request["precision"], backend=backend, threads=threads)
-    version = importlib.import_module(_module(backend)).__version__
+    model = load(
+        request["bundle"], precision=request["precision"], backend=backend, device=BACKENDS[backend].devices[0], threads=threads
+    )
+    version = importlib.import_module(BACKENDS[backend].library).__version__
     return SimpleNamespace(title=f"{backend} {version}", inputs=model.inputs, run=model.run)
 
 

@@ -72,7 +72,7 @@ def doctor(bundle: str | os.PathLike[str] | None = None) -> Diagnosis:
 
     With `bundle`, every graph of it is loaded and run by every back end, too. Raises errors.BundleError where it is none.
     """
-    from swin_deploy.exporters.gpu import cuda_devices
+    from swin_deploy.cuda import cuda_devices
     from swin_deploy.runtimes.backends import BACKENDS
 
     found = None if bundle is None else Bundle.open(bundle)
@@ -97,7 +97,9 @@ def doctor(bundle: str | os.PathLike[str] | None = None) -> Diagnosis:
     if found is not None:
         runs = _runs(found, [name for name in BACKENDS if name in able], gpus)
         why = {step.backend: one.can for step, one in reversed([*zip(STEPS, findings, strict=True)])}
-        runs += tuple(Run("-", name, "-", False, why[name]) for name in BACKENDS if name not in able)
+        runs += tuple(
+            Run("-", name, "-", False, why.get(name, "it is not tried here")) for name in BACKENDS if name not in able
+        )
     healthy = bool(able) if runs is None else any(run.works for run in runs)
     return Diagnosis(machine, driver, gpus, findings, traps, runs, healthy)
 
@@ -203,7 +205,8 @@ def _openvino() -> str:
 
 
 def _tensorrt() -> str:
-    from swin_deploy.exporters.gpu import cuda_devices, has_fp8
+    from swin_deploy.cuda import cuda_devices
+    from swin_deploy.exporters.gpu import has_fp8
 
     _builder("tensorrt")
     gpu = cuda_devices()[0].capability
