@@ -181,7 +181,7 @@ def test_pytorch_as_the_reference() -> None:
     assert found.score("fp32") is fp32
     assert fp32.relative_l2 is not None
     assert 0 < fp32.relative_l2 < 1e-5
-    with swin_deploy.load(digits(1), precision="fp16") as model:
+    with swin_deploy.load(digits(1), precision="fp16", backend="onnxruntime") as model:
         pixels = model.preprocessor([path for path, _ in paths])
         logits = model.run({"pixel_values": pixels})["logits"].astype(np.float64)
     network = AutoModelForImageClassification.from_pretrained(WEIGHTS[1]).eval()

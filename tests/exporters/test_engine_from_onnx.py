@@ -328,10 +328,17 @@ def test_ctrl_c_stops_the_compiler(tmp_path: Path) -> None:
 
 def test_the_handler_of_the_caller_is_put_back_and_called() -> None:
     heard: list[int] = []
+    sent: list[str] = []
+
+    def interrupt_once(severity: str, message: str) -> None:
+        if not sent:  # the compiler may have more to say once the handler is the test runner's again
+            sent.append(message)
+            signal.raise_signal(signal.SIGINT)
+
     before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
     try:
         with pytest.raises(KeyboardInterrupt):
-            engine_from_onnx(attention().SerializeToString(), SM89, lambda *_: signal.raise_signal(signal.SIGINT))
+            engine_from_onnx(attention().SerializeToString(), SM89, interrupt_once)
         assert heard == [signal.SIGINT]
         assert engine_from_onnx(linear().SerializeToString(), SM89, silent).plan
     finally:
