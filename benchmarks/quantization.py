@@ -175,6 +175,8 @@ def for_tensorrt(model: Any, folder: Path, kind: str, pixels: Any) -> Any:
     """The graph with fp16 between."""
     from swin_deploy.calib.collect import collect
     from swin_deploy.calib.moments import Repaired, input_moments
+    from swin_deploy.calib.placement import linear_layers
+    from swin_deploy.calib.quantize import HEADS
     from swin_deploy.config import SwinConfig
     from swin_deploy.exporters.quantized import quantized_from_fp32, quantized_inputs, quantized_layers
     from swin_deploy.tasks import TaskSpec
@@ -182,8 +184,9 @@ def for_tensorrt(model: Any, folder: Path, kind: str, pixels: Any) -> Any:
     config = SwinConfig.from_dict(json.loads((folder / "config.json").read_text()))
     seen = collect(model, quantized_inputs(model, config, kind), Pixels(pixels), batch=BATCH, threads=1)
     amplitudes = {name: one.amplitude("mse", kind) for name, one in seen.items()}
-    names = [layer.name for layer in quantized_layers(model, config, kind) if layer.name != "classifier"]
-    rounding = Repaired(input_moments(model, names, Pixels(pixels).batches(BATCH), threads=1), kind)
+    names = {layer.name for layer in quantized_layers(model, config, kind)} - HEADS
+    read = {layer.name: layer.input for layer in linear_layers(model) if layer.name in names}
+    rounding = Repaired(input_moments(model, read, Pixels(pixels).batches(BATCH), threads=1), kind)
     return quantized_from_fp32(model, config, TaskSpec(), kind, amplitudes, rounding=rounding)[0]
 
 
@@ -248,7 +251,7 @@ def made(order: Sequence[str], result: Path) -> dict[str, Any]:
     elif code == -signal.SIGXCPU or facts["seconds"] > PROCESSOR_LIMIT:
         facts["fails"] = f"more than {PROCESSOR_LIMIT // 60} minutes"
     elif code or not result.exists():
-        facts["fails"] = lines[-1][-160:] if lines else f"exit code {code}"
+        facts["fails"] = lines[-1][:160] if lines else f"exit code {code}"
     return facts
 
 
@@ -275,7 +278,7 @@ def judged(quantiser: Quantiser, folder: Path, given: argparse.Namespace, data: 
             found = logits(path, data["test"])
             facts |= {"sqnr": sqnr(reference, found), "top1": top1(found, data["classes"])}
         except Exception as error:  # noqa: BLE001 - a rival's graph that does not run is a cell of the table
-            facts["fails"] = " ".join(str(error).split())[-160:]
+            facts["fails"] = " ".join(str(error).split())[:160]
     kept.write_text(json.dumps(facts))
     return facts
 
