@@ -8,8 +8,9 @@ the energy of the fp32 logits to that of their error, in dB, on other samples; t
 right. Each graph is made in a process of its own, which may take 20 minutes of processor time and 12 GB of memory.
 
 NNCF and ModelOpt need versions of numpy and onnx of their own: give the Python of an environment that has them
-(pip install nncf==2.19.*; pip install "nvidia-modelopt[onnx]==0.47.*"). With `--folder` what is made stays there, and what is
-there is not made again. Needs the extras "export", "onnxruntime", "openvino" and "test" and scikit-image, and no network.
+(pip install nncf==2.19.* openvino; pip install "nvidia-modelopt[onnx]==0.47.*"). With `--folder` what is made stays there, and
+what is there is not made again. Needs the extras "export", "onnxruntime", "openvino" and "test" and scikit-image, and no
+network.
 """
 
 from __future__ import annotations
