@@ -1,115 +1,106 @@
-"""How much of the logits 8 bits keep: ours, and the quantisers of others with their defaults on the same data, as a table.
+"""How much of the logits 8 bits keep: ours, and the quantisers of others with their defaults on the same data, as tables.
 
-    python benchmarks/quantization.py [--networks swin-digits,swin-tiny] [--nncf PYTHON] [--modelopt PYTHON]
+    python benchmarks/quantization.py --nncf PYTHON --modelopt PYTHON [--folder FOLDER] [--networks swin-digits,swin-tiny]
 
-The networks are the trained digits, and Swin-T and SwinV2-T with random weights and the heavy tails of trained ones (see
-`heavy_tailed`), calibrated with 256 digits and with 16 pieces of photographs. The figure is the ratio of the energy of the fp32
-logits to that of their error, in dB, on other samples. NNCF and ModelOpt need versions of numpy and onnx of their own: give
-the Python of an environment that has them. Needs the extras "export", "onnxruntime", "openvino" and "test", and no network.
+The networks are the trained digits and patches (see examples/), and Swin-T and SwinV2-T with random weights and the heavy tails
+of trained ones (`heavy_tailed`), calibrated with 256 images and with 16 pieces of photographs. The first table has the ratio of
+the energy of the fp32 logits to that of their error, in dB, on other samples; the second the share of these that is classified
+right. Each graph is made in a process of its own, which may take 20 minutes of processor time and 12 GB of memory.
+
+NNCF and ModelOpt need versions of numpy and onnx of their own: give the Python of an environment that has them
+(pip install nncf==2.19.* openvino; pip install "nvidia-modelopt[onnx]==0.47.*"). With `--folder` what is made stays there, and
+what is there is not made again. Needs the extras "export", "onnxruntime", "openvino" and "test" and scikit-image, and no
+network.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import io
+import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+from quantization_networks import NETWORKS, write_network
 
-ROOT = Path(__file__).resolve().parents[1]
-NETWORKS = ("swin-digits", "swinv2-digits", "swin-tiny", "swinv2-tiny")
 BATCH = 8
+PROCESSOR_LIMIT, MEMORY_LIMIT = 20 * 60, 12e9  # seconds, bytes
+LEFT_OUT = ("balance", "ranges", "least squares", "gptq", "everything")
+
+# Run by the Python of NNCF's environment, and of ModelOpt's: arguments are the folder, the result and the kind.
+NNCF = """
+import sys, numpy as np, nncf, openvino as ov
+folder, result, kind = sys.argv[1:]
+pixels = np.load(f"{folder}/data.npz")["calibration"]
+model = ov.Core().read_model(f"{folder}/onnxruntime.onnx")
+data = nncf.Dataset([{"pixel_values": pixels[i : i + 1]} for i in range(len(pixels))])
+told = {"model_type": nncf.ModelType.TRANSFORMER} if "transformer" in result else {}
+if kind == "fp8":
+    told["mode"] = nncf.QuantizationMode.FP8_E4M3
+ov.save_model(nncf.quantize(model, data, subset_size=len(pixels), **told), result, compress_to_fp16=False)
+"""
+MODELOPT = """
+import sys, numpy as np
+from modelopt.onnx.quantization import quantize
+folder, result, kind = sys.argv[1:]
+pixels = np.load(f"{folder}/data.npz")["calibration"]
+quantize(f"{folder}/onnxruntime.onnx", quantize_mode=kind, calibration_data={"pixel_values": pixels}, output_path=result,
+         calibration_eps=["cpu"], high_precision_dtype="fp32")
+"""
 
 
-def write_network(name: str, folder: Path) -> None:
-    """The fp32 graph of the network, samples to calibrate with, and others to judge by (with their classes, if trained)."""
-    from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
-    from swin_deploy.exporters.weights import embed_weights
-    from swin_deploy.models.checkpoints import checkpoint_from_path, random_checkpoint
-    from swin_deploy.models.swin import SwinNetwork
-    from swin_deploy.preprocess import Preprocessor
-    from swin_deploy.tasks import TaskSpec
-    from swin_deploy.variants import find_variant
+@dataclass(frozen=True)
+class Quantiser:
+    """A row of the tables: "int8" or "fp8", made by "ort", "ours", "nncf" or "modelopt", and what that is told."""
 
-    folder.mkdir(parents=True, exist_ok=True)
-    if name.endswith("digits"):
-        sys.path.insert(0, str(ROOT / "examples/digits"))
-        from digits import split
+    title: str
+    kind: str
+    maker: str
+    how: str = ""
 
-        checkpoint = checkpoint_from_path(ROOT / "examples/digits" / name, TaskSpec())
-        data, tensors = split(), checkpoint.tensors
-        assert checkpoint.preprocessor is not None
-        preprocess = Preprocessor.from_dict(checkpoint.preprocessor)
-        pixels = {"calibration": preprocess(list(data.train_images[:256])), "test": preprocess(list(data.test_images))}
-        classes = data.test_digits
-    else:
-        checkpoint = random_checkpoint(find_variant(name).config(), TaskSpec(), 0)
-        tensors = heavy_tailed(dict(checkpoint.tensors))
-        images = crops(32)
-        prepared = Preprocessor.imagenet(checkpoint.config.image_size)(images)
-        pixels, classes = {"calibration": prepared[:16], "test": prepared[16:]}, np.zeros(0)
-    size = checkpoint.config.image_size
-    traced = onnx_from_torch(SwinNetwork(checkpoint.config, size, tensors, TaskSpec(), "onnxruntime").eval(), size)
-    embed_weights(traced.model, traced.weights)
-    del traced.model.graph.value_info[:]  # as export does
-    (folder / "fp32.onnx").write_bytes(traced.model.SerializeToString())
-    np.savez(folder / "data.npz", **pixels, classes=classes)
+    @property
+    def file(self) -> str:
+        """What it writes: OpenVINO runs its own .xml, ONNX Runtime the rest."""
+        name = "-".join(part for part in (self.maker, self.kind, self.how.replace(" ", "-")) if part)
+        return f"{name}.{'xml' if self.maker == 'nncf' else 'onnx'}"
 
 
-def heavy_tailed(tensors: dict[str, Any]) -> dict[str, Any]:
-    """`tensors` with what training does to a Swin: a few channels of each LayerNorm are 5 to 30 times larger than the rest.
-
-    In V1 the layers behind a norm see them; in V2, which normalises what it adds to the stream, the stream does. The columns
-    that read such a channel are smaller, by the root of a typical factor: otherwise attention would only see these channels.
-    """
-    import torch
-
-    second = any(name.endswith("logit_scale") for name in tensors)
-
-    def large(width: int) -> Any:  # the same channels wherever there are so many
-        return np.random.default_rng([7, width]).choice(width, max(2, width // 100), replace=False)
-
-    for name, value in tensors.items():
-        changed = value.clone()
-        if "norm" in name and name.endswith("weight") and name != "layernorm.weight":
-            factors = np.random.default_rng([len(value), sum(name.encode())]).uniform(5, 30, len(large(len(value))))
-            changed[large(len(value))] *= torch.from_numpy(factors.astype(np.float32))
-        elif name.endswith(("query.weight", "key.weight", "value.weight", "intermediate.dense.weight", "reduction.weight")):
-            parts = 4 if second and "reduction" in name else 1
-            width = value.shape[1] // parts
-            for part in range(parts):
-                changed[:, large(width) + part * width] /= 3.5
-        tensors[name] = changed
-    return tensors
+METHODS = ("MinMax", "Entropy", "Percentile", "Distribution")
+QUANTISERS = (
+    *(Quantiser(f"ONNX Runtime, {method}", "int8", "ort", method) for method in METHODS),
+    Quantiser("ONNX Runtime, MinMax, told: Gemm, by channel", "int8", "ort", "MinMax Gemm"),
+    Quantiser("NNCF", "int8", "nncf"),
+    Quantiser("NNCF, told: transformer", "int8", "nncf", "transformer"),
+    Quantiser("ModelOpt", "int8", "modelopt"),
+    Quantiser("swin-deploy, for ONNX Runtime and OpenVINO", "int8", "ours", "onnxruntime"),
+    Quantiser("swin-deploy, for TensorRT", "int8", "ours", "tensorrt"),
+    Quantiser("ONNX Runtime, Distribution, FP8", "fp8", "ort", "Distribution"),
+    Quantiser("NNCF, FP8", "fp8", "nncf"),
+    Quantiser("NNCF, told: transformer, FP8", "fp8", "nncf", "transformer"),
+    Quantiser("ModelOpt, FP8", "fp8", "modelopt"),
+    Quantiser("swin-deploy, for TensorRT, FP8", "fp8", "ours", "tensorrt"),
+)
+STEPS = (
+    Quantiser("all", "int8", "ours", "onnxruntime"),
+    *(Quantiser(f"without {step}", "int8", "ours", f"onnxruntime without {step}") for step in LEFT_OUT),
+)
 
 
-def crops(count: int) -> list[Any]:
-    """Pieces of the photographs in examples/, uint8 [side, side, 3]."""
-    from PIL import Image
-
-    photos = [np.asarray(Image.open(path).convert("RGB")) for path in sorted((ROOT / "examples/photos").glob("*.jpg"))]
-    rng, found = np.random.default_rng(0), []
-    for number in range(count):
-        photo = photos[number % len(photos)]
-        side = int(rng.integers(120, min(photo.shape[:2])))
-        top, left = (int(rng.integers(0, extent - side + 1)) for extent in photo.shape[:2])
-        piece = photo[top : top + side, left : left + side]
-        found.append(piece[:, ::-1] if rng.random() < 0.5 else piece)
-    return [np.ascontiguousarray(piece) for piece in found]
-
-
-def onnxruntime_quantized(folder: Path, method: str, linear_only: bool = False) -> Path:
-    """What quantize_static makes of the graph; with `linear_only` it is told to take Gemm alone, and weights per channel."""
-    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, quantize_static
+def by_onnxruntime(folder: Path, kind: str, how: str, result: Path) -> None:
+    """quantize_static with a method; told "Gemm", it takes Gemm alone, and weights by channel."""
+    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -120,70 +111,30 @@ def onnxruntime_quantized(folder: Path, method: str, linear_only: bool = False) 
         def get_next(self) -> dict[str, Any] | None:
             return next(self.batches, None)
 
-    prepared, result = folder / "prepared.onnx", folder / f"ort-{method}{'-gemm' if linear_only else ''}.onnx"
-    if not prepared.exists():
-        quant_pre_process(str(folder / "fp32.onnx"), str(prepared), skip_symbolic_shape=True)
-    more: dict[str, Any] = {"op_types_to_quantize": ["Gemm"], "per_channel": True} if linear_only else {}
-    quantize_static(str(prepared), str(result), Reader(), calibrate_method=CalibrationMethod[method], **more)
-    return result
+    method, *told = how.split()
+    more: dict[str, Any] = {"op_types_to_quantize": ["Gemm"], "per_channel": True} if told else {}
+    if kind == "fp8":
+        more |= {"activation_type": QuantType.QFLOAT8E4M3FN, "weight_type": QuantType.QFLOAT8E4M3FN}
+    with tempfile.TemporaryDirectory(prefix="swin-quantization-") as scratch:
+        prepared = Path(scratch, "prepared.onnx")
+        quant_pre_process(str(folder / "onnxruntime.onnx"), str(prepared), skip_symbolic_shape=True)
+        quantize_static(str(prepared), str(result), Reader(), calibrate_method=CalibrationMethod[method], **more)
 
 
-# Run by the Python of NNCF's environment, and of ModelOpt's: arguments are the folder and the result.
-NNCF = """
-import sys, numpy as np, nncf, openvino as ov
-folder, result = sys.argv[1:]
-pixels = np.load(f"{folder}/data.npz")["calibration"]
-model = ov.Core().read_model(f"{folder}/fp32.onnx")
-data = nncf.Dataset([{"pixel_values": pixels[i : i + 1]} for i in range(len(pixels))])
-kind = {"model_type": nncf.ModelType.TRANSFORMER} if "transformer" in result else {}
-ov.save_model(nncf.quantize(model, data, subset_size=len(pixels), **kind), result, compress_to_fp16=False)
-"""
-MODELOPT = """
-import sys, numpy as np
-from modelopt.onnx.quantization import quantize
-folder, result = sys.argv[1:]
-mode = "fp8" if "fp8" in result else "int8"
-pixels = np.load(f"{folder}/data.npz")["calibration"]
-quantize(f"{folder}/fp32.onnx", quantize_mode=mode, calibration_data={"pixel_values": pixels}, output_path=result,
-         calibration_eps=["cpu"], high_precision_dtype="fp32")
-"""
-
-
-def by_other_python(python: str, code: str, folder: Path, name: str) -> Path:
-    """`name` in `folder`, made by `code` in an environment of its own."""
-    done = subprocess.run([python, "-c", code, str(folder), str(folder / name)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    return folder / name
-
-
-def logits(path: Path, pixels: Any) -> Any:
-    """What the graph at `path` answers: OpenVINO runs its own .xml, ONNX Runtime the rest."""
-    batches = [pixels[i : i + 1] for i in range(len(pixels))]
-    if path.suffix == ".xml":
-        import openvino
-
-        compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        return np.concatenate([np.array(compiled({"pixel_values": batch})["logits"]) for batch in batches])
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if "fp8" in path.name:
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return np.concatenate([session.run(["logits"], {"pixel_values": batch})[0] for batch in batches])
-
-
-def ours(folder: Path, kind: str, symmetric: bool, without: str = "") -> Path:
-    """What this package makes of the graph; `without` leaves one step out ("balance", "ranges", "least squares", "gptq")."""
+def by_us(folder: Path, kind: str, how: str, result: Path) -> None:
+    """As `swin-deploy quantize` does it for a target; "without" names a step that is left out of that for ONNX Runtime."""
     import onnx
 
+    target, _, without = how.partition(" without ")
+    pixels = np.load(folder / "data.npz")["calibration"]
+    model = onnx.load(folder / f"{target}.onnx")
+    if target == "tensorrt":
+        result.write_bytes(for_tensorrt(model, folder, kind, pixels).SerializeToString())
+        return
     from swin_deploy.calib import quantize as steps
     from swin_deploy.calib import rounding
     from swin_deploy.calib.grids import scale_of_range
 
-    pixels = np.load(folder / "data.npz")["calibration"]
     batch = BATCH if len(pixels) < 64 else 32
 
     def feeds() -> Any:
@@ -195,89 +146,206 @@ def ours(folder: Path, kind: str, symmetric: bool, without: str = "") -> Path:
 
     centred = rounding.Moments.centred
     patches = {
-        "": [],
-        "balance": [patch.object(steps, "balanced", lambda model, feeds, options: model)],
-        "ranges": [
-            patch.object(steps, "best_activation_scale", lambda _, low, high, __, *how: scale_of_range(low, high, *how))
-        ],
-        "least squares": [patch.object(rounding.Moments, "centred", in_place)],
-        "gptq": [patch.object(rounding, "gptq", lambda weight, _, scale, kind: kind.nearest(weight / scale[:, None]))],
+        "balance": patch.object(steps, "balanced", lambda model, feeds, options: model),
+        "ranges": patch.object(steps, "best_activation_scale", lambda _, low, high, __, *how: scale_of_range(low, high, *how)),
+        "least squares": patch.object(rounding.Moments, "centred", in_place),
+        "gptq": patch.object(rounding, "gptq", lambda weight, _, scale, kind: kind.nearest(weight / scale[:, None])),
     }
-    names = [name for name in patches if name] if without == "everything" else [without]
     with contextlib.ExitStack() as stack:
-        for name in names:
-            for change in patches[name]:
-                stack.enter_context(change)
-        options = steps.Options(kind=kind, symmetric=symmetric, threads=1)
-        model = steps.quantize(onnx.load(folder / "fp32.onnx"), feeds, options).model
-    result = folder / f"ours-{kind}.onnx"
-    result.write_bytes(model.SerializeToString())
-    return result
+        for name in patches if without == "everything" else [without] if without else []:
+            stack.enter_context(patches[name])
+        made = steps.quantize(model, feeds, steps.Options(kind=kind, threads=1)).model
+    result.write_bytes(made.SerializeToString())
 
 
-def candidates(given: argparse.Namespace) -> dict[str, Callable[[Path], Path]]:
-    """What is compared: its title, and what makes a graph of the folder of a network."""
-    if given.steps:
-        left_out = ("", "balance", "ranges", "least squares", "gptq", "everything")
-        return {f"without {w}" if w else "all": lambda f, w=w: ours(f, "int8", False, w) for w in left_out}
-    methods = ("MinMax", "Entropy", "Percentile", "Distribution")
-    every: dict[str, Callable[[Path], Path]] = {
-        f"ONNX Runtime, {m}": lambda f, m=m: onnxruntime_quantized(f, m)  # type: ignore[misc]
-        for m in methods
-    }
-    every["ONNX Runtime, MinMax, told: Gemm, per channel"] = lambda f: onnxruntime_quantized(f, "MinMax", True)
-    if given.nncf:
-        every["NNCF"] = lambda f: by_other_python(given.nncf, NNCF, f, "nncf.xml")
-        every["NNCF, told: transformer"] = lambda f: by_other_python(given.nncf, NNCF, f, "nncf-transformer.xml")
-    if given.modelopt:
-        every["ModelOpt"] = lambda f: by_other_python(given.modelopt, MODELOPT, f, "modelopt-int8.onnx")
-        every["ModelOpt, FP8"] = lambda f: by_other_python(given.modelopt, MODELOPT, f, "modelopt-fp8.onnx")
-    every["swin-deploy"] = lambda f: ours(f, "int8", False)
-    every["swin-deploy, symmetric"] = lambda f: ours(f, "int8", True)
-    every["swin-deploy, FP8"] = lambda f: ours(f, "fp8", False)
-    return every
+@dataclass(frozen=True)
+class Pixels:
+    """Samples in memory, as calib.collect takes them."""
+
+    pixels: Any
+    fingerprint: str = ""
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def batches(self, size: int, start: int = 0) -> Any:
+        return ({"pixel_values": self.pixels[i : i + size]} for i in range(start, len(self.pixels), size))
+
+
+def for_tensorrt(model: Any, folder: Path, kind: str, pixels: Any) -> Any:
+    """The graph with fp16 between."""
+    from swin_deploy.calib.collect import collect
+    from swin_deploy.calib.moments import Repaired, input_moments
+    from swin_deploy.calib.placement import linear_layers
+    from swin_deploy.calib.quantize import HEADS
+    from swin_deploy.config import SwinConfig
+    from swin_deploy.exporters.quantized import quantized_from_fp32, quantized_inputs, quantized_layers
+    from swin_deploy.tasks import TaskSpec
+
+    config = SwinConfig.from_dict(json.loads((folder / "config.json").read_text()))
+    seen = collect(model, quantized_inputs(model, config, kind), Pixels(pixels), batch=BATCH, threads=1)
+    amplitudes = {name: one.amplitude("mse", kind) for name, one in seen.items()}
+    names = {layer.name for layer in quantized_layers(model, config, kind)} - HEADS
+    read = {layer.name: layer.input for layer in linear_layers(model) if layer.name in names}
+    rounding = Repaired(input_moments(model, read, Pixels(pixels).batches(BATCH), threads=1), kind)
+    return quantized_from_fp32(model, config, TaskSpec(), kind, amplitudes, rounding=rounding)[0]
+
+
+def logits(path: Path, pixels: Any) -> Any:
+    """What the graph at `path` answers."""
+    batches = [pixels[i : i + 1] for i in range(len(pixels))]
+    if path.suffix == ".xml":
+        import openvino
+
+        compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return np.concatenate([np.array(compiled({"pixel_values": batch})["logits"]) for batch in batches])
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if "fp8" in path.name or "tensorrt" in path.name:  # it has kernels of INT8 with fp32 between only
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return np.concatenate([session.run(["logits"], {"pixel_values": batch})[0] for batch in batches])
+
+
+def command(quantiser: Quantiser, folder: Path, given: argparse.Namespace) -> list[str]:
+    """What makes the graph, in a process of its own."""
+    result = str(folder / quantiser.file)
+    if quantiser.maker in ("nncf", "modelopt"):
+        code = {"nncf": NNCF, "modelopt": MODELOPT}[quantiser.maker]
+        return [getattr(given, quantiser.maker), "-c", code, str(folder), result, quantiser.kind]
+    return [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--make",
+        quantiser.maker,
+        str(folder),
+        quantiser.kind,
+        quantiser.how,
+        result,
+    ]
+
+
+def made(order: Sequence[str], result: Path) -> dict[str, Any]:
+    """Runs `order`, which writes `result`: what that took, and why it failed, if it did."""
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            order,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (PROCESSOR_LIMIT, PROCESSOR_LIMIT + 5)),
+        )
+        largest = 0.0
+        while (found := os.wait4(process.pid, os.WNOHANG))[0] == 0:
+            largest = max(largest, memory(process.pid))
+            if largest > MEMORY_LIMIT:
+                process.kill()
+            time.sleep(0.1)
+        said.seek(0)
+        lines = [line for line in said.read().splitlines() if line.strip()]
+    _, status, usage = found
+    code = process.returncode = os.waitstatus_to_exitcode(status)
+    facts: dict[str, Any] = {"seconds": usage.ru_utime + usage.ru_stime, "memory": max(largest, usage.ru_maxrss * 1024)}
+    if largest > MEMORY_LIMIT:
+        facts["fails"] = f"more than {MEMORY_LIMIT / 1e9:.0f} GB"
+    elif code == -signal.SIGXCPU or facts["seconds"] > PROCESSOR_LIMIT:
+        facts["fails"] = f"more than {PROCESSOR_LIMIT // 60} minutes"
+    elif code or not result.exists():
+        facts["fails"] = lines[-1][:160] if lines else f"exit code {code}"
+    return facts
+
+
+def memory(process: int) -> float:
+    """Resident bytes of a process; 0 when it has ended."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmRSS:"):
+                return float(line.split()[1]) * 1024
+    return 0.0
+
+
+def judged(quantiser: Quantiser, folder: Path, given: argparse.Namespace, data: Any, reference: Any) -> dict[str, Any]:
+    """What is known of a row in one column, kept in the folder."""
+    from swin_deploy.calib.quantize import sqnr
+
+    path = folder / quantiser.file
+    kept = path.with_name(f"{path.name}.json")
+    if kept.exists():
+        return dict(json.loads(kept.read_text()))
+    facts = made(command(quantiser, folder, given), path)
+    if "fails" not in facts:
+        try:
+            found = logits(path, data["test"])
+            facts |= {"sqnr": sqnr(reference, found), "top1": top1(found, data["classes"])}
+        except Exception as error:  # noqa: BLE001 - a rival's graph that does not run is a cell of the table
+            facts["fails"] = " ".join(str(error).split())[:160]
+    kept.write_text(json.dumps(facts))
+    return facts
+
+
+def top1(found: Any, classes: Any) -> float | None:
+    """Percent; None without classes."""
+    return 100 * float((found.argmax(1) == classes).mean()) if len(classes) else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", default=",".join(NETWORKS), help="names with commas between")
     parser.add_argument("--nncf", help="the Python of an environment with NNCF")
     parser.add_argument("--modelopt", help="the Python of an environment with ModelOpt")
+    parser.add_argument("--folder", type=Path, help="where everything is kept")
     parser.add_argument("--only", default="", help="what the titles of the rows must hold")
     parser.add_argument("--steps", action="store_true", help="ours with one step left out, instead of others")
+    parser.add_argument("--make", nargs=5, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
+    if given.make:
+        maker, folder, kind, how, result = given.make
+        {"ort": by_onnxruntime, "ours": by_us}[maker](Path(folder), kind, how, Path(result))
+        return 0
+    rows = [q for q in (STEPS if given.steps else QUANTISERS) if given.only in q.title and getattr(given, q.maker, "ours")]
+    names = given.networks.split(",")
+    with tempfile.TemporaryDirectory(prefix="swin-quantization-") as scratch:
+        found = {name: column(name, (given.folder or Path(scratch)) / name, rows, given) for name in names}
     print(", ".join(f"{p} {version(p)}" for p in ("swin-deploy", "onnx", "onnxruntime", "openvino")))
-    print(
-        "| network | quantiser | SQNR, dB | top-1 | top-1 of fp32 | processor time, s |\n|---|---|--:|--:|--:|--:|", flush=True
-    )
-    for name in given.networks.split(","):
-        with tempfile.TemporaryDirectory(prefix="swin-quantization-") as scratch:
-            folder = Path(scratch)
-            write_network(name, folder)
-            data = np.load(folder / "data.npz")
-            reference = logits(folder / "fp32.onnx", data["test"])
-            for title, make in candidates(given).items():
-                if given.only in title:
-                    print(f"| {name} | {title} | {row(make, folder, data, reference)} |", flush=True)
+    print(table("SQNR of the logits, dB", names, {q.title: [found[n][q.title] for n in names] for q in rows}, "sqnr"))
+    trained = [name for name in names if found[name]["fp32"]["top1"] is not None]
+    if trained:
+        print(
+            table(
+                "top-1, %",
+                trained,
+                {title: [found[n][title] for n in trained] for title in ("fp32", *(q.title for q in rows))},
+                "top1",
+            )
+        )
     return 0
 
 
-def row(make: Callable[[Path], Path], folder: Path, data: Any, reference: Any) -> str:
-    from swin_deploy.calib.quantize import sqnr
+def column(name: str, folder: Path, rows: Sequence[Quantiser], given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What is known of every row for one network."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "data.npz").exists():
+        write_network(name, folder)
+    data = dict(np.load(folder / "data.npz"))
+    reference = logits(folder / "onnxruntime.onnx", data["test"])
+    found: dict[str, dict[str, Any]] = {"fp32": {"top1": top1(reference, data["classes"])}}
+    for quantiser in rows:
+        found[quantiser.title] = facts = judged(quantiser, folder, given, data, reference)
+        took = f"{facts['seconds']:.0f} s, {facts['memory'] / 1e9:.1f} GB"
+        print(
+            f"{name}, {quantiser.title}: {facts.get('fails') or round(facts['sqnr'], 2)} ({took})", file=sys.stderr, flush=True
+        )
+    return found
 
-    start = os.times()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            path = make(folder)
-        found = logits(path, data["test"])
-    except Exception as error:  # noqa: BLE001 - a rival that fails is a row of the table
-        return f"failed: {' '.join(str(error).split())[-150:]} | | | "
-    spent = sum(os.times()[:4]) - sum(start[:4])
-    right = [
-        f"{100 * float((x.argmax(1) == data['classes']).mean()):.2f}" if len(data["classes"]) else ""
-        for x in (found, reference)
-    ]
-    return f"{sqnr(reference, found):.1f} | {right[0]} | {right[1]} | {spent:.0f}"
+
+def table(title: str, names: Sequence[str], rows: dict[str, list[dict[str, Any]]], figure: str) -> str:
+    digits = {"sqnr": 1, "top1": 2}[figure]
+    lines = [f"\n| {title} | {' | '.join(names)} |", f"|---|{'--:|' * len(names)}"]
+    for row, cells in rows.items():
+        text = [f"fails: {c['fails']}" if "fails" in c else f"{c[figure]:.{digits}f}" for c in cells]
+        lines.append(f"| {row} | {' | '.join(text)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ comes behind it must fit into the kernel after it, and fc1, whose GELU would not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,6 +54,20 @@ class Layer:
 
     name: str
     inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What rewrites made of a layer's input x [rows, channels]: (x - shift) * factor, and some channels constant."""
+
+    shift: Any = 0.0
+    factor: Any = 1.0
+    constants: Mapping[int, float] = field(default_factory=dict)
+
+
+# (layer, weight [outputs, channels], step of each output [outputs], its input) -> the weight as numbers of the 8-bit type, or
+# None for the nearest ones.
+Rounding = Callable[[str, Any, Any, Changed], Any]
 
 
 def quantized_layers(model: onnx.ModelProto, config: SwinConfig, quantization: str) -> tuple[Layer, ...]:
@@ -103,13 +117,15 @@ def quantized_from_fp32(
     narrow: str = "fp16",
     weight_scales: Mapping[str, Any] | None = None,
     keep: Set[str] = frozenset(),
+    rounding: Rounding | None = None,
 ) -> tuple[onnx.ModelProto, tuple[PassRecord, ...]]:
     """The graph in INT8 or FP8, narrow elsewhere, and the rewrites' record. Input and output stay float32.
 
     `amplitudes` has the largest magnitude to represent of each tensor that `quantized_inputs` names; `weight_scales` may have,
     by layer, the steps of a weight (one, or one for each output channel; not for V1's projections to query, key and value,
-    which are brought to one size); `keep` names the layers of `quantized_layers` that stay narrow. Raises ExportError where a
-    range is missing or no positive number, and where a weight does not fit into the narrow type.
+    which are brought to one size); `keep` names the layers of `quantized_layers` that stay narrow; `rounding` chooses the
+    numbers of a weight, instead of the nearest ones. Raises ExportError where a range is missing or no positive number, and
+    where a weight does not fit into the narrow type.
     """
     layers = quantized_layers(model, config, quantization)
     for given in (keep, set(weight_scales or ())):
@@ -119,6 +135,8 @@ def quantized_from_fp32(
     graph = require("onnx_graphsurgeon", f"write the {quantization} graph").import_onnx(model)
     plan = _Plan(config, graph, {layer.name: [ranges[name] for name in layer.inputs] for layer in used})
     quantizer = Quantizer(graph, quantization, narrow_type(narrow), dict(weight_scales or {}))
+    if rounding is not None:
+        quantizer.rounding = plan.rounding(rounding)
     steps = (
         *((Pass("balanced_attention", plan.balance(quantization), _blocks(1)),) if config.version == 1 else ()),
         VALUE_BIAS_IN_PROJECTION,
@@ -148,6 +166,8 @@ class _Plan:
         self.version, self.ranges = config.version, ranges
         self.grown: Mapping[str, float] = {}
         self.moved = {attention.scope: _largest_value_bias(attention) for attention in attentions(graph)}
+        self.changed: dict[str, Changed] = {}
+        self.projections = {attention.scope: _projected(attention) for attention in attentions(graph)}
         self.epilogues = 0
 
     @property
@@ -161,12 +181,22 @@ class _Plan:
 
         return rewrite
 
+    def rounding(self, given: Rounding) -> Callable[[str, Any, Any], Any]:
+        """`given`, told what the layer reads now; a third of a projection reads what the whole does."""
+
+        def rounded(layer: str, weight: Any, steps: Any) -> Any:
+            module = layer[:-2] if layer.endswith((".q", ".k", ".v")) else layer
+            return given(module, weight, steps, self.changed.get(module, Changed()))
+
+        return rounded
+
     def quantize(self, graph: Graph, quantizer: Quantizer) -> int:
         done = 0
         quantizer.wide |= islands(graph) | resizing(graph)
         found = list(attentions(graph))
         products = [node for node in graph.nodes if node.op == "Gemm"]
         for attention in found:
+            self._look(attention)
             done += self._attention(attention, quantizer) + self._qkv(attention, quantizer)
             done += self._projection(attention, quantizer)
         for node in products:
@@ -189,6 +219,19 @@ class _Plan:
                 _as_sum(quantizer, node)
                 done += 1
         return done
+
+    def _look(self, attention: Attention) -> None:
+        """Takes down what the passes before did to what the attention's two linear layers read."""
+        weight, shift = self.projections[attention.scope]
+        lengths = [np.linalg.norm(np.asarray(w, np.float64), axis=0) for w in (weight, attention.projection.inputs[1].values)]
+        factor = np.divide(lengths[0], lengths[1], out=np.ones_like(lengths[0]), where=lengths[1] > 0)
+        self.changed[_name(attention.projection)] = Changed(shift, factor)
+        norm = attention.qkv.i()
+        norm = norm.i().i().i() if norm.op == "Reshape" and self.version == 1 else norm
+        if self.version == 1 and len(norm.inputs) == 3:
+            scale, bias = (tensor.values for tensor in norm.inputs[1:])
+            constants = {int(one): float(bias[one]) for one in np.flatnonzero(scale == 0)}
+            self.changed[_name(attention.qkv)] = Changed(constants=constants)
 
     def _attention(self, attention: Attention, quantizer: Quantizer) -> int:
         """V2's queries, keys and values, biases added, and the probabilities."""
@@ -306,6 +349,12 @@ def _attended(attention: Attention) -> dict[str, str]:
 def _largest_value_bias(attention: Attention) -> float:
     bias = attention.bias()
     return 0.0 if bias is None else float(np.abs(bias[2 * len(bias) // 3 :]).max())
+
+
+def _projected(attention: Attention) -> tuple[Any, Any]:
+    """The weight of the projection, and the part of its input that is the values' bias."""
+    bias = attention.bias()
+    return attention.projection.inputs[1].values, 0.0 if bias is None else bias[2 * len(bias) // 3 :]
 
 
 def _values(attention: Attention) -> Any:

@@ -5,7 +5,7 @@ They are written into the fp32 graph; `assign_types` then makes scales, and what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from .base import Graph
 
 FORMATS = ("int8", "fp8")
 TOP = {"int8": 127.0, "fp8": 448.0}  # the largest number of each
+Rounds = Callable[[str, NDArray[Any], NDArray[Any]], NDArray[Any] | None]  # (layer, weight, steps) -> numbers, or the nearest
 FLOAT, INT32, INT8 = 1, 6, 3  # onnx.TensorProto
 
 
@@ -28,6 +29,7 @@ class Quantizer:
     format: str
     narrow: np.dtype[Any]
     scales: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    rounding: Rounds = lambda *_: None
     wide: set[str] = field(default_factory=set)
 
     @property
@@ -90,17 +92,16 @@ class Quantizer:
         return self.node(f"{tensor.name}/DequantizeLinear", "DequantizeLinear", [quantized, scale, zero])
 
     def weight(self, layer: str, values: NDArray[Any], by_channel: bool, shared: float | None = None) -> Any:
-        """A weight [outputs, inputs], stored quantised: its scales are those given for `layer`, else what its extremes need.
-
-        `shared` is the amplitude that several weights with one scale have together.
-        """
+        """A weight [outputs, inputs], stored quantised; `shared` is the amplitude of several weights with one scale."""
         values = np.asarray(values, np.float32)
         own = self.scales.get(layer) if shared is None else None
         needed = (shared or np.abs(values).max(axis=1)) if own is None else np.broadcast_to(np.ravel(own), len(values))
         scale = self.scale(needed if own is None else needed * TOP[self.format])
         scale = scale if by_channel else scale.max()
         lowest = -128.0 if own is not None and self.format == "int8" else -TOP[self.format]  # trained weights use it
-        limited = np.clip(values / (scale[:, None] if by_channel else scale), lowest, TOP[self.format])
+        found = self.rounding(layer, values, np.broadcast_to(scale, values.shape[:1])) if own is None else None
+        steps = values / (scale[:, None] if by_channel else scale) if found is None else found
+        limited = np.clip(steps, lowest, TOP[self.format])
         quantized = (np.rint(limited) if self.format == "int8" else limited).astype(self.dtype)
         number, zero = self._parameters(f"{layer}.weight", scale)
         stored = self.constant(f"{layer}.weight_{self.format}", quantized)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from swin_deploy.exporters.passes import PassRecord
     from swin_deploy.ranges import Ranges
 
+ROUNDED_BY = 512  # samples at most; more change a weight's rounding little
 Made = tuple[Any, tuple["PassRecord", ...], dict[str, Any]]  # a graph, how it was made, and what else a manifest should know
 
 
@@ -32,7 +34,7 @@ class Form(Protocol):
 
 
 class TensorRTForm:
-    """Ranges are measured once; graphs with fp16 between the quantised layers are made of them."""
+    """Ranges and moments are measured once; graphs with fp16 between the quantised layers are made of them."""
 
     def __init__(
         self,
@@ -48,6 +50,10 @@ class TensorRTForm:
         ranges: Ranges | None,
     ) -> None:
         from swin_deploy.calib.collect import CACHE, collect
+        from swin_deploy.calib.data import spread
+        from swin_deploy.calib.moments import Repaired, input_moments
+        from swin_deploy.calib.placement import linear_layers
+        from swin_deploy.calib.quantize import HEADS
         from swin_deploy.exporters.graphs import config_and_task
         from swin_deploy.exporters.own import own_layers
         from swin_deploy.exporters.quantized import quantized_layers, refuse_unknown
@@ -61,6 +67,7 @@ class TensorRTForm:
         self.names = tuple(layer.name for layer in self._layers)
         self._own = own_layers(ranges, layers, model, self._config, quantization)
         self._amplitudes = dict(self._own.amplitudes)
+        self._rounding: Repaired | None = None
         # Where there are samples, all are measured: it is one pass, and its observations serve other options as well.
         missing = [name for layer in self._layers for name in layer.inputs if name not in self._amplitudes]
         if not missing:
@@ -77,6 +84,12 @@ class TensorRTForm:
         )
         measured = {name: one.amplitude(method or "mse", quantization) for name, one in seen.items()}
         self._amplitudes = {**measured, **self._amplitudes}
+        if ranges is not None:  # such weights were trained to be rounded to the nearest
+            return
+        names = frozenset(self.names) - HEADS
+        read = {layer.name: layer.input for layer in linear_layers(model) if layer.name in names}
+        few = replace(feeds, chosen=spread(feeds.chosen, ROUNDED_BY))
+        self._rounding = Repaired(input_moments(bundle.path / source, read, few.batches(batch)), quantization)
 
     def graph(self, keep: Set[str]) -> Made:
         from swin_deploy.exporters.quantized import quantized_from_fp32
@@ -84,6 +97,7 @@ class TensorRTForm:
         made, records = quantized_from_fp32(
             _copy(self._model), self._config, self._task, self._quantization, self._amplitudes,
             weight_scales={name: steps for name, steps in self._own.steps.items() if name not in keep}, keep=keep,
+            rounding=self._rounding,
         )  # fmt: skip
         layers = self._own.records(layer for layer in self._layers if layer.name not in keep)
         return made, records, {"amplitudes": self._amplitudes, "layers": layers}

@@ -98,10 +98,15 @@ def answers(model: Any, pixels: Any = None, names: list[str] | None = None) -> d
 
 def extremes(model: Any, names: list[str], pixels: Any) -> dict[str, float]:
     """Of the images that the tests compare with: what is measured there is rounding, not the choice of a range."""
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    watched.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
-    return {name: float(np.abs(values).max()) for name, values in answers(watched, pixels, names).items()}
+    return {name: float(np.abs(values).max()) for name, values in watched(model, names, pixels).items()}
+
+
+def watched(model: Any, names: list[str], pixels: Any) -> dict[str, Any]:
+    """The values of tensors inside the graph."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    copy.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
+    return answers(copy, pixels, names)
 
 
 @remembered
@@ -266,6 +271,35 @@ def test_a_range_that_is_none_is_refused(amplitude: float | None) -> None:
         ranges[name] = amplitude
     with pytest.raises(ExportError, match=rf'amplitude of "{name}" is .*Expected a positive number'):
         quantized_from_fp32(fp32(V1), V1, LOGITS, "int8", ranges)
+
+
+@BOTH
+@FORMATS
+def test_a_rounding_is_told_what_each_layer_reads(version: int, quantization: str) -> None:
+    """The inputs of the linear layers of the new graph are those of the fp32 graph, changed as the rounding was told."""
+    config, model, images = trained(version)
+    told: dict[str, Any] = {}
+
+    def rounding(layer: str, weight: Any, steps: Any, change: Any) -> None:
+        assert len(steps) == len(weight)
+        told[layer] = change
+
+    ranges = extremes(model, quantized_inputs(model, config, quantization), images)
+    made, _ = quantized_from_fp32(model, config, LOGITS, quantization, ranges, rounding=rounding)
+    layers = quantized_layers(model, config, quantization)
+    assert {layer.name for layer in layers if layer.inputs and not layer.name.endswith("attention")} <= told.keys()
+    told.pop("classifier")
+    before, after = (
+        {n.name.rpartition("/")[0]: n.input[0] for n in m.graph.node if n.op_type == "Gemm"} for m in (model, made)
+    )
+    after |= {name[:-2]: tensor for name, tensor in after.items() if name.endswith(".q")}
+    old, new = (watched(m, sorted({names[layer] for layer in told}), images) for m, names in ((model, before), (made, after)))
+    for layer, change in told.items():
+        wanted = (old[before[layer]] - change.shift) * change.factor
+        for channel, value in change.constants.items():
+            wanted[..., channel] = value
+        found = new[after[layer]].reshape(wanted.shape).astype(np.float32)
+        assert np.linalg.norm(found - wanted) < 0.1 * np.linalg.norm(wanted), layer
 
 
 def test_names_that_do_not_exist_are_refused() -> None:
