@@ -144,25 +144,35 @@ def test_engines_need_the_graph_and_a_gpu_that_can(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "b/manifest.json").read_text())["files"]["onnx/model_fp8.onnx"]["amplitudes"]
 
 
-def test_the_gate_puts_back_as_few_layers_as_it_takes(digits_data: tuple[Path, Path], tmp_path: Path) -> None:
-    """In FP8 one of the 450 digits is taken for another: with the worst layers in fp16, none is."""
-    path = copied(1, tmp_path / "b")
-    _, test = digits_data
-    arguments = ["quantize", "b", "--fp8", "--data", test, "--batch", "64", "--labels", "none", "--json"]
+def test_the_gate_puts_back_as_few_layers_as_it_takes(tmp_path: Path) -> None:
+    """Feature maps are to be nearer to fp32 than all layers in 8 bits leave them; as near as fp32 itself they cannot come."""
+    swin_deploy.export(weights=WEIGHTS[2], output=tmp_path / "b", task="backbone", target="onnxruntime")
+    arguments = ["quantize", "b", "--data", IMAGES, "--json"]
     [score] = result(cli_here(*arguments, cwd=tmp_path))["graphs"]  # type: ignore[call-overload,index]
-    assert score["equal"] < 1
-    [score] = result(cli_here(*arguments, "--max-drop", "0", cwd=tmp_path))["graphs"]  # type: ignore[call-overload,index]
-    assert score["equal"] == 1
-    bundle = Bundle.open(path)
-    entry = bundle.graphs["onnx/model_fp8.onnx"]
+    most = 0.7 * 100 * score["relative_l2"]
+    [score] = result(cli_here(*arguments, "--max-drop", most, cwd=tmp_path))["graphs"]  # type: ignore[call-overload,index]
+    bundle = Bundle.open(tmp_path / "b")
+    entry = bundle.graphs["onnx/model_int8.onnx"]
     ranking, gate = entry["sensitivity"], entry["gate"]
     assert 1 <= len(gate["put_back"]) < len(ranking)
     assert sorted(layer["name"] for layer in ranking[: len(gate["put_back"])]) == gate["put_back"]
     assert [layer["sqnr_db"] for layer in ranking] == sorted(layer["sqnr_db"] for layer in ranking)
-    assert (gate["loss"], gate["unit"]) == (0, "% of images classified otherwise than by fp32")
-    picture = bundle.verified_path("onnx/model_fp8.sensitivity.svg").read_text()
+    assert gate["loss"] <= most
+    assert gate["loss"] == pytest.approx(100 * score["relative_l2"], rel=1e-3)
+    assert {layer["name"] for layer in entry["layers"]} == {layer["name"] for layer in ranking} - set(gate["put_back"])
+    picture = bundle.verified_path("onnx/model_int8.sensitivity.svg").read_text()
     assert all(layer["name"] in picture for layer in ranking)
     assert picture.count("#ee6677") == len(gate["put_back"])
+
+    before = contents(tmp_path)
+    refused(
+        cli_here(*arguments, "--max-drop", "0", cwd=tmp_path),
+        "cannot be as accurate as asked for",
+        "relative L2",
+        "at most 0 was asked for",
+        code=3,
+    )
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
@@ -186,17 +196,3 @@ def test_what_is_not_faster_is_refused_and_nothing_kept(target: str, tmp_path: P
     speed = Bundle.open(tmp_path / "b").graphs["onnx/model_int8.onnx"]["speed"]
     assert speed["speedup"] >= 0.01
     assert speed["than"] == {"onnxruntime": "fp32", "tensorrt": "fp16"}[target]
-
-
-def test_what_cannot_be_accurate_is_refused(tmp_path: Path) -> None:
-    """Feature maps in 8 bits are never those of fp32 to the last bit."""
-    swin_deploy.export(weights=WEIGHTS[2], output=tmp_path / "b", task="backbone", target="onnxruntime")
-    before = contents(tmp_path)
-    refused(
-        cli_here("quantize", "b", "--data", IMAGES, "--max-drop", "0", cwd=tmp_path),
-        "cannot be as accurate as asked for",
-        "relative L2",
-        "at most 0 was asked for",
-        code=3,
-    )
-    assert contents(tmp_path) == before
