@@ -71,10 +71,11 @@ def class_numbers(labels: Sequence[Any], id2label: Mapping[int, str]) -> tuple[d
         order = {label: number for number, label in enumerate(sorted(distinct, key=str))}
         words = all(WORDNET.fullmatch(text) for text in texts.values())
         return order, f"the {count} {'WordNet ids' if words else 'labels'} in sorted order"
-    unknown = next(texts[label] for label, number in numbers.items() if number is None)
+    strange = [text for label, text in texts.items() if numbers[label] is None]
+    unknown = next((text for text in strange if text not in numeric or int(text) not in id2label), strange[0])
     raise InputError(
         f'The label "{unknown}" is no class of this network ("{id2label[0]}", ...), and there are {len(texts)} labels for its '
-        f"{count} classes. Name the folders as the classes are named, or give --labels with class numbers."
+        f'{count} classes. Name the folders as the classes are named, or give --labels with class numbers, or with "none".'
     )
 
 

@@ -154,9 +154,14 @@ def balanced(model: onnx.ModelProto, feeds: SampleFeeds, options: Options, own: 
 
 
 def sqnr(reference: Array, found: Array) -> float:
-    """The ratio of the reference's energy to that of the difference, in dB; infinite where there is no difference."""
+    """The ratio of the reference's energy to that of the difference, in dB; infinite where there is no difference.
+
+    Where either is not finite it is minus infinity.
+    """
     noise = float(np.square(found.astype(np.float64) - reference).sum())
     signal = float(np.square(reference.astype(np.float64)).sum())
+    if not math.isfinite(noise):
+        return -math.inf
     return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
 
 

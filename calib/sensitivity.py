@@ -21,7 +21,9 @@ Tell = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Damage:
-    """The layer `name` alone in 8 bits leaves the outputs at `sqnr_db` (infinite where nothing changes)."""
+    """The layer `name` alone in 8 bits leaves the outputs at `sqnr_db`: infinite where nothing changes, minus infinity where
+    the outputs are not finite.
+    """
 
     name: str
     sqnr_db: float
@@ -86,7 +88,7 @@ def svg_from_damages(title: str, ranking: Sequence[Damage], kept: Set[str]) -> s
         value = max(0.0, min(damage.sqnr_db, largest))
         bar = value / max(largest, 1e-9) * (width - left - right)
         colour = "#ee6677" if damage.name in kept else "#4477aa"
-        shown = f"{damage.sqnr_db:.1f}" if isfinite(damage.sqnr_db) else "no damage"
+        shown = f"{damage.sqnr_db:.1f}" if isfinite(damage.sqnr_db) else "no damage" if damage.sqnr_db > 0 else "not finite"
         lines.append(f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{escape(damage.name)}</text>')
         lines.append(f'<rect x="{left}" y="{y + 2}" width="{bar:.1f}" height="{row - 5}" fill="{colour}"/>')
         lines.append(f'<text x="{left + bar + 6:.1f}" y="{y + 12}">{shown}</text>')

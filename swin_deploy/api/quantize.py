@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Set
 from typing import TYPE_CHECKING, Any
@@ -63,8 +65,10 @@ def quantize(
     from swin_deploy.calib.sensitivity import svg_from_damages
     from swin_deploy.errors import UsageError
     from swin_deploy.evaluation import Evaluation
+    from swin_deploy.exporters.gpu import has_fp8
     from swin_deploy.exporters.graphs import NewGraph, bytes_writer, config_and_task, with_graphs
     from swin_deploy.exporters.ranges_from_onnx import ranges_for
+    from swin_deploy.exporters.roofline import find_gpu
     from swin_deploy.runtimes.backends import runtime_to_check
     from swin_deploy.specs import QUANTIZED, TARGETS
 
@@ -88,9 +92,12 @@ def quantize(
             raise UsageError(f"{what} is {number}, and must be a number from 0 on.")
     if gpu is not None and (min_speedup is None or target != TARGETS[0]):
         raise UsageError("A GPU is named for the roofline of --min-speedup, of a bundle for TensorRT. Leave it out.")
+    if gpu is not None and not has_fp8(find_gpu(gpu).capability) and quantization == "fp8":
+        raise UsageError(f"{gpu} has no FP8, which came with sm_89. Name a newer GPU with --gpu, or take int8.")
     if data is None and (max_drop, min_speedup) != (None, None):
         raise UsageError("--max-drop and --min-speedup are judged on samples: name images with --data.")
     chosen = None if data is None else samples_for(found, data, samples, None if labels == "none" else labels)
+    classes, wanted, _ = (0, None, None) if chosen is None or max_drop is None else wanted_classes(found, chosen, labels)
     brought, fingerprint = ranges_for(found, ranges)
     tell: Progress = progress or (lambda phase, done, total: None)
     rankings: dict[str, tuple[tuple[Damage, ...], Set[str]]] = {}
@@ -102,10 +109,12 @@ def quantize(
         else:
             own = own_of(brought, model, config_and_task(found)[0])
             form = CpuForm(target, model, method, kept, feeds, batch, say, own)
+        if not form.names:
+            small = ", or too small to be faster in 8 bits there" if target == "openvino" else ""
+            raise UsageError(f"Nothing is left to quantise for {target}: all layers are kept{small}. Use the fp32 graph.")
         facts: dict[str, Any] = {}
         left = kept
-        if max_drop is not None and feeds is not None and chosen is not None:
-            classes, wanted, _ = wanted_classes(found, chosen, labels)
+        if max_drop is not None and feeds is not None:
             judge = Judge(model, lambda: feeds.batches(batch), len(feeds), feeds.image_size, wanted, classes, opened, tell)
             passed = accurate(title, form.names, lambda more: form.graph(kept | more)[0], judge, max_drop, say)
             facts, left = passed.facts(), kept | passed.kept
@@ -115,6 +124,7 @@ def quantize(
             say("Comparing the speed")
             speed = form.speed(graph, gpu)
             speed.refuse_below(min_speedup, title, len(set(form.names) & left), len(form.names))
+            say(f"{speed.ratio:.2f} times as fast as {speed.than} ({speed.where})")
             facts = {**facts, "speed": speed.facts()}
         return NewGraph(graph, records, {**more, **facts})
 
@@ -123,7 +133,10 @@ def quantize(
         asked = {"target": target, "samples": count, "data": data_sum, "method": method, "keep": sorted(kept)}
         if fingerprint is not None:
             asked["ranges"] = fingerprint
-        gate = {"max_drop": max_drop, "min_speedup": min_speedup} if (max_drop, min_speedup) != (None, None) else {}
+        gate: dict[str, Any] = {}
+        if (max_drop, min_speedup) != (None, None):
+            sums = None if wanted is None else hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
+            gate = {"max_drop": max_drop, "min_speedup": min_speedup, "labels": sums, "gpu": gpu}
         found = with_graphs(found, quantization, make, {"calibration": {**asked, **gate}}, runtime_to_check, say)
         for file, entry in list(found.graphs.items()):
             source = next((name for name in rankings if found.files[name]["sha256"] == entry.get("parent")), None)

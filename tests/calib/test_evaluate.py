@@ -224,8 +224,9 @@ def test_imagenets_folders_are_in_the_order_of_its_classes(count: int) -> None:
         ([-1], "a label -1"),
         (["crane", "ant"], '"crane" is no class'),  # the bird, or the machine?
         (["n01440764", "ant"], '"n01440764" is no class'),
-        (["1", "7"], '"1" is no class'),
-        ([str(number) for number in range(1, 8)], '"1" is no class'),  # from 1, or names of folders that were sorted?
+        (["1", "7"], '"7" is no class'),
+        (["1", "dog", "zebra"], '"zebra" is no class'),
+        ([str(number) for number in range(1, 8)], '"7" is no class'),  # from 1, or names of folders that were sorted?
     ],
 )
 def test_labels_that_fit_no_rule(labels: list[Any], said: str) -> None:

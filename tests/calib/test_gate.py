@@ -69,6 +69,16 @@ def test_the_picture_has_a_bar_for_each_layer() -> None:
     assert widths[1] == widths[2]
 
 
+def test_a_layer_that_breaks_the_outputs_comes_first() -> None:
+    answers = {"nan": [math.nan, 1.0], "overflow": [math.inf, 1.0], "fine": [1.0, 1.1], "exact": [1.0, 1.0]}
+    ranking = ranked(tuple(answers), lambda keep: np.array(answers[next(iter(answers.keys() - keep), "exact")]))
+    assert {damage.name for damage in ranking[:2]} == {"nan", "overflow"}
+    assert [damage.name for damage in ranking[2:]] == ["fine", "exact"]
+    assert [damage.to_dict()["sqnr_db"] for damage in ranking[:2]] == [None, None]
+    picture = svg_from_damages("title", ranking, set())
+    assert (picture.count("not finite"), picture.count("no damage")) == (2, 1)
+
+
 class Counting:
     """A runtime that sleeps for nobody: it counts how often it runs, and how many are open."""
 

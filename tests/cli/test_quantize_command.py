@@ -15,7 +15,9 @@ from PIL import Image
 
 import swin_deploy
 from swin_deploy.bundle import Bundle
+from swin_deploy.calib.placement import linear_layers
 
+onnx = pytest.importorskip("onnx", reason="the graphs are ONNX")
 pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with onnx-graphsurgeon")
 pytest.importorskip("onnxruntime", reason="ranges are measured with ONNX Runtime")
 datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn has the digits")
@@ -114,15 +116,44 @@ def test_images_that_come_only_once(tmp_path: Path) -> None:
         (["--data", IMAGES, "--method", "guess"], ['no method "guess"', "minmax, percentile, entropy, mse"]),
         (["--data", IMAGES, "--keep", "stages.9"], ['no layer "stages.9"']),
         ([], ["--data"]),
+        (["--data", IMAGES, "--min-speedup", "1", "--gpu", "gtx-1"], ["'gtx-1'", "rtx-4090 (sm_89)"]),
+        (["--fp8", "--data", IMAGES, "--min-speedup", "1", "--gpu", "rtx-3090"], ["rtx-3090 has no FP8"]),
+        (["--data", IMAGES, "--max-drop", "1", "--labels", "labels.csv"], ['"dog" is no class']),
     ],
-    ids=["absent", "empty", "method", "layer", "no data"],
+    ids=["absent", "empty", "method", "layer", "no data", "GPU", "GPU without FP8", "labels"],
 )
 def test_refusals(arguments: list[Any], parts: list[str], tmp_path: Path) -> None:
     copied(1, tmp_path / "b")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "labels.csv").write_text("".join(f"{number}.png,{number or 'dog'}\n" for number in range(10)))
     before = contents(tmp_path)
     refused(cli_here("quantize", "b", *arguments, cwd=tmp_path), *parts)
     assert contents(tmp_path) == before
+
+
+def test_a_graph_in_which_nothing_is_quantised_is_refused(tmp_path: Path) -> None:
+    path = copied(1, tmp_path / "b")
+    model = onnx.load(str(path / "onnx/model.onnx"))
+    keep = [part for layer in linear_layers(model) for part in ("--keep", layer.name)]
+    before = contents(tmp_path)
+    for more in ([], ["--max-drop", "1"]):
+        refused(
+            cli_here("quantize", "b", "--data", IMAGES, "--target", "onnxruntime", *keep, *more, cwd=tmp_path),
+            "Nothing is left to quantise for onnxruntime",
+        )
+    assert contents(tmp_path) == before
+
+
+def test_another_gate_judges_again(tmp_path: Path) -> None:
+    """What was good enough with some labels may not be with others."""
+    copied(1, tmp_path / "b")
+    arguments = ["quantize", "b", "--target", "onnxruntime", "--data", IMAGES, "--max-drop", "0", "--json", "--labels", "l.csv"]
+    found = []
+    for shift in (0, 1):
+        (tmp_path / "l.csv").write_text("".join(f"{number}.png,{(number + shift) % 10}\n" for number in range(10)))
+        result(cli_here(*arguments, cwd=tmp_path))
+        found.append(Bundle.open(tmp_path / "b").graphs["onnx/model_int8.onnx"]["calibration"]["labels"])
+    assert found[0] != found[1]
 
 
 def test_engines_need_the_graph_and_a_gpu_that_can(tmp_path: Path) -> None:
