@@ -93,6 +93,11 @@ class Samples:
             pixels = np.empty((count, *_shape(self.inputs)), dtype=self.inputs[0].dtype)
             for row, (index, sample) in zip(pixels, stream, strict=False):
                 as_is = isinstance(self.source, NumpyFile) and self.source.prepared
+                if as_is and sample.shape != row.shape:
+                    raise InputError(
+                        f"{self.source.title} come from an iterable without a length, prepared for one image size "
+                        f"({list(sample.shape)}), and a graph takes another ({list(row.shape)}). Give a list of them."
+                    )
                 row[:] = sample if as_is else prepared(sample, self.source.name(index), self.preprocessor, self.inputs)
             yield self._feeds(pixels)
 

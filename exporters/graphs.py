@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from swin_deploy.bundle import CONFIG, Bundle
+from swin_deploy.bundle import CONFIG, Bundle, disk_errors, scratch_beside
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import MissingDependencyError, VerificationError
 from swin_deploy.reference import OpenGraph, Reference, check_graph
@@ -79,7 +81,7 @@ def with_graphs(
 ) -> Bundle:
     """The bundle with the graph that `make` makes of each fp32 graph, unless one of the same graph and `asked` is there.
 
-    `asked` goes into each entry. Raises VerificationError for a graph that is too far from PyTorch; it is not kept.
+    `asked` goes into each entry. Raises VerificationError for a graph that is too far from PyTorch; none is kept then.
     """
     sources = [file for file, entry in bundle.graphs.items() if entry["precision"] == "fp32"]
     pairs = [(source, graph_file(precision, further_size(bundle, source, number))) for number, source in enumerate(sources)]
@@ -94,27 +96,31 @@ def with_graphs(
     for source, file in missing:
         say(f"Writing {file}")
         made.append(make(source, _with_shapes(bundle.verified_path(source))))
-    if shared is not None:
-
-        def write_weights(path: Path) -> None:
-            weights = WeightFile(path, Path(shared).name)
-            for graph in made:
-                weights.take(graph.model)
-
-        bundle = bundle.with_file(shared, {}, write_weights)
-    for (source, file), graph in zip(missing, made, strict=True):
-        origin = bundle.files[source]
-        entry: dict[str, Any] = {
-            **{key: origin.get(key) for key in ("image_size", "inputs", "outputs", "preprocessing", "reference")},
-            "opset": next(domain.version for domain in graph.model.opset_import if not domain.domain),
-            "precision": precision,
-            "parent": origin["sha256"],
-            "passes": [asdict(record) for record in graph.records],
-            **graph.facts,
-            **asked,
-            **({"weights": shared} if shared else {}),
-        }
-        bundle = bundle.with_file(file, entry, _graph_writer(bundle, graph.model, entry, file, open_graph))
+    with _scratch_folder(bundle.path / missing[0][1]) as folder:
+        entries: dict[str, dict[str, Any]] = {}
+        if shared is not None:
+            with disk_errors(bundle.path / shared):
+                weights = WeightFile(folder / Path(shared).name, Path(shared).name)
+                for graph in made:
+                    weights.take(graph.model)
+        for (source, file), graph in zip(missing, made, strict=True):
+            origin = bundle.files[source]
+            entry: dict[str, Any] = {
+                **{key: origin.get(key) for key in ("image_size", "inputs", "outputs", "preprocessing", "reference")},
+                "opset": next(domain.version for domain in graph.model.opset_import if not domain.domain),
+                "precision": precision,
+                "parent": origin["sha256"],
+                "passes": [asdict(record) for record in graph.records],
+                **graph.facts,
+                **asked,
+                **({"weights": shared} if shared else {}),
+            }
+            with disk_errors(bundle.path / file):
+                _write_checked(bundle, graph.model, entry, folder / Path(file).name, file, open_graph)
+            entries[file] = entry
+        # All are good: now they may replace what is there.
+        for file, entry in ({shared: {}, **entries} if shared else entries).items():
+            bundle = bundle.with_file(file, entry, _mover(folder / Path(file).name))
     return bundle
 
 
@@ -134,28 +140,43 @@ def _with_shapes(path: Path) -> Any:
     return model
 
 
-def _graph_writer(
-    bundle: Bundle, model: Any, entry: dict[str, Any], file: str, open_graph: OpenGraph
-) -> Callable[[Path], None]:
-    """A function that writes the graph, checks it, compares it with PyTorch, and puts the verdict into `entry`."""
+def _write_checked(bundle: Bundle, model: Any, entry: dict[str, Any], path: Path, file: str, open_graph: OpenGraph) -> None:
+    """Writes the graph `file` to `path`, checks it, compares it with PyTorch, and puts the verdict into `entry`."""
+    import onnx
+
+    path.write_bytes(model.SerializeToString())
+    onnx.checker.check_model(str(path), full_check=True)
+    reference = Reference.load(bundle, entry["reference"])
+    try:
+        verdict = check_graph(reference, open_graph, path, file, entry["precision"])
+    except MissingDependencyError:
+        entry["agreement"] = "not verified"
+        return
+    if not verdict.verified:
+        raise VerificationError(
+            f"The {entry['precision']} graph is too far from PyTorch: {verdict.complaint()}. It was not kept; "
+            + (OTHER_IMAGES if entry["precision"] in QUANTIZED else WITH_DATA)
+        )
+    entry["agreement"] = verdict.to_dict()
+
+
+@contextlib.contextmanager
+def _scratch_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, for files that are checked before they are moved there."""
+    with disk_errors(target):
+        folder = scratch_beside(target)
+        folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _mover(made: Path) -> Callable[[Path], None]:
+    """A function that moves the file `made` to the path it is given."""
 
     def write(path: Path) -> None:
-        import onnx
-
-        path.write_bytes(model.SerializeToString())
-        onnx.checker.check_model(str(path), full_check=True)
-        reference = Reference.load(bundle, entry["reference"])
-        try:
-            verdict = check_graph(reference, open_graph, path, file, entry["precision"])
-        except MissingDependencyError:
-            entry["agreement"] = "not verified"
-            return
-        if not verdict.verified:
-            raise VerificationError(
-                f"The {entry['precision']} graph is too far from PyTorch: {verdict.complaint()}. It was not kept; "
-                + (OTHER_IMAGES if entry["precision"] in QUANTIZED else WITH_DATA)
-            )
-        entry["agreement"] = verdict.to_dict()
+        made.replace(path)
 
     return write
 

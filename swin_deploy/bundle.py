@@ -124,19 +124,25 @@ class Bundle:
             yield Bundle.open(self.path)
 
     def with_file(self, file: str, entry: Entry, write: Callable[[Path], None]) -> Bundle:
-        """The bundle after `write(path)` made `file` in it, atomically; other files and their entries stay as they are."""
+        """The bundle after `write(path)` made `file` in it, atomically.
+
+        Other files and their entries stay as they are, but graphs that read other weights in `file` are no longer listed.
+        """
         target = self.path / file
         with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             _sweep(target)
             _sweep(self.path / MANIFEST)
-            scratch = _scratch(target)
+            scratch = scratch_beside(target)
             try:
                 write(scratch)
                 described = {**entry, **_facts(scratch)}
                 with _locked(self.path):
                     manifest = _read_manifest(self.path / MANIFEST)  # somebody else may have added a file meanwhile
-                    if manifest["files"].pop(file, None) is not None:
+                    if (before := manifest["files"].pop(file, None)) is not None:
+                        if before["sha256"] != described["sha256"]:
+                            files = manifest["files"].items()
+                            manifest["files"] = {name: other for name, other in files if other.get("weights") != file}
                         _write_manifest(self.path, manifest)  # killed before the end, no entry is of another file
                     scratch.replace(target)
                     manifest["files"][file] = described
@@ -194,7 +200,7 @@ def create_bundle(path: Path, *, replace: bool, facts: Mapping[str, Any]) -> Ite
             raise BundleError(f"{shown} is a link that leads to itself. Choose another place with -o.")
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
-        staging = _scratch(path)
+        staging = scratch_beside(path)
         staging.mkdir()
     try:
         draft = Draft(staging)
@@ -233,7 +239,7 @@ def write_whole(target: Path, write: Callable[[Path], None]) -> None:
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
-        scratch = _scratch(target)
+        scratch = scratch_beside(target)
         try:
             write(scratch)
             scratch.replace(target)
@@ -282,7 +288,7 @@ def _move_into_place(staging: Path, path: Path) -> None:
     if not (path.exists() and any(path.iterdir())):
         staging.replace(path)
     elif not _exchanged(staging, path):
-        old = _scratch(path)
+        old = scratch_beside(path)
         path.replace(old)
         try:
             staging.replace(path)
@@ -326,7 +332,7 @@ def _read_manifest(file: Path) -> dict[str, Any]:
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    scratch = _scratch(folder / MANIFEST)
+    scratch = scratch_beside(folder / MANIFEST)
     try:
         _write_text(scratch, _manifest_text(manifest))
         scratch.replace(folder / MANIFEST)
@@ -351,7 +357,7 @@ def _write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _scratch(target: Path) -> Path:
+def scratch_beside(target: Path) -> Path:
     """A name beside `target` that nobody else uses; it tells who made it, so that leftovers can be swept."""
     return target.with_name(f".{target.name}.partial-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}")
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -90,6 +90,17 @@ def test_a_changed_engine_names_the_way_out(tmp_path: Path) -> None:
     (bundle.path / "engines/x.engine").write_bytes(b"plam")
     with pytest.raises(BundleError, match="build-engine --force"):
         bundle.verified_path("engines/x.engine")
+
+
+def test_no_graph_is_listed_with_weights_that_are_not_its_own(tmp_path: Path) -> None:
+    def write(text: str) -> Callable[[Path], None]:
+        return lambda path: path.write_text(text) and None
+
+    bundle = make(tmp_path / "b").with_file("onnx/w.bin", {}, write("old"))
+    bundle = bundle.with_file("onnx/model_int8.onnx", {"precision": "int8", "weights": "onnx/w.bin"}, write("graph"))
+    assert "onnx/model_int8.onnx" in bundle.with_file("onnx/w.bin", {}, write("old")).files
+    assert "onnx/model_int8.onnx" not in bundle.with_file("onnx/w.bin", {}, write("new")).files
+    assert Bundle.open(bundle.path).files.keys() >= {"onnx/w.bin", "onnx/model.onnx"}
 
 
 def test_a_newer_schema_is_told_from_damage(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -16,6 +17,7 @@ from PIL import Image
 import swin_deploy
 from swin_deploy.bundle import Bundle
 from swin_deploy.calib.placement import linear_layers
+from swin_deploy.errors import InputError, VerificationError
 
 onnx = pytest.importorskip("onnx", reason="the graphs are ONNX")
 pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with onnx-graphsurgeon")
@@ -154,6 +156,37 @@ def test_another_gate_judges_again(tmp_path: Path) -> None:
         result(cli_here(*arguments, cwd=tmp_path))
         found.append(Bundle.open(tmp_path / "b").graphs["onnx/model_int8.onnx"]["calibration"]["labels"])
     assert found[0] != found[1]
+
+
+def test_graphs_that_share_weights_change_together_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second run that is refused for one size leaves graphs of the first one, with the weights that are theirs."""
+    path = tmp_path / "b"
+    swin_deploy.export(weights=WEIGHTS[1], output=path, image_sizes=[(32, 32), (16, 32)], target="onnxruntime")
+    keep = ["stages.1.steps.block1.fc2"]
+    before = swin_deploy.quantize(path, IMAGES).scores
+
+    from swin_deploy.exporters import graphs
+
+    checked, check = [], graphs.check_graph
+
+    def second_fails(reference: Any, open_graph: Any, model: Path, file: str, precision: str) -> Any:
+        checked.append(file)
+        verdict = check(reference, open_graph, model, file, precision)
+        return (
+            verdict if len(checked) == 1 else dataclasses.replace(verdict, tolerances=dict.fromkeys(verdict.tolerances, 1e-30))
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, "check_graph", second_fails)
+        with pytest.raises(VerificationError, match="too far from PyTorch"):
+            swin_deploy.quantize(path, IMAGES, keep=keep)
+    assert checked == ["onnx/model_int8.onnx", "onnx/model_16x32_int8.onnx"]
+    assert swin_deploy.evaluate(path, IMAGES).scores == before
+    assert not [file for file in contents(path) if "partial" in str(file)]
+
+    frames = (np.asarray(Image.open(image).convert("RGB")) for image in sorted(IMAGES.glob("*.png")))
+    with pytest.raises(InputError, match="prepared for one image size"):
+        swin_deploy.quantize(path, frames)
 
 
 def test_engines_need_the_graph_and_a_gpu_that_can(tmp_path: Path) -> None:
