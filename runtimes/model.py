@@ -101,7 +101,8 @@ class Model:
         returned instead of new ones. Raises InputError when an array does not fit, naming the image sizes that do, and
         BackendError when the back end fails or the model is closed.
         """
-        return self._runtime(self._size_of(feeds.get(PIXELS))).run(feeds, out)
+        pixels = feeds.get(PIXELS) if isinstance(feeds, Mapping) else None
+        return self._runtime(self._size_of(pixels)).run(feeds, out)
 
     def warm_up(self, batch: int = 1) -> None:
         """Loads the graphs of all image sizes, and runs each once on `batch` black images, so that the first call is as quick
