@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import swin_deploy
-from swin_deploy.errors import InputError, SwinDeployError
+from swin_deploy.errors import InputError, SwinDeployError, UsageError
 
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
@@ -50,6 +50,8 @@ def main() -> int:
     try:
         with swin_deploy.load(given.bundle, backend=given.backend) as model:
             print(model.describe(), file=sys.stderr)
+            if model.task.name != "image-classification":
+                raise UsageError(f"{given.bundle} is for {model.task.name} and names nothing. Give one that classifies.")
             model.warm_up(given.batch)
             before = time.perf_counter()
             for number, best in enumerate(model.stream(frames_of(given.source), batch=given.batch, top_k=1)):
@@ -59,6 +61,8 @@ def main() -> int:
     except SwinDeployError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

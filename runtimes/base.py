@@ -51,7 +51,7 @@ class Runtime(ABC):
         ready, free = self._checked(feeds)
         shapes = [resolved(spec.shape, free) for spec in self.outputs]
         if out is not None:
-            self._check_out(out, shapes)
+            self._check_out(out, shapes, ready)
         with self._turn:
             if self._closed:
                 raise BackendError("This model is closed. Load it again to run it.")
@@ -95,6 +95,8 @@ class Runtime(ABC):
 
     def _checked(self, feeds: Mapping[str, Any]) -> tuple[Feeds, dict[str, int]]:
         """`feeds` as a back end takes them, and the size of every free axis."""
+        if not isinstance(feeds, Mapping):
+            raise InputError(f"The arrays came as a {type(feeds).__name__}; expected a dict with {_listed(self.inputs)}.")
         for name in feeds:
             if name not in self._known:
                 raise InputError(f'The model has no input "{name}". Its inputs are: {_listed(self.inputs)}.')
@@ -118,7 +120,10 @@ class Runtime(ABC):
             ready[spec.name] = array
         return ready, free
 
-    def _check_out(self, out: Mapping[str, Array], shapes: list[tuple[int, ...] | None]) -> None:
+    def _check_out(self, out: Mapping[str, Array], shapes: list[tuple[int, ...] | None], feeds: Feeds) -> None:
+        if not isinstance(out, Mapping):
+            raise InputError(f"out is a {type(out).__name__}; expected a dict with {_listed(self.outputs)}.")
+        used = [(name, array) for name, array in feeds.items() if isinstance(array, np.ndarray)]
         if len(out) != len(self.outputs) or any(spec.name not in out for spec in self.outputs):
             raise InputError(f"out holds {', '.join(out) or 'nothing'}; expected an array for each of {_listed(self.outputs)}.")
         for spec, shape in zip(self.outputs, shapes, strict=True):
@@ -128,6 +133,10 @@ class Runtime(ABC):
             _check_array(TensorSpec(spec.name, spec.dtype, shape or array.shape), array, {}, what)
             if not (array.flags.c_contiguous and array.flags.aligned and array.flags.writeable):
                 raise InputError(f"{what} cannot be written into directly; expected a writeable, contiguous one (numpy.empty).")
+            for name, other in used:
+                if np.may_share_memory(array, other):
+                    raise InputError(f'{what} lies in the same memory as that for "{name}"; expected one of its own.')
+            used.append((spec.name, array))
 
 
 def resolved(shape: tuple[int | str, ...], free: Mapping[str, int]) -> tuple[int, ...] | None:

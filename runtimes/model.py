@@ -101,7 +101,8 @@ class Model:
         returned instead of new ones. Raises InputError when an array does not fit, naming the image sizes that do, and
         BackendError when the back end fails or the model is closed.
         """
-        return self._runtime(self._size_of(feeds.get(PIXELS))).run(feeds, out)
+        pixels = feeds.get(PIXELS) if isinstance(feeds, Mapping) else None
+        return self._runtime(self._size_of(pixels)).run(feeds, out)
 
     def warm_up(self, batch: int = 1) -> None:
         """Loads the graphs of all image sizes, and runs each once on `batch` black images, so that the first call is as quick
@@ -181,7 +182,7 @@ class Model:
                 one = {name: array[i * (n := len(array) // count) : (i + 1) * n] for name, array in outputs.items()}
                 yield self._best(one["logits"][0].astype(np.float64), top_k) if classes else one
 
-        return pipelined(_several(frames), batch, prefetch, self._feeds, run)
+        return pipelined(_several(frames, batch), batch, prefetch, self._feeds, run)
 
     def close(self) -> None:
         """Frees the back end's memory, once the calls that are running have ended; the model cannot be run afterwards."""
@@ -225,7 +226,7 @@ class Model:
     ) -> Iterator[Mapping[str, NDArray[Any]]]:
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}, and must be at least 1.")
-        stream = iter(_several(images))
+        stream = iter(_several(images, batch_size))
         done = 0
         while batch := list(islice(stream, batch_size)):
             feeds = self._feeds(batch)
@@ -257,7 +258,11 @@ class Model:
         return [Prediction(int(i), self.config.id2label[int(i)], float(scores[i])) for i in best]
 
 
-def _several(images: Any) -> Iterable[Any]:
-    """`images`, or one image in a list."""
-    single = isinstance(images, str | os.PathLike | np.ndarray) or not isinstance(images, Iterable)
-    return [images] if single else images
+def _several(images: Any, together: int) -> Iterable[Any]:
+    """`images`, or one image in a list. Where several are taken before they are prepared together, those that a camera makes on
+    the way are copied: it may use the same memory for the next one."""
+    if isinstance(images, str | os.PathLike | np.ndarray) or not isinstance(images, Iterable):
+        return [images]
+    if together == 1 or isinstance(images, Sequence):
+        return images
+    return (image.copy() if isinstance(image, np.ndarray) else image for image in images)

@@ -30,6 +30,8 @@ def load_model(
     if not 0 <= threads <= MOST_THREADS:
         raise UsageError(f"threads is {threads}, and must be from 0 (the back end chooses) to {MOST_THREADS}.")
     candidates = _candidates(bundle, backend, precision, device)
+    # Further image sizes are opened when they are needed, wherever the application has gone by then.
+    bundle = Bundle(bundle.path.absolute(), bundle.manifest)
 
     def open_first(candidate: Candidate) -> tuple[str, Runtime]:
         file = next(iter(_files(bundle, candidate).values()))
@@ -43,7 +45,7 @@ def load_model(
     def described(title: str) -> Description:
         version = title.rpartition(" ")[2]
         return Description(
-            str(bundle.path), chosen.backend, version, chosen.device, chosen.precision, threads, files, reason, measured
+            os.fspath(path), chosen.backend, version, chosen.device, chosen.precision, threads, files, reason, measured
         )
 
     return Model(bundle, files, chosen.precision, lambda file: _open(bundle, chosen, file, threads), described)

@@ -32,6 +32,7 @@ class OpenVino(Runtime):
         if device != "cpu":
             raise UsageError(f"The back end openvino runs on the CPU, not on {device}. Take onnxruntime for a GPU.")
         self._core, self._path, self._compiling = ov.Core(), path, threading.Lock()
+        self._file = _identity(path)
         able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if bf16 and not able:
             raise UsageError("This processor does not compute in bf16 (it has neither AVX512_BF16 nor AMX). Take fp32.")
@@ -53,11 +54,13 @@ class OpenVino(Runtime):
     def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
         try:
             with self._pool(feeds).taken() as request:
-                for number, spec in enumerate(self.inputs):
-                    request.set_input_tensor(number, self._ov.Tensor(feeds[spec.name], shared_memory=True))
+                arrays = [feeds[spec.name] for spec in self.inputs]
+                arrays = [array if array.flags.writeable else array.copy() for array in arrays]  # it refuses read-only memory
+                for number, array in enumerate(arrays):
+                    request.set_input_tensor(number, self._ov.Tensor(array, shared_memory=True))
                 for number, spec in enumerate(self.outputs) if out is not None else ():
                     request.set_output_tensor(number, self._ov.Tensor(out[spec.name], shared_memory=True))  # type: ignore[index]
-                request.infer()
+                request.infer(share_outputs=True)  # else it copies them all once more
                 if out is not None:
                     return out
                 return {spec.name: np.array(request.get_output_tensor(n).data) for n, spec in enumerate(self.outputs)}
@@ -72,6 +75,11 @@ class OpenVino(Runtime):
 
     @cached_property
     def _any(self) -> Pool[Any]:
+        if _identity(self._path) != self._file:
+            raise BackendError(
+                f"{self._path} was changed, replaced or removed after it was loaded, and has to be compiled once more for "
+                f"several images at a time. Load the bundle again."
+            )
         return self._requests(str(self._path))
 
     def _requests(self, model: Any) -> Pool[Any]:
@@ -91,6 +99,15 @@ def _of_free_batch(spec: TensorSpec, single: TensorSpec) -> TensorSpec:
     if spec.shape[0] != "batch" or "batch" in spec.shape[1:] or not isinstance(first, int):
         return spec
     return TensorSpec(spec.name, spec.dtype, ("batch" if first == 1 else f"{first}*batch", *spec.shape[1:]))
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """What is another once somebody writes or replaces the file; None where it is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _sentence(error: Exception) -> str:

@@ -58,8 +58,8 @@ class Measurement:
     """Milliseconds a call, images a second (from the median), peak memory in MB of 10^6 bytes.
 
     `round_ms` is the median of each round. `cold_start_seconds` is the time from the start of the process to its first answer.
-    `relative_l2` is the distance of that answer from the reference row's to the same input; None where weights or outputs
-    are others. `run_by` is what the back end calls itself.
+    `relative_l2` is the distance of that answer from the reference row's to the same input; None where weights, inputs or
+    outputs are others. `run_by` is what the back end calls itself.
     """
 
     candidate: Candidate
@@ -141,7 +141,8 @@ def race(
     rows = []
     for candidate, child in running.items():
         reference = _reference(candidate, running)
-        far = _distance(candidate, answers[candidate], answers[reference])
+        alike = candidate.same_weights and child.inputs == running[reference].inputs  # frames are other noise than pixels
+        far = _distance(answers[candidate], answers[reference]) if alike else None
         rows.append(_summary(candidate, child, taken[candidate], taken[reference], far))
     return Raced(tuple(rows), tuple(left_out))
 
@@ -161,9 +162,9 @@ def _reference(candidate: Candidate, measured: Iterable[Candidate]) -> Candidate
     return next((other for other in same if other.backend == "pytorch"), same[0])
 
 
-def _distance(candidate: Candidate, ours: Mapping[str, NDArray[Any]], theirs: Mapping[str, NDArray[Any]]) -> float | None:
-    """The largest relative L2 distance of an output, where weights and outputs are those of the reference."""
-    if not candidate.same_weights or any(name not in ours or ours[name].shape != theirs[name].shape for name in theirs):
+def _distance(ours: Mapping[str, NDArray[Any]], theirs: Mapping[str, NDArray[Any]]) -> float | None:
+    """The largest relative L2 distance of an output, where outputs are those of the reference."""
+    if any(name not in ours or ours[name].shape != theirs[name].shape for name in theirs):
         return None
     return max(compare(ours[name], theirs[name]).relative_l2 for name in theirs)
 

@@ -30,8 +30,9 @@ START = "import sys; sys.path[:] = filter(None, sys.path); from swin_deploy.api.
 class Child:
     """A process that has loaded what `request` says and has run it once; use it as a context manager, which ends it.
 
-    `title` is what it runs with, `cold_start` the seconds from its start to its first answer, `peak_memory` the most bytes it
-    has held so far. Raises BackendError, with the child's own reason, where it cannot load.
+    `title` is what it runs with, `inputs` the types of what it takes by name, `cold_start` the seconds from its start to its
+    first answer, `peak_memory` the most bytes it has held so far. Raises BackendError, with the child's own
+    reason, where it cannot load.
     """
 
     def __init__(self, request: Mapping[str, Any]) -> None:
@@ -44,7 +45,8 @@ class Child:
             start_new_session=True,
         )  # fmt: skip
         try:
-            self.title = str(self._ask(request)["title"])
+            loaded = self._ask(request)
+            self.title, self.inputs = str(loaded["title"]), loaded["inputs"]
         except BaseException:
             self.close()
             raise
@@ -113,7 +115,8 @@ def answering(open_model: Callable[[dict[str, Any]], Any]) -> None:
         model = open_model(request)
         feeds = _feeds(model.inputs, int(request["batch"]))
         np.savez(request["answer"], **model.run(feeds))
-        say(title=model.title, peak_memory=peak_memory())
+        inputs = {spec.name: spec.dtype for spec in model.inputs}
+        say(title=model.title, inputs=inputs, peak_memory=peak_memory())
         while line := sys.stdin.readline():
             say(ms=_timed(model, feeds, float(json.loads(line)["seconds"])), peak_memory=peak_memory())
     except MemoryError:

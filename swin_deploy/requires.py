@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from typing import Any
 
 from swin_deploy.errors import MissingDependencyError
@@ -30,10 +31,14 @@ def require(module: str, purpose: str) -> Any:
     `purpose` completes "... is needed to": `require("onnx", "write the fp16 graph")`. Raises MissingDependencyError with the
     exact install command when the library is absent; an installed library that fails to import says so with its cause.
     """
+    top = module.partition(".")[0]
+    if top == "onnxruntime":
+        # From 1.29 on it reports to its makers, from a name for the device that it keeps in the user's cache folder; it looks
+        # here once, when it is imported. Who wants that sets it to 0.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        top = module.partition(".")[0]
         name, extra = PROVIDERS[top]
         if isinstance(error, ModuleNotFoundError) and error.name == top:
             raise MissingDependencyError(

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli.exported import EXAMPLES, THREE, digits
+from cli.exported import EXAMPLES, THREE, digits, exported, one_block
 
 
 def camera(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -31,3 +31,11 @@ def test_what_is_no_source(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "absent.mp4 is n" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_a_bundle_that_names_nothing(tmp_path: Path) -> None:
+    options = ("--weights", str(one_block()), "--task", "feature-extraction", "--output-attentions")
+    [path] = [path for path in exported(*options).iterdir() if path.is_dir()]
+    done = camera(path, EXAMPLES / "digits/images", "--backend", "onnxruntime", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "is for feature-extraction and names nothing" in done.stderr.splitlines()[-1]

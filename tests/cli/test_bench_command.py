@@ -107,3 +107,11 @@ def contents_of(path: Path) -> bytes:
         return path.read_bytes()
     except OSError:  # it has ended, or is somebody else's
         return b""
+
+
+def test_answers_to_frames_are_not_compared_with_answers_to_pixels(tmp_path: Path) -> None:
+    weights = str(one_block())
+    frames = next(path for path in exported("--weights", weights, "--embed-preprocess").iterdir() if path.is_dir())
+    options = ("--weights", weights, "--backend", "onnxruntime", "--batch", 1)
+    found: Any = result(cli_here("bench", frames, *options, *QUICK, cwd=tmp_path))
+    assert [(row["backend"], row["relative_l2"]) for row in found["rows"]] == [("pytorch", 0.0), ("onnxruntime", None)]

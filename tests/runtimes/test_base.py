@@ -81,3 +81,26 @@ def test_closed_by_an_error_inside() -> None:
     with pytest.raises(KeyError), adder:
         raise KeyError
     assert adder.closed == 1
+
+
+@pytest.mark.parametrize("feeds", [ones(1, 2), None, [ones(1, 2)]])
+def test_feeds_without_names(feeds: Any) -> None:
+    with Adder() as adder, pytest.raises(InputError, match=r"expected a dict with a: float32 \[batch, 2\], b"):
+        adder.run(feeds)
+
+
+@pytest.mark.parametrize("out", [ones(1, 2), [ones(1, 2)]])
+def test_an_out_without_names(out: Any) -> None:
+    with Adder() as adder, pytest.raises(InputError, match=r"out is a .*; expected a dict with sum: float32"):
+        adder.run({"a": ones(1, 2), "b": ones(1, 2)}, out)
+
+
+def test_out_in_memory_that_is_read_or_written_otherwise() -> None:
+    memory = ones(3, 2)
+    with Adder() as adder, pytest.raises(InputError, match='"sum" lies in the same memory as that for "b"'):
+        adder.run({"a": ones(2, 2), "b": memory[:2]}, {"sum": memory[1:]})
+    with Adder() as adder:
+        adder.outputs = (adder.outputs[0], TensorSpec("same", "float32", ("batch", 2)))
+        with pytest.raises(InputError, match='"same" lies in the same memory as that for "sum"'):
+            adder.run({"a": ones(1, 2), "b": ones(1, 2)}, {"sum": memory[:1], "same": memory[:1]})
+        assert adder.run({"a": ones(1, 2), "b": ones(1, 2)}, {"sum": memory[:1], "same": memory[1:2]})["sum"].sum() == 4

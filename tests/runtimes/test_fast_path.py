@@ -40,6 +40,17 @@ def test_out_is_filled_and_returned(model: Model) -> None:
     assert np.isnan(part[[0, 4]]).all()
 
 
+def test_feeds_in_any_memory(model: Model) -> None:
+    """Read-only, as from a mapped file or a message; not aligned; in another order; backwards."""
+    shifted = np.zeros(FEED.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(FEED.shape)
+    shifted[:] = FEED
+    others = [np.frombuffer(FEED.tobytes(), np.float32).reshape(FEED.shape), shifted, np.asfortranarray(FEED)]
+    others.append(np.ascontiguousarray(FEED[::-1])[::-1])
+    for batch in (1, 3):
+        wanted = model.run({"pixel_values": FEED[:batch]})["logits"].tobytes()
+        assert [model.run({"pixel_values": one[:batch]})["logits"].tobytes() == wanted for one in others] == [True] * 4
+
+
 def read_only() -> np.ndarray:
     array = np.empty((3, 10), np.float32)
     array.flags.writeable = False
@@ -75,7 +86,13 @@ def test_outputs_with_more_rows_than_images(tmp_path: Path) -> None:
             for batch in (1, 3):
                 found = model.run({"pixel_values": FEED[:batch]})
                 out = {name: np.full_like(array, np.nan) for name, array in found.items()}
-                model.run({"pixel_values": FEED[:batch]}, out)
+                tracemalloc.start()
+                try:
+                    model.run({"pixel_values": FEED[:batch]}, out)
+                    _, peak = tracemalloc.get_traced_memory()
+                finally:
+                    tracemalloc.stop()
+                assert peak < sum(array.nbytes for array in out.values()) / 2  # the answers are written once, into `out`
                 assert all(out[name].tobytes() == found[name].tobytes() for name in found)
                 assert found["attentions.0"].shape == (4 * batch, 2, 16, 16)
             answers[backend] = found

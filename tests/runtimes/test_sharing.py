@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,6 +112,32 @@ def test_a_call_that_fails_leaves_the_model_usable(backend: str, monkeypatch: py
                     model.run(feed)
         assert isinstance(caught.value.__cause__, RuntimeError)
         assert same(model.run(feed), wanted)
+
+
+@pytest.mark.parametrize("backend", REQUESTS)
+def test_what_is_opened_late_is_found_from_any_folder(
+    backend: str, two_sizes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(backend, reason=f"{backend} is not installed")
+    monkeypatch.chdir(Path(two_sizes).parent)
+    with swin_deploy.load(Path(two_sizes).name, backend=backend) as model:
+        monkeypatch.chdir(tmp_path)
+        for size in SIZES:
+            assert model.run({"pixel_values": np.zeros((3, 3, *size), np.float32)})["logits"].shape[0] == 3
+
+
+def test_a_bundle_that_is_replaced_under_openvino(two_sizes: str, tmp_path: Path) -> None:
+    """It compiles once more for the first larger batch, and must not take another network for that."""
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    images = np.zeros((2, 3, *SIZES[0]), np.float32)
+    shutil.copytree(two_sizes, tmp_path / "bundle")
+    with swin_deploy.load(tmp_path / "bundle", backend="openvino") as model:
+        shutil.rmtree(tmp_path / "bundle")
+        shutil.copytree(two_sizes, tmp_path / "bundle")
+        assert len(model.run({"pixel_values": images[:1]})["logits"]) == 1
+        with pytest.raises(BackendError, match=r"model\.onnx was changed.*Load the bundle again"):
+            model.run({"pixel_values": images})
+        assert len(model.run({"pixel_values": images[:1]})["logits"]) == 1
 
 
 def test_a_pool_makes_no_more_than_it_may_and_drops_what_failed() -> None:

@@ -26,7 +26,7 @@ def model() -> Iterator[Model]:
 
 
 def workers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "swin-deploy stream"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("swin-deploy ")]
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 100])
@@ -35,6 +35,20 @@ def test_the_answers_of_classify_in_order(model: Model, batch: int) -> None:
     assert found == model.classify(DIGITS, top_k=2, batch_size=batch)
     assert list(model.stream([], batch=batch)) == []
     assert workers() == []
+
+
+def test_a_camera_that_uses_its_memory_again(model: Model) -> None:
+    grey = [np.full((32, 32, 3), 40 * step, np.uint8) for step in range(6)]
+
+    def frames() -> Iterator[np.ndarray]:
+        memory = np.empty((32, 32, 3), np.uint8)
+        for frame in grey:
+            memory[:] = frame
+            yield memory
+
+    wanted = model.classify(grey, batch_size=3)
+    assert list(model.stream(frames(), batch=3, top_k=5)) == wanted
+    assert model.classify(frames(), batch_size=3) == wanted
 
 
 @pytest.mark.parametrize(("batch", "prefetch"), [(1, 1), (1, 2), (3, 2)])
@@ -56,6 +70,7 @@ def test_a_slow_consumer_holds_up_the_frames(model: Model, batch: int, prefetch:
         time.sleep(0.5)
     # One batch in each thread's hands, and `prefetch` in front of and behind the network.
     assert 5 * batch <= taken <= batch * (5 + 2 * prefetch + 2)
+    assert len(workers()) == 2
     stream.close()  # type: ignore[attr-defined]
     assert workers() == []
 

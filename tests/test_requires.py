@@ -1,0 +1,25 @@
+"""What is set before a library is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+IMPORTED = 'from swin_deploy.requires import require; require("onnxruntime", "run")'
+QUIET = ("ORT_DISABLE_TELEMETRY", "CI", "GITHUB_ACTIONS")  # it is silent in what it takes for a test, too
+
+
+@pytest.mark.parametrize(("chosen", "reports"), [(None, False), ("0", True)])
+def test_onnxruntime_does_not_report_unless_somebody_wants_it(chosen: str | None, reports: bool, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    env = {name: value for name, value in os.environ.items() if name not in QUIET and not name.startswith("PYTEST")}
+    env |= {"XDG_CACHE_HOME": str(tmp_path)} | ({"ORT_DISABLE_TELEMETRY": chosen} if chosen else {})
+    code = IMPORTED + '; import os; print(os.environ["ORT_DISABLE_TELEMETRY"])'
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ("0" if reports else "1")
+    if not reports:
+        assert list(tmp_path.iterdir()) == []
