@@ -32,6 +32,7 @@ class Graph:
 
     tokens: int  # of a window
     order: str  # of the stream: "bwn", "bnw" or "nwb" (batch, window, token of a window)
+    other: str = ""  # what else is written differently: "erf", "merged", "folded"
     shifted: bool = False  # whether the block at hand has a mask
     nodes: list[Any] = field(default_factory=list)
     constants: list[Any] = field(default_factory=list)
@@ -59,7 +60,15 @@ class Graph:
         return self.op("Gemm", x, self.weight(inputs, outputs), *([self.weight(outputs)] if bias else []))
 
     def norm(self, x: str) -> Any:
+        if self.other == "folded":
+            return self.op("LayerNormalization", x, np.ones(CHANNELS, np.float16))
         return self.op("LayerNormalization", x, self.weight(CHANNELS), self.weight(CHANNELS))
+
+    def gelu(self, x: str) -> Any:
+        if self.other != "erf":
+            return self.op("Gelu", x)
+        inner = self.op("Erf", self.op("Div", x, np.float16(2**0.5)))
+        return self.op("Mul", self.op("Mul", x, self.op("Add", inner, np.float16(1))), np.float16(0.5))
 
     def cast(self, x: str, kind: int) -> Any:
         return self.op("Cast", x, to=kind)
@@ -83,8 +92,10 @@ class Graph:
     def attend(self, scores: str, value: str) -> Any:
         """Bias, mask, softmax, the values, and back to [rows, channels]."""
         masks = (WINDOWS, 1, 1) if self.order == "nwb" else (1, WINDOWS, 1)
-        scores = self.op("Add", scores, self.weight(1, 1, HEADS, self.tokens, self.tokens))
-        if self.shifted:
+        merged = self.other == "merged" and self.shifted
+        bias = [n if merged else 1 for n in masks[:2]]
+        scores = self.op("Add", scores, self.weight(*bias, HEADS, self.tokens, self.tokens))
+        if self.shifted and not merged:
             scores = self.op("Add", scores, self.weight(*masks, self.tokens, self.tokens))
         context = self.op("MatMul", self.op("Softmax", scores, axis=-1), value)
         places = [axis for axis in self.order if axis != "n"]
@@ -223,15 +234,22 @@ V2_FORMS: tuple[tuple[str, str, Form], ...] = (
 )
 
 
-def model(form: Form, version: int, order: str, batch: int, gather_last: bool) -> onnx.ModelProto:
-    g = Graph(49 if version == 1 else 64, order)
+OTHERS = {
+    "erf": "GELU by Erf, Div, Add and Mul",
+    "merged": "bias and mask as one constant",
+    "folded": "LayerNorm's scale and shift folded into what reads it",
+}
+
+
+def model(form: Form, version: int, order: str, batch: int, gather_last: bool, other: str = "") -> onnx.ModelProto:
+    g = Graph(49 if version == 1 else 64, order, other)
     count, first = WINDOWS * g.tokens, order == "nwb"
     x = g.reshape(g.turn("x", 1, 0, 2) if first else "x", -1, CHANNELS)
     for block in range(BLOCKS):
         g.shifted = block % 2 == 1
         made = g.linear(form(g, g.norm(x) if version == 1 else x), CHANNELS, CHANNELS)
         x = g.op("Add", x, made if version == 1 else g.norm(made))
-        made = g.op("Gelu", g.linear(g.norm(x) if version == 1 else x, CHANNELS, 4 * CHANNELS))
+        made = g.gelu(g.linear(g.norm(x) if version == 1 else x, CHANNELS, 4 * CHANNELS))
         made, moves = g.linear(made, 4 * CHANNELS, CHANNELS), block + 1 < BLOCKS
         if moves and not gather_last:
             x, made = g.gather(x), g.gather(made)
@@ -246,7 +264,7 @@ def model(form: Form, version: int, order: str, batch: int, gather_last: bool) -
 
 def figures(made: onnx.ModelProto, gpu: str, batch: int) -> str:
     try:
-        spec = EngineSpec("tensorrt-rtx", gpu, (batch, batch, batch))
+        spec = EngineSpec("tensorrt-rtx", gpu, ((batch, batch, batch),))
         report = engine_from_onnx(made.SerializeToString(), spec, lambda *_: None).report
     except EngineError as error:
         return f"{error} | |"
@@ -259,12 +277,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="only forms whose title holds this text")
     given = parser.parse_args(arguments)
     print("| form | kernels | fused | moved | kernels, 8 images | fused | moved |\n|---|--:|--:|--:|--:|--:|--:|")
-    rows = [(f"V1: {title}", 1, order, form, True) for title, order, form in V1_FORMS]
-    rows += [(f"V2: {title}", 2, order, form, True) for title, order, form in V2_FORMS]
-    rows.append(("V2: the same, **gathers in front of the norm**", 2, "nwb", divide_last, False))
-    for title, version, order, form, gather_last in rows:
+    rows: list[tuple[str, int, str, Form, bool, str]] = []
+    rows += [(f"V1: {title}", 1, order, form, True, "") for title, order, form in V1_FORMS]
+    rows += [(f"V1: the last, {title}", 1, "nwb", without_bias, True, other) for other, title in OTHERS.items()]
+    rows += [(f"V2: {title}", 2, order, form, True, "") for title, order, form in V2_FORMS]
+    rows.append(("V2: the same, **gathers in front of the norm**", 2, "nwb", divide_last, False, ""))
+    rows += [
+        (f"V2: the last, {title}", 2, "nwb", divide_last, False, other) for other, title in OTHERS.items() if other != "folded"
+    ]
+    for title, version, order, form, gather_last, other in rows:
         if given.only in title:
-            found = [figures(model(form, version, order, batch, gather_last), given.gpu, batch) for batch in (1, 8)]
+            found = [figures(model(form, version, order, batch, gather_last, other), given.gpu, batch) for batch in (1, 8)]
             print(f"| {title} | {' | '.join(found)} |", flush=True)
     return 0
 
