@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 
 from .quantize import sqnr
 
-Answers = Callable[
-    [Set[str]], NDArray[Any]
-]  # of the layers that are not quantised -> all outputs on some samples, as one vector
+Answers = Callable[[Set[str]], NDArray[Any]]  # layers that are not quantised -> all outputs on some samples, as one vector
 Tell = Callable[[int, int], None]
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from swin_deploy.frames import Frames, refuse_misfit
 from swin_deploy.preprocess import Preprocessor
 from swin_deploy.ranges import RANGES
 from swin_deploy.reference import OpenGraph, Reference, check_graph, sample_inputs
-from swin_deploy.requires import require
+from swin_deploy.requires import installed_versions, require
 from swin_deploy.specs import TARGETS, Size, TensorSpec, graph_file, reference_file, size_text, weights_file
 from swin_deploy.tasks import PIXELS, TaskSpec
 
@@ -92,7 +91,7 @@ def bundle_from_checkpoint(
         "target": target,
         "source": checkpoint.source,
         "notes": list(checkpoint.notes),
-        "tools": tool_versions(TOOLS),
+        "tools": installed_versions(TOOLS),
     }
     with create_bundle(path, replace=replace, facts=facts) as draft:
         shared = WeightFile(draft.path / weights_file("fp32")) if len(sizes) > 1 else None
@@ -105,17 +104,6 @@ def bundle_from_checkpoint(
             draft.add(RANGES, {}, bytes_writer(checkpoint.ranges.to_json().encode()))
         draft.add_json(PREPROCESSOR, processor)
     return Bundle.open(path)
-
-
-def tool_versions(names: tuple[str, ...]) -> dict[str, str]:
-    """The versions of those packages that are installed."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _add_graph(

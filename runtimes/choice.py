@@ -15,13 +15,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from swin_deploy.bundle import Bundle
 from swin_deploy.errors import BackendError, MissingDependencyError, UsageError
+from swin_deploy.machine import this_machine
 from swin_deploy.reference import Reference, Verdict, check_runtime, described
+from swin_deploy.requires import installed_versions
 from swin_deploy.specs import Size, size_text
 
 from .base import Runtime
@@ -146,29 +147,20 @@ def _reference_of(bundle: Bundle, file: str) -> str:
 
 def _key(bundle: Bundle, candidates: Sequence[Candidate], threads: int) -> dict[str, Any]:
     """All that what is fastest depends on, as JSON values."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine = this_machine()
     return {
         "bundle": hashlib.sha256(json.dumps(sorted((f, e["sha256"]) for f, e in bundle.files.items())).encode()).hexdigest(),
         "candidates": [asdict(candidate) for candidate in candidates],
         "threads": threads,
-        "libraries": {name: _version(name) for name in ("swin-deploy", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy")},
-        "machine": [_processor(), cores, platform.machine(), platform.system(), os.environ.get("CUDA_VISIBLE_DEVICES", "")],
+        "libraries": installed_versions(("swin-deploy", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy")),
+        "machine": [
+            machine.processor,
+            machine.usable_cores,
+            platform.machine(),
+            platform.system(),
+            os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+        ],
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def _cache_file(key: Mapping[str, Any]) -> Path | None:

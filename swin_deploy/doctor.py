@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
+from importlib.metadata import packages_distributions, requires, version
 from typing import Any
 
-from swin_deploy.requires import installed
+from swin_deploy.requires import installed, installed_versions
 
 
 @dataclass(frozen=True)
@@ -92,17 +92,6 @@ def versions_for(step: Step) -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
-def distributions(names: Iterable[str]) -> dict[str, str]:
-    """The versions of those distributions that are installed."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def requirements() -> dict[str, str]:
     """Distribution -> the oldest version that this package takes, of it and of all its extras."""
     found: dict[str, str] = {}
@@ -154,7 +143,7 @@ def traps(found: Mapping[str, str], oldest: Mapping[str, str], torchvision_needs
 def installed_traps(gpu: bool) -> tuple[Trap, ...]:
     """The traps in what is installed here."""
     oldest = requirements()
-    found = distributions([*oldest, "torchvision"])
+    found = installed_versions([*oldest, "torchvision"])
     return traps(found, oldest, (requires("torchvision") or ()) if "torchvision" in found else (), gpu)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from swin_deploy.errors import MissingDependencyError
@@ -48,6 +49,19 @@ def require(module: str, purpose: str) -> Any:
             f"{name} is needed to {purpose}, but it is installed and fails to import ({error}). "
             f'Reinstall it: pip install --force-reinstall "swin-deploy[{extra}]"'
         ) from error
+
+
+def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
+    """The versions of those distributions that are installed, by name."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in distributions:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def installed(module: str) -> bool:

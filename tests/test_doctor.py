@@ -11,9 +11,9 @@ import pytest
 from packaging.requirements import Requirement
 
 from swin_deploy.api.doctor import MICRO, PROBES
-from swin_deploy.doctor import STEPS, Step, distributions, requirements, traps, versions_for
+from swin_deploy.doctor import STEPS, Step, requirements, traps, versions_for
 from swin_deploy.machine import this_machine
-from swin_deploy.requires import installed
+from swin_deploy.requires import installed, installed_versions
 
 
 def test_the_machine() -> None:
@@ -39,7 +39,7 @@ def test_the_oldest_versions_are_those_of_the_package() -> None:
 
 
 def test_nothing_here_is_too_old() -> None:
-    found = distributions(requirements())
+    found = installed_versions(requirements())
     assert found["numpy"] == version("numpy")
     assert traps(found, requirements(), (), gpu=False) == ()
 
