@@ -20,6 +20,7 @@ CANDIDATES = {
     "transformers, ONNX Runtime": Candidate("transformers", "onnxruntime"),
     "fp32, ONNX Runtime": Candidate("onnxruntime", "onnxruntime"),
     "INT8, ONNX Runtime": Candidate("int8_onnxruntime", "onnxruntime"),
+    "fp32, OpenVINO": Candidate("openvino", "openvino"),
     "bf16, OpenVINO": Candidate("openvino", "openvino", bf16=True),
     "INT8 as for ONNX Runtime, OpenVINO bf16": Candidate("int8_onnxruntime", "openvino", bf16=True),
     "INT8, OpenVINO": Candidate("int8_openvino", "openvino"),

@@ -65,7 +65,7 @@ class Graph:
                 self.readers.setdefault(name, []).append(node)
         self.outputs = {value.name for value in model.graph.output}
         self.widths: dict[str, int] = {}
-        inferred = onnx.shape_inference.infer_shapes(_without_values(onnx, model)).graph
+        inferred = onnx.shape_inference.infer_shapes(without_values(onnx, model)).graph
         for value in (*inferred.value_info, *inferred.input, *inferred.output):
             dims = value.type.tensor_type.shape.dim
             if len(dims) and dims[-1].HasField("dim_value"):
@@ -242,7 +242,7 @@ def _values(graph: Graph, layer: LinearLayer) -> Channels | None:
     return Channels(width, {layer.input}, written, {layer.weight})
 
 
-def _without_values(onnx: Any, model: onnx.ModelProto) -> Any:
+def without_values(onnx: Any, model: onnx.ModelProto) -> Any:
     """`model` for shape inference: its large constants only declared."""
     light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
     light.graph.name = "shapes"

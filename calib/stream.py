@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from swin_deploy.errors import InputError
 from swin_deploy.requires import require
 
+from .folding import without_values
+
 if TYPE_CHECKING:
     import onnx
 
@@ -32,6 +34,8 @@ class Stream:
         self.model, self.folder, self.threads = model, folder, threads
         self.nodes = list(model.graph.node)
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        shapes = self.onnx.shape_inference.infer_shapes(without_values(self.onnx, model)).graph.value_info
+        self.types = {value.name: value.type.tensor_type.elem_type for value in shapes}  # of what is in the model now
         self.done: set[str] = {value.name for value in model.graph.input}
         self.batches = 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +82,7 @@ class Stream:
             nodes,
             "step",
             [helper.make_tensor_value_info(name, kinds[name], None) for name in inputs],
-            [helper.make_tensor_value_info(name, self.onnx.TensorProto.FLOAT, None) for name in outputs],
+            [helper.make_tensor_value_info(name, self.types.get(name, self.onnx.TensorProto.FLOAT), None) for name in outputs],
             [tensor for name, tensor in self.constants.items() if name in used],
         )
         step = helper.make_model(graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)

@@ -37,6 +37,8 @@ OPERATORS = frozenset({
     "Erf", "Greater", "HardSwish", "LeakyRelu", "Max", "Min", "Mish", "Pow", "Relu", "Sigmoid", "Softplus", "Sqrt", "Sub",
     "Tanh",
 })
+# What repeats a constant for every image, which OpenVINO computes once where the batch is known.
+OF_OPENVINO = frozenset({"Concat", "Expand", "Shape"})
 # fmt: on
 
 
@@ -61,11 +63,12 @@ def onnx_from_torch(network: SwinNetwork, image_size: Size, frame_size: Size | N
     _name_by_module(model)
     gs = require("onnx_graphsurgeon", "rewrite the ONNX graph")
     graph = gs.import_onnx(model)
-    records = run_passes(graph, network.config, PASSES if network.target == "tensorrt" else ())
+    records = run_passes(graph, network.config, PASSES[network.target])
     graph.name = f"swin_v{network.config.version}"
     graph.producer_name = "swin-deploy"
     model = gs.export_onnx(graph)
-    foreign = sorted({node.op_type for node in model.graph.node} - OPERATORS)
+    known = OPERATORS | (OF_OPENVINO if network.target == "openvino" else frozenset())
+    foreign = sorted({node.op_type for node in model.graph.node} - known)
     if foreign:
         raise ExportError(
             f"The exporter left operators in the graph that a Swin with fixed sizes does not need: {', '.join(foreign)}. "

@@ -53,7 +53,6 @@ class TensorRTForm:
         from swin_deploy.calib.data import spread
         from swin_deploy.calib.moments import Repaired, input_moments
         from swin_deploy.calib.placement import linear_layers
-        from swin_deploy.calib.quantize import HEADS
         from swin_deploy.exporters.graphs import config_and_task
         from swin_deploy.exporters.own import own_layers
         from swin_deploy.exporters.quantized import quantized_layers, refuse_unknown
@@ -86,8 +85,7 @@ class TensorRTForm:
         self._amplitudes = {**measured, **self._amplitudes}
         if ranges is not None:  # such weights were trained to be rounded to the nearest
             return
-        names = frozenset(self.names) - HEADS
-        read = {layer.name: layer.input for layer in linear_layers(model) if layer.name in names}
+        read = {layer.name: layer.input for layer in linear_layers(model) if layer.name in self.names}
         few = replace(feeds, chosen=spread(feeds.chosen, ROUNDED_BY))
         self._rounding = Repaired(input_moments(bundle.path / source, read, few.batches(batch)), quantization)
 

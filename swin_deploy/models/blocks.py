@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -118,6 +118,36 @@ class Attention(nn.Module):
         return split.permute(*((1, 2, 3, 0, 4) if self.tokens_first else (0, 2, 3, 1, 4)))
 
 
+class AttentionOfFourAxes(Attention):
+    """The same in the form that OpenVINO computes as one kernel: [windows, batch * heads, tokens, head width]."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.bias = self.bias[0]
+        self.mask = None if self.mask is None else self.mask[:, 0]
+        self.scale = None if self.scale is None else self.scale[None]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        channels, batch = x.shape[-1], x.shape[0] // math.prod(self.places)
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        if self.scale is not None:
+            query, key = (_unit(part.reshape(-1, self.head_width)) for part in (query, key))
+        scores = self._by_window(query) @ self._by_window(key).transpose(-1, -2)
+        if self.scale is not None:
+            scores = scores * _repeated(self.scale, batch)
+        scores = scores + _repeated(self.bias, batch)
+        if self.mask is not None:
+            scores = scores + self.mask
+        probabilities = torch.softmax(scores, dim=-1)
+        attended = self.proj((probabilities @ self._by_window(value)).transpose(1, 2).reshape(-1, channels))
+        by_image = probabilities.reshape(self.places[0], -1, self.heads, self.tokens, self.tokens).transpose(0, 1)
+        return attended, by_image.reshape(-1, self.heads, self.tokens, self.tokens)
+
+    def _by_window(self, x: Tensor) -> Tensor:
+        """[windows * tokens * batch, channels] -> [windows, batch * heads, tokens, head width]."""
+        return x.reshape(*self.places, -1, self.head_width).transpose(1, 2)
+
+
 class Block(nn.Module):
     """One transformer block over tokens in its own window order; V1 normalises before, V2 after.
 
@@ -138,7 +168,8 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.version = config.version
-        self.attention = Attention(config, stage, grid, tensors, mask, joined)
+        kind = Attention if grid.tokens_first else AttentionOfFourAxes
+        self.attention = kind(config, stage, grid, tensors, mask, joined)
         self.norm1 = LayerNorm(tensors, "layernorm_before", config.layer_norm_eps)
         self.norm2 = LayerNorm(tensors, "layernorm_after", config.layer_norm_eps)
         self.fc1 = Linear(tensors["intermediate.dense.weight"], tensors["intermediate.dense.bias"])
@@ -215,6 +246,11 @@ def _unit(x: Tensor) -> Tensor:
     """x [..., head width], every vector divided by its length; zero stays zero."""
     length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / length.clamp_min(1e-12)
+
+
+def _repeated(constant: Tensor, batch: int) -> Tensor:
+    """[1, heads, ...] -> [1, batch * heads, ...]."""
+    return constant.expand(batch, -1, -1, -1).reshape(1, -1, *constant.shape[2:])
 
 
 def _position_bias(config: SwinConfig, stage: int, tensors: Tensors) -> Tensor:

@@ -15,6 +15,7 @@ import swin_deploy  # noqa: E402
 from swin_deploy.compare import compare  # noqa: E402
 from swin_deploy.config import SwinConfig  # noqa: E402
 from swin_deploy.errors import UsageError  # noqa: E402
+from swin_deploy.machine import this_machine  # noqa: E402
 from swin_deploy.models.blocks import shift_mask  # noqa: E402
 from swin_deploy.models.checkpoints import random_checkpoint  # noqa: E402
 from swin_deploy.models.swin import SwinNetwork  # noqa: E402
@@ -32,9 +33,10 @@ FIELDS: dict[str, Any] = {
 CPU = TARGETS[1:]
 
 
-def network(version: int, task: str, size: tuple[int, int], target: str, **changes: Any) -> Any:
+def network(version: int, task: str, size: tuple[int, int], target: str, between: bool = True, **changes: Any) -> Any:
+    """With what is `between` as outputs: hidden states and attentions."""
     config = SwinConfig(**{"version": version, **FIELDS, **changes})
-    spec = TaskSpec(task, output_hidden_states=True, output_attentions=True)
+    spec = TaskSpec(task, output_hidden_states=between, output_attentions=between)
     return SwinNetwork(config, size, random_checkpoint(config, spec).tensors, spec, target).eval()
 
 
@@ -44,6 +46,19 @@ def answers(made: Any, size: tuple[int, int]) -> tuple[dict[str, Any], dict[str,
     with torch.no_grad():
         outputs = made.named(*map(torch.from_numpy, feeds.values()))
     return feeds, {name: value.numpy() for name, value in outputs.items()}
+
+
+def exported(made: Any, size: tuple[int, int], target: str, folder: Path) -> tuple[Path, dict[str, int]]:
+    """The file of a network's graph, and how often each rewrite found its place."""
+    from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
+    from swin_deploy.exporters.weights import embed_weights
+
+    traced = onnx_from_torch(made, size)
+    embed_weights(traced.model, traced.weights)
+    del traced.model.graph.value_info[:]
+    file = folder / f"{target}.onnx"
+    file.write_bytes(traced.model.SerializeToString())
+    return file, {record.name: record.count for record in traced.passes}
 
 
 def assert_agree(found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -88,18 +103,11 @@ def test_exported(version: int, task: str, size: tuple[int, int], target: str, t
     for module in ("onnx", "onnxscript", "onnx_graphsurgeon"):
         pytest.importorskip(module, reason="exporting needs it")
     pytest.importorskip(target, reason="runs the graph")
-    from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
-    from swin_deploy.exporters.weights import embed_weights
     from swin_deploy.runtimes.backends import runtime_from_onnx
 
     feeds, wanted = answers(network(version, task, size, TARGETS[0]), size)
-    made = network(version, task, size, target)
-    traced = onnx_from_torch(made, size)
-    embed_weights(traced.model, traced.weights)
-    assert traced.passes == ()
-    del traced.model.graph.value_info[:]
-    file = tmp_path / "model.onnx"
-    file.write_bytes(traced.model.SerializeToString())
+    file, records = exported(network(version, task, size, target), size, target, tmp_path)
+    assert records == ({"length_as_rms_norm": 12 if version == 2 else 0} if target == "openvino" else {})
     with runtime_from_onnx(file, target, threads=1) as runtime:
         assert_agree(runtime.run(feeds), wanted)
         single = runtime.run({name: feed[:1] for name, feed in feeds.items()})
@@ -107,6 +115,58 @@ def test_exported(version: int, task: str, size: tuple[int, int], target: str, t
     for name, value in single.items():
         part = len(wanted[name]) // len(feeds["pixel_values"])  # attentions have the windows in their first axis
         assert compare(wanted[name][:part], value).relative_l2 < limit(name), name
+
+
+def test_vectors_of_length_zero_stay_zero(tmp_path: Path) -> None:
+    """As in `x / max(length, 1e-12)`; an RMS norm without its epsilon makes NaN of them."""
+    ov = pytest.importorskip("openvino", reason="runs the graph")
+    gs = pytest.importorskip("onnx_graphsurgeon", reason="writes the graph")
+    from swin_deploy.exporters.passes.length_as_rms_norm import length_as_rms_norm
+
+    def normalised(rms: bool) -> Any:
+        x, out = (gs.Variable(name, np.dtype(np.float32), (6, 8)) for name in "xy")
+        length, held = (gs.Variable(name, np.dtype(np.float32), (6, 1)) for name in ("length", "held"))
+        axes, least = gs.Constant("axes", np.array([-1])), gs.Constant("least", np.array(1e-12, np.float32))
+        nodes = [
+            gs.Node("ReduceL2", "l2", {"keepdims": 1}, [x, axes], [length]),
+            gs.Node("Clip", "clip", {}, [length, least], [held]),
+            gs.Node("Div", "div", {}, [x, held], [out]),
+        ]
+        made = gs.Graph(nodes, [x], [out], opset=20)
+        assert not rms or length_as_rms_norm(made) == 1
+        return gs.export_onnx(made.cleanup().toposort())
+
+    x = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32) * np.float32([[1], [1e4], [1e-4], [1e-9], [0], [3]])
+    answers = []
+    for rms in (False, True):
+        (tmp_path / "n.onnx").write_bytes(normalised(rms).SerializeToString())
+        compiled = ov.Core().compile_model(str(tmp_path / "n.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        answers.append(np.array(compiled(x)[0]))
+        assert (
+            "RMS" in {node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()}
+        ) == rms
+    np.testing.assert_allclose(answers[1], answers[0], rtol=1e-5)
+    assert not answers[1][4].any()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_openvino_computes_attention_as_one_kernel(version: int, tmp_path: Path) -> None:
+    """By its own account of the compiled model; in the form for ONNX Runtime every block has a softmax of its own."""
+    ov = pytest.importorskip("openvino", reason="runs the graph")
+    pytest.importorskip("onnxscript", reason="exporting needs it")
+    if "AVX-512" not in this_machine().features:
+        pytest.skip("OpenVINO has this kernel for processors with AVX-512 only")
+    found = {}
+    for target in CPU:
+        file, _ = exported(network(version, TASKS[0], SIZES[0], target, between=False), SIZES[0], target, tmp_path)
+        model = ov.Core().read_model(str(file))
+        model.reshape([1, 3, *SIZES[0]])
+        compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        kinds = [node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()]
+        found[target] = {kind: kinds.count(kind) for kind in ("Softmax", "Reduce", "RMS")}
+    # One more Reduce is the mean over all tokens.
+    assert found["onnxruntime"] == {"Softmax": 6, "Reduce": 1 + 12 * (version == 2), "RMS": 0}
+    assert found["openvino"] == {"Softmax": 0, "Reduce": 1, "RMS": 12 * (version == 2)}
 
 
 def test_masked_scores_leave_no_denormal_numbers() -> None:
