@@ -175,19 +175,19 @@ class Pixels:
 def for_tensorrt(model: Any, folder: Path, kind: str, pixels: Any) -> Any:
     """The graph with fp16 between."""
     from swin_deploy.calib.collect import collect
-    from swin_deploy.calib.moments import Repaired, input_moments
+    from swin_deploy.calib.moments import Repaired, balanced, input_moments
     from swin_deploy.calib.placement import linear_layers
     from swin_deploy.config import SwinConfig
     from swin_deploy.exporters.quantized import quantized_from_fp32, quantized_inputs, quantized_layers
     from swin_deploy.tasks import TaskSpec
 
     config = SwinConfig.from_dict(json.loads((folder / "config.json").read_text()))
-    seen = collect(model, quantized_inputs(model, config, kind), Pixels(pixels), batch=BATCH, threads=1)
-    amplitudes = {name: one.amplitude("mse", kind) for name, one in seen.items()}
     names = {layer.name for layer in quantized_layers(model, config, kind)}
     read = {layer.name: layer.input for layer in linear_layers(model) if layer.name in names}
-    rounding = Repaired(input_moments(model, read, Pixels(pixels).batches(BATCH), threads=1), kind)
-    return quantized_from_fp32(model, config, TaskSpec(), kind, amplitudes, rounding=rounding)[0]
+    model, moments = balanced(model, input_moments(model, read, Pixels(pixels).batches(BATCH), threads=1))
+    seen = collect(model, quantized_inputs(model, config, kind), Pixels(pixels), batch=BATCH, threads=1)
+    amplitudes = {name: one.amplitude("mse", kind) for name, one in seen.items()}
+    return quantized_from_fp32(model, config, TaskSpec(), kind, amplitudes, rounding=Repaired(moments, kind))[0]
 
 
 def logits(path: Path, pixels: Any) -> Any:

@@ -97,7 +97,10 @@ def channels_of(graph: Graph, layers: tuple[LinearLayer, ...]) -> list[Channels]
 
 
 def best_factors(
-    one: Channels, weights: Mapping[str, tuple[str, Array]], statistics: Mapping[str, ChannelStatistics]
+    one: Channels,
+    weights: Mapping[str, tuple[str, Array]],
+    statistics: Mapping[str, ChannelStatistics],
+    powers_of_two: bool = False,
 ) -> Array | None:
     """[width]: what each channel is divided by, or None where that gains less than 1 % of the expected error.
 
@@ -131,6 +134,8 @@ def best_factors(
 
     candidates = [largest**a / columns**b for a, b in STRENGTHS]
     candidates = [factors / np.exp(np.log(factors).mean()) for factors in candidates]
+    if powers_of_two:
+        candidates = [np.exp2(np.rint(np.log2(factors))) for factors in candidates]
     best = min(candidates, key=damage)
     if damage(best) > (0.5 if one.after or one.before else 0.99) * damage(np.ones(one.width)):
         return None

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from swin_deploy.errors import InputError
 
 from .collect import session_for
+from .folding import ChannelStatistics, Graph, best_factors, channels_of, fold
 from .grids import grid
+from .placement import linear_layers
 from .rounding import DAMPING, gptq
 
 if TYPE_CHECKING:
@@ -25,18 +27,35 @@ Array = NDArray[Any]
 
 @dataclass
 class InputMoments:
-    """Sums over `rows` rows x of a tensor: of x [channels], and of the outer products of x with itself [channels, channels]."""
+    """Sums over `rows` rows x of a tensor: of x [channels], and of the outer products of x with itself [channels, channels];
+    and the largest magnitude [channels]."""
 
     total: Array
     gram: Array
+    largest: Array
     rows: int
+
+    @classmethod
+    def empty(cls, channels: int) -> InputMoments:
+        """Of no rows."""
+        return cls(np.zeros(channels), np.zeros((channels, channels), np.float32), np.zeros(channels, np.float32), 0)
 
     def add(self, values: Array) -> None:
         """Takes in `values` [..., channels]."""
         x = values.reshape(-1, values.shape[-1])
         self.total += x.sum(axis=0, dtype=np.float64)
         self.gram += x.T @ x
+        self.largest = np.maximum(self.largest, np.abs(x).max(axis=0))
         self.rows += len(x)
+
+    def divided(self, factors: Array) -> InputMoments:
+        """Of x / factors [channels]."""
+        return InputMoments(self.total / factors, self.gram / np.outer(factors, factors), self.largest / factors, self.rows)
+
+    @property
+    def statistics(self) -> ChannelStatistics:
+        """What balancing asks of each channel."""
+        return ChannelStatistics(self.largest, np.diag(self.gram) / self.rows)
 
 
 class Change(Protocol):
@@ -66,13 +85,37 @@ def input_moments(
     for feed in feeds:
         values = run(feed)
         for name in names:
-            channels = values[name].shape[-1]
-            empty = InputMoments(np.zeros(channels), np.zeros((channels, channels), np.float32), 0)
-            moments = found.setdefault(name, empty)
+            moments = found[name] = found.get(name) or InputMoments.empty(values[name].shape[-1])
             moments.add(values[name])
             if not np.isfinite(moments.total).all():
                 raise InputError(f"The samples make a value in {name} that is not finite; look for damaged images.")
     return {layer: found[name] for layer, name in read.items()}
+
+
+def balanced(model: onnx.ModelProto, moments: Mapping[str, InputMoments]) -> tuple[onnx.ModelProto, dict[str, InputMoments]]:
+    """`model` (weights inside) with the channels that the layers of `moments` read brought to sizes that suit 8 bits, and what
+    the moments then are.
+
+    Only where all factors go into weights (see folding.py), and by powers of two: nothing is rounded, and the network stays
+    what it was.
+    """
+    from onnx import numpy_helper
+
+    layers = tuple(layer for layer in linear_layers(model) if layer.name in moments)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    statistics = {layer.input: moments[layer.name].statistics for layer in layers}
+    read = {layer.weight: (layer.input, numpy_helper.to_array(weights[layer.weight])) for layer in layers}
+    result, found = type(model)(), dict(moments)
+    result.CopyFrom(model)
+    for one in channels_of(Graph(model), layers):
+        factors = None if one.after or one.before else best_factors(one, read, statistics, powers_of_two=True)
+        if factors is None:
+            continue
+        fold(result, one, factors)
+        for layer in layers:
+            if layer.weight in one.read:
+                found[layer.name] = found[layer.name].divided(np.tile(factors, len(found[layer.name].total) // one.width))
+    return result, found
 
 
 @dataclass(frozen=True)

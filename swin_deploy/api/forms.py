@@ -51,7 +51,7 @@ class TensorRTForm:
     ) -> None:
         from swin_deploy.calib.collect import CACHE, collect
         from swin_deploy.calib.data import spread
-        from swin_deploy.calib.moments import Repaired, input_moments
+        from swin_deploy.calib.moments import Repaired, balanced, input_moments
         from swin_deploy.calib.placement import linear_layers
         from swin_deploy.exporters.graphs import config_and_task
         from swin_deploy.exporters.own import own_layers
@@ -73,8 +73,14 @@ class TensorRTForm:
             return
         if feeds is None:
             raise lacking(missing, self._own.source)
+        file = bundle.path / source
+        if ranges is None:  # else the weights were trained to be rounded to the nearest, and the channels as they are
+            read = {layer.name: layer.input for layer in linear_layers(model) if layer.name in self.names}
+            few = replace(feeds, chosen=spread(feeds.chosen, ROUNDED_BY))
+            self._model, moments = balanced(model, input_moments(file, read, _told(few, batch, tell)))
+            self._rounding = Repaired(moments, quantization)
         seen = collect(
-            bundle.path / source,
+            file if ranges is not None else self._model,
             [name for layer in layers for name in layer.inputs],
             feeds,
             batch=batch,
@@ -83,11 +89,6 @@ class TensorRTForm:
         )
         measured = {name: one.amplitude(method or "mse", quantization) for name, one in seen.items()}
         self._amplitudes = {**measured, **self._amplitudes}
-        if ranges is not None:  # such weights were trained to be rounded to the nearest
-            return
-        read = {layer.name: layer.input for layer in linear_layers(model) if layer.name in self.names}
-        few = replace(feeds, chosen=spread(feeds.chosen, ROUNDED_BY))
-        self._rounding = Repaired(input_moments(bundle.path / source, read, few.batches(batch)), quantization)
 
     def graph(self, keep: Set[str]) -> Made:
         from swin_deploy.exporters.quantized import quantized_from_fp32
@@ -158,6 +159,15 @@ class CpuForm:
             return measured(
                 lambda: runtime_from_onnx(before, self._target), lambda: runtime_from_onnx(after, self._target), feed, "fp32"
             )
+
+
+def _told(samples: Samples, batch: int, tell: Callable[[str, int, int], None]) -> Iterator[dict[str, Any]]:
+    """The batches of `samples`, with word of each."""
+    done = 0
+    for feeds in samples.batches(batch):
+        yield feeds
+        done += len(next(iter(feeds.values())))
+        tell("Measuring channels", done, len(samples))
 
 
 @contextlib.contextmanager
