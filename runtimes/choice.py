@@ -152,7 +152,7 @@ def _key(bundle: Bundle, candidates: Sequence[Candidate], threads: int) -> dict[
         "bundle": hashlib.sha256(json.dumps(sorted((f, e["sha256"]) for f, e in bundle.files.items())).encode()).hexdigest(),
         "candidates": [asdict(candidate) for candidate in candidates],
         "threads": threads,
-        "libraries": installed_versions(("swin-deploy", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy")),
+        "libraries": installed_versions(("swin-deploy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "numpy")),
         "machine": [
             machine.processor,
             machine.usable_cores,

@@ -96,6 +96,8 @@ def _devices(kind: Backend, wanted: str | None) -> list[str]:
 
 
 def _has_cuda(kind: Backend) -> bool:
+    if kind.library == "torch":
+        return bool(require("torch", "run ONNX models").cuda.is_available())
     if kind.library != "onnxruntime":
         return True
     providers: list[str] = require("onnxruntime", "run ONNX models").get_available_providers()

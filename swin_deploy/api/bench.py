@@ -140,9 +140,7 @@ def _of_bundle(
             require(BACKENDS[name].library, "measure what it runs")
     held = dict.fromkeys(str(entry["precision"]) for entry in bundle.graphs.values())
     found: dict[Candidate, Request] = {}
-    for backend in dict.fromkeys(
-        backends or [name for name, one in BACKENDS.items() if one.installed and "cpu" in one.devices]
-    ):
+    for backend in dict.fromkeys(backends or [name for name, one in BACKENDS.items() if one.installed and one.auto]):
         for precision in dict.fromkeys(precisions or [*held, *(["bf16"] if backend == "openvino" else [])]):
             for batch in batches:
                 request = {"bundle": str(bundle.path), "backend": backend, "precision": precision, "threads": threads}
@@ -270,6 +268,8 @@ def _opened(request: dict[str, Any]) -> Any:
     backend, threads = request["backend"], request["threads"]
     if "onnx" in request:
         return runtime_from_onnx(Path(request["onnx"]), backend, threads, request["bf16"])
+    if backend == "torch" and threads:
+        require("torch", "measure what it runs").set_num_threads(threads)
     model = load(
         request["bundle"], precision=request["precision"], backend=backend, device=BACKENDS[backend].devices[0], threads=threads
     )
