@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from onnx import TensorProto
@@ -68,6 +69,14 @@ def _reshape(numbers: Numbers, *, allowzero: int = 0) -> Function:
         return x.reshape([x.shape[axis] if size == 0 and not allowzero else size for axis, size in enumerate(shape)])
 
     return reshaped
+
+
+def _shape(numbers: Numbers, *, start: int = 0, end: int | None = None) -> Function:
+    return lambda x: torch.tensor(x.shape[start:end], device=x.device)
+
+
+def _expand(x: Tensor, shape: Tensor) -> Tensor:
+    return x.expand(np.broadcast_shapes(tuple(x.shape), tuple(shape.tolist())))
 
 
 def _unsqueeze(numbers: Numbers) -> Function:
@@ -202,6 +211,7 @@ OPERATORS: dict[str, Make] = {
     "DequantizeLinear": _dequantize,
     "Div": _plain(_div),
     "Erf": _plain(torch.erf),
+    "Expand": _plain(_expand),
     "Floor": _plain(torch.floor),
     "Gather": _gather,
     "Gelu": lambda numbers, *, approximate="none": lambda x: F.gelu(x, approximate=approximate),
@@ -223,6 +233,7 @@ OPERATORS: dict[str, Make] = {
     "ReduceSum": _reduced(torch.sum),
     "Relu": _plain(F.relu),
     "Reshape": _reshape,
+    "Shape": _shape,
     "Sigmoid": _plain(torch.sigmoid),
     "Slice": _slice,
     "Softmax": lambda numbers, *, axis=-1: lambda x: torch.softmax(x, axis),

@@ -22,6 +22,7 @@ import swin_deploy  # noqa: E402
 from swin_deploy.compare import TOLERANCES, compare  # noqa: E402
 from swin_deploy.config import SwinConfig  # noqa: E402
 from swin_deploy.errors import BackendError, MissingDependencyError, UsageError  # noqa: E402
+from swin_deploy.exporters.onnx_from_torch import OF_OPENVINO  # noqa: E402
 from swin_deploy.exporters.onnx_from_torch import OPERATORS as EXPORTED  # noqa: E402
 from swin_deploy.exporters.precision import typed_from_fp32  # noqa: E402
 from swin_deploy.exporters.quantized import quantized_from_fp32, quantized_inputs  # noqa: E402
@@ -64,6 +65,7 @@ CASES: list[tuple[str, dict[str, Any], list[Any]]] = [
     ("Div", {}, [X, POSITIVE + 1]),
     ("Div", {}, [whole(7, -7, 5), whole(2, 2, -3)]),
     ("Erf", {}, [X]),
+    ("Expand", {}, [X[:, :1], whole(3, 1, 1)]),
     ("Floor", {}, [X]),
     ("Gather", {"axis": 2}, [X, whole(3, 0, -1, 3).reshape(2, 2)]),
     ("Gather", {}, [X, np.array(1, np.int64)]),
@@ -93,6 +95,8 @@ CASES: list[tuple[str, dict[str, Any], list[Any]]] = [
     ("ReduceSum", {}, [X, whole(1)]),
     ("Relu", {}, [X]),
     ("Reshape", {}, [X, whole(0, -1, 3)]),
+    ("Shape", {}, [X]),
+    ("Shape", {"start": 1, "end": -1}, [X]),
     ("Sigmoid", {}, [X]),
     ("Slice", {}, [X, whole(1, -5), whole(2**62, -1), whole(1, 2)]),
     ("Slice", {}, [X, whole(0, 1, 0, 1), whole(2, 3, 8, 6), whole(0, 1, 2, 3), whole(1, 1, 3, 2)]),
@@ -113,7 +117,7 @@ CASES: list[tuple[str, dict[str, Any], list[Any]]] = [
 
 def test_every_operator_is_tried_and_all_that_is_exported_is_there() -> None:
     assert {name for name, *_ in CASES} == OPERATORS.keys()
-    assert OPERATORS.keys() >= EXPORTED
+    assert OPERATORS.keys() >= EXPORTED | OF_OPENVINO
 
 
 def single(operator: str, attributes: dict[str, Any], values: list[Any], outputs: int = 1) -> Any:
