@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 import os
@@ -319,8 +318,7 @@ def _opened(request: dict[str, Any]) -> Any:
     if backend == "torch" and threads:
         require("torch", "measure what it runs").set_num_threads(threads)
     model = load(request["bundle"], precision=request["precision"], backend=backend, device=device, threads=threads)
-    version = importlib.import_module(BACKENDS[backend].library).__version__
-    return SimpleNamespace(title=f"{backend} {version}", inputs=model.inputs, run=model.run)
+    return SimpleNamespace(title=f"{backend} {model.describe().version}", inputs=model.inputs, run=model.run)
 
 
 def _opened_by_torch(request: dict[str, Any]) -> Any:

@@ -180,7 +180,7 @@ def test_fp8_is_rounded_and_cut_as_onnx_says(tmp_path: Path) -> None:
 
 def config(version: int) -> SwinConfig:
     return SwinConfig(
-        version, image_size=(64, 64), embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=(4, 4),
+        version, image_size=(64, 64), embed_dim=16, depths=(2, 1), num_heads=(2, 4), window_size=(4, 4),
         pretrained_window_sizes=(0, 0), id2label={i: str(i) for i in range(6)}, encoder_stride=8,
     )  # fmt: skip
 
@@ -304,6 +304,19 @@ def test_a_gpu_that_this_torch_cannot_use() -> None:
         pytest.skip("this PyTorch has a GPU")
     with pytest.raises((MissingDependencyError, BackendError), match=r"cannot run on cuda:1"):
         swin_deploy.load(digits(2), backend="torch", device="cuda:1")
+
+
+def test_a_tensor_that_is_there_already_is_not_copied() -> None:
+    """As on a GPU, where what DLPack hands over is taken as it is; here the device is the CPU."""
+    from swin_deploy.runtimes.tensors import device_tensor
+
+    pixels = torch.randn(2, 3, 32, 32)
+    with runtime_from_onnx(digits(2) / "onnx/model.onnx", "torch") as runtime:
+        wanted = runtime.run({"pixel_values": pixels.numpy()})["logits"]
+        found = runtime.run({"pixel_values": device_tensor(pixels.__dlpack__(), "cpu")})["logits"]
+        assert found.tobytes() == wanted.tobytes()
+        taken = runtime._fed(device_tensor(pixels.__dlpack__(), "cpu"))  # type: ignore[attr-defined]
+    assert taken.data_ptr() == pixels.data_ptr()
 
 
 def test_values_are_freed_after_their_last_use() -> None:
