@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @click.command("bench", short_help="Measure latency, throughput, memory and cold start on this machine.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--backend", "backends", multiple=True, help="Repeatable. Default: all that are installed.")
+@click.option("--backend", "backends", multiple=True, help="Repeatable. Default: all that are installed, but torch.")
 @click.option(
     "--precision", "precisions", multiple=True, help="Repeatable. Default: all that the bundle and the back end have."
 )
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 @click.option("--plot", metavar="FILE.svg", type=click.Path(path_type=Path), help="Draw the table, as SVG.")
 @json_option
 def command(bundle: Path, plot: Path | None, as_json: bool, **options: Any) -> None:
-    """Measure BUNDLE here: every back end, precision and batch size, each in a process of its own, taking turns.
+    """Measure BUNDLE here: every back end, device, precision and batch size, each in a process of its own, taking turns.
 
-    The ratio is the time relative to the reference, the first row of the same batch: PyTorch where --weights names the
-    checkpoint, or where the bundle has random weights. Its interval spans the quartiles of the rounds.
+    The ratio is the time relative to the reference, the first row of the same batch and device: PyTorch where --weights names
+    the checkpoint, or where the bundle has random weights. Its interval spans the quartiles of the rounds.
     """
     from swin_deploy.api.bench import bench
 
