@@ -4,7 +4,7 @@
 
 Detectors and segmenters read stage features, which averaging over tokens does not smooth as it does logits. Each graph runs
 twice: in ONNX Runtime, with types emulated (runtimes/emulate.py), and in PyTorch in the graph's own types
-(tests/typed_torch.py). Weights are those of parity.py. Needs the extras "export", "onnxruntime" and "test", and no network.
+(runtimes/pytorch.py). Weights are those of parity.py. Needs the extras "export", "onnxruntime" and "test", and no network.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from parity import CHECKPOINT, Cases, reference
 
 from swin_deploy.compare import compare
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
@@ -30,10 +31,6 @@ from swin_deploy.runtimes.backends import runtime_from_onnx
 from swin_deploy.runtimes.emulate import emulated
 from swin_deploy.tasks import TaskSpec, stage_names
 from swin_deploy.variants import Variant, find_variant
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import typed_torch
-from parity import CHECKPOINT, Cases, reference
 
 IMAGES = Cases(seeds=1, batches=(2,))
 
@@ -75,12 +72,14 @@ def both(variant: Variant, folder: Path, task: TaskSpec) -> dict[tuple[str, str]
     result = {}
     for precision in ("fp16", "bf16"):
         model = typed_from_fp32(traced.model, config, task, precision).model
-        path = folder / "emulated.onnx"
-        onnx.save(emulated(model), str(path))
-        with runtime_from_onnx(path) as runtime:
-            in_onnxruntime = runtime.run({"pixel_values": pixels})
-        in_torch = typed_torch.run(model, {"pixel_values": pixels})
-        for where, found in (("ONNX Runtime, emulated", in_onnxruntime), ("PyTorch", in_torch)):
+        for where, backend, graph in (
+            ("ONNX Runtime, emulated", "onnxruntime", emulated(model)),
+            ("PyTorch", "torch", model),
+        ):
+            path = folder / f"{backend}.onnx"
+            onnx.save(graph, str(path))
+            with runtime_from_onnx(path, backend) as runtime:
+                found = runtime.run({"pixel_values": pixels})
             flat = {
                 name: (found[name].reshape(len(pixels), -1), array.reshape(len(pixels), -1)) for name, array in wanted.items()
             }

@@ -1,70 +1,60 @@
-"""Names what a camera sees, frame by frame, with the time that each answer took.
-
-    python examples/camera.py BUNDLE SOURCE [--batch 1] [--backend auto]
+"""Names what a camera sees, frame by frame: python examples/camera.py BUNDLE SOURCE [--batch 1] [--backend auto]
 
 SOURCE is a folder of images, in the order of their names, or a video file, where OpenCV (pip install opencv-python) is
 installed to read it. Frames are read and prepared while the network computes; a frame that this program is too slow for waits.
 """
 
-from __future__ import annotations
-
 import argparse
+import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import swin_deploy
 from swin_deploy.errors import InputError, SwinDeployError, UsageError
 
-PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
-
-def frames_of(source: Path) -> Iterator[Any]:
+def frames_of(source):
     """Paths of images, or uint8 arrays [height, width, 3] in RGB."""
     if source.is_dir():
-        yield from sorted(path for path in source.iterdir() if path.suffix.lower() in PICTURES)
+        yield from sorted(
+            file for file in source.iterdir() if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+        )
         return
     try:
         import cv2
     except ImportError as error:
         raise InputError(f"{source} is no folder, and OpenCV, which reads videos, is not installed. Give a folder.") from error
     video = cv2.VideoCapture(str(source))
-    try:
-        if not video.isOpened():
-            raise InputError(f"{source} is neither a folder nor a video that OpenCV can read.")
-        while (read := video.read())[0]:
-            yield read[1][:, :, ::-1].copy()  # OpenCV's channels are blue, green, red
-    finally:
-        video.release()
+    if not video.isOpened():
+        raise InputError(f"{source} is neither a folder nor a video that OpenCV can read.")
+    while (read := video.read())[0]:
+        yield read[1][:, :, ::-1].copy()  # OpenCV's channels are blue, green, red
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main():
+    parser = argparse.ArgumentParser(description="Names what a camera sees, frame by frame, with the time of each.")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("source", type=Path)
     parser.add_argument("--batch", type=int, default=1, help="frames that are run together")
     parser.add_argument("--backend", default="auto", help="onnxruntime, openvino, or the fastest here")
     given = parser.parse_args()
-    try:
-        with swin_deploy.load(given.bundle, backend=given.backend) as model:
-            print(model.describe(), file=sys.stderr)
-            if model.task.name != "image-classification":
-                raise UsageError(f"{given.bundle} is for {model.task.name} and names nothing. Give one that classifies.")
-            model.warm_up(given.batch)
-            before = time.perf_counter()
-            for number, best in enumerate(model.stream(frames_of(given.source), batch=given.batch, top_k=1)):
-                now = time.perf_counter()
-                print(f"{number:6d}  {best[0].score:7.2%}  {(now - before) * 1e3:8.2f} ms  {best[0].label}")
-                before = now
-    except SwinDeployError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    with swin_deploy.load(given.bundle, backend=given.backend) as model:
+        print(model.describe(), file=sys.stderr)
+        if model.task.name != "image-classification":
+            raise UsageError(f"{given.bundle} is for {model.task.name} and names nothing. Give one that classifies.")
+        model.warm_up(given.batch)
+        before = time.perf_counter()
+        for number, best in enumerate(model.stream(frames_of(given.source), batch=given.batch, top_k=1)):
+            took, before = time.perf_counter() - before, time.perf_counter()
+            print(f"{number:6d}  {best[0].score:7.2%}  {took * 1e3:8.2f} ms  {best[0].label}", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main()
+    except SwinDeployError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or nobody reads on
+        os._exit(130)

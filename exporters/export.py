@@ -19,11 +19,11 @@ from swin_deploy.preprocess import Preprocessor
 from swin_deploy.ranges import RANGES
 from swin_deploy.reference import OpenGraph, Reference, check_graph, sample_inputs
 from swin_deploy.requires import installed_versions, require
-from swin_deploy.specs import TARGETS, Size, TensorSpec, graph_file, reference_file, size_text, weights_file
+from swin_deploy.specs import TARGETS, Size, TensorSpec, graph_file, reference_file, size_text, specs_from_onnx, weights_file
 from swin_deploy.tasks import PIXELS, TaskSpec
 
 from .graphs import bytes_writer
-from .onnx_from_torch import OPSET, onnx_from_torch, output_specs, writer
+from .onnx_from_torch import OPSET, onnx_from_torch, writer
 from .weights import WeightFile, embed_weights, weight_bytes
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def _add_graph(
         "opset": OPSET,
         "image_size": list(size),
         "inputs": [spec.to_dict() for spec in inputs],
-        "outputs": [spec.to_dict() for spec in output_specs(traced.model)],
+        "outputs": [spec.to_dict() for spec in specs_from_onnx(traced.model.graph.output)],
         "preprocessing": None if frames is None else frames.entry(),
         "reference": reference_file(further),
         "parent": None,

@@ -77,18 +77,6 @@ def onnx_from_torch(network: SwinNetwork, image_size: Size, frame_size: Size | N
     return Traced(model, weights, records)
 
 
-def output_specs(model: onnx.ModelProto) -> tuple[TensorSpec, ...]:
-    """Names, types and shapes of the outputs of `model`, as the graph declares them."""
-    import onnx
-
-    specs = []
-    for value in model.graph.output:
-        tensor = value.type.tensor_type
-        shape = tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or "?") for d in tensor.shape.dim)
-        specs.append(TensorSpec(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape))
-    return tuple(specs)
-
-
 def _traced(network: SwinNetwork, specs: Sequence[TensorSpec]) -> tuple[Any, dict[str, Any]]:
     import onnx_ir
     import torch

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.models.checkpoints import Checkpoint
+from swin_deploy.models.running import Placement
 from swin_deploy.requires import require
 from swin_deploy.specs import Size, TensorSpec
 from swin_deploy.tasks import PIXELS
@@ -59,15 +60,15 @@ def transformers_network(folder: Path) -> torch.nn.Module:
 class TransformersNetwork:
     """The same behind the interface that graphs are run through; see reference.Runnable."""
 
-    def __init__(self, folder: Path, size: Size) -> None:
-        self._network = transformers_network(folder)
+    def __init__(self, folder: Path, size: Size, placement: Placement) -> None:
+        self._placement, self._network = placement, placement.placed(transformers_network(folder))
         channels = int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_channels"])
         self.title = f"PyTorch {torch.__version__}, transformers {version('transformers')}"
         self.inputs = (TensorSpec(PIXELS, "float32", ("batch", channels, *size)),)
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         with torch.inference_mode():
-            return {"logits": self._network(torch.from_numpy(feeds[PIXELS])).numpy()}
+            return {"logits": self._placement.array(self._network(self._placement.tensor(feeds[PIXELS])))}
 
 
 def timm_network(config: SwinConfig, size: Size) -> torch.nn.Module:

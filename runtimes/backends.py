@@ -39,6 +39,8 @@ BACKENDS = {
     "openvino": Backend("openvino", "OpenVino", "openvino", ("cpu",)),
     # It compiles the graph each time that it is loaded.
     "onnxruntime-tensorrt": Backend("onnxruntime", "OnnxRuntimeTensorRt", "onnxruntime", ("cuda",), auto=False),
+    # The reference, which fuses nothing.
+    "torch": Backend("pytorch", "PyTorch", "torch", ("cpu", "cuda"), auto=False),
 }
 
 

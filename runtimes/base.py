@@ -108,7 +108,12 @@ class Runtime(ABC):
             array = feeds[spec.name]
             if not isinstance(array, np.ndarray | DeviceTensor):
                 array = from_dlpack(spec, array)
-            _check_array(spec, array, free, f'The input "{spec.name}"')
+            _check_array(spec, array, f'The input "{spec.name}"')
+            for axis, size in zip(spec.shape, array.shape, strict=True):
+                if isinstance(axis, str) and free.setdefault(axis, size) != size:
+                    other = next(one.name for one in self.inputs if axis in one.shape)
+                    sizes = f'has a {axis} of {size}, and "{other}" one of {free[axis]}'
+                    raise InputError(f'The input "{spec.name}" {sizes}. Give both the same.')
             if isinstance(array, DeviceTensor):
                 if array.device != self.device:
                     raise InputError(
@@ -130,7 +135,7 @@ class Runtime(ABC):
             array, what = out[spec.name], f'The array for the output "{spec.name}"'
             if not isinstance(array, np.ndarray):
                 raise InputError(f"{what} is a {type(array).__name__}; expected a numpy array, {spec}.")
-            _check_array(TensorSpec(spec.name, spec.dtype, shape or array.shape), array, {}, what)
+            _check_array(TensorSpec(spec.name, spec.dtype, shape or array.shape), array, what)
             if not (array.flags.c_contiguous and array.flags.aligned and array.flags.writeable):
                 raise InputError(f"{what} cannot be written into directly; expected a writeable, contiguous one (numpy.empty).")
             for name, other in used:
@@ -162,15 +167,16 @@ def _copied(found: Mapping[str, Array], out: Mapping[str, Array]) -> Mapping[str
     return out
 
 
-def _check_array(spec: TensorSpec, array: Array | DeviceTensor, free: dict[str, int], what: str) -> None:
+def _check_array(spec: TensorSpec, array: Array | DeviceTensor, what: str) -> None:
     if array.dtype != spec.dtype:
         raise InputError(f'{what} has dtype {array.dtype}; expected {spec}. Convert it: array.astype("{spec.dtype}").')
     fits = len(array.shape) == len(spec.shape) and all(
-        size == wanted if isinstance(wanted, int) else size > 0 and free.setdefault(wanted, size) == size
-        for size, wanted in zip(array.shape, spec.shape, strict=True)
+        isinstance(wanted, str) or size == wanted for size, wanted in zip(array.shape, spec.shape, strict=True)
     )
     if not fits:
         raise InputError(f"{what} has shape {list(array.shape)}; expected {spec}.")
+    if 0 in array.shape:
+        raise InputError(f"{what} has shape {list(array.shape)} and holds nothing; expected {spec} with at least one image.")
 
 
 def _listed(specs: tuple[TensorSpec, ...]) -> str:

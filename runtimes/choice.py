@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from swin_deploy.bundle import Bundle
-from swin_deploy.errors import BackendError, MissingDependencyError, UsageError
+from swin_deploy.errors import BackendError, MissingDependencyError, MissingKernelError, UsageError
 from swin_deploy.machine import this_machine
 from swin_deploy.reference import Reference, Verdict, check_runtime, described
 from swin_deploy.requires import installed_versions
@@ -28,6 +28,7 @@ from swin_deploy.specs import Size, size_text
 from .base import Runtime
 
 SECONDS, FEWEST_CALLS = 0.5, 7  # of each candidate
+NOT_KNOWN = ""  # the verdict on a candidate that is to be measured
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,14 @@ class Candidate:
 class Measured:
     """A candidate, the fewest milliseconds that a call with one image took, and how it compares with PyTorch.
 
-    None: it was not timed. The fewest, because whatever else the machine does meanwhile only adds to them.
+    None: it was not timed. The fewest, because whatever else the machine does meanwhile only adds to them. `failed`: it did not
+    load or run, which may be otherwise next time; so it is not kept.
     """
 
     candidate: Candidate
     milliseconds: float | None
     verdict: str
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,12 @@ def choose(
         return candidates[0], "there is nothing else to choose from here", ()
     key = _key(bundle, candidates, threads)
     file = _cache_file(key)
-    kept = _read(file, key, candidates)
-    if kept is None:
-        rows = tuple(_measure(bundle, candidate, open_first) for candidate in candidates)
-        kept = (dt.datetime.now().astimezone().isoformat(timespec="seconds"), rows)
-        if any(row.milliseconds is not None for row in rows):
-            _write(file, key, *kept)
-    when, rows = kept
+    now = dt.datetime.now().astimezone().isoformat(timespec="seconds")
+    when, known = _read(file, key, candidates) or (now, tuple(Measured(one, None, NOT_KNOWN) for one in candidates))
+    rows = tuple(_measure(bundle, row.candidate, open_first) if row.verdict == NOT_KNOWN else row for row in known)
+    keep = tuple(Measured(row.candidate, None, NOT_KNOWN) if row.failed else row for row in rows)
+    if keep != known and any(row.milliseconds is not None for row in rows):
+        _write(file, key, when, keep)
     timed = [row for row in rows if row.milliseconds is not None]
     if not timed:
         raise BackendError("None of what is here runs this bundle: " + "; ".join(f"{r.candidate}: {r.verdict}" for r in rows))
@@ -120,7 +122,7 @@ def _measure(bundle: Bundle, candidate: Candidate, open_first: Open) -> Measured
     try:
         file, runtime = open_first(candidate)
     except (BackendError, MissingDependencyError, UsageError) as error:
-        return Measured(candidate, None, str(error))
+        return Measured(candidate, None, str(error), not isinstance(error, MissingKernelError | UsageError))
     with runtime:
         reference = Reference.load(bundle, _reference_of(bundle, file))
         try:
@@ -136,7 +138,7 @@ def _measure(bundle: Bundle, candidate: Candidate, open_first: Open) -> Measured
                 runtime.run(feeds, out)
                 times.append((time.perf_counter() - start) * 1e3)
         except BackendError as error:
-            return Measured(candidate, None, str(error))
+            return Measured(candidate, None, str(error), failed=True)
     return Measured(candidate, min(times), described({"verified": True, **verdict.agreement.to_dict()}))
 
 
@@ -152,7 +154,7 @@ def _key(bundle: Bundle, candidates: Sequence[Candidate], threads: int) -> dict[
         "bundle": hashlib.sha256(json.dumps(sorted((f, e["sha256"]) for f, e in bundle.files.items())).encode()).hexdigest(),
         "candidates": [asdict(candidate) for candidate in candidates],
         "threads": threads,
-        "libraries": installed_versions(("swin-deploy", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy")),
+        "libraries": installed_versions(("swin-deploy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "numpy")),
         "machine": [
             machine.processor,
             machine.usable_cores,

@@ -87,6 +87,14 @@ def _candidates(bundle: Bundle, backend: str, precision: str, device: str) -> li
     raise UsageError(f"The bundle {bundle.path} holds no {asked} graph; it holds {', '.join(held)}.{made}")
 
 
+def devices_here(backend: str, device: str) -> list[str]:
+    """Where a back end runs, of what `device` stands for ("auto", "cpu", "cuda", "cuda:1"): "auto" is all that is here.
+
+    Raises UsageError where there is no such back end or device.
+    """
+    return _devices(backend_named(backend), None if device == AUTO else device_from_text(device))
+
+
 def _devices(kind: Backend, wanted: str | None) -> list[str]:
     """Where a back end is to run: `wanted` where it can, else every kind of device that it knows and this machine has."""
     if wanted is not None:
@@ -96,6 +104,8 @@ def _devices(kind: Backend, wanted: str | None) -> list[str]:
 
 
 def _has_cuda(kind: Backend) -> bool:
+    if kind.library == "torch":
+        return bool(require("torch", "run ONNX models").cuda.is_available())
     if kind.library != "onnxruntime":
         return True
     providers: list[str] = require("onnxruntime", "run ONNX models").get_available_providers()

@@ -49,7 +49,7 @@ class OpenVino(Runtime):
             self._single = self._requests(model)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot load {path}: {_sentence(error)}") from error
-        super().__init__(f"openvino {ov.__version__}", inputs, outputs)
+        super().__init__(f"openvino {ov.__version__.partition('-')[0]}", inputs, outputs)  # what follows names the build
 
     def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
         try:

@@ -31,22 +31,24 @@ Rounds = Sequence[Sequence[float]]  # milliseconds of every call
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is measured: whose network ("swin-deploy", "transformers", "timm"), what runs it, and how many images at a time."""
+    """What is measured: whose network ("swin-deploy", "transformers", "timm"), what runs it and where, the batch."""
 
     model: str
     backend: str
     precision: str
     batch: int
     same_weights: bool = True  # as the bundle's; others have random ones, and their answers are not compared
+    device: str = "cpu"
 
     def __str__(self) -> str:
         ours = "" if self.model == "swin-deploy" else f" ({self.model})"
-        return f"{self.backend} {self.precision}{ours}, batch {self.batch}"
+        where = "" if self.device == "cpu" else f" on {self.device}"
+        return f"{self.backend} {self.precision}{ours}{where}, batch {self.batch}"
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Time relative to the reference row of the same batch: the median of the rounds' own ratios, and their quartiles."""
+    """Time relative to the reference of that batch and device: the median of the rounds' own ratios, and their quartiles."""
 
     median: float
     low: float
@@ -140,7 +142,7 @@ def race(
                 taken[candidate].append(running[candidate].milliseconds(seconds / rounds))
     rows = []
     for candidate, child in running.items():
-        reference = _reference(candidate, running)
+        reference = reference_of(candidate, running)
         alike = candidate.same_weights and child.inputs == running[reference].inputs  # frames are other noise than pixels
         far = _distance(answers[candidate], answers[reference]) if alike else None
         rows.append(_summary(candidate, child, taken[candidate], taken[reference], far))
@@ -156,9 +158,9 @@ def _leave_room(running: Mapping[Candidate, Child], more: int) -> None:
         )
 
 
-def _reference(candidate: Candidate, measured: Iterable[Candidate]) -> Candidate:
-    """PyTorch at the same batch, or what comes first at that batch."""
-    same = [other for other in measured if other.batch == candidate.batch]
+def reference_of(candidate: Candidate, measured: Iterable[Candidate]) -> Candidate:
+    """PyTorch in fp32 at the same batch on the same device, or what comes first there."""
+    same = [other for other in measured if (other.batch, other.device) == (candidate.batch, candidate.device)]
     return next((other for other in same if other.backend == "pytorch"), same[0])
 
 

@@ -28,7 +28,7 @@ def svg_from_rows(rows: Sequence[Measurement], machine: str, reference: str) -> 
     for number, (row, (low, middle, high)) in enumerate(zip(rows, spans, strict=True)):
         y = _TOP + _ROW * number
         ratio = f", x {row.ratio.median:.2f}"
-        kind = "pytorch" if row.candidate.backend == "pytorch" else row.candidate.model
+        kind = "pytorch" if row.candidate.backend in ("pytorch", "torch.compile") else row.candidate.model
         lines += [
             f'<text x="{_LEFT - 10}" y="{y + 13}" text-anchor="end">{escape(str(row.candidate))}</text>',
             f'<rect class="bar" x="{_LEFT}" y="{y}" width="{middle * scale:.1f}" height="{_BAR}" '

@@ -14,7 +14,6 @@ it, is not a bundle. Every file is checked against its sha256 before anything is
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime as dt
 import glob
 import hashlib
@@ -23,13 +22,13 @@ import os
 import platform
 import secrets
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from swin_deploy.errors import BundleError
+from swin_deploy.folders import exchanged, locked
 from swin_deploy.specs import PRECISIONS, graph_file
 
 MANIFEST = "manifest.json"
@@ -120,7 +119,7 @@ class Bundle:
         """
         with contextlib.ExitStack() as stack:
             with disk_errors(self.path / "onnx"):
-                stack.enter_context(_locked(self.path / "onnx", waiting))
+                stack.enter_context(locked(self.path / "onnx", waiting))
             yield Bundle.open(self.path)
 
     def with_file(self, file: str, entry: Entry, write: Callable[[Path], None]) -> Bundle:
@@ -137,7 +136,7 @@ class Bundle:
             try:
                 write(scratch)
                 described = {**entry, **_facts(scratch)}
-                with _locked(self.path):
+                with locked(self.path):
                     manifest = _read_manifest(self.path / MANIFEST)  # somebody else may have added a file meanwhile
                     if (before := manifest["files"].pop(file, None)) is not None:
                         if before["sha256"] != described["sha256"]:
@@ -153,10 +152,19 @@ class Bundle:
 
     def with_entry(self, file: str, changes: Mapping[str, Any]) -> Bundle:
         """The bundle after `changes` were made to the manifest's entry of `file`."""
-        with disk_errors(self.path / MANIFEST), _locked(self.path):
+        with disk_errors(self.path / MANIFEST), locked(self.path):
             manifest = _read_manifest(self.path / MANIFEST)
             manifest["files"][file] |= changes
             _write_manifest(self.path, manifest)
+        return Bundle(self.path, manifest)
+
+    def without(self, file: str) -> Bundle:
+        """The bundle after `file` was removed from it."""
+        with disk_errors(self.path / MANIFEST), locked(self.path):
+            manifest = _read_manifest(self.path / MANIFEST)
+            manifest["files"].pop(file, None)
+            _write_manifest(self.path, manifest)
+            (self.path / file).unlink(missing_ok=True)
         return Bundle(self.path, manifest)
 
 
@@ -287,7 +295,7 @@ def _check_room(path: Path, replace: bool) -> None:
 def _move_into_place(staging: Path, path: Path) -> None:
     if not (path.exists() and any(path.iterdir())):
         staging.replace(path)
-    elif not _exchanged(staging, path):
+    elif not exchanged(staging, path):
         old = scratch_beside(path)
         path.replace(old)
         try:
@@ -296,18 +304,6 @@ def _move_into_place(staging: Path, path: Path) -> None:
             old.replace(path)
             raise
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchanged(one: Path, other: Path) -> bool:
-    """Whether two folders took each other's place in one step, which not every system can: killed, none is missing."""
-    if sys.platform != "linux":
-        return False
-    try:
-        renameat2 = ctypes.CDLL(None).renameat2
-    except (OSError, AttributeError):  # a C library older than 2018, or musl
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:
@@ -377,24 +373,3 @@ def _sweep(target: Path) -> None:
                 leftover.unlink(missing_ok=True)
         except OSError:
             pass  # somebody else's process
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Holds a folder against other processes that ask for it; where the system has no such locks, nothing."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if waiting is not None:
-                waiting()
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

@@ -32,6 +32,7 @@ STEPS = (
     Step("ONNX Runtime, CUDA", ("onnxruntime",), "gpu", "onnxruntime", needs_gpu=True),
     Step("ONNX Runtime, TensorRT", ("onnxruntime",), "gpu,tensorrt", "onnxruntime-tensorrt", needs_gpu=True),
     Step("OpenVINO", ("openvino",), "openvino", "openvino"),
+    Step("PyTorch", ("torch", "onnx"), "export", "torch"),
     Step("TensorRT", ("tensorrt",), "tensorrt", "tensorrt", needs_gpu=True),
     Step("TensorRT for RTX", ("tensorrt_rtx",), "tensorrt-rtx", "tensorrt-rtx", runs_on_gpu=True),
     Step("export", ("torch", "onnx", "onnxscript", "onnx_graphsurgeon", "safetensors"), "export"),

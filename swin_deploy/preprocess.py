@@ -303,6 +303,11 @@ def _eight_bit(image: PILImage.Image, label: str) -> PILImage.Image:
 def _array_to_rgb(array: NDArray[Any], label: str) -> NDArray[np.uint8]:
     """`array` as uint8 HWC in RGB; alpha is laid on white with the float64 arithmetic of transformers."""
     channels = array.shape[2] if array.ndim == 3 else 1
+    if array.ndim == 4:
+        raise InputError(
+            f"{label} is an array of {len(array)} images, of shape {array.shape}, and one image is (height, width, 3). Give "
+            "them as a list: list(array)."
+        )
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in array.shape:
         what = f"{label} is an array of {array.dtype} and shape {array.shape}, and must be uint8 (values 0..255)"
         raise InputError(f"{what} and (height, width, 3) in RGB order, (height, width, 4) or (height, width); convert it.")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from swin_deploy.errors import MissingDependencyError
@@ -38,7 +40,7 @@ def require(module: str, purpose: str) -> Any:
         # here once, when it is imported. Who wants that sets it to 0.
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
-        return importlib.import_module(module)
+        return _openvino(module) if top == "openvino" else importlib.import_module(module)
     except ImportError as error:
         name, extra = PROVIDERS[top]
         if isinstance(error, ModuleNotFoundError) and error.name == top:
@@ -49,6 +51,23 @@ def require(module: str, purpose: str) -> Any:
             f"{name} is needed to {purpose}, but it is installed and fails to import ({error}). "
             f'Reinstall it: pip install --force-reinstall "swin-deploy[{extra}]"'
         ) from error
+
+
+def _openvino(module: str) -> Any:
+    """OpenVINO, imported without the library by which it reports each import to its makers, which it does without.
+
+    Who has opted in or out (`opt_in_out`) has a file that says so, which that library reads; an application that has imported
+    one of the two already has decided as well.
+    """
+    reports, windows = "openvino_telemetry", sys.platform == "win32"
+    folder = Path(os.environ.get("LOCALAPPDATA" if windows else "HOME", ""), "Intel Corporation" if windows else "intel")
+    if reports in sys.modules or "openvino" in sys.modules or (folder / reports).exists():
+        return importlib.import_module(module)
+    sys.modules[reports] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module(module)
+    finally:
+        del sys.modules[reports]
 
 
 def installed_versions(distributions: Iterable[str]) -> dict[str, str]:

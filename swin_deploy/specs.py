@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swin_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    import onnx
 
 QUANTIZED = ("int8", "fp8")
 PRECISIONS = ("fp32", "fp16", "bf16", *QUANTIZED)
@@ -39,6 +43,18 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype} [{', '.join(str(size) for size in self.shape)}]"
+
+
+def specs_from_onnx(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
+    """Names, types and shapes of a graph's inputs or outputs, as it declares them; "?" for an axis of which it says nothing."""
+    import onnx
+
+    specs = []
+    for value in values:
+        tensor = value.type.tensor_type
+        shape = tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or "?") for d in tensor.shape.dim)
+        specs.append(TensorSpec(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape))
+    return tuple(specs)
 
 
 def size_from_text(text: str) -> Size:

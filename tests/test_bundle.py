@@ -195,7 +195,7 @@ def test_a_folder_that_appears_meanwhile_is_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize("exchange", [True, False])
 def test_replacing_without_an_exchange_of_the_system(exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exchange:
-        monkeypatch.setattr("swin_deploy.bundle._exchanged", lambda one, other: False)
+        monkeypatch.setattr("swin_deploy.bundle.exchanged", lambda one, other: False)
     make(tmp_path / "b", "old")
     assert text_of(make(tmp_path / "b", "new", replace=True)) == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["b"]

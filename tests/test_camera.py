@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,21 @@ def test_a_folder_of_frames(batch: int, tmp_path: Path) -> None:
     assert [(row[0], row[-1]) for row in rows] == [(str(i), word) for i, word in enumerate(words)]
     assert all(float(row[2]) >= 0 and row[3] == "ms" for row in rows)
     assert "onnxruntime" in done.stderr
+
+
+def test_an_end_of_those_who_read(tmp_path: Path) -> None:
+    """As `| head -1` does it: no word about it, and the frames that are left are not read."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, EXAMPLES / "camera.py", digits(2), EXAMPLES / "digits/images", "--backend", "onnxruntime"]
+    with os.fdopen(writes, "w") as closed:
+        done = subprocess.run(command, cwd=tmp_path, stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 130
+    assert "rror" not in done.stderr, done.stderr
+
+
+def test_it_is_short() -> None:
+    assert len((EXAMPLES / "camera.py").read_text(encoding="utf-8").splitlines()) <= 60
 
 
 def test_what_is_no_source(tmp_path: Path) -> None:

@@ -23,3 +23,24 @@ def test_onnxruntime_does_not_report_unless_somebody_wants_it(chosen: str | None
     assert done.stdout.strip() == ("0" if reports else "1")
     if not reports:
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("decided", [False, True])
+def test_openvino_does_not_report_unless_somebody_has_decided(decided: bool, tmp_path: Path) -> None:
+    """Without a decision the library that reports is not even imported, and stays usable; with one it obeys that itself."""
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    pytest.importorskip("openvino_telemetry", reason="openvino-telemetry is not installed")
+    folder = tmp_path / ("Intel Corporation" if os.name == "nt" else "intel")
+    if decided:
+        folder.mkdir()
+        (folder / "openvino_telemetry").write_text("0")  # as `opt_in_out --opt_out` writes it
+    env = {name: value for name, value in os.environ.items() if name not in QUIET and not name.startswith("PYTEST")}
+    code = (
+        'import sys; from swin_deploy.requires import require; ov = require("openvino", "run")\n'
+        'print("openvino_telemetry" in sys.modules, len(ov.Core().available_devices) > 0)\n'
+        "import openvino_telemetry"
+    )
+    env |= {"HOME": str(tmp_path), "LOCALAPPDATA": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(decided), "True"]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["openvino_telemetry"] * decided

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
+import itertools
 import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from swin_deploy.api.load import load
 from swin_deploy.api.say import Say, silent
-from swin_deploy.bench import Candidate, LeftOut, Measurement, Progress, Request, race
+from swin_deploy.bench import Candidate, LeftOut, Measurement, Progress, Request, race, reference_of
 from swin_deploy.bundle import CONFIG, Bundle
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import BackendError, MissingDependencyError, UsageError
@@ -29,14 +29,19 @@ if TYPE_CHECKING:
     from swin_deploy.models.checkpoints import Checkpoint
 
 BATCHES = (1, 8)
+COMPILED = "torch.compile"
 LONGEST = 86_400.0  # seconds for each candidate
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured on which machine. `reference` names the rows that others are compared with, one for each batch."""
+    """What was measured on which machine, and the names of its GPUs by device ("cuda:0") where rows ran there.
+
+    `reference` names the rows that others are compared with, one for each batch and device.
+    """
 
     machine: Machine
+    gpus: Mapping[str, str]
     reference: str
     rows: tuple[Measurement, ...]
     left_out: tuple[LeftOut, ...]
@@ -45,6 +50,7 @@ class Bench:
         """The figures as JSON values."""
         return {
             "machine": self.machine.to_dict(),
+            "gpus": dict(self.gpus),
             "reference": self.reference,
             "rows": [row.to_dict() for row in self.rows],
             "left_out": [{**vars(one.candidate), "reason": one.reason} for one in self.left_out],
@@ -57,6 +63,7 @@ def bench(
     backends: Sequence[str] = (),
     precisions: Sequence[str] = (),
     batches: Sequence[int] = (),
+    device: str = "auto",
     threads: int = 0,
     seconds: float = 6.0,
     rounds: int = 10,
@@ -68,7 +75,8 @@ def bench(
     """Latency, throughput, memory and cold start of a bundle's first image size here, each candidate in its own process.
 
     Without `backends`, `precisions` and `batches`: all back ends that are installed, the precisions whose graphs the bundle
-    holds (and OpenVINO's bf16), 1 and 8 images. What of these does not run is left out; what was named and does not is an
+    holds (and OpenVINO's bf16), 1 and 8 images. `device` is "cpu", "cuda" or "cuda:1"; "auto" is the CPU and the first GPU,
+    each with the back ends that run there. What of these does not run is left out; what was named and does not is an
     error. `seconds` is for each candidate, spread over `rounds` in which they take turns. Rows of PyTorch, the reference, are
     added where `weights` names the checkpoint that was exported, or the bundle has random weights. `peers` adds the exports of
     transformers and timm. Raises errors.UsageError for figures that cannot be meant, what loading raises, and
@@ -85,7 +93,7 @@ def bench(
         raise UsageError(f"{rounds} rounds and {threads} threads cannot be meant: from 1 up, and from 0 to {MOST_THREADS}.")
     for batch in sizes:
         _check_batch(batch, config, size, machine)
-    ours = _of_bundle(found, backends, precisions, sizes, threads)
+    ours = planned(found, backends, precisions, sizes, threads, device)
 
     def check(left_out: Sequence[LeftOut]) -> None:
         """Raises the reason where nothing is left of what was asked for by name, or nothing at all."""
@@ -100,12 +108,25 @@ def bench(
 
     with tempfile.TemporaryDirectory(prefix="swin-bench-") as scratch:
         others = Others(found, config, size, threads, Path(scratch), say)
-        requests: dict[Candidate, Request] = {**others.pytorch(weights, sizes), **ours}
+        places = tuple(dict.fromkeys(candidate.device for candidate in ours))
+        requests: dict[Candidate, Request] = {**others.pytorch(weights, sizes, places), **ours}
         if peers:
             requests |= others.exports(ours)
         say(f"Measuring {len(requests)} rows, {seconds:g} s each and the time that they take to load")
         raced = race(requests, seconds, rounds, progress or (lambda phase, step, steps: None), check)
-    return Bench(machine, raced.rows[0].run_by, raced.rows, raced.left_out)
+    run_by = {row.candidate: row.run_by for row in raced.rows}
+    references = dict.fromkeys(reference_of(candidate, run_by) for candidate in run_by)
+    names = (run_by[one] + ("" if one.device == "cpu" else f" on {one.device}") for one in references)
+    gpus = {place: _gpu_name(place) for place in dict.fromkeys(one.device for one in run_by) if place != "cpu"}
+    return Bench(machine, gpus, ", ".join(dict.fromkeys(names)), raced.rows, raced.left_out)
+
+
+def _gpu_name(device: str) -> str:
+    from swin_deploy.cuda import cuda_devices
+
+    found = dict(enumerate(cuda_devices()))
+    number = int(device.partition(":")[2])
+    return found[number].name if number in found else "unknown"
 
 
 def _image_size(bundle: Bundle) -> Size:
@@ -125,11 +146,12 @@ def _check_batch(batch: int, config: SwinConfig, size: Size, machine: Machine) -
         )
 
 
-def _of_bundle(
-    bundle: Bundle, backends: Sequence[str], precisions: Sequence[str], batches: Sequence[int], threads: int
+def planned(
+    bundle: Bundle, backends: Sequence[str], precisions: Sequence[str], batches: Sequence[int], threads: int, device: str
 ) -> dict[Candidate, Request]:
     """What there is to measure of the bundle itself. A back end asked for by name must be installed."""
     from swin_deploy.runtimes.backends import BACKENDS
+    from swin_deploy.runtimes.opening import devices_here
 
     if unknown := [name for name in backends if name not in BACKENDS]:
         raise UsageError(f'There is no back end "{unknown[0]}". There are: {", ".join(BACKENDS)}.')
@@ -139,14 +161,19 @@ def _of_bundle(
         if not BACKENDS[name].installed:
             require(BACKENDS[name].library, "measure what it runs")
     held = dict.fromkeys(str(entry["precision"]) for entry in bundle.graphs.values())
+    # The back end torch is left out: PyTorch itself has rows, as the reference.
+    usual = [name for name, one in BACKENDS.items() if one.installed and one.library != "torch"]
     found: dict[Candidate, Request] = {}
-    for backend in dict.fromkeys(
-        backends or [name for name, one in BACKENDS.items() if one.installed and "cpu" in one.devices]
-    ):
-        for precision in dict.fromkeys(precisions or [*held, *(["bf16"] if backend == "openvino" else [])]):
-            for batch in batches:
-                request = {"bundle": str(bundle.path), "backend": backend, "precision": precision, "threads": threads}
-                found[Candidate("swin-deploy", backend, precision, batch)] = request
+    for backend in dict.fromkeys(backends or usual):
+        # Loading what was named says why it does not run there.
+        named = [BACKENDS[backend].devices[0] if device == "auto" else device] if backends else []
+        for place in devices_here(backend, device) or named:
+            for precision in dict.fromkeys(precisions or [*held, *(["bf16"] if backend == "openvino" else [])]):
+                for batch in batches:
+                    request = {"bundle": str(bundle.path), "backend": backend, "precision": precision, "device": place}
+                    found[Candidate("swin-deploy", backend, precision, batch, device=place)] = {**request, "threads": threads}
+    if not found and device != "auto":
+        raise UsageError(f"Nothing that is installed runs on {device}. Take another device, or see: swin-deploy doctor")
     if not found:
         raise MissingDependencyError(
             'Nothing is installed that runs a bundle. Run: pip install "swin-deploy[onnxruntime]", or see: swin-deploy doctor'
@@ -165,8 +192,13 @@ class Others:
     scratch: Path
     say: Say
 
-    def pytorch(self, weights: str | os.PathLike[str] | None, batches: Sequence[int]) -> dict[Candidate, Request]:
-        """PyTorch itself, where the checkpoint is known: transformers' model, or without transformers this package's."""
+    def pytorch(
+        self, weights: str | os.PathLike[str] | None, batches: Sequence[int], devices: Sequence[str]
+    ) -> dict[Candidate, Request]:
+        """PyTorch itself, where the checkpoint is known: transformers' model, or without transformers this package's.
+
+        On a GPU in fp32, in fp16, and in fp16 by torch.compile.
+        """
         seed = re.fullmatch(r"random weights, seed (\d+)", str(self.bundle.manifest["source"]))
         if weights is not None:
             require("torch", "measure PyTorch")
@@ -182,7 +214,18 @@ class Others:
 
             model, request = "transformers", {"transformers": str(self.scratch / "same"), "threads": self.threads}
             transformers_folder(checkpoint, self.scratch / "same")
-        return {Candidate(model, "pytorch", "fp32", batch): {**request, "size": self.size} for batch in batches}
+        found: dict[Candidate, Request] = {}
+        for device in devices:
+            ways = [("pytorch", "fp32")]
+            if device != "cpu":
+                if not require("torch", "measure PyTorch").cuda.is_available():
+                    self.say(f"No rows of PyTorch on {device}: torch is installed without CUDA")
+                    continue
+                ways += [("pytorch", "fp16"), (COMPILED, "fp16")]
+            for (backend, precision), batch in itertools.product(ways, batches):
+                placed = {"size": self.size, "placement": (device, precision, backend == COMPILED)}
+                found[Candidate(model, backend, precision, batch, device=device)] = {**request, **placed}
+        return found
 
     def exports(self, ours: Iterable[Candidate]) -> dict[Candidate, Request]:
         """What transformers and timm export of this architecture, run by the back ends of `ours`."""
@@ -200,8 +243,9 @@ class Others:
                     if one.backend in ("onnxruntime", "openvino"):
                         file = self._exported(model, network, one.batch)
                         bf16 = (one.backend, one.precision) == ("openvino", "bf16")
-                        theirs = Candidate(model, one.backend, "bf16" if bf16 else "fp32", one.batch, same)
-                        found[theirs] = {"onnx": str(file), "backend": one.backend, "bf16": bf16, "threads": self.threads}
+                        theirs = Candidate(model, one.backend, "bf16" if bf16 else "fp32", one.batch, same, one.device)
+                        request = {"onnx": str(file), "backend": one.backend, "bf16": bf16, "threads": self.threads}
+                        found[theirs] = {**request, "device": one.device}
             except Exception as error:  # noqa: BLE001 - what fails in their code ends their rows only
                 self.say(f"No rows of {model}: its export failed ({' '.join(str(error).split())[:300]})")
         return found
@@ -268,28 +312,28 @@ def _opened(request: dict[str, Any]) -> Any:
     from swin_deploy.runtimes.backends import BACKENDS, runtime_from_onnx
 
     backend, threads = request["backend"], request["threads"]
+    device = request.get("device", BACKENDS[backend].devices[0])
     if "onnx" in request:
-        return runtime_from_onnx(Path(request["onnx"]), backend, threads, request["bf16"])
-    model = load(
-        request["bundle"], precision=request["precision"], backend=backend, device=BACKENDS[backend].devices[0], threads=threads
-    )
-    version = importlib.import_module(BACKENDS[backend].library).__version__
-    return SimpleNamespace(title=f"{backend} {version}", inputs=model.inputs, run=model.run)
+        return runtime_from_onnx(Path(request["onnx"]), backend, threads, request["bf16"], device)
+    if backend == "torch" and threads:
+        require("torch", "measure what it runs").set_num_threads(threads)
+    model = load(request["bundle"], precision=request["precision"], backend=backend, device=device, threads=threads)
+    return SimpleNamespace(title=f"{backend} {model.describe().version}", inputs=model.inputs, run=model.run)
 
 
 def _opened_by_torch(request: dict[str, Any]) -> Any:
     import torch
 
-    from swin_deploy.models.running import TorchNetwork
+    from swin_deploy.models.running import Placement, TorchNetwork
     from swin_deploy.tasks import TaskSpec
 
     if request["threads"]:
         torch.set_num_threads(request["threads"])
-    size = (int(request["size"][0]), int(request["size"][1]))
+    size, placement = (int(request["size"][0]), int(request["size"][1])), Placement(*request["placement"])
     if "transformers" in request:
         from swin_deploy.exporters.peers import TransformersNetwork
 
-        return TransformersNetwork(Path(request["transformers"]), size)
+        return TransformersNetwork(Path(request["transformers"]), size, placement)
     bundle = Bundle.open(request["torch"])
     checkpoint = checkpoint_of(bundle, request["weights"], request["seed"])
-    return TorchNetwork(checkpoint, TaskSpec.from_dict(bundle.manifest["task"]), size)
+    return TorchNetwork(checkpoint, TaskSpec.from_dict(bundle.manifest["task"]), size, placement=placement)

@@ -204,6 +204,23 @@ def _openvino() -> str:
     return f"{', '.join(computes)} on the CPU; devices: {', '.join(core.available_devices)}"
 
 
+def _pytorch() -> str:
+    import numpy as np
+
+    from swin_deploy.runtimes.pytorch import PyTorch
+
+    places = ["cpu"] + ["cuda:0"] * bool(require("torch", "run a graph").cuda.is_available())
+    with tempfile.TemporaryDirectory(prefix="swin-doctor-") as folder:
+        path = Path(folder, "micro.onnx")
+        path.write_bytes(MICRO)
+        for place in places:
+            with PyTorch(path, device=place) as runtime:
+                answer = runtime.run({"x": np.ones(1, np.float32)})["y"]
+            if answer.tolist() != [1.0]:
+                raise BackendError(f"Relu(1) is {answer.tolist()} on {place}")
+    return f"every graph, node by node, as the reference; devices: {', '.join(places)}"
+
+
 def _tensorrt() -> str:
     from swin_deploy.cuda import cuda_devices
     from swin_deploy.exporters.gpu import has_fp8
@@ -262,6 +279,7 @@ PROBES: Mapping[str, Callable[[], str]] = {
     "ONNX Runtime, CUDA": _onnxruntime_cuda,
     "ONNX Runtime, TensorRT": _onnxruntime_tensorrt,
     "OpenVINO": _openvino,
+    "PyTorch": _pytorch,
     "TensorRT": _tensorrt,
     "TensorRT for RTX": _tensorrt_rtx,
     "export": _export,

@@ -19,10 +19,10 @@ def load(
 ) -> Model:
     """The bundle at `path`, loaded and ready to run; use it as a context manager or call `close()`.
 
-    `backend` is "onnxruntime" or "openvino", `device` "cpu", "cuda" or "cuda:1"; `precision` is "fp32", or another one whose
-    graph was made ("fp16", "int8"), or with OpenVINO "bf16". What is named is taken, or an error. What is "auto" is measured
-    where there is a choice, once for this bundle on this machine: the fastest that agrees with PyTorch's recorded answers as
-    `verify` demands it. The precision is not left open unless `precision` says "auto", which takes every precision
+    `backend` is "onnxruntime", "openvino" or "torch", `device` "cpu", "cuda" or "cuda:1"; `precision` is "fp32", or another
+    one whose graph was made ("fp16", "int8"), or with OpenVINO "bf16". What is named is taken, or an error. What is "auto" is
+    measured where there is a choice, once for this bundle on this machine: the fastest that agrees with PyTorch's recorded
+    answers as `verify` demands it. The precision is not left open unless `precision` says "auto", which takes every precision
     that the bundle holds and bf16. `model.describe()` says what was chosen and why. `threads` 0 lets the back end choose.
 
     Raises errors.BundleError for a folder that is no intact bundle, errors.MissingDependencyError for a back end that is not

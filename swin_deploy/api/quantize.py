@@ -96,6 +96,9 @@ def quantize(
         raise UsageError(f"{gpu} has no FP8, which came with sm_89. Name a newer GPU with --gpu, or take int8.")
     if data is None and (max_drop, min_speedup) != (None, None):
         raise UsageError("--max-drop and --min-speedup are judged on samples: name images with --data.")
+    for what, value in (("--samples", samples), ("--labels", labels), ("--method", method)):
+        if data is None and value is not None:
+            raise UsageError(f"{what} is about the images of --data, and none are named. Name them, or leave {what} out.")
     chosen = None if data is None else samples_for(found, data, samples, None if labels == "none" else labels)
     classes, wanted, _ = (0, None, None) if chosen is None or max_drop is None else wanted_classes(found, chosen, labels)
     brought, fingerprint = ranges_for(found, ranges)
@@ -139,11 +142,13 @@ def quantize(
             gate = {"max_drop": max_drop, "min_speedup": min_speedup, "labels": sums, "gpu": gpu}
         found = with_graphs(found, quantization, make, {"calibration": {**asked, **gate}}, runtime_to_check, say)
         for file, entry in list(found.graphs.items()):
+            picture = file.removesuffix(".onnx") + ".sensitivity.svg"
+            if picture in found.files and "sensitivity" not in entry:  # of the graph that was there before
+                found = found.without(picture)
             source = next((name for name in rankings if found.files[name]["sha256"] == entry.get("parent")), None)
             if source is not None and entry["precision"] == quantization:
-                picture = svg_from_damages(f"{found.name}, {title}, {file}", *rankings[source])
-                name = file.removesuffix(".onnx") + ".sensitivity.svg"
-                found = found.with_file(name, {"parent": entry["sha256"]}, bytes_writer(picture.encode()))
+                drawn = svg_from_damages(f"{found.name}, {title}, {file}", *rankings[source])
+                found = found.with_file(picture, {"parent": entry["sha256"]}, bytes_writer(drawn.encode()))
         if chosen is None:
             return Evaluation(0, None, "the fp32 graph", ())
         say("Comparing with fp32 on the samples")

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 @click.command("bench", short_help="Measure latency, throughput, memory and cold start on this machine.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--backend", "backends", multiple=True, help="Repeatable. Default: all that are installed.")
+@click.option("--backend", "backends", multiple=True, help="Repeatable. Default: all that are installed, but torch.")
 @click.option(
     "--precision", "precisions", multiple=True, help="Repeatable. Default: all that the bundle and the back end have."
 )
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1), help="Repeatable. Default: 1 and 8.")
+@click.option("--device", default="auto", show_default=True, help="Where: cpu, cuda, cuda:1; auto is all that is here.")
 @click.option("--weights", help="The checkpoint that was exported: adds rows of PyTorch, which the others are compared with.")
 @click.option("--peers", is_flag=True, help="Add the exports of transformers and timm, where they are installed.")
 @click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="0 lets the back end choose.")
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
 @click.option("--plot", metavar="FILE.svg", type=click.Path(path_type=Path), help="Draw the table, as SVG.")
 @json_option
 def command(bundle: Path, plot: Path | None, as_json: bool, **options: Any) -> None:
-    """Measure BUNDLE here: every back end, precision and batch size, each in a process of its own, taking turns.
+    """Measure BUNDLE here: every back end, device, precision and batch size, each in a process of its own, taking turns.
 
-    The ratio is the time relative to the reference, the first row of the same batch: PyTorch where --weights names the
-    checkpoint, or where the bundle has random weights. Its interval spans the quartiles of the rounds.
+    The ratio is the time relative to the reference, the first row of the same batch and device: PyTorch where --weights names
+    the checkpoint, or where the bundle has random weights. Its interval spans the quartiles of the rounds.
     """
     from swin_deploy.api.bench import bench
 
@@ -41,14 +42,15 @@ def command(bundle: Path, plot: Path | None, as_json: bool, **options: Any) -> N
         found = bench(bundle, say=say, progress=say.follow, **options)
     finally:
         say.clear()
+    machine = "; ".join([str(found.machine), *(f"{device}: {name}" for device, name in found.gpus.items())])
     if plot is not None:
         from swin_deploy.bench_plot import svg_from_rows
 
-        write_plot(plot, svg_from_rows(found.rows, str(found.machine), found.reference))
+        write_plot(plot, svg_from_rows(found.rows, machine, found.reference))
         say(f"Wrote {plot}")
     for line in _lines(found.left_out):
         say(f"Left out: {line}")
-    say(f"On {found.machine}; ratios are to {found.reference}")
+    say(f"On {machine}; ratios are to {found.reference}")
     if as_json:
         print_json({"bundle": str(bundle), **found.to_dict()})
     else:
@@ -57,12 +59,13 @@ def command(bundle: Path, plot: Path | None, as_json: bool, **options: Any) -> N
 
 def _print_rows(rows: Sequence[Measurement]) -> None:
     print_table(
-        ("model", "back end", "precision", "batch", "runs", "p50 ms", "p90 ms", "p99 ms", "images/s", "peak MB", "cold s",
-         "ratio", "quartiles", "distance"),
+        ("model", "back end", "device", "precision", "batch", "runs", "p50 ms", "p90 ms", "p99 ms", "images/s", "peak MB",
+         "cold s", "ratio", "quartiles", "distance"),
         [
             (
                 row.candidate.model,
                 row.candidate.backend,
+                row.candidate.device,
                 row.candidate.precision,
                 row.candidate.batch,
                 row.runs,

@@ -14,7 +14,7 @@ from swin_deploy.cli.output import json_option, print_json, print_table, teller
 @click.option("--samples", type=click.IntRange(1), help="Only so many, evenly spread, equally many of each class.")
 @click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Images at a time.")
 @click.option("--precision", "precisions", multiple=True, help="Repeatable; without it every graph of the bundle.")
-@click.option("--backend", default="onnxruntime", show_default=True, help="What runs the graphs: onnxruntime, openvino.")
+@click.option("--backend", default="onnxruntime", show_default=True, help="What runs the graphs: onnxruntime, openvino, torch.")
 @click.option("--weights", help="The checkpoint that was exported; graphs are then compared with PyTorch itself.")
 @json_option
 def command(

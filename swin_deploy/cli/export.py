@@ -6,6 +6,7 @@ import click
 
 from swin_deploy.cli.output import json_option, print_json, teller
 from swin_deploy.config import SEMANTICS
+from swin_deploy.errors import UsageError
 from swin_deploy.specs import TARGETS, numbers_from_text, size_from_text
 from swin_deploy.tasks import TASKS, TaskSpec
 
@@ -39,7 +40,9 @@ from swin_deploy.tasks import TASKS, TaskSpec
     "--target", type=click.Choice(TARGETS), default=TARGETS[0], show_default=True, help="What the graph is to be fast with."
 )
 @click.option("--embed-preprocess", is_flag=True, help="Let the graph take uint8 frames [batch, height, width, 3].")
-@click.option("--embed-resize", metavar="HxW", help="The same for frames of this size, which the graph resizes, too.")
+@click.option(
+    "--embed-resize", multiple=True, metavar="HxW", help="The same for frames of this size, which the graph resizes, too."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle to write. Default: ./NAME.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
 @json_option
@@ -60,7 +63,7 @@ def command(
     pretrained_window_sizes: str | None,
     target: str,
     embed_preprocess: bool,
-    embed_resize: str | None,
+    embed_resize: tuple[str, ...],
     output: Path | None,
     force: bool,
     as_json: bool,
@@ -72,6 +75,11 @@ def command(
     import swin_deploy
     from swin_deploy.reference import described
 
+    if len(embed_resize) > 1:
+        raise UsageError(
+            f"--embed-resize was given {len(embed_resize)} times, and a bundle resizes frames of one size. Export one bundle "
+            "for each, with -o."
+        )
     say = teller()
     spec = TaskSpec(
         task,
@@ -93,7 +101,7 @@ def command(
         pretrained_window_sizes=numbers_from_text(pretrained_window_sizes, "pretrained window size"),
         target=target,
         embed_preprocess=embed_preprocess,
-        embed_resize=None if embed_resize is None else size_from_text(embed_resize),
+        embed_resize=size_from_text(embed_resize[0]) if embed_resize else None,
         output=output,
         force=force,
         say=say,

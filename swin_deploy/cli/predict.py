@@ -13,7 +13,9 @@ from swin_deploy.cli.output import json_option, print_json, print_table
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.option("-k", "--top-k", default=5, show_default=True, type=click.IntRange(1), help="How many classes an image.")
 @click.option("--precision", default="fp32", show_default=True, help="Which graph of the bundle: fp32, fp16, int8, auto.")
-@click.option("--backend", default="auto", show_default=True, help="What runs it: onnxruntime, openvino, or the fastest here.")
+@click.option(
+    "--backend", default="auto", show_default=True, help="What runs it: onnxruntime, openvino, torch, or the fastest here."
+)
 @click.option("--device", default="auto", show_default=True, help="Where: cpu, cuda, cuda:1.")
 @json_option
 def command(

@@ -56,6 +56,7 @@ def command(
     bundle stays as it was and the exit code is 3.
     """
     import swin_deploy
+    from swin_deploy.bundle import Bundle
 
     quantization = only_flag({"int8": int8, "fp8": fp8}) or "int8"
     say = teller()
@@ -69,7 +70,10 @@ def command(
         say.clear()
     scores = [score for score in found.scores if score.precision == quantization]
     if as_json:
-        print_json({"bundle": str(bundle), "samples": found.samples, "graphs": [score.to_dict() for score in scores]})
+        entries = Bundle.open(bundle).files
+        judged = [{key: value for key, value in entries[one.file].items() if key in ("gate", "speed")} for one in scores]
+        rows = [{**score.to_dict(), **more} for score, more in zip(scores, judged, strict=True)]
+        print_json({"bundle": str(bundle), "samples": found.samples, "graphs": rows})
         return
     if data is None:
         say("Written, and not compared with fp32: there is no --data")

@@ -9,7 +9,7 @@ from swin_deploy.cli.output import json_option, print_json, print_table
 
 @click.command("verify", short_help="Check a bundle's files, and its graphs against PyTorch's answers.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--backend", default="onnxruntime", show_default=True, help="What runs the graphs: onnxruntime, openvino.")
+@click.option("--backend", default="onnxruntime", show_default=True, help="What runs the graphs: onnxruntime, openvino, torch.")
 @click.option("--device", default="cpu", show_default=True, help="Where: cpu, cuda, cuda:1.")
 @json_option
 def command(bundle: Path, backend: str, device: str, as_json: bool) -> None:

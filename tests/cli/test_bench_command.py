@@ -11,12 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli.exported import SCRIPT, cli, cli_here, exported, one_block, result, stopped
+from cli.exported import SCRIPT, cli, cli_here, exported, one_block, refused, result, stopped
+
+from swin_deploy.api.bench import COMPILED, Others, planned
+from swin_deploy.bench import Candidate, reference_of
+from swin_deploy.bundle import Bundle
+from swin_deploy.config import SwinConfig
+from swin_deploy.cuda import CudaDevice, cuda_devices
+from swin_deploy.errors import UsageError
+from swin_deploy.runtimes import opening
 
 QUICK = ("--seconds", 0.1, "--rounds", 2, "--json")
 FIGURES = {
-    "model": str, "backend": str, "precision": str, "batch": int, "same_weights": bool, "run_by": str, "runs": int,
-    "min_ms": float, "mean_ms": float, "percentiles_ms": dict, "round_ms": list, "images_per_second": float,
+    "model": str, "backend": str, "device": str, "precision": str, "batch": int, "same_weights": bool, "run_by": str,
+    "runs": int, "min_ms": float, "mean_ms": float, "percentiles_ms": dict, "round_ms": list, "images_per_second": float,
     "cold_start_seconds": float, "peak_memory_mb": float, "ratio": dict, "relative_l2": (float, type(None)),
 }  # fmt: skip
 
@@ -57,6 +65,8 @@ def test_all_that_this_machine_has_is_measured(tmp_path: Path) -> None:
     assert [row for row in rows if row[1] == "fp32"] == wanted
     assert set(rows) | set(left_out) == {*wanted, ("openvino", "bf16", 1), ("openvino", "bf16", 8)}  # as the processor has it
     assert found["reference"].startswith("onnxruntime")
+    if not cuda_devices():
+        assert ({row["device"] for row in found["rows"]}, found["gpus"]) == ({"cpu"}, {})
     assert found["machine"]["cores"] == os.cpu_count()
     consistent(found["rows"])
     assert all(row["relative_l2"] < 1e-5 for row in found["rows"] if row["precision"] == "fp32")
@@ -115,3 +125,72 @@ def test_answers_to_frames_are_not_compared_with_answers_to_pixels(tmp_path: Pat
     options = ("--weights", weights, "--backend", "onnxruntime", "--batch", 1)
     found: Any = result(cli_here("bench", frames, *options, *QUICK, cwd=tmp_path))
     assert [(row["backend"], row["relative_l2"]) for row in found["rows"]] == [("pytorch", 0.0), ("onnxruntime", None)]
+
+
+@pytest.fixture
+def with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this machine would plan if it had a GPU and the libraries for it."""
+    ort, torch = pytest.importorskip("onnxruntime"), pytest.importorskip("torch")
+    monkeypatch.setattr(opening, "cuda_devices", lambda: (CudaDevice("NVIDIA L4", "sm_89"),))
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def plan(backends: tuple[str, ...] = (), device: str = "auto") -> dict[Candidate, Any]:
+    return dict(planned(Bundle.open(bundle()), backends, ("fp32",), (1,), 0, device))
+
+
+@pytest.mark.usefixtures("with_a_gpu")
+def test_on_a_gpu_every_back_end_has_rows_wherever_it_runs() -> None:
+    pytest.importorskip("openvino", reason="one that runs on the CPU alone")
+    found = plan()
+    assert [(one.backend, one.device) for one in found] == [
+        ("onnxruntime", "cpu"), ("onnxruntime", "cuda:0"), ("openvino", "cpu"), ("onnxruntime-tensorrt", "cuda:0"),
+    ]  # fmt: skip
+    assert all(request["device"] == one.device for one, request in found.items())
+    assert [(one.backend, one.device) for one in plan(device="cpu")] == [("onnxruntime", "cpu"), ("openvino", "cpu")]
+    on_second = {(one.backend, one.device) for one in plan(device="cuda:1")}
+    assert on_second == {("onnxruntime", "cuda:1"), ("onnxruntime-tensorrt", "cuda:1")}
+    assert [(one.backend, one.device) for one in plan(("torch",))] == [("torch", "cpu"), ("torch", "cuda:0")]
+    # What is named is planned where it was asked for, and loading it says why it does not run there.
+    assert [(one.backend, one.device) for one in plan(("openvino",), "cuda:0")] == [("openvino", "cuda:0")]
+    with pytest.raises(UsageError, match='no device "gpu"'):
+        plan(device="gpu")
+
+
+@pytest.mark.usefixtures("with_a_gpu")
+def test_on_a_gpu_pytorch_is_the_reference_there(tmp_path: Path) -> None:
+    found = Bundle.open(bundle())
+    config = SwinConfig.from_dict(found.read_json("config.json"))
+    others = Others(found, config, (32, 32), 0, tmp_path, lambda line: None)
+    rows = {**others.pytorch(one_block(), (1, 8), ("cpu", "cuda:0")), **plan()}
+    on_gpu = [(one.backend, one.precision) for one in rows if one.device == "cuda:0" and one.batch == 8]
+    assert on_gpu == [("pytorch", "fp32"), ("pytorch", "fp16"), (COMPILED, "fp16")]
+    for one in rows:
+        reference = reference_of(one, rows)
+        assert (reference.backend, reference.precision, reference.device) == ("pytorch", "fp32", one.device)
+
+
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    if cuda_devices():
+        pytest.skip("this machine has a GPU")
+    done = cli_here("bench", bundle(), "--device", "cuda", "--backend", "onnxruntime", *QUICK, cwd=tmp_path)
+    refused(done, "cannot run on cuda:0")
+    refused(cli_here("bench", bundle(), "--device", "tpu", *QUICK, cwd=tmp_path), 'no device "tpu"')
+
+
+def test_pytorch_in_half_precision() -> None:
+    """As it is measured on a GPU, here on the CPU."""
+    from swin_deploy.compare import compare
+    from swin_deploy.models.checkpoints import checkpoint_from_path
+    from swin_deploy.models.running import Placement, TorchNetwork
+    from swin_deploy.tasks import TaskSpec
+
+    checkpoint = checkpoint_from_path(one_block(), TaskSpec())
+    feeds = {"pixel_values": np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)}
+    exact, half = (
+        TorchNetwork(checkpoint, TaskSpec(), (32, 32), placement=Placement("cpu", precision)).run(feeds)["logits"]
+        for precision in ("fp32", "fp16")
+    )
+    assert half.dtype == np.float32
+    assert 1e-5 < compare(half, exact).relative_l2 < 1e-2

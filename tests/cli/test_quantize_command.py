@@ -123,11 +123,26 @@ def test_images_that_come_only_once(tmp_path: Path) -> None:
         (["--data", IMAGES, "--method", "guess"], ['no method "guess"', "minmax, percentile, entropy, mse"]),
         (["--data", IMAGES, "--keep", "stages.9"], ['no layer "stages.9"']),
         ([], ["--data"]),
+        (["--samples", 4], ["--samples is about the images of --data, and none are named"]),
+        (["--labels", "labels.csv"], ["--labels is about"]),
+        (["--method", "minmax"], ["--method is about"]),
         (["--data", IMAGES, "--min-speedup", "1", "--gpu", "gtx-1"], ["'gtx-1'", "rtx-4090 (sm_89)"]),
         (["--fp8", "--data", IMAGES, "--min-speedup", "1", "--gpu", "rtx-3090"], ["rtx-3090 has no FP8"]),
         (["--data", IMAGES, "--max-drop", "1", "--labels", "labels.csv"], ['"dog" is no class']),
     ],
-    ids=["absent", "empty", "method", "layer", "no data", "GPU", "GPU without FP8", "labels"],
+    ids=[
+        "absent",
+        "empty",
+        "method",
+        "layer",
+        "no data",
+        "samples",
+        "labels alone",
+        "method alone",
+        "GPU",
+        "GPU without FP8",
+        "labels",
+    ],
 )
 def test_refusals(arguments: list[Any], parts: list[str], tmp_path: Path) -> None:
     copied(1, tmp_path / "b")
@@ -226,6 +241,8 @@ def test_the_gate_puts_back_as_few_layers_as_it_takes(tmp_path: Path) -> None:
     assert 1 <= len(gate["put_back"]) < len(ranking)
     assert sorted(layer["name"] for layer in ranking[: len(gate["put_back"])]) == gate["put_back"]
     assert [layer["sqnr_db"] for layer in ranking] == sorted(layer["sqnr_db"] for layer in ranking)
+    assert score["gate"] == gate
+    assert "speed" not in score
     assert gate["loss"] <= most
     assert gate["loss"] == pytest.approx(100 * score["relative_l2"], rel=1e-3)
     assert {layer["name"] for layer in entry["layers"]} == {layer["name"] for layer in ranking} - set(gate["put_back"])
@@ -242,6 +259,10 @@ def test_the_gate_puts_back_as_few_layers_as_it_takes(tmp_path: Path) -> None:
         code=3,
     )
     assert contents(tmp_path) == before
+
+    result(cli_here(*arguments, cwd=tmp_path))
+    assert "gate" not in Bundle.open(tmp_path / "b").graphs["onnx/model_int8.onnx"]
+    assert not [file for file in (*Bundle.open(tmp_path / "b").files, *contents(tmp_path)) if "sensitivity" in file]
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
@@ -261,7 +282,8 @@ def test_what_is_not_faster_is_refused_and_nothing_kept(target: str, tmp_path: P
     left = contents(tmp_path)
     assert {name: left[name] for name in before} == before
     assert all(".calibration" in str(name) for name in set(left) - set(before))
-    result(cli_here(*arguments, "0.01", cwd=tmp_path))
+    [score] = result(cli_here(*arguments, "0.01", cwd=tmp_path))["graphs"]  # type: ignore[call-overload,index]
     speed = Bundle.open(tmp_path / "b").graphs["onnx/model_int8.onnx"]["speed"]
+    assert score["speed"] == speed
     assert speed["speedup"] >= 0.01
     assert speed["than"] == {"onnxruntime": "fp32", "tensorrt": "fp16"}[target]

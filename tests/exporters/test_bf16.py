@@ -12,9 +12,9 @@ torch = pytest.importorskip("torch", reason="graphs are traced from torch networ
 onnx = pytest.importorskip("onnx", reason="graphs are ONNX graphs")
 pytest.importorskip("onnxscript", reason="the exporter needs onnxscript")
 
-import typed_torch  # noqa: E402
 from onnx import TensorProto  # noqa: E402
 from test_precision import PADDED, TASK, WHOLE, config, fp32, islands  # noqa: E402
+from traced import answers_of_torch  # noqa: E402
 
 import swin_deploy  # noqa: E402
 from swin_deploy.compare import TOLERANCES, compare  # noqa: E402
@@ -56,13 +56,13 @@ def test_answers_by_emulation_and_by_pytorch(graphs: Any, tmp_path: Path) -> Non
     _, size, wide, narrow = graphs
     path = tmp_path / "model.onnx"
     onnx.save(narrow, str(path))
-    exact = typed_torch.run(wide, pixels(size))["logits"]
+    exact = answers_of_torch(wide, pixels(size))["logits"]
     with pytest.raises(MissingKernelError, match=r"has no CPU kernel for a type in model\.onnx .* back end openvino"):
         runtime_from_onnx(path)
     with runtime_to_check(path) as runtime:
         assert runtime.title.endswith("types emulated")
         emulated = runtime.run(pixels(size))["logits"]
-    typed = typed_torch.run(narrow, pixels(size))["logits"]
+    typed = answers_of_torch(narrow, pixels(size))["logits"]
     for found in (emulated, typed):
         assert BF16 / 8 < compare(found, exact).relative_l2 < TOLERANCES["bf16"]
     assert compare(emulated, typed).relative_l2 < compare(emulated, exact).relative_l2
@@ -79,7 +79,7 @@ def test_emulated_fp16_is_what_pytorch_computes_in_fp16(version: int, tmp_path: 
     onnx.save(narrow, str(path))
     with runtime_from_onnx(emulated_file(path, tmp_path)) as runtime:
         found = runtime.run(pixels(WHOLE))["logits"]
-    typed, exact = (typed_torch.run(model, pixels(WHOLE))["logits"] for model in (narrow, wide))
+    typed, exact = (answers_of_torch(model, pixels(WHOLE))["logits"] for model in (narrow, wide))
     assert 0 < compare(found, exact).relative_l2 < TOLERANCES["fp16"]
     assert compare(found, typed).relative_l2 < compare(found, exact).relative_l2
 
@@ -90,7 +90,7 @@ def test_openvino_runs_it(graphs: Any, tmp_path: Path) -> None:
     onnx.save(narrow, str(tmp_path / "model.onnx"))
     with runtime_from_onnx(tmp_path / "model.onnx", "openvino") as runtime:
         found = runtime.run(pixels(size))["logits"]
-    assert compare(found, typed_torch.run(wide, pixels(size))["logits"]).relative_l2 < TOLERANCES["bf16"]
+    assert compare(found, answers_of_torch(wide, pixels(size))["logits"]).relative_l2 < TOLERANCES["bf16"]
 
 
 @pytest.mark.parametrize("family", ["swin", "swinv2"])

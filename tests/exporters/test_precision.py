@@ -12,9 +12,8 @@ onnx = pytest.importorskip("onnx", reason="graphs are ONNX graphs")
 pytest.importorskip("onnxscript", reason="torch exports through onnxscript")
 gs = pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with onnx-graphsurgeon")
 
-import typed_torch  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
-from traced import traced_once  # noqa: E402
+from traced import answers_of_torch, traced_once  # noqa: E402
 
 from swin_deploy.calib.largest import largest_values  # noqa: E402
 from swin_deploy.compare import compare  # noqa: E402
@@ -227,11 +226,11 @@ def test_values_beyond_half_precision_on_samples_stay_fp32(version: int) -> None
         (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == f"stages.0.steps.block0.{name}")
         weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(factor), weight.name))
     pixels = next(Images().batches(2, 1))
-    wanted = typed_torch.run(model, pixels)[OUTPUT]
-    assert not np.isfinite(typed_torch.run(typed_from_fp32(model, config(version), TASK, "fp16").model, pixels)[OUTPUT]).all()
+    wanted = answers_of_torch(model, pixels)[OUTPUT]
+    assert not np.isfinite(answers_of_torch(typed_from_fp32(model, config(version), TASK, "fp16").model, pixels)[OUTPUT]).all()
 
     typed = typed_from_fp32(model, config(version), TASK, "fp16", lambda wide: largest_values(wide, Images(), batch=2))
-    assert compare(typed_torch.run(typed.model, pixels)[OUTPUT], wanted).within(1e-2)
+    assert compare(answers_of_torch(typed.model, pixels)[OUTPUT], wanted).within(1e-2)
     measured = {island.at: island.reason for island in typed.islands if "calibration samples" in island.reason}
     assert any("stages.0" in name for name in measured)
     assert not any("stages.1" in name for name in measured), "behind the merging's norm all is small again"

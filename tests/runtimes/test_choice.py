@@ -98,6 +98,29 @@ def test_a_wrong_answer_is_not_timed(cache: Path, monkeypatch: pytest.MonkeyPatc
     assert "the output logits differs by 1.0" in row.verdict
 
 
+def test_what_failed_to_load_is_tried_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that could not be imported just now is no reason to do without it for good; what was measured is kept."""
+    pytest.importorskip("openvino", reason="there would be nothing to choose")
+    from swin_deploy.runtimes.openvino import OpenVino
+
+    def fails(self: OpenVino, *_: Any) -> None:
+        raise MissingDependencyError("OpenVINO is needed, but it fails to import (libtbb.so.12).")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenVino, "__init__", fails)
+        for _ in range(2):
+            with swin_deploy.load(digits(2)) as model:
+                broken = model.describe()
+            assert broken.backend == "onnxruntime"
+            assert "libtbb" in broken.measured[1].verdict
+    with swin_deploy.load(digits(2)) as model:
+        whole = model.describe()
+    assert whole.measured[0] == broken.measured[0]
+    assert whole.measured[1].milliseconds
+    with swin_deploy.load(digits(2)) as model:
+        assert model.describe().measured == whole.measured
+
+
 def test_nothing_to_choose_is_not_measured(cache: Path) -> None:
     with swin_deploy.load(digits(2), backend="onnxruntime") as model:
         assert model.describe().measured == ()

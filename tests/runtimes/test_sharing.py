@@ -18,7 +18,7 @@ from swin_deploy.bundle import Bundle
 from swin_deploy.errors import BackendError, InputError
 from swin_deploy.runtimes.pool import Pool
 
-THREADS, REQUESTS = 32, {"onnxruntime": 10_000, "openvino": 400}
+THREADS, REQUESTS = 32, {"onnxruntime": 10_000, "openvino": 400, "torch": 400}
 SIZES = ((32, 32), (16, 24))
 
 
@@ -105,8 +105,12 @@ def test_a_call_that_fails_leaves_the_model_usable(backend: str, monkeypatch: py
         with pytest.raises(InputError):
             model.run({"pixel_values": feed["pixel_values"][:, :1]})
         with monkeypatch.context() as patch:
-            owner = module.InferenceSession if backend == "onnxruntime" else module.InferRequest
-            patch.setattr(owner, "run_with_iobinding" if backend == "onnxruntime" else "infer", fails)
+            owner, name = {
+                "onnxruntime": ("InferenceSession", "run_with_iobinding"),
+                "openvino": ("InferRequest", "infer"),
+                "torch": ("Tensor", "reshape"),
+            }[backend]
+            patch.setattr(getattr(module, owner), name, fails)
             for _ in range(300):  # more than any pool holds
                 with pytest.raises(BackendError, match="failed while running the model: out of memory") as caught:
                     model.run(feed)

@@ -124,6 +124,8 @@ def test_reconstruct_and_the_stream_of_another_task() -> None:
         assert np.allclose(model.reconstruct(images, mask[0]), alike, atol=1e-5)
         streamed = [one["reconstruction"] for one in model.stream(images, batch=2)]
         assert np.allclose(np.concatenate(streamed), plain, atol=1e-5)
+        with pytest.raises(InputError, match='"bool_masked_pos" has a batch of 2, and "pixel_values" one of 3'):
+            model.run({**feeds, "bool_masked_pos": mask[:2]})
         for wrong in (mask[:2], mask[[0] * 4], mask[:, 1:], mask.astype(np.float32), [True]):
             with pytest.raises(InputError, match="mask"):
                 model.reconstruct(images, wrong)  # type: ignore[arg-type]

@@ -1,0 +1,248 @@
+"""The operators of our graphs in PyTorch, each rounding its result to the type that the graph gives it.
+
+`OPERATORS` has for each a function that reads a node's attributes, and its whole numbers (shapes, axes, sizes), once. It
+returns the function that is called with all the inputs as tensors, None for one that is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto
+from torch import Tensor
+
+TYPES: dict[int, torch.dtype] = {
+    TensorProto.FLOAT: torch.float32,
+    TensorProto.FLOAT16: torch.float16,
+    TensorProto.BFLOAT16: torch.bfloat16,
+    TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn,
+    TensorProto.INT64: torch.int64,
+    TensorProto.INT32: torch.int32,
+    TensorProto.INT8: torch.int8,
+    TensorProto.UINT8: torch.uint8,
+    TensorProto.BOOL: torch.bool,
+}
+
+Numbers = Callable[[int], "list[int] | None"]  # of an input: its whole numbers, None where it is left out
+Function = Callable[..., "Tensor | tuple[Tensor, ...]"]
+Make = Callable[..., Function]  # (numbers, **attributes) -> the function of a node
+
+
+def torch_type(number: int) -> torch.dtype:
+    """Of a number of onnx.TensorProto.DataType. Raises TypeError for a type that our graphs do not have."""
+    if number not in TYPES:
+        raise TypeError(f"the type {TensorProto.DataType.Name(number)} is not one of those in our graphs")
+    return TYPES[number]
+
+
+def _plain(function: Function) -> Make:
+    """Of an operator without attributes."""
+    return lambda numbers: function
+
+
+def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in another type; beyond the range of an 8-bit floating-point number it is the largest of these, as ONNX has it."""
+    if dtype == torch.float8_e4m3fn and x.dtype != dtype:
+        top = torch.finfo(dtype).max
+        x = x.float().clamp(-top, top)
+    return x.to(dtype)
+
+
+def _cast(numbers: Numbers, *, to: int, saturate: int = 1) -> Function:
+    dtype = torch_type(to)
+    return lambda x: _to(x, dtype)
+
+
+def _div(a: Tensor, b: Tensor) -> Tensor:
+    return torch.div(a, b) if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
+
+
+def _reshape(numbers: Numbers, *, allowzero: int = 0) -> Function:
+    shape = numbers(1) or []
+
+    def reshaped(x: Tensor, _: Tensor) -> Tensor:
+        return x.reshape([x.shape[axis] if size == 0 and not allowzero else size for axis, size in enumerate(shape)])
+
+    return reshaped
+
+
+def _shape(numbers: Numbers, *, start: int = 0, end: int | None = None) -> Function:
+    return lambda x: torch.tensor(x.shape[start:end], device=x.device)
+
+
+def _expand(x: Tensor, shape: Tensor) -> Tensor:
+    return x.expand(np.broadcast_shapes(tuple(x.shape), tuple(shape.tolist())))
+
+
+def _unsqueeze(numbers: Numbers) -> Function:
+    axes = numbers(1) or []
+
+    def unsqueezed(x: Tensor, _: Tensor) -> Tensor:
+        rank = x.ndim + len(axes)
+        for axis in sorted(axis % rank for axis in axes):
+            x = x.unsqueeze(axis)
+        return x
+
+    return unsqueezed
+
+
+def _slice(numbers: Numbers) -> Function:
+    starts, ends = numbers(1) or [], numbers(2) or []
+    axes, steps = numbers(3) or list(range(len(starts))), numbers(4) or [1] * len(starts)
+
+    def part(x: Tensor, *_: Tensor) -> Tensor:
+        index = [slice(None)] * x.ndim
+        for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+            index[axis] = slice(start, end, step)
+        return x[tuple(index)]
+
+    return part
+
+
+def _split(numbers: Numbers, *, axis: int = 0, num_outputs: int = 0) -> Function:
+    sizes = numbers(1)
+
+    def parts(x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        # The last one may be smaller.
+        return torch.split(x, -(-x.shape[axis] // num_outputs) if sizes is None else sizes, axis)
+
+    return parts
+
+
+def _gather(numbers: Numbers, *, axis: int = 0) -> Function:
+    def gathered(x: Tensor, index: Tensor) -> Tensor:
+        at = axis % x.ndim
+        picked = x.index_select(at, index.reshape(-1).remainder(x.shape[at]))  # -1 is the last one
+        return picked.reshape(*x.shape[:at], *index.shape, *x.shape[at + 1 :])
+
+    return gathered
+
+
+def _gemm(numbers: Numbers, *, alpha: float = 1.0, beta: float = 1.0, transA: int = 0, transB: int = 0) -> Function:
+    def product(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+        a, b = a.T if transA else a, b if transB else b.T
+        if c is None or alpha != 1 or beta != 1 or c.ndim != 1:
+            found = alpha * F.linear(a, b)
+            return found if c is None else found + beta * c
+        return F.linear(a, b, c)
+
+    return product
+
+
+def _conv(
+    numbers: Numbers, *, kernel_shape: Any = None, strides: Any = (1, 1), pads: Any = (0, 0, 0, 0), dilations: Any = (1, 1),
+    group: int = 1, auto_pad: str = "NOTSET",
+) -> Function:  # fmt: skip
+    if auto_pad != "NOTSET" or len(strides) != 2:
+        raise TypeError("a convolution of images with explicit padding is expected")
+    top, left, bottom, right = pads
+
+    def convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        x = F.pad(x, (left, right, top, bottom)) if any(pads) else x
+        # As F.conv2d, which would compute in TF32 on a GPU unless a switch of the whole process were turned: its last argument.
+        return torch._convolution(
+            x, weight, bias, list(strides), [0, 0], list(dilations), False, [0, 0], group, False, False, True, False
+        )
+
+    return convolved
+
+
+def _layer_norm(numbers: Numbers, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1) -> Function:
+    def normalised(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.layer_norm(x, x.shape[axis:], weight, bias, epsilon)
+
+    return normalised
+
+
+def _reduced(function: Callable[..., Tensor]) -> Make:
+    def make(numbers: Numbers, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Function:
+        axes = numbers(1)
+        if not axes:
+            raise TypeError("axes are expected")
+        return lambda x, _: function(x, dim=axes, keepdim=bool(keepdims))
+
+    return make
+
+
+def _quantize(numbers: Numbers, *, axis: int = 1, saturate: int = 1, output_dtype: int = 0) -> Function:
+    default = torch_type(output_dtype or TensorProto.UINT8)
+
+    def quantized(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        dtype = default if zero is None else zero.dtype
+        steps = x.float() / _along(scale, axis, x).float()
+        if dtype.is_floating_point:
+            return _to(steps, dtype)
+        steps = torch.round(steps)  # half to even
+        if zero is not None:
+            steps = steps + _along(zero, axis, x)
+        return steps.clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max).to(dtype)
+
+    return quantized
+
+
+def _dequantize(numbers: Numbers, *, axis: int = 1) -> Function:
+    def dequantized(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        steps = x.float() if zero is None else x.float() - _along(zero, axis, x).float()
+        return (steps * _along(scale, axis, x).float()).to(scale.dtype)
+
+    return dequantized
+
+
+def _along(values: Tensor, axis: int, x: Tensor) -> Tensor:
+    """`values`, one for all of `x` or one for each place of its `axis`, such that they can be multiplied with it."""
+    if values.numel() == 1:
+        return values.reshape(())
+    shape = [1] * x.ndim
+    shape[axis] = len(values)
+    return values.reshape(shape)
+
+
+OPERATORS: dict[str, Make] = {
+    "Add": _plain(torch.add),
+    "Cast": _cast,
+    "Clip": _plain(lambda x, low=None, high=None: torch.clamp(x, low, high)),
+    "Concat": lambda numbers, *, axis: lambda *parts: torch.cat(parts, axis),
+    "Conv": _conv,
+    "DequantizeLinear": _dequantize,
+    "Div": _plain(_div),
+    "Erf": _plain(torch.erf),
+    "Expand": _plain(_expand),
+    "Floor": _plain(torch.floor),
+    "Gather": _gather,
+    "Gelu": lambda numbers, *, approximate="none": lambda x: F.gelu(x, approximate=approximate),
+    "Gemm": _gemm,
+    "Greater": _plain(torch.gt),
+    "HardSwish": _plain(F.hardswish),
+    "Identity": _plain(lambda x: x),
+    "LayerNormalization": _layer_norm,
+    "LeakyRelu": lambda numbers, *, alpha=0.01: lambda x: F.leaky_relu(x, alpha),
+    "MatMul": _plain(torch.matmul),
+    "Max": _plain(lambda *parts: reduce(torch.maximum, parts)),
+    "Min": _plain(lambda *parts: reduce(torch.minimum, parts)),
+    "Mish": _plain(F.mish),
+    "Mul": _plain(torch.mul),
+    "Pow": _plain(torch.pow),
+    "QuantizeLinear": _quantize,
+    "ReduceL2": _reduced(torch.linalg.vector_norm),
+    "ReduceMean": _reduced(torch.mean),
+    "ReduceSum": _reduced(torch.sum),
+    "Relu": _plain(F.relu),
+    "Reshape": _reshape,
+    "Shape": _shape,
+    "Sigmoid": _plain(torch.sigmoid),
+    "Slice": _slice,
+    "Softmax": lambda numbers, *, axis=-1: lambda x: torch.softmax(x, axis),
+    "Softplus": _plain(F.softplus),
+    "Split": _split,
+    "Sqrt": _plain(torch.sqrt),
+    "Sub": _plain(torch.sub),
+    "Tanh": _plain(torch.tanh),
+    "Transpose": lambda numbers, *, perm: lambda x: x.permute(perm),
+    "Unsqueeze": _unsqueeze,
+    "Where": _plain(torch.where),
+}  # fmt: skip

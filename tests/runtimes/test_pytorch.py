@@ -1,0 +1,326 @@
+"""The torch back end: ONNX Runtime's answers, operator by operator and for every task, and what it refuses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli.exported import EXAMPLES, THREE, WEIGHTS, cli_here, copied, digits, exported, one_block, refused, result
+
+torch = pytest.importorskip("torch", reason="the back end under test")
+onnx = pytest.importorskip("onnx", reason="it reads the graphs")
+ort = pytest.importorskip("onnxruntime", reason="what it is compared with")
+
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from traced import traced_once  # noqa: E402
+
+import swin_deploy  # noqa: E402
+from swin_deploy.compare import TOLERANCES, compare  # noqa: E402
+from swin_deploy.config import SwinConfig  # noqa: E402
+from swin_deploy.errors import BackendError, MissingDependencyError, UsageError  # noqa: E402
+from swin_deploy.exporters.onnx_from_torch import OF_OPENVINO  # noqa: E402
+from swin_deploy.exporters.onnx_from_torch import OPERATORS as EXPORTED  # noqa: E402
+from swin_deploy.exporters.precision import typed_from_fp32  # noqa: E402
+from swin_deploy.exporters.quantized import quantized_from_fp32, quantized_inputs  # noqa: E402
+from swin_deploy.reference import sample_inputs  # noqa: E402
+from swin_deploy.runtimes.backends import runtime_from_onnx  # noqa: E402
+from swin_deploy.runtimes.torch_operators import OPERATORS  # noqa: E402
+from swin_deploy.specs import TARGETS  # noqa: E402
+from swin_deploy.tasks import TASKS, TaskSpec  # noqa: E402
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+
+SIZE = (52, 72)  # maps of 13 x 18 tokens in windows of 4: padded and shifted
+RANDOM = np.random.default_rng(0)
+
+
+def numbers(*shape: int) -> np.ndarray[Any, Any]:
+    return RANDOM.standard_normal(shape).astype(np.float32) * 3
+
+
+def whole(*values: int) -> np.ndarray[Any, Any]:
+    return np.array(values, np.int64)
+
+
+X, POSITIVE, BYTES = numbers(2, 3, 8, 6), np.abs(numbers(2, 3, 8, 6)), RANDOM.integers(0, 256, (2, 3, 8, 6), np.uint8)
+ZERO = np.array(120, np.uint8)
+# operator, its attributes, its inputs; the first one is fed, the others are constants.
+CASES: list[tuple[str, dict[str, Any], list[Any]]] = [
+    ("Add", {}, [X, numbers(3, 1, 1)]),
+    ("Cast", {"to": TensorProto.INT32}, [X]),
+    ("Cast", {"to": TensorProto.FLOAT16}, [X * 1e5]),
+    ("Cast", {"to": TensorProto.FLOAT}, [BYTES]),
+    ("Clip", {}, [X, np.float32(-1), np.float32(2)]),
+    ("Clip", {}, [X, None, np.float32(2)]),
+    ("Concat", {"axis": 1}, [X, numbers(2, 1, 8, 6), X]),
+    ("Conv", {"strides": [4, 2], "kernel_shape": [4, 2]}, [X, numbers(5, 3, 4, 2), numbers(5)]),
+    ("Conv", {"strides": [1, 2], "pads": [1, 0, 2, 3], "dilations": [2, 1], "group": 3}, [X, numbers(6, 1, 3, 3)]),
+    ("DequantizeLinear", {}, [BYTES, np.float32(0.1), ZERO]),
+    ("DequantizeLinear", {"axis": 0}, [BYTES.view(np.int8), numbers(2), np.zeros(2, np.int8)]),
+    ("DequantizeLinear", {"axis": 1}, [BYTES.astype(np.int32), POSITIVE[0, :, 0, 0]]),
+    ("Div", {}, [X, POSITIVE + 1]),
+    ("Div", {}, [whole(7, -7, 5), whole(2, 2, -3)]),
+    ("Erf", {}, [X]),
+    ("Expand", {}, [X[:, :1], whole(3, 1, 1)]),
+    ("Floor", {}, [X]),
+    ("Gather", {"axis": 2}, [X, whole(3, 0, -1, 3).reshape(2, 2)]),
+    ("Gather", {}, [X, np.array(1, np.int64)]),
+    ("Gelu", {}, [X]),
+    ("Gelu", {"approximate": "tanh"}, [X]),
+    ("Gemm", {"transB": 1}, [X[0, 0], numbers(4, 6), numbers(4)]),
+    ("Gemm", {"transA": 1, "alpha": 0.5, "beta": 2.0}, [X[0, 0], numbers(8, 4), numbers(6, 1)]),
+    ("Gemm", {}, [X[0, 0], numbers(6, 4)]),
+    ("Greater", {}, [X, numbers(6)]),
+    ("HardSwish", {}, [X]),
+    ("Identity", {}, [X]),
+    ("LayerNormalization", {"epsilon": 1e-3}, [X, numbers(6), numbers(6)]),
+    ("LayerNormalization", {"axis": -2}, [X, numbers(8, 6)]),
+    ("LeakyRelu", {"alpha": 0.2}, [X]),
+    ("MatMul", {}, [X, numbers(6, 4)]),
+    ("Max", {}, [X, numbers(6), numbers(8, 1)]),
+    ("Min", {}, [X, numbers(6)]),
+    ("Mish", {}, [X]),
+    ("Mul", {}, [X, np.float32(2)]),
+    ("Pow", {}, [POSITIVE, np.float32(1.5)]),
+    ("QuantizeLinear", {}, [np.arange(-30, 30, 0.25, dtype=np.float32), np.float32(0.5), np.array(0, np.int8)]),
+    ("QuantizeLinear", {}, [X * 100, np.float32(0.5), ZERO]),
+    ("QuantizeLinear", {"axis": 2}, [X * 100, POSITIVE[0, 0, :, 0] + 1, np.zeros(8, np.int8)]),
+    ("QuantizeLinear", {}, [X * 100, np.float32(0.5)]),
+    ("ReduceL2", {"keepdims": 1}, [X, whole(-1)]),
+    ("ReduceMean", {"keepdims": 0}, [X, whole(2, 3)]),
+    ("ReduceSum", {}, [X, whole(1)]),
+    ("Relu", {}, [X]),
+    ("Reshape", {}, [X, whole(0, -1, 3)]),
+    ("Shape", {}, [X]),
+    ("Shape", {"start": 1, "end": -1}, [X]),
+    ("Sigmoid", {}, [X]),
+    ("Slice", {}, [X, whole(1, -5), whole(2**62, -1), whole(1, 2)]),
+    ("Slice", {}, [X, whole(0, 1, 0, 1), whole(2, 3, 8, 6), whole(0, 1, 2, 3), whole(1, 1, 3, 2)]),
+    ("Slice", {}, [X, whole(1), whole(2)]),
+    ("Softmax", {"axis": 1}, [X]),
+    ("Softmax", {}, [X]),
+    ("Softplus", {}, [X * 20]),
+    ("Split", {"axis": 2}, [X, whole(3, 5)]),
+    ("Split", {"axis": 2, "num_outputs": 3}, [X]),
+    ("Sqrt", {}, [POSITIVE]),
+    ("Sub", {}, [X, numbers(6)]),
+    ("Tanh", {}, [X]),
+    ("Transpose", {"perm": [0, 2, 3, 1]}, [X]),
+    ("Unsqueeze", {}, [X, whole(-1, 0, 3)]),
+    ("Where", {}, [X > 0, numbers(2, 3, 8, 6), np.float32(-7)]),
+]
+
+
+def test_every_operator_is_tried_and_all_that_is_exported_is_there() -> None:
+    assert {name for name, *_ in CASES} == OPERATORS.keys()
+    assert OPERATORS.keys() >= EXPORTED | OF_OPENVINO
+
+
+def single(operator: str, attributes: dict[str, Any], values: list[Any], outputs: int = 1) -> Any:
+    """A graph of one node, with the types and shapes that ONNX infers for its outputs."""
+    names = [f"x{number}" if value is not None else "" for number, value in enumerate(values)]
+    constants = [
+        numpy_helper.from_array(np.asarray(value), name)
+        for name, value in zip(names, values, strict=True)
+        if name not in ("", "x0")
+    ]
+    fed = helper.make_tensor_value_info("x0", helper.np_dtype_to_tensor_dtype(values[0].dtype), values[0].shape)
+    found = [helper.make_tensor_value_info(f"y{number}", TensorProto.UNDEFINED, None) for number in range(outputs)]
+    node = helper.make_node(operator, names, [value.name for value in found], **attributes)
+    graph = helper.make_graph([node], "one", [fed], found, constants)
+    return onnx.shape_inference.infer_shapes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10)
+    )
+
+
+@pytest.mark.parametrize(("operator", "attributes", "values"), CASES, ids=[f"{n}-{case[0]}" for n, case in enumerate(CASES)])
+def test_operators_as_onnx_runtime_computes_them(
+    operator: str, attributes: dict[str, Any], values: list[Any], tmp_path: Path
+) -> None:
+    outputs = attributes.get("num_outputs", 2 if operator == "Split" else 1)
+    path = tmp_path / "one.onnx"
+    path.write_bytes(single(operator, attributes, values, outputs).SerializeToString())
+    wanted = ort.InferenceSession(str(path)).run(None, {"x0": values[0]})
+    with runtime_from_onnx(path, "torch") as runtime:
+        found = list(runtime.run({"x0": values[0]}).values())
+    assert len(found) == len(wanted) == outputs
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        if theirs.dtype.kind in "iub" or operator in ("DequantizeLinear", "Floor"):
+            assert np.array_equal(ours, theirs)
+        else:
+            np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=2e-6)
+
+
+def test_fp8_is_rounded_and_cut_as_onnx_says(tmp_path: Path) -> None:
+    """Its reference implementation; ONNX Runtime reads no such graph on every processor."""
+    from onnx.reference import ReferenceEvaluator
+
+    values = np.concatenate([np.linspace(-500, 500, 4001), np.linspace(-0.02, 0.02, 401)]).astype(np.float32)
+    zero = helper.make_tensor("zero", TensorProto.FLOAT8E4M3FN, [], [0.0])
+    graph = helper.make_graph(
+        [helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+         helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"])],
+        "fp8", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch"])],
+        [zero, numpy_helper.from_array(np.float32(0.5), "scale")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, str(tmp_path / "fp8.onnx"))
+    with runtime_from_onnx(tmp_path / "fp8.onnx", "torch") as runtime:
+        found = runtime.run({"x": values})["y"]
+    [wanted] = ReferenceEvaluator(model).run(None, {"x": values})
+    assert np.array_equal(found, wanted)
+    assert found.max() == 224
+
+
+def config(version: int) -> SwinConfig:
+    return SwinConfig(
+        version, image_size=(64, 64), embed_dim=16, depths=(2, 1), num_heads=(2, 4), window_size=(4, 4),
+        pretrained_window_sizes=(0, 0), id2label={i: str(i) for i in range(6)}, encoder_stride=8,
+    )  # fmt: skip
+
+
+def answers(model: Any, path: Path, feeds: Arrays, backend: str = "torch") -> Arrays:
+    path.write_bytes(model.SerializeToString())
+    with runtime_from_onnx(path, backend) as runtime:
+        return runtime.run(feeds)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("number", range(len(TASKS)), ids=TASKS)
+def test_every_task_answers_as_onnx_runtime_does(version: int, number: int, tmp_path: Path) -> None:
+    """All outputs, hidden states and attentions, in the forms for every target."""
+    task = TaskSpec(TASKS[number], output_hidden_states=True, output_attentions=True)
+    model = traced_once(config(version), SIZE, task, TARGETS[number % len(TARGETS)])
+    feeds = sample_inputs(task.inputs(config(version), SIZE))
+    found, wanted = (answers(model, tmp_path / "model.onnx", feeds, backend) for backend in ("torch", "onnxruntime"))
+    assert list(found) == list(task.output_names(config(version)))
+    for name in wanted:
+        assert (found[name].shape, found[name].dtype) == (wanted[name].shape, wanted[name].dtype)
+        # Random weights make sharp attention, which amplifies rounding.
+        assert compare(found[name], wanted[name]).within(5e-5 if name.startswith("attentions.") else 1e-5), name
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "fp8"])
+def test_narrow_graphs_are_computed_in_their_types(version: int, precision: str, tmp_path: Path) -> None:
+    """As far from fp32 as such types are, and nearer to what else runs them than either is to fp32."""
+    task, shape = TaskSpec(), config(version)
+    wide = traced_once(shape, SIZE, task)
+    feeds = sample_inputs(task.inputs(shape, SIZE))
+    exact = answers(wide, tmp_path / "wide.onnx", feeds)["logits"]
+    if precision in ("int8", "fp8"):
+        inputs = quantized_inputs(wide, shape, precision)
+        narrow, _ = quantized_from_fp32(wide, shape, task, precision, dict.fromkeys(inputs, 6.0))
+    else:
+        narrow = typed_from_fp32(wide, shape, task, precision).model
+    found = answers(narrow, tmp_path / "narrow.onnx", feeds)["logits"]
+    far = compare(found, exact).relative_l2
+    assert 1e-5 < far < TOLERANCES[precision]
+    from swin_deploy.runtimes.backends import runtime_to_check
+
+    with runtime_to_check(tmp_path / "narrow.onnx") as other:
+        assert compare(found, other.run(feeds)["logits"]).relative_l2 < far
+
+
+@pytest.mark.parametrize("options", [("--embed-preprocess",), ("--embed-resize", "427x640")], ids=["frames", "resized"])
+def test_graphs_that_take_frames(options: tuple[str, ...]) -> None:
+    bundle = exported("--weights", str(WEIGHTS[1]), *options) / WEIGHTS[1].name
+    photo = EXAMPLES / "photos/china.jpg"
+    with swin_deploy.load(bundle, backend="torch") as ours, swin_deploy.load(bundle, backend="onnxruntime") as theirs:
+        frames = ours.preparation([photo, THREE] if options[0] == "--embed-preprocess" else [photo])
+        assert (frames.dtype, ours.inputs) == (np.uint8, theirs.inputs)
+        found, wanted = (model.run({"pixel_values": frames})["logits"] for model in (ours, theirs))
+    assert compare(found, wanted).within(1e-5)
+
+
+def test_weights_in_a_file_beside_the_graph() -> None:
+    options = ("--weights", str(one_block()), "--image-size", "32x32", "--image-size", "16x24")
+    [path] = [path for path in exported(*options).iterdir() if path.is_dir()]
+    assert (path / "onnx/model.onnx_data").exists()
+    assert all(verdict.verified for verdict in swin_deploy.verify(path, backend="torch"))
+
+
+def test_described_verified_and_run_by_its_name(tmp_path: Path) -> None:
+    path = copied(2, tmp_path / "b")
+    with swin_deploy.load(path, backend="torch", precision="fp16") as model:
+        told = model.describe()
+        assert model.classify(THREE)[0][0].label == "three"
+    assert (told.backend, told.version, told.device, told.precision) == ("torch", torch.__version__, "cpu", "fp16")
+    [row, *_] = result(cli_here("verify", "b", "--backend", "torch", "--json", cwd=tmp_path))["graphs"]  # type: ignore[call-overload,index]
+    assert (row["verified"], row["backend"]) == (True, f"torch {torch.__version__}")
+    [one] = result(cli_here("predict", "b", THREE, "--backend", "torch", "--json", cwd=tmp_path))  # type: ignore[misc]
+    assert one["predictions"][0]["label"] == "three"
+    with swin_deploy.load(path) as model:  # the reference is never the choice of "auto"
+        assert "torch" not in {row.candidate.backend for row in model.describe().measured}
+
+
+def test_threads_are_the_process_own() -> None:
+    now = torch.get_num_threads()
+    with swin_deploy.load(digits(1), backend="torch", threads=now) as model:
+        assert model.describe().threads == now
+    with pytest.raises(UsageError, match=rf"whole process, which is {now} now.*torch.set_num_threads\({now + 1}\)"):
+        swin_deploy.load(digits(1), backend="torch", threads=now + 1)
+    assert torch.get_num_threads() == now
+
+
+@pytest.mark.parametrize("module", ["torch", "onnx"])
+def test_without_torch_or_onnx(module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingDependencyError, match=r'is needed to .*pip install "swin-deploy\[export\]"'):
+        swin_deploy.load(digits(2), backend="torch")
+    refused(cli_here("verify", copied(2, tmp_path / "b"), "--backend", "torch", cwd=tmp_path), "swin-deploy[export]")
+
+
+@pytest.mark.parametrize(
+    ("operator", "attributes", "values", "sentence"),
+    [
+        ("Sin", {}, [X], r"has no operator Sin, which one\.onnx uses\. Take another back end"),
+        ("Conv", {"auto_pad": "SAME_UPPER"}, [X, numbers(5, 3, 4, 2)], "does not take the Conv .*explicit padding"),
+        ("Cast", {"to": TensorProto.DOUBLE}, [X], "does not take the Cast .*type DOUBLE"),
+        ("Reshape", {}, [whole(3, 4), whole(2, 1)], None),
+    ],
+)
+def test_what_it_does_not_know_is_named(
+    operator: str, attributes: dict[str, Any], values: list[Any], sentence: str | None, tmp_path: Path
+) -> None:
+    model = single(operator, attributes, values)
+    if sentence is None:  # a shape that is computed
+        del model.graph.initializer[:], model.graph.node[0].input[:]
+        model.graph.node[0].input.extend(["x0", "x0"])
+        sentence = "does not take the Reshape .*its input x0 is computed, and a constant is expected"
+    (tmp_path / "one.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(BackendError, match=sentence):
+        runtime_from_onnx(tmp_path / "one.onnx", "torch")
+
+
+def test_a_gpu_that_this_torch_cannot_use() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this PyTorch has a GPU")
+    with pytest.raises((MissingDependencyError, BackendError), match=r"cannot run on cuda:1"):
+        swin_deploy.load(digits(2), backend="torch", device="cuda:1")
+
+
+def test_a_tensor_that_is_there_already_is_not_copied() -> None:
+    """As on a GPU, where what DLPack hands over is taken as it is; here the device is the CPU."""
+    from swin_deploy.runtimes.tensors import device_tensor
+
+    pixels = torch.randn(2, 3, 32, 32)
+    with runtime_from_onnx(digits(2) / "onnx/model.onnx", "torch") as runtime:
+        wanted = runtime.run({"pixel_values": pixels.numpy()})["logits"]
+        found = runtime.run({"pixel_values": device_tensor(pixels.__dlpack__(), "cpu")})["logits"]
+        assert found.tobytes() == wanted.tobytes()
+        taken = runtime._fed(device_tensor(pixels.__dlpack__(), "cpu"))  # type: ignore[attr-defined]
+    assert taken.data_ptr() == pixels.data_ptr()
+
+
+def test_values_are_freed_after_their_last_use() -> None:
+    with runtime_from_onnx(digits(2) / "onnx/model.onnx", "torch") as runtime:
+        steps = runtime._steps  # type: ignore[attr-defined]
+        names = {one for step in steps for one in (*step.inputs, *step.outputs) if isinstance(one, str)} - {"logits"}
+        assert sorted(name for step in steps for name in step.done) == sorted(names)
