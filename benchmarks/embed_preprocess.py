@@ -30,7 +30,7 @@ import swin_deploy
 bundle, threads, height, width, photo = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5]
 with Image.open(photo) as image:
     frame = np.asarray(image.convert("RGB").resize((width, height)))
-with swin_deploy.load(bundle, threads=threads) as model:
+with swin_deploy.load(bundle, threads=threads, precision="fp32") as model:
     for line in sys.stdin:
         start, spent = time.perf_counter(), time.process_time()
         pixels = frame[None] if model.inputs[0].image_size == frame.shape[:2] else model.preparation(frame)

@@ -103,7 +103,7 @@ RUN = """
 import json, resource, sys, time
 import numpy as np, swin_deploy
 start = time.time()
-with swin_deploy.load(sys.argv[1]) as model:
+with swin_deploy.load(sys.argv[1], precision="fp32") as model:
     loaded = time.time() - start
     logits = model.run({"pixel_values": np.load(sys.argv[2])})["logits"]
 np.save(sys.argv[3], logits)

@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: one thread, and its processor time")
     given = parser.parse_args(arguments)
     print(f"swin-deploy {version('swin-deploy')}, onnxruntime {version('onnxruntime')}, {given.bundle}")
-    with swin_deploy.load(given.bundle, backend="onnxruntime", device="cpu", threads=1 if given.clock == "cpu" else 0) as model:
+    with swin_deploy.load(
+        given.bundle, backend="onnxruntime", device="cpu", threads=1 if given.clock == "cpu" else 0, precision="fp32"
+    ) as model:
         shape = (1, *(int(size) for size in model.inputs[0].shape[1:]))
         feeds = {model.inputs[0].name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
         if given.rounds:

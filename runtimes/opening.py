@@ -21,7 +21,7 @@ AUTO = "auto"
 
 
 def load_model(
-    path: str | os.PathLike[str], backend: str = AUTO, precision: str = "fp32", device: str = AUTO, threads: int = 0
+    path: str | os.PathLike[str], backend: str = AUTO, precision: str = AUTO, device: str = AUTO, threads: int = 0
 ) -> Model:
     """The bundle at `path`, loaded; see swin_deploy.load. Every file is checked against its sha256 before it is read."""
     bundle = Bundle.open(path)

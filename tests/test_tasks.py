@@ -263,7 +263,7 @@ def test_a_changed_file_is_refused(several: Path, tmp_path: Path, file: str) -> 
         swin_deploy.verify(path)
     if file.endswith("_data"):
         with pytest.raises(BundleError, match=file):
-            swin_deploy.load(path)
+            swin_deploy.load(path, precision="fp32")
 
 
 def test_one_size_keeps_its_weights_inside(tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_options_of_the_command(checkpoint: Path, tmp_path: Path) -> None:
     done = run("export", "--weights", checkpoint, "--task", "backbone", "--out-features", "stem, stage2",
                "--image-size", "40x56", "--image-size", "32", "-o", out)  # fmt: skip
     assert done.exit_code == 0, done.output
-    with swin_deploy.load(out) as model:
+    with swin_deploy.load(out, precision="fp32") as model:
         assert model.task == TaskSpec("backbone", out_features=("stem", "stage2"))
         assert model.image_sizes == ((40, 56), (32, 32))
         found = model.run({PIXELS: np.zeros((1, 3, 40, 56), np.float32)})
@@ -300,7 +300,7 @@ def test_other_options_of_the_command(checkpoint: Path, tmp_path: Path) -> None:
     done = run("export", "--weights", checkpoint, "--task", "feature-extraction", "--no-pooling-layer", "--output-attentions",
                "--semantics", "timm", "-o", out)  # fmt: skip
     assert done.exit_code == 0, done.output
-    with swin_deploy.load(out) as model:
+    with swin_deploy.load(out, precision="fp32") as model:
         assert [spec.name for spec in model.outputs] == ["last_hidden_state", "attentions.0", "attentions.1"]
         assert (model.config.semantics, model.bundle.manifest["semantics"]) == ("timm", "timm")
 

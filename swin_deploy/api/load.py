@@ -13,7 +13,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     backend: str = "auto",
-    precision: str = "fp32",
+    precision: str = "auto",
     device: str = "auto",
     threads: int = 0,
 ) -> Model:
@@ -22,8 +22,8 @@ def load(
     `backend` is "onnxruntime", "openvino" or "torch", `device` "cpu", "cuda" or "cuda:1"; `precision` is "fp32", or another
     one whose graph was made ("fp16", "int8"), or with OpenVINO "bf16". What is named is taken, or an error. What is "auto" is
     measured where there is a choice, once for this bundle on this machine: the fastest that agrees with PyTorch's recorded
-    answers as `verify` demands it. The precision is not left open unless `precision` says "auto", which takes every precision
-    that the bundle holds and bf16. `model.describe()` says what was chosen and why. `threads` 0 lets the back end choose.
+    answers as `verify` demands it of its precision; name "fp32" for answers that are as exact as they can be.
+    `model.describe()` says what was chosen and why. `threads` 0 lets the back end choose.
 
     Raises errors.BundleError for a folder that is no intact bundle, errors.MissingDependencyError for a back end that is not
     installed, errors.UsageError for what the bundle does not hold or a back end does not do, errors.BackendError where one

@@ -12,7 +12,7 @@ from swin_deploy.cli.output import json_option, print_json, print_table
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.option("-k", "--top-k", default=5, show_default=True, type=click.IntRange(1), help="How many classes an image.")
-@click.option("--precision", default="fp32", show_default=True, help="Which graph of the bundle: fp32, fp16, int8, auto.")
+@click.option("--precision", default="auto", show_default=True, help="fp32, fp16, bf16, int8 or fp8, or the fastest here.")
 @click.option(
     "--backend", default="auto", show_default=True, help="What runs it: onnxruntime, openvino, torch, or the fastest here."
 )

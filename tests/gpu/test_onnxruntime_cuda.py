@@ -26,7 +26,7 @@ def provider() -> None:
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_answers_as_the_cpu_does(version: int, precision: str) -> None:
-    with swin_deploy.load(digits(version), backend="onnxruntime", device="cpu") as model:
+    with swin_deploy.load(digits(version), backend="onnxruntime", device="cpu", precision="fp32") as model:
         wanted = model.run({"pixel_values": FEED})["logits"]
     with swin_deploy.load(digits(version), backend="onnxruntime", device="cuda", precision=precision) as model:
         assert model.describe().device == "cuda:0"
@@ -46,12 +46,12 @@ def test_a_tensor_on_the_gpu_is_not_copied_to_the_host() -> None:
     if not torch.cuda.is_available():
         pytest.skip("this PyTorch has no CUDA")
     tensor = torch.from_numpy(FEED).cuda()
-    with swin_deploy.load(digits(2), backend="onnxruntime", device="cuda") as model:
+    with swin_deploy.load(digits(2), backend="onnxruntime", device="cuda", precision="fp32") as model:
         wanted = model.run({"pixel_values": FEED})["logits"]
         for _ in range(20):  # written by torch's stream just before
             found = model.run({"pixel_values": (tensor * 2) / 2})["logits"]
             assert np.allclose(found, wanted, atol=1e-5)
         with pytest.raises(InputError, match="not contiguous"):
             model.run({"pixel_values": tensor.transpose(2, 3)})
-    with swin_deploy.load(digits(2), device="cpu") as model, pytest.raises(InputError, match="is on cuda:0"):
+    with swin_deploy.load(digits(2), device="cpu", precision="fp32") as model, pytest.raises(InputError, match="is on cuda:0"):
         model.run({"pixel_values": tensor})

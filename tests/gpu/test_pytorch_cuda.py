@@ -24,7 +24,7 @@ def built_with_cuda() -> None:
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_answers_as_the_cpu_does(version: int, precision: str) -> None:
-    with swin_deploy.load(digits(version), backend="torch", device="cpu") as model:
+    with swin_deploy.load(digits(version), backend="torch", device="cpu", precision="fp32") as model:
         wanted = model.run({"pixel_values": FEED})["logits"]
     with swin_deploy.load(digits(version), backend="torch", device="cuda", precision=precision) as model:
         assert model.describe().device == "cuda:0"
@@ -41,7 +41,7 @@ def test_verified_on_the_gpu() -> None:
 
 def test_a_tensor_on_the_gpu_whatever_stream_wrote_it() -> None:
     tensor = torch.from_numpy(FEED).cuda()
-    with swin_deploy.load(digits(2), backend="torch", device="cuda") as model:
+    with swin_deploy.load(digits(2), backend="torch", device="cuda", precision="fp32") as model:
         wanted = model.run({"pixel_values": FEED})["logits"]
         for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
             with torch.cuda.stream(stream):

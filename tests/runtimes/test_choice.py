@@ -40,7 +40,7 @@ def rows_of(*milliseconds: float | None) -> Any:
 
 def test_measured_once_and_explained(cache: Path) -> None:
     pytest.importorskip("openvino", reason="there would be nothing to choose")
-    with swin_deploy.load(digits(2)) as model:
+    with swin_deploy.load(digits(2), precision="fp32") as model:
         first = model.describe()
     assert (first.precision, first.device, first.graphs) == ("fp32", "cpu", {(32, 32): "onnx/model.onnx"})
     assert {row.candidate.backend for row in first.measured} == {"onnxruntime", "openvino"}
@@ -52,10 +52,10 @@ def test_measured_once_and_explained(cache: Path) -> None:
     assert all(part in text for part in ("32x32: onnx/model.onnx", f"{fastest.milliseconds:.2f} ms", first.version, "openvino"))
     assert json.loads(json.dumps(first.to_dict()))["measured"][0]["backend"] == "onnxruntime"
     [kept] = cache.iterdir()
-    with swin_deploy.load(digits(2)) as model:
+    with swin_deploy.load(digits(2), precision="fp32") as model:
         assert model.describe() == first  # to the microsecond: it was not measured again
     kept.write_text("no json")
-    with swin_deploy.load(digits(2)) as model:
+    with swin_deploy.load(digits(2), precision="fp32") as model:
         assert model.describe().measured != first.measured
 
 
@@ -90,7 +90,7 @@ def test_a_wrong_answer_is_not_timed(cache: Path, monkeypatch: pytest.MonkeyPatc
         return found
 
     monkeypatch.setattr(OpenVino, "_run", wrong)
-    with swin_deploy.load(digits(2)) as model:
+    with swin_deploy.load(digits(2), precision="fp32") as model:
         told = model.describe()
     assert told.backend == "onnxruntime"
     [row] = [row for row in told.measured if row.candidate.backend == "openvino"]
@@ -109,23 +109,23 @@ def test_what_failed_to_load_is_tried_again(cache: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         patch.setattr(OpenVino, "__init__", fails)
         for _ in range(2):
-            with swin_deploy.load(digits(2)) as model:
+            with swin_deploy.load(digits(2), precision="fp32") as model:
                 broken = model.describe()
             assert broken.backend == "onnxruntime"
             assert "libtbb" in broken.measured[1].verdict
-    with swin_deploy.load(digits(2)) as model:
+    with swin_deploy.load(digits(2), precision="fp32") as model:
         whole = model.describe()
     assert whole.measured[0] == broken.measured[0]
     assert whole.measured[1].milliseconds
-    with swin_deploy.load(digits(2)) as model:
+    with swin_deploy.load(digits(2), precision="fp32") as model:
         assert model.describe().measured == whole.measured
 
 
 def test_nothing_to_choose_is_not_measured(cache: Path) -> None:
-    with swin_deploy.load(digits(2), backend="onnxruntime") as model:
+    with swin_deploy.load(digits(2), backend="onnxruntime", precision="fp32") as model:
         assert model.describe().measured == ()
         assert model.describe().reason == "there is nothing else to choose from here"
-    with swin_deploy.load(digits(2), backend="onnxruntime", device="cpu") as model:
+    with swin_deploy.load(digits(2), backend="onnxruntime", device="cpu", precision="fp32") as model:
         assert model.describe().reason == "asked for by name"
     assert not cache.exists()
 
@@ -143,10 +143,10 @@ def test_no_place_for_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_auto_takes_every_precision_that_is_verified(cache: Path, tmp_path: Path) -> None:
     path = copied(2, tmp_path / "b")
-    with swin_deploy.load(path, backend="onnxruntime", precision="auto") as model:
+    with swin_deploy.load(path, backend="onnxruntime") as model:
         assert [row.candidate.precision for row in model.describe().measured] == ["fp32", "fp16"]
     Bundle.open(path).with_entry("onnx/model_fp16.onnx", {"agreement": "not verified"})
-    with swin_deploy.load(path, backend="onnxruntime", precision="auto") as model:
+    with swin_deploy.load(path, backend="onnxruntime") as model:
         assert (model.precision, model.describe().measured) == ("fp32", ())
 
 
@@ -172,15 +172,15 @@ def test_a_gpu_that_this_onnxruntime_has_no_provider_for(backend: str) -> None:
     if "CUDAExecutionProvider" in ort.get_available_providers():
         pytest.skip("this ONNX Runtime has the CUDA provider")
     with pytest.raises(MissingDependencyError, match=r'cannot run on cuda:1. Run: .*"swin-deploy\[gpu\]"'):
-        swin_deploy.load(digits(2), backend=backend, device="cuda:1")
+        swin_deploy.load(digits(2), backend=backend, device="cuda:1", precision="fp32")
 
 
 def test_a_back_end_that_is_not_installed_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "openvino", None)
     with pytest.raises(MissingDependencyError, match=r'"swin-deploy\[openvino\]"'):
-        swin_deploy.load(digits(2), backend="openvino")
-    with swin_deploy.load(digits(2)) as model:
+        swin_deploy.load(digits(2), backend="openvino", precision="fp32")
+    with swin_deploy.load(digits(2), precision="fp32") as model:
         assert model.describe().backend == "onnxruntime"
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(MissingDependencyError, match=r'Nothing that runs models .*"swin-deploy\[onnxruntime\]"'):
-        swin_deploy.load(digits(2))
+        swin_deploy.load(digits(2), precision="fp32")

@@ -24,7 +24,7 @@ FEED = np.random.default_rng(0).standard_normal((3, 3, 32, 32)).astype(np.float3
 @pytest.fixture(scope="module", params=["onnxruntime", "openvino", "torch"])
 def model(request: pytest.FixtureRequest) -> Iterator[Model]:
     pytest.importorskip(request.param, reason=f"{request.param} is not installed")
-    with swin_deploy.load(digits(2), backend=request.param, threads=1) as loaded:
+    with swin_deploy.load(digits(2), backend=request.param, threads=1, precision="fp32") as loaded:
         yield loaded
 
 
@@ -82,7 +82,7 @@ def test_outputs_with_more_rows_than_images(tmp_path: Path) -> None:
     answers = {}
     for backend in ("onnxruntime", "openvino", "torch"):
         pytest.importorskip(backend, reason=f"{backend} is not installed")
-        with swin_deploy.load(path, backend=backend) as model:
+        with swin_deploy.load(path, backend=backend, precision="fp32") as model:
             for batch in (1, 3):
                 found = model.run({"pixel_values": FEED[:batch]})
                 out = {name: np.full_like(array, np.nan) for name, array in found.items()}

@@ -28,7 +28,7 @@ FEED = np.random.default_rng(0).standard_normal((3, 3, 32, 32)).astype(np.float3
 @pytest.fixture(scope="module", params=BACKENDS)
 def model(request: pytest.FixtureRequest) -> Iterator[Model]:
     pytest.importorskip(request.param, reason=f"{request.param} is not installed")
-    with swin_deploy.load(digits(2), backend=request.param) as loaded:
+    with swin_deploy.load(digits(2), backend=request.param, precision="fp32") as loaded:
         yield loaded
 
 
@@ -138,7 +138,7 @@ def test_back_ends_give_the_same_answers(version: int) -> None:
     pytest.importorskip("openvino", reason="OpenVINO is not installed")
     answers = {}
     for backend in BACKENDS:
-        with swin_deploy.load(digits(version), backend=backend, threads=1) as loaded:
+        with swin_deploy.load(digits(version), backend=backend, threads=1, precision="fp32") as loaded:
             answers[backend] = loaded.run({"pixel_values": FEED})["logits"]
     for backend in BACKENDS[1:]:
         assert np.allclose(answers[backend], answers["onnxruntime"], atol=1e-4)
@@ -147,7 +147,7 @@ def test_back_ends_give_the_same_answers(version: int) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_closed_model_says_so(backend: str) -> None:
     pytest.importorskip(backend, reason=f"{backend} is not installed")
-    loaded = swin_deploy.load(digits(1), backend=backend)
+    loaded = swin_deploy.load(digits(1), backend=backend, precision="fp32")
     loaded.close()
     loaded.close()
     with pytest.raises(BackendError, match="closed"):
@@ -183,7 +183,7 @@ def test_a_graph_that_the_back_end_refuses_is_one_line(backend: str, tmp_path: P
     bundle = Bundle.open(copied(2, tmp_path / "b"))
     bundle.with_file("onnx/model.onnx", bundle.files["onnx/model.onnx"], lambda path: path.write_bytes(b"no graph") and None)
     with pytest.raises(BackendError, match="cannot load") as caught:
-        swin_deploy.load(bundle.path, backend=backend)
+        swin_deploy.load(bundle.path, backend=backend, precision="fp32")
     assert "\n" not in str(caught.value)
 
 
@@ -195,7 +195,7 @@ def test_one_changed_byte_is_never_loaded(file: str, tmp_path: Path) -> None:
     for position in np.linspace(0, len(whole) - 1, 25).astype(int):
         (bundle / file).write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
         with pytest.raises(BundleError, match=file):
-            swin_deploy.load(bundle)
+            swin_deploy.load(bundle, precision="fp32")
 
 
 def test_a_device_needs_neither_torch_nor_onnx(tmp_path: Path) -> None:

@@ -232,7 +232,10 @@ def test_narrow_graphs_are_computed_in_their_types(version: int, precision: str,
 def test_graphs_that_take_frames(options: tuple[str, ...]) -> None:
     bundle = exported("--weights", str(WEIGHTS[1]), *options) / WEIGHTS[1].name
     photo = EXAMPLES / "photos/china.jpg"
-    with swin_deploy.load(bundle, backend="torch") as ours, swin_deploy.load(bundle, backend="onnxruntime") as theirs:
+    with (
+        swin_deploy.load(bundle, backend="torch", precision="fp32") as ours,
+        swin_deploy.load(bundle, backend="onnxruntime", precision="fp32") as theirs,
+    ):
         frames = ours.preparation([photo, THREE] if options[0] == "--embed-preprocess" else [photo])
         assert (frames.dtype, ours.inputs) == (np.uint8, theirs.inputs)
         found, wanted = (model.run({"pixel_values": frames})["logits"] for model in (ours, theirs))
@@ -256,16 +259,16 @@ def test_described_verified_and_run_by_its_name(tmp_path: Path) -> None:
     assert (row["verified"], row["backend"]) == (True, f"torch {torch.__version__}")
     [one] = result(cli_here("predict", "b", THREE, "--backend", "torch", "--json", cwd=tmp_path))  # type: ignore[misc]
     assert one["predictions"][0]["label"] == "three"
-    with swin_deploy.load(path) as model:  # the reference is never the choice of "auto"
+    with swin_deploy.load(path, precision="fp32") as model:  # the reference is never the choice of "auto"
         assert "torch" not in {row.candidate.backend for row in model.describe().measured}
 
 
 def test_threads_are_the_process_own() -> None:
     now = torch.get_num_threads()
-    with swin_deploy.load(digits(1), backend="torch", threads=now) as model:
+    with swin_deploy.load(digits(1), backend="torch", threads=now, precision="fp32") as model:
         assert model.describe().threads == now
     with pytest.raises(UsageError, match=rf"whole process, which is {now} now.*torch.set_num_threads\({now + 1}\)"):
-        swin_deploy.load(digits(1), backend="torch", threads=now + 1)
+        swin_deploy.load(digits(1), backend="torch", threads=now + 1, precision="fp32")
     assert torch.get_num_threads() == now
 
 
@@ -273,7 +276,7 @@ def test_threads_are_the_process_own() -> None:
 def test_without_torch_or_onnx(module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingDependencyError, match=r'is needed to .*pip install "swin-deploy\[export\]"'):
-        swin_deploy.load(digits(2), backend="torch")
+        swin_deploy.load(digits(2), backend="torch", precision="fp32")
     refused(cli_here("verify", copied(2, tmp_path / "b"), "--backend", "torch", cwd=tmp_path), "swin-deploy[export]")
 
 
@@ -303,7 +306,7 @@ def test_a_gpu_that_this_torch_cannot_use() -> None:
     if torch.cuda.is_available():
         pytest.skip("this PyTorch has a GPU")
     with pytest.raises((MissingDependencyError, BackendError), match=r"cannot run on cuda:1"):
-        swin_deploy.load(digits(2), backend="torch", device="cuda:1")
+        swin_deploy.load(digits(2), backend="torch", device="cuda:1", precision="fp32")
 
 
 def test_a_tensor_that_is_there_already_is_not_copied() -> None:

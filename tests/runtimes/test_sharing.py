@@ -44,7 +44,7 @@ def test_many_threads_get_the_answers_of_one(backend: str, two_sizes: str) -> No
         for size in SIZES
         for batch in (1, 2, 3, 5)
     ]
-    with swin_deploy.load(two_sizes, backend=backend, threads=1) as alone:
+    with swin_deploy.load(two_sizes, backend=backend, threads=1, precision="fp32") as alone:
         wanted = [alone.run(feed) for feed in feeds]
     count = REQUESTS[backend]
     order = random.integers(0, len(feeds), count)
@@ -61,7 +61,10 @@ def test_many_threads_get_the_answers_of_one(backend: str, two_sizes: str) -> No
             done += 1
         return done
 
-    with swin_deploy.load(two_sizes, backend=backend, threads=1) as shared, ThreadPoolExecutor(THREADS) as pool:
+    with (
+        swin_deploy.load(two_sizes, backend=backend, threads=1, precision="fp32") as shared,
+        ThreadPoolExecutor(THREADS) as pool,
+    ):
         assert sum(pool.map(client, range(THREADS))) == count
     assert lost == []
 
@@ -70,7 +73,7 @@ def test_many_threads_get_the_answers_of_one(backend: str, two_sizes: str) -> No
 def test_closing_waits_for_those_inside_and_refuses_the_others(backend: str) -> None:
     pytest.importorskip(backend, reason=f"{backend} is not installed")
     feed = {"pixel_values": np.random.default_rng(0).standard_normal((4, 3, 32, 32)).astype(np.float32)}
-    model = swin_deploy.load(digits(2), backend=backend, threads=1)
+    model = swin_deploy.load(digits(2), backend=backend, threads=1, precision="fp32")
     wanted = model.run(feed)
     begun, ends = threading.Barrier(9), []
 
@@ -100,7 +103,7 @@ def test_a_call_that_fails_leaves_the_model_usable(backend: str, monkeypatch: py
     def fails(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("out of\nmemory")
 
-    with swin_deploy.load(digits(1), backend=backend) as model:
+    with swin_deploy.load(digits(1), backend=backend, precision="fp32") as model:
         wanted = model.run(feed)
         with pytest.raises(InputError):
             model.run({"pixel_values": feed["pixel_values"][:, :1]})
@@ -124,7 +127,7 @@ def test_what_is_opened_late_is_found_from_any_folder(
 ) -> None:
     pytest.importorskip(backend, reason=f"{backend} is not installed")
     monkeypatch.chdir(Path(two_sizes).parent)
-    with swin_deploy.load(Path(two_sizes).name, backend=backend) as model:
+    with swin_deploy.load(Path(two_sizes).name, backend=backend, precision="fp32") as model:
         monkeypatch.chdir(tmp_path)
         for size in SIZES:
             assert model.run({"pixel_values": np.zeros((3, 3, *size), np.float32)})["logits"].shape[0] == 3
@@ -135,7 +138,7 @@ def test_a_bundle_that_is_replaced_under_openvino(two_sizes: str, tmp_path: Path
     pytest.importorskip("openvino", reason="openvino is not installed")
     images = np.zeros((2, 3, *SIZES[0]), np.float32)
     shutil.copytree(two_sizes, tmp_path / "bundle")
-    with swin_deploy.load(tmp_path / "bundle", backend="openvino") as model:
+    with swin_deploy.load(tmp_path / "bundle", backend="openvino", precision="fp32") as model:
         shutil.rmtree(tmp_path / "bundle")
         shutil.copytree(two_sizes, tmp_path / "bundle")
         assert len(model.run({"pixel_values": images[:1]})["logits"]) == 1

@@ -21,7 +21,7 @@ DIGITS = [EXAMPLES / f"digits/images/{digit}.png" for digit in (4, 2, 9, 9, 0, 1
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[Model]:
-    with swin_deploy.load(digits(2), backend="onnxruntime", threads=1) as loaded:
+    with swin_deploy.load(digits(2), backend="onnxruntime", threads=1, precision="fp32") as loaded:
         yield loaded
 
 
@@ -91,7 +91,7 @@ def test_an_error_comes_where_its_frame_would(model: Model, batch: int) -> None:
 
 
 def test_a_model_that_is_closed_meanwhile() -> None:
-    model = swin_deploy.load(digits(2), backend="onnxruntime", threads=1)
+    model = swin_deploy.load(digits(2), backend="onnxruntime", threads=1, precision="fp32")
     stream = model.stream(DIGITS * 100)
     next(stream)
     model.close()
@@ -109,7 +109,7 @@ def test_numbers_of_a_stream_that_cannot_be_meant(model: Model, arguments: dict[
 def test_reconstruct_and_the_stream_of_another_task() -> None:
     options = ("--weights", str(CHECKPOINTS / "hf523__SwinForMaskedImageModeling__basic"), "--task", "masked-image-modeling")
     [path] = [path for path in exported(*options).iterdir() if path.is_dir()]
-    with swin_deploy.load(path, backend="onnxruntime", threads=1) as model:
+    with swin_deploy.load(path, backend="onnxruntime", threads=1, precision="fp32") as model:
         patches = model.inputs[1].shape[1]
         assert isinstance(patches, int)
         mask = np.random.default_rng(0).random((3, patches)) < 0.5
@@ -131,7 +131,10 @@ def test_reconstruct_and_the_stream_of_another_task() -> None:
                 model.reconstruct(images, wrong)  # type: ignore[arg-type]
         with pytest.raises(UsageError, match="classify"):
             model.classify(images)
-    with swin_deploy.load(digits(2), backend="onnxruntime") as other, pytest.raises(UsageError, match=r"reconstruct\(\) needs"):
+    with (
+        swin_deploy.load(digits(2), backend="onnxruntime", precision="fp32") as other,
+        pytest.raises(UsageError, match=r"reconstruct\(\) needs"),
+    ):
         other.reconstruct(images)
 
 
