@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from swin_deploy.errors import MissingKernelError, UsageError
+from swin_deploy.requires import installed
 
 from .base import Runtime
+
+if TYPE_CHECKING:
+    from .tensorrt import EngineFile
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Backend:
     @property
     def installed(self) -> bool:
         """Whether its library is there."""
-        return importlib.util.find_spec(self.library) is not None
+        return installed(self.library)
 
 
 BACKENDS = {
@@ -41,6 +45,8 @@ BACKENDS = {
     "onnxruntime-tensorrt": Backend("onnxruntime", "OnnxRuntimeTensorRt", "onnxruntime", ("cuda",), auto=False),
     # The reference, which fuses nothing.
     "torch": Backend("pytorch", "PyTorch", "torch", ("cpu", "cuda"), auto=False),
+    "tensorrt": Backend("tensorrt", "TensorRt", "tensorrt", ("cuda",), engines=True),
+    "tensorrt-rtx": Backend("tensorrt", "TensorRtRtx", "tensorrt_rtx", ("cuda",), engines=True),
 }
 
 
@@ -70,11 +76,18 @@ def runtime_from_onnx(
     """
     chosen, device = backend_named(backend), device_from_text(device)
     if chosen.engines:
-        raise UsageError(f"The back end {backend} runs engines, not ONNX graphs. Take one of another name.")
+        raise UsageError(f"The back end {backend} runs engines of a bundle, not ONNX graphs. Take one of another name.")
     if device.partition(":")[0] not in chosen.devices:
         raise UsageError(f"The back end {backend} runs on {' or '.join(chosen.devices)}, not on {device}.")
     make = getattr(importlib.import_module(f".{chosen.module}", __package__), chosen.runtime)
     loaded: Runtime = make(path, threads, device, bf16=True) if bf16 else make(path, threads, device)
+    return loaded
+
+
+def runtime_from_engine(file: EngineFile, backend: str, device: str) -> Runtime:
+    """The engine, loaded by `backend` on `device` ("cuda:0")."""
+    make = getattr(importlib.import_module(f".{BACKENDS[backend].module}", __package__), BACKENDS[backend].runtime)
+    loaded: Runtime = make(file, device)
     return loaded
 
 

@@ -10,8 +10,6 @@ import hashlib
 import json
 import os
 import platform
-import secrets
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from swin_deploy.bundle import Bundle
+from swin_deploy.cuda import cuda_devices
 from swin_deploy.errors import BackendError, MissingDependencyError, MissingKernelError, UsageError
 from swin_deploy.machine import this_machine
 from swin_deploy.reference import Reference, Verdict, check_runtime, described
@@ -26,9 +25,11 @@ from swin_deploy.requires import installed_versions
 from swin_deploy.specs import Size, size_text
 
 from .base import Runtime
+from .caches import cache_folder, keep
 
 SECONDS, FEWEST_CALLS = 0.5, 7  # of each candidate
 NOT_KNOWN = ""  # the verdict on a candidate that is to be measured
+LIBRARIES = ("swin-deploy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "tensorrt", "tensorrt-rtx", "numpy")
 
 
 @dataclass(frozen=True)
@@ -154,30 +155,23 @@ def _key(bundle: Bundle, candidates: Sequence[Candidate], threads: int) -> dict[
         "bundle": hashlib.sha256(json.dumps(sorted((f, e["sha256"]) for f, e in bundle.files.items())).encode()).hexdigest(),
         "candidates": [asdict(candidate) for candidate in candidates],
         "threads": threads,
-        "libraries": installed_versions(("swin-deploy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "numpy")),
+        "libraries": installed_versions(LIBRARIES),
         "machine": [
             machine.processor,
             machine.usable_cores,
             platform.machine(),
             platform.system(),
             os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+            [device.name for device in cuda_devices()],
         ],
     }
 
 
 def _cache_file(key: Mapping[str, Any]) -> Path | None:
     """Where the measurement of `key` is kept; None where there is no home for it."""
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        folder = Path(given)
-    elif sys.platform == "win32":
-        folder = Path(os.environ.get("LOCALAPPDATA", ""))
-    else:
-        try:
-            folder = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-        except RuntimeError:
-            return None
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    return folder / "swin-deploy" / "auto" / f"{name}.json" if folder.is_absolute() else None
+    folder = cache_folder("auto")
+    return folder / f"{name}.json" if folder else None
 
 
 def _read(file: Path | None, key: Mapping[str, Any], candidates: Sequence[Candidate]) -> Kept | None:
@@ -197,16 +191,5 @@ def _read(file: Path | None, key: Mapping[str, Any], candidates: Sequence[Candid
 
 def _write(file: Path | None, key: Mapping[str, Any], when: str, rows: Sequence[Measured]) -> None:
     """Keeps a measurement; where nothing may be written it is made again next time."""
-    if file is None:
-        return
-    scratch = file.with_name(f".{file.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     text = json.dumps({"key": key, "when": when, "rows": [(row.milliseconds, row.verdict) for row in rows]}, indent=2)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            scratch.write_text(text, encoding="utf-8")
-            scratch.replace(file)
-        finally:
-            scratch.unlink(missing_ok=True)
-    except OSError:
-        pass
+    keep(file, text.encode())

@@ -65,7 +65,8 @@ class Model:
         self.config = SwinConfig.from_dict(bundle.read_json(CONFIG))
         self.task = TaskSpec.from_dict(bundle.manifest["task"])
         self.preprocessor = Preprocessor.from_dict(bundle.read_json(PREPROCESSOR))
-        self.preparation = preparation_for(self.preprocessor, bundle.files[next(iter(files.values()))])
+        first = bundle.files[next(iter(files.values()))]
+        self.preparation = preparation_for(self.preprocessor, bundle.files[first["graph"]] if "graph" in first else first)
         self.image_sizes: tuple[Size, ...] = tuple(files)
         self._files, self._open = dict(files), open_graph
         self._runtimes: dict[Size, Runtime] = {}

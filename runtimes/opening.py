@@ -8,13 +8,14 @@ from typing import Any
 
 from swin_deploy.bundle import Bundle
 from swin_deploy.cuda import cuda_devices
-from swin_deploy.errors import MissingDependencyError, UsageError
+from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
 from swin_deploy.requires import require
 from swin_deploy.specs import PRECISIONS, QUANTIZED, Size
 
 from .backends import BACKENDS, Backend, backend_named, device_from_text, runtime_from_onnx
 from .base import Runtime
 from .choice import Candidate, Description, choose
+from .engines import engines_of, fitting_engines, open_engine
 from .model import MOST_THREADS, Model
 
 AUTO = "auto"
@@ -52,6 +53,8 @@ def load_model(
 
 
 def _open(bundle: Bundle, candidate: Candidate, file: str, threads: int) -> Runtime:
+    if BACKENDS[candidate.backend].engines:
+        return open_engine(bundle, file, candidate.device)
     in_bf16 = bundle.files[file]["precision"] != candidate.precision
     return runtime_from_onnx(bundle.verified_path(file), candidate.backend, threads, in_bf16, candidate.device)
 
@@ -64,8 +67,6 @@ def _candidates(bundle: Bundle, backend: str, precision: str, device: str) -> li
         require(named[backend].library, f"run models with the back end {backend}")
     else:
         named = {name: found for name, found in BACKENDS.items() if found.auto and found.installed}
-        if not named:
-            raise MissingDependencyError('Nothing that runs models is installed. Run: pip install "swin-deploy[onnxruntime]"')
     found = [
         candidate
         for name, kind in named.items()
@@ -75,6 +76,10 @@ def _candidates(bundle: Bundle, backend: str, precision: str, device: str) -> li
     ]
     if found:
         return found
+    if backend == AUTO and all(kind.engines for kind in named.values()):
+        raise MissingDependencyError('Nothing that runs models is installed. Run: pip install "swin-deploy[onnxruntime]"')
+    if backend != AUTO and named[backend].engines:
+        _refuse_engine(bundle, backend, precision, wanted)
     if not any(_devices(kind, wanted) for kind in named.values()):
         kinds = dict.fromkeys(place for kind in named.values() for place in kind.devices)
         what = f"The back end {backend}" if backend != AUTO else "What is installed"
@@ -95,6 +100,13 @@ def devices_here(backend: str, device: str) -> list[str]:
     return _devices(backend_named(backend), None if device == AUTO else device_from_text(device))
 
 
+def _refuse_engine(bundle: Bundle, backend: str, precision: str, wanted: str | None) -> None:
+    """Raises what keeps the bundle's engines of that back end from running on `wanted`, or on the first GPU."""
+    if wanted is None or wanted.startswith("cuda"):
+        held = dict.fromkeys(str(entry["precision"]) for entry in engines_of(bundle, backend).values())
+        fitting_engines(bundle, backend, next(iter(held), "fp16") if precision == AUTO else precision, wanted or "cuda:0")
+
+
 def _devices(kind: Backend, wanted: str | None) -> list[str]:
     """Where a back end is to run: `wanted` where it can, else every kind of device that it knows and this machine has."""
     if wanted is not None:
@@ -113,7 +125,15 @@ def _has_cuda(kind: Backend) -> bool:
 
 
 def _files(bundle: Bundle, candidate: Candidate) -> dict[Size, str]:
-    """What the candidate runs: image size -> file. OpenVINO computes fp32 graphs in bf16 itself."""
+    """What the candidate runs: image size -> file; nothing where the bundle has no graph or no engine for it that fits.
+
+    OpenVINO computes fp32 graphs in bf16 itself.
+    """
+    if BACKENDS[candidate.backend].engines:
+        try:
+            return fitting_engines(bundle, candidate.backend, candidate.precision, candidate.device)
+        except (EngineError, MissingDependencyError, UsageError):
+            return {}
     stored = "fp32" if (candidate.backend, candidate.precision) == ("openvino", "bf16") else candidate.precision
     return {_size(entry): file for file, entry in bundle.graphs.items() if entry["precision"] == stored}
 
@@ -123,6 +143,7 @@ def _size(entry: Mapping[str, Any]) -> Size:
 
 
 def _verified(bundle: Bundle, candidate: Candidate) -> bool:
-    """Whether every graph of the candidate was found to agree with PyTorch when it was made."""
-    verdicts = (bundle.files[file].get("agreement") for file in _files(bundle, candidate).values())
+    """Whether every graph of the candidate, or that its engine was compiled from, agreed with PyTorch when it was made."""
+    graphs = [bundle.files[file].get("graph", file) for file in _files(bundle, candidate).values()]
+    verdicts = (bundle.files[graph].get("agreement") for graph in graphs)
     return all(isinstance(verdict, Mapping) and verdict.get("verified") for verdict in verdicts)

@@ -22,15 +22,22 @@ class CudaDevice:
     capability: str
 
 
+def cuda_driver() -> ctypes.CDLL | None:
+    """The driver's own library, with functions that nobody has given argument types yet; None where it is not installed."""
+    try:
+        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+
+
 def cuda_devices() -> tuple[CudaDevice, ...]:
     """The CUDA GPUs that this process may use, in CUDA's own order; empty without a driver or without a GPU.
 
     CUDA_VISIBLE_DEVICES applies, because the driver applies it. A driver that is present and refuses to start (no
     permission, or a kernel module of another version) reads as no GPU: nothing could be run on it either.
     """
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
+    driver = cuda_driver()
+    if driver is None:
         return ()
     count = ctypes.c_int()
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:

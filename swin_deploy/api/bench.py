@@ -74,9 +74,10 @@ def bench(
 ) -> Bench:
     """Latency, throughput, memory and cold start of a bundle's first image size here, each candidate in its own process.
 
-    Without `backends`, `precisions` and `batches`: all back ends that are installed, the precisions whose graphs the bundle
-    holds (and OpenVINO's bf16), 1 and 8 images. `device` is "cpu", "cuda" or "cuda:1"; "auto" is the CPU and the first GPU,
-    each with the back ends that run there. What of these does not run is left out; what was named and does not is an
+    Without `backends`, `precisions` and `batches`: all back ends that are installed (TensorRT's where the bundle has engines
+    that run here), the precisions whose graphs or engines the bundle holds (and OpenVINO's bf16), 1 and 8 images. `device` is
+    "cpu", "cuda" or "cuda:1"; "auto" is the CPU and the first GPU, each with the back ends that run there. What of these does
+    not run is left out; what was named and does not is an
     error. `seconds` is for each candidate, spread over `rounds` in which they take turns. Rows of PyTorch, the reference, are
     added where `weights` names the checkpoint that was exported, or the bundle has random weights. `peers` adds the exports of
     transformers and timm. Raises errors.UsageError for figures that cannot be meant, what loading raises, and
@@ -151,6 +152,7 @@ def planned(
 ) -> dict[Candidate, Request]:
     """What there is to measure of the bundle itself. A back end asked for by name must be installed."""
     from swin_deploy.runtimes.backends import BACKENDS
+    from swin_deploy.runtimes.engines import engines_here, engines_of, runnable_engines
     from swin_deploy.runtimes.opening import devices_here
 
     if unknown := [name for name in backends if name not in BACKENDS]:
@@ -160,7 +162,6 @@ def planned(
     for name in backends:
         if not BACKENDS[name].installed:
             require(BACKENDS[name].library, "measure what it runs")
-    held = dict.fromkeys(str(entry["precision"]) for entry in bundle.graphs.values())
     # The back end torch is left out: PyTorch itself has rows, as the reference.
     usual = [name for name, one in BACKENDS.items() if one.installed and one.library != "torch"]
     found: dict[Candidate, Request] = {}
@@ -168,6 +169,11 @@ def planned(
         # Loading what was named says why it does not run there.
         named = [BACKENDS[backend].devices[0] if device == "auto" else device] if backends else []
         for place in devices_here(backend, device) or named:
+            entries: Mapping[str, Any] = bundle.graphs
+            if BACKENDS[backend].engines:
+                on_gpu = runnable_engines if backends else engines_here  # the former says why there is none
+                entries = on_gpu(bundle, backend, place) if place != "cpu" else engines_of(bundle, backend)
+            held = dict.fromkeys(str(entry["precision"]) for entry in entries.values())
             for precision in dict.fromkeys(precisions or [*held, *(["bf16"] if backend == "openvino" else [])]):
                 for batch in batches:
                     request = {"bundle": str(bundle.path), "backend": backend, "precision": precision, "device": place}
@@ -311,6 +317,10 @@ def _opened(request: dict[str, Any]) -> Any:
         return _opened_by_torch(request)
     from swin_deploy.runtimes.backends import BACKENDS, runtime_from_onnx
 
+    if "engine" in request:
+        from swin_deploy.runtimes.engines import open_engine
+
+        return open_engine(Bundle.open(request["bundle"]), request["engine"], request["device"])
     backend, threads = request["backend"], request["threads"]
     device = request.get("device", BACKENDS[backend].devices[0])
     if "onnx" in request:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 import swin_deploy
 from swin_deploy.bundle import Bundle
 from swin_deploy.doctor import BROKEN, STEPS, WORKS, Finding, Step, Trap, install, installed_traps, unusable, versions_for
-from swin_deploy.errors import BackendError
+from swin_deploy.errors import BackendError, MissingDependencyError
 from swin_deploy.machine import Gpu, Machine, driver_and_gpus, this_machine
 from swin_deploy.requires import installed, require
 
@@ -70,7 +71,8 @@ class Diagnosis:
 def doctor(bundle: str | os.PathLike[str] | None = None) -> Diagnosis:
     """What this machine has and can do: every library is really tried, each in a process of its own.
 
-    With `bundle`, every graph of it is loaded and run by every back end, too. Raises errors.BundleError where it is none.
+    With `bundle`, every graph of it is loaded and run by every back end, too, and every engine that is for this machine. Raises
+    errors.BundleError where it is none.
     """
     from swin_deploy.cuda import cuda_devices
     from swin_deploy.runtimes.backends import BACKENDS
@@ -95,10 +97,12 @@ def doctor(bundle: str | os.PathLike[str] | None = None) -> Diagnosis:
     able = {step.backend for step in working} & BACKENDS.keys()
     runs = None
     if found is not None:
-        runs = _runs(found, [name for name in BACKENDS if name in able], gpus)
+        runs = _runs(found, [name for name, kind in BACKENDS.items() if name in able and not kind.engines], gpus)
         why = {step.backend: one.can for step, one in reversed([*zip(STEPS, findings, strict=True)])}
         runs += tuple(
-            Run("-", name, "-", False, why.get(name, "it is not tried here")) for name in BACKENDS if name not in able
+            Run("-", name, "-", False, why.get(name, "it is not tried here"))
+            for name, kind in BACKENDS.items()
+            if name not in able and not kind.engines  # whose engines have rows of their own
         )
     healthy = bool(able) if runs is None else any(run.works for run in runs)
     return Diagnosis(machine, driver, gpus, findings, traps, runs, healthy)
@@ -229,7 +233,7 @@ def _tensorrt() -> str:
     gpu = cuda_devices()[0].capability
     number = int(gpu.removeprefix("sm_"))
     types = ["fp32", "fp16"] + ["bf16"] * (number >= 80) + ["INT8"] + ["FP8"] * has_fp8(gpu)
-    return f"compiles {', '.join(types)} engines for {gpu}"
+    return f"compiles and runs {', '.join(types)} engines for {gpu}"
 
 
 def _tensorrt_rtx() -> str:
@@ -290,40 +294,46 @@ PROBES: Mapping[str, Callable[[], str]] = {
 
 
 def _runs(bundle: Bundle, backends: list[str], gpus: tuple[Gpu, ...]) -> tuple[Run, ...]:
-    """Every precision of the bundle in every back end, really run, and every engine against the GPUs that are here."""
-    from swin_deploy.measuring import Child
-
+    """Every precision of the bundle in every back end, and every engine that is for this machine, really run."""
     runs = []
     held: dict[str, str] = {}
     for file, entry in bundle.graphs.items():
         held.setdefault(str(entry["precision"]), file)  # the first image size
     for backend in backends:
         for precision, file in {**held, **({"bf16": held["fp32"]} if backend == "openvino" else {})}.items():
-            request = {"bundle": str(bundle.path), "backend": backend, "precision": precision, "threads": 0, "batch": 1}
-            with tempfile.TemporaryDirectory(prefix="swin-doctor-") as folder:
-                try:
-                    with Child({**request, "answer": str(Path(folder, "answer.npz"))}) as child:
-                        said = f"{child.title}; first answer {child.cold_start:.1f} s after its process started"
-                        runs.append(Run(file, backend, precision, True, said))
-                except BackendError as error:
-                    runs.append(Run(file, backend, precision, False, str(error)))
+            request = {"bundle": str(bundle.path), "backend": backend, "precision": precision, "threads": 0}
+            runs.append(_tried(file, backend, precision, request))
     for file, entry in bundle.files.items():
         if file.endswith(".engine"):
-            runs.append(_engine(file, entry, gpus, backends))
+            runs.append(_engine(bundle, file, entry, gpus))
     return tuple(runs)
 
 
-def _engine(file: str, entry: Mapping[str, Any], gpus: tuple[Gpu, ...], backends: list[str]) -> Run:
-    """Whether an engine is for a GPU and a release that are here; it is not run."""
-    backend, wanted = str(entry["backend"]), f"{entry['gpu']} and {entry['backend']} {entry['backend_version']}"
-    module = backend.replace("-", "_")
-    here = str(require(module, "run engines").__version__) if installed(module) else "not installed"
-    if entry["gpu"] not in {gpu.capability for gpu in gpus}:
-        why = f"needs {wanted}; this machine has {', '.join(gpu.capability for gpu in gpus) or 'no NVIDIA GPU'}"
-    elif here != entry["backend_version"]:
-        why = f"needs {wanted}; {backend} is {here}"
-    elif backend not in backends:
-        why = "fits this machine; this package does not run engines yet, TensorRT's own runtime does"
-    else:
-        why = "fits this machine"
-    return Run(file, backend, str(entry["precision"]), why == "fits this machine", why)
+def _engine(bundle: Bundle, file: str, entry: Mapping[str, Any], gpus: tuple[Gpu, ...]) -> Run:
+    """Whether an engine runs here: on the first GPU that it is for it is really run."""
+    from swin_deploy.runtimes.backends import BACKENDS
+    from swin_deploy.runtimes.engines import misfit
+
+    backend, precision, library = str(entry["backend"]), str(entry["precision"]), BACKENDS[entry["backend"]].library
+    release = None
+    if installed(library):
+        with contextlib.suppress(MissingDependencyError, OSError):
+            release = str(require(library, "run engines").__version__)
+    if (why := misfit(bundle, file, [gpu.capability for gpu in gpus], release)) is not None:
+        return Run(file, backend, precision, False, why)
+    fitting = (i for i, gpu in enumerate(gpus) if misfit(bundle, file, [gpu.capability], release) is None)
+    request = {"bundle": str(bundle.path), "engine": file, "device": f"cuda:{next(fitting)}"}
+    return _tried(file, backend, precision, request)
+
+
+def _tried(file: str, backend: str, precision: str, request: Mapping[str, Any]) -> Run:
+    """What became of loading what `request` names and running one image, in a process of its own."""
+    from swin_deploy.measuring import Child
+
+    with tempfile.TemporaryDirectory(prefix="swin-doctor-") as folder:
+        try:
+            with Child({**request, "batch": 1, "answer": str(Path(folder, "answer.npz"))}) as child:
+                said = f"{child.title}; first answer {child.cold_start:.1f} s after its process started"
+                return Run(file, backend, precision, True, said)
+        except BackendError as error:
+            return Run(file, backend, precision, False, str(error))

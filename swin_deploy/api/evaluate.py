@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swin_deploy.api.say import silent
@@ -21,15 +21,41 @@ if TYPE_CHECKING:
 def verify(bundle: str | os.PathLike[str], *, backend: str = "onnxruntime", device: str = "cpu") -> tuple[Verdict, ...]:
     """A verdict on every ONNX graph of a bundle, run here by `backend` on `device` against PyTorch's recorded answers.
 
-    Checks every file's sha256 first (errors.BundleError). A verdict that is not `verified` is returned, not raised.
+    With a back end that runs engines ("tensorrt", "tensorrt-rtx", on "cuda"), on every engine that fits that GPU and release;
+    errors.EngineError says why none does. Checks every file's sha256 first (errors.BundleError). A verdict that is not
+    `verified` is returned, not raised.
     """
     from functools import partial
 
     from swin_deploy.bundle import Bundle
-    from swin_deploy.reference import verify_bundle
-    from swin_deploy.runtimes.backends import runtime_to_check
+    from swin_deploy.reference import Reference, check_runtime, verify_bundle
+    from swin_deploy.runtimes.backends import device_from_text, runtime_to_check
+    from swin_deploy.runtimes.engines import open_engine
 
-    return verify_bundle(Bundle.open(bundle), partial(runtime_to_check, backend=backend, device=device))
+    found = Bundle.open(bundle)
+    if (engines := _engines(found, backend, device)) is None:
+        return verify_bundle(found, partial(runtime_to_check, backend=backend, device=device))
+    for file in found.files:
+        found.verified_path(file)
+    verdicts = []
+    for file, entry in engines.items():
+        reference = Reference.load(found, found.files[entry["graph"]]["reference"])
+        with open_engine(found, file, device_from_text(device)) as runtime:
+            verdicts.append(check_runtime(reference, runtime, file, str(entry["precision"])))
+    return tuple(verdicts)
+
+
+def _engines(bundle: Bundle, backend: str, device: str) -> Mapping[str, Any] | None:
+    """The engines that a back end for engines can run on `device`; None of a back end for graphs."""
+    from swin_deploy.errors import UsageError
+    from swin_deploy.runtimes.backends import BACKENDS, device_from_text
+    from swin_deploy.runtimes.engines import runnable_engines
+
+    if backend not in BACKENDS or not BACKENDS[backend].engines:
+        return None
+    if device == "cpu":
+        raise UsageError(f"The back end {backend} runs on {' or '.join(BACKENDS[backend].devices)}, not on {device}.")
+    return runnable_engines(bundle, backend, device_from_text(device))
 
 
 def evaluate(
@@ -49,7 +75,8 @@ def evaluate(
     `data` is a folder of images, an .npz or .npy file, or an iterable of images, each alone or in a pair with its class; see
     calib.data.samples_from. Classes come from the names of folders, or from the file `labels` with lines "image,class";
     `labels` "none" ignores them. `precisions` leaves out other graphs than these and the fp32 ones; types that the back end
-    has no kernels for are emulated. Graphs are compared with the fp32 graph of their image size, or with PyTorch where
+    has no kernels for are emulated. A back end for engines ("tensorrt", "tensorrt-rtx") runs those that fit the first GPU, and
+    ONNX Runtime the fp32 graphs. Graphs are compared with the fp32 graph of their image size, or with PyTorch where
     `weights` names the checkpoint that was exported. `progress(done, total)` counts samples. Raises errors.InputError for data
     that does not fit the network, errors.UsageError for a precision that the bundle does not hold.
     """
@@ -58,25 +85,36 @@ def evaluate(
     from swin_deploy.errors import UsageError
     from swin_deploy.evaluation import Evaluation, Graph, evaluate_graphs
     from swin_deploy.runtimes.backends import runtime_to_check
+    from swin_deploy.runtimes.engines import open_engine
 
     found = Bundle.open(bundle)
-    held = dict.fromkeys(str(entry["precision"]) for entry in found.graphs.values())
+    engines = _engines(found, backend, "cuda")
+    entries: Mapping[str, Any] = found.graphs
+    if engines is not None:
+        backend = "onnxruntime"
+        entries = {**{file: entry for file, entry in found.graphs.items() if entry["precision"] == "fp32"}, **engines}
+    held = dict.fromkeys(str(entry["precision"]) for entry in entries.values())
     if unknown := [precision for precision in precisions if precision not in held]:
-        raise UsageError(f"The bundle {found.path} holds no {unknown[0]} graph. It holds: {', '.join(held)}.")
+        kind = "graph" if engines is None else "engine that runs here"
+        raise UsageError(f"The bundle {found.path} holds no {unknown[0]} {kind}. It holds: {', '.join(held)}.")
     chosen = samples_for(found, data, samples, None if labels == "none" else labels)
     classes, wanted, rule = wanted_classes(found, chosen, labels)
     prepared: dict[tuple[int, int], Samples] = {}
     graphs, left_out = [], []
     with contextlib.ExitStack() as stack:
-        for file, entry in sorted(found.graphs.items(), key=lambda item: item[1]["precision"] != "fp32"):
+        for file, entry in sorted(entries.items(), key=lambda item: (item[1]["precision"] != "fp32", "graph" in item[1])):
             size = (int(entry["image_size"][0]), int(entry["image_size"][1]))
             if chosen.ready and size != chosen.image_size:
                 left_out.append(file)
             elif not precisions or entry["precision"] in ("fp32", *precisions):
-                how, inputs = preparation(found, file)
+                engine = "graph" in entry
+                how, inputs = preparation(found, entry["graph"] if engine else file)
                 if weights is not None and size not in prepared:
                     graphs.append(Graph("", "fp32", size, _torch_network(weights, found, size, how)))
-                runtime = stack.enter_context(runtime_to_check(found.verified_path(file), backend))
+                runtime: Any = (
+                    open_engine(found, file, "cuda:0") if engine else runtime_to_check(found.verified_path(file), backend)
+                )
+                stack.enter_context(runtime)
                 graphs.append(Graph(file, str(entry["precision"]), size, runtime))
                 prepared.setdefault(size, chosen.with_size(how, inputs))
         streams = zip(*(made.batches(batch) for made in prepared.values()), strict=True)

@@ -16,19 +16,51 @@ def load(
     precision: str = "auto",
     device: str = "auto",
     threads: int = 0,
+    rebuild: bool = False,
 ) -> Model:
     """The bundle at `path`, loaded and ready to run; use it as a context manager or call `close()`.
 
-    `backend` is "onnxruntime", "openvino" or "torch", `device` "cpu", "cuda" or "cuda:1"; `precision` is "fp32", or another
-    one whose graph was made ("fp16", "int8"), or with OpenVINO "bf16". What is named is taken, or an error. What is "auto" is
-    measured where there is a choice, once for this bundle on this machine: the fastest that agrees with PyTorch's recorded
-    answers as `verify` demands it of its precision; name "fp32" for answers that are as exact as they can be.
-    `model.describe()` says what was chosen and why. `threads` 0 lets the back end choose.
+    `backend` is "onnxruntime", "openvino", "torch", or "tensorrt" or "tensorrt-rtx", which run the bundle's engines on a GPU;
+    `device` is "cpu", "cuda" or "cuda:1"; `precision` is "fp32", or another one whose graph or engine was made ("fp16",
+    "int8"), or with OpenVINO "bf16". What is named is taken, or an error. What is "auto" is measured where there is a choice,
+    once for this bundle on this machine: the fastest that agrees with PyTorch's recorded answers as `verify` demands it of its
+    precision; name "fp32" for answers that are as exact as they can be. `model.describe()` says what was chosen and why.
+    `threads` 0 lets the back end choose.
+
+    With `rebuild`, an engine that does not fit this GPU, this release of TensorRT or the graph as it is now is compiled again
+    from the ONNX graph beside it, with the options it had, which may take minutes and changes the bundle.
 
     Raises errors.BundleError for a folder that is no intact bundle, errors.MissingDependencyError for a back end that is not
-    installed, errors.UsageError for what the bundle does not hold or a back end does not do, errors.BackendError where one
-    fails.
+    installed, errors.UsageError for what the bundle does not hold or a back end does not do, errors.EngineError for an engine
+    that does not fit, with the command that compiles it again, errors.BackendError where a back end fails.
     """
     from swin_deploy.runtimes.opening import load_model
 
+    if rebuild:
+        _rebuild(path, backend, precision, device)
     return load_model(path, backend, precision, device, threads)
+
+
+def _rebuild(path: str | os.PathLike[str], backend: str, precision: str, device: str) -> None:
+    """Compiles the engines again that would be loaded, where one of them does not fit."""
+    from swin_deploy.api.engine import build_engine
+    from swin_deploy.bundle import Bundle
+    from swin_deploy.errors import EngineError, UsageError
+    from swin_deploy.runtimes.backends import BACKENDS, device_from_text
+    from swin_deploy.runtimes.engines import engines_of, fitting_engines, gpu_of, rebuild_options
+
+    compiled = [name for name, kind in BACKENDS.items() if kind.engines]
+    if backend not in compiled or precision == "auto":
+        raise UsageError(
+            f"rebuild compiles an engine again, and the back end is {backend} and the precision {precision}. Name the back end "
+            f"({' or '.join(compiled)}) and the precision of the engine."
+        )
+    where = device_from_text("cuda" if device == "auto" else device)
+    bundle, kinds = Bundle.open(path), BACKENDS[backend].devices
+    if where.partition(":")[0] not in kinds:
+        return  # loading refuses that
+    try:
+        fitting_engines(bundle, backend, precision, where)
+    except EngineError:
+        last = next(iter(engines_of(bundle, backend, precision).values()))
+        build_engine(path, gpus=(gpu_of(where, backend),), **rebuild_options(last))

@@ -14,7 +14,7 @@ from swin_deploy.cli.output import json_option, print_json, print_table, teller
 @click.option("--samples", type=click.IntRange(1), help="Only so many, evenly spread, equally many of each class.")
 @click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Images at a time.")
 @click.option("--precision", "precisions", multiple=True, help="Repeatable; without it every graph of the bundle.")
-@click.option("--backend", default="onnxruntime", show_default=True, help="What runs the graphs: onnxruntime, openvino, torch.")
+@click.option("--backend", default="onnxruntime", show_default=True, help="Or openvino, torch, tensorrt, tensorrt-rtx.")
 @click.option("--weights", help="The checkpoint that was exported; graphs are then compared with PyTorch itself.")
 @json_option
 def command(
@@ -54,7 +54,8 @@ def command(
     finally:
         say.clear()
     held = Bundle.open(bundle)
-    engines = [file for file in held.files if file.endswith(".engine")]
+    run = {score.file for score in found.scores}
+    engines = [file for file in held.files if file.endswith(".engine") and file not in run]
     torch = {file: described(entry.get("agreement")) for file, entry in held.graphs.items() if entry["precision"] == "fp32"}
     if as_json:
         print_json(

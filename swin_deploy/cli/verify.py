@@ -9,19 +9,21 @@ from swin_deploy.cli.output import json_option, print_json, print_table
 
 @click.command("verify", short_help="Check a bundle's files, and its graphs against PyTorch's answers.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--backend", default="onnxruntime", show_default=True, help="What runs the graphs: onnxruntime, openvino, torch.")
+@click.option("--backend", default="onnxruntime", show_default=True, help="Or openvino, torch, tensorrt, tensorrt-rtx.")
 @click.option("--device", default="cpu", show_default=True, help="Where: cpu, cuda, cuda:1.")
 @json_option
 def command(bundle: Path, backend: str, device: str, as_json: bool) -> None:
     """Check the sha256 of every file of BUNDLE, and run its ONNX graphs against the answers that PyTorch gave at export.
 
-    Exits with 1 when a graph disagrees. Engines run only on the GPU they were compiled for, and are listed as not verified.
+    With --backend tensorrt or tensorrt-rtx, and --device cuda, the engines that fit this machine are run instead of the graphs;
+    others are listed as not verified. Exits with 1 when one disagrees.
     """
     import swin_deploy
     from swin_deploy.bundle import Bundle
 
     verdicts = swin_deploy.verify(bundle, backend=backend, device=device)
-    engines = [file for file in Bundle.open(bundle).files if file.endswith(".engine")]
+    run = {verdict.file for verdict in verdicts}
+    engines = [file for file in Bundle.open(bundle).files if file.endswith(".engine") and file not in run]
     if as_json:
         rows = [{"file": v.file, **v.to_dict()} for v in verdicts]
         print_json({"bundle": str(bundle), "files_intact": True, "graphs": rows, "not_verified": engines})

@@ -1,0 +1,284 @@
+"""Lane: an execution context with a stream and memory of its own, which one thread at a time runs; Lanes hands them out."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from swin_deploy.errors import BackendError
+from swin_deploy.specs import TensorSpec
+
+from .base import Array, Feeds, resolved
+from .cuda import LEGACY_STREAM, Gpu
+from .tensors import DeviceTensor
+
+ALIGNMENT = 256  # what TensorRT is given by its own allocator; a tensor of the caller's that is not is copied
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An input or output as it lies in memory: `rows` of shape `tail` for each image, and the bytes of an image."""
+
+    name: str
+    dtype: np.dtype[Any]
+    rows: int
+    tail: tuple[int, ...]
+
+    @classmethod
+    def of(cls, spec: TensorSpec) -> Layout:
+        one = resolved(spec.shape, {"batch": 1})
+        if not one:
+            raise BackendError(f"{spec} does not say how large it is for each image. Export the bundle again.")
+        return cls(spec.name, np.dtype(spec.dtype), one[0], one[1:])
+
+    @property
+    def bytes(self) -> int:
+        return self.rows * math.prod(self.tail) * self.dtype.itemsize
+
+    def shape(self, batch: int) -> tuple[int, ...]:
+        return (batch * self.rows, *self.tail)
+
+
+class Said(threading.local):
+    """What TensorRT complained of in this thread since `clear`."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+
+    def clear(self) -> None:
+        self.errors.clear()
+
+    def sentence(self) -> str:
+        return "; ".join(dict.fromkeys(map(sentence, self.errors))) or "it gave no reason"
+
+
+def sentence(text: str) -> str:
+    """`text` in one line, for the middle of a sentence."""
+    return " ".join(text.split()).rstrip(".")
+
+
+class _Memory:
+    """Room for one input or output on the GPU and, pinned, on this side; `view` is the latter as an array."""
+
+    def __init__(self, gpu: Gpu, layout: Layout) -> None:
+        self.layout, self._gpu, self._size = layout, gpu, 0
+        self.device = self.host = 0
+        self.view: Array = np.empty(0, layout.dtype)
+
+    def hold(self, batch: int) -> None:
+        """Makes room for `batch` images; what there is stays where it is enough."""
+        size = batch * self.layout.bytes
+        if size > self._size:
+            self.free()
+            self.device = self._gpu.allocated(size)
+            self.host = self._gpu.pinned(size)
+            self._size = size
+        raw = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.host))
+        self.view = raw.view(self.layout.dtype).reshape(self.layout.shape(batch))
+
+    def free(self) -> None:
+        self.view, self._size = np.empty(0, self.layout.dtype), 0
+        device, host, self.device, self.host = self.device, self.host, 0, 0
+        if device:
+            self._gpu.free(device)
+        if host:
+            self._gpu.unpin(host)
+
+
+class Lane:
+    """Runs one engine for `batch` images of a profile at a time, as `prepare` says. Call everything inside `gpu.current()`.
+    It takes the execution context out of the list `context`, so that nobody else keeps it.
+
+    A call that follows another one with the same batch and the same addresses is captured as a CUDA graph, and those after it
+    only launch that. A graph is of the context as it was when it was captured, so it goes when anything there changes; where
+    capturing is refused, the batch is run plainly from then on. With `own_graphs` TensorRT does all this by itself.
+    """
+
+    def __init__(
+        self, gpu: Gpu, context: list[Any], inputs: Sequence[Layout], outputs: Sequence[Layout], own_graphs: bool, said: Said
+    ) -> None:
+        self.prepared: tuple[int, int] | None = None  # profile, batch
+        self._gpu, self._context, self._own_graphs, self._said = gpu, context.pop(), own_graphs, said
+        self._profile: int | None = None
+        self._graph: int | None = None
+        self._alike = False  # whether the call before was this one
+        self._refused: set[tuple[int, int]] = set()
+        self._addresses: dict[str, int] = {}
+        self._stream = self._event = 0
+        self._inputs = [_Memory(gpu, layout) for layout in inputs]
+        self._outputs = [_Memory(gpu, layout) for layout in outputs]
+        try:
+            self._stream, self._event = gpu.stream(), gpu.event()
+        except BackendError:
+            self.free()
+            raise
+
+    def prepare(self, profile: int, batch: int) -> None:
+        """Makes this lane ready for `batch` images of that profile; nothing is done where it is."""
+        if self.prepared == (profile, batch):
+            return
+        self.prepared = None
+        self._changed()
+        self._said.clear()
+        if self._profile != profile:
+            self._profile = None
+            self._addresses.clear()  # a context that changes its profile is to be told everything again
+            self._must(self._context.set_optimization_profile_async(profile, self._stream), f"select the profile {profile}")
+            self._gpu.wait(self._stream)
+            self._profile = profile
+        for memory in self._inputs:
+            shape = memory.layout.shape(batch)
+            self._must(self._context.set_input_shape(memory.layout.name, shape), f"take {memory.layout.name} {list(shape)}")
+        missing = self._context.infer_shapes()
+        self._must(not missing, f"tell its shapes without {', '.join(missing)}")
+        for memory in self._inputs + self._outputs:
+            name, shape = memory.layout.name, memory.layout.shape(batch)
+            found = tuple(self._context.get_tensor_shape(name))
+            self._must(found == shape, f"make {name} {list(shape)} (it makes {list(found)})")
+            memory.hold(batch)
+            self._address(name, memory.device)
+        self.prepared = (profile, batch)
+
+    def run(self, feeds: Feeds, out: Mapping[str, Array], start: int, count: int) -> None:
+        """`count` images, from `start` on, from `feeds` into `out`; the last one fills up what the batch has more."""
+        assert self.prepared is not None
+        batch, stream, gpu = self.prepared[1], self._stream, self._gpu
+        if any(isinstance(feed, DeviceTensor) for feed in feeds.values()):
+            gpu.follow(stream, LEGACY_STREAM, self._event)
+        for memory in self._inputs:
+            layout, feed = memory.layout, feeds[memory.layout.name]
+            if not isinstance(feed, DeviceTensor):
+                rows = count * layout.rows
+                memory.view[:rows] = feed[start * layout.rows : start * layout.rows + rows]
+                for more in range(count, batch):
+                    memory.view[more * layout.rows : (more + 1) * layout.rows] = memory.view[rows - layout.rows : rows]
+                gpu.to_device(memory.device, memory.host, batch * layout.bytes, stream)
+                self._address(layout.name, memory.device)
+                continue
+            source = feed.pointer + start * layout.bytes
+            if count == batch and source % ALIGNMENT == 0:
+                self._address(layout.name, source)
+                continue
+            gpu.on_device(memory.device, source, count * layout.bytes, stream)
+            for more in range(count, batch):
+                last = source + (count - 1) * layout.bytes
+                gpu.on_device(memory.device + more * layout.bytes, last, layout.bytes, stream)
+            self._address(layout.name, memory.device)
+        self._execute()
+        for memory in self._outputs:
+            gpu.to_host(memory.host, memory.device, count * memory.layout.bytes, stream)
+        gpu.wait(stream)
+        for memory in self._outputs:
+            rows, first = count * memory.layout.rows, start * memory.layout.rows
+            out[memory.layout.name][first : first + rows] = memory.view[:rows]
+
+    def free(self) -> None:
+        """Frees everything, whatever state it is in; a second time does nothing."""
+        self.prepared = None
+        steps: list[Callable[[], None]] = []
+        if self._stream:
+            steps += [lambda stream=self._stream: self._gpu.wait(stream)]  # type: ignore[misc]
+        steps += [self._changed, self._let_go, *(memory.free for memory in self._inputs + self._outputs)]
+        if self._event:
+            steps += [lambda event=self._event: self._gpu.end_event(event)]  # type: ignore[misc]
+        if self._stream:
+            steps += [lambda stream=self._stream: self._gpu.end_stream(stream)]  # type: ignore[misc]
+        self._stream = self._event = 0
+        for step in steps:
+            with suppress(BackendError):  # a GPU that failed refuses this, too, and what failed has been told
+                step()
+
+    def _let_go(self) -> None:
+        self._context = None
+
+    def _execute(self) -> None:
+        if self._graph is None and self._alike and not self._own_graphs and self.prepared not in self._refused:
+            self._graph = self._gpu.captured(self._stream, self._enqueued)
+            if self._graph is None:
+                assert self.prepared is not None
+                self._refused.add(self.prepared)
+        if self._graph is not None:
+            self._gpu.launch(self._graph, self._stream)
+        else:
+            self._said.clear()
+            self._must(self._context.execute_async_v3(self._stream), "run")
+        self._alike = True
+
+    def _enqueued(self) -> bool:
+        try:
+            return bool(self._context.execute_async_v3(self._stream))
+        except RuntimeError:  # it is then run without capturing, and says why if that fails, too
+            return False
+
+    def _address(self, name: str, address: int) -> None:
+        if self._addresses.get(name) != address:
+            self._changed()
+            self._must(self._context.set_tensor_address(name, address), f"read or write {name} where it is")
+            self._addresses[name] = address
+
+    def _changed(self) -> None:
+        """The context is about to be another one than before: its graph is not to be launched any more."""
+        self._alike = False
+        graph, self._graph = self._graph, None
+        if graph is not None:
+            self._gpu.end_graph(graph)
+
+    def _must(self, done: Any, what: str) -> None:
+        if not done:
+            raise BackendError(f"it did not {what}: {self._said.sentence()}")
+
+
+class Lanes:
+    """Up to `most` lanes, made as they are needed; who comes later waits.
+
+    A lane that is prepared for what is wanted comes first, then a new one, then the one that nobody has used for longest.
+    """
+
+    def __init__(self, make: Callable[[], Lane], most: int) -> None:
+        self._make, self._left = make, most
+        self._free: list[Lane] = []  # the one used last is the last
+        self._turn = threading.Semaphore(most)
+        self._choosing = threading.Lock()
+
+    @contextmanager
+    def taken(self, profile: int, batch: int) -> Iterator[Lane]:
+        """A lane that is prepared for it; with an error inside it is freed and forgotten, for nobody knows its state."""
+        with self._turn:
+            lane = self._chosen((profile, batch))
+            try:
+                if lane is None:
+                    lane = self._make()
+                lane.prepare(profile, batch)
+                yield lane
+            except BaseException:
+                with self._choosing:
+                    self._left += 1
+                if lane is not None:
+                    lane.free()
+                raise
+            with self._choosing:
+                self._free.append(lane)
+
+    def drain(self) -> list[Lane]:
+        """All that are not in use, taken out, to be freed."""
+        with self._choosing:
+            free, self._free = self._free, []
+        return free
+
+    def _chosen(self, wanted: tuple[int, int]) -> Lane | None:
+        """One that is free, taken out; None where one is to be made, which is counted already."""
+        with self._choosing:
+            for index in reversed(range(len(self._free))):
+                if self._free[index].prepared == wanted:
+                    return self._free.pop(index)
+            if self._left > 0:
+                self._left -= 1
+                return None
+            return self._free.pop(0)

@@ -1,0 +1,298 @@
+"""TensorRT and TensorRT for RTX: engines that build-engine compiled, on the GPU that they were compiled for."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from swin_deploy.errors import BackendError
+from swin_deploy.requires import require
+from swin_deploy.specs import Batch, TensorSpec
+
+from .base import Array, Feeds, Runtime
+from .caches import keep
+from .cuda import Gpu
+from .lanes import Lane, Lanes, Layout, Said, sentence
+
+MOST_LANES = 8  # calls at a time, and batch sizes whose CUDA graphs are kept; each has its own memory for activations
+
+# TensorRT's names for the types of inputs and outputs.
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BOOL": "bool", "UINT8": "uint8"}
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """An engine in the file `path`, whose sha256 was checked, with the inputs and outputs of the graph that it was made of.
+
+    `host_code` says that it brings a runtime of its own, as version-compatible engines do; `cache` is where TensorRT for RTX
+    keeps what it compiles for this GPU; `again` is the command that compiles the engine again.
+    """
+
+    path: Path
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    host_code: bool = False
+    cache: Path | None = None
+    again: str = "swin-deploy build-engine"
+
+
+class TensorRt(Runtime):
+    """The engine `file` on `device` ("cuda:0"). Raises BackendError where TensorRT or the driver does not take it,
+    MissingDependencyError where TensorRT is not installed.
+
+    Any number of threads may run it; up to MOST_LANES calls are on the GPU at a time, each with an execution context, a
+    stream and memory of its own. A batch that no profile holds is split over the largest one; one smaller than each of
+    them, or between two, is filled up with its last image, which is cut from the answers.
+    """
+
+    library, name = "tensorrt", "TensorRT"
+    own_graphs = False  # whether it captures CUDA graphs by itself
+
+    def __init__(self, file: EngineFile, device: str = "cuda:0") -> None:
+        trt = require(self.library, "run engines")
+        logger, said = _listener(trt)
+        self._said, self._file = said, file
+        title = f"{self.name} {trt.__version__}"
+        layouts = [Layout.of(spec) for spec in file.inputs], [Layout.of(spec) for spec in file.outputs]
+        self._natives = natives = _Natives(Gpu(int(device.partition(":")[2] or 0)))
+        said.clear()
+        try:
+            with natives.gpu.current():
+                natives.runtime = trt.Runtime(logger)
+                if file.host_code:
+                    natives.runtime.engine_host_code_allowed = True
+                plan = file.path.read_bytes()
+                self._check_plan(trt, natives, plan)
+                natives.engine = natives.runtime.deserialize_cuda_engine(plan)
+                if natives.engine is None:
+                    raise BackendError(said.sentence())
+                _check_tensors(trt, natives, file)
+                self._profiles = _profiles(natives, file.inputs[0].name)
+                self._configure(trt, natives)
+                make = partial(_lane, self._new_context(trt), natives, *layouts, self.own_graphs, said)
+                natives.lanes = Lanes(make, MOST_LANES)
+                with natives.lanes.taken(0, self._profiles[0][0]):
+                    pass  # the first lane: what it lacks is missed now, and not in the first call
+        except BaseException as error:
+            natives.free()
+            if not isinstance(error, Exception):
+                raise
+            # A TypeError is how the bindings say that a factory gave nothing; why not is in the log.
+            reason = said.sentence() if isinstance(error, TypeError) and said.errors else str(error)
+            raise BackendError(
+                f'{title} cannot run {file.path.name}: {sentence(reason)}. Compile it again with "{file.again}".'
+            ) from error
+        self._release = weakref.finalize(self, natives.free)
+        self._release.atexit = False
+        super().__init__(f"{self.library.replace('_', '-')} {trt.__version__}", file.inputs, file.outputs, device)
+
+    def _check_plan(self, trt: Any, natives: _Natives, plan: bytes) -> None:
+        """Raises BackendError where the engine's header says that it cannot be run here."""
+
+    def _configure(self, trt: Any, natives: _Natives) -> None:
+        """Makes what execution contexts are made with."""
+
+    def _new_context(self, trt: Any) -> Callable[[_Natives], Any]:
+        """What makes an execution context that has memory for one profile at a time."""
+        strategy = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        return lambda natives: natives.engine.create_execution_context(strategy)
+
+    def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
+        assert out is not None  # Layout.of saw to it that the size of every output is known
+        natives = self._natives
+        assert natives.lanes is not None
+        batch = int(feeds[self.inputs[0].name].shape[0])
+        try:
+            with natives.gpu.current():
+                for start, count, profile, size in planned(batch, self._profiles):
+                    with natives.lanes.taken(profile, size) as lane:
+                        lane.run(feeds, out, start, count)
+        except Exception as error:
+            raise BackendError(f"{self.name} failed while running the model: {sentence(str(error))}") from error
+        return out
+
+    def _close(self) -> None:
+        self._release()
+
+
+class TensorRtRtx(TensorRt):
+    """The same with TensorRT for RTX, which compiles the last part on the GPU itself, and keeps that in the user's cache."""
+
+    library, name = "tensorrt_rtx", "TensorRT for RTX"
+    own_graphs = True
+
+    def _check_plan(self, trt: Any, natives: _Natives, plan: bytes) -> None:
+        validity, flags = natives.runtime.get_engine_validity(plan)
+        if validity == trt.EngineValidity.INVALID:
+            kinds = trt.EngineInvalidityDiagnostics.__members__.items()
+            why = [name.lower().replace("_", " ") for name, flag in kinds if int(flag) & int(flags)]
+            raise BackendError(", ".join(why) or self._said.sentence())
+
+    def _configure(self, trt: Any, natives: _Natives) -> None:
+        natives.config = natives.engine.create_runtime_config()
+        natives.config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE)
+        natives.config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        # Not LAZY, which answers with other kernels until the right ones are compiled: the same input, other last bits.
+        natives.config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        natives.cache, natives.cache_file = natives.config.create_runtime_cache(), self._file.cache
+        if natives.cache_file is not None:
+            try:
+                kept = natives.cache_file.read_bytes()
+            except OSError:
+                kept = b""
+            if kept and natives.cache.deserialize(kept):  # it refuses what is damaged, or of another release, GPU or driver
+                natives.kept = kept
+        natives.config.set_runtime_cache(natives.cache)
+
+    def _new_context(self, trt: Any) -> Callable[[_Natives], Any]:
+        return lambda natives: natives.engine.create_execution_context(natives.config)
+
+    def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
+        found = super()._run(feeds, out)
+        self._natives.keep_cache()
+        return found
+
+
+class _Natives:
+    """What TensorRT and the driver made, freed in order, once, and at a time of our choosing.
+
+    TensorRT holds a lock while it logs and takes it to free things. Were one left to the garbage collector, which may run
+    inside the function that hears another's log, that thread would wait for itself.
+    """
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+        self.runtime: Any = None
+        self.engine: Any = None
+        self.config: Any = None
+        self.cache: Any = None
+        self.lanes: Lanes | None = None
+        self.cache_file: Path | None = None
+        self.kept = b""  # the cache as it is in the file
+        self.lanes_made = self.lanes_kept = 0
+        self.making = threading.Lock()
+
+    def keep_cache(self) -> None:
+        """Writes what was compiled for this GPU, where lanes were made since it was written."""
+        if self.lanes_kept == self.lanes_made or not self.making.acquire(blocking=False):
+            return
+        try:
+            self.lanes_kept = self.lanes_made
+            content = bytes(self.cache.serialize())
+            if content != self.kept:
+                keep(self.cache_file, content)
+                self.kept = content
+        finally:
+            self.making.release()
+
+    def free(self) -> None:
+        """Frees all of it; a GPU that has failed may refuse, which changes nothing any more."""
+        with suppress(BackendError), self.gpu.current():
+            self._let_go()
+        self._let_go()
+        with suppress(BackendError):
+            self.gpu.close()
+
+    def _let_go(self) -> None:
+        if self.lanes is not None:
+            for lane in self.lanes.drain():
+                lane.free()
+        self.lanes = None  # and with it the last way from here to here
+        self.cache = None
+        self.config = None
+        self.engine = None
+        self.runtime = None
+
+
+def _lane(
+    new_context: Callable[[_Natives], Any],
+    natives: _Natives,
+    inputs: Sequence[Layout],
+    outputs: Sequence[Layout],
+    own_graphs: bool,
+    said: Said,
+) -> Lane:
+    said.clear()
+    with natives.making:
+        made = [new_context(natives)]  # in a list, so that no frame of an error's traceback keeps it
+        natives.lanes_made += 1
+    if made == [None]:
+        raise BackendError(f"it made no execution context: {said.sentence()}")
+    return Lane(natives.gpu, made, inputs, outputs, own_graphs, said)
+
+
+def planned(batch: int, profiles: Sequence[Batch]) -> Iterator[tuple[int, int, int, int]]:
+    """How `batch` images are run: (first image, how many, profile, batch size to run them as), one after the other.
+
+    Of the profiles that hold what is left the one tuned for a size nearest to it, and of equal ones the smaller. What is
+    larger than all is split over the largest; what falls below or between them is filled up to the next smallest size.
+    """
+    start = 0
+    while left := batch - start:
+        fitting = [i for i, (low, _, high) in enumerate(profiles) if low <= left <= high]
+        largest = max(range(len(profiles)), key=lambda i: (profiles[i][2], profiles[i][1]))
+        if fitting:
+            chosen = min(fitting, key=lambda i: (abs(profiles[i][1] - left), profiles[i][2]))
+            size = count = left
+        elif left > profiles[largest][2]:
+            chosen = largest
+            size = count = profiles[largest][2]
+        else:
+            above = [i for i, (low, _, _) in enumerate(profiles) if low > left]
+            chosen = min(above, key=lambda i: profiles[i][0])
+            size, count = profiles[chosen][0], left
+        yield start, count, chosen, size
+        start += count
+
+
+def _profiles(natives: _Natives, name: str) -> tuple[Batch, ...]:
+    found = []
+    for index in range(natives.engine.num_optimization_profiles):
+        low, best, high = (int(dims[0]) for dims in natives.engine.get_tensor_profile_shape(name, index))
+        found.append((low, best, high))
+    return tuple(found)
+
+
+def _check_tensors(trt: Any, natives: _Natives, file: EngineFile) -> None:
+    """Raises BackendError where the engine's inputs and outputs are not its graph's: nothing may be read past its end."""
+    wanted = {spec.name: (spec, trt.TensorIOMode.INPUT) for spec in file.inputs}
+    wanted |= {spec.name: (spec, trt.TensorIOMode.OUTPUT) for spec in file.outputs}
+    names = [natives.engine.get_tensor_name(index) for index in range(natives.engine.num_io_tensors)]
+    if set(names) != set(wanted):
+        raise BackendError(f"its inputs and outputs are {', '.join(names)}, and those of its graph {', '.join(wanted)}")
+    for name, (spec, mode) in wanted.items():
+        kind = natives.engine.get_tensor_dtype(name).name
+        shape = tuple(natives.engine.get_tensor_shape(name))
+        if (
+            natives.engine.get_tensor_mode(name) != mode
+            or natives.engine.get_tensor_location(name) != trt.TensorLocation.DEVICE
+            or _DTYPES.get(kind) != spec.dtype
+            or shape[1:] != spec.shape[1:]
+        ):
+            raise BackendError(f"its {name} is {kind} {list(shape)}, and in its graph {spec}")
+
+
+_LISTENERS: dict[Any, tuple[Any, Said]] = {}
+_LISTENING = threading.Lock()
+
+
+def _listener(trt: Any) -> tuple[Any, Said]:
+    """The logger of this process for that module: TensorRT speaks to the first one that it gets, whatever is made later."""
+    with _LISTENING:
+        if trt not in _LISTENERS:
+            said = Said()
+
+            class Logger(trt.ILogger):  # type: ignore[misc]
+                def log(self, severity: Any, message: str) -> None:
+                    if severity.name in ("ERROR", "INTERNAL_ERROR"):
+                        said.errors.append(message)
+                        del said.errors[:-8]
+
+            _LISTENERS[trt] = (Logger(), said)
+        return _LISTENERS[trt]
