@@ -9,12 +9,14 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from swin_deploy.exporters import engine_from_onnx, gpu, refit
+from swin_deploy.runtimes import lanes, tensorrt
 
 LISTS = Path(__file__).parent / "bindings"
 
@@ -35,12 +37,30 @@ OBJECTS = {
     "refitter": "Refitter",
     "weights": "OnnxParserRefitter",
     "serialization": "ISerializationConfig",
+    "natives.runtime": "Runtime",
+    "natives.engine": "ICudaEngine",
+    "natives.config": "IRuntimeConfig",
+    "natives.cache": "IRuntimeCache",
+    "self.cache": "IRuntimeCache",
+    "self._context": "IExecutionContext",
 }
 # What one back end has alone. The source asks for the back end before it uses one of these.
 ONLY_IN_RTX = {
     "ComputeCapability.__members__",
     "IBuilderConfig.num_compute_capabilities",
     "IBuilderConfig.set_compute_capability",
+    "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE",
+    "DynamicShapesKernelSpecializationStrategy.EAGER",
+    "EngineInvalidityDiagnostics.__members__",
+    "EngineValidity.INVALID",
+    "IRuntimeCache.deserialize",
+    "IRuntimeCache.serialize",
+    "IRuntimeConfig.create_runtime_cache",
+    "IRuntimeConfig.cuda_graph_strategy",
+    "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+    "IRuntimeConfig.set_execution_context_allocation_strategy",
+    "IRuntimeConfig.set_runtime_cache",
+    "Runtime.get_engine_validity",
 }
 ONLY_IN_FULL_TENSORRT: set[str] = set()
 
@@ -48,16 +68,18 @@ ONLY_IN_FULL_TENSORRT: set[str] = set()
 def used_names() -> set[str]:
     """ "Class.attribute", or the name of a class, for each that our source uses."""
     used: set[str] = set()
-    for module in (engine_from_onnx, gpu, refit):
+    for module in (engine_from_onnx, gpu, refit, lanes, tensorrt):
         tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
         inner = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and node not in inner:
                 root, _, rest = ast.unparse(node).partition(".")
-                if root == "trt" and rest != "__version__":
-                    used.add(rest)
-                elif root in OBJECTS:
-                    used.add(f"{OBJECTS[root]}.{rest}")
+                if root == "trt" and rest not in ("__version__", "__name__"):
+                    used.add(".".join(rest.split(".")[:2]))
+                elif root not in OBJECTS:
+                    root, rest = ".".join([root, *rest.split(".")[:1]]), rest.partition(".")[2]
+                if root in OBJECTS and rest:
+                    used.add(f"{OBJECTS[root]}.{re.split('[.(]', rest)[0]}")
     return used
 
 
@@ -91,15 +113,25 @@ def test_the_source_is_read() -> None:
         "ParserError.node_operator",
         "Refitter.refit_cuda_engine",
         "Runtime.deserialize_cuda_engine",
+        "ICudaEngine.get_tensor_profile_shape",
+        "IExecutionContext.set_optimization_profile_async",
+        "IExecutionContext.set_input_shape",
+        "IExecutionContext.infer_shapes",
+        "IExecutionContext.get_tensor_shape",
+        "IExecutionContext.set_tensor_address",
+        "IExecutionContext.execute_async_v3",
+        "ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE",
+        "TensorIOMode.INPUT",
     } <= USED
     assert USED >= ONLY_IN_RTX | ONLY_IN_FULL_TENSORRT
     assert len(USED) > 50
 
 
 def test_no_other_file_talks_to_the_bindings() -> None:
-    folder = Path(str(engine_from_onnx.__file__)).parent
-    speakers = {path.name for path in folder.glob("*.py") if "trt." in path.read_text(encoding="utf-8")}
-    assert speakers == {"engine_from_onnx.py", "gpu.py", "refit.py"}
+    folders = [Path(str(module.__file__)).parent for module in (engine_from_onnx, tensorrt)]
+    files = [path for folder in folders for path in folder.glob("*.py")]
+    speakers = {path.name for path in files if "trt." in path.read_text(encoding="utf-8")}
+    assert speakers == {"engine_from_onnx.py", "gpu.py", "refit.py", "tensorrt.py"}
 
 
 def test_every_name_is_in_tensorrt_for_rtx() -> None:
@@ -115,8 +147,8 @@ def test_every_name_of_running_is_in_tensorrt_lean() -> None:
     lean = pytest.importorskip("tensorrt_lean_bindings", reason="tensorrt_lean is not installed")
     assert lean.__version__.startswith("11.")
     known = {name for name in USED if hasattr(lean, name.partition(".")[0])}
-    assert known >= {"Runtime.deserialize_cuda_engine", "Refitter.refit_cuda_engine"}
-    assert known & missing_in_module("tensorrt_lean_bindings") == set()
+    assert known >= {"Runtime.deserialize_cuda_engine", "Refitter.refit_cuda_engine", "IExecutionContext.execute_async_v3"}
+    assert known & missing_in_module("tensorrt_lean_bindings") <= ONLY_IN_RTX
 
 
 @pytest.mark.parametrize("release", ["10.12", "11.4"])

@@ -22,7 +22,7 @@ pytest.importorskip("onnxruntime", reason="the simulated TensorRT computes with 
 
 from cli.exported import copied, digits, exported, one_block
 from fake_driver import HEADER, LEGACY, OUT_OF_MEMORY, TYPES, FakeDriver, arguments_of
-from fake_tensorrt import EngineInvalidityDiagnostics, session
+from fake_tensorrt import EngineInvalidityDiagnostics, module, session
 from simulated import PROFILES, RELEASES, simulated, with_engines
 
 import swin_deploy
@@ -249,7 +249,7 @@ def test_warm_calls_keep_nothing(driver: FakeDriver, tmp_path: Path) -> None:
                 for _ in range(300):
                     model.run(feed(IMAGES[:3]), out)
                 gc.collect()
-                ours = [tracemalloc.Filter(True, str(module.__file__)) for module in (base, cuda, lanes, tensorrt)]
+                ours = [tracemalloc.Filter(True, str(one.__file__)) for one in (base, cuda, lanes, tensorrt)]
                 traces = tracemalloc.take_snapshot().filter_traces(ours).statistics("filename")
                 held.append(sum(trace.size for trace in traces))
         finally:
@@ -453,6 +453,17 @@ def test_no_place_for_a_cache(driver: Any, tmp_path: Path, monkeypatch: pytest.M
 def test_a_shape_that_says_nothing_of_the_batch() -> None:
     with pytest.raises(BackendError, match="does not say how large it is"):
         Layout.of(TensorSpec("logits", "float32", ("boxes", 10)))
+
+
+def test_the_double_has_nothing_that_the_real_one_lacks() -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="the double of TensorRT for RTX is compared with it")
+    made = module("tensorrt_rtx", "1", FakeDriver())
+    kinds = {name: kind for name, kind in vars(made).items() if isinstance(kind, type)}
+    assert kinds.keys() >= {"Runtime", "ICudaEngine", "IExecutionContext", "IRuntimeConfig", "IRuntimeCache", "EngineValidity"}
+    own = {"version", "inputs", "outputs"}  # what the tests ask it
+    for name, kind in kinds.items():
+        public = {attribute for attribute in dir(kind) if not attribute.startswith("_")} - own - set(dir(int))
+        assert public <= set(dir(getattr(trt, name))), name
 
 
 def test_the_digits_bundle_has_the_graphs_that_are_compared() -> None:

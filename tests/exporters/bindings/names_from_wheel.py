@@ -20,10 +20,11 @@ from pathlib import Path
 
 # What our code uses, and nothing else: a class that is not here is not in the lists, and the test says so.
 CLASSES = (
-    "Builder", "BuilderFlag", "EngineInspector", "HardwareCompatibilityLevel", "IBuilderConfig", "ICudaEngine", "ILogger",
-    "INetworkDefinition", "IOptimizationProfile", "IProgressMonitor", "ISerializationConfig", "ITensor", "ITimingCache",
-    "LayerInformationFormat", "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser", "OnnxParserRefitter",
-    "ParserError", "ProfilingVerbosity", "Refitter", "Runtime", "SerializationFlag",
+    "Builder", "BuilderFlag", "DataType", "EngineInspector", "ExecutionContextAllocationStrategy", "HardwareCompatibilityLevel",
+    "IBuilderConfig", "ICudaEngine", "IExecutionContext", "ILogger", "INetworkDefinition", "IOptimizationProfile",
+    "IProgressMonitor", "ISerializationConfig", "ITensor", "ITimingCache", "LayerInformationFormat", "MemoryPoolType",
+    "NetworkDefinitionCreationFlag", "OnnxParser", "OnnxParserRefitter", "ParserError", "ProfilingVerbosity", "Refitter",
+    "Runtime", "SerializationFlag", "TensorIOMode", "TensorLocation",
 )  # fmt: skip
 FUNCTIONS = (
     "createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL",
