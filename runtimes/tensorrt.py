@@ -155,7 +155,10 @@ class TensorRtRtx(TensorRt):
 
     def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
         found = super()._run(feeds, out)
-        self._natives.keep_cache()
+        natives = self._natives
+        if natives.lanes_kept != natives.lanes_made:
+            with suppress(Exception), natives.gpu.current():  # the answers are there; what is not kept is compiled again
+                natives.keep_cache()
         return found
 
 
@@ -179,8 +182,8 @@ class _Natives:
         self.making = threading.Lock()
 
     def keep_cache(self) -> None:
-        """Writes what was compiled for this GPU, where lanes were made since it was written."""
-        if self.lanes_kept == self.lanes_made or not self.making.acquire(blocking=False):
+        """Writes what was compiled for this GPU; while another thread does, or makes a lane, a later call does."""
+        if not self.making.acquire(blocking=False):
             return
         try:
             self.lanes_kept = self.lanes_made
