@@ -236,49 +236,63 @@ class Lane:
 
 
 class Lanes:
-    """Up to `most` lanes, made as they are needed; who comes later waits.
+    """Up to `most` lanes, made as they are needed, but no more than the GPU has memory for; who comes later waits.
 
     A lane that is prepared for what is wanted comes first, then a new one, then the one that nobody has used for longest.
     """
 
     def __init__(self, make: Callable[[], Lane], most: int) -> None:
-        self._make, self._left = make, most
+        self._make, self._most, self._made = make, most, 0
         self._free: list[Lane] = []  # the one used last is the last
-        self._turn = threading.Semaphore(most)
-        self._choosing = threading.Lock()
+        self._turn = threading.Condition()
 
     @contextmanager
     def taken(self, profile: int, batch: int) -> Iterator[Lane]:
         """A lane that is prepared for it; with an error inside it is freed and forgotten, for nobody knows its state."""
+        lane = self._next(profile, batch)
+        try:
+            yield lane
+        except BaseException:
+            self._drop(lane)
+            raise
         with self._turn:
-            lane = self._chosen((profile, batch))
-            try:
-                if lane is None:
-                    lane = self._make()
-                lane.prepare(profile, batch)
-                yield lane
-            except BaseException:
-                with self._choosing:
-                    self._left += 1
-                if lane is not None:
-                    lane.free()
-                raise
-            with self._choosing:
-                self._free.append(lane)
+            self._free.append(lane)
+            self._turn.notify()
 
     def drain(self) -> list[Lane]:
         """All that are not in use, taken out, to be freed."""
-        with self._choosing:
+        with self._turn:
             free, self._free = self._free, []
+            self._made -= len(free)
         return free
 
-    def _chosen(self, wanted: tuple[int, int]) -> Lane | None:
-        """One that is free, taken out; None where one is to be made, which is counted already."""
-        with self._choosing:
-            for index in reversed(range(len(self._free))):
-                if self._free[index].prepared == wanted:
-                    return self._free.pop(index)
-            if self._left > 0:
-                self._left -= 1
-                return None
-            return self._free.pop(0)
+    def _next(self, profile: int, batch: int) -> Lane:
+        while True:
+            lane = None
+            with self._turn:
+                self._turn.wait_for(lambda: self._free or self._made < self._most)
+                for index in reversed(range(len(self._free))):
+                    if self._free[index].prepared == (profile, batch):
+                        return self._free.pop(index)
+                if self._made < self._most:
+                    self._made += 1
+                else:
+                    lane = self._free.pop(0)
+            try:
+                lane = lane or self._make()
+                lane.prepare(profile, batch)
+                return lane
+            except BaseException as error:
+                others = self._drop(lane)
+                if not isinstance(error, BackendError) or not others:
+                    raise
+                self._most = others  # there is no memory for more; those that there are go on
+
+    def _drop(self, lane: Lane | None) -> int:
+        """Frees a lane, or the place of one that was not made; how many others there are."""
+        if lane is not None:
+            lane.free()
+        with self._turn:
+            self._made -= 1
+            self._turn.notify()
+            return self._made

@@ -106,14 +106,15 @@ class Model:
         return self._runtime(self._size_of(pixels)).run(feeds, out)
 
     def warm_up(self, batch: int = 1) -> None:
-        """Loads the graphs of all image sizes, and runs each once on `batch` black images, so that the first call is as quick
-        as the next ones."""
+        """Loads the graphs of all image sizes, and runs each on `batch` black images, once or as often as it takes, so that
+        the first call is as quick as the next ones."""
         if batch < 1:
             raise UsageError(f"batch is {batch}, and must be at least 1.")
         for size in self.image_sizes:
             runtime = self._runtime(size)
             shapes = {spec.name: (batch, *(int(n) for n in spec.shape[1:])) for spec in runtime.inputs}
-            runtime.run({spec.name: np.zeros(shapes[spec.name], spec.dtype) for spec in runtime.inputs})
+            for _ in range(runtime.calls_to_warm):
+                runtime.run({spec.name: np.zeros(shapes[spec.name], spec.dtype) for spec in runtime.inputs})
 
     def classify(self, images: ImageLike | Iterable[ImageLike], top_k: int = 5, batch_size: int = 8) -> list[list[Prediction]]:
         """The `top_k` best classes of every image, best first.

@@ -53,6 +53,7 @@ class TensorRt(Runtime):
 
     library, name = "tensorrt", "TensorRT"
     own_graphs = False  # whether it captures CUDA graphs by itself
+    calls_to_warm = 2  # the second is captured
 
     def __init__(self, file: EngineFile, device: str = "cuda:0") -> None:
         trt = require(self.library, "run engines")

@@ -282,17 +282,40 @@ def test_a_call_that_fails_leaves_the_model_usable(backend: str, driver: Any, tm
             ):
                 model.run(feed(IMAGES[:9]))
         world.fail = ""
-        for refused in ("cuMemcpyHtoDAsync_v2", "cuStreamSynchronize", "cuMemAlloc_v2"):
+        for refused in ("cuMemcpyHtoDAsync_v2", "cuStreamSynchronize"):
             driver.refuse[refused] = OUT_OF_MEMORY
-            batch = 7 if refused == "cuMemAlloc_v2" else 9  # one that there is no lane for
-            with pytest.raises(
-                BackendError, match=f"refused {refused} on cuda:0: CUDA_ERROR_OUT_OF_MEMORY .out of memory"
-            ) as caught:
-                model.run(feed(IMAGES[:batch]))
+            said = f"refused {refused} on cuda:0: CUDA_ERROR_OUT_OF_MEMORY .out of memory"
+            with pytest.raises(BackendError, match=said) as caught:
+                model.run(feed(IMAGES[:9]))
             assert isinstance(caught.value.__cause__, BackendError)
             driver.refuse.clear()
         assert model.run(feed(IMAGES[:9]))["logits"].tobytes() == wanted
         assert len(driver.streams) - 1 == len(driver.events) <= MOST_LANES
+
+
+def test_no_more_lanes_than_the_gpu_has_memory_for(driver: Any, tmp_path: Path) -> None:
+    """Who comes when there is no memory for another lane waits for one that there is, or has it made ready for his batch."""
+    path, world = copied(1, tmp_path / "b"), driver.trt["tensorrt"].world
+    with_engines(path, "tensorrt", profiles=((1, 8, 8),))
+    with loaded(path, "tensorrt") as model, ThreadPoolExecutor(6) as pool:
+        model.run(feed(IMAGES[:8]))  # in the second lane
+        driver.refuse["cuMemAlloc_v2"] = OUT_OF_MEMORY
+        answers = pool.map(lambda batch: model.run(feed(IMAGES[:batch]))["logits"], [8, 8, 8, 1, 1, 8, 8, 1] * 4)
+        assert [len(answer) for answer in answers] == [8, 8, 8, 1, 1, 8, 8, 1] * 4
+        assert world.contexts_made <= 2 + 6  # those that did not come about are not tried again
+        assert len(driver.streams) - 1 in (1, 2)  # the one for a single image goes when it cannot be made larger
+        driver.refuse.clear()
+        assert model.run(feed(IMAGES[:8]))["logits"].tobytes() == alone(path, IMAGES[:8]).tobytes()
+
+
+def test_warmed_up_the_first_call_is_as_the_next_ones(driver: Any, tmp_path: Path) -> None:
+    path, world = copied(1, tmp_path / "b"), driver.trt["tensorrt"].world
+    with_engines(path, "tensorrt")
+    with loaded(path, "tensorrt") as model:
+        model.warm_up(4)
+        before = (world.plain_runs, world.captured_runs, driver.counts["cuGraphLaunch"])
+        assert model.run(feed(IMAGES[:4]))["logits"].tobytes() == alone(path, IMAGES[:4]).tobytes()
+        assert (world.plain_runs, world.captured_runs, driver.counts["cuGraphLaunch"] - 1) == before
 
 
 def placed(driver: FakeDriver, images: np.ndarray, offset: int = 0, owner: Any = None) -> DeviceTensor:
