@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from cli.exported import exported, one_block
 from fake_driver import FakeDriver
-from fake_tensorrt import module, plan
+from fake_tensorrt import module, plan, session
 
+import swin_deploy
 import swin_deploy.cuda
 import swin_deploy.runtimes.cuda
 from swin_deploy.bundle import Bundle
@@ -19,6 +23,8 @@ from swin_deploy.specs import Batch
 
 RELEASES = {"tensorrt": "11.4.0.106", "tensorrt-rtx": "1.7.1.116"}
 PROFILES: tuple[Batch, ...] = ((1, 1, 1), (1, 4, 8))
+SIZES = ((32, 32), (16, 24))
+IMAGES = np.random.default_rng(0).standard_normal((24, 3, 32, 32)).astype(np.float32)
 
 
 @contextmanager
@@ -67,3 +73,25 @@ def with_engines(
         bundle = bundle.with_file(file, facts, lambda place, content=content: place.write_bytes(content))  # type: ignore[misc]
         files.append(file)
     return files
+
+
+def two_sizes(target: Path) -> Path:
+    """One block at two image sizes."""
+    options = [part for height, width in SIZES for part in ("--image-size", f"{height}x{width}")]
+    [path] = [path for path in exported("--weights", str(one_block()), *options).iterdir() if path.is_dir()]
+    shutil.copytree(path, target)
+    return target
+
+
+def alone(path: Path, images: np.ndarray, graph: str = "onnx/model.onnx") -> np.ndarray:
+    """What ONNX Runtime itself makes of a batch of exactly these images."""
+    [answer] = session(str((path / graph).absolute())).run(["logits"], {"pixel_values": images})
+    return np.asarray(answer)
+
+
+def feed(images: np.ndarray) -> dict[str, Any]:
+    return {"pixel_values": images}
+
+
+def loaded(path: Path, backend: str, **options: Any) -> Any:
+    return swin_deploy.load(path, backend=backend, **options)
