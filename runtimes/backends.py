@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Backend:
     """Where a back end is: our module and class, the library it needs, and the kinds of device it runs on.
 
-    `engines` says that it runs engines and not graphs; `auto` that it may be chosen without being asked for by name.
+    `engines` says that it runs engines and not graphs; `auto` that it may be chosen without being asked for by name. `lean` is
+    a smaller library that does for version-compatible engines where only that is installed.
     """
 
     module: str
@@ -31,11 +32,17 @@ class Backend:
     devices: tuple[str, ...]
     engines: bool = False
     auto: bool = True
+    lean: str = ""
 
     @property
     def installed(self) -> bool:
-        """Whether its library is there."""
-        return installed(self.library)
+        """Whether its library is there, or the lean one."""
+        return installed(self.found)
+
+    @property
+    def found(self) -> str:
+        """The library that is there; the usual one where none is."""
+        return self.lean if self.lean and not installed(self.library) and installed(self.lean) else self.library
 
 
 BACKENDS = {
@@ -45,7 +52,7 @@ BACKENDS = {
     "onnxruntime-tensorrt": Backend("onnxruntime", "OnnxRuntimeTensorRt", "onnxruntime", ("cuda",), auto=False),
     # The reference, which fuses nothing.
     "torch": Backend("pytorch", "PyTorch", "torch", ("cpu", "cuda"), auto=False),
-    "tensorrt": Backend("tensorrt", "TensorRt", "tensorrt", ("cuda",), engines=True),
+    "tensorrt": Backend("tensorrt", "TensorRt", "tensorrt", ("cuda",), engines=True, lean="tensorrt_lean"),
     "tensorrt-rtx": Backend("tensorrt", "TensorRtRtx", "tensorrt_rtx", ("cuda",), engines=True),
 }
 

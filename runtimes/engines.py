@@ -49,6 +49,13 @@ def misfit(bundle: Bundle, file: str, gpus: Sequence[str], release: str | None) 
             f"{file} needs {backend} {entry['backend_version']}{newer}, and {here}. "
             f'Install that release, or compile it with "{again}".'
         )
+    kind = BACKENDS[backend]
+    if kind.found == kind.lean and not options.get("version_compatible"):
+        lean = rebuild_command(bundle, file, gpus, version_compatible=True)
+        return (
+            f"{file} needs {kind.library} itself, and only {kind.lean} is installed here, which runs version-compatible "
+            f'engines. Install the former, or compile it with "{lean}".'
+        )
     if options.get("strip_weights"):
         refit = shlex.join(["swin-deploy", "refit", str(bundle.path)])
         return f'{file} was compiled without its weights. Put them back with "{refit}".'
@@ -146,9 +153,9 @@ def rebuild_options(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {"precision": entry["precision"], "backend": entry["backend"], "batches": batches, **kept}
 
 
-def rebuild_command(bundle: Bundle, file: str, gpus: Sequence[str]) -> str:
+def rebuild_command(bundle: Bundle, file: str, gpus: Sequence[str], **changes: Any) -> str:
     """The command that compiles an engine again for the first of `gpus`, or, without one, for the GPU that it was for."""
-    options = rebuild_options(bundle.files[file])
+    options = {**rebuild_options(bundle.files[file]), **changes}
     command = ["swin-deploy", "build-engine", str(bundle.path), f"--{options.pop('precision')}"]
     command += ["--backend", str(options["backend"])]
     if options.pop("backend") == "tensorrt-rtx":
@@ -179,7 +186,7 @@ def _runs_with(entry: Mapping[str, Any], release: str) -> bool:
 
 
 def _release(backend: str) -> str:
-    library = BACKENDS[backend].library
+    library = BACKENDS[backend].found
     try:
         return str(require(library, f"run models with the back end {backend}").__version__)
     except OSError as error:

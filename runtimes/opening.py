@@ -64,7 +64,7 @@ def _candidates(bundle: Bundle, backend: str, precision: str, device: str) -> li
     wanted = None if device == AUTO else device_from_text(device)
     if backend != AUTO:
         named = {backend: backend_named(backend)}
-        require(named[backend].library, f"run models with the back end {backend}")
+        require(named[backend].found, f"run models with the back end {backend}")
     else:
         named = {name: found for name, found in BACKENDS.items() if found.auto and found.installed}
     found = [

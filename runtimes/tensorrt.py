@@ -15,6 +15,7 @@ from swin_deploy.errors import BackendError
 from swin_deploy.requires import require
 from swin_deploy.specs import Batch, TensorSpec
 
+from .backends import BACKENDS
 from .base import Array, Feeds, Runtime
 from .caches import keep
 from .cuda import Gpu
@@ -51,12 +52,12 @@ class TensorRt(Runtime):
     them, or between two, is filled up with its last image, which is cut from the answers.
     """
 
-    library, name = "tensorrt", "TensorRT"
+    backend, name = "tensorrt", "TensorRT"
     own_graphs = False  # whether it captures CUDA graphs by itself
     calls_to_warm = 2  # the second is captured
 
     def __init__(self, file: EngineFile, device: str = "cuda:0") -> None:
-        trt = require(self.library, "run engines")
+        trt = require(BACKENDS[self.backend].found, "run engines")
         logger, said = _listener(trt)
         self._said, self._file = said, file
         title = f"{self.name} {trt.__version__}"
@@ -91,7 +92,7 @@ class TensorRt(Runtime):
             ) from error
         self._release = weakref.finalize(self, natives.free)
         self._release.atexit = False
-        super().__init__(f"{self.library.replace('_', '-')} {trt.__version__}", file.inputs, file.outputs, device)
+        super().__init__(f"{self.backend} {trt.__version__}", file.inputs, file.outputs, device)
 
     def _check_plan(self, trt: Any, natives: _Natives, plan: bytes) -> None:
         """Raises BackendError where the engine's header says that it cannot be run here."""
@@ -125,7 +126,7 @@ class TensorRt(Runtime):
 class TensorRtRtx(TensorRt):
     """The same with TensorRT for RTX, which compiles the last part on the GPU itself, and keeps that in the user's cache."""
 
-    library, name = "tensorrt_rtx", "TensorRT for RTX"
+    backend, name = "tensorrt-rtx", "TensorRT for RTX"
     own_graphs = True
 
     def _check_plan(self, trt: Any, natives: _Natives, plan: bytes) -> None:

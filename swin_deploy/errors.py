@@ -8,7 +8,7 @@
     ├── InputError               an array or image that the model does not take
     ├── ExportError              the ONNX graph could not be made
     │   └── PassError            a graph rewrite did not find what it was written for
-    ├── EngineError              the TensorRT compiler refused the graph
+    ├── EngineError              the TensorRT compiler refused the graph, or an engine does not fit this machine
     ├── BackendError             a back end failed while loading or running (its own error is the cause)
     ├── VerificationError        a model that runs, and disagrees with PyTorch
     └── GateError                an INT8 or FP8 graph that is less accurate or less fast than was asked for
@@ -56,7 +56,7 @@ class PassError(ExportError):
 
 
 class EngineError(SwinDeployError):
-    """The TensorRT compiler refused the graph, or the target."""
+    """The TensorRT compiler refused the graph or the target, or an engine does not fit this machine."""
 
 
 class BackendError(SwinDeployError):

@@ -24,6 +24,7 @@ PROVIDERS = {
     "onnxruntime": ("ONNX Runtime", "onnxruntime"),
     "openvino": ("OpenVINO", "openvino"),
     "tensorrt": ("TensorRT", "tensorrt"),
+    "tensorrt_lean": ("TensorRT's lean runtime", "tensorrt"),
     "tensorrt_rtx": ("TensorRT for RTX", "tensorrt-rtx"),
 }
 

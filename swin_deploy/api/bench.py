@@ -161,7 +161,7 @@ def planned(
         raise UsageError(f'There is no precision "{unknown[0]}". There are: {", ".join(PRECISIONS)}.')
     for name in backends:
         if not BACKENDS[name].installed:
-            require(BACKENDS[name].library, "measure what it runs")
+            require(BACKENDS[name].found, "measure what it runs")
     # The back end torch is left out: PyTorch itself has rows, as the reference.
     usual = [name for name, one in BACKENDS.items() if one.installed and one.library != "torch"]
     found: dict[Candidate, Request] = {}

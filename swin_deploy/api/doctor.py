@@ -314,7 +314,7 @@ def _engine(bundle: Bundle, file: str, entry: Mapping[str, Any], gpus: tuple[Gpu
     from swin_deploy.runtimes.backends import BACKENDS
     from swin_deploy.runtimes.engines import misfit
 
-    backend, precision, library = str(entry["backend"]), str(entry["precision"]), BACKENDS[entry["backend"]].library
+    backend, precision, library = str(entry["backend"]), str(entry["precision"]), BACKENDS[entry["backend"]].found
     release = None
     if installed(library):
         with contextlib.suppress(MissingDependencyError, OSError):

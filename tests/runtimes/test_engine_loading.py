@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from fake_tensorrt import EngineInvalidityDiagnostics, module
 from simulated import IMAGES, PROFILES, RELEASES, alone, feed, loaded, simulated, two_sizes, with_engines
 
 from swin_deploy.bundle import Bundle
-from swin_deploy.errors import BackendError, BundleError
+from swin_deploy.errors import BackendError, BundleError, EngineError, MissingDependencyError
 from swin_deploy.runtimes.cuda import PROTOTYPES
 from swin_deploy.runtimes.lanes import Layout
 from swin_deploy.runtimes.tensorrt import planned
@@ -151,6 +152,25 @@ def test_only_engines_that_say_so_may_bring_a_runtime_of_their_own(driver: Any, 
     [file] = [file for file in bundle.files if file.endswith(".engine")]
     bundle.with_entry(file, {"options": {}, "backend_version": RELEASES["tensorrt"]})
     with pytest.raises(BackendError, match="host code, which is not allowed"):
+        loaded(path, "tensorrt")
+
+
+def test_the_lean_runtime_runs_version_compatible_engines(driver: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where TensorRT itself is not installed; the full one comes first."""
+    path, lean = copied(1, tmp_path / "b"), module("tensorrt_lean", RELEASES["tensorrt"], driver)
+    monkeypatch.setitem(sys.modules, "tensorrt_lean", lean)
+    [file] = with_engines(path, "tensorrt")
+    with loaded(path, "tensorrt"):
+        assert lean.world.contexts_made == 0
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(EngineError, match=rf"{file} needs tensorrt itself, and only tensorrt_lean .* --version-compatible"):
+        loaded(path, "tensorrt")
+    Bundle.open(path).with_entry(file, {"options": {"version_compatible": True}})
+    with loaded(path, "tensorrt") as model:
+        assert model.run(feed(IMAGES[:2]))["logits"].tobytes() == alone(path, IMAGES[:2]).tobytes()
+        assert (model.describe().backend, lean.world.contexts_made) == ("tensorrt", 2)
+    monkeypatch.setitem(sys.modules, "tensorrt_lean", None)
+    with pytest.raises(MissingDependencyError, match=r'"swin-deploy\[tensorrt\]"'):
         loaded(path, "tensorrt")
 
 
