@@ -144,7 +144,8 @@ class Gpu:
 
     def captured(self, stream: int, enqueue: Callable[[], bool]) -> int | None:
         """What `enqueue` puts into `stream`, not run but kept as a graph, to be launched; None where it cannot be kept."""
-        self._do("cuStreamBeginCapture_v2", stream, _THREAD_LOCAL)
+        if self._functions["cuStreamBeginCapture_v2"](stream, _THREAD_LOCAL) != 0:
+            return None
         whole = False
         try:
             whole = enqueue()

@@ -178,10 +178,15 @@ def test_warm_calls_keep_nothing(driver: FakeDriver, tmp_path: Path) -> None:
         assert held[1] - held[0] < 1000  # three bytes a call; what the double keeps does not count
 
 
-def test_an_engine_that_cannot_be_captured_is_run_plainly(driver: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "refused", ["", "cuStreamBeginCapture_v2", "cuGraphInstantiateWithFlags"], ids=lambda name: name or "engine"
+)
+def test_what_cannot_be_captured_is_run_plainly(refused: str, driver: Any, tmp_path: Path) -> None:
     path, world = copied(1, tmp_path / "b"), driver.trt["tensorrt"].world
     with_engines(path, "tensorrt")
-    world.uncapturable = True
+    if refused:
+        driver.refuse[refused] = OUT_OF_MEMORY
+    world.uncapturable = not refused
     with loaded(path, "tensorrt") as model:
         for _ in range(6):
             for batch in (1, 5):
