@@ -19,8 +19,9 @@ import pytest
 
 pytest.importorskip("onnxruntime", reason="the simulated TensorRT computes with it")
 
-from cli.exported import copied, exported, one_block
+from cli.exported import EXAMPLES, copied, exported, one_block
 from fake_driver import LEGACY, OUT_OF_MEMORY, FakeDriver
+from fake_tensorrt import session
 from simulated import IMAGES, RELEASES, SIZES, alone, feed, loaded, simulated, two_sizes, with_engines
 
 from swin_deploy.errors import BackendError
@@ -29,6 +30,7 @@ from swin_deploy.runtimes.tensorrt import MOST_LANES
 from swin_deploy.runtimes.tensors import DeviceTensor
 
 BACKENDS = list(RELEASES)
+CHECKPOINTS = EXAMPLES.parent / "tests/checkpoints/data"
 
 
 @pytest.fixture
@@ -86,6 +88,33 @@ def test_outputs_with_more_rows_than_images(driver: FakeDriver, tmp_path: Path) 
             found, wanted = model.run(feed(IMAGES[:batch])), other.run(feed(IMAGES[:batch]))
             assert found["attentions.0"].shape == (4 * batch, 2, 16, 16)
             assert all(np.allclose(found[name], wanted[name], atol=1e-5) for name in wanted)
+
+
+@pytest.mark.parametrize("kind", ["frames", "mask"])
+def test_other_inputs_than_prepared_pixels(kind: str, driver: FakeDriver, tmp_path: Path) -> None:
+    """Frames of bytes; and a second input, of bools."""
+    masked = ("--weights", str(CHECKPOINTS / "hf523__SwinForMaskedImageModeling__basic"), "--task", "masked-image-modeling")
+    options = masked if kind == "mask" else ("--weights", str(one_block()), "--embed-preprocess")
+    [source] = [path for path in exported(*options).iterdir() if path.is_dir()]
+    shutil.copytree(source, tmp_path / "b")
+    with_engines(tmp_path / "b", "tensorrt", profiles=((2, 2, 4),))
+    random = np.random.default_rng(2)
+    with loaded(tmp_path / "b", "tensorrt") as model:
+        for batch in (1, 3, 5):  # filled up, as it is, and split
+            feeds = {}
+            for spec in model.inputs:
+                shape = (batch, *spec.shape[1:])
+                feeds[spec.name] = {
+                    "uint8": lambda shape=shape: random.integers(0, 256, shape, dtype=np.uint8),
+                    "bool": lambda shape=shape: random.random(shape) < 0.5,
+                    "float32": lambda shape=shape: random.standard_normal(shape).astype(np.float32),
+                }[spec.dtype]()
+            parts = [{name: array[i : i + 4] for name, array in feeds.items()} for i in range(0, batch, 4)]
+            whole = [{n: np.concatenate([a, a[-1:]]) if len(a) == 1 else a for n, a in part.items()} for part in parts]
+            name = model.outputs[0].name
+            run = session(str(tmp_path / "b/onnx/model.onnx")).run
+            wanted = np.concatenate([run([name], one)[0] for one in whole])[:batch]
+            assert model.run(feeds)[name].tobytes() == wanted.tobytes()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
