@@ -88,7 +88,8 @@ class TensorRt(Runtime):
             # A TypeError is how the bindings say that a factory gave nothing; why not is in the log.
             reason = said.sentence() if isinstance(error, TypeError) and said.errors else str(error)
             raise BackendError(
-                f'{title} cannot run {file.path.name}: {sentence(reason)}. Compile it again with "{file.again}".'
+                f"{title} cannot run {file.path.name}: {sentence(reason)}. Where the engine is the reason, compile it again "
+                f'with "{file.again}".'
             ) from error
         self._release = weakref.finalize(self, natives.free)
         self._release.atexit = False

@@ -148,7 +148,7 @@ def test_the_command_makes_an_engine_that_fits(monkeypatch: pytest.MonkeyPatch, 
     result(cli_here(*command[1:], "--json", cwd=tmp_path))
     [made] = engines_here(Bundle.open(path), "tensorrt-rtx", "cuda:0").values()
     assert (made["gpu"], [profile["batch"] for profile in made["profiles"]]) == ("sm_86", [list(batch) for batch in BATCHES])
-    with pytest.raises(BackendError, match=r"TensorRT for RTX .* cannot run .*-sm_86-.*: .*CUDA driver.*Compile it again"):
+    with pytest.raises(BackendError, match=r"TensorRT for RTX .* cannot run .*-sm_86-.*: .*CUDA driver.*compile it again"):
         swin_deploy.load(path, backend="tensorrt-rtx", precision="fp16")
 
 

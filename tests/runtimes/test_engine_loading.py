@@ -124,11 +124,11 @@ def test_what_is_not_an_engine_of_its_graph(driver: Any, tmp_path: Path) -> None
     """Whatever the file holds, nothing is left behind, and the error holds on to nothing of TensorRT's."""
     path = copied(1, tmp_path / "b")
     [file] = with_engines(path, "tensorrt")
-    command = rf'Compile it again with "swin-deploy build-engine {path} --fp32 --backend tensorrt --batch 1 --batch 1:4:8"'
+    command = rf'compile it again with "swin-deploy build-engine {path} --fp32 --backend tensorrt --batch 1 --batch 1:4:8"'
     bundle = Bundle.open(path)
     entry = dict(bundle.files[file])
     bundle.with_file(file, entry, lambda place: place.write_bytes(b"no plan"))
-    with pytest.raises(BackendError, match=rf"magic tag does not match. Error Code 1: Serialization\. {command}") as caught:
+    with pytest.raises(BackendError, match=rf"magic tag does not match. Error Code 1: Serialization\. .*{command}") as caught:
         loaded(path, "tensorrt")
     assert driver.left == []
     other = two_sizes(tmp_path / "other")
@@ -196,7 +196,7 @@ def test_what_tensorrt_for_rtx_compiles_is_kept(driver: Any, tmp_path: Path) -> 
     file.write_bytes(b"damaged")
     assert run().startswith(b"CACHE of a simulated GPU")
     world.invalid = EngineInvalidityDiagnostics.VERSION_MISMATCH | EngineInvalidityDiagnostics.OLD_CUDA_DRIVER
-    with pytest.raises(BackendError, match=r"version mismatch, old cuda driver\. Compile it again"):
+    with pytest.raises(BackendError, match=r"version mismatch, old cuda driver"):
         loaded(path, "tensorrt-rtx")
 
 
