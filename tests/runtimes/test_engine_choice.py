@@ -21,7 +21,7 @@ from once import once
 from simulated import RELEASES, simulated, with_engines
 
 import swin_deploy
-from swin_deploy.api.bench import _of_bundle, _opened
+from swin_deploy.api.bench import _opened, planned
 from swin_deploy.api.doctor import _engine
 from swin_deploy.bundle import Bundle
 from swin_deploy.errors import BackendError, EngineError, MissingDependencyError, SwinDeployError, UsageError
@@ -283,14 +283,14 @@ def test_verify_evaluate_predict_and_bench_run_engines(monkeypatch: pytest.Monke
         refused(
             cli_here("evaluate", *on, "--data", str(images), "--precision", "bf16", cwd=tmp_path), "no bf16 engine that runs"
         )
-        requests = _of_bundle(Bundle.open(path), (), (), (1,), 0)
+        requests = planned(Bundle.open(path), (), (), (1,), 0, "auto")
         assert {(c.backend, c.precision) for c in requests if c.backend == "tensorrt"} == {
             ("tensorrt", "fp16"),
             ("tensorrt", "fp32"),
         }
         assert not [c for c in requests if c.backend == "tensorrt-rtx"]  # no engine for it
         with pytest.raises(SwinDeployError, match="holds no engine for tensorrt-rtx"):
-            _of_bundle(Bundle.open(path), ("tensorrt-rtx",), (), (1,), 0)
+            planned(Bundle.open(path), ("tensorrt-rtx",), (), (1,), 0, "auto")
         with _opened({"bundle": str(path), "engine": files[0], "device": "cuda:0"}) as runtime:  # as doctor's process does
             assert runtime.run({"pixel_values": np.zeros((3, 3, 32, 32), np.float32)})["logits"].shape == (3, 10)
 
