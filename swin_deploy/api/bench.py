@@ -174,7 +174,10 @@ def planned(
                 on_gpu = runnable_engines if backends else engines_here  # the former says why there is none
                 entries = on_gpu(bundle, backend, place) if place != "cpu" else engines_of(bundle, backend)
             held = dict.fromkeys(str(entry["precision"]) for entry in entries.values())
-            for precision in dict.fromkeys(precisions or [*held, *(["bf16"] if backend == "openvino" else [])]):
+            asked = precisions or [*held, *(["bf16"] if backend == "openvino" else [])]
+            if BACKENDS[backend].engines and not backends:
+                asked = [precision for precision in asked if precision in held]
+            for precision in dict.fromkeys(asked):
                 for batch in batches:
                     request = {"bundle": str(bundle.path), "backend": backend, "precision": precision, "device": place}
                     found[Candidate("swin-deploy", backend, precision, batch, device=place)] = {**request, "threads": threads}

@@ -289,6 +289,9 @@ def test_verify_evaluate_predict_and_bench_run_engines(monkeypatch: pytest.Monke
             ("tensorrt", "fp32"),
         }
         assert not [c for c in requests if c.backend == "tensorrt-rtx"]  # no engine for it
+        in_bf16 = planned(Bundle.open(path), (), ("bf16",), (1,), 0, "auto")
+        assert not [c for c in in_bf16 if c.backend.startswith("tensorrt")]  # nor one in that precision
+        assert [c.device for c in requests if c.backend == "tensorrt"] == ["cuda:0"] * 2
         with pytest.raises(SwinDeployError, match="holds no engine for tensorrt-rtx"):
             planned(Bundle.open(path), ("tensorrt-rtx",), (), (1,), 0, "auto")
         with _opened({"bundle": str(path), "engine": files[0], "device": "cuda:0"}) as runtime:  # as doctor's process does
