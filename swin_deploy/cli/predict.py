@@ -14,10 +14,7 @@ from swin_deploy.cli.output import json_option, print_json, print_table
 @click.option("-k", "--top-k", default=5, show_default=True, type=click.IntRange(1), help="How many classes an image.")
 @click.option("--precision", default="auto", show_default=True, help="fp32, fp16, bf16, int8 or fp8, or the fastest here.")
 @click.option(
-    "--backend",
-    default="auto",
-    show_default=True,
-    help="What runs it: onnxruntime, openvino, torch, tensorrt, tensorrt-rtx, or the fastest here.",
+    "--backend", default="auto", show_default=True, help="onnxruntime, openvino, torch, tensorrt, tensorrt-rtx, or the fastest."
 )
 @click.option("--device", default="auto", show_default=True, help="Where: cpu, cuda, cuda:1.")
 @json_option

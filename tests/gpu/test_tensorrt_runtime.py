@@ -62,7 +62,7 @@ def test_verified_against_pytorch(made: tuple[Path, str]) -> None:
 @pytest.mark.parametrize("batch", range(1, 12))
 def test_every_batch_answers_as_the_cpu_does(batch: int, made: tuple[Path, str], model: Any) -> None:
     path, _ = made
-    with swin_deploy.load(path, backend="onnxruntime", device="cpu") as other:
+    with swin_deploy.load(path, backend="onnxruntime", precision="fp32", device="cpu") as other:
         wanted = other.run(feed(IMAGES[:batch]))["logits"]
     first = model.run(feed(IMAGES[:batch]))["logits"]
     assert compare(first, wanted).within(TOLERANCES["fp16"])

@@ -94,4 +94,4 @@ def feed(images: np.ndarray) -> dict[str, Any]:
 
 
 def loaded(path: Path, backend: str, **options: Any) -> Any:
-    return swin_deploy.load(path, backend=backend, **options)
+    return swin_deploy.load(path, **{"backend": backend, "precision": "fp32", **options})

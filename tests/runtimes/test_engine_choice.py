@@ -233,7 +233,7 @@ def test_of_several_engines_the_last_one_that_fits(monkeypatch: pytest.MonkeyPat
         assert fitting_engines(Bundle.open(path), "tensorrt", "fp32", "cuda:0") == {(32, 32): eight}
         assert [*engines_here(Bundle.open(path), "tensorrt", "cuda:0")] == [one, eight]
         with_engines(path, "tensorrt", profiles=((1, 1, 1),))  # made again
-        with swin_deploy.load(path, backend="tensorrt") as model:
+        with swin_deploy.load(path, backend="tensorrt", precision="fp32") as model:
             assert model.describe().graphs == {(32, 32): one}
             assert model.describe().reason == "there is nothing else to choose from here"
         assert misfit(Bundle.open(path), elsewhere, ["sm_86"], RELEASES["tensorrt"]) is None
@@ -245,7 +245,7 @@ def test_auto_takes_engines_that_fit_and_are_correct(monkeypatch: pytest.MonkeyP
     with simulated(monkeypatch):
         with_engines(path, "tensorrt")
         with_engines(path, "tensorrt-rtx", gpu="sm_86")
-        with swin_deploy.load(path) as model:
+        with swin_deploy.load(path, precision="fp32") as model:
             rows = {str(row.candidate): row for row in model.describe().measured}
             assert "tensorrt fp32 on cuda:0" in rows
             assert rows["tensorrt fp32 on cuda:0"].verdict.startswith("verified (relative L2")
