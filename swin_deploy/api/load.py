@@ -50,17 +50,18 @@ def _rebuild(path: str | os.PathLike[str], backend: str, precision: str, device:
     from swin_deploy.runtimes.engines import engines_of, fitting_engines, gpu_of, rebuild_options
 
     compiled = [name for name, kind in BACKENDS.items() if kind.engines]
-    if backend not in compiled or precision == "auto":
+    if backend not in compiled:
         raise UsageError(
-            f"rebuild compiles an engine again, and the back end is {backend} and the precision {precision}. Name the back end "
-            f"({' or '.join(compiled)}) and the precision of the engine."
+            f"rebuild compiles an engine again, and the back end is {backend}. Name that of the engine: {' or '.join(compiled)}."
         )
     where = device_from_text("cuda" if device == "auto" else device)
     bundle, kinds = Bundle.open(path), BACKENDS[backend].devices
     if where.partition(":")[0] not in kinds:
         return  # loading refuses that
-    try:
-        fitting_engines(bundle, backend, precision, where)
-    except EngineError:
-        last = next(iter(engines_of(bundle, backend, precision).values()))
-        build_engine(path, gpus=(gpu_of(where, backend),), **rebuild_options(last))
+    held = dict.fromkeys(str(entry["precision"]) for entry in engines_of(bundle, backend).values())
+    for one in held if precision == "auto" else [precision]:
+        try:
+            fitting_engines(bundle, backend, one, where)
+        except EngineError:
+            last = next(iter(engines_of(bundle, backend, one).values()))
+            build_engine(path, gpus=(gpu_of(where, backend),), **rebuild_options(last))
