@@ -52,7 +52,7 @@ def _rebuild(path: str | os.PathLike[str], backend: str, precision: str, device:
     compiled = [name for name, kind in BACKENDS.items() if kind.engines]
     if backend not in compiled:
         raise UsageError(
-            f"rebuild compiles an engine again, and the back end is {backend}. Name that of the engine: {' or '.join(compiled)}."
+            f"rebuild compiles an engine again, and the back end is {backend}. Name the engine's: {' or '.join(compiled)}."
         )
     where = device_from_text("cuda" if device == "auto" else device)
     bundle, kinds = Bundle.open(path), BACKENDS[backend].devices
