@@ -21,6 +21,7 @@ from .observers import Observation
 from .own import Own
 from .placement import linear_layers, qdq_from_fp32, with_nodes
 from .quantize import HEADS, Batches, Options, Quantized, SampleFeeds, quantize
+from .stopped import Stopped
 
 if TYPE_CHECKING:
     import onnx
@@ -56,18 +57,19 @@ def quantized_for(
     keep: Set[str],
     say: Callable[[str], None],
     own: Own | None = None,
+    stopped: Stopped | None = None,
 ) -> Form:
     """`model` in INT8 as "onnxruntime" or "openvino" runs it fastest.
 
     `feeds()` yields the samples batch by batch, None where `own` has every range; `method` finds ranges (one of
     ranges.METHODS; None: the least error behind the layer), `keep` names layers that stay as they are. A classifier that was
-    trained in 8 bits is quantised like the others.
+    trained in 8 bits is quantised like the others. `stopped` keeps what is done, for when it is stopped.
     """
     trained = own or Own()
     heads = HEADS - {layer.name for layer in linear_layers(model) if trained.covers([layer])}
     keep = heads | keep | (small_layers(model) if target == "openvino" else frozenset())
     ranges = None if method is None else partial(_interval, method)
-    return Form(quantize(model, feeds, Options(keep=keep), ranges, say, own), target)
+    return Form(quantize(model, feeds, Options(keep=keep), ranges, say, own, stopped), target)
 
 
 def _interval(method: str, name: str, values: Batches) -> tuple[float, float]:

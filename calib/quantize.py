@@ -19,6 +19,7 @@ from .grids import Grid, best_activation_scale, grid, quantized_activation, scal
 from .own import Own, refuse_missing
 from .placement import ActivationScale, LinearLayer, QuantizedLinear, linear_layers, qdq_from_fp32, qdq_nodes, with_nodes
 from .rounding import Moments, rounded_linear
+from .stopped import Stopped
 from .stream import Feeds, Stream
 
 if TYPE_CHECKING:
@@ -74,12 +75,14 @@ def quantize(
     ranges: Ranges | None = None,
     say: Callable[[str], None] = lambda line: None,
     own: Own | None = None,
+    stopped: Stopped | None = None,
 ) -> Quantized:
     """`model` (weights inside) in 8 bits; `feeds()` yields its inputs batch by batch, the same ones each time.
 
     `ranges` finds an activation's range from its values; without it the range is the one with the least error behind the
-    next layer. What the network has of its `own` is taken as it is, its weights rounded to nearest. Raises InputError where
-    samples make a value that is not finite, UsageError for a layer that there is not, or a range where `feeds` is None.
+    next layer. What the network has of its `own` is taken as it is, its weights rounded to nearest. Layers that `stopped` has
+    are taken from there; what is done is kept there until all is. Raises InputError where samples make a value that is not
+    finite, UsageError for a layer that there is not, or a range where `feeds` is None.
     """
     from onnx import numpy_helper
 
@@ -100,6 +103,7 @@ def quantize(
             matrices = [numpy_helper.to_array(weights[layer.weight]) for layer in layers]
             biases = [None if layer.bias is None else numpy_helper.to_array(weights[layer.bias]) for layer in layers]
             scale = own.scale(name, kind)
+            known = None if stopped is None else stopped.read(layers)
             if scale is None or not own.covers(layers):
                 streams = streams or [Stream(model, feeds(), Path(scratch, one), options.threads) for one in ("fp32", "int8")]
                 meant, seen = streams
@@ -109,21 +113,31 @@ def quantize(
                 def values(name: str = name, seen: Stream = seen) -> Iterator[Array]:
                     return (batch.reshape(-1, batch.shape[-1]) for batch in seen.advance(name))
 
+                if known is not None:
+                    for _ in zip(values(), meant.advance(name), strict=True):
+                        pass  # step by step as before: in one leap the runtime would fuse more, and the last bits be others
+                    scale = known[0].activation
                 if scale is None and ranges is None:
                     scale = _best_scale(values(), np.square(np.concatenate(matrices)).sum(axis=0), kind, options.symmetric)
                 elif scale is None and ranges is not None:
                     scale = scale_of_range(*ranges(name, values), kind, options.symmetric)
                 assert scale is not None
                 moments = Moments.empty(matrices[0].shape[1])
-                for ours, theirs in zip(values(), meant.advance(name), strict=True):
+                for ours, theirs in zip(values(), meant.advance(name), strict=True) if known is None else ():
                     moments.add(quantized_activation(ours, scale, kind), theirs.reshape(ours.shape))
-            for layer, matrix, bias in zip(layers, matrices, biases, strict=True):
-                if layer.name in own.steps:
+            for position, (layer, matrix, bias) in enumerate(zip(layers, matrices, biases, strict=True)):
+                if known is not None:
+                    done[layer.name] = known[position]
+                elif layer.name in own.steps:
                     done[layer.name] = own.layer(layer, matrix, bias, scale, kind)
                 else:
                     codes, steps, found = rounded_linear(matrix, bias, moments, kind)
                     done[layer.name] = QuantizedLinear(layer, codes, steps, found, scale)
+                if stopped is not None and known is None:
+                    stopped.keep(done[layer.name])
                 records.append(_record(done[layer.name], matrix, options.kind) | own.origin(layer))
+    if stopped is not None:
+        stopped.clear()
     return Quantized(model, done, tuple(records))
 
 

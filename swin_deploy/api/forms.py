@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from swin_deploy.ranges import Ranges
 
 ROUNDED_BY = 512  # samples at most; more change a weight's rounding little
+CALIBRATED_BY = 256  # the same for a CPU, where every layer looks at what all samples make of those before
 Made = tuple[Any, tuple["PassRecord", ...], dict[str, Any]]  # a graph, how it was made, and what else a manifest should know
 
 
@@ -130,6 +131,7 @@ class CpuForm:
     def __init__(
         self,
         target: str,
+        folder: Path,
         model: Any,
         method: str | None,
         keep: Set[str],
@@ -138,15 +140,31 @@ class CpuForm:
         say: Callable[[str], None],
         own: Own,
     ) -> None:
+        """What is done is kept in `folder` until all is, unless the network has ranges of its `own`."""
+        from swin_deploy.calib.data import spread
         from swin_deploy.calib.forms import quantized_for
+        from swin_deploy.calib.own import Own
+        from swin_deploy.calib.stopped import Stopped
+        from swin_deploy.requires import require
 
+        stopped = None
+        if feeds is not None:
+            few = replace(feeds, chosen=spread(feeds.chosen, CALIBRATED_BY))
+            if len(few) < len(feeds):
+                say(f"Calibrating with {len(few)} of the {len(feeds)} samples, evenly spread")
+            if own == Own():
+                release = require("onnxruntime", "quantise a model").__version__
+                facts = (target, method, sorted(keep), batch, release, few.fingerprint)
+                stopped = Stopped.of(folder, model, *facts)
+            feeds = few
         self._model, self._target, self._feeds = model, target, feeds
         batches = None if feeds is None else lambda: feeds.batches(batch)
-        self._made = quantized_for(target, model, batches, method, keep, say, own)
+        self._made = quantized_for(target, model, batches, method, keep, say, own, stopped)
         self.names = self._made.names
 
     def graph(self, keep: Set[str]) -> Made:
-        return self._made.graph(keep), (), {"layers": self._made.records(keep)}
+        used = {} if self._feeds is None else {"calibrated_with": len(self._feeds)}
+        return self._made.graph(keep), (), {"layers": self._made.records(keep), **used}
 
     def speed(self, model: Any, gpu: str | None) -> Speed:
         """Measured on this machine, one image at a time, in the runtime that the bundle is for."""

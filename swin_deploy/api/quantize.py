@@ -58,6 +58,7 @@ def quantize(
     for ranges that are missing.
     """
     from swin_deploy.bundle import Bundle
+    from swin_deploy.calib.collect import CACHE
     from swin_deploy.calib.data import preparation, samples_for
     from swin_deploy.calib.gate import Judge, accurate
     from swin_deploy.calib.own import own_of
@@ -111,7 +112,7 @@ def quantize(
             form: Form = TensorRTForm(found, source, model, quantization, method, kept, feeds, batch, tell, brought)
         else:
             own = own_of(brought, model, config_and_task(found)[0])
-            form = CpuForm(target, model, method, kept, feeds, batch, say, own)
+            form = CpuForm(target, found.path / CACHE, model, method, kept, feeds, batch, say, own)
         if not form.names:
             small = ", or too small to be faster in 8 bits there" if target == "openvino" else ""
             raise UsageError(f"Nothing is left to quantise for {target}: all layers are kept{small}. Use the fp32 graph.")

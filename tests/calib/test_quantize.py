@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ from cli.exported import EXAMPLES, digits
 from tiny_graphs import mlp_model, run, samples
 
 from swin_deploy.bundle import PREPROCESSOR, Bundle
+from swin_deploy.calib import quantize as steps
 from swin_deploy.calib.placement import linear_layers
 from swin_deploy.calib.quantize import Options, balanced, quantize, sqnr
+from swin_deploy.calib.stopped import Stopped
 from swin_deploy.errors import InputError, UsageError
 from swin_deploy.preprocess import Preprocessor
 
@@ -98,3 +101,39 @@ def test_ranges_may_come_from_outside() -> None:
 def test_refusals(feeds: Any, options: Options, error: type[Exception], part: str) -> None:
     with pytest.raises(error, match=part):
         quantize(mlp_model(), feeds, options)
+
+
+def test_what_was_stopped_goes_on_where_it_was_and_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration, _, _ = digit_pixels()
+    model, options = onnx.load(digits(2) / "onnx/model.onnx"), Options(threads=1)
+
+    def feeds() -> Iterator[dict[str, Array]]:
+        return ({"pixel_values": calibration[i : i + 16]} for i in (0, 16))
+
+    rounded: list[int] = []
+    real = steps.rounded_linear
+    monkeypatch.setattr(steps, "rounded_linear", lambda *given: (rounded.append(1), real(*given))[1])
+    whole = quantize(model, feeds, options)
+    layers, stopped = len(rounded), Stopped.of(tmp_path, model, "a")
+
+    def stop(line: str) -> None:
+        if "(9 of" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, feeds, options, say=stop, stopped=stopped)
+    [folder] = tmp_path.iterdir()
+    kept = sorted(folder.iterdir())
+    assert 8 <= len(kept) < layers
+    kept[0].write_bytes(kept[0].read_bytes()[:-40])  # damaged: its layer is made again, and no other
+    rounded.clear()
+    resumed = quantize(model, feeds, options, stopped=Stopped.of(tmp_path, model, "a"))
+    assert 0 < len(rounded) <= layers - len(kept) + 3  # up to three layers read one tensor
+    assert resumed.model.SerializeToString(deterministic=True) == whole.model.SerializeToString(deterministic=True)
+    assert resumed.records == whole.records
+    assert not folder.exists()
+    layer = linear_layers(model)[0]
+    Stopped.of(tmp_path, model, "a").keep(whole.layers[layer.name])
+    assert Stopped.of(tmp_path, model, "b").read([layer]) is None

@@ -98,6 +98,17 @@ def test_for_a_cpu(
         refused(cli_here("build-engine", "b", "--int8", cwd=tmp_path), "an int8 graph for openvino", "swin-deploy quantize b")
 
 
+def test_for_a_cpu_a_part_of_many_samples_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied(1, tmp_path / "b")
+    monkeypatch.setattr("swin_deploy.api.forms.CALIBRATED_BY", 4)
+    given = len([file for file in IMAGES.iterdir() if file.suffix == ".png"])
+    told = cli_here("quantize", "b", "--data", IMAGES, "--target", "onnxruntime", "--batch", 2, cwd=tmp_path)
+    assert f"Calibrating with 4 of the {given} samples, evenly spread" in told.stderr
+    entry = Bundle.open(tmp_path / "b").graphs["onnx/model_int8.onnx"]
+    assert (entry["calibrated_with"], entry["calibration"]["samples"]) == (4, given)
+    assert not list((tmp_path / "b/.calibration").glob("layers-*"))  # what is done is kept only until all is
+
+
 def test_the_same_data_and_options_are_found_again(tmp_path: Path) -> None:
     copied(1, tmp_path / "b")
     sums = []
