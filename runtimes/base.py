@@ -110,7 +110,7 @@ class Runtime(ABC):
                 raise InputError(f'The input "{spec.name}" is missing. The model takes {_listed(self.inputs)}.')
             array = feeds[spec.name]
             if not isinstance(array, np.ndarray | DeviceTensor):
-                array = from_dlpack(spec, array)
+                array = from_dlpack(spec, array, self.device)
             _check_array(spec, array, f'The input "{spec.name}"')
             for axis, size in zip(spec.shape, array.shape, strict=True):
                 if isinstance(axis, str) and free.setdefault(axis, size) != size:

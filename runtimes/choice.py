@@ -8,17 +8,18 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import json
+import math
 import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from swin_deploy.bundle import Bundle
 from swin_deploy.cuda import cuda_devices
-from swin_deploy.errors import BackendError, MissingDependencyError, MissingKernelError, UsageError
+from swin_deploy.errors import BackendError, BundleError, MissingDependencyError, MissingKernelError, UsageError
 from swin_deploy.machine import this_machine
 from swin_deploy.reference import Reference, Verdict, check_runtime, described
 from swin_deploy.requires import installed_versions
@@ -49,13 +50,14 @@ class Measured:
     """A candidate, the fewest milliseconds that a call with one image took, and how it compares with PyTorch.
 
     None: it was not timed. The fewest, because whatever else the machine does meanwhile only adds to them. `failed`: it did not
-    load or run, which may be otherwise next time; so it is not kept.
+    load or run, which may be otherwise next time; so it is not kept. `error` is what it raised, if that is of this load.
     """
 
     candidate: Candidate
     milliseconds: float | None
     verdict: str
     failed: bool = False
+    error: Exception | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Description:
         """The same as JSON values."""
         graphs = [{"image_size": list(size), "file": file} for size, file in self.graphs.items()]
         measured = [{**asdict(m.candidate), "milliseconds": m.milliseconds, "verdict": m.verdict} for m in self.measured]
-        return {**asdict(self), "graphs": graphs, "measured": measured}
+        return {**asdict(replace(self, measured=())), "graphs": graphs, "measured": measured}
 
     def __str__(self) -> str:
         threads = f", {self.threads} threads" if self.threads else ""
@@ -106,11 +108,13 @@ def choose(
     file = _cache_file(key)
     now = dt.datetime.now().astimezone().isoformat(timespec="seconds")
     when, known = _read(file, key, candidates) or (now, tuple(Measured(one, None, NOT_KNOWN) for one in candidates))
-    rows = tuple(_measure(bundle, row.candidate, open_first) if row.verdict == NOT_KNOWN else row for row in known)
+    rows = _measured(bundle, known, open_first)
     keep = tuple(Measured(row.candidate, None, NOT_KNOWN) if row.failed else row for row in rows)
     if keep != known and any(row.milliseconds is not None for row in rows):
         _write(file, key, when, keep)
     timed = [row for row in rows if row.milliseconds is not None]
+    if not timed and (error := rows[0].error) is not None and len({row.verdict for row in rows}) == 1:
+        raise error  # all for the same reason, which says more by itself
     if not timed:
         raise BackendError("None of what is here runs this bundle: " + "; ".join(f"{r.candidate}: {r.verdict}" for r in rows))
     best = min(timed, key=lambda row: row.milliseconds or 0)
@@ -118,12 +122,25 @@ def choose(
     return best.candidate, reason, rows
 
 
-def _measure(bundle: Bundle, candidate: Candidate, open_first: Open) -> Measured:
-    """Loaded alone: two back ends in one process would disturb each other through their threads."""
+def _measured(bundle: Bundle, known: Sequence[Measured], open_first: Open) -> tuple[Measured, ...]:
+    """`known`, with what is not known yet measured."""
+    rows = list(known)
+    for number, row in enumerate(rows):
+        if row.verdict == NOT_KNOWN:
+            best = min((one.milliseconds for one in rows if one.milliseconds is not None), default=math.inf)
+            rows[number] = _measure(bundle, row.candidate, open_first, best)
+    return tuple(rows)
+
+
+def _measure(bundle: Bundle, candidate: Candidate, open_first: Open, best: float = math.inf) -> Measured:
+    """Loaded alone: two back ends in one process would disturb each other through their threads.
+
+    What twice takes more than three times the `best` milliseconds so far is not waited for any longer.
+    """
     try:
         file, runtime = open_first(candidate)
-    except (BackendError, MissingDependencyError, UsageError) as error:
-        return Measured(candidate, None, str(error), not isinstance(error, MissingKernelError | UsageError))
+    except (BackendError, BundleError, MissingDependencyError, UsageError) as error:
+        return Measured(candidate, None, str(error), not isinstance(error, MissingKernelError | UsageError), error)
     with runtime:
         reference = Reference.load(bundle, _reference_of(bundle, file))
         try:
@@ -135,6 +152,8 @@ def _measure(bundle: Bundle, candidate: Candidate, open_first: Open) -> Measured
             times: list[float] = []
             begun = time.perf_counter()
             while len(times) < FEWEST_CALLS or time.perf_counter() - begun < SECONDS:
+                if len(times) > 1 and min(times) > 3 * best:
+                    break
                 start = time.perf_counter()
                 runtime.run(feeds, out)
                 times.append((time.perf_counter() - start) * 1e3)

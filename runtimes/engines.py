@@ -169,7 +169,7 @@ def rebuild_command(bundle: Bundle, file: str, gpus: Sequence[str], **changes: A
 
 def _runs_on(entry: Mapping[str, Any], gpu: str) -> bool:
     if entry.get("options", {}).get("hardware_compatible"):  # AMPERE_PLUS
-        return int(gpu.removeprefix("sm_")) >= 80
+        return int(gpu.removeprefix("sm_")) >= (89 if entry["precision"] == "fp8" else 80)
     return bool(entry["gpu"] == gpu)
 
 
@@ -186,11 +186,7 @@ def _runs_with(entry: Mapping[str, Any], release: str) -> bool:
 
 
 def _release(backend: str) -> str:
-    library = BACKENDS[backend].found
-    try:
-        return str(require(library, f"run models with the back end {backend}").__version__)
-    except OSError as error:
-        raise MissingDependencyError(f"{library} is installed and does not start: {error}. Install it again.") from error
+    return str(require(BACKENDS[backend].found, f"run models with the back end {backend}").__version__)
 
 
 def _size(entry: Mapping[str, Any]) -> Size:

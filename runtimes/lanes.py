@@ -243,6 +243,7 @@ class Lanes:
 
     def __init__(self, make: Callable[[], Lane], most: int) -> None:
         self._make, self._most, self._made = make, most, 0
+        self._allowed = most
         self._free: list[Lane] = []  # the one used last is the last
         self._turn = threading.Condition()
 
@@ -285,6 +286,7 @@ class Lanes:
             except BaseException as error:
                 others = self._drop(lane)
                 if not isinstance(error, BackendError) or not others:
+                    self._most = self._allowed  # it was not for want of memory, or the next call finds that anew
                     raise
                 self._most = others  # there is no memory for more; those that there are go on
 

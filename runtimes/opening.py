@@ -71,12 +71,16 @@ def _candidates(bundle: Bundle, backend: str, precision: str, device: str) -> li
         candidate
         for name, kind in named.items()
         for where in _devices(kind, wanted)
+        if backend != AUTO or where == "cpu" or _has_cuda(kind)
         for one in ([precision] if precision != AUTO else PRECISIONS)
         if _files(bundle, candidate := Candidate(name, one, where)) and (precision != AUTO or _verified(bundle, candidate))
     ]
     if found:
         return found
     if backend == AUTO and all(kind.engines for kind in named.values()):
+        for name in named:
+            if engines_of(bundle, name):
+                _refuse_engine(bundle, name, precision, wanted)
         raise MissingDependencyError('Nothing that runs models is installed. Run: pip install "swin-deploy[onnxruntime]"')
     if backend != AUTO and named[backend].engines:
         _refuse_engine(bundle, backend, precision, wanted)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,8 +43,8 @@ class _Tensor(ctypes.Structure):  # DLTensor; the device and the type are struct
     ]
 
 
-def from_dlpack(spec: TensorSpec, value: Any) -> Any:
-    """A numpy array on the memory of `value`, which has `__dlpack__`; a DeviceTensor where that memory is on a GPU.
+def from_dlpack(spec: TensorSpec, value: Any, device: str) -> Any:
+    """A numpy array on the memory of `value`, which has `__dlpack__`; a DeviceTensor where that memory is on the GPU `device`.
 
     Raises InputError for anything else, and for what its own library does not hand over (a tensor with a gradient).
     """
@@ -52,15 +54,29 @@ def from_dlpack(spec: TensorSpec, value: Any) -> Any:
         kind, number = (int(part) for part in value.__dlpack_device__())
         if kind in (_CPU, _CUDA_HOST):
             return np.from_dlpack(value)
+        if kind == _CUDA and device != f"cuda:{number}":
+            raise InputError(
+                f'The input "{spec.name}" is on cuda:{number}, and the model runs on {device}. Move it there first, or load '
+                "the model for that device."
+            )
         if kind == _CUDA:
-            # 1 is the legacy default stream, with which all others but non-blocking ones keep in order.
-            return device_tensor(value.__dlpack__(stream=1), f"cuda:{number}")
+            with _current(number):
+                # 1 is the legacy default stream, with which all others but non-blocking ones keep in order.
+                return device_tensor(value.__dlpack__(stream=1), device)
+    except InputError:
+        raise
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f'The input "{spec.name}", a {type(value).__name__}, cannot be read through DLPack: {reason}. Expected {spec}.'
         ) from error
     raise InputError(f'The input "{spec.name}" is on a device of DLPack type {kind}; expected one on the CPU or a CUDA GPU.')
+
+
+def _current(number: int) -> contextlib.AbstractContextManager[Any]:
+    """PyTorch hands over tensors of the GPU only that is its current one; where it is not imported, nothing is to be done."""
+    torch = sys.modules.get("torch")
+    return contextlib.nullcontext() if torch is None or not torch.cuda.is_available() else torch.cuda.device(number)
 
 
 def device_tensor(capsule: Any, device: str) -> DeviceTensor:

@@ -42,7 +42,7 @@ def require(module: str, purpose: str) -> Any:
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return _openvino(module) if top == "openvino" else importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a library of the package's that is not there, or not whole
         name, extra = PROVIDERS[top]
         if isinstance(error, ModuleNotFoundError) and error.name == top:
             raise MissingDependencyError(

@@ -11,7 +11,7 @@ from cli.exported import copied, digits
 
 import swin_deploy
 from swin_deploy.bundle import Bundle
-from swin_deploy.errors import BackendError, MissingDependencyError, UsageError
+from swin_deploy.errors import BackendError, BundleError, MissingDependencyError, UsageError
 from swin_deploy.runtimes import choice
 from swin_deploy.runtimes.choice import Candidate, Measured, choose
 
@@ -31,7 +31,7 @@ def refuse(candidate: Candidate) -> Any:
 def rows_of(*milliseconds: float | None) -> Any:
     found = iter(milliseconds)
 
-    def measure(bundle: Bundle, candidate: Candidate, open_first: Any) -> Measured:
+    def measure(bundle: Bundle, candidate: Candidate, open_first: Any, best: float) -> Measured:
         took = next(found)
         return Measured(candidate, took, "not verified" if took is None else "verified (relative L2 2.4e-07)")
 
@@ -75,6 +75,24 @@ def test_where_none_is_correct(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(BackendError, match=r"None of what is here.*onnxruntime fp32 on cpu: not verified"):
         choose(Bundle.open(digits(2)), [ORT, OV], refuse, 0)
     assert not cache.exists()
+
+
+def test_what_fails_for_one_reason_says_only_that(cache: Path, tmp_path: Path) -> None:
+    """Two precisions that both lack the same thing: its own error, as if one had been named."""
+    pytest.importorskip("torch", reason="is what refuses")
+    path = copied(2, tmp_path / "b")
+    with pytest.raises(UsageError, match=r"^PyTorch has one number of threads"):
+        swin_deploy.load(path, backend="torch", threads=777)
+
+
+def test_a_graph_that_is_gone_is_done_without(cache: Path, tmp_path: Path) -> None:
+    path = copied(2, tmp_path / "b")
+    (path / "onnx/model_fp16.onnx").unlink()
+    with swin_deploy.load(path, backend="onnxruntime") as model:
+        assert model.precision == "fp32"
+        assert "model_fp16.onnx" in model.describe().measured[1].verdict
+    with pytest.raises(BundleError, match=r"model_fp16\.onnx"):
+        swin_deploy.load(path, backend="onnxruntime", precision="fp16")
 
 
 def test_a_wrong_answer_is_not_timed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
