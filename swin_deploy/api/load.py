@@ -48,6 +48,7 @@ def _rebuild(path: str | os.PathLike[str], backend: str, precision: str, device:
     from swin_deploy.errors import EngineError, UsageError
     from swin_deploy.runtimes.backends import BACKENDS, device_from_text
     from swin_deploy.runtimes.engines import engines_of, fitting_engines, gpu_of, rebuild_options
+    from swin_deploy.specs import PRECISIONS
 
     compiled = [name for name, kind in BACKENDS.items() if kind.engines]
     if backend not in compiled:
@@ -56,7 +57,7 @@ def _rebuild(path: str | os.PathLike[str], backend: str, precision: str, device:
         )
     where = device_from_text("cuda" if device == "auto" else device)
     bundle, kinds = Bundle.open(path), BACKENDS[backend].devices
-    if where.partition(":")[0] not in kinds:
+    if where.partition(":")[0] not in kinds or precision not in ("auto", *PRECISIONS):
         return  # loading refuses that
     held = dict.fromkeys(str(entry["precision"]) for entry in engines_of(bundle, backend).values())
     for one in held if precision == "auto" else [precision]:
