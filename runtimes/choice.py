@@ -118,7 +118,8 @@ def choose(
     if not timed:
         raise BackendError("None of what is here runs this bundle: " + "; ".join(f"{r.candidate}: {r.verdict}" for r in rows))
     best = min(timed, key=lambda row: row.milliseconds or 0)
-    reason = f"the fastest of {len(timed)} that agree with PyTorch, one image at a time, measured here at {when}"
+    those = f"the fastest of {len(timed)} that agree" if len(timed) > 1 else "the only one that agrees"
+    reason = f"{those} with PyTorch, one image at a time, measured here at {when}"
     return best.candidate, reason, rows
 
 

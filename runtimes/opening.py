@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from swin_deploy.bundle import Bundle
 from swin_deploy.cuda import cuda_devices
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
 from swin_deploy.requires import require
-from swin_deploy.specs import PRECISIONS, QUANTIZED, Size
+from swin_deploy.specs import PRECISIONS, QUANTIZED, TARGETS, Size
 
 from .backends import BACKENDS, Backend, backend_named, device_from_text, runtime_from_onnx
 from .base import Runtime
@@ -67,13 +67,17 @@ def _candidates(bundle: Bundle, backend: str, precision: str, device: str) -> li
         require(named[backend].found, f"run models with the back end {backend}")
     else:
         named = {name: found for name, found in BACKENDS.items() if found.auto and found.installed}
+    if backend == AUTO and wanted not in (None, "cpu") and not cuda_devices():
+        raise UsageError(f"There is no {device} here: this machine has no usable NVIDIA GPU. Take the device cpu.")
     found = [
         candidate
         for name, kind in named.items()
         for where in _devices(kind, wanted)
         if backend != AUTO or where == "cpu" or _has_cuda(kind)
-        for one in ([precision] if precision != AUTO else PRECISIONS)
-        if _files(bundle, candidate := Candidate(name, one, where)) and (precision != AUTO or _verified(bundle, candidate))
+        for one in _precisions(name, precision)
+        if _files(bundle, candidate := Candidate(name, one, where))
+        and _suits(bundle, candidate, precision == AUTO)
+        and (precision != AUTO or _verified(bundle, candidate))
     ]
     if found:
         return found
@@ -82,6 +86,11 @@ def _candidates(bundle: Bundle, backend: str, precision: str, device: str) -> li
             if engines_of(bundle, name):
                 _refuse_engine(bundle, name, precision, wanted)
         raise MissingDependencyError('Nothing that runs models is installed. Run: pip install "swin-deploy[onnxruntime]"')
+    if backend == "openvino" and precision in QUANTIZED and _files(bundle, Candidate(backend, precision, "cpu")):
+        raise UsageError(
+            f"The {precision} graph of {bundle.path} is in the form for TensorRT, of which OpenVINO makes other answers. "
+            f'Make one for it: "swin-deploy quantize {bundle.path} --{precision} --target openvino --data DIR".'
+        )
     if backend != AUTO and named[backend].engines:
         _refuse_engine(bundle, backend, precision, wanted)
     if not any(_devices(kind, wanted) for kind in named.values()):
@@ -94,6 +103,22 @@ def _candidates(bundle: Bundle, backend: str, precision: str, device: str) -> li
     made = f' Make it with "swin-deploy {verb} {bundle.path} --{precision}{data}".' if precision != AUTO else ""
     asked = "verified" if precision == AUTO else precision
     raise UsageError(f"The bundle {bundle.path} holds no {asked} graph; it holds {', '.join(held)}.{made}")
+
+
+def _precisions(backend: str, precision: str) -> Sequence[str]:
+    """What `precision` stands for: "auto" is all of them, but of the reference the one that is nearest to PyTorch."""
+    return [precision] if precision != AUTO else ["fp32"] if backend == "torch" else PRECISIONS
+
+
+def _suits(bundle: Bundle, candidate: Candidate, auto: bool) -> bool:
+    """Whether the candidate computes a quantised graph in the form for TensorRT as it is meant: OpenVINO does not, and others
+    without TensorRT are slow with it, and only take it when it is asked for."""
+    if candidate.precision not in QUANTIZED or BACKENDS[candidate.backend].engines:
+        return True
+    made = [bundle.files[file].get("calibration", {}).get("target", TARGETS[0]) for file in _files(bundle, candidate).values()]
+    if TARGETS[0] not in made or candidate.backend == "onnxruntime-tensorrt":
+        return True
+    return not auto and candidate.backend != "openvino"
 
 
 def devices_here(backend: str, device: str) -> list[str]:

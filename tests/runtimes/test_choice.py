@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.exported import copied, digits
+from cli.exported import EXAMPLES, copied, digits
 
 import swin_deploy
 from swin_deploy.bundle import Bundle
@@ -77,12 +77,28 @@ def test_where_none_is_correct(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not cache.exists()
 
 
-def test_what_fails_for_one_reason_says_only_that(cache: Path, tmp_path: Path) -> None:
-    """Two precisions that both lack the same thing: its own error, as if one had been named."""
-    pytest.importorskip("torch", reason="is what refuses")
+def test_what_fails_for_one_reason_says_only_that(cache: Path) -> None:
+    def fails(candidate: Candidate) -> Any:
+        raise UsageError("PyTorch has one number of threads for the whole process.")
+
+    with pytest.raises(UsageError, match=r"^PyTorch has one number of threads for the whole process\.$"):
+        choose(Bundle.open(digits(2)), [ORT, OV], fails, 0)
+
+
+def test_a_quantised_graph_for_tensorrt_is_no_choice_without_it(cache: Path, tmp_path: Path) -> None:
+    """OpenVINO makes other answers of it, and ONNX Runtime is slow with it; who names it gets it where it is right."""
+    pytest.importorskip("openvino", reason="what is refused")
     path = copied(2, tmp_path / "b")
-    with pytest.raises(UsageError, match=r"^PyTorch has one number of threads"):
-        swin_deploy.load(path, backend="torch", threads=777)
+    swin_deploy.quantize(path, EXAMPLES / "digits/images", quantization="int8")
+    with swin_deploy.load(path) as model:
+        assert "int8" not in {row.candidate.precision for row in model.describe().measured}
+    with swin_deploy.load(path, precision="int8") as model:
+        assert (model.describe().backend, model.describe().measured) == ("onnxruntime", ())
+    with pytest.raises(UsageError, match=r"int8 graph of .* in the form for TensorRT.*--int8 --target openvino"):
+        swin_deploy.load(path, backend="openvino", precision="int8")
+    swin_deploy.quantize(path, EXAMPLES / "digits/images", quantization="int8", target="onnxruntime")
+    with swin_deploy.load(path, backend="openvino", precision="int8") as model:
+        assert model.describe().reason == "there is nothing else to choose from here"
 
 
 def test_a_graph_that_is_gone_is_done_without(cache: Path, tmp_path: Path) -> None:
