@@ -103,6 +103,11 @@ def quantize(
     chosen = None if data is None else samples_for(found, data, samples, None if labels == "none" else labels)
     classes, wanted, _ = (0, None, None) if chosen is None or max_drop is None else wanted_classes(found, chosen, labels)
     brought, fingerprint = ranges_for(found, ranges)
+    if chosen is None and brought is None:
+        raise UsageError(
+            "Ranges are measured on images: name some like those of the application with --data, or a graph with Q/DQ of the "
+            "same network with --ranges."
+        )
     tell: Progress = progress or (lambda phase, done, total: None)
     rankings: dict[str, tuple[tuple[Damage, ...], Set[str]]] = {}
 

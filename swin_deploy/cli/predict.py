@@ -25,7 +25,8 @@ def command(
     import swin_deploy
 
     with swin_deploy.load(bundle, precision=precision, backend=backend, device=device) as model:
-        found = model.classify(images, top_k=top_k)
+        found, told = model.classify(images, top_k=top_k), model.describe()
+    click.echo(f"Run by {told.backend} {told.version}, {told.precision}, on {told.device}", err=True)
     if as_json:
         print_json(
             [
