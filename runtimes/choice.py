@@ -109,9 +109,9 @@ def choose(
     now = dt.datetime.now().astimezone().isoformat(timespec="seconds")
     when, known = _read(file, key, candidates) or (now, tuple(Measured(one, None, NOT_KNOWN) for one in candidates))
     rows = _measured(bundle, known, open_first)
-    keep = tuple(Measured(row.candidate, None, NOT_KNOWN) if row.failed else row for row in rows)
-    if keep != known and any(row.milliseconds is not None for row in rows):
-        _write(file, key, when, keep)
+    lasting = tuple(Measured(row.candidate, None, NOT_KNOWN) if row.failed else row for row in rows)
+    if lasting != known and any(row.milliseconds is not None for row in rows):
+        _write(file, key, when, lasting)
     timed = [row for row in rows if row.milliseconds is not None]
     if not timed and (error := rows[0].error) is not None and len({row.verdict for row in rows}) == 1:
         raise error  # all for the same reason, which says more by itself
