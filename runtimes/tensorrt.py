@@ -19,7 +19,8 @@ from .backends import BACKENDS
 from .base import Array, Feeds, Runtime
 from .caches import keep
 from .cuda import Gpu
-from .lanes import Lane, Lanes, Layout, Said, sentence
+from .lanes import Lane, Lanes, Said, sentence
+from .memory import Layout
 
 MOST_LANES = 8  # calls at a time, and batch sizes whose CUDA graphs are kept; each has its own memory for activations
 

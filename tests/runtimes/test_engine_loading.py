@@ -22,7 +22,7 @@ from simulated import IMAGES, PROFILES, RELEASES, alone, feed, loaded, simulated
 from swin_deploy.bundle import Bundle
 from swin_deploy.errors import BackendError, BundleError, EngineError, MissingDependencyError
 from swin_deploy.runtimes.cuda import PROTOTYPES
-from swin_deploy.runtimes.lanes import Layout
+from swin_deploy.runtimes.memory import Layout
 from swin_deploy.runtimes.tensorrt import planned
 from swin_deploy.specs import TensorSpec
 
