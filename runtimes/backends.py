@@ -23,7 +23,8 @@ class Backend:
     """Where a back end is: our module and class, the library it needs, and the kinds of device it runs on.
 
     `engines` says that it runs engines and not graphs; `auto` that it may be chosen without being asked for by name. `lean` is
-    a smaller library that does for version-compatible engines where only that is installed.
+    a smaller library that does for version-compatible engines where only that is installed. `on_gpu` is another module and
+    class for GPUs.
     """
 
     module: str
@@ -33,6 +34,7 @@ class Backend:
     engines: bool = False
     auto: bool = True
     lean: str = ""
+    on_gpu: tuple[str, str] | None = None
 
     @property
     def installed(self) -> bool:
@@ -46,10 +48,12 @@ class Backend:
 
 
 BACKENDS = {
-    "onnxruntime": Backend("onnxruntime", "OnnxRuntime", "onnxruntime", ("cpu", "cuda")),
+    "onnxruntime": Backend(
+        "onnxruntime", "OnnxRuntime", "onnxruntime", ("cpu", "cuda"), on_gpu=("onnxruntime_cuda", "OnnxRuntimeCuda")
+    ),
     "openvino": Backend("openvino", "OpenVino", "openvino", ("cpu",)),
     # It compiles the graph each time that it is loaded.
-    "onnxruntime-tensorrt": Backend("onnxruntime", "OnnxRuntimeTensorRt", "onnxruntime", ("cuda",), auto=False),
+    "onnxruntime-tensorrt": Backend("onnxruntime_cuda", "OnnxRuntimeTensorRt", "onnxruntime", ("cuda",), auto=False),
     # The reference, which fuses nothing.
     "torch": Backend("pytorch", "PyTorch", "torch", ("cpu", "cuda"), auto=False),
     "tensorrt": Backend("tensorrt", "TensorRt", "tensorrt", ("cuda",), engines=True, lean="tensorrt_lean"),
@@ -86,7 +90,8 @@ def runtime_from_onnx(
         raise UsageError(f"The back end {backend} runs engines of a bundle, not ONNX graphs. Take one of another name.")
     if device.partition(":")[0] not in chosen.devices:
         raise UsageError(f"The back end {backend} runs on {' or '.join(chosen.devices)}, not on {device}.")
-    make = getattr(importlib.import_module(f".{chosen.module}", __package__), chosen.runtime)
+    module, runtime = chosen.on_gpu if chosen.on_gpu and device != "cpu" else (chosen.module, chosen.runtime)
+    make = getattr(importlib.import_module(f".{module}", __package__), runtime)
     loaded: Runtime = make(path, threads, device, bf16=True) if bf16 else make(path, threads, device)
     return loaded
 

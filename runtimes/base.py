@@ -30,10 +30,11 @@ class Runtime(ABC):
 
     `run` runs it, from as many threads as you like; `close` lets it go. A back end implements `_run`, which must bear several
     threads at a time, and, if it holds anything, `_close`, which is called when nobody is inside `_run`. After `calls_to_warm`
-    calls with the same sizes the next one is as quick as all later ones.
+    calls with the same sizes the next one is as quick as all later ones. `calls_at_once` keep the device busy.
     """
 
     calls_to_warm = 1
+    calls_at_once = 1
 
     def __init__(
         self, title: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], device: str = "cpu"

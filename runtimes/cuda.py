@@ -7,6 +7,7 @@ context, the one that TensorRT, PyTorch and CuPy use as well.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,6 +55,41 @@ LEGACY_STREAM = 1  # CU_STREAM_LEGACY: the default stream, in which DLPack tenso
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: work of the application in the default stream neither waits nor is waited for
 _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: what other threads do meanwhile is their own affair
+
+
+class Turns:
+    """Either any number of threads are in `shared`, or one is `alone`; who wants to be alone comes before who comes later."""
+
+    def __init__(self) -> None:
+        self._turn, self._inside, self._waiting = threading.Condition(), 0, 0
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Not to be entered once more inside."""
+        with self._turn:
+            self._turn.wait_for(lambda: not self._waiting)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._inside -= 1
+                self._turn.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._turn:
+            self._waiting += 1
+            try:
+                self._turn.wait_for(lambda: not self._inside)
+                yield  # with the lock held
+            finally:
+                self._waiting -= 1
+                self._turn.notify_all()
+
+
+# ONNX Runtime captures CUDA graphs in CUDA's global mode, in which what other threads do may be refused: it does so alone.
+CAPTURING = Turns()
 
 
 class Gpu:
@@ -161,6 +197,12 @@ class Gpu:
         finally:
             self._do("cuGraphDestroy", graph)
         return launchable.value
+
+    def abandon_capture(self, stream: int) -> None:
+        """Ends what somebody else began to capture in `stream` and did not end; does nothing where there is nothing."""
+        graph = _HANDLE()
+        if self._functions["cuStreamEndCapture"](stream, ctypes.byref(graph)) == 0 and graph.value:
+            self._do("cuGraphDestroy", graph)
 
     def launch(self, graph: int, stream: int) -> None:
         self._do("cuGraphLaunch", graph, stream)

@@ -41,26 +41,28 @@ class Layout:
 
 
 class Memory:
-    """Room for one input or output on the GPU and, pinned, on this side; `view` is the latter as an array."""
+    """Room for one input or output on the GPU and, where it is `pinned`, on this side; `view` is the latter as an array."""
 
-    def __init__(self, gpu: Gpu, layout: Layout) -> None:
-        self.layout, self._gpu, self._size = layout, gpu, 0
-        self.device = self.host = 0
+    def __init__(self, gpu: Gpu, layout: Layout, pinned: bool = True) -> None:
+        self.layout, self._gpu, self._pinned, self._room = layout, gpu, pinned, 0
+        self.device = self.host = self.size = 0
         self.view: Array = np.empty(0, layout.dtype)
 
     def hold(self, batch: int) -> None:
-        """Makes room for `batch` images; what there is stays where it is enough."""
-        size = batch * self.layout.bytes
-        if size > self._size:
+        """Makes room for `batch` images, `size` bytes; what there is stays where it is enough."""
+        self.size = size = batch * self.layout.bytes
+        if size > self._room:
             self.free()
             self.device = self._gpu.allocated(size)
-            self.host = self._gpu.pinned(size)
-            self._size = size
-        raw = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.host))
-        self.view = raw.view(self.layout.dtype).reshape(self.layout.shape(batch))
+            if self._pinned:
+                self.host = self._gpu.pinned(size)
+            self._room = self.size = size
+        if self._pinned:
+            raw = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.host))
+            self.view = raw.view(self.layout.dtype).reshape(self.layout.shape(batch))
 
     def free(self) -> None:
-        self.view, self._size = np.empty(0, self.layout.dtype), 0
+        self.view, self._room, self.size = np.empty(0, self.layout.dtype), 0, 0
         device, host, self.device, self.host = self.device, self.host, 0, 0
         if device:
             self._gpu.free(device)

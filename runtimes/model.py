@@ -169,7 +169,8 @@ class Model:
         """The answer to each frame, in order: of a classifier its `top_k` best classes, else every output of `run` by name.
 
         Frames (paths, PIL images, uint8 arrays [height, width, 3]) are taken and prepared in one thread, `batch` at a time,
-        and run in another, while the caller uses the answers. At most `prefetch` batches wait in front of the network and as
+        and run in another, on a GPU in two, so that it computes while inputs and outputs go over the bus; the caller uses the
+        answers meanwhile. At most `prefetch` batches wait in front of the network and as
         many behind it: a caller who is slow holds up the frames, and memory does not grow. An error is raised where the
         answer to its frame would be. Closing the iterator, or leaving its `for`, ends the threads.
         """
@@ -178,13 +179,17 @@ class Model:
                 raise UsageError(f"{name} is {value}, and must be at least 1.")
         classes = self.task.name == "image-classification" and self.config.num_labels > 0
 
-        def run(feeds: Arrays, count: int) -> Iterator[Any]:
+        def run(feeds: Arrays, count: int) -> list[Any]:
             outputs = self.run(feeds)
-            for i in range(count):
-                one = {name: array[i * (n := len(array) // count) : (i + 1) * n] for name, array in outputs.items()}
-                yield self._best(one["logits"][0].astype(np.float64), top_k) if classes else one
+            if classes:
+                return [self._best(logits.astype(np.float64), top_k) for logits in outputs["logits"]]
+            return [
+                {name: array[i * (n := len(array) // count) : (i + 1) * n] for name, array in outputs.items()}
+                for i in range(count)
+            ]
 
-        return pipelined(_several(frames, batch), batch, prefetch, self._feeds, run)
+        calls = self._runtime(self.image_sizes[0]).calls_at_once
+        return pipelined(_several(frames, batch), batch, prefetch, self._feeds, run, calls)
 
     def close(self) -> None:
         """Frees the back end's memory, once the calls that are running have ended; the model cannot be run afterwards."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -43,29 +44,23 @@ class _Channel(Generic[T]):
             self._turn.notify_all()
 
 
-class _End:
-    """The last thing in a channel, with the error that ended it."""
-
-    def __init__(self, error: BaseException | None = None) -> None:
-        self.error = error
-
-
 def pipelined(
     frames: Iterable[Any],
     batch: int,
     prefetch: int,
     prepare: Callable[[list[Any]], Any],
-    run: Callable[[Any, int], Iterable[Any]],
+    run: Callable[[Any, int], list[Any]],
+    calls: int = 1,
 ) -> Iterator[Any]:
     """`run(prepare(frames), count)`, `batch` frames at a time, one result after the other, in the order of the frames.
 
-    One thread takes frames and prepares them, a second one runs; at most `prefetch` batches wait before and after the second.
-    An error is raised where the result of its frame would be; that of a frame that cannot be prepared comes after the
-    results of those before it in its batch. When the iterator is closed both threads end, once the frame in hand is there.
+    One thread takes frames and prepares them, `calls` others run; at most `prefetch` batches wait before and after these. An
+    error is raised where the result of its frame would be; that of a frame that cannot be prepared comes after the results
+    of those before it in its batch. When the iterator is closed all threads end, once the frame in hand is there.
     """
     stream = iter(frames)
-    prepared: _Channel[Any] = _Channel(prefetch)
-    results: _Channel[Any] = _Channel(prefetch)
+    results: _Channel[Future[list[Any]] | None] = _Channel(2 * prefetch + calls - 1)
+    runners = ThreadPoolExecutor(calls, "swin-deploy running")
 
     def preparing() -> None:
         error: BaseException | None = None
@@ -77,43 +72,28 @@ def pipelined(
             except BaseException as caught:  # noqa: BLE001 - raised where its result would be
                 error = caught
             ready, failed = _prepared(taken, prepare) if taken else ([], None)
-            if not all(prepared.put(one) for one in ready):
+            if not all(results.put(runners.submit(run, *one)) for one in ready):
                 return
             error = failed or error
             if len(taken) < batch:
                 break
-        prepared.put(_End(error))
+        last: Future[list[Any]] | None = None
+        if error is not None:
+            last = Future()
+            last.set_exception(error)
+        results.put(last)
 
-    def running() -> None:
-        for item in prepared:
-            if isinstance(item, _End):
-                results.put(item)
-                return
-            feeds, count = item
-            try:
-                answer: Any = list(run(feeds, count))
-            except BaseException as error:  # noqa: BLE001 - as above
-                answer = _End(error)
-            if not results.put(answer) or isinstance(answer, _End):
-                return
-
-    threads = [
-        threading.Thread(target=target, daemon=True, name=f"swin-deploy {target.__name__}") for target in (preparing, running)
-    ]
-    for thread in threads:
-        thread.start()
+    thread = threading.Thread(target=preparing, daemon=True, name="swin-deploy preparing")
+    thread.start()
     try:
         for answer in results:
-            if isinstance(answer, _End):
-                if answer.error is not None:
-                    raise answer.error
+            if answer is None:
                 return
-            yield from answer
+            yield from answer.result()
     finally:
-        prepared.close()
         results.close()
-        for thread in threads:
-            thread.join()
+        thread.join()
+        runners.shutdown(cancel_futures=True)
 
 
 def _prepared(taken: list[Any], prepare: Callable[[list[Any]], Any]) -> tuple[list[tuple[Any, int]], BaseException | None]:

@@ -56,6 +56,7 @@ class TensorRt(Runtime):
     backend, name = "tensorrt", "TensorRT"
     own_graphs = False  # whether it captures CUDA graphs by itself
     calls_to_warm = 2  # the second is captured
+    calls_at_once = 2
 
     def __init__(self, file: EngineFile, device: str = "cuda:0") -> None:
         trt = require(BACKENDS[self.backend].found, "run engines")

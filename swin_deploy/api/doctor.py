@@ -172,6 +172,8 @@ def _onnxruntime_tensorrt() -> str:
 
 
 def _session(provider: str) -> None:
+    from swin_deploy.runtimes.onnxruntime_cuda import preloaded
+
     ort = require("onnxruntime", "run a graph")
     extras = {"CPUExecutionProvider": "onnxruntime", "CUDAExecutionProvider": "gpu"}.get(provider, "gpu,tensorrt")
     if provider not in ort.get_available_providers():
@@ -179,11 +181,12 @@ def _session(provider: str) -> None:
         raise Wrong(f"this build of onnxruntime has no {provider}", command)
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    said = "" if provider == "CPUExecutionProvider" else preloaded(ort)
     session = ort.InferenceSession(MICRO, options, providers=[provider])
     if session.get_providers()[0] != provider:  # it falls back to the CPU and says so in its log alone
-        raise Wrong(
-            f"{provider} does not start: CUDA or one of its libraries is missing or of another version", install(extras)
-        )
+        more = install("tensorrt") + " && " if provider == "TensorrtExecutionProvider" else ""
+        what = f"CUDA or one of its libraries is missing or of another version{said}"
+        raise Wrong(f"{provider} does not start: {what}", more + 'pip install "onnxruntime-gpu[cuda,cudnn]"')
     [answer] = session.run(None, {"x": _ones()})
     if answer.tolist() != [1.0]:
         raise BackendError(f"Relu(1) is {answer.tolist()}")

@@ -90,6 +90,8 @@ class Stream:
     capture: list[Callable[[], None]] | None = None
     capturing_thread: int = 0
     spoilt: bool = False
+    done: int = 0
+    executing: bool = False
 
 
 class FakeDriver:
@@ -100,15 +102,16 @@ class FakeDriver:
         self.violations: list[str] = []
         self.counts: dict[str, int] = dict.fromkeys(HEADER, 0)
         self.refuse: dict[str, int] = {}  # function -> the code that it answers
+        self.alone = 0  # the thread that captures in the mode in which others may do nothing
         self.retained = [0] * len(self.capabilities)
         self.stacks: dict[int, list[int]] = {}
         self.device: dict[int, Any] = {}  # address -> memory
         self.host: dict[int, Any] = {}
         self.streams: dict[int, Stream] = {LEGACY: Stream()}
-        self.events: dict[int, Stream | None] = {}
+        self.events: dict[int, tuple[Stream, int] | None] = {}  # the stream, and how far it was to go
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.launchable: dict[int, list[Callable[[], None]]] = {}
-        self._lock = threading.RLock()
+        self._lock, self._executing = threading.RLock(), threading.RLock()
         self._handles = itertools.count(0x7F55_0000_0000, 0x100)  # none of them fits into 32 bits
         self._texts = [ctypes.create_string_buffer(text) for pair in NAMES.values() for text in pair]
         self._kept = {name: self._function(name) for name in HEADER}
@@ -154,6 +157,18 @@ class FakeDriver:
             found.work.append(work)
         return OK
 
+    def drain(self, stream: Stream, until: int | None = None) -> None:
+        """Does what is in a stream, in order, up to that point of it; a thread that comes while another is at it waits."""
+        with self._executing:
+            until = stream.done + len(stream.work) if until is None else until
+            while stream.done < until:
+                if stream.executing:
+                    self.violations.append("a stream waits for itself")
+                    return
+                stream.executing = True
+                stream.work.pop(0)()
+                stream.executing, stream.done = False, stream.done + 1
+
     def capturing(self, stream: int) -> bool:
         return self.streams[stream].capture is not None
 
@@ -170,6 +185,9 @@ class FakeDriver:
                     self.counts[name] += 1
                 if name in self.refuse:
                     return self.refuse[name]
+                if self.alone not in (0, threading.get_ident()) and not re.match("cuCtx", name):
+                    self.violations.append(f"{name} while another thread captures")
+                    return CAPTURE_UNSUPPORTED
                 needs_context = not re.match("cuInit|cuGetError|cuDevice|cuCtx", name)
                 if needs_context and not self.has_context():
                     self.violations.append(f"{name} in a thread without a context")
@@ -314,9 +332,7 @@ class FakeDriver:
         if found.capture is not None:
             found.spoilt = True
             return CAPTURE_UNSUPPORTED
-        work, found.work = found.work, []
-        for step in work:
-            step()
+        self.drain(found)
         return OK
 
     def _cuEventCreate(self, event: int, flags: int) -> int:
@@ -327,20 +343,17 @@ class FakeDriver:
     def _cuEventRecord(self, event: int, stream: int) -> int:
         if event not in self.events or stream not in self.streams:
             return INVALID_HANDLE
-        self.events[event] = self.streams[stream]
+        found = self.streams[stream]
+        with self._executing:
+            self.events[event] = found, found.done + len(found.work)
         return OK
 
     def _cuStreamWaitEvent(self, stream: int, event: int, flags: int) -> int:
-        other = self.events.get(event)
-        if other is None:
+        recorded = self.events.get(event)
+        if recorded is None:
             return INVALID_HANDLE
 
-        def work() -> None:
-            pending, other.work = other.work, []
-            for step in pending:
-                step()
-
-        return self.enqueue(stream, work)
+        return self.enqueue(stream, lambda: self.drain(*recorded))
 
     def _cuEventDestroy(self, event: int) -> int:
         with self._lock:

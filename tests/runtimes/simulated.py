@@ -40,7 +40,7 @@ def simulated(patch: pytest.MonkeyPatch, *gpus: str) -> Iterator[FakeDriver]:
         driver.trt[backend] = module(name, release, driver)
         patch.setitem(sys.modules, name, driver.trt[backend])
     yield driver
-    assert driver.violations == []
+    assert driver.violations == [], driver.violations
     assert driver.left == []
     assert [thing for trt in driver.trt.values() for thing in trt.world.alive] == []
 
