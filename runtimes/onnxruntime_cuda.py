@@ -128,6 +128,7 @@ class _Carrier:
         self._gpu = gpu
         self.inputs = [Memory(gpu, layout) for layout in inputs]
         self.outputs = [Memory(gpu, layout) for layout in outputs]
+        self.sources = [0] * len(inputs)  # where each input is on the GPU: here, or where the caller has it
         self._batch = self.stream = self.event = 0
 
     def bring(self, feeds: Feeds, batch: int) -> None:
@@ -142,13 +143,14 @@ class _Carrier:
             self._batch = batch
         if any(isinstance(feed, DeviceTensor) for feed in feeds.values()):
             self._gpu.follow(self.stream, LEGACY_STREAM, self.event)
-        for memory in self.inputs:
+        for number, memory in enumerate(self.inputs):
             feed = feeds[memory.layout.name]
             if isinstance(feed, DeviceTensor):
-                self._gpu.on_device(memory.device, feed.pointer, memory.size, self.stream)
+                self.sources[number] = feed.pointer
             else:
                 memory.view[...] = feed
                 self._gpu.to_device(memory.device, memory.host, memory.size, self.stream)
+                self.sources[number] = memory.device
 
     def take(self, out: Mapping[str, Array]) -> None:
         """The outputs, once they are here."""
@@ -290,8 +292,8 @@ class _Computing:
 
     def _enter(self, room: _Room, carrier: _Carrier) -> None:
         self.gpu.follow(self._stream, carrier.stream, carrier.event)
-        for memory, brought in zip(room.inputs, carrier.inputs, strict=True):
-            self.gpu.on_device(memory.device, brought.device, memory.size, self._stream)
+        for memory, source in zip(room.inputs, carrier.sources, strict=True):
+            self.gpu.on_device(memory.device, source, memory.size, self._stream)
 
     def _with_graph(self, batch: int, carrier: _Carrier) -> _Room | None:
         """The room for `batch` images with a CUDA graph that answers, to the bit, as the session does without; None where
