@@ -56,15 +56,20 @@ def opened(ort: Any, path: Path, threads: int, providers: Sequence[Any], kind: s
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # its errors reach us as exceptions; its hints are not for an application's log
+
+    def open_session() -> Any:
+        # Without the last argument a provider that fails is replaced with the CPU, here and in a call, and that is printed.
+        return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+
     try:
         try:
-            return ort.InferenceSession(str(path), options, providers=providers)
+            return open_session()
         except Exception as error:
             if "QuantizeLinear" not in str(error):
                 raise
             # 1.31 moves some of these in graphs for GPUs and then does not take what it made; as they stand it does.
             options.add_session_config_entry("session.disable_quant_qdq", "1")
-            return ort.InferenceSession(str(path), options, providers=providers)
+            return open_session()
     except Exception as error:
         if "NOT_IMPLEMENTED" in str(error):
             raise MissingKernelError(

@@ -182,7 +182,7 @@ def _session(provider: str) -> None:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     said = "" if provider == "CPUExecutionProvider" else preloaded(ort)
-    session = ort.InferenceSession(MICRO, options, providers=[provider])
+    session = ort.InferenceSession(MICRO, options, providers=[provider], enable_fallback=0)
     if session.get_providers()[0] != provider:  # it falls back to the CPU and says so in its log alone
         more = install("tensorrt") + " && " if provider == "TensorrtExecutionProvider" else ""
         what = f"CUDA or one of its libraries is missing or of another version{said}"

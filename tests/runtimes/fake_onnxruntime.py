@@ -172,9 +172,10 @@ def module(driver: FakeDriver) -> Any:
     made.SessionOptions, made.RunOptions = real.SessionOptions, RunOptions
     made.get_available_providers = lambda: ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
 
-    def open_session(path: str, options: Any = None, providers: Any = None) -> Any:
+    def open_session(path: str, options: Any = None, providers: Any = None, enable_fallback: int = 1) -> Any:
         if providers == ["CPUExecutionProvider"]:
             return real.InferenceSession(path, options, providers=providers)
+        assert enable_fallback == 0  # else a provider that fails is replaced with the CPU
         return Session(made.world, path, options, providers)
 
     def preload_dlls() -> None:
