@@ -81,7 +81,8 @@ def unusable(step: Step, gpu: bool, found: Mapping[str, str]) -> Finding | None:
         return Finding(step.name, NO_GPU, versions_for(step), "this machine has no usable NVIDIA GPU")
     if missing:
         replaced = "onnxruntime-gpu" not in found and "onnxruntime" in found and step.extras.startswith("gpu")
-        command = ("pip uninstall -y onnxruntime && " if replaced else "") + install(step.extras)
+        extras = re.sub(r"\bonnxruntime\b", "gpu", step.extras) if "onnxruntime-gpu" in found else step.extras
+        command = ("pip uninstall -y onnxruntime && " if replaced else "") + install(extras)
         return Finding(step.name, MISSING, versions_for(step), f"{', '.join(missing)} cannot be imported", command)
     return None
 
@@ -94,11 +95,11 @@ def versions_for(step: Step) -> dict[str, str]:
 
 
 def requirements() -> dict[str, str]:
-    """Distribution -> the oldest version that this package takes, of it and of all its extras."""
+    """Distribution -> the oldest version that this package takes, of it and of all its extras but that for its own tests."""
     found: dict[str, str] = {}
     for line in requires("swin-deploy") or ():
         match = re.match(r"([\w.-]+)\s*>=\s*([\w.]+)", line)
-        if match:
+        if match and not re.search(r"""extra == ['"]test""", line):
             found[_normal(match[1])] = match[2]
     return found
 

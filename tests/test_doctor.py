@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from swin_deploy.api.doctor import MICRO, PROBES
-from swin_deploy.doctor import STEPS, Step, requirements, traps, versions_for
+from swin_deploy.doctor import STEPS, Step, requirements, traps, unusable, versions_for
 from swin_deploy.machine import this_machine
 from swin_deploy.requires import installed, installed_versions
 
@@ -31,7 +31,7 @@ def test_the_oldest_versions_are_those_of_the_package() -> None:
     wanted = {}
     for line in requires("swin-deploy") or ():
         one = Requirement(line)
-        if one.name != "swin-deploy":
+        if one.name != "swin-deploy" and str(one.marker) != 'extra == "test"':
             [clause] = one.specifier
             assert clause.operator == ">="
             wanted[one.name.lower().replace("_", "-")] = clause.version
@@ -76,6 +76,20 @@ def test_traps(found: dict[str, str], torchvision: tuple[str, ...], gpu: bool, w
     [trap] = traps(found, requirements(), torchvision, gpu)
     assert words in trap.what
     assert trap.command == command
+
+
+@pytest.mark.parametrize(
+    ("found", "command"),
+    [
+        ({}, 'pip install "swin-deploy[export,onnxruntime]"'),
+        ({"onnxruntime": "1.31.1"}, 'pip install "swin-deploy[export,onnxruntime]"'),
+        ({"onnxruntime-gpu": "1.31.1"}, 'pip install "swin-deploy[export,gpu]"'),
+    ],
+)
+def test_the_onnxruntime_that_is_there_stays(found: dict[str, str], command: str) -> None:
+    finding = unusable(Step("quantize", ("not_a_module",), "export,onnxruntime"), False, found)
+    assert finding is not None
+    assert finding.command == command
 
 
 def test_versions_that_fit_are_no_traps() -> None:
