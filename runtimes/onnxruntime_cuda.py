@@ -7,7 +7,6 @@ import io
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from .memory import Layout, Memory
 from .onnxruntime import failed, opened, specs_of
 from .pool import Pool
 from .tensors import DeviceTensor
+from .worker import Worker
 
 MOST_CALLS = 4  # at a time: while one is computed, others come and go over the bus
 MOST_GRAPHS = 16  # batch sizes that have a CUDA graph; ONNX Runtime keeps each until the session ends
@@ -55,13 +55,13 @@ class OnnxRuntimeCuda(Runtime):
             )
         with CAPTURING.shared():
             gpu = Gpu(int(device.partition(":")[2] or 0))
-        self._thread = ThreadPoolExecutor(1, "swin_deploy-onnxruntime")
+        self._thread = Worker("swin_deploy-onnxruntime")
         opening = partial(_opened, ort, path, threads, self.providers)  # not a method: the runtime would keep itself alive
         self._computing = computing = _Computing(gpu, opening, ort.RunOptions, self.graphs)
-        self._release = weakref.finalize(self, _let_go, self._thread, computing)
+        self._release = weakref.finalize(self, self._thread.leave, computing.end)
         self._release.atexit = False
         try:
-            inputs, outputs = self._thread.submit(computing.begin).result()
+            inputs, outputs = self._thread.start(computing.begin).result()
         except BaseException:
             self._close()
             raise
@@ -78,13 +78,13 @@ class OnnxRuntimeCuda(Runtime):
                 try:
                     with CAPTURING.shared():
                         carrier.bring(feeds, batch)
-                    computed = self._thread.submit(self._computing.compute, carrier, batch)
+                    computed = self._thread.start(partial(self._computing.compute, carrier, batch))
                     computed.result()
                     with CAPTURING.shared():
                         carrier.take(out)
                 except BaseException:
                     if computed is not None:
-                        wait([computed])  # its memory is in use until then
+                        computed.wait()  # its memory is in use until then
                     with CAPTURING.shared():
                         carrier.free()
                     raise
@@ -93,9 +93,8 @@ class OnnxRuntimeCuda(Runtime):
         return out
 
     def _close(self) -> None:
-        if self._release.detach() is not None:
-            self._thread.submit(self._computing.end).result()
-            self._thread.shutdown()
+        self._release()
+        self._thread.join()
 
 
 class OnnxRuntimeTensorRt(OnnxRuntimeCuda):
@@ -332,13 +331,6 @@ class _Computing:
             self.gpu.to_host(memory.host, computed.device, memory.size, self._stream)
         self.gpu.wait(self._stream)
         return [memory.view.tobytes() for memory in carrier.outputs]
-
-
-def _let_go(thread: ThreadPoolExecutor, computing: _Computing) -> None:
-    """For a runtime that nobody closed; it is not waited for, because any thread may find out, that one itself, too."""
-    with contextlib.suppress(RuntimeError):  # the interpreter is about to end
-        thread.submit(computing.end)
-        thread.shutdown(wait=False)
 
 
 def preloaded(ort: Any) -> str:

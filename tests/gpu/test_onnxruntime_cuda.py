@@ -110,7 +110,7 @@ def test_models_that_come_and_go() -> None:
                 model.run(feed(FEED))
         del model
         gc.collect()
-        thread.shutdown()
+        thread.join()
         free.append(torch.cuda.mem_get_info()[0])
     assert free[-1] > free[3] - 32 * 2**20
 

@@ -217,7 +217,7 @@ def test_a_model_that_nobody_closed(driver: Any) -> None:
     thread = model._runtimes[model.image_sizes[0]]._thread
     del model
     gc.collect()
-    thread.shutdown()  # waits for it
+    thread.join()  # waits for it
     assert driver.left == []
 
 
