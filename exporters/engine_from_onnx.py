@@ -20,6 +20,7 @@ from swin_deploy.cuda import cuda_devices
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
 from swin_deploy.requires import require
 from swin_deploy.specs import Batch
+from swin_deploy.tensorrt_log import heard
 
 from .engine_spec import BACKENDS, EngineSpec
 from .gpu import target_gpu
@@ -89,8 +90,8 @@ def engine_from_onnx(onnx: bytes | Path, spec: EngineSpec, log: Log, progress: P
     trt, gpu = load_compiler(spec.backend), target_gpu(spec.backend, spec.gpu)
     watch = Watch(log, progress)
     begun = time.perf_counter()
-    with _interrupts_kept_for(watch), natives_freed():
-        plan, reports = _compile(trt, onnx, spec, gpu, watch)
+    with _interrupts_kept_for(watch), heard(trt, watch.hear) as logger, natives_freed():
+        plan, reports = _compile(trt, onnx, spec, gpu, watch, logger)
         watch.check()  # the compiler may also speak while it is being taken down
     return Engine(plan, reports, spec.backend, str(trt.__version__), gpu, time.perf_counter() - begun)
 
@@ -174,9 +175,10 @@ def _interrupts_kept_for(watch: Watch) -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _compile(trt: Any, onnx: bytes | Path, spec: EngineSpec, gpu: str, watch: Watch) -> tuple[bytes, tuple[EngineReport, ...]]:
-    # Both listeners must outlive everything that is made with them.
-    logger, monitor = listeners(trt, watch)
+def _compile(
+    trt: Any, onnx: bytes | Path, spec: EngineSpec, gpu: str, watch: Watch, logger: Any
+) -> tuple[bytes, tuple[EngineReport, ...]]:
+    monitor = _monitor(trt, watch)  # it must outlive everything that is made with it
     title = f"{BACKENDS[spec.backend][1]} {trt.__version__}"
     try:
         builder = trt.Builder(logger)
@@ -271,12 +273,8 @@ def _timing_cache(config: Any, path: Path | None, title: str, watch: Watch) -> I
         scratch.unlink(missing_ok=True)
 
 
-def listeners(trt: Any, watch: Watch) -> tuple[Any, Any]:
-    # The base classes come from a module that may not be installed, so the classes can only be made here.
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def log(self, severity: Any, message: str) -> None:
-            watch.hear(severity.name.lower(), message)
-
+def _monitor(trt: Any, watch: Watch) -> Any:
+    # The base class comes from a module that may not be installed, so the class can only be made here.
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             watch.steps[phase_name] = num_steps
@@ -288,7 +286,7 @@ def listeners(trt: Any, watch: Watch) -> tuple[Any, Any]:
         def step_complete(self, phase_name: str, step: int) -> bool:
             return watch.follow(phase_name, step + 1)
 
-    return Logger(), Monitor()
+    return Monitor()
 
 
 def _set_profiles(builder: Any, config: Any, network: Any, batches: tuple[Batch, ...], title: str, watch: Watch) -> None:

@@ -7,13 +7,15 @@ is refitted with no others: the graph must be the one it was compiled from, to t
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from swin_deploy.bundle import Bundle
 from swin_deploy.cuda import cuda_devices
 from swin_deploy.errors import EngineError, UsageError
+from swin_deploy.tensorrt_log import heard
 
 from .build import Built
-from .engine_from_onnx import Log, Watch, joined, listeners, load_compiler, natives_freed
+from .engine_from_onnx import Log, Watch, joined, load_compiler, natives_freed
 from .engine_spec import BACKENDS, fingerprint
 from .graphs import Say, bytes_writer
 
@@ -75,7 +77,11 @@ def refitted_plan(backend: str, release: str, gpu: str, file: Path, graph: Path,
     if str(trt.__version__) != release:
         raise EngineError(f"{file} was compiled by release {release}, and {title} is installed here. Install that release.")
     watch = Watch(log, None)
-    logger, _ = listeners(trt, watch)
+    with heard(trt, watch.hear) as logger:
+        return _refitted(trt, title, file, graph, watch, logger)
+
+
+def _refitted(trt: Any, title: str, file: Path, graph: Path, watch: Watch, logger: Any) -> bytes:
     runtime = trt.Runtime(logger)
     runtime.engine_host_code_allowed = True  # version-compatible plans bring a runtime of their own
     engine = runtime.deserialize_cuda_engine(file.read_bytes())

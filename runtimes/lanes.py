@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from swin_deploy.errors import BackendError
+from swin_deploy.tensorrt_log import Said
 
 from .base import Array, Feeds
 from .cuda import LEGACY_STREAM, Gpu
@@ -15,24 +16,6 @@ from .memory import Layout, Memory
 from .tensors import DeviceTensor
 
 ALIGNMENT = 256  # what TensorRT is given by its own allocator; a tensor of the caller's that is not is copied
-
-
-class Said(threading.local):
-    """What TensorRT complained of in this thread since `clear`."""
-
-    def __init__(self) -> None:
-        self.errors: list[str] = []
-
-    def clear(self) -> None:
-        self.errors.clear()
-
-    def sentence(self) -> str:
-        return "; ".join(dict.fromkeys(map(sentence, self.errors))) or "it gave no reason"
-
-
-def sentence(text: str) -> str:
-    """`text` in one line, for the middle of a sentence."""
-    return " ".join(text.split()).rstrip(".")
 
 
 class Lane:

@@ -14,12 +14,13 @@ from typing import Any
 from swin_deploy.errors import BackendError
 from swin_deploy.requires import require
 from swin_deploy.specs import Batch, TensorSpec
+from swin_deploy.tensorrt_log import Said, logger_of, sentence
 
 from .backends import BACKENDS
 from .base import Array, Feeds, Runtime
 from .caches import keep
 from .cuda import Gpu
-from .lanes import Lane, Lanes, Said, sentence
+from .lanes import Lane, Lanes
 from .memory import Layout
 
 MOST_LANES = 8  # calls at a time, and batch sizes whose CUDA graphs are kept; each has its own memory for activations
@@ -60,7 +61,7 @@ class TensorRt(Runtime):
 
     def __init__(self, file: EngineFile, device: str = "cuda:0") -> None:
         trt = require(BACKENDS[self.backend].found, "run engines")
-        logger, said = _listener(trt)
+        logger, said = logger_of(trt)
         self._said, self._file = said, file
         title = f"{self.name} {trt.__version__}"
         layouts = [Layout.of(spec) for spec in file.inputs], [Layout.of(spec) for spec in file.outputs]
@@ -284,23 +285,3 @@ def _check_tensors(trt: Any, natives: _Natives, file: EngineFile) -> None:
             or shape[1:] != spec.shape[1:]
         ):
             raise BackendError(f"its {name} is {kind} {list(shape)}, and in its graph {spec}")
-
-
-_LISTENERS: dict[Any, tuple[Any, Said]] = {}
-_LISTENING = threading.Lock()
-
-
-def _listener(trt: Any) -> tuple[Any, Said]:
-    """The logger of this process for that module: TensorRT speaks to the first one that it gets, whatever is made later."""
-    with _LISTENING:
-        if trt not in _LISTENERS:
-            said = Said()
-
-            class Logger(trt.ILogger):  # type: ignore[misc]
-                def log(self, severity: Any, message: str) -> None:
-                    if severity.name in ("ERROR", "INTERNAL_ERROR"):
-                        said.errors.append(message)
-                        del said.errors[:-8]
-
-            _LISTENERS[trt] = (Logger(), said)
-        return _LISTENERS[trt]

@@ -278,6 +278,8 @@ class Runtime:
     version = ""
 
     def __init__(self, logger: Any) -> None:
+        if self._world.logger not in (None, logger):
+            self._world.wrong("a logger that is not the first one, which alone is spoken to")
         self._world.logger = logger
         self.engine_host_code_allowed = False
         self._world.made(self)
