@@ -119,9 +119,15 @@ class TensorRt(Runtime):
                 for start, count, profile, size in planned(batch, self._profiles):
                     with natives.lanes.taken(profile, size) as lane:
                         lane.run(feeds, out, start, count)
+                    if (profile, size) not in natives.ran:
+                        natives.ran.add((profile, size))
+                        self._keep(natives)
         except Exception as error:
             raise BackendError(f"{self.name} failed while running the model: {sentence(str(error))}") from error
         return out
+
+    def _keep(self, natives: _Natives) -> None:
+        """Keeps what was compiled for a batch size that has just run for the first time."""
 
     def _close(self) -> None:
         self._release()
@@ -159,13 +165,9 @@ class TensorRtRtx(TensorRt):
     def _new_context(self, trt: Any) -> Callable[[_Natives], Any]:
         return lambda natives: natives.engine.create_execution_context(natives.config)
 
-    def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
-        found = super()._run(feeds, out)
-        natives = self._natives
-        if natives.lanes_kept != natives.lanes_made:
-            with suppress(Exception), natives.gpu.current():  # the answers are there; what is not kept is compiled again
-                natives.keep_cache()
-        return found
+    def _keep(self, natives: _Natives) -> None:
+        with suppress(Exception):  # the answers are there; what is not kept is compiled again
+            natives.keep_cache()
 
 
 class _Natives:
@@ -184,21 +186,18 @@ class _Natives:
         self.lanes: Lanes | None = None
         self.cache_file: Path | None = None
         self.kept = b""  # the cache as it is in the file
-        self.lanes_made = self.lanes_kept = 0
+        self.ran: set[tuple[int, int]] = set()  # profile and batch of what has run
         self.making = threading.Lock()
 
     def keep_cache(self) -> None:
-        """Writes what was compiled for this GPU; while another thread does, or makes a lane, a later call does."""
-        if not self.making.acquire(blocking=False):
+        """Writes what was compiled for this GPU."""
+        if self.cache_file is None:
             return
-        try:
-            self.lanes_kept = self.lanes_made
+        with self.making:
             content = bytes(self.cache.serialize())
             if content != self.kept:
                 keep(self.cache_file, content)
                 self.kept = content
-        finally:
-            self.making.release()
 
     def free(self) -> None:
         """Frees all of it; a GPU that has failed may refuse, which changes nothing any more."""
@@ -230,7 +229,6 @@ def _lane(
     said.clear()
     with natives.making:
         made = [new_context(natives)]  # in a list, so that no frame of an error's traceback keeps it
-        natives.lanes_made += 1
     if made == [None]:
         raise BackendError(f"it made no execution context: {said.sentence()}")
     return Lane(natives.gpu, made, inputs, outputs, own_graphs, said)

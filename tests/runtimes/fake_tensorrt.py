@@ -61,7 +61,7 @@ class World:
     def __init__(self, driver: FakeDriver) -> None:
         self.driver = driver
         self.logger: Any = None
-        self.contexts_made = self.plain_runs = self.captured_runs = 0
+        self.contexts_made = self.plain_runs = self.captured_runs = self.serialized = 0
         self.fail = ""  # what execute_async_v3 complains of
         self.uncapturable = False
         self.invalid: Any = 0  # flags that get_engine_validity answers
@@ -83,8 +83,8 @@ class World:
 
 
 class IExecutionContext:
-    def __init__(self, world: World, engine: ICudaEngine, own_graphs: bool) -> None:
-        self._world, self._engine, self._own_graphs = world, weakref.ref(engine), own_graphs
+    def __init__(self, world: World, engine: ICudaEngine, own_graphs: bool, cache: IRuntimeCache | None) -> None:
+        self._world, self._engine, self._own_graphs, self._cache = world, weakref.ref(engine), own_graphs, cache
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._profile = -1
@@ -162,6 +162,8 @@ class IExecutionContext:
             self._pending = stream_handle
             self._settled = True
             world.plain_runs += 1
+            if self._cache is not None:
+                self._cache._compiled.add(next(iter(self._shapes.values()))[0])
         state, addresses = self._state, dict(self._addresses)
         shapes = {name: self.get_tensor_shape(name) for name in engine.shapes}
         myself = weakref.ref(self)
@@ -199,19 +201,25 @@ class IExecutionContext:
 
 
 class IRuntimeCache:
+    """Its content names the batches that kernels were compiled for."""
+
+    _TITLE = b"CACHE of a simulated GPU"
+
     def __init__(self, world: World) -> None:
-        self._world, self._content = world, b"CACHE of a simulated GPU"
+        self._world = world
+        self._compiled: set[int] = set()
 
     def deserialize(self, blob: bytes) -> bool:
         if not self._world.driver.has_context():
             self._world.wrong("a cache was read in a thread without a context")
-        if not blob.startswith(b"CACHE of a simulated GPU"):
+        if not blob.startswith(self._TITLE):
             return False
-        self._content = blob
+        self._compiled = set(map(int, blob.removeprefix(self._TITLE).split()))
         return True
 
     def serialize(self) -> bytes:
-        return self._content + b" %d" % self._world.contexts_made
+        self._world.serialized += 1
+        return b" ".join([self._TITLE, *(b"%d" % batch for batch in sorted(self._compiled))])
 
 
 class IRuntimeConfig:
@@ -270,7 +278,7 @@ class ICudaEngine:
         if isinstance(how, IRuntimeConfig) and how._cache is None:
             self._world.wrong("an execution context without the runtime cache")
         graphs = isinstance(how, IRuntimeConfig) and how.cuda_graph_strategy == CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        return IExecutionContext(self._world, self, graphs)
+        return IExecutionContext(self._world, self, graphs, how._cache if isinstance(how, IRuntimeConfig) else None)
 
 
 class Runtime:

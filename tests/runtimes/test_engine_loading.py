@@ -7,6 +7,7 @@ import gc
 import re
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from swin_deploy.bundle import Bundle
 from swin_deploy.errors import BackendError, BundleError, EngineError, MissingDependencyError
 from swin_deploy.runtimes.cuda import PROTOTYPES
 from swin_deploy.runtimes.memory import Layout
-from swin_deploy.runtimes.tensorrt import planned
+from swin_deploy.runtimes.tensorrt import MOST_LANES, planned
 from swin_deploy.specs import TensorSpec
 
 BACKENDS = list(RELEASES)
@@ -182,22 +183,37 @@ def test_what_tensorrt_for_rtx_compiles_is_kept(driver: Any, tmp_path: Path) -> 
     )
     with_engines(path, "tensorrt-rtx")
 
-    def run() -> bytes:
+    def run(*batches: int) -> bytes:
         with loaded(path, "tensorrt-rtx") as model:
-            model.run(feed(IMAGES[:1]))
-            [kept] = folder.iterdir()
-            assert model.run(feed(IMAGES[:5]))["logits"].tobytes() == alone(path, IMAGES[:5]).tobytes()
+            for batch in batches:
+                assert model.run(feed(IMAGES[:batch]))["logits"].tobytes() == alone(path, IMAGES[:batch]).tobytes()
+        [kept] = folder.iterdir()
         return kept.read_bytes()
 
-    first = run()
-    assert first.startswith(b"CACHE of a simulated GPU")
-    assert run().startswith(first)  # it went on with what was kept
+    assert run(1, 5) == b"CACHE of a simulated GPU 1 5"
+    assert run(2) == b"CACHE of a simulated GPU 1 2 5"  # it went on with what was kept
     [file] = folder.iterdir()
     file.write_bytes(b"damaged")
-    assert run().startswith(b"CACHE of a simulated GPU")
+    assert run(3) == b"CACHE of a simulated GPU 3"
     world.invalid = EngineInvalidityDiagnostics.VERSION_MISMATCH | EngineInvalidityDiagnostics.OLD_CUDA_DRIVER
     with pytest.raises(BackendError, match=r"version mismatch, old cuda driver"):
         loaded(path, "tensorrt-rtx")
+
+
+def test_every_batch_that_kernels_were_compiled_for_is_kept(driver: Any, tmp_path: Path) -> None:
+    """With more batch sizes than lanes; and a call that compiles nothing does not look at the cache."""
+    path, world = copied(1, tmp_path / "b"), driver.trt["tensorrt-rtx"].world
+    with_engines(path, "tensorrt-rtx", profiles=((1, 8, 16),))
+    batches = range(1, MOST_LANES + 5)
+    with loaded(path, "tensorrt-rtx") as model:
+        for batch in batches:
+            model.run(feed(IMAGES[:batch]))
+        [kept] = (tmp_path / "cache/swin-deploy/tensorrt-rtx").iterdir()
+        assert kept.read_bytes().split()[5:] == [b"%d" % batch for batch in batches]
+        before = world.serialized
+        with ThreadPoolExecutor(4) as pool:  # those that share a lane prepare it again
+            list(pool.map(lambda batch: model.run(feed(IMAGES[:batch])), [*batches] * 3))
+        assert world.serialized == before == len(batches)
 
 
 def test_no_place_for_a_cache(driver: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
