@@ -24,7 +24,8 @@ class Lane:
 
     A call that follows another one with the same batch and the same addresses is captured as a CUDA graph, and those after it
     only launch that. A graph is of the context as it was when it was captured, so it goes when anything there changes; where
-    capturing is refused, the batch is run plainly from then on. With `own_graphs` TensorRT does all this by itself.
+    capturing is refused, the batch is run plainly from then on. With `own_graphs` TensorRT does all this by itself. An input
+    of the caller's on the GPU is read where it is, until that changes; from then on it is copied to where the lane has it.
     """
 
     def __init__(
@@ -35,6 +36,8 @@ class Lane:
         self._profile: int | None = None
         self._graph: int | None = None
         self._alike = False  # whether the call before was this one
+        self._used = False  # whether there was a call since it was prepared
+        self._moving: set[str] = set()  # inputs of the caller's on the GPU that were somewhere else in another call
         self._refused: set[tuple[int, int]] = set()
         self._addresses: dict[str, int] = {}
         self._stream = self._event = 0
@@ -51,6 +54,7 @@ class Lane:
         if self.prepared == (profile, batch):
             return
         self.prepared = None
+        self._used = False
         self._changed()
         self._said.clear()
         if self._profile != profile:
@@ -89,7 +93,9 @@ class Lane:
                 self._address(layout.name, memory.device)
                 continue
             source = feed.pointer + start * layout.bytes
-            if count == batch and source % ALIGNMENT == 0:
+            if self._used and self._addresses[layout.name] != source:
+                self._moving.add(layout.name)
+            if count == batch and source % ALIGNMENT == 0 and layout.name not in self._moving:
                 self._address(layout.name, source)
                 continue
             gpu.on_device(memory.device, source, count * layout.bytes, stream)
@@ -98,6 +104,7 @@ class Lane:
                 gpu.on_device(memory.device + more * layout.bytes, last, layout.bytes, stream)
             self._address(layout.name, memory.device)
         self._execute()
+        self._used = True
         for memory in self._outputs:
             gpu.to_host(memory.host, memory.device, count * memory.layout.bytes, stream)
         gpu.wait(stream)

@@ -61,7 +61,7 @@ class World:
     def __init__(self, driver: FakeDriver) -> None:
         self.driver = driver
         self.logger: Any = None
-        self.contexts_made = self.plain_runs = self.captured_runs = self.serialized = 0
+        self.contexts_made = self.plain_runs = self.captured_runs = self.serialized = self.addressed = 0
         self.fail = ""  # what execute_async_v3 complains of
         self.uncapturable = False
         self.invalid: Any = 0  # flags that get_engine_validity answers
@@ -128,6 +128,7 @@ class IExecutionContext:
             self._world.error(f"{name} at {memory!r}")
             return False
         self._addresses[name] = memory
+        self._world.addressed += 1
         self._state += 1
         return True
 
