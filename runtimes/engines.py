@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -57,7 +58,7 @@ def misfit(bundle: Bundle, file: str, gpus: Sequence[str], release: str | None) 
             f'engines. Install the former, or compile it with "{lean}".'
         )
     if options.get("strip_weights"):
-        refit = shlex.join(["swin-deploy", "refit", str(bundle.path)])
+        refit = shlex.join([*_seeing(gpus), "swin-deploy", "refit", str(bundle.path)])
         return f'{file} was compiled without its weights. Put them back with "{refit}".'
     return None
 
@@ -68,7 +69,7 @@ def fitting_engines(bundle: Bundle, backend: str, precision: str, device: str) -
     Raises UsageError or EngineError where there is none for an image size, and says why.
     """
     gpu = gpu_of(device, backend)
-    held = _held(bundle, backend, precision)
+    held = _held(bundle, backend, gpu, precision)
     sizes = [_size(entry) for entry in bundle.graphs.values() if entry["precision"] == precision]
     chosen = {}
     for size in dict.fromkeys([*sizes, *map(_size, held.values())]):
@@ -86,7 +87,7 @@ def runnable_engines(bundle: Bundle, backend: str, device: str) -> dict[str, Map
     Raises UsageError or EngineError where there is none, and says why.
     """
     gpu = gpu_of(device, backend)
-    return dict(reversed(_fitting(bundle, _held(bundle, backend), gpu, _release(backend)).items()))
+    return dict(reversed(_fitting(bundle, _held(bundle, backend, gpu), gpu, _release(backend)).items()))
 
 
 def engines_here(bundle: Bundle, backend: str, device: str) -> dict[str, Mapping[str, Any]]:
@@ -97,16 +98,14 @@ def engines_here(bundle: Bundle, backend: str, device: str) -> dict[str, Mapping
         return {}
 
 
-def _held(bundle: Bundle, backend: str, precision: str | None = None) -> dict[str, Mapping[str, Any]]:
+def _held(bundle: Bundle, backend: str, gpu: str, precision: str | None = None) -> dict[str, Mapping[str, Any]]:
     found = engines_of(bundle, backend, precision)
     if not found:
         held = dict.fromkeys(str(entry["precision"]) for entry in engines_of(bundle, backend).values())
         others = f"; it holds engines in {', '.join(held)}" if held else ""
         kind = f"{precision} engine" if precision else "engine"
-        command = shlex.join(
-            ["swin-deploy", "build-engine", str(bundle.path), f"--{precision or 'fp16'}", "--backend", backend]
-        )
-        raise UsageError(f'The bundle {bundle.path} holds no {kind} for {backend}{others}. Make it with "{command}".')
+        made = shlex.join(_build_command(bundle, precision or "fp16", backend, gpu))
+        raise UsageError(f'The bundle {bundle.path} holds no {kind} for {backend}{others}. Make it with "{made}".')
     return found
 
 
@@ -156,15 +155,28 @@ def rebuild_options(entry: Mapping[str, Any]) -> dict[str, Any]:
 def rebuild_command(bundle: Bundle, file: str, gpus: Sequence[str], **changes: Any) -> str:
     """The command that compiles an engine again for the first of `gpus`, or, without one, for the GPU that it was for."""
     options = {**rebuild_options(bundle.files[file]), **changes}
-    command = ["swin-deploy", "build-engine", str(bundle.path), f"--{options.pop('precision')}"]
-    command += ["--backend", str(options["backend"])]
-    if options.pop("backend") == "tensorrt-rtx":
-        command += ["--gpu", gpus[0] if gpus else str(bundle.files[file]["gpu"])]
+    gpu = gpus[0] if gpus else str(bundle.files[file]["gpu"])
+    command = _build_command(bundle, options.pop("precision"), options.pop("backend"), gpu)
     for low, best, high in options.pop("batches"):
         command += ["--batch", str(best) if low == best == high else f"{low}:{best}:{high}"]
     for name, value in options.items():
         command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return shlex.join(command)
+
+
+def _build_command(bundle: Bundle, precision: str, backend: str, gpu: str) -> list[str]:
+    command = ["swin-deploy", "build-engine", str(bundle.path), f"--{precision}", "--backend", backend]
+    return [*command, "--gpu", gpu] if backend == "tensorrt-rtx" else [*_seeing([gpu]), *command]
+
+
+def _seeing(gpus: Sequence[str]) -> list[str]:
+    """What to put before a command that works with the first GPU that it sees, where the first of `gpus` is another one."""
+    here = [device.capability for device in cuda_devices()]
+    if not gpus or gpus[0] not in here[1:] or gpus[0] == here[0]:
+        return []
+    number = here.index(gpus[0])
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return [f"CUDA_VISIBLE_DEVICES={seen[number].strip() if number < len(seen) else number}"]
 
 
 def _runs_on(entry: Mapping[str, Any], gpu: str) -> bool:

@@ -28,7 +28,8 @@ def load(
     `threads` 0 lets the back end choose.
 
     With `rebuild`, an engine that does not fit this GPU, this release of TensorRT or the graph as it is now is compiled again
-    from the ONNX graph beside it, with the options it had, which may take minutes and changes the bundle.
+    from the ONNX graph beside it, with the options it had, which may take minutes and changes the bundle. Full TensorRT does
+    that for the first GPU only, and of another kind than that is an errors.EngineError with the command for it.
 
     Raises errors.BundleError for a folder that is no intact bundle, errors.MissingDependencyError for a back end that is not
     installed, errors.UsageError for what the bundle does not hold or a back end does not do, errors.EngineError for an engine
@@ -64,5 +65,7 @@ def _rebuild(path: str | os.PathLike[str], backend: str, precision: str, device:
         try:
             fitting_engines(bundle, backend, one, where)
         except EngineError:
+            if backend == "tensorrt" and gpu_of(where, backend) != gpu_of("cuda:0", backend):
+                raise  # it compiles for the first GPU only; the error says how it is made to be that one
             last = next(iter(engines_of(bundle, backend, one).values()))
             build_engine(path, gpus=(gpu_of(where, backend),), **rebuild_options(last))

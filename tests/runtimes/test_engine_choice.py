@@ -226,6 +226,33 @@ def test_the_command_repeats_every_option(tmp_path: Path) -> None:
     )
 
 
+def test_the_command_for_another_gpu_than_the_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Full TensorRT compiles for the first GPU that it sees, and so does nothing for another one by itself."""
+    path = copied(1, tmp_path / "b")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with simulated(monkeypatch, "sm_89", "sm_86"):
+        with pytest.raises(UsageError, match=rf'"CUDA_VISIBLE_DEVICES=1 swin-deploy build-engine {path} --fp16 --backend tens'):
+            swin_deploy.load(path, backend="tensorrt", precision="fp16", device="cuda:1")
+        with pytest.raises(UsageError, match=rf'"swin-deploy build-engine {path} --fp16 --backend tensorrt-rtx --gpu sm_86"'):
+            swin_deploy.load(path, backend="tensorrt-rtx", precision="fp16", device="cuda:1")
+        [first] = with_engines(path, "tensorrt")
+        command = f'"CUDA_VISIBLE_DEVICES=1 swin-deploy build-engine {path} --fp32 --backend tensorrt --batch 1 --batch 1:4:8"'
+        said = f"{first} was compiled for sm_89, and the GPU here is sm_86. Compile it with {command}."
+        for rebuild in (False, True):
+            with pytest.raises(EngineError) as caught:
+                swin_deploy.load(path, backend="tensorrt", precision="fp32", device="cuda:1", rebuild=rebuild)
+            assert str(caught.value) == said
+        [stripped] = with_engines(path, "tensorrt", gpu="sm_86", options={"strip_weights": True})
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5e")
+        assert str(misfit(Bundle.open(path), stripped, ["sm_86"], RELEASES["tensorrt"])).endswith(
+            f'Put them back with "CUDA_VISIBLE_DEVICES=GPU-5e swin-deploy refit {path}".'
+        )
+        [rtx] = with_engines(path, "tensorrt-rtx")
+        assert rebuild_command(Bundle.open(path), rtx, ["sm_86"]).startswith("swin-deploy build-engine ")
+        assert rebuild_command(Bundle.open(path), first, ["sm_89"]).startswith("swin-deploy build-engine ")
+        assert rebuild_command(Bundle.open(path), first, ["sm_120"]).startswith("swin-deploy build-engine ")
+
+
 def test_of_several_engines_the_last_one_that_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = copied(1, tmp_path / "b")
     with simulated(monkeypatch, "sm_89"):
