@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from swin_deploy.bundle import Bundle
 from swin_deploy.cuda import cuda_devices
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
+from swin_deploy.reference import is_verified
 from swin_deploy.requires import require
 from swin_deploy.specs import PRECISIONS, QUANTIZED, TARGETS, Size
 
@@ -75,10 +77,10 @@ def _candidates(bundle: Bundle, backend: str, precision: str, device: str) -> li
         for where in _devices(kind, wanted)
         if backend != AUTO or where == "cpu" or _has_cuda(kind)
         for one in _precisions(name, precision)
-        if _files(bundle, candidate := Candidate(name, one, where))
-        and _suits(bundle, candidate, precision == AUTO)
-        and (precision != AUTO or _verified(bundle, candidate))
+        if _files(bundle, candidate := Candidate(name, one, where)) and _suits(bundle, candidate, precision == AUTO)
     ]
+    if found and precision == AUTO:
+        return _verified(bundle, found)
     if found:
         return found
     if backend == AUTO and all(kind.engines for kind in named.values()):
@@ -98,11 +100,14 @@ def _candidates(bundle: Bundle, backend: str, precision: str, device: str) -> li
         what = f"The back end {backend}" if backend != AUTO else "What is installed"
         where = device if wanted else "this machine, which has no usable NVIDIA GPU"
         raise UsageError(f"{what} runs on {' or '.join(kinds)}, not on {where}. Take another device or back end.")
+    graphs = [kind for kind in named.values() if "cuda" in kind.devices and not kind.engines]
+    if backend == AUTO and wanted not in (None, "cpu") and not any(map(_has_cuda, graphs)):
+        raise MissingDependencyError(f'Nothing that is installed runs graphs on {wanted}. Run: pip install "swin-deploy[gpu]"')
     held = dict.fromkeys(str(entry["precision"]) for entry in bundle.graphs.values())
     verb, data = ("quantize", " --data DIR") if precision in QUANTIZED else ("build-engine", "")
     made = f' Make it with "swin-deploy {verb} {bundle.path} --{precision}{data}".' if precision != AUTO else ""
-    asked = "verified" if precision == AUTO else precision
-    raise UsageError(f"The bundle {bundle.path} holds no {asked} graph; it holds {', '.join(held)}.{made}")
+    asked = "graph that fits" if precision == AUTO else f"{precision} graph"
+    raise UsageError(f"The bundle {bundle.path} holds no {asked}; it holds {', '.join(held)}.{made}")
 
 
 def _precisions(backend: str, precision: str) -> Sequence[str]:
@@ -171,8 +176,17 @@ def _size(entry: Mapping[str, Any]) -> Size:
     return int(entry["image_size"][0]), int(entry["image_size"][1])
 
 
-def _verified(bundle: Bundle, candidate: Candidate) -> bool:
-    """Whether every graph of the candidate, or that its engine was compiled from, agreed with PyTorch when it was made."""
-    graphs = [bundle.files[file].get("graph", file) for file in _files(bundle, candidate).values()]
-    verdicts = (bundle.files[graph].get("agreement") for graph in graphs)
-    return all(isinstance(verdict, Mapping) and verdict.get("verified") for verdict in verdicts)
+def _verified(bundle: Bundle, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those whose graphs, or their engines' graphs, all agreed with PyTorch. Raises UsageError where there are none."""
+    graphs = {one: [bundle.files[file].get("graph", file) for file in _files(bundle, one).values()] for one in candidates}
+    found = [one for one, files in graphs.items() if all(is_verified(bundle.files[file]) for file in files)]
+    if found:
+        return found
+    never = dict.fromkeys(file for files in graphs.values() for file in files if not is_verified(bundle.files[file]))
+    command = ["swin-deploy", "verify", str(bundle.path)]
+    if not BACKENDS["onnxruntime"].installed:
+        command += ["--backend", next((name for name in ("openvino", "torch") if BACKENDS[name].installed), "onnxruntime")]
+    raise UsageError(
+        f"auto takes graphs that were verified, and those of {bundle.path} that run here were never compared with PyTorch: "
+        f'{", ".join(never)}. Do that with "{shlex.join(command)}", or name a precision.'
+    )

@@ -23,18 +23,24 @@ def verify(bundle: str | os.PathLike[str], *, backend: str = "onnxruntime", devi
 
     With a back end that runs engines ("tensorrt", "tensorrt-rtx", on "cuda"), on every engine that fits that GPU and release;
     errors.EngineError says why none does. Checks every file's sha256 first (errors.BundleError). A verdict that is not
-    `verified` is returned, not raised.
+    `verified` is returned, not raised. That a graph is verified is entered into the manifest where that did not say so yet.
     """
     from functools import partial
 
     from swin_deploy.bundle import Bundle
-    from swin_deploy.reference import Reference, check_runtime, verify_bundle
+    from swin_deploy.errors import BundleError
+    from swin_deploy.reference import Reference, check_runtime, is_verified, verify_bundle
     from swin_deploy.runtimes.backends import device_from_text, runtime_to_check
     from swin_deploy.runtimes.engines import open_engine
 
     found = Bundle.open(bundle)
     if (engines := _engines(found, backend, device)) is None:
-        return verify_bundle(found, partial(runtime_to_check, backend=backend, device=device))
+        answers = verify_bundle(found, partial(runtime_to_check, backend=backend, device=device))
+        for verdict in answers:
+            if verdict.verified and not is_verified(found.files[verdict.file]):
+                with contextlib.suppress(BundleError):  # it may be read-only, and the verdict is what was asked for
+                    found.with_entry(verdict.file, {"agreement": verdict.to_dict()})
+        return answers
     for file in found.files:
         found.verified_path(file)
     verdicts = []

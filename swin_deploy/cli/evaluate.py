@@ -36,7 +36,7 @@ def command(
     """
     import swin_deploy
     from swin_deploy.bundle import Bundle
-    from swin_deploy.reference import described
+    from swin_deploy.reference import described, is_verified
 
     say = teller()
     try:
@@ -56,7 +56,8 @@ def command(
     held = Bundle.open(bundle)
     run = {score.file for score in found.scores}
     engines = [file for file in held.files if file.endswith(".engine") and file not in run]
-    torch = {file: described(entry.get("agreement")) for file, entry in held.graphs.items() if entry["precision"] == "fp32"}
+    exact = {file: entry for file, entry in held.graphs.items() if entry["precision"] == "fp32"}
+    torch = {file: described(entry["agreement"] if is_verified(entry) else None) for file, entry in exact.items()}
     if as_json:
         print_json(
             {

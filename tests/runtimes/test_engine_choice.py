@@ -286,6 +286,55 @@ def test_auto_takes_engines_that_fit_and_are_correct(monkeypatch: pytest.MonkeyP
             assert [row.candidate.precision for row in model.describe().measured] == ["fp32", "fp16"]
 
 
+def test_auto_names_what_was_never_verified_and_the_command_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The graphs were made where there was nothing to run them with. The command is run as it is printed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = copied(2, tmp_path / "a bundle")
+    with simulated(monkeypatch):
+        with_engines(path, "tensorrt", "fp16")
+        for graph in Bundle.open(path).graphs:
+            Bundle.open(path).with_entry(graph, {"agreement": "not verified"})
+        with pytest.raises(UsageError, match=r"never compared with PyTorch: onnx/model.onnx, onnx/model_fp16.onnx\."):
+            swin_deploy.load(path)
+        with pytest.raises(UsageError, match=r"never compared with PyTorch: onnx/model_fp16.onnx\.") as caught:
+            swin_deploy.load(path, backend="tensorrt")
+        match = re.search(r'Do that with "(.*)", or name a precision\.$', str(caught.value))
+        assert match is not None
+        with swin_deploy.load(path, backend="tensorrt", precision="fp16") as model:  # named, it is taken
+            assert model.precision == "fp16"
+        images = str(THREE.parent)
+        result(cli_here("evaluate", str(path), "--data", images, "--precision", "fp32", "--json", cwd=tmp_path))
+        command = shlex.split(match[1])
+        assert command == ["swin-deploy", "verify", str(path)]
+        result(cli_here(*command[1:], "--json", cwd=tmp_path))
+        agreements = [entry["agreement"] for entry in Bundle.open(path).graphs.values()]
+        assert all(agreement["verified"] and agreement["relative_l2"] < 1e-2 for agreement in agreements)
+        with swin_deploy.load(path, backend="tensorrt") as model:
+            assert model.precision == "fp16"
+
+
+def test_what_does_not_agree_is_not_entered_as_verified(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = copied(2, tmp_path / "b")
+    bundle, file = Bundle.open(path), "onnx/model_fp16.onnx"
+    graph = (digits(1) / file).read_bytes()  # of another network
+    bundle.with_file(file, {**bundle.files[file], "agreement": "not verified"}, lambda place: place.write_bytes(graph))
+    assert [verdict.verified for verdict in swin_deploy.verify(path)] == [True, False]
+    assert Bundle.open(path).files[file]["agreement"] == "not verified"
+
+
+def test_no_provider_for_the_gpu_that_was_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Only ONNX Runtime for CPUs is installed on a machine with a GPU."""
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    path = copied(2, tmp_path / "b")
+    on_gpus(monkeypatch, "sm_89")
+    with pytest.raises(
+        MissingDependencyError, match=r'Nothing that is installed runs .* on cuda:0\. Run: pip .*"swin-deploy\[gpu\]"'
+    ):
+        swin_deploy.load(path, device="cuda")
+
+
 def test_verify_evaluate_predict_and_bench_run_engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path, images = copied(2, tmp_path / "b"), THREE.parent
     with simulated(monkeypatch):
