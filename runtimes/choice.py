@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from swin_deploy.bundle import Bundle
-from swin_deploy.cuda import cuda_devices
+from swin_deploy.cuda import cuda_devices, cuda_version
 from swin_deploy.errors import BackendError, BundleError, MissingDependencyError, MissingKernelError, UsageError
 from swin_deploy.machine import this_machine
 from swin_deploy.reference import Reference, Verdict, check_runtime, described
@@ -30,7 +30,9 @@ from .caches import cache_folder, keep
 
 SECONDS, FEWEST_CALLS = 0.5, 7  # of each candidate
 NOT_KNOWN = ""  # the verdict on a candidate that is to be measured
-LIBRARIES = ("swin-deploy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "tensorrt", "tensorrt-rtx", "numpy")
+LIBRARIES = ("swin-deploy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "numpy", "tensorrt-rtx") + tuple(
+    f"tensorrt{lean}{cuda}" for lean in ("", "-lean") for cuda in ("", "-cu12", "-cu13")
+)
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,7 @@ def _key(bundle: Bundle, candidates: Sequence[Candidate], threads: int) -> dict[
             platform.system(),
             os.environ.get("CUDA_VISIBLE_DEVICES", ""),
             [device.name for device in cuda_devices()],
+            cuda_version(),
         ],
     }
 

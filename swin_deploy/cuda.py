@@ -30,6 +30,12 @@ def cuda_driver() -> ctypes.CDLL | None:
         return None
 
 
+def cuda_version() -> int | None:
+    """The newest CUDA that the driver knows, 13000 for 13.0; None without a driver."""
+    driver, version = cuda_driver(), ctypes.c_int()
+    return version.value if driver is not None and driver.cuDriverGetVersion(ctypes.byref(version)) == 0 else None
+
+
 def cuda_devices() -> tuple[CudaDevice, ...]:
     """The CUDA GPUs that this process may use, in CUDA's own order; empty without a driver or without a GPU.
 

@@ -18,6 +18,7 @@ from typing import Any
 # The declarations of cuda.h (13.0), by the names that its macros give them.
 HEADER = {
     "cuInit": "unsigned int Flags",
+    "cuDriverGetVersion": "int *driverVersion",
     "cuGetErrorName": "CUresult error, const char **pStr",
     "cuGetErrorString": "CUresult error, const char **pStr",
     "cuDeviceGet": "CUdevice *device, int ordinal",
@@ -99,6 +100,7 @@ class FakeDriver:
 
     def __init__(self, *capabilities: str) -> None:
         self.capabilities = capabilities or ("sm_89",)
+        self.version = 13000
         self.violations: list[str] = []
         self.counts: dict[str, int] = dict.fromkeys(HEADER, 0)
         self.refuse: dict[str, int] = {}  # function -> the code that it answers
@@ -188,7 +190,7 @@ class FakeDriver:
                 if self.alone not in (0, threading.get_ident()) and not re.match("cuCtx", name):
                     self.violations.append(f"{name} while another thread captures")
                     return CAPTURE_UNSUPPORTED
-                needs_context = not re.match("cuInit|cuGetError|cuDevice|cuCtx", name)
+                needs_context = not re.match("cuInit|cuGetError|cuDriver|cuDevice|cuCtx", name)
                 if needs_context and not self.has_context():
                     self.violations.append(f"{name} in a thread without a context")
                     return INVALID_CONTEXT
@@ -236,6 +238,10 @@ class FakeDriver:
 
     def _cuInit(self, flags: int) -> int:
         return OK if flags == 0 else INVALID_VALUE
+
+    def _cuDriverGetVersion(self, version: int) -> int:
+        ctypes.c_int.from_address(version).value = self.version
+        return OK
 
     def _cuGetErrorName(self, error: int, text: int, which: int = 0) -> int:
         if error not in NAMES:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 from cli.exported import EXAMPLES, copied, digits
+from fake_driver import FakeDriver
 
 import swin_deploy
+import swin_deploy.cuda
 from swin_deploy.bundle import Bundle
 from swin_deploy.errors import BackendError, BundleError, MissingDependencyError, UsageError
 from swin_deploy.runtimes import choice
@@ -68,6 +70,24 @@ def test_the_fastest_of_those_that_agree(cache: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(choice, "_measure", rows_of(1.0, 3.0, 2.0))
     assert choose(bundle, [ORT, OV, third], refuse, 0)[2] == rows  # from the cache
     assert choose(bundle, [ORT, OV, third], refuse, 1)[0] == ORT  # with other threads, measured anew
+
+
+def test_measured_anew_with_another_tensorrt_or_driver(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its packages are named after the CUDA that they are for, too; tensorrt itself only requires one of these."""
+    bundle, driver, versions = Bundle.open(digits(2)), FakeDriver("sm_89"), dict[str, str]()
+    monkeypatch.setattr(swin_deploy.cuda, "cuda_driver", lambda: driver)
+    plain = choice.installed_versions
+    monkeypatch.setattr(
+        choice, "installed_versions", lambda names: plain(names) | {name: versions[name] for name in names if name in versions}
+    )
+    monkeypatch.setattr(choice, "_measure", rows_of(*range(1, 13)))
+    measured = [choose(bundle, [ORT, OV], refuse, 0)[2]]
+    for name in ("tensorrt-cu12", "tensorrt-cu13", "tensorrt-lean", "tensorrt-lean-cu13", ""):
+        driver.version += not name
+        versions |= {name: "11.4.0.106"} if name else {}
+        measured.append(choose(bundle, [ORT, OV], refuse, 0)[2])
+        assert choose(bundle, [ORT, OV], refuse, 0)[2] == measured[-1]
+    assert [rows[0].milliseconds for rows in measured] == [1, 3, 5, 7, 9, 11]
 
 
 def test_where_none_is_correct(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
