@@ -30,8 +30,8 @@ from .caches import cache_folder, keep
 
 SECONDS, FEWEST_CALLS = 0.5, 7  # of each candidate
 NOT_KNOWN = ""  # the verdict on a candidate that is to be measured
-LIBRARIES = ("swin-deploy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "numpy", "tensorrt-rtx") + tuple(
-    f"tensorrt{lean}{cuda}" for lean in ("", "-lean") for cuda in ("", "-cu12", "-cu13")
+LIBRARIES = ("swin-deploy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "numpy") + tuple(
+    f"tensorrt{kind}{cuda}" for kind in ("", "-lean", "-rtx") for cuda in ("", "-cu12", "-cu13")
 )
 
 
@@ -94,15 +94,21 @@ class Description:
 
 
 Kept = tuple[str, tuple[Measured, ...]]  # when, and what
+LOADING = (BackendError, BundleError, MissingDependencyError, UsageError)  # what loading a candidate may raise
 Open = Callable[[Candidate], tuple[str, Runtime]]  # the file of the first image size, and what runs it
 
 
 def choose(
-    bundle: Bundle, candidates: Sequence[Candidate], open_first: Open, threads: int
+    bundle: Bundle,
+    candidates: Sequence[Candidate],
+    open_first: Open,
+    threads: int,
+    failed: Mapping[Candidate, Exception] | None = None,
 ) -> tuple[Candidate, str, tuple[Measured, ...]]:
     """The fastest of `candidates` that is correct, why, and what was measured: now, or before on this machine.
 
-    Raises BackendError where none of them runs and agrees with PyTorch.
+    Those that have `failed` to load just now are done without, which is not kept. Raises BackendError where none of them runs
+    and agrees with PyTorch.
     """
     if len(candidates) == 1:
         return candidates[0], "there is nothing else to choose from here", ()
@@ -110,8 +116,12 @@ def choose(
     file = _cache_file(key)
     now = dt.datetime.now().astimezone().isoformat(timespec="seconds")
     when, known = _read(file, key, candidates) or (now, tuple(Measured(one, None, NOT_KNOWN) for one in candidates))
-    rows = _measured(bundle, known, open_first)
-    lasting = tuple(Measured(row.candidate, None, NOT_KNOWN) if row.failed else row for row in rows)
+    lost = {one: Measured(one, None, str(error), True, error) for one, error in (failed or {}).items()}
+    rows = _measured(bundle, [lost.get(row.candidate, row) for row in known], open_first)
+    lasting = tuple(
+        before if row.candidate in lost else Measured(row.candidate, None, NOT_KNOWN) if row.failed else row
+        for before, row in zip(known, rows, strict=True)
+    )
     if lasting != known and any(row.milliseconds is not None for row in rows):
         _write(file, key, when, lasting)
     timed = [row for row in rows if row.milliseconds is not None]
@@ -142,7 +152,7 @@ def _measure(bundle: Bundle, candidate: Candidate, open_first: Open, best: float
     """
     try:
         file, runtime = open_first(candidate)
-    except (BackendError, BundleError, MissingDependencyError, UsageError) as error:
+    except LOADING as error:
         return Measured(candidate, None, str(error), not isinstance(error, MissingKernelError | UsageError), error)
     with runtime:
         reference = Reference.load(bundle, _reference_of(bundle, file))

@@ -16,11 +16,11 @@ from swin_deploy.specs import PRECISIONS, QUANTIZED, TARGETS, Size
 
 from .backends import BACKENDS, Backend, backend_named, device_from_text, runtime_from_onnx
 from .base import Runtime
-from .choice import Candidate, Description, choose
+from .choice import LOADING, Candidate, Description, Measured, choose
 from .engines import engines_of, fitting_engines, open_engine
 from .model import MOST_THREADS, Model
 
-AUTO = "auto"
+AUTO, NAMED = "auto", "asked for by name"
 
 
 def load_model(
@@ -40,9 +40,25 @@ def load_model(
         file = next(iter(_files(bundle, candidate).values()))
         return file, _open(bundle, candidate, file, threads)
 
-    chosen, reason, measured = choose(bundle, candidates, open_first, threads)
-    if AUTO not in (backend, precision, device):
-        reason = "asked for by name"
+    failed: dict[Candidate, Exception] = {}
+    while True:
+        chosen, reason, measured = choose(bundle, candidates, open_first, threads, failed)
+        try:
+            return _loaded(path, bundle, chosen, reason if AUTO in (backend, precision, device) else NAMED, measured, threads)
+        except LOADING as error:  # it ran when it was measured, which may be long ago
+            if not measured:
+                raise
+            failed[chosen] = error
+
+
+def _loaded(
+    path: str | os.PathLike[str],
+    bundle: Bundle,
+    chosen: Candidate,
+    reason: str,
+    measured: tuple[Measured, ...],
+    threads: int,
+) -> Model:
     files = _files(bundle, chosen)
 
     def described(title: str) -> Description:

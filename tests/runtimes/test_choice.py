@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cli.exported import EXAMPLES, copied, digits
 from fake_driver import FakeDriver
@@ -173,6 +174,41 @@ def test_what_failed_to_load_is_tried_again(cache: Path, monkeypatch: pytest.Mon
     assert whole.measured[1].milliseconds
     with swin_deploy.load(digits(2), precision="fp32") as model:
         assert model.describe().measured == whole.measured
+
+
+def test_a_winner_that_does_not_load_any_more_is_done_without(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It won when it was measured. That it fails today is told, and not kept; named, it is not replaced."""
+    pytest.importorskip("openvino", reason="the winner")
+    from swin_deploy.runtimes.onnxruntime import OnnxRuntime
+    from swin_deploy.runtimes.openvino import OpenVino
+
+    monkeypatch.setattr(choice, "_measure", rows_of(5.0, 3.0))
+
+    def taken() -> Any:
+        with swin_deploy.load(digits(2), precision="fp32") as model:
+            assert model.run({"pixel_values": np.zeros((1, 3, 32, 32), np.float32)})["logits"].shape == (1, 10)
+            return model.describe()
+
+    def fails(self: Any, *_: Any, **__: Any) -> None:
+        raise BackendError(f"{type(self).__name__} does not start today.")
+
+    first = taken()
+    assert first.backend == "openvino"
+    [kept] = cache.iterdir()
+    content = kept.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenVino, "__init__", fails)
+        told = taken()
+        assert told.backend == "onnxruntime"
+        assert [(row.milliseconds, row.verdict) for row in told.measured][1] == (None, "OpenVino does not start today.")
+        assert "the only one that agrees" in told.reason
+        with pytest.raises(BackendError, match="OpenVino does not start today"):
+            swin_deploy.load(digits(2), backend="openvino", precision="fp32")
+        patch.setattr(OnnxRuntime, "__init__", fails)
+        with pytest.raises(BackendError, match=r"None of what is here .*OnnxRuntime does not.*OpenVino does not start today"):
+            taken()
+    assert kept.read_bytes() == content
+    assert taken() == first
 
 
 def test_nothing_to_choose_is_not_measured(cache: Path) -> None:
