@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
+
+DAYS, MOST_FILES = 90, 64  # of each kind, what was used last is kept
 
 
 def cache_folder(kind: str) -> Path | None:
@@ -22,8 +26,20 @@ def cache_folder(kind: str) -> Path | None:
     return folder / "swin-deploy" / kind if folder.is_absolute() else None
 
 
+def kept(file: Path | None) -> bytes:
+    """What is in the file, which counts as used now; nothing where it cannot be read."""
+    if file is None:
+        return b""
+    with suppress(OSError):
+        os.utime(file)
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
+
+
 def keep(file: Path | None, content: bytes) -> None:
-    """Writes the file all at once; where nothing may be written, it is not kept."""
+    """Writes the file all at once; where nothing may be written, it is not kept. Those of its kind that are old are removed."""
     if file is None:
         return
     scratch = file.with_name(f".{file.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
@@ -34,5 +50,18 @@ def keep(file: Path | None, content: bytes) -> None:
             scratch.replace(file)
         finally:
             scratch.unlink(missing_ok=True)
+        _remove_old(file.parent)
     except OSError:
         pass
+
+
+def _remove_old(folder: Path) -> None:
+    times: list[tuple[float, Path]] = []
+    for file in folder.iterdir():
+        with suppress(OSError):  # another process has removed it
+            times.append((file.stat().st_mtime, file))
+    oldest = time.time() - DAYS * 24 * 3600
+    for number, (used, file) in enumerate(sorted(times, reverse=True)):
+        if used < oldest or number >= MOST_FILES:
+            with suppress(OSError):
+                file.unlink()

@@ -26,7 +26,7 @@ from swin_deploy.requires import installed_versions
 from swin_deploy.specs import Size, size_text
 
 from .base import Runtime
-from .caches import cache_folder, keep
+from .caches import cache_folder, keep, kept
 
 SECONDS, FEWEST_CALLS = 0.5, 7  # of each candidate
 NOT_KNOWN = ""  # the verdict on a candidate that is to be measured
@@ -210,15 +210,15 @@ def _cache_file(key: Mapping[str, Any]) -> Path | None:
 def _read(file: Path | None, key: Mapping[str, Any], candidates: Sequence[Candidate]) -> Kept | None:
     """When it was measured, and what; None where that is not known, or not to be read."""
     try:
-        raw = json.loads(file.read_text(encoding="utf-8")) if file else None
-        if not raw or raw["key"] != key:
+        raw = json.loads(kept(file))
+        if raw["key"] != key:
             return None
         rows = tuple(
             Measured(candidate, None if ms is None else float(ms), str(verdict))
             for candidate, (ms, verdict) in zip(candidates, raw["rows"], strict=True)
         )
         return str(raw["when"]), rows
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 

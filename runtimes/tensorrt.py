@@ -18,7 +18,7 @@ from swin_deploy.tensorrt_log import Said, logger_of, sentence
 
 from .backends import BACKENDS
 from .base import Array, Feeds, Runtime
-from .caches import keep
+from .caches import keep, kept
 from .cuda import Gpu
 from .lanes import Lane, Lanes
 from .memory import Layout
@@ -153,13 +153,9 @@ class TensorRtRtx(TensorRt):
         # Not LAZY, which answers with other kernels until the right ones are compiled: the same input, other last bits.
         natives.config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         natives.cache, natives.cache_file = natives.config.create_runtime_cache(), self._file.cache
-        if natives.cache_file is not None:
-            try:
-                kept = natives.cache_file.read_bytes()
-            except OSError:
-                kept = b""
-            if kept and natives.cache.deserialize(kept):  # it refuses what is damaged, or of another release, GPU or driver
-                natives.kept = kept
+        content = kept(natives.cache_file)
+        if content and natives.cache.deserialize(content):  # it refuses what is damaged, or of another release, GPU or driver
+            natives.kept = content
         natives.config.set_runtime_cache(natives.cache)
 
     def _new_context(self, trt: Any) -> Callable[[_Natives], Any]:

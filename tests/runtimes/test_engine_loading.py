@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -193,6 +194,9 @@ def test_what_tensorrt_for_rtx_compiles_is_kept(driver: Any, tmp_path: Path) -> 
     assert run(1, 5) == b"CACHE of a simulated GPU 1 5"
     assert run(2) == b"CACHE of a simulated GPU 1 2 5"  # it went on with what was kept
     [file] = folder.iterdir()
+    os.utime(file, (0, 0))
+    assert run(5) == b"CACHE of a simulated GPU 1 2 5"  # not written again, as nothing new was compiled; but in use
+    assert file.stat().st_mtime > 1e9
     file.write_bytes(b"damaged")
     assert run(3) == b"CACHE of a simulated GPU 3"
     world.invalid = EngineInvalidityDiagnostics.VERSION_MISMATCH | EngineInvalidityDiagnostics.OLD_CUDA_DRIVER
