@@ -88,11 +88,9 @@ class TensorRt(Runtime):
             natives.free()
             if not isinstance(error, Exception):
                 raise
-            # A TypeError is how the bindings say that a factory gave nothing; why not is in the log.
-            reason = said.sentence() if isinstance(error, TypeError) and said.errors else str(error)
             raise BackendError(
-                f"{title} cannot run {file.path.name}: {sentence(reason)}. Where the engine is the reason, compile it again "
-                f'with "{file.again}".'
+                f"{title} cannot run {file.path.name}: {_reason(error, said)}. Where the engine is the reason, compile it "
+                f'again with "{file.again}".'
             ) from error
         self._release = weakref.finalize(self, natives.free)
         self._release.atexit = False
@@ -114,6 +112,7 @@ class TensorRt(Runtime):
         natives = self._natives
         assert natives.lanes is not None
         batch = int(feeds[self.inputs[0].name].shape[0])
+        self._said.clear()
         try:
             with natives.gpu.current():
                 for start, count, profile, size in planned(batch, self._profiles):
@@ -123,7 +122,7 @@ class TensorRt(Runtime):
                         natives.ran.add((profile, size))
                         self._keep(natives)
         except Exception as error:
-            raise BackendError(f"{self.name} failed while running the model: {sentence(str(error))}") from error
+            raise BackendError(f"{self.name} failed while running the model: {_reason(error, self._said)}") from error
         return out
 
     def _keep(self, natives: _Natives) -> None:
@@ -228,6 +227,11 @@ def _lane(
     if made == [None]:
         raise BackendError(f"it made no execution context: {said.sentence()}")
     return Lane(natives.gpu, made, inputs, outputs, own_graphs, said)
+
+
+def _reason(error: Exception, said: Said) -> str:
+    """Why it failed: of what the bindings raise, which says little, what the log says."""
+    return said.sentence() if isinstance(error, RuntimeError | TypeError) and said.errors else sentence(str(error))
 
 
 def planned(batch: int, profiles: Sequence[Batch]) -> Iterator[tuple[int, int, int, int]]:

@@ -63,6 +63,7 @@ class World:
         self.logger: Any = None
         self.contexts_made = self.plain_runs = self.captured_runs = self.serialized = self.addressed = 0
         self.fail = ""  # what execute_async_v3 complains of
+        self.raising = False  # whether what fails is an exception, as in some of the bindings
         self.uncapturable = False
         self.invalid: Any = 0  # flags that get_engine_validity answers
         self.alive: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -70,6 +71,8 @@ class World:
 
     def error(self, message: str) -> None:
         self.logger.log(Severity.ERROR, message)
+        if self.raising:
+            raise RuntimeError("Unexpected exception")
 
     def wrong(self, what: str) -> None:
         self.driver.violations.append(what)
