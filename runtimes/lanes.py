@@ -32,11 +32,12 @@ class Lane:
         self, gpu: Gpu, context: list[Any], inputs: Sequence[Layout], outputs: Sequence[Layout], own_graphs: bool, said: Said
     ) -> None:
         self.prepared: tuple[int, int] | None = None  # profile, batch
+        self.calls = 0  # since it was prepared
+        self.without_graphs = False  # whether TensorRT was told not to capture
         self._gpu, self._context, self._own_graphs, self._said = gpu, context.pop(), own_graphs, said
         self._profile: int | None = None
         self._graph: int | None = None
         self._alike = False  # whether the call before was this one
-        self._used = False  # whether there was a call since it was prepared
         self._moving: set[str] = set()  # inputs of the caller's on the GPU that were somewhere else in another call
         self._refused: set[tuple[int, int]] = set()
         self._addresses: dict[str, int] = {}
@@ -54,7 +55,7 @@ class Lane:
         if self.prepared == (profile, batch):
             return
         self.prepared = None
-        self._used = False
+        self.calls = 0
         self._changed()
         self._said.clear()
         if self._profile != profile:
@@ -93,7 +94,7 @@ class Lane:
                 self._address(layout.name, memory.device)
                 continue
             source = feed.pointer + start * layout.bytes
-            if self._used and self._addresses[layout.name] != source:
+            if self.calls and self._addresses[layout.name] != source:
                 self._moving.add(layout.name)
             if count == batch and source % ALIGNMENT == 0 and layout.name not in self._moving:
                 self._address(layout.name, source)
@@ -104,7 +105,7 @@ class Lane:
                 gpu.on_device(memory.device + more * layout.bytes, last, layout.bytes, stream)
             self._address(layout.name, memory.device)
         self._execute()
-        self._used = True
+        self.calls += 1
         for memory in self._outputs:
             gpu.to_host(memory.host, memory.device, count * memory.layout.bytes, stream)
         gpu.wait(stream)
@@ -198,6 +199,7 @@ class Lanes:
         with self._turn:
             free, self._free = self._free, []
             self._made -= len(free)
+            self._turn.notify_all()
         return free
 
     def _next(self, profile: int, batch: int) -> Lane:

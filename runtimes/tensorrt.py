@@ -110,20 +110,23 @@ class TensorRt(Runtime):
     def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
         assert out is not None  # Layout.of saw to it that the size of every output is known
         natives = self._natives
-        assert natives.lanes is not None
         batch = int(feeds[self.inputs[0].name].shape[0])
         self._said.clear()
         try:
             with natives.gpu.current():
                 for start, count, profile, size in planned(batch, self._profiles):
-                    with natives.lanes.taken(profile, size) as lane:
-                        lane.run(feeds, out, start, count)
+                    self._run_part(natives, profile, size, feeds, out, start, count)
                     if (profile, size) not in natives.ran:
                         natives.ran.add((profile, size))
                         self._keep(natives)
         except Exception as error:
             raise BackendError(f"{self.name} failed while running the model: {_reason(error, self._said)}") from error
         return out
+
+    def _run_part(self, natives: _Natives, profile: int, size: int, *part: Any) -> None:
+        assert natives.lanes is not None
+        with natives.lanes.taken(profile, size) as lane:
+            lane.run(*part)
 
     def _keep(self, natives: _Natives) -> None:
         """Keeps what was compiled for a batch size that has just run for the first time."""
@@ -148,7 +151,8 @@ class TensorRtRtx(TensorRt):
     def _configure(self, trt: Any, natives: _Natives) -> None:
         natives.config = natives.engine.create_runtime_config()
         natives.config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE)
-        natives.config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self._strategies = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE, trt.CudaGraphStrategy.DISABLED
+        self._set_graphs(natives, without=False)
         # Not LAZY, which answers with other kernels until the right ones are compiled: the same input, other last bits.
         natives.config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         natives.cache, natives.cache_file = natives.config.create_runtime_cache(), self._file.cache
@@ -159,6 +163,35 @@ class TensorRtRtx(TensorRt):
 
     def _new_context(self, trt: Any) -> Callable[[_Natives], Any]:
         return lambda natives: natives.engine.create_execution_context(natives.config)
+
+    def _run_part(self, natives: _Natives, profile: int, size: int, *part: Any) -> None:
+        """What fails in the first calls of a context may be its capture: that is tried once more without, and, where that does
+        it, all contexts of the engine are without from then on."""
+        assert natives.lanes is not None
+        lane = None
+        try:
+            with natives.lanes.taken(profile, size) as lane:
+                lane.run(*part)
+            return
+        except Exception:
+            if lane is None or lane.without_graphs or lane.calls >= self.calls_to_warm:
+                raise
+        with natives.retrying:
+            before = natives.without_graphs
+            self._set_graphs(natives, without=True)
+            for other in natives.lanes.drain():
+                other.free()
+            try:
+                super()._run_part(natives, profile, size, *part)
+            except BaseException:
+                self._set_graphs(natives, without=before)  # they are not what fails
+                raise
+
+    def _set_graphs(self, natives: _Natives, without: bool) -> None:
+        """Says how execution contexts are made from now on."""
+        with natives.making:
+            natives.without_graphs = without
+            natives.config.cuda_graph_strategy = self._strategies[without]
 
     def _keep(self, natives: _Natives) -> None:
         with suppress(Exception):  # the answers are there; what is not kept is compiled again
@@ -183,6 +216,8 @@ class _Natives:
         self.kept = b""  # the cache as it is in the file
         self.ran: set[tuple[int, int]] = set()  # profile and batch of what has run
         self.making = threading.Lock()
+        self.retrying = threading.Lock()
+        self.without_graphs = False  # whether contexts of TensorRT for RTX do not capture
 
     def keep_cache(self) -> None:
         """Writes what was compiled for this GPU."""
@@ -224,9 +259,12 @@ def _lane(
     said.clear()
     with natives.making:
         made = [new_context(natives)]  # in a list, so that no frame of an error's traceback keeps it
+        without_graphs = natives.without_graphs
     if made == [None]:
         raise BackendError(f"it made no execution context: {said.sentence()}")
-    return Lane(natives.gpu, made, inputs, outputs, own_graphs, said)
+    lane = Lane(natives.gpu, made, inputs, outputs, own_graphs, said)
+    lane.without_graphs = without_graphs
+    return lane
 
 
 def _reason(error: Exception, said: Said) -> str:

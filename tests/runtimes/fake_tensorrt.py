@@ -63,6 +63,8 @@ class World:
         self.logger: Any = None
         self.contexts_made = self.plain_runs = self.captured_runs = self.serialized = self.addressed = 0
         self.fail = ""  # what execute_async_v3 complains of
+        self.spoilt_captures = 0  # of contexts that capture by themselves
+        self.capturing: list[bool] = []  # of each context that was made, whether it does
         self.raising = False  # whether what fails is an exception, as in some of the bindings
         self.uncapturable = False
         self.invalid: Any = 0  # flags that get_engine_validity answers
@@ -94,6 +96,7 @@ class IExecutionContext:
         self._state, self._settled = 0, False  # counts changes; whether it ran since the last change of a shape
         self._pending: int | None = None
         world.contexts_made += 1
+        world.capturing.append(own_graphs)
         world.made(self)
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
@@ -143,6 +146,10 @@ class IExecutionContext:
             return False
         if world.fail:
             world.error(world.fail)
+            return False
+        if world.uncapturable and self._own_graphs:
+            world.spoilt_captures += 1
+            world.error("the graph could not be captured")
             return False
         if missing := [name for name in engine.shapes if name not in self._addresses] or self.infer_shapes():
             world.error(f"no address or shape for {', '.join(missing)}")

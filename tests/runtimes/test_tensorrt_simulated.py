@@ -224,6 +224,38 @@ def test_what_cannot_be_captured_is_run_plainly(refused: str, driver: Any, tmp_p
         assert (world.plain_runs, driver.counts["cuGraphLaunch"]) == (12, 0)
 
 
+def test_where_tensorrt_for_rtx_cannot_capture_it_runs_without_graphs(driver: Any, tmp_path: Path) -> None:
+    """A context that fails in its first call is made once more without them, and all others are from then on."""
+    path, world = copied(1, tmp_path / "b"), driver.trt["tensorrt-rtx"].world
+    with_engines(path, "tensorrt-rtx")
+    with loaded(path, "tensorrt-rtx") as model:
+        wanted = {batch: alone(path, IMAGES[:batch]).tobytes() for batch in range(1, 9)}
+        assert model.run(feed(IMAGES[:2]))["logits"].tobytes() == wanted[2]
+        world.uncapturable = True  # other batch sizes than that
+        with ThreadPoolExecutor(6) as pool:
+            for _ in range(2):
+                found = [*pool.map(lambda batch: (batch, model.run(feed(IMAGES[:batch]))["logits"]), [*range(3, 9)] * 4)]
+                assert [batch for batch, answer in found if answer.tobytes() != wanted[batch]] == []
+        before = (world.spoilt_captures, world.contexts_made)
+        assert 1 <= before[0] <= 6  # those that came at the same time
+        for batch in range(3, 9):
+            assert model.run(feed(IMAGES[:batch]))["logits"].tobytes() == wanted[batch]
+        assert (world.spoilt_captures, world.contexts_made) == before
+        assert not world.capturing[-1]
+
+
+def test_graphs_stay_where_they_are_not_what_fails(driver: Any, tmp_path: Path) -> None:
+    path, world = copied(1, tmp_path / "b"), driver.trt["tensorrt-rtx"].world
+    with_engines(path, "tensorrt-rtx")
+    with loaded(path, "tensorrt-rtx") as model:
+        world.fail = "out of memory"
+        with pytest.raises(BackendError, match="it did not run: out of memory"):
+            model.run(feed(IMAGES[:2]))
+        world.fail = ""
+        assert model.run(feed(IMAGES[:2]))["logits"].tobytes() == alone(path, IMAGES[:2]).tobytes()
+        assert world.capturing == [True, True, False, True]  # when it was loaded, for the call, once more, and afterwards
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_call_that_fails_leaves_the_model_usable(backend: str, driver: Any, tmp_path: Path) -> None:
     path, world = copied(1, tmp_path / "b"), driver.trt[backend].world
