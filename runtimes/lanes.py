@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -15,6 +16,7 @@ from .cuda import LEGACY_STREAM, Gpu
 from .memory import Layout, Memory
 from .tensors import DeviceTensor
 
+CAPTURES = 3  # how often capturing is tried: another thread that synchronises the whole device spoils it, too
 ALIGNMENT = 256  # what TensorRT is given by its own allocator; a tensor of the caller's that is not is copied
 
 
@@ -24,8 +26,9 @@ class Lane:
 
     A call that follows another one with the same batch and the same addresses is captured as a CUDA graph, and those after it
     only launch that. A graph is of the context as it was when it was captured, so it goes when anything there changes; where
-    capturing is refused, the batch is run plainly from then on. With `own_graphs` TensorRT does all this by itself. An input
-    of the caller's on the GPU is read where it is, until that changes; from then on it is copied to where the lane has it.
+    capturing is refused CAPTURES times, the batch is run plainly from then on. With `own_graphs` TensorRT does all this by
+    itself. An input of the caller's on the GPU is read where it is, until that changes; from then on it is copied to where
+    the lane has it.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class Lane:
         self._graph: int | None = None
         self._alike = False  # whether the call before was this one
         self._moving: set[str] = set()  # inputs of the caller's on the GPU that were somewhere else in another call
-        self._refused: set[tuple[int, int]] = set()
+        self._refused: Counter[tuple[int, int]] = Counter()
         self._addresses: dict[str, int] = {}
         self._stream = self._event = 0
         self._inputs = [Memory(gpu, layout) for layout in inputs]
@@ -133,11 +136,11 @@ class Lane:
         self._context = None
 
     def _execute(self) -> None:
-        if self._graph is None and self._alike and not self._own_graphs and self.prepared not in self._refused:
+        assert self.prepared is not None
+        if self._graph is None and self._alike and not self._own_graphs and self._refused[self.prepared] < CAPTURES:
             self._graph = self._gpu.captured(self._stream, self._enqueued)
             if self._graph is None:
-                assert self.prepared is not None
-                self._refused.add(self.prepared)
+                self._refused[self.prepared] += 1
         if self._graph is not None:
             self._gpu.launch(self._graph, self._stream)
         else:

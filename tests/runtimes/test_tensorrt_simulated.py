@@ -26,6 +26,7 @@ from simulated import IMAGES, RELEASES, SIZES, alone, feed, loaded, simulated, t
 
 from swin_deploy.errors import BackendError
 from swin_deploy.runtimes import base, cuda, lanes, tensorrt
+from swin_deploy.runtimes.lanes import CAPTURES
 from swin_deploy.runtimes.tensorrt import MOST_LANES
 from swin_deploy.runtimes.tensors import DeviceTensor
 
@@ -220,8 +221,17 @@ def test_what_cannot_be_captured_is_run_plainly(refused: str, driver: Any, tmp_p
         for _ in range(6):
             for batch in (1, 5):
                 assert model.run(feed(IMAGES[:batch]))["logits"].tobytes() == alone(path, IMAGES[:batch]).tobytes()
-        assert driver.counts["cuStreamBeginCapture_v2"] == 2  # once for each batch, and not again
+        assert driver.counts["cuStreamBeginCapture_v2"] == 2 * CAPTURES  # for each batch, and not again
         assert (world.plain_runs, driver.counts["cuGraphLaunch"]) == (12, 0)
+
+
+def test_a_capture_that_somebody_else_spoils_is_tried_again(driver: Any, tmp_path: Path) -> None:
+    path, world = copied(1, tmp_path / "b"), driver.trt["tensorrt"].world
+    with_engines(path, "tensorrt")
+    with loaded(path, "tensorrt") as model:
+        for world.uncapturable in (False, True, False, False):
+            assert model.run(feed(IMAGES[:4]))["logits"].tobytes() == alone(path, IMAGES[:4]).tobytes()
+        assert (world.plain_runs, world.captured_runs, driver.counts["cuGraphLaunch"]) == (2, 1, 2)
 
 
 def test_where_tensorrt_for_rtx_cannot_capture_it_runs_without_graphs(driver: Any, tmp_path: Path) -> None:
