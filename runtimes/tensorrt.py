@@ -150,7 +150,11 @@ class TensorRtRtx(TensorRt):
 
     def _configure(self, trt: Any, natives: _Natives) -> None:
         natives.config = natives.engine.create_runtime_config()
-        natives.config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE)
+        # It only captures with memory that is there beforehand, of which STATIC is the documentation's example. With several
+        # profiles that would be as much as the largest takes in every lane.
+        strategies, profiles = trt.ExecutionContextAllocationStrategy, natives.engine.num_optimization_profiles
+        strategy = strategies.STATIC if profiles == 1 else strategies.ON_PROFILE_CHANGE
+        natives.config.set_execution_context_allocation_strategy(strategy)
         self._strategies = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE, trt.CudaGraphStrategy.DISABLED
         self._set_graphs(natives, without=False)
         # Not LAZY, which answers with other kernels until the right ones are compiled: the same input, other last bits.

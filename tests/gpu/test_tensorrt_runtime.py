@@ -14,6 +14,7 @@ import pytest
 from cli.exported import copied
 
 import swin_deploy
+from swin_deploy.bundle import Bundle
 from swin_deploy.compare import TOLERANCES, compare
 from swin_deploy.cuda import cuda_devices
 from swin_deploy.errors import BackendError, InputError
@@ -148,6 +149,37 @@ def test_tensors_of_pytorch_on_the_gpu(model: Any) -> None:
         assert model.run(feed(odd))["logits"].tobytes() == wanted.tobytes()
     with pytest.raises(InputError, match="not contiguous"):
         model.run(feed(tensor.transpose(2, 3)))
+
+
+def test_tensors_that_are_somewhere_else_each_time(made: tuple[Path, str], model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are copied from the second on, and the graph stays."""
+    torch = pytest.importorskip("torch", reason="PyTorch makes the tensors")
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch has no CUDA")
+    from swin_deploy.runtimes.cuda import Gpu
+
+    captured, launched, capture, launch = [], [], Gpu.captured, Gpu.launch
+    monkeypatch.setattr(Gpu, "captured", lambda self, *a: captured.append(capture(self, *a)) or captured[-1])
+    monkeypatch.setattr(Gpu, "launch", lambda self, *a: launched.append(launch(self, *a)))
+    wanted = model.run(feed(IMAGES[:3]))["logits"].tobytes()
+    tensors = [torch.from_numpy(IMAGES[:3]).cuda() for _ in range(8)]
+    assert len({tensor.data_ptr() for tensor in tensors}) == 8
+    for tensor in tensors:
+        assert model.run(feed(tensor))["logits"].tobytes() == wanted
+    if made[1] == "tensorrt":
+        assert len(captured) == 1
+        assert len(launched) == 8
+
+
+def test_a_runtime_after_a_compiler_says_why_it_fails(made: tuple[Path, str], tmp_path: Path) -> None:
+    """Both have the one logger that TensorRT keeps."""
+    _, backend = made
+    copy = copied(2, tmp_path / "b")
+    [built] = swin_deploy.build_engine(copy, precision="fp16", backend=backend)
+    bundle = Bundle.open(copy)
+    bundle.with_file(built.file, dict(bundle.files[built.file]), lambda place: place.write_bytes(b"no plan" * 100))
+    with pytest.raises(BackendError, match=r"cannot run .*\.engine: (?!it gave no reason).{10,}compile it again"):
+        swin_deploy.load(copy, backend=backend, precision="fp16")
 
 
 def test_a_call_that_fails_leaves_the_model_usable(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

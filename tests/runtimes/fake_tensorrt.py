@@ -64,6 +64,7 @@ class World:
         self.contexts_made = self.plain_runs = self.captured_runs = self.serialized = self.addressed = 0
         self.fail = ""  # what execute_async_v3 complains of
         self.spoilt_captures = 0  # of contexts that capture by themselves
+        self.strategies: list[str] = []  # of memory, of each engine of TensorRT for RTX
         self.capturing: list[bool] = []  # of each context that was made, whether it does
         self.raising = False  # whether what fails is an exception, as in some of the bindings
         self.uncapturable = False
@@ -242,6 +243,7 @@ class IRuntimeConfig:
 
     def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
         assert isinstance(strategy, ExecutionContextAllocationStrategy)
+        self._world.strategies.append(strategy.name)
 
     def create_runtime_cache(self) -> IRuntimeCache:
         return IRuntimeCache(self._world)

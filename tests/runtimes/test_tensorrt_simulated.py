@@ -254,6 +254,14 @@ def test_where_tensorrt_for_rtx_cannot_capture_it_runs_without_graphs(driver: An
         assert not world.capturing[-1]
 
 
+def test_an_engine_of_one_profile_has_its_memory_beforehand(driver: Any, tmp_path: Path) -> None:
+    path, world = copied(1, tmp_path / "b"), driver.trt["tensorrt-rtx"].world
+    for profiles in (((1, 4, 8),), ((1, 1, 1), (1, 4, 8))):
+        with_engines(path, "tensorrt-rtx", profiles=profiles)
+        loaded(path, "tensorrt-rtx").close()
+    assert world.strategies == ["STATIC", "ON_PROFILE_CHANGE"]
+
+
 def test_graphs_stay_where_they_are_not_what_fails(driver: Any, tmp_path: Path) -> None:
     path, world = copied(1, tmp_path / "b"), driver.trt["tensorrt-rtx"].world
     with_engines(path, "tensorrt-rtx")
