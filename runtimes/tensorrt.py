@@ -85,11 +85,12 @@ class TensorRt(Runtime):
                 with natives.lanes.taken(0, self._profiles[0][0]):
                     pass  # the first lane: what it lacks is missed now, and not in the first call
         except BaseException as error:
+            reason = _reason(error, said)  # before anything is freed, which may say more
             natives.free()
             if not isinstance(error, Exception):
                 raise
             raise BackendError(
-                f"{title} cannot run {file.path.name}: {_reason(error, said)}. Where the engine is the reason, compile it "
+                f"{title} cannot run {file.path.name}: {reason}. Where the engine is the reason, compile it "
                 f'again with "{file.again}".'
             ) from error
         self._release = weakref.finalize(self, natives.free)
@@ -152,8 +153,9 @@ class TensorRtRtx(TensorRt):
         natives.config = natives.engine.create_runtime_config()
         # It only captures with memory that is there beforehand, of which STATIC is the documentation's example. With several
         # profiles that would be as much as the largest takes in every lane.
-        strategies, profiles = trt.ExecutionContextAllocationStrategy, natives.engine.num_optimization_profiles
-        strategy = strategies.STATIC if profiles == 1 else strategies.ON_PROFILE_CHANGE
+        strategy = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        if natives.engine.num_optimization_profiles == 1:
+            strategy = trt.ExecutionContextAllocationStrategy.STATIC
         natives.config.set_execution_context_allocation_strategy(strategy)
         self._strategies = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE, trt.CudaGraphStrategy.DISABLED
         self._set_graphs(natives, without=False)
@@ -271,7 +273,7 @@ def _lane(
     return lane
 
 
-def _reason(error: Exception, said: Said) -> str:
+def _reason(error: BaseException, said: Said) -> str:
     """Why it failed: of what the bindings raise, which says little, what the log says."""
     return said.sentence() if isinstance(error, RuntimeError | TypeError) and said.errors else sentence(str(error))
 

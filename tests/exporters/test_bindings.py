@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from swin_deploy import tensorrt_log
 from swin_deploy.exporters import engine_from_onnx, gpu, refit
 from swin_deploy.runtimes import lanes, tensorrt
 
@@ -49,6 +50,7 @@ ONLY_IN_RTX = {
     "ComputeCapability.__members__",
     "IBuilderConfig.num_compute_capabilities",
     "IBuilderConfig.set_compute_capability",
+    "CudaGraphStrategy.DISABLED",
     "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE",
     "DynamicShapesKernelSpecializationStrategy.EAGER",
     "EngineInvalidityDiagnostics.__members__",
@@ -68,7 +70,7 @@ ONLY_IN_FULL_TENSORRT: set[str] = set()
 def used_names() -> set[str]:
     """ "Class.attribute", or the name of a class, for each that our source uses."""
     used: set[str] = set()
-    for module in (engine_from_onnx, gpu, refit, lanes, tensorrt):
+    for module in (engine_from_onnx, gpu, refit, lanes, tensorrt, tensorrt_log):
         tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
         inner = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         for node in ast.walk(tree):
@@ -106,6 +108,7 @@ def test_the_source_is_read() -> None:
         "HardwareCompatibilityLevel.AMPERE_PLUS",
         "IBuilderConfig.progress_monitor",
         "IBuilderConfig.set_timing_cache",
+        "ILogger",
         "ITimingCache.serialize",
         "ISerializationConfig.clear_flag",
         "MemoryPoolType.WORKSPACE",
@@ -129,9 +132,9 @@ def test_the_source_is_read() -> None:
 
 def test_no_other_file_talks_to_the_bindings() -> None:
     folders = [Path(str(module.__file__)).parent for module in (engine_from_onnx, tensorrt)]
-    files = [path for folder in folders for path in folder.glob("*.py")]
+    files = [path for folder in folders for path in folder.glob("*.py")] + [Path(str(tensorrt_log.__file__))]
     speakers = {path.name for path in files if "trt." in path.read_text(encoding="utf-8")}
-    assert speakers == {"engine_from_onnx.py", "gpu.py", "refit.py", "tensorrt.py"}
+    assert speakers == {"engine_from_onnx.py", "gpu.py", "refit.py", "tensorrt.py", "tensorrt_log.py"}
 
 
 def test_every_name_is_in_tensorrt_for_rtx() -> None:
