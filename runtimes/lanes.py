@@ -12,7 +12,7 @@ from swin_deploy.errors import BackendError
 from swin_deploy.tensorrt_log import Said
 
 from .base import Array, Feeds
-from .cuda import LEGACY_STREAM, Gpu
+from .cuda import CAPTURING, LEGACY_STREAM, Gpu
 from .memory import Layout, Memory
 from .tensors import DeviceTensor
 
@@ -218,8 +218,9 @@ class Lanes:
                 else:
                     lane = self._free.pop(0)
             try:
-                lane = lane or self._make()
-                lane.prepare(profile, batch)
+                with CAPTURING.shared():  # it allocates
+                    lane = lane or self._make()
+                    lane.prepare(profile, batch)
                 return lane
             except BaseException as error:
                 others = self._drop(lane)

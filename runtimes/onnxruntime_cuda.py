@@ -11,13 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from swin_deploy.errors import BackendError, MissingDependencyError
+from swin_deploy.errors import BackendError, MissingDependencyError, sentence
 from swin_deploy.requires import require
 from swin_deploy.specs import TensorSpec
 
 from .base import Array, Feeds, Runtime
 from .cuda import CAPTURING, LEGACY_STREAM, Gpu
-from .lanes import sentence
 from .memory import Layout, Memory
 from .onnxruntime import failed, opened, specs_of
 from .pool import Pool

@@ -11,15 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from swin_deploy.errors import BackendError
+from swin_deploy.errors import BackendError, sentence
 from swin_deploy.requires import require
 from swin_deploy.specs import Batch, TensorSpec
-from swin_deploy.tensorrt_log import Said, logger_of, sentence
+from swin_deploy.tensorrt_log import Said, logger_of
 
 from .backends import BACKENDS
 from .base import Array, Feeds, Runtime
 from .caches import keep, kept
-from .cuda import Gpu
+from .cuda import CAPTURING, Gpu
 from .lanes import Lane, Lanes
 from .memory import Layout
 
@@ -74,7 +74,8 @@ class TensorRt(Runtime):
                     natives.runtime.engine_host_code_allowed = True
                 plan = file.path.read_bytes()
                 self._check_plan(trt, natives, plan)
-                natives.engine = natives.runtime.deserialize_cuda_engine(plan)
+                with CAPTURING.shared():
+                    natives.engine = natives.runtime.deserialize_cuda_engine(plan)
                 if natives.engine is None:
                     raise BackendError(said.sentence())
                 _check_tensors(trt, natives, file)

@@ -77,3 +77,8 @@ class GateError(SwinDeployError):
     """A quantised graph that cannot be as accurate and as fast as was asked for."""
 
     exit_code = 3
+
+
+def sentence(text: str) -> str:
+    """`text` in one line, for the middle of a sentence."""
+    return " ".join(text.split()).rstrip(".")

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from swin_deploy.errors import sentence
+
 Hear = Callable[[str, str], None]  # severity ("verbose", "info", "warning", "error", "internal_error"), message
 
 
@@ -28,11 +30,6 @@ class Said(threading.local):
 
     def sentence(self) -> str:
         return "; ".join(dict.fromkeys(map(sentence, self.errors))) or "it gave no reason"
-
-
-def sentence(text: str) -> str:
-    """`text` in one line, for the middle of a sentence."""
-    return " ".join(text.split()).rstrip(".")
 
 
 _LOGGERS: dict[Any, tuple[Any, Said]] = {}

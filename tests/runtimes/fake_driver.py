@@ -56,15 +56,8 @@ TYPES: dict[str, Any] = {
     "CUdeviceptr": ctypes.c_ulonglong, "CUcontext": ctypes.c_void_p, "CUstream": ctypes.c_void_p, "CUevent": ctypes.c_void_p,
     "CUgraph": ctypes.c_void_p, "CUgraphExec": ctypes.c_void_p,
 }  # fmt: skip
-OK, INVALID_VALUE, OUT_OF_MEMORY, INVALID_CONTEXT, INVALID_HANDLE, CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = (
-    0,
-    1,
-    2,
-    201,
-    400,
-    900,
-    901,
-)
+OK, INVALID_VALUE, OUT_OF_MEMORY, INVALID_CONTEXT, INVALID_HANDLE = 0, 1, 2, 201, 400
+CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = 900, 901
 NAMES = {
     INVALID_VALUE: (b"CUDA_ERROR_INVALID_VALUE", b"invalid argument"),
     OUT_OF_MEMORY: (b"CUDA_ERROR_OUT_OF_MEMORY", b"out of memory"),

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from simulated import IMAGES, PROFILES, RELEASES, alone, feed, loaded, simulated
 
 from swin_deploy.bundle import Bundle
 from swin_deploy.errors import BackendError, BundleError, EngineError, MissingDependencyError
-from swin_deploy.runtimes.cuda import PROTOTYPES
+from swin_deploy.runtimes.cuda import CAPTURING, PROTOTYPES
 from swin_deploy.runtimes.memory import Layout
 from swin_deploy.runtimes.tensorrt import MOST_LANES, planned
 from swin_deploy.specs import TensorSpec
@@ -120,6 +120,23 @@ def test_the_second_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         assert model.describe().device == "cuda:1"
         assert driver.retained == [0, 1]
         assert model.run(feed(IMAGES[:2]))["logits"].tobytes() == alone(path, IMAGES[:2]).tobytes()
+
+
+def test_nothing_is_allocated_while_onnxruntime_captures(driver: Any, tmp_path: Path) -> None:
+    """CUDA would refuse it, and that could spoil the capture. A warm call goes on."""
+    path, world = copied(1, tmp_path / "b"), driver.trt["tensorrt"].world
+    with_engines(path, "tensorrt")
+    with loaded(path, "tensorrt") as model, ThreadPoolExecutor(2) as pool:
+        model.warm_up(1)
+        with CAPTURING.alone():
+            before = (world.contexts_made, driver.counts["cuMemAlloc_v2"])
+            cold = pool.submit(lambda: model.run(feed(IMAGES[:5]))["logits"].tobytes())
+            other = pool.submit(lambda: loaded(path, "tensorrt").close())
+            assert model.run(feed(IMAGES[:1]))["logits"].tobytes() == alone(path, IMAGES[:1]).tobytes()
+            assert wait([cold, other], 0.3).done == set()
+            assert (world.contexts_made, driver.counts["cuMemAlloc_v2"]) == before
+        assert cold.result(60) == alone(path, IMAGES[:5]).tobytes()
+        other.result(60)
 
 
 def test_what_is_not_an_engine_of_its_graph(driver: Any, tmp_path: Path) -> None:
