@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from swin_deploy.cuda import cuda_devices
+from swin_deploy.cuda import cuda_devices, seen_first
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
 from swin_deploy.requires import require
 
@@ -60,9 +60,11 @@ def target_gpu(backend: str, gpu: str) -> str:
         )
     here = devices[0]
     if gpu not in ("current", here.capability):
+        first = seen_first(gpu)
+        way = f"run this with {first[0]} before it" if first else "run this on the target machine"
         raise EngineError(
             f"The engine was asked for {gpu}, and the GPU of this machine is {here.capability} ({here.name}). TensorRT "
-            "compiles only for the GPU it runs on: run this on the target machine, or ask for 'current'."
+            f"compiles only for the first GPU it sees: {way}, or ask for 'current'."
         )
     check_gpu(backend, here.capability)
     return here.capability

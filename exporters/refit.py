@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from swin_deploy.bundle import Bundle
-from swin_deploy.cuda import cuda_devices
+from swin_deploy.cuda import cuda_devices, seen_first
 from swin_deploy.errors import EngineError, UsageError
 from swin_deploy.tensorrt_log import heard
 
@@ -68,9 +68,11 @@ def refitted_plan(backend: str, release: str, gpu: str, file: Path, graph: Path,
     devices = cuda_devices()
     if not devices or devices[0].capability != gpu:
         here = f"{devices[0].capability} ({devices[0].name})" if devices else "none that is usable"
+        first = seen_first(gpu)
+        way = f"with {first[0]} before it" if first else "on the target machine"
         raise EngineError(
             f"{file} was compiled for {gpu}, where it must be refitted, and the NVIDIA GPU of this machine is {here}. Run "
-            "this on the target machine."
+            f"this {way}."
         )
     trt = load_compiler(backend)
     title = f"{BACKENDS[backend][1]} {trt.__version__}"

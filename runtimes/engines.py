@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from swin_deploy.bundle import Bundle
-from swin_deploy.cuda import cuda_devices
+from swin_deploy.cuda import cuda_devices, seen_first
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
 from swin_deploy.requires import require
 from swin_deploy.specs import Size, TensorSpec, size_text
@@ -58,7 +57,7 @@ def misfit(bundle: Bundle, file: str, gpus: Sequence[str], release: str | None) 
             f'engines. Install the former, or compile it with "{lean}".'
         )
     if options.get("strip_weights"):
-        refit = shlex.join([*_seeing(gpus), "swin-deploy", "refit", str(bundle.path)])
+        refit = shlex.join([*seen_first(gpus[0]), "swin-deploy", "refit", str(bundle.path)])
         return f'{file} was compiled without its weights. Put them back with "{refit}".'
     return None
 
@@ -166,17 +165,7 @@ def rebuild_command(bundle: Bundle, file: str, gpus: Sequence[str], **changes: A
 
 def _build_command(bundle: Bundle, precision: str, backend: str, gpu: str) -> list[str]:
     command = ["swin-deploy", "build-engine", str(bundle.path), f"--{precision}", "--backend", backend]
-    return [*command, "--gpu", gpu] if backend == "tensorrt-rtx" else [*_seeing([gpu]), *command]
-
-
-def _seeing(gpus: Sequence[str]) -> list[str]:
-    """What to put before a command that works with the first GPU that it sees, where the first of `gpus` is another one."""
-    here = [device.capability for device in cuda_devices()]
-    if not gpus or gpus[0] not in here[1:] or gpus[0] == here[0]:
-        return []
-    number = here.index(gpus[0])
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    return [f"CUDA_VISIBLE_DEVICES={seen[number].strip() if number < len(seen) else number}"]
+    return [*command, "--gpu", gpu] if backend == "tensorrt-rtx" else [*seen_first(gpu), *command]
 
 
 def _runs_on(entry: Mapping[str, Any], gpu: str) -> bool:

@@ -6,6 +6,7 @@ The driver itself is asked, so that neither torch nor a CUDA toolkit has to be i
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from dataclasses import dataclass
 
@@ -61,3 +62,14 @@ def cuda_devices() -> tuple[CudaDevice, ...]:
         if not failure:
             found.append(CudaDevice(name.value.decode("utf-8", "replace"), f"sm_{major.value}{minor.value}"))
     return tuple(found)
+
+
+def seen_first(capability: str) -> list[str]:
+    """What to put before a command that works with the first GPU that it sees, so that this is one of that compute capability;
+    nothing where it is already, or where this machine has none."""
+    here = [device.capability for device in cuda_devices()]
+    if capability not in here or capability == here[0]:
+        return []
+    number = here.index(capability)
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return [f"CUDA_VISIBLE_DEVICES={seen[number].strip() if number < len(seen) else number}"]

@@ -25,6 +25,7 @@ from swin_deploy.api.bench import _opened, planned
 from swin_deploy.api.doctor import _engine
 from swin_deploy.bundle import Bundle
 from swin_deploy.errors import BackendError, EngineError, MissingDependencyError, SwinDeployError, UsageError
+from swin_deploy.exporters.gpu import target_gpu
 from swin_deploy.machine import Gpu
 from swin_deploy.runtimes.engines import engines_here, fitting_engines, misfit, rebuild_command
 
@@ -242,11 +243,17 @@ def test_the_command_for_another_gpu_than_the_first(monkeypatch: pytest.MonkeyPa
             with pytest.raises(EngineError) as caught:
                 swin_deploy.load(path, backend="tensorrt", precision="fp32", device="cuda:1", rebuild=rebuild)
             assert str(caught.value) == said
-        [stripped] = with_engines(path, "tensorrt", gpu="sm_86", options={"strip_weights": True})
+        [stripped] = with_engines(path, "tensorrt", gpu="sm_86", options={"strip_weights": True}, seconds=1.0)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5e")
         assert str(misfit(Bundle.open(path), stripped, ["sm_86"], RELEASES["tensorrt"])).endswith(
             f'Put them back with "CUDA_VISIBLE_DEVICES=GPU-5e swin-deploy refit {path}".'
         )
+        with pytest.raises(EngineError, match=r"must be refitted.*Run this with CUDA_VISIBLE_DEVICES=GPU-5e before it\."):
+            swin_deploy.refit(path)
+        with pytest.raises(EngineError, match=r"asked for sm_86.*run this with CUDA_VISIBLE_DEVICES=GPU-5e before it"):
+            target_gpu("tensorrt", "sm_86")
+        with pytest.raises(EngineError, match=r"asked for sm_120.*run this on the target machine"):
+            target_gpu("tensorrt", "sm_120")
         [rtx] = with_engines(path, "tensorrt-rtx")
         assert rebuild_command(Bundle.open(path), rtx, ["sm_86"]).startswith("swin-deploy build-engine ")
         assert rebuild_command(Bundle.open(path), first, ["sm_89"]).startswith("swin-deploy build-engine ")
