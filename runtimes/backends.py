@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING
 
 from swin_deploy.errors import MissingKernelError, UsageError
 from swin_deploy.requires import installed
+from swin_deploy.specs import QUANTIZED, TARGETS
 
 from .base import Runtime
 
 if TYPE_CHECKING:
+    from swin_deploy.bundle import Bundle
+
     from .tensorrt import EngineFile
 
 
@@ -66,6 +69,18 @@ def backend_named(name: str) -> Backend:
     if name not in BACKENDS:
         raise UsageError(f'There is no back end "{name}". There are: {", ".join(BACKENDS)}.')
     return BACKENDS[name]
+
+
+def misread(bundle: Bundle, file: str, backend: str) -> str | None:
+    """Why a back end is not to run that graph of a bundle: it makes other answers of it. None where it may."""
+    entry = bundle.files[file]
+    precision, made_for = str(entry["precision"]), entry.get("calibration", {}).get("target", TARGETS[0])
+    if backend != "openvino" or precision not in QUANTIZED or made_for != TARGETS[0]:
+        return None
+    return (
+        f"The {precision} graph of {bundle.path} is in the form for TensorRT, of which OpenVINO makes other answers. "
+        f'Make one for it: "swin-deploy quantize {bundle.path} --int8 --target openvino --data DIR".'
+    )
 
 
 def device_from_text(text: str) -> str:

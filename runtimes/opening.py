@@ -14,7 +14,7 @@ from swin_deploy.reference import is_verified
 from swin_deploy.requires import require
 from swin_deploy.specs import PRECISIONS, QUANTIZED, TARGETS, Size
 
-from .backends import BACKENDS, Backend, backend_named, device_from_text, runtime_from_onnx
+from .backends import BACKENDS, Backend, backend_named, device_from_text, misread, runtime_from_onnx
 from .base import Runtime
 from .choice import LOADING, Candidate, Description, Measured, choose
 from .engines import engines_of, fitting_engines, open_engine
@@ -104,11 +104,9 @@ def _candidates(bundle: Bundle, backend: str, precision: str, device: str) -> li
             if engines_of(bundle, name):
                 _refuse_engine(bundle, name, precision, wanted)
         raise MissingDependencyError('Nothing that runs models is installed. Run: pip install "swin-deploy[onnxruntime]"')
-    if backend == "openvino" and precision in QUANTIZED and _files(bundle, Candidate(backend, precision, "cpu")):
-        raise UsageError(
-            f"The {precision} graph of {bundle.path} is in the form for TensorRT, of which OpenVINO makes other answers. "
-            f'Make one for it: "swin-deploy quantize {bundle.path} --{precision} --target openvino --data DIR".'
-        )
+    for file in _files(bundle, Candidate(backend, precision, "cpu")).values() if backend != AUTO else ():
+        if (why := misread(bundle, file, backend)) is not None:
+            raise UsageError(why)
     if backend != AUTO and named[backend].engines:
         _refuse_engine(bundle, backend, precision, wanted)
     if not any(_devices(kind, wanted) for kind in named.values()):

@@ -49,14 +49,15 @@ class Evaluation:
     """The scores of a bundle's graphs. `rule` says how labels became class numbers; None where there were none.
 
     `against` is the reference, "the fp32 graph" or "PyTorch fp32", which is itself the first score of its image size.
-    `left_out` names graphs of other image sizes than data has that comes prepared for one.
+    `left_out` are graphs that were not run, and why: of another image size than data that comes prepared for one, or in a
+    form of which the back end makes other answers.
     """
 
     samples: int
     rule: str | None
     against: str
     scores: tuple[Score, ...]
-    left_out: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def score(self, precision: str) -> Score:
         """The score of the graph of that precision at the first image size. Raises KeyError where there is none."""

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from swin_deploy.api.say import silent
+from swin_deploy.api.say import Say, silent
 
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
@@ -18,24 +18,30 @@ if TYPE_CHECKING:
     from swin_deploy.reference import Verdict
 
 
-def verify(bundle: str | os.PathLike[str], *, backend: str = "onnxruntime", device: str = "cpu") -> tuple[Verdict, ...]:
+def verify(
+    bundle: str | os.PathLike[str], *, backend: str = "onnxruntime", device: str = "cpu", say: Say = silent
+) -> tuple[Verdict, ...]:
     """A verdict on every ONNX graph of a bundle, run here by `backend` on `device` against PyTorch's recorded answers.
 
     With a back end that runs engines ("tensorrt", "tensorrt-rtx", on "cuda"), on every engine that fits that GPU and release;
-    errors.EngineError says why none does. Checks every file's sha256 first (errors.BundleError). A verdict that is not
-    `verified` is returned, not raised. That a graph is verified is entered into the manifest where that did not say so yet.
+    errors.EngineError says why none does. A graph in a form of which the back end makes other answers has no verdict, and `say`
+    gets a line that says so. Checks every file's sha256 first (errors.BundleError). A verdict that is not `verified` is
+    returned, not raised. That a graph is verified is entered into the manifest where that did not say so yet.
     """
     from functools import partial
 
     from swin_deploy.bundle import Bundle
     from swin_deploy.errors import BundleError
     from swin_deploy.reference import Reference, check_runtime, is_verified, verify_bundle
-    from swin_deploy.runtimes.backends import device_from_text, runtime_to_check
+    from swin_deploy.runtimes.backends import device_from_text, misread, runtime_to_check
     from swin_deploy.runtimes.engines import open_engine
 
     found = Bundle.open(bundle)
     if (engines := _engines(found, backend, device)) is None:
-        answers = verify_bundle(found, partial(runtime_to_check, backend=backend, device=device))
+        other = {file: why for file in found.graphs if (why := misread(found, file, backend)) is not None}
+        for file, why in other.items():
+            say(f"Not verified: {file}. {why}")
+        answers = verify_bundle(found, partial(runtime_to_check, backend=backend, device=device), other)
         for verdict in answers:
             if verdict.verified and not is_verified(found.files[verdict.file]):
                 with contextlib.suppress(BundleError):  # it may be read-only, and the verdict is what was asked for
@@ -84,13 +90,14 @@ def evaluate(
     has no kernels for are emulated. A back end for engines ("tensorrt", "tensorrt-rtx") runs those that fit the first GPU, and
     ONNX Runtime the fp32 graphs. Graphs are compared with the fp32 graph of their image size, or with PyTorch where
     `weights` names the checkpoint that was exported. `progress(done, total)` counts samples. Raises errors.InputError for data
-    that does not fit the network, errors.UsageError for a precision that the bundle does not hold.
+    that does not fit the network, errors.UsageError for a precision that the bundle does not hold, or whose graph is in a form
+    of which the back end makes other answers.
     """
     from swin_deploy.bundle import Bundle
     from swin_deploy.calib.data import preparation, samples_for
     from swin_deploy.errors import UsageError
     from swin_deploy.evaluation import Evaluation, Graph, evaluate_graphs
-    from swin_deploy.runtimes.backends import runtime_to_check
+    from swin_deploy.runtimes.backends import misread, runtime_to_check
     from swin_deploy.runtimes.engines import open_engine
 
     found = Bundle.open(bundle)
@@ -103,15 +110,22 @@ def evaluate(
     if unknown := [precision for precision in precisions if precision not in held]:
         kind = "graph" if engines is None else "engine that runs here"
         raise UsageError(f"The bundle {found.path} holds no {unknown[0]} {kind}. It holds: {', '.join(held)}.")
+    other = {} if engines else {file: why for file in entries if (why := misread(found, file, backend)) is not None}
+    for file, why in other.items():
+        if entries[file]["precision"] in precisions:
+            raise UsageError(why)
     chosen = samples_for(found, data, samples, None if labels == "none" else labels)
     classes, wanted, rule = wanted_classes(found, chosen, labels)
     prepared: dict[tuple[int, int], Samples] = {}
-    graphs, left_out = [], []
+    graphs: list[Graph] = []
+    left_out: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         for file, entry in sorted(entries.items(), key=lambda item: (item[1]["precision"] != "fp32", "graph" in item[1])):
             size = (int(entry["image_size"][0]), int(entry["image_size"][1]))
             if chosen.ready and size != chosen.image_size:
-                left_out.append(file)
+                left_out[file] = "of another image size than the data"
+            elif file in other:
+                left_out[file] = "in the form for TensorRT, of which OpenVINO makes other answers"
             elif not precisions or entry["precision"] in ("fp32", *precisions):
                 engine = "graph" in entry
                 how, inputs = preparation(found, entry["graph"] if engine else file)
@@ -127,7 +141,7 @@ def evaluate(
         batches = (dict(zip(prepared, feeds, strict=True)) for feeds in streams)
         scores = evaluate_graphs(graphs, batches, wanted, classes, lambda done: progress and progress(done, len(chosen)))
     against = "the fp32 graph" if weights is None else "PyTorch fp32"
-    return Evaluation(len(chosen), rule, against, scores, tuple(left_out))
+    return Evaluation(len(chosen), rule, against, scores, left_out)
 
 
 def wanted_classes(

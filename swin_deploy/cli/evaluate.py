@@ -90,6 +90,6 @@ def command(
             )
             for score in found.scores
         ]
-        + [(file, *"-------", "(of another image size than the data)") for file in found.left_out]
+        + [(file, *"-------", f"({why})") for file, why in found.left_out.items()]
         + [(engine, *"-------", "(needs its GPU)") for engine in engines],
     )

@@ -15,9 +15,10 @@ from cli.exported import EXAMPLES, WEIGHTS, cli_here, contents, copied, refused,
 from PIL import Image
 
 import swin_deploy
+from swin_deploy.api.bench import bench
 from swin_deploy.bundle import Bundle
 from swin_deploy.calib.placement import linear_layers
-from swin_deploy.errors import InputError, VerificationError
+from swin_deploy.errors import BackendError, InputError, VerificationError
 
 onnx = pytest.importorskip("onnx", reason="the graphs are ONNX")
 pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with onnx-graphsurgeon")
@@ -218,6 +219,30 @@ def test_graphs_that_share_weights_change_together_or_not_at_all(tmp_path: Path,
     frames = (np.asarray(Image.open(image).convert("RGB")) for image in sorted(IMAGES.glob("*.png")))
     with pytest.raises(InputError, match="prepared for one image size"):
         swin_deploy.quantize(path, frames)
+
+
+def test_openvino_is_not_given_a_graph_for_tensorrt(tmp_path: Path) -> None:
+    """Of which it makes other answers: asked for it is refused, else left out, and it never counts as verified."""
+    pytest.importorskip("openvino", reason="what is refused")
+    path = copied(2, tmp_path / "b")
+    swin_deploy.quantize(path, IMAGES)
+    done = cli_here("verify", path, "--backend", "openvino", "--json", cwd=tmp_path)
+    found: Any = result(done)
+    assert [(row["file"], row["verified"]) for row in found["graphs"]] == [
+        ("onnx/model.onnx", True), ("onnx/model_fp16.onnx", True)
+    ]  # fmt: skip
+    assert found["not_verified"] == ["onnx/model_int8.onnx"]
+    [line] = done.stderr.splitlines()
+    assert "Not verified: onnx/model_int8.onnx" in line
+    assert "form for TensorRT" in line
+    options = ("evaluate", path, "--data", IMAGES, "--backend", "openvino")
+    found = result(cli_here(*options, "--json", cwd=tmp_path))
+    assert [row["precision"] for row in found["graphs"]] == ["fp32", "fp16"]
+    assert found["not_evaluated"] == ["onnx/model_int8.onnx"]
+    refused(cli_here(*options, "--precision", "int8", cwd=tmp_path), "form for TensorRT", "--int8 --target openvino")
+    with pytest.raises(BackendError, match="form for TensorRT"):
+        bench(path, backends=["openvino"], precisions=["int8"], batches=[1], seconds=0.1, rounds=1)
+    assert [v.verified for v in swin_deploy.verify(path)] == [True] * 3
 
 
 def test_engines_need_the_graph_and_a_gpu_that_can(tmp_path: Path) -> None:
