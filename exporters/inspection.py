@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +122,9 @@ def inspect_onnx(path: Path, gpu: str | None, batch: int, backend: str, log: Log
 
 def inspect_path(path: Path, gpu: str | None, batch: int, backend: str, log: Log, progress: Progress | None) -> Inspection:
     """The figures of the bundle in the folder `path`, or of the ONNX file `path`."""
-    if path.suffix == ".onnx" or path.is_file():
-        if not path.is_file():
+    there = os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises for a name that is too long
+    if path.suffix == ".onnx" or there:
+        if not there:
             raise UsageError(f"There is no ONNX file {path}. Expected the file of a graph, or the folder of a bundle.")
         return inspect_onnx(path, gpu, batch, backend, log, progress)
     bundle = Bundle.open(path)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from swin_deploy.arguments import checked
 from swin_deploy.bundle import CONFIG, PREPROCESSOR, Bundle
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import BackendError, InputError, UsageError
@@ -105,6 +106,7 @@ class Model:
         pixels = feeds.get(PIXELS) if isinstance(feeds, Mapping) else None
         return self._runtime(self._size_of(pixels)).run(feeds, out)
 
+    @checked
     def warm_up(self, batch: int = 1) -> None:
         """Loads the graphs of all image sizes, and runs each on `batch` black images, once or as often as it takes, so that
         the first call is as quick as the next ones."""
@@ -116,6 +118,7 @@ class Model:
             for _ in range(runtime.calls_to_warm):
                 runtime.run({spec.name: np.zeros(shapes[spec.name], spec.dtype) for spec in runtime.inputs})
 
+    @checked
     def classify(self, images: ImageLike | Iterable[ImageLike], top_k: int = 5, batch_size: int = 8) -> list[list[Prediction]]:
         """The `top_k` best classes of every image, best first.
 
@@ -133,6 +136,7 @@ class Model:
             for logits in outputs["logits"]
         ]
 
+    @checked
     def features(self, images: ImageLike | Iterable[ImageLike], batch_size: int = 8) -> Arrays:
         """Every output of a backbone or feature extractor for `images`, by name, the images along the first axis."""
         if self.task.name not in ("feature-extraction", "backbone"):
@@ -142,6 +146,7 @@ class Model:
             raise InputError("There are no images. Give at least one.")
         return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
+    @checked
     def reconstruct(
         self, images: ImageLike | Iterable[ImageLike], mask: NDArray[np.bool_] | None = None, batch_size: int = 8
     ) -> NDArray[np.float32]:
@@ -165,6 +170,7 @@ class Model:
             raise InputError(f"The mask is for {len(mask)} images, and there are {len(made)}. Give one row for each.")
         return made
 
+    @checked
     def stream(self, frames: Iterable[ImageLike], batch: int = 1, prefetch: int = 2, top_k: int = 5) -> Iterator[Any]:
         """The answer to each frame, in order: of a classifier its `top_k` best classes, else every output of `run` by name.
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swin_deploy.arguments import checked
 from swin_deploy.errors import BundleError
 from swin_deploy.folders import exchanged, locked
 from swin_deploy.specs import PRECISIONS, graph_file
@@ -46,6 +47,7 @@ class Bundle:
     manifest: Mapping[str, Any]
 
     @classmethod
+    @checked
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
         """The bundle in the folder `path`. Raises BundleError when there is none, or its manifest is damaged."""
         folder = Path(path)

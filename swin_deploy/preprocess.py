@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -239,7 +238,8 @@ def read_image(path: str | os.PathLike[str]) -> PILImage.Image:
     from PIL import Image, ImageOps
 
     label = _label(path, 0, 1)
-    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):  # a pipe would never end
+    # Of os.path, which bears names that are too long. A pipe would never end.
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):  # noqa: PTH110, PTH112, PTH113
         raise InputError(f"{label} is no file. Expected an image file, such as a JPEG or PNG.")
     with _decoding(label), Image.open(path) as opened:
         return _eight_bit(ImageOps.exif_transpose(opened), label).convert("RGB")

@@ -35,6 +35,9 @@ class TaskSpec:
     def __post_init__(self) -> None:
         if self.name not in TASKS:
             raise UsageError(f'There is no task "{self.name}". There are: {", ".join(TASKS)}.')
+        features: object = self.out_features
+        if isinstance(features, str):
+            raise UsageError(f'out_features is the text "{features}"; expected a list of names, such as ["stage1"].')
         if self.out_features and self.name != "backbone":
             raise UsageError(f"Output features belong to the task backbone; {self.name} has none. Leave them out.")
         if (self.use_mask_token or not self.add_pooling_layer) and self.name != "feature-extraction":

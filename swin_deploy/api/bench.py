@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from swin_deploy.api.load import load
 from swin_deploy.api.say import Say, silent
+from swin_deploy.arguments import checked
 from swin_deploy.bench import Candidate, LeftOut, Measurement, Progress, Request, race, reference_of
 from swin_deploy.bundle import CONFIG, Bundle
 from swin_deploy.config import SwinConfig
@@ -57,6 +58,7 @@ class Bench:
         }
 
 
+@checked
 def bench(
     bundle: str | os.PathLike[str],
     *,

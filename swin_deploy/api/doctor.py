@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import swin_deploy
+from swin_deploy.arguments import checked
 from swin_deploy.bundle import Bundle
 from swin_deploy.doctor import BROKEN, STEPS, WORKS, Finding, Step, Trap, install, installed_traps, unusable, versions_for
 from swin_deploy.errors import BackendError, MissingDependencyError
@@ -68,6 +69,7 @@ class Diagnosis:
         }
 
 
+@checked
 def doctor(bundle: str | os.PathLike[str] | None = None) -> Diagnosis:
     """What this machine has and can do: every library is really tried, each in a process of its own.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swin_deploy.api.say import Say, silent
+from swin_deploy.arguments import checked
 
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from swin_deploy.exporters.inspection import Inspection
 
 
+@checked
 def build_engine(
     bundle: str | os.PathLike[str] | None = None,
     *,
@@ -107,6 +109,7 @@ def _calibration(
     return Calibration(len(chosen), chosen.fingerprint, largest)
 
 
+@checked
 def refit(
     bundle: str | os.PathLike[str], *, say: Say = silent, log: Callable[[str, str], None] | None = None
 ) -> tuple[Built, ...]:
@@ -121,6 +124,7 @@ def refit(
     return refit_engines(Bundle.open(bundle), say, log or (lambda severity, message: None))
 
 
+@checked
 def inspect(
     path: str | os.PathLike[str],
     *,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swin_deploy.api.say import Say, silent
+from swin_deploy.arguments import checked
 
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from swin_deploy.reference import Verdict
 
 
+@checked
 def verify(
     bundle: str | os.PathLike[str], *, backend: str = "onnxruntime", device: str = "cpu", say: Say = silent
 ) -> tuple[Verdict, ...]:
@@ -70,6 +72,7 @@ def _engines(bundle: Bundle, backend: str, device: str) -> Mapping[str, Any] | N
     return runnable_engines(bundle, backend, device_from_text(device))
 
 
+@checked
 def evaluate(
     bundle: str | os.PathLike[str],
     data: str | os.PathLike[str] | Iterable[Any] | Samples,

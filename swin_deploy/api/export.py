@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swin_deploy.api.say import Say, silent
+from swin_deploy.arguments import checked
 
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
@@ -18,6 +19,7 @@ def _one_or_more(sizes: int | Sequence[int] | None) -> tuple[int, ...] | None:
     return None if sizes is None else (sizes,) if isinstance(sizes, int) else tuple(sizes)
 
 
+@checked
 def export(
     variant: str | None = None,
     *,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from swin_deploy.arguments import checked
+
 if TYPE_CHECKING:
     from swin_deploy.runtimes.model import Model
 
 
+@checked
 def load(
     path: str | os.PathLike[str],
     *,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from swin_deploy.api.evaluate import evaluate, wanted_classes
 from swin_deploy.api.forms import CpuForm, Form, TensorRTForm, opened
 from swin_deploy.api.say import Say, silent
+from swin_deploy.arguments import checked
 
 if TYPE_CHECKING:
     from swin_deploy.calib.sensitivity import Damage
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 
+@checked
 def quantize(
     bundle: str | os.PathLike[str],
     data: str | os.PathLike[str] | Iterable[Any] | None = None,
