@@ -12,7 +12,7 @@ from swin_deploy.cuda import cuda_devices
 from swin_deploy.errors import UsageError
 from swin_deploy.reference import OpenGraph
 from swin_deploy.requires import require
-from swin_deploy.specs import PRECISIONS, QUANTIZED, TARGETS, Size, size_text
+from swin_deploy.specs import PRECISIONS, QUANTIZED, TARGETS, Size, size_text, target_of
 
 from .engine_from_onnx import Engine, Log, Progress, engine_from_onnx, resolve_backend
 from .engine_spec import BACKENDS, EngineSpec, fingerprint
@@ -62,7 +62,7 @@ def build_engines(
         )
     if precision in QUANTIZED:
         held = [entry for entry in bundle.graphs.values() if entry["precision"] == precision]
-        others = [made for entry in held if (made := entry["calibration"].get("target", TARGETS[0])) != TARGETS[0]]
+        others = [made for entry in held if (made := target_of(entry)) != TARGETS[0]]
         if not held or others:
             what = f"an {precision} graph for {others[0]}" if others else f"no {precision} graph"
             raise UsageError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from swin_deploy.errors import MissingKernelError, UsageError
 from swin_deploy.requires import installed
-from swin_deploy.specs import QUANTIZED, TARGETS
+from swin_deploy.specs import QUANTIZED, TARGETS, target_of
 
 from .base import Runtime
 
@@ -74,8 +74,8 @@ def backend_named(name: str) -> Backend:
 def misread(bundle: Bundle, file: str, backend: str) -> str | None:
     """Why a back end is not to run that graph of a bundle: it makes other answers of it. None where it may."""
     entry = bundle.files[file]
-    precision, made_for = str(entry["precision"]), entry.get("calibration", {}).get("target", TARGETS[0])
-    if backend != "openvino" or precision not in QUANTIZED or made_for != TARGETS[0]:
+    precision = str(entry["precision"])
+    if backend != "openvino" or precision not in QUANTIZED or target_of(entry) != TARGETS[0]:
         return None
     return (
         f"The {precision} graph of {bundle.path} is in the form for TensorRT, of which OpenVINO makes other answers. "

@@ -11,7 +11,7 @@ from swin_deploy.bundle import Bundle
 from swin_deploy.cuda import cuda_devices, seen_first
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
 from swin_deploy.requires import require
-from swin_deploy.specs import Size, TensorSpec, size_text
+from swin_deploy.specs import QUANTIZED, TARGETS, Size, TensorSpec, size_text, target_of
 
 from .backends import BACKENDS, runtime_from_engine
 from .base import Runtime
@@ -35,7 +35,11 @@ def misfit(bundle: Bundle, file: str, gpus: Sequence[str], release: str | None) 
     again = rebuild_command(bundle, file, gpus)
     graph = bundle.files.get(entry["graph"])
     if graph is None or graph["sha256"] != entry["parent"]:
-        return f'{file} was compiled from another {entry["graph"]} than the one that is here. Compile it again with "{again}".'
+        first = "Compile"
+        if entry["precision"] in QUANTIZED and (graph is None or target_of(graph) != TARGETS[0]):
+            options = [str(bundle.path), f"--{entry['precision']}", "--target", TARGETS[0], "--data", "DIR"]
+            first = f'Make that for TensorRT with "{shlex.join(["swin-deploy", "quantize", *options])}", then compile'
+        return f'{file} was compiled from another {entry["graph"]} than the one that is here. {first} it again with "{again}".'
     if not gpus:
         return (
             f"{file} was compiled for {entry['gpu']}, and this machine has no usable NVIDIA GPU. Run it on a machine with one."

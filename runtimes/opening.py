@@ -12,7 +12,7 @@ from swin_deploy.cuda import cuda_devices
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
 from swin_deploy.reference import is_verified
 from swin_deploy.requires import require
-from swin_deploy.specs import PRECISIONS, QUANTIZED, TARGETS, Size
+from swin_deploy.specs import PRECISIONS, QUANTIZED, TARGETS, Size, target_of
 
 from .backends import BACKENDS, Backend, backend_named, device_from_text, misread, runtime_from_onnx
 from .base import Runtime
@@ -134,7 +134,7 @@ def _suits(bundle: Bundle, candidate: Candidate, auto: bool) -> bool:
     without TensorRT are slow with it, and only take it when it is asked for."""
     if candidate.precision not in QUANTIZED or BACKENDS[candidate.backend].engines:
         return True
-    made = [bundle.files[file].get("calibration", {}).get("target", TARGETS[0]) for file in _files(bundle, candidate).values()]
+    made = [target_of(bundle.files[file]) for file in _files(bundle, candidate).values()]
     if TARGETS[0] not in made or candidate.backend == "onnxruntime-tensorrt":
         return True
     return not auto and candidate.backend != "openvino"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,11 @@ TARGETS = ("tensorrt", "onnxruntime", "openvino")  # whose form a graph has; eve
 Size = tuple[int, int]
 Batch = tuple[int, int, int]  # smallest, tuned for, largest
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+
+
+def target_of(entry: Mapping[str, Any]) -> str:
+    """Which of TARGETS a quantised graph was made for, by its entry in a manifest."""
+    return str(entry.get("calibration", {}).get("target", TARGETS[0]))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import swin_deploy
 from swin_deploy.arguments import checked
 from swin_deploy.bundle import Bundle
 from swin_deploy.doctor import BROKEN, STEPS, WORKS, Finding, Step, Trap, install, installed_traps, unusable, versions_for
-from swin_deploy.errors import BackendError, MissingDependencyError
+from swin_deploy.errors import BackendError, BundleError, MissingDependencyError
 from swin_deploy.machine import Gpu, Machine, driver_and_gpus, this_machine
 from swin_deploy.requires import installed, require
 
@@ -45,7 +45,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found. `runs` is None where no bundle was named; `healthy` is whether something can run one, or that one."""
+    """What was found. `runs` is None where no bundle was named; `healthy` is whether something can run one, or that one.
+
+    `damaged` is a sentence for each file of the bundle that is not as it was written.
+    """
 
     machine: Machine
     driver: str | None
@@ -53,6 +56,7 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     traps: tuple[Trap, ...]
     runs: tuple[Run, ...] | None
+    damaged: tuple[str, ...]
     healthy: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,6 +69,7 @@ class Diagnosis:
             "steps": [finding.to_dict() for finding in self.findings],
             "traps": [asdict(trap) for trap in self.traps],
             "bundle": None if self.runs is None else [asdict(run) for run in self.runs],
+            "damaged": list(self.damaged),
             "can_run": self.healthy,
         }
 
@@ -73,8 +78,8 @@ class Diagnosis:
 def doctor(bundle: str | os.PathLike[str] | None = None) -> Diagnosis:
     """What this machine has and can do: every library is really tried, each in a process of its own.
 
-    With `bundle`, every graph of it is loaded and run by every back end, too, and every engine that is for this machine. Raises
-    errors.BundleError where it is none.
+    With `bundle`, every graph of it is loaded and run by every back end, too, and every engine that is for this machine, and
+    every file is compared with its sha256. Raises errors.BundleError where it is none.
     """
     from swin_deploy.cuda import cuda_devices
     from swin_deploy.runtimes.backends import BACKENDS
@@ -107,7 +112,17 @@ def doctor(bundle: str | os.PathLike[str] | None = None) -> Diagnosis:
             if name not in able and not kind.engines  # whose engines have rows of their own
         )
     healthy = bool(able) if runs is None else any(run.works for run in runs)
-    return Diagnosis(machine, driver, gpus, findings, traps, runs, healthy)
+    return Diagnosis(machine, driver, gpus, findings, traps, runs, () if found is None else _damaged(found), healthy)
+
+
+def _damaged(bundle: Bundle) -> tuple[str, ...]:
+    sentences = []
+    for file in bundle.files:
+        try:
+            bundle.verified_path(file)
+        except BundleError as error:
+            sentences.append(str(error))
+    return tuple(dict.fromkeys(sentences))  # damaged weights are told of once, and not for each graph that reads them
 
 
 def _finding(step: Step, gpu: bool) -> Finding:

@@ -59,6 +59,8 @@ def _print(found: Diagnosis) -> None:
             click.echo(f"  {step:<{width}}  {line}")
     for trap in found.traps:
         click.echo(f"\nNot right: {trap.what}.\n  {trap.command}")
+    for sentence in found.damaged:
+        click.echo(f"\nNot right: {sentence}")
     if found.runs is not None:
         click.echo()
         runs = [(run.file, run.backend, run.precision, "runs" if run.works else "does not run", run.said) for run in found.runs]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.exported import cli_without, digits, result
+from cli.exported import cli_without, copied, digits, result
 
 from swin_deploy.cuda import cuda_devices
 from swin_deploy.runtimes.backends import runtime_from_onnx
@@ -66,9 +66,13 @@ def test_an_edge_device_and_a_bundle(tmp_path: Path) -> None:
 
 def test_the_table(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
-    done = cli_without((*MAKERS, "onnx", "openvino"), "doctor", digits(2), cwd=tmp_path)
+    copied(2, tmp_path / "b")
+    with (tmp_path / "b/reference.npz").open("ab") as file:
+        file.write(b"x")
+    done = cli_without((*MAKERS, "onnx", "openvino"), "doctor", "b", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
+    assert [line.split()[2] for line in lines if line.startswith("Not right: ") and "sha256" in line] == ["b/reference.npz"]
     assert any(line.split()[:5] == ["onnx/model.onnx", "onnxruntime", "fp32", "runs", "onnxruntime"] for line in lines if line)
     assert any(line.split()[:3] == ["-", "openvino", "-"] and "cannot be imported" in line for line in lines)
     assert any(line.startswith("ONNX Runtime, CPU") and version("onnxruntime") in line for line in lines)

@@ -136,6 +136,25 @@ def test_a_graph_that_was_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         swin_deploy.load(path, backend="tensorrt-rtx", precision="fp16")
 
 
+def test_a_quantised_graph_that_was_made_again_for_another_target(tmp_path: Path) -> None:
+    """build-engine refuses that one, so it is made for TensorRT again first; both commands as they are printed."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engine")
+    pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with onnx-graphsurgeon")
+    path, images = copied(2, tmp_path / "a bundle"), THREE.parent
+    quantize = ("quantize", path, "--data", images, "--samples", "2")
+    assert cli_here(*quantize, cwd=tmp_path).returncode == 0
+    [built] = swin_deploy.build_engine(path, precision="int8", backend="tensorrt-rtx", gpus=("sm_89",))
+    release = str(built.entry["backend_version"])
+    assert misfit(Bundle.open(path), built.file, ["sm_89"], release) is None
+    assert cli_here(*quantize, "--target", "onnxruntime", cwd=tmp_path).returncode == 0
+    said = str(misfit(Bundle.open(path), built.file, ["sm_89"], release))
+    assert "Make that for TensorRT with" in said
+    for command in re.findall(r'"(.*?)"', said):
+        done = cli_here(*shlex.split(command.replace(" DIR", f" {shlex.quote(str(images))}"))[1:], cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert misfit(Bundle.open(path), built.file, ["sm_89"], release) is None
+
+
 def test_the_command_makes_an_engine_that_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As it is printed. TensorRT itself then finds no driver here, and that is said, too."""
     path = Path(shutil.copytree(compiled(), tmp_path / "a bundle"))
