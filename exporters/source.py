@@ -1,4 +1,4 @@
-"""What the user asked to export -> the checkpoint it means, and the name of the bundle it makes."""
+"""What the user asked to export -> the name of the bundle it makes, and the checkpoint it means."""
 
 from __future__ import annotations
 
@@ -25,6 +25,16 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ARCHITECTURE = ("version", "patch_size", "num_channels", "embed_dim", "depths", "num_heads")
 
 
+def bundle_name(variant_name: str | None, weights: str | os.PathLike[str] | None) -> str:
+    """What the bundle is called where nobody says otherwise. Raises UsageError when nothing is to be exported."""
+    if variant_name is None and weights is None:
+        raise UsageError('Nothing to export: give --variant NAME (see "swin-deploy variants"), or --weights FOLDER.')
+    if variant_name is None:
+        path = Path(os.path.realpath(str(weights)))
+        variant_name = path.stem if os.path.isfile(path) else path.name  # noqa: PTH113 - as below
+    return variant_name.rsplit("/", 1)[-1]
+
+
 def checkpoint_from_request(
     variant_name: str | None,
     weights: str | os.PathLike[str] | None,
@@ -36,14 +46,12 @@ def checkpoint_from_request(
     window_size: tuple[int, ...] | None,
     pretrained_window_sizes: tuple[int, ...] | None,
     say: Callable[[str], None],
-) -> tuple[Checkpoint, str]:
-    """The checkpoint to export, and the bundle's name. Raises UsageError when the request names none, or two.
+) -> Checkpoint:
+    """The checkpoint to export. Raises UsageError when the request names two.
 
     Where windows are asked for that the checkpoint does not have, or those of a variant whose weights are given, the network
     is one built for these windows, and for `image_size` where that is given.
     """
-    if variant_name is None and weights is None:
-        raise UsageError('Nothing to export: give --variant NAME (see "swin-deploy variants"), or --weights FOLDER.')
     if weights is not None and random_weights:
         raise UsageError("--weights and --random-weights exclude each other: give one of them.")
     if seed and not random_weights:
@@ -56,13 +64,11 @@ def checkpoint_from_request(
 
     if weights is None:
         assert variant is not None
-        assert variant_name is not None
         if variant.task == "masked-image-modeling" and task.name == "image-classification":
             raise UsageError(
                 f"{variant.name} was published for masked image modelling and has no classes. Export it with "
                 f"--task masked-image-modeling, or as --task feature-extraction or backbone."
             )
-        name = _bundle_name(variant_name)
         if random_weights:
             config = dataclasses.replace(variant.config(), semantics=semantics or "hf")
             checkpoint = checkpoints.random_checkpoint(config, task, seed)
@@ -79,7 +85,6 @@ def checkpoint_from_request(
                 f"There is no folder {folder}. Expected a checkpoint's folder or file, or a hub id such "
                 f"as microsoft/swinv2-tiny-patch4-window8-256."
             )
-        name = _bundle_name(variant_name or (folder.resolve().stem if folder.is_file() else folder.resolve().name))
     if variant is not None:
         _check_same(variant, checkpoint.config)
         if weights is not None and window_size is None and not _same_windows(variant, checkpoint.config):
@@ -93,7 +98,7 @@ def checkpoint_from_request(
         )
     for note in checkpoint.notes:
         say(f"Note: {note}")
-    return checkpoint, name
+    return checkpoint
 
 
 def _from_hub(
@@ -126,7 +131,3 @@ def _check_same(variant: Variant, config: SwinConfig) -> None:
                 f"The checkpoint is not a {variant.name}: its {field} is {given[field]}, and that variant's is "
                 f"{asked[field]}. Leave --variant out to export the checkpoint as what it is."
             )
-
-
-def _bundle_name(name: str) -> str:
-    return name.rsplit("/", 1)[-1]

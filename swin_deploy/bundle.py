@@ -198,16 +198,8 @@ def create_bundle(path: Path, *, replace: bool, facts: Mapping[str, Any]) -> Ite
     bundle that is there already makes room; any other folder that is not empty never does. Interrupted or killed, what
     was at `path` before is still there.
     """
-    _check_room(path, replace)
+    path = room_for(path, replace)
     with disk_errors(path):
-        shown, path = path, Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
-        if Path.cwd().is_relative_to(path):
-            raise BundleError(
-                f"{shown} is the folder that this was started in, or holds it, and would be replaced by another one. "
-                f"Name a folder in it with -o."
-            )
-        if path.is_symlink():
-            raise BundleError(f"{shown} is a link that leads to itself. Choose another place with -o.")
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
         staging = scratch_beside(path)
@@ -223,7 +215,7 @@ def create_bundle(path: Path, *, replace: bool, facts: Mapping[str, Any]) -> Ite
         }
         with disk_errors(path):
             _write_manifest(staging, manifest)
-            _check_room(path, replace)
+            room_for(path, replace)
             _move_into_place(staging, path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -278,20 +270,32 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_room(path: Path, replace: bool) -> None:
+def room_for(path: Path, replace: bool) -> Path:
+    """Where a bundle at `path` really is: a link stays, and what it points to is replaced.
+
+    Raises BundleError when something that must not be lost is there; with `replace` a bundle need not stay.
+    """
     try:
         occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}. Choose another place with -o.") from error
-    if not occupied:
-        return
-    if not (path / MANIFEST).is_file():
+    if occupied and not (path / MANIFEST).is_file():
         raise BundleError(f"{path} is there already and is not a bundle, so it is left as it is. Choose another place with -o.")
-    if not replace:
+    if occupied and not replace:
         raise BundleError(
             f"{path} is a bundle already, and replacing it would lose its engines. Add --force to replace it, or choose "
             f"another place with -o."
         )
+    with disk_errors(path):
+        real, here = Path(os.path.realpath(path)), Path.cwd()
+    if here.is_relative_to(real):
+        raise BundleError(
+            f"{path} is the folder that this was started in, or holds it, and would be replaced by another one. "
+            f"Name a folder in it with -o."
+        )
+    if real.is_symlink():
+        raise BundleError(f"{path} is a link that leads to itself. Choose another place with -o.")
+    return real
 
 
 def _move_into_place(staging: Path, path: Path) -> None:

@@ -304,7 +304,7 @@ def checkpoint_of(bundle: Bundle, weights: str | None, seed: int) -> Checkpoint:
     if weights is None:
         return random_checkpoint(SwinConfig.from_dict(bundle.read_json(CONFIG)), task, seed)
     semantics, size = str(bundle.manifest["semantics"]), _image_size(bundle)
-    checkpoint, _ = checkpoint_from_request(None, weights, False, 0, task, size, semantics, None, None, silent)
+    checkpoint = checkpoint_from_request(None, weights, False, 0, task, size, semantics, None, None, silent)
     refuse_other_network(weights, checkpoint.config, bundle)
     return checkpoint
 

@@ -173,6 +173,6 @@ def _torch_network(weights: str | os.PathLike[str], bundle: Bundle, size: tuple[
     from swin_deploy.tasks import TaskSpec
 
     task, semantics = TaskSpec.from_dict(bundle.manifest["task"]), str(bundle.manifest["semantics"])
-    checkpoint, _ = checkpoint_from_request(None, weights, False, 0, task, size, semantics, None, None, silent)
+    checkpoint = checkpoint_from_request(None, weights, False, 0, task, size, semantics, None, None, silent)
     refuse_other_network(weights, checkpoint.config, bundle)
     return TorchNetwork(checkpoint, task, size, how if isinstance(how, Frames) else None)

@@ -53,13 +53,17 @@ def export(
     `output`, by default a folder of the variant's (or checkpoint's) name in the current directory; `force` replaces a
     bundle that is there. `say` gets a line for each step. Raises errors.SwinDeployError with nothing written.
     """
+    from swin_deploy.bundle import room_for
     from swin_deploy.exporters.export import bundle_from_checkpoint
-    from swin_deploy.exporters.source import checkpoint_from_request
+    from swin_deploy.exporters.source import bundle_name, checkpoint_from_request
     from swin_deploy.runtimes.backends import runtime_to_check
     from swin_deploy.tasks import TaskSpec
 
     spec = TaskSpec(task) if isinstance(task, str) else task
-    checkpoint, name = checkpoint_from_request(
+    path = Path(bundle_name(variant, weights) if output is None else output)
+    if os.path.lexists(path):
+        room_for(path, force)  # before the work, and again after it
+    checkpoint = checkpoint_from_request(
         variant,
         weights,
         random_weights,
@@ -73,7 +77,7 @@ def export(
     )
     return bundle_from_checkpoint(
         checkpoint,
-        Path(name if output is None else output),
+        path,
         variant=variant,
         task=spec,
         image_sizes=image_sizes,

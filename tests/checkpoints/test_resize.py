@@ -66,7 +66,7 @@ def test_as_its_own_system_does_it(
     pixels, wanted = recorded(key)
     lines: list[str] = []
     size = (pixels.shape[2], pixels.shape[3])
-    checkpoint, _ = checkpoint_from_request(None, path, False, 0, TaskSpec(), size, None, windows, pretrained, lines.append)
+    checkpoint = checkpoint_from_request(None, path, False, 0, TaskSpec(), size, None, windows, pretrained, lines.append)
     assert any(re.search(said, line) for line in lines)
     assert any(re.search(said, note) for note in checkpoint.notes)
     assert distance(logits(checkpoint, pixels), wanted) < 1e-5
@@ -139,10 +139,7 @@ def test_a_variant_by_name_resizes_the_weights_that_are_given(tmp_path: Path) ->
     save_file(dict(small.tensors), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(small.config.to_dict()))
     lines: list[str] = []
-    checkpoint, name = checkpoint_from_request(
-        "swin-s3-tiny", tmp_path, False, 0, TaskSpec(), None, None, None, None, lines.append
-    )
-    assert name == "swin-s3-tiny"
+    checkpoint = checkpoint_from_request("swin-s3-tiny", tmp_path, False, 0, TaskSpec(), None, None, None, None, lines.append)
     assert checkpoint.config.window_size == (7, 7, 14, 7)
     assert any("from window 7 to windows 7, 7, 14, 7" in line for line in lines)
     table = "encoder.layers.{}.blocks.0.attention.self.relative_position_bias_table"

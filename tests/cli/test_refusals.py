@@ -68,6 +68,8 @@ FILES = (
         (["export", "--weights", NETWORK, "-o", "file/below"], ["cannot be written"]),
         (["export", "--weights", NETWORK, "-o", "full", "--force"], ["full is there already and is not a bundle"]),
         (["export", "--weights", NETWORK, "-o", "y" * 300], ["File name too long"]),
+        (["export", "--weights", "not/even/read", "-o", "B"], ["is a bundle already", "--force"]),
+        (["export", "--weights", "not/even/read/full"], ["full is there already and is not a bundle"]),
         (["build-engine"], ["no bundle in"]),
         (["build-engine", "absent"], ["no bundle at absent"]),
         (["build-engine", "full"], ["full is not a bundle"]),
