@@ -81,12 +81,12 @@ class Folder:
         """The folder `path`. Its classes are the folders directly in it, where no image lies beside them.
 
         A folder that holds nothing but one folder of class folders is that folder. Hidden files and files that are no
-        images by their name are passed over. Raises InputError where there is no image.
+        images by their name are passed over. Raises InputError where there is no image, or a folder may not be read.
         """
         known = _suffixes()
         found: list[Path] = []
         seen: set[str] = set()
-        for place, folders, files in os.walk(path, followlinks=True):
+        for place, folders, files in os.walk(path, followlinks=True, onerror=_refuse_unreadable):
             here = os.path.realpath(place)
             if here in seen:  # a link that leads back up
                 folders[:] = []
@@ -255,6 +255,10 @@ def _suffixes() -> frozenset[str]:
 
     suffixes = Image.registered_extensions()  # loads every plug-in
     return frozenset(suffix for suffix, kind in suffixes.items() if kind in Image.OPEN and kind not in STUBS)
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    raise InputError(f"{error.filename} cannot be read: {error.strerror}. Change its permissions.")
 
 
 def _members(path: Path) -> list[str]:

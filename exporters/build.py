@@ -107,6 +107,7 @@ def build_engines(
                     say(f"{file} is there already, compiled from this graph")
                     built.append(Built(file, known, reused=True))
                     continue
+                bundle.refuse_read_only()
                 say(f"Compiling {graph} for {spec.gpu} with {BACKENDS[chosen][1]}")
                 engine = engine_from_onnx(path, spec, log, progress)
                 bundle = _with_engine(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from swin_deploy.bundle import CONFIG, PREPROCESSOR, Bundle, Draft, create_bundle, disk_errors
+from swin_deploy.bundle import CONFIG, NEW, PREPROCESSOR, Bundle, Draft, create_bundle, disk_errors
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError, InputError, MissingDependencyError, UsageError, VerificationError
 from swin_deploy.frames import Frames, refuse_misfit
@@ -159,7 +159,7 @@ def _add_graph(
         embed_weights(traced.model, traced.weights)
     else:
         entry["weights"] = weights_file("fp32")
-        with disk_errors(shared.path):
+        with disk_errors(shared.path, NEW):
             shared.path.parent.mkdir(parents=True, exist_ok=True)
             shared.take(traced.model, traced.weights)
         draft.add(weights_file("fp32"), {}, lambda target: None)  # it is there already; this takes its sha256

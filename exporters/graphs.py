@@ -91,6 +91,7 @@ def with_graphs(
     shared = weights_file(precision) if bundle.files[sources[0]].get("weights") else None
     if shared is not None:
         missing = pairs  # graphs that share a file of weights are only written together
+    bundle.refuse_read_only()
     require("onnx", f"write the {precision} graph")
     made = []
     for source, file in missing:

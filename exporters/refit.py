@@ -43,7 +43,7 @@ def refit_engines(bundle: Bundle, say: Say, log: Log) -> tuple[Built, ...]:
                 say(f"{target} is there already")
                 built.append(Built(target, known, reused=True))
                 continue
-            if bundle.files[entry["graph"]]["sha256"] != entry["parent"]:
+            if bundle.files.get(entry["graph"], {}).get("sha256") != entry["parent"]:
                 raise EngineError(
                     f"{file} was compiled from another {entry['graph']} than the one that is here, and takes no other weights. "
                     'Compile it again with "swin-deploy build-engine --strip-weights".'

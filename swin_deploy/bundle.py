@@ -37,6 +37,8 @@ CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 SCHEMA = 1
 
 Entry = dict[str, Any]
+NEW = "Choose another place with -o, or make room and permissions there."
+THERE = "Make room and permissions there, or copy the bundle to a place that can be written and use that one."
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Bundle:
         try:
             there, finished = folder.is_dir(), file.exists()
         except OSError as error:  # no permission, a name that is too long
-            raise BundleError(f"{folder} cannot be read: {error.strerror}. Expected the folder of a bundle.") from error
+            why = "Change its permissions." if isinstance(error, PermissionError) else "Expected the folder of a bundle."
+            raise BundleError(f"{folder} cannot be read: {error.strerror}. {why}") from error
         if not there:
             link = "it is a link that leads nowhere" if folder.is_symlink() else "the folder does not exist"
             why = "it is not a folder" if folder.exists() else link
@@ -98,6 +101,7 @@ class Bundle:
         try:
             actual = sha256_of(path)
         except OSError as error:
+            remedy = "change its permissions" if isinstance(error, PermissionError) else remedy
             raise BundleError(f"{path} cannot be read ({error.strerror}); {remedy}.") from error
         if actual != entry["sha256"]:
             raise BundleError(
@@ -112,6 +116,11 @@ class Bundle:
         """The JSON object in `file`, checked against its sha256 first."""
         value: dict[str, Any] = json.loads(self.verified_path(file).read_text(encoding="utf-8"))
         return value
+
+    def refuse_read_only(self) -> None:
+        """Raises BundleError where nothing can be written into the bundle: before the work whose result would be lost."""
+        if not os.access(self.path, os.W_OK):
+            raise BundleError(f"{self.path} cannot be written: it is read-only here. {THERE}")
 
     @contextlib.contextmanager
     def compiling(self, waiting: Callable[[], None]) -> Iterator[Bundle]:
@@ -180,7 +189,7 @@ class Draft:
     def add(self, file: str, entry: Entry, write: Callable[[Path], None]) -> None:
         """Makes `file` with `write(path)` and keeps its entry."""
         target = self.path / file
-        with disk_errors(target):
+        with disk_errors(target, NEW):
             target.parent.mkdir(parents=True, exist_ok=True)
             write(target)
             self.files[file] = {**entry, **_facts(target)}
@@ -199,7 +208,7 @@ def create_bundle(path: Path, *, replace: bool, facts: Mapping[str, Any]) -> Ite
     was at `path` before is still there.
     """
     path = room_for(path, replace)
-    with disk_errors(path):
+    with disk_errors(path, NEW):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
         staging = scratch_beside(path)
@@ -213,7 +222,7 @@ def create_bundle(path: Path, *, replace: bool, facts: Mapping[str, Any]) -> Ite
             **facts,
             "files": draft.files,
         }
-        with disk_errors(path):
+        with disk_errors(path, NEW):
             _write_manifest(staging, manifest)
             room_for(path, replace)
             _move_into_place(staging, path)
@@ -259,15 +268,13 @@ def sha256_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns an operating system's refusal (no permission, disk full, ...) into one sentence about `path`."""
+def disk_errors(path: Path, advice: str = THERE) -> Iterator[None]:
+    """Turns an operating system's refusal (no permission, disk full, ...) into one sentence about `path`, with `advice`."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise BundleError(
-            f"{path} cannot be written: {reason}. Choose another place with -o, or make room and permissions there."
-        ) from error
+        raise BundleError(f"{path} cannot be written: {reason}. {advice}") from error
 
 
 def room_for(path: Path, replace: bool) -> Path:
@@ -286,7 +293,7 @@ def room_for(path: Path, replace: bool) -> Path:
             f"{path} is a bundle already, and replacing it would lose its engines. Add --force to replace it, or choose "
             f"another place with -o."
         )
-    with disk_errors(path):
+    with disk_errors(path, NEW):
         real, here = Path(os.path.realpath(path)), Path.cwd()
     if here.is_relative_to(real):
         raise BundleError(

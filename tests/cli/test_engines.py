@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.exported import OFFLINE, SCRIPT, cli, contents, copied, digits, refused, result, stopped
+from cli.exported import OFFLINE, SCRIPT, cli, cli_here, contents, copied, digits, refused, result, stopped
 
 from swin_deploy.bundle import Bundle
 from swin_deploy.cuda import cuda_devices
@@ -109,6 +109,18 @@ def test_every_spec_is_an_engine_of_its_own_and_is_found_again(tmp_path: Path) -
     assert len({line.split()[0] for line in table[1:]}) == 1
     [forced] = result(cli(*BUILD, "--force", "--json", cwd=tmp_path))  # type: ignore[misc]
     assert (forced["reused"], forced["engine"]) == (False, made[0][0]["engine"])
+
+
+def test_a_damaged_graph_is_not_read_and_not_needed(tmp_path: Path) -> None:
+    """An engine of the fp16 graph does not need the fp32 one; what would be made of that is refused."""
+    path = copied(2, tmp_path / "b")
+    with (path / "onnx/model.onnx").open("ab") as file:
+        file.write(b"x")
+    assert cli_here(*BUILD, "--fp16", cwd=tmp_path).returncode == 0
+    before = contents(path)
+    refused(cli_here(*BUILD, "--bf16", cwd=tmp_path), "onnx/model.onnx is not the file that was exported")
+    refused(cli_here("inspect", "b", cwd=tmp_path), "onnx/model.onnx is not the file that was exported")
+    assert contents(path) == before
 
 
 def test_an_engine_of_another_graph_or_compiler_is_not_taken(tmp_path: Path) -> None:

@@ -280,8 +280,28 @@ def test_a_full_or_read_only_disk(disk: Path) -> None:
     assert contents(disk) == before
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     refused(cli("export", "--weights", one_block(), "-o", "c", cwd=disk), "c cannot be written: Read-only")
+    for verb, *options in (
+        ("quantize", "--data", THREE.parent),
+        ("build-engine", "--bf16"),
+        ("build-engine", "--gpu", "sm_89"),
+    ):
+        said = refused(cli_here(verb, "b", *options, cwd=disk), "b cannot be written: it is read-only", "copy the bundle")
+        assert "-o" not in said.split()
     assert cli("verify", "b", cwd=disk).returncode == 0
     assert cli("predict", "b", THREE, cwd=disk).returncode == 0
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root, or Windows, reads files whatever their permissions")
+def test_files_that_may_not_be_read(tmp_path: Path) -> None:
+    path = copied(2, tmp_path / "b")
+    for file in (path / "onnx/model.onnx", path / "manifest.json"):
+        file.chmod(0)
+        said = refused(cli_here("verify", "b", cwd=tmp_path), f"{file.name} cannot be read", "Permission denied", "permissions")
+        assert "again" not in said  # it need not be exported again
+    path.chmod(0)
+    for verb, *options in (("verify", "b"), ("inspect", "b"), ("evaluate", digits(2), "--data", "b")):
+        refused(cli_here(verb, *options, cwd=tmp_path), "b cannot be read: Permission denied. Change its permissions")
+    path.chmod(0o700)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
