@@ -1,8 +1,7 @@
 """Names what a camera sees, frame by frame: python examples/camera.py BUNDLE SOURCE [--batch 1] [--backend auto]
 
 SOURCE is a folder of images, in the order of their names, or a video file, where OpenCV (pip install opencv-python) is
-installed to read it. Frames are read and prepared while the network computes; a frame that this program is too slow for waits.
-"""
+installed to read it. Frames are read and prepared while the network computes; one that this is too slow for waits."""
 
 import argparse
 import os
@@ -16,11 +15,12 @@ from swin_deploy.errors import InputError, SwinDeployError, UsageError
 
 def frames_of(source):
     """Paths of images, or uint8 arrays [height, width, 3] in RGB."""
-    if source.is_dir():
-        yield from sorted(
-            file for file in source.iterdir() if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-        )
+    found = sorted(path for path in source.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp"))
+    if found:
+        yield from found
         return
+    if source.is_dir() or not source.exists():
+        raise InputError(f"{source} {'holds no image' if source.exists() else 'is not there'}. Give images or a video.")
     try:
         import cv2
     except ImportError as error:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli.exported import EXAMPLES, THREE, digits, exported, one_block
+from cli.exported import EXAMPLES, digits, exported, one_block
 
 
 def camera(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -42,10 +42,12 @@ def test_it_is_short() -> None:
     assert len((EXAMPLES / "camera.py").read_text(encoding="utf-8").splitlines()) <= 60
 
 
-def test_what_is_no_source(tmp_path: Path) -> None:
-    done = camera(digits(2), THREE.with_name("absent.mp4"), "--backend", "onnxruntime", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "absent.mp4 is n" in done.stderr.splitlines()[-1]
+@pytest.mark.parametrize(("source", "said"), [("absent.mp4", "absent.mp4 is not there."), ("empty", "empty holds no image.")])
+def test_what_is_no_source(source: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = camera(digits(2), tmp_path / source, "--backend", "onnxruntime", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].endswith(f"{said} Give images or a video.")
     assert "Traceback" not in done.stderr
 
 
