@@ -98,8 +98,10 @@ def quantize(
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="swin-quantize-") as scratch:
         streams: list[Stream] = []
-        for number, (name, layers) in enumerate(groups.items()):
-            say(f"Quantising {layers[0].name} ({number + 1} of {len(groups)})")
+        for name, layers in groups.items():
+            first, last = len(done) + 1, len(done) + len(layers)
+            which = f"layers {first} to {last}" if last > first else f"layer {first}"
+            say(f"Quantising {layers[0].name} ({which} of {sum(map(len, groups.values()))})")
             matrices = [numpy_helper.to_array(weights[layer.weight]) for layer in layers]
             biases = [None if layer.bias is None else numpy_helper.to_array(weights[layer.bias]) for layer in layers]
             scale = own.scale(name, kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,10 @@ def test_for_a_cpu_a_part_of_many_samples_is_enough(tmp_path: Path, monkeypatch:
     assert f"Calibrating with 4 of the {given} samples, evenly spread" in told.stderr
     entry = Bundle.open(tmp_path / "b").graphs["onnx/model_int8.onnx"]
     assert (entry["calibrated_with"], entry["calibration"]["samples"]) == (4, given)
+    counted = re.findall(r"\(layers? (\d+)(?: to (\d+))? of (\d+)\)", told.stderr)
+    layers = [number for first, last, _ in counted for number in range(int(first), int(last or first) + 1)]
+    assert layers == list(range(1, len(entry["layers"]) + 1))
+    assert {int(count) for *_, count in counted} == {len(layers)}
     assert not list((tmp_path / "b/.calibration").glob("layers-*"))  # what is done is kept only until all is
 
 
