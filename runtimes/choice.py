@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -30,6 +31,7 @@ from .caches import cache_folder, keep, kept
 
 SECONDS, FEWEST_CALLS = 0.5, 7  # of each candidate
 NOT_KNOWN = ""  # the verdict on a candidate that is to be measured
+LOG = logging.getLogger("swin_deploy")
 LIBRARIES = ("swin-deploy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "numpy") + tuple(
     f"tensorrt{kind}{cuda}" for kind in ("", "-lean", "-rtx") for cuda in ("", "-cu12", "-cu13")
 )
@@ -138,6 +140,11 @@ def choose(
 def _measured(bundle: Bundle, known: Sequence[Measured], open_first: Open) -> tuple[Measured, ...]:
     """`known`, with what is not known yet measured."""
     rows = list(known)
+    unknown = sum(row.verdict == NOT_KNOWN for row in rows)
+    if unknown and not any(row.milliseconds is not None for row in rows):
+        LOG.info("Measuring which of %d ways to run %s is the fastest here, once", unknown, bundle.path)
+    elif unknown:
+        LOG.info("Trying %d of %d ways to run %s again, which failed before", unknown, len(rows), bundle.path)
     for number, row in enumerate(rows):
         if row.verdict == NOT_KNOWN:
             best = min((one.milliseconds for one in rows if one.milliseconds is not None), default=math.inf)

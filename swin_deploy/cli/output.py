@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -96,6 +97,25 @@ class Teller:
 def teller() -> Teller:
     """What a verb talks through while it works."""
     return Teller()
+
+
+@contextlib.contextmanager
+def log_told(say: Teller) -> Iterator[None]:
+    """Tells what the package logs meanwhile."""
+
+    class Telling(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(record.getMessage())
+
+    log, handler = logging.getLogger("swin_deploy"), Telling(logging.INFO)
+    before = log.level
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
 
 
 def compiler_log(say: Teller, verbose: bool) -> Callable[[str, str], None]:

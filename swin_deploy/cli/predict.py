@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from swin_deploy.cli.output import json_option, print_json, print_table
+from swin_deploy.cli.output import json_option, log_told, print_json, print_table, teller
 
 
 @click.command("predict", short_help="Name what is in images.")
@@ -24,7 +24,9 @@ def command(
     """Print the best classes of every IMAGE, with their probabilities."""
     import swin_deploy
 
-    with swin_deploy.load(bundle, precision=precision, backend=backend, device=device) as model:
+    with log_told(teller()):
+        model = swin_deploy.load(bundle, precision=precision, backend=backend, device=device)
+    with model:
         found, told = model.classify(images, top_k=top_k), model.describe()
     click.echo(f"Run by {told.backend} {told.version}, {told.precision}, on {told.device}", err=True)
     if as_json:

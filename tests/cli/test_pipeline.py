@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.exported import FLOWER, SCRIPT, THREE, WEIGHTS, cli, copied, exported_into, refused, result
+from cli.exported import FLOWER, SCRIPT, THREE, WEIGHTS, cli, cli_here, copied, digits, exported_into, refused, result
 
 from swin_deploy.bundle import Bundle
 
@@ -150,6 +150,17 @@ def test_a_deleted_fp32_graph_is_noticed_although_the_engine_is_there(tmp_path: 
     result(cli("build-engine", "b", "--gpu", "sm_89", "--json", cwd=tmp_path))
     (path / "onnx/model.onnx").unlink()
     refused(cli("build-engine", "b", "--gpu", "sm_89", cwd=tmp_path), "model.onnx cannot be read", "export the bundle again")
+
+
+def test_predict_says_that_it_measures(tmp_path: Path) -> None:
+    """The first time, which for a large network takes most of a minute; and not where nothing is to choose."""
+    first, second = (cli_here("predict", digits(2), THREE, cwd=tmp_path, XDG_CACHE_HOME=str(tmp_path)) for _ in range(2))
+    [line] = [line for line in first.stderr.splitlines() if "Measuring" in line]
+    assert re.match(r"\[ *\d+\.\d s\] Measuring which of \d ways to run .* is the fastest here, once$", line)
+    named = cli_here("predict", digits(2), THREE, "--precision", "fp32", "--backend", "onnxruntime", cwd=tmp_path)
+    for done in (second, named):
+        assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
+        assert done.stderr.startswith("Run by ")
 
 
 def test_variants_are_listed(tmp_path: Path) -> None:

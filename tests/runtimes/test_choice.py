@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,9 @@ def rows_of(*milliseconds: float | None) -> Any:
     return measure
 
 
-def test_measured_once_and_explained(cache: Path) -> None:
+def test_measured_once_and_explained(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("openvino", reason="there would be nothing to choose")
+    caplog.set_level(logging.INFO, "swin_deploy")
     with swin_deploy.load(digits(2), precision="fp32") as model:
         first = model.describe()
     assert (first.precision, first.device, first.graphs) == ("fp32", "cpu", {(32, 32): "onnx/model.onnx"})
@@ -57,6 +59,7 @@ def test_measured_once_and_explained(cache: Path) -> None:
     [kept] = cache.iterdir()
     with swin_deploy.load(digits(2), precision="fp32") as model:
         assert model.describe() == first  # to the microsecond: it was not measured again
+    assert caplog.messages == [f"Measuring which of 2 ways to run {digits(2)} is the fastest here, once"]
     kept.write_text("no json")
     with swin_deploy.load(digits(2), precision="fp32") as model:
         assert model.describe().measured != first.measured
