@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from swin_deploy.errors import InputError, UsageError
+from swin_deploy.folders import scratch_folder
 
 from .folding import ChannelStatistics, Graph, best_factors, channels_of, fold
 from .grids import Grid, best_activation_scale, grid, quantized_activation, scale_of_range
@@ -96,7 +95,7 @@ def quantize(
     groups = _groups(model, options)
     done: dict[str, QuantizedLinear] = {}
     records: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="swin-quantize-") as scratch:
+    with scratch_folder("quantize") as scratch:
         streams: list[Stream] = []
         for name, layers in groups.items():
             first, last = len(done) + 1, len(done) + len(layers)
@@ -107,7 +106,7 @@ def quantize(
             scale = own.scale(name, kind)
             known = None if stopped is None else stopped.read(layers)
             if scale is None or not own.covers(layers):
-                streams = streams or [Stream(model, feeds(), Path(scratch, one), options.threads) for one in ("fp32", "int8")]
+                streams = streams or [Stream(model, feeds(), scratch / one, options.threads) for one in ("fp32", "int8")]
                 meant, seen = streams
                 seen.nodes, constants = qdq_nodes(model.graph.node, done.values())
                 seen.constants |= constants
@@ -154,8 +153,8 @@ def balanced(model: onnx.ModelProto, feeds: SampleFeeds, options: Options, own: 
     layers = tuple(layer for group in groups.values() for layer in group)
     if all(own.touches([layer], {layer.weight}, set()) for layer in layers):
         return model
-    with tempfile.TemporaryDirectory(prefix="swin-quantize-") as scratch:
-        stream = Stream(model, feeds(), Path(scratch), options.threads)
+    with scratch_folder("quantize") as scratch:
+        stream = Stream(model, feeds(), scratch, options.threads)
         statistics = {name: _statistics(stream.advance(name), name) for name in groups}
     result = with_nodes(model, model.graph.node, [])
     weights = {tensor.name: tensor for tensor in model.graph.initializer}

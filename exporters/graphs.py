@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from swin_deploy.bundle import CONFIG, Bundle, disk_errors, scratch_beside
+from swin_deploy.bundle import CONFIG, Bundle, disk_errors
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import MissingDependencyError, VerificationError
+from swin_deploy.folders import scratch_beside
 from swin_deploy.reference import OpenGraph, Reference, check_graph
 from swin_deploy.requires import require
 from swin_deploy.specs import QUANTIZED, Size, graph_file, weights_file

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swin_deploy.errors import MissingKernelError, UsageError
+from swin_deploy.folders import scratch_folder
 from swin_deploy.requires import installed
 from swin_deploy.specs import QUANTIZED, TARGETS, target_of
 
@@ -128,7 +128,7 @@ def runtime_to_check(path: Path, backend: str = "onnxruntime", device: str = "cp
     except MissingKernelError:
         from .emulate import emulated_file
 
-        with tempfile.TemporaryDirectory() as folder:
-            runtime = runtime_from_onnx(emulated_file(path, Path(folder)), backend, device=device)
+        with scratch_folder("emulate") as folder:
+            runtime = runtime_from_onnx(emulated_file(path, folder), backend, device=device)
     runtime.title += ", types emulated"
     return runtime

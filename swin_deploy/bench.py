@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 
 from swin_deploy.compare import compare
 from swin_deploy.errors import BackendError
+from swin_deploy.folders import scratch_folder
 from swin_deploy.machine import this_machine
 from swin_deploy.measuring import Child
 
@@ -116,10 +115,10 @@ def race(
     left_out: list[LeftOut] = []
     running: dict[Candidate, Child] = {}
     answers: dict[Candidate, dict[str, NDArray[Any]]] = {}
-    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory(prefix="swin-bench-") as folder:
+    with contextlib.ExitStack() as stack, scratch_folder("bench") as folder:
         for number, (candidate, request) in enumerate(requests.items()):
             progress("Loading", number, len(requests))
-            answer = Path(folder, f"{number}.npz")
+            answer = folder / f"{number}.npz"
             try:
                 child = stack.enter_context(Child({**request, "batch": candidate.batch, "answer": str(answer)}))
             except BackendError as error:

@@ -15,12 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import glob
 import hashlib
 import json
 import os
-import platform
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,7 +26,7 @@ from typing import Any
 
 from swin_deploy.arguments import checked
 from swin_deploy.errors import BundleError
-from swin_deploy.folders import exchanged, locked
+from swin_deploy.folders import exchanged, locked, scratch_beside, sweep
 from swin_deploy.specs import PRECISIONS, graph_file
 
 MANIFEST = "manifest.json"
@@ -141,8 +138,8 @@ class Bundle:
         target = self.path / file
         with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            _sweep(target)
-            _sweep(self.path / MANIFEST)
+            sweep(target)
+            sweep(self.path / MANIFEST)
             scratch = scratch_beside(target)
             try:
                 write(scratch)
@@ -210,7 +207,7 @@ def create_bundle(path: Path, *, replace: bool, facts: Mapping[str, Any]) -> Ite
     path = room_for(path, replace)
     with disk_errors(path, NEW):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
+        sweep(path)
         staging = scratch_beside(path)
         staging.mkdir()
     try:
@@ -249,7 +246,7 @@ def write_whole(target: Path, write: Callable[[Path], None]) -> None:
     """Makes `target`, a file that no manifest lists, with `write(path)`, all at once; leftovers of the killed are swept."""
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
+        sweep(target)
         scratch = scratch_beside(target)
         try:
             write(scratch)
@@ -364,25 +361,3 @@ def _write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def scratch_beside(target: Path) -> Path:
-    """A name beside `target` that nobody else uses; it tells who made it, so that leftovers can be swept."""
-    return target.with_name(f".{target.name}.partial-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}")
-
-
-def _sweep(target: Path) -> None:
-    """Removes what the writing of `target`, a bundle or a file in one, left when it was killed on this machine."""
-    if os.name == "nt":  # where os.kill(pid, 0) is no question
-        return
-    for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-{glob.escape(platform.node())}-*"):
-        pid = leftover.name.rsplit("-", 2)[1]
-        try:
-            os.kill(int(pid), 0)
-        except (ProcessLookupError, ValueError, OverflowError):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
-        except OSError:
-            pass  # somebody else's process

@@ -1,11 +1,17 @@
-"""What a folder can do that Python has no word for: take another's place in one step, and be held against other processes."""
+"""What a folder can do that Python has no word for: take another's place in one step, be held against other processes, and be
+swept of what killed processes left in it."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import os
+import platform
+import secrets
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -41,3 +47,38 @@ def locked(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[
         yield
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def scratch_folder(kind: str) -> Iterator[Path]:
+    """A folder in the system's place for temporary files, removed at the end; what the killed left of that kind goes first."""
+    target = Path(tempfile.gettempdir(), f"swin-{kind}")
+    sweep(target)
+    folder = scratch_beside(target)
+    folder.mkdir(0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def scratch_beside(target: Path) -> Path:
+    """A name beside `target` that nobody else uses; it tells who made it, so that leftovers can be swept."""
+    return target.with_name(f".{target.name}.partial-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def sweep(target: Path) -> None:
+    """Removes what the making of `target`, a folder or a file, left when it was killed on this machine."""
+    if os.name == "nt":  # where os.kill(pid, 0) is no question
+        return
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-{glob.escape(platform.node())}-*"):
+        pid = leftover.name.rsplit("-", 2)[1]
+        try:
+            os.kill(int(pid), 0)
+        except (ProcessLookupError, ValueError, OverflowError):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+        except OSError:
+            pass  # somebody else's process

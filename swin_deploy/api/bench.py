@@ -6,7 +6,6 @@ import itertools
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from swin_deploy.bench import Candidate, LeftOut, Measurement, Progress, Request
 from swin_deploy.bundle import CONFIG, Bundle
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import BackendError, MissingDependencyError, UsageError
+from swin_deploy.folders import scratch_folder
 from swin_deploy.machine import Machine, this_machine
 from swin_deploy.requires import installed, require
 from swin_deploy.specs import PRECISIONS, Size, size_text
@@ -109,8 +109,8 @@ def bench(
         if not left:
             raise BackendError(lost[0].reason)
 
-    with tempfile.TemporaryDirectory(prefix="swin-bench-") as scratch:
-        others = Others(found, config, size, threads, Path(scratch), say)
+    with scratch_folder("bench") as scratch:
+        others = Others(found, config, size, threads, scratch, say)
         places = tuple(dict.fromkeys(candidate.device for candidate in ours))
         requests: dict[Candidate, Request] = {**others.pytorch(weights, sizes, places), **ours}
         if peers:

@@ -7,11 +7,9 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import swin_deploy
@@ -19,6 +17,7 @@ from swin_deploy.arguments import checked
 from swin_deploy.bundle import Bundle
 from swin_deploy.doctor import BROKEN, STEPS, WORKS, Finding, Step, Trap, install, installed_traps, unusable, versions_for
 from swin_deploy.errors import BackendError, BundleError, MissingDependencyError
+from swin_deploy.folders import scratch_folder
 from swin_deploy.machine import Gpu, Machine, driver_and_gpus, this_machine
 from swin_deploy.requires import installed, require
 
@@ -234,8 +233,8 @@ def _pytorch() -> str:
     from swin_deploy.runtimes.pytorch import PyTorch
 
     places = ["cpu"] + ["cuda:0"] * bool(require("torch", "run a graph").cuda.is_available())
-    with tempfile.TemporaryDirectory(prefix="swin-doctor-") as folder:
-        path = Path(folder, "micro.onnx")
+    with scratch_folder("doctor") as folder:
+        path = folder / "micro.onnx"
         path.write_bytes(MICRO)
         for place in places:
             with PyTorch(path, device=place) as runtime:
@@ -350,9 +349,9 @@ def _tried(file: str, backend: str, precision: str, request: Mapping[str, Any]) 
     """What became of loading what `request` names and running one image, in a process of its own."""
     from swin_deploy.measuring import Child
 
-    with tempfile.TemporaryDirectory(prefix="swin-doctor-") as folder:
+    with scratch_folder("doctor") as folder:
         try:
-            with Child({**request, "batch": 1, "answer": str(Path(folder, "answer.npz"))}) as child:
+            with Child({**request, "batch": 1, "answer": str(folder / "answer.npz")}) as child:
                 said = f"{child.title}; first answer {child.cold_start:.1f} s after its process started"
                 return Run(file, backend, precision, True, said)
         except BackendError as error:

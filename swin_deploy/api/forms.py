@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from swin_deploy.folders import scratch_folder
 
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
@@ -199,8 +200,8 @@ def opened(model: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _file(model: Any) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="swin-quantize-") as folder:
-        path = Path(folder, "model.onnx")
+    with scratch_folder("quantize") as folder:
+        path = folder / "model.onnx"
         path.write_bytes(model.SerializeToString())
         yield path
 

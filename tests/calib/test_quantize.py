@@ -119,7 +119,7 @@ def test_what_was_stopped_goes_on_where_it_was_and_ends_with_the_same_bits(
     layers, stopped = len(rounded), Stopped.of(tmp_path, model, "a")
 
     def stop(line: str) -> None:
-        if "(9 of" in line:
+        if "(layer 9 of" in line:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,43 @@
+"""Folders for a while: what a killed process left is swept by the next one, and nothing else is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from swin_deploy.folders import scratch_folder
+
+HOLD = """
+from swin_deploy.folders import scratch_folder
+with scratch_folder("test") as folder:
+    (folder / "large.npz").write_bytes(b"x")
+    print(folder, flush=True)
+    input()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not tell whether a process is there without touching it")
+def test_what_the_killed_left_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "swin-test").mkdir()  # somebody else's
+    command, environment = [sys.executable, "-c", HOLD], {**os.environ, "TMPDIR": str(tmp_path)}
+    held = []
+    for _ in range(2):
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        held.append((process, Path(process.stdout.readline().strip())))
+    (killed, left), (alive, used) = held
+    killed.kill()
+    killed.communicate()
+    assert (left / "large.npz").exists()
+    with scratch_folder("test") as mine:
+        assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "swin-test", used, mine])
+        assert mine.stat().st_mode & 0o077 == 0
+        assert (used / "large.npz").exists()
+    alive.communicate("\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["swin-test"]
