@@ -60,15 +60,7 @@ def build_engines(
             f"The bundle {bundle.path} was exported for {target}, and TensorRT needs another form of the graph. "
             f'Export it again with "--target {TARGETS[0]}".'
         )
-    if precision in QUANTIZED:
-        held = [entry for entry in bundle.graphs.values() if entry["precision"] == precision]
-        others = [made for entry in held if (made := target_of(entry)) != TARGETS[0]]
-        if not held or others:
-            what = f"an {precision} graph for {others[0]}" if others else f"no {precision} graph"
-            raise UsageError(
-                f"The bundle {bundle.path} holds {what}; TensorRT's takes images to measure ranges on. Make it with "
-                f'"swin-deploy quantize {bundle.path} --{precision} --data DIR".'
-            )
+    _refuse_form(bundle, precision)
     chosen = resolve_backend(backend)
     if not gpus:
         able = [gpu for gpu in DEFAULT_GPUS if precision != "fp8" or has_fp8(gpu)]
@@ -85,6 +77,7 @@ def build_engines(
         for file, entry in bundle.graphs.items():
             if entry["precision"] == "fp32" and not (bundle.path / file).exists():
                 bundle.verified_path(file)  # says what to do; the others can be made of it again
+        _refuse_form(bundle, precision)  # which another process may have changed while this one waited
         if precision not in QUANTIZED:
             bundle = with_typed_graphs(bundle, precision, open_graph, say, calibration)
         graphs = [file for file, entry in bundle.graphs.items() if entry["precision"] == precision]
@@ -120,6 +113,20 @@ def build_engines(
 def layers_file(engine: str) -> str:
     """Where a bundle keeps the layers of an engine, as the compiler described them."""
     return engine.removesuffix(".engine") + ".layers.json"
+
+
+def _refuse_form(bundle: Bundle, precision: str) -> None:
+    """Raises UsageError for a quantised graph that is not there, or not in the form for TensorRT."""
+    if precision not in QUANTIZED:
+        return
+    held = [entry for entry in bundle.graphs.values() if entry["precision"] == precision]
+    others = [made for entry in held if (made := target_of(entry)) != TARGETS[0]]
+    if not held or others:
+        what = f"an {precision} graph for {others[0]}" if others else f"no {precision} graph"
+        raise UsageError(
+            f"The bundle {bundle.path} holds {what}; TensorRT's takes images to measure ranges on. Make it with "
+            f'"swin-deploy quantize {bundle.path} --{precision} --data DIR".'
+        )
 
 
 def _is_there(bundle: Bundle, file: str, wanted: str) -> bool:

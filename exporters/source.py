@@ -26,10 +26,15 @@ ARCHITECTURE = ("version", "patch_size", "num_channels", "embed_dim", "depths", 
 
 
 def bundle_name(variant_name: str | None, weights: str | os.PathLike[str] | None) -> str:
-    """What the bundle is called where nobody says otherwise. Raises UsageError when nothing is to be exported."""
-    if variant_name is None and weights is None:
+    """What the bundle is called where nobody says otherwise.
+
+    Raises UsageError when nothing is to be exported, or a variant that there is not.
+    """
+    if variant_name is not None:
+        find_variant(variant_name)
+    elif weights is None:
         raise UsageError('Nothing to export: give --variant NAME (see "swin-deploy variants"), or --weights FOLDER.')
-    if variant_name is None:
+    else:
         path = Path(os.path.realpath(str(weights)))
         variant_name = path.stem if os.path.isfile(path) else path.name  # noqa: PTH113 - as below
     return variant_name.rsplit("/", 1)[-1]

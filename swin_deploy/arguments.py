@@ -34,8 +34,8 @@ def _is_list(value: object) -> bool:
 
 
 def _is_path(value: object) -> bool:
-    """Whether it is a path of text; none holds the character 0."""
-    return isinstance(value, str | os.PathLike) and isinstance(text := os.fspath(value), str) and "\0" not in text
+    """Whether it is a path of text. None holds the character 0, and an empty one would be the current folder."""
+    return isinstance(value, str | os.PathLike) and isinstance(text := os.fspath(value), str) and text > "" and "\0" not in text
 
 
 KINDS: dict[str, Kind] = {

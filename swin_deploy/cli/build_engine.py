@@ -15,6 +15,7 @@ from swin_deploy.cli.output import (
     stdout_kept_clean,
     teller,
 )
+from swin_deploy.errors import UsageError
 from swin_deploy.specs import PRECISIONS
 
 HELP = {"fp16": "Compute in fp16 (the default).", "bf16": "Compute in bf16.", "fp32": "Compute in fp32, with TF32 off.",
@@ -33,7 +34,7 @@ def precision_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @precision_options
 @click.option("--data", help="Images on which the ranges of values are measured; what fp16 may not hold stays fp32.")
 @click.option("--samples", type=click.IntRange(1), help="Only so many of --data, evenly spread.")
-@click.option("--gpu", "gpus", metavar="SM,...", default="", help="Targets such as sm_86,sm_89,rtx-5090, or current.")
+@click.option("--gpu", "gpus", metavar="SM,...", help="Targets such as sm_86,sm_89,rtx-5090, or current.")
 @click.option(
     "--backend",
     type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
@@ -66,7 +67,7 @@ def precision_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @json_option
 def command(
     bundle: Path | None,
-    gpus: str,
+    gpus: str | None,
     backend: str,
     batches: tuple[str, ...],
     workspace: str | None,
@@ -84,6 +85,9 @@ def command(
     from swin_deploy.bundle import newest_bundle
     from swin_deploy.specs import batch_from_text, bytes_from_text
 
+    named = [gpu.strip() for gpu in (gpus or "").split(",") if gpu.strip()]
+    if gpus is not None and not named:
+        raise UsageError("--gpu names no GPU. Expected one or more, such as sm_86,sm_89, or leave it out.")
     precision = only_flag({name: options.pop(name) for name in PRECISIONS}) or "fp16"
     say = teller()
     if bundle is None:
@@ -95,7 +99,7 @@ def command(
                 bundle,
                 precision=precision,
                 backend=backend,
-                gpus=[gpu.strip() for gpu in gpus.split(",") if gpu.strip()],
+                gpus=named,
                 batches=[batch_from_text(batch) for batch in batches],
                 workspace=None if workspace is None else bytes_from_text(workspace),
                 say=say,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.exported import OFFLINE, SCRIPT, cli, cli_here, contents, copied, digits, refused, result, stopped
+from cli.exported import OFFLINE, SCRIPT, THREE, cli, cli_here, contents, copied, digits, refused, result, stopped
 
 from swin_deploy.bundle import Bundle
 from swin_deploy.cuda import cuda_devices
@@ -166,6 +166,21 @@ def test_one_that_waits_can_be_stopped(signum: signal.Signals, tmp_path: Path) -
     assert (code, said) == (128 + signum, [f"swin-deploy: {word}; nothing was left half-written"])
     assert contents(tmp_path) == before
     assert result(cli(*BUILD, "--json", cwd=tmp_path))
+
+
+def test_one_that_waited_looks_again(tmp_path: Path) -> None:
+    """Another process has made the INT8 graph for ONNX Runtime meanwhile, which TensorRT's parser would not take."""
+    path = copied(2, tmp_path / "b")
+    assert cli_here("quantize", "b", "--data", THREE.parent, "--samples", "2", cwd=tmp_path).returncode == 0
+    with Bundle.open(path).compiling(lambda: None):
+        waiting = subprocess.Popen([SCRIPT, *BUILD, "--int8"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        assert waiting.stderr is not None
+        assert any("Waiting for another process" in line for line in iter(waiting.stderr.readline, ""))
+        calibration = Bundle.open(path).files["onnx/model_int8.onnx"]["calibration"]
+        Bundle.open(path).with_entry("onnx/model_int8.onnx", {"calibration": {**calibration, "target": "onnxruntime"}})
+    assert "holds an int8 graph for onnxruntime" in waiting.communicate(timeout=60)[1]
+    assert waiting.returncode == 2
+    assert not (path / "engines").exists()
 
 
 def test_a_full_disk_leaves_no_engine(tmp_path: Path) -> None:
