@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from swin_deploy.cli.output import json_option, log_told, print_json, print_table, teller
+from swin_deploy.errors import UsageError
 
 
 @click.command("predict", short_help="Name what is in images.")
@@ -23,7 +25,18 @@ def command(
 ) -> None:
     """Print the best classes of every IMAGE, with their probabilities."""
     import swin_deploy
+    from swin_deploy.bundle import Bundle
+    from swin_deploy.preprocess import read_image
 
+    # Before the model is loaded, which may be measured first.
+    if (task := Bundle.open(bundle).manifest["task"]["name"]) != "image-classification":
+        raise UsageError(
+            f"{bundle} was exported for the task {task}, and predict needs image-classification. Run it in Python "
+            f"(swin_deploy.load), or export it with --task image-classification."
+        )
+    for image in images:
+        if not os.path.isfile(image):  # noqa: PTH113 - Path.is_file raises for a name that is too long
+            read_image(image)  # says what is wrong
     with log_told(teller()):
         model = swin_deploy.load(bundle, precision=precision, backend=backend, device=device)
     with model:

@@ -10,7 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.exported import FLOWER, SCRIPT, THREE, WEIGHTS, cli, cli_here, copied, digits, exported_into, refused, result
+from cli.exported import (
+    FLOWER,
+    SCRIPT,
+    THREE,
+    WEIGHTS,
+    cli,
+    cli_here,
+    copied,
+    digits,
+    exported,
+    exported_into,
+    one_block,
+    refused,
+    result,
+)
 
 from swin_deploy.bundle import Bundle
 
@@ -161,6 +175,14 @@ def test_predict_says_that_it_measures(tmp_path: Path) -> None:
     for done in (second, named):
         assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
         assert done.stderr.startswith("Run by ")
+    # What is wrong is said before anything is measured, whose figures would be kept.
+    never = {"XDG_CACHE_HOME": str(tmp_path / "other")}
+    for image in ("absent.png", "."):
+        assert cli_here("predict", digits(2), THREE, image, cwd=tmp_path, **never).returncode == 2
+    made = exported("--weights", str(one_block()), "--task", "feature-extraction", "--output-attentions")
+    [path] = [path for path in made.iterdir() if path.is_dir()]
+    refused(cli_here("predict", path, THREE, cwd=tmp_path, **never), "the task feature-extraction, and predict needs")
+    assert not Path(never["XDG_CACHE_HOME"]).exists()
 
 
 def test_variants_are_listed(tmp_path: Path) -> None:
