@@ -55,17 +55,34 @@ KINDS: dict[str, Kind] = {
 
 
 def checked(function: F) -> F:
-    """`function`, which raises UsageError for an argument of another type than it is annotated with."""
-    kinds = {name: kinds_of(str(one.annotation)) for name, one in inspect.signature(function).parameters.items()}
+    """`function`, which raises UsageError for an argument of another type than it is annotated with.
+
+    Numbers of numpy become Python's, and lists of numbers tuples.
+    """
+    annotations = {name: str(one.annotation) for name, one in inspect.signature(function).parameters.items()}
+    kinds = {name: kinds_of(annotation) for name, annotation in annotations.items()}
+    numbers = {name for name, annotation in annotations.items() if re.search(r"\b(int|float|bool)\b", annotation)}
+
+    def plain(name: str, value: Any) -> Any:
+        if not kinds.get(name):
+            return value
+        _check(name, value, kinds[name])
+        return _plain(value) if name in numbers else value
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        for name, value in (*zip(kinds, args, strict=False), *kwargs.items()):
-            if kinds.get(name):
-                _check(name, value, kinds[name])
-        return function(*args, **kwargs)  # which says itself what is missing or too many
+        known = [plain(name, value) for name, value in zip(kinds, args, strict=False)]
+        named = {name: plain(name, value) for name, value in kwargs.items()}
+        return function(*known, *args[len(known) :], **named)  # which says itself what is missing or too many
 
     return cast(F, call)
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy as one that JSON knows; those in a list, too."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    return value.item() if type(value).__module__ == "numpy" else value
 
 
 def kinds_of(annotation: str) -> list[Kind]:

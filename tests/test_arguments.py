@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,12 @@ def test_what_is_said(call: Callable[[], object], sentence: str) -> None:
 
 def test_numbers_of_numpy_are_numbers() -> None:
     @checked
-    def taken(whole: int, number: float, flag: bool, sizes: list[int] | None = None) -> tuple[object, ...]:
+    def taken(whole: int, number: float, flag: bool, sizes: Sequence[tuple[int, int]] = ()) -> tuple[object, ...]:
         return whole, number, flag, sizes
 
-    assert taken(np.int64(3), np.float32(0.5), np.bool_(True)) == (3, 0.5, True, None)  # type: ignore[arg-type]
-    assert taken(3, 2, flag=False, sizes=[1]) == (3, 2, False, [1])
+    given = taken(np.int64(3), np.float32(0.5), np.bool_(True), sizes=[(np.int32(1), 2)])  # type: ignore[arg-type]
+    assert json.dumps(given) == "[3, 0.5, true, [[1, 2]]]"  # as a manifest would hold them
+    assert taken(3, 2, flag=False, sizes=[(1, 2)]) == (3, 2, False, ((1, 2),))
     with pytest.raises(TypeError, match=r"taken\(\) missing 2 required positional arguments"):
         taken(3)  # type: ignore[call-arg]
 

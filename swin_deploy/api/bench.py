@@ -115,7 +115,7 @@ def bench(
         requests: dict[Candidate, Request] = {**others.pytorch(weights, sizes, places), **ours}
         if peers:
             requests |= others.exports(ours)
-        say(f"Measuring {len(requests)} rows, {seconds:g} s each and the time that they take to load")
+        say(f"Measuring {len(requests)} row{'s' * (len(requests) > 1)}, {seconds:g} s each and the time that they take to load")
         raced = race(requests, seconds, rounds, progress or (lambda phase, step, steps: None), check)
     run_by = {row.candidate: row.run_by for row in raced.rows}
     references = dict.fromkeys(reference_of(candidate, run_by) for candidate in run_by)
