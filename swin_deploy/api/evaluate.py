@@ -113,7 +113,7 @@ def evaluate(
     if unknown := [precision for precision in precisions if precision not in held]:
         kind = "graph" if engines is None else "engine that runs here"
         raise UsageError(f"The bundle {found.path} holds no {unknown[0]} {kind}. It holds: {', '.join(held)}.")
-    other = {} if engines else {file: why for file in entries if (why := misread(found, file, backend)) is not None}
+    other = {file: why for file in entries if (why := misread(found, file, backend)) is not None}
     for file, why in other.items():
         if entries[file]["precision"] in precisions:
             raise UsageError(why)
@@ -127,7 +127,7 @@ def evaluate(
             size = (int(entry["image_size"][0]), int(entry["image_size"][1]))
             if chosen.ready and size != chosen.image_size:
                 left_out[file] = "of another image size than the data"
-            elif file in other:
+            elif not precisions and file in other:
                 left_out[file] = "in the form for TensorRT, of which OpenVINO makes other answers"
             elif not precisions or entry["precision"] in ("fp32", *precisions):
                 engine = "graph" in entry
