@@ -50,6 +50,7 @@ PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuGraphLaunch": (_HANDLE, _HANDLE),
     "cuGraphDestroy": (_HANDLE,),
     "cuGraphExecDestroy": (_HANDLE,),
+    "cuThreadExchangeStreamCaptureMode": (ctypes.POINTER(ctypes.c_int),),
 }
 LEGACY_STREAM = 1  # CU_STREAM_LEGACY: the default stream, in which DLPack tensors were asked for
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: work of the application in the default stream neither waits nor is waited for
@@ -61,28 +62,34 @@ class Turns:
     """Either any number of threads are in `shared`, or one is `alone`; who wants to be alone comes before who comes later."""
 
     def __init__(self) -> None:
-        self._turn, self._inside, self._waiting = threading.Condition(), 0, 0
+        self._turn, self._inside, self._waiting, self._long = threading.Condition(), 0, 0, 0
 
     @contextmanager
-    def shared(self) -> Iterator[None]:
-        """Not to be entered once more inside."""
+    def shared(self, long: bool = False) -> Iterator[None]:
+        """Not to be entered once more inside. `long` says that it takes so long that nobody is to wait for it."""
         with self._turn:
             self._turn.wait_for(lambda: not self._waiting)
             self._inside += 1
+            self._long += long
         try:
             yield
         finally:
             with self._turn:
                 self._inside -= 1
+                self._long -= long
                 self._turn.notify_all()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> Iterator[bool]:
+        """Whether it is so: not while somebody is inside for long."""
         with self._turn:
+            if self._long:
+                yield False
+                return
             self._waiting += 1
             try:
                 self._turn.wait_for(lambda: not self._inside)
-                yield  # with the lock held
+                yield True  # with the lock held
             finally:
                 self._waiting -= 1
                 self._turn.notify_all()
@@ -124,10 +131,16 @@ class Gpu:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """While inside, CUDA calls of this thread are for this GPU; afterwards for the one that they were for before."""
+        """While inside, CUDA calls of this thread are for this GPU; afterwards for the one that they were for before. What
+        other threads capture, in whatever mode, does not concern this one meanwhile."""
         self._do("cuCtxPushCurrent_v2", self._context)
         try:
-            yield
+            mode = ctypes.c_int(_THREAD_LOCAL)
+            self._do("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+            try:
+                yield
+            finally:
+                self._do("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
         finally:
             self._made("cuCtxPopCurrent_v2")
 

@@ -176,9 +176,9 @@ class Model:
 
         Frames (paths, PIL images, uint8 arrays [height, width, 3]) are taken and prepared in one thread, `batch` at a time,
         and run in another, on a GPU in two, so that it computes while inputs and outputs go over the bus; the caller uses the
-        answers meanwhile. At most `prefetch` batches wait in front of the network and as
-        many behind it: a caller who is slow holds up the frames, and memory does not grow. An error is raised where the
-        answer to its frame would be. Closing the iterator, or leaving its `for`, ends the threads.
+        answers meanwhile. At most twice `prefetch` batches wait, in front of the network and behind it together: a caller who
+        is slow holds up the frames, and memory does not grow. An error is raised where the answer to its frame would be.
+        Closing the iterator, or leaving its `for`, ends the threads.
         """
         for name, value in (("batch", batch), ("prefetch", prefetch), ("top_k", top_k)):
             if value < 1:

@@ -56,6 +56,7 @@ def opened(ort: Any, path: Path, threads: int, providers: Sequence[Any], kind: s
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # its errors reach us as exceptions; its hints are not for an application's log
+    options.use_deterministic_compute = kind == "GPU"  # else means over many tokens there depend on who adds first
 
     def open_session() -> Any:
         # Without the last argument a provider that fails is replaced with the CPU, here and in a call, and that is printed.

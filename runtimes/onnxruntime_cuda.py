@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
+import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -25,6 +27,7 @@ from .worker import Worker
 
 MOST_CALLS = 4  # at a time: while one is computed, others come and go over the bus
 MOST_GRAPHS = 16  # batch sizes that have a CUDA graph; ONNX Runtime keeps each until the session ends
+SAFE_GRAPHS = 1, 31  # older releases free or reuse what a graph reads when another batch size comes
 NO_GRAPH = -1  # the `gpu_graph_id` of a run that is none
 _LOG = logging.getLogger("swin_deploy")
 
@@ -56,7 +59,8 @@ class OnnxRuntimeCuda(Runtime):
             gpu = Gpu(int(device.partition(":")[2] or 0))
         self._thread = Worker("swin_deploy-onnxruntime")
         opening = partial(_opened, ort, path, threads, self.providers)  # not a method: the runtime would keep itself alive
-        self._computing = computing = _Computing(gpu, opening, ort.RunOptions, self.graphs)
+        graphs = self.graphs and tuple(map(int, re.findall(r"\d+", ort.__version__)[:2])) >= SAFE_GRAPHS
+        self._computing = computing = _Computing(gpu, opening, ort.RunOptions, graphs)
         self._release = weakref.finalize(self, self._thread.leave, computing.end)
         self._release.atexit = False
         try:
@@ -73,19 +77,14 @@ class OnnxRuntimeCuda(Runtime):
         batch = int(feeds[self.inputs[0].name].shape[0])
         try:
             with self._computing.gpu.current(), self._carriers.taken() as carrier:
-                computed = None
                 try:
                     with CAPTURING.shared():
                         carrier.bring(feeds, batch)
-                    computed = self._thread.start(partial(self._computing.compute, carrier, batch))
-                    computed.result()
+                    self._thread.start(partial(self._computing.compute, carrier, batch)).result()
                     with CAPTURING.shared():
                         carrier.take(out)
                 except BaseException:
-                    if computed is not None:
-                        computed.wait()  # its memory is in use until then
-                    with CAPTURING.shared():
-                        carrier.free()
+                    self._thread.start(partial(self._computing.drop, carrier))  # after what may still be using it
                     raise
         except Exception as error:
             raise failed(error) from error
@@ -229,8 +228,11 @@ class _Computing:
                 try:
                     if room is None:
                         room = self._common = self._common or self._room(NO_GRAPH)
+                        self.gpu.wait(self._stream)  # until nothing uses the memory that is about to be another
                         room.hold(batch)
                     self._enter(room, carrier)
+                    if not self._graphs:
+                        self.gpu.wait(self._stream)  # nodes on the CPU read an input without waiting for our stream
                     self._session.run_with_iobinding(room.binding, room.options)
                     for memory, computed in zip(carrier.outputs, room.outputs, strict=True):
                         self.gpu.on_device(memory.device, computed.device, memory.size, self._stream)
@@ -240,9 +242,14 @@ class _Computing:
                         self.gpu.wait(self._stream)  # until nothing reads the carrier's memory any more
                     raise
 
+    def drop(self, carrier: _Carrier) -> None:
+        """Frees what a call that failed was carried with."""
+        with contextlib.suppress(BackendError), self.gpu.current(), CAPTURING.shared():
+            carrier.free()
+
     def end(self) -> None:
         """Frees everything; a GPU that has failed may refuse, which changes nothing any more."""
-        with contextlib.suppress(BackendError), self.gpu.current(), CAPTURING.shared():
+        with contextlib.suppress(BackendError), self.gpu.current(), CAPTURING.shared(long=True):
             for carrier in self.carriers.drain() if self.carriers is not None else ():
                 carrier.free()
             self._end()
@@ -251,7 +258,7 @@ class _Computing:
             self.gpu.close()
 
     def _begin(self) -> None:
-        with CAPTURING.shared():
+        with CAPTURING.shared(long=True):
             self._stream = self.gpu.stream()
             here = {"device_id": str(self.gpu.ordinal), "user_compute_stream": str(self._stream)}
             try:
@@ -265,6 +272,8 @@ class _Computing:
             try:
                 return self._open(here, True)
             except BackendError as error:
+                if "graph capture feature" not in str(error):
+                    raise
                 session = self._open(here, False)
                 _LOG.info("ONNX Runtime makes no CUDA graphs of this network: %s", str(error))
                 self._graphs = False
@@ -295,11 +304,13 @@ class _Computing:
 
     def _with_graph(self, batch: int, carrier: _Carrier) -> _Room | None:
         """The room for `batch` images with a CUDA graph that answers, to the bit, as the session does without; None where
-        there is to be none. A session in which capturing goes wrong is opened again, to go on without."""
+        there is to be none, or not now. A session in which capturing goes wrong is opened again, to go on without."""
         if not self._graphs or len(self._rooms) == MOST_GRAPHS:
             return None
-        room, plain = self._room(len(self._rooms) + 1), self._room(NO_GRAPH).options
-        with CAPTURING.alone():
+        with CAPTURING.alone() as alone:
+            if not alone:
+                return None  # this time
+            room, plain = self._room(len(self._rooms) + 1), self._room(NO_GRAPH).options
             try:
                 room.hold(batch)
                 self._enter(room, carrier)
@@ -332,6 +343,7 @@ class _Computing:
         return [memory.view.tobytes() for memory in carrier.outputs]
 
 
+@functools.cache  # for what it prints, standard output of the whole process is held
 def preloaded(ort: Any) -> str:
     """Lets ONNX Runtime load CUDA and cuDNN from where pip puts them; what it complains of, in brackets."""
     said = io.StringIO()

@@ -54,9 +54,10 @@ def pipelined(
 ) -> Iterator[Any]:
     """`run(prepare(frames), count)`, `batch` frames at a time, one result after the other, in the order of the frames.
 
-    One thread takes frames and prepares them, `calls` others run; at most `prefetch` batches wait before and after these. An
-    error is raised where the result of its frame would be; that of a frame that cannot be prepared comes after the results
-    of those before it in its batch. When the iterator is closed all threads end, once the frame in hand is there.
+    One thread takes frames and prepares them, `calls` others run; at most twice `prefetch` batches wait for these and for the
+    caller together. An error is raised where the result of its frame would be; that of a frame that cannot be prepared comes
+    after the results of those before it in its batch. When the iterator is closed all threads end, once the frame in hand is
+    there.
     """
     stream = iter(frames)
     results: _Channel[Future[list[Any]] | None] = _Channel(2 * prefetch + calls - 1)
@@ -72,8 +73,11 @@ def pipelined(
             except BaseException as caught:  # noqa: BLE001 - raised where its result would be
                 error = caught
             ready, failed = _prepared(taken, prepare) if taken else ([], None)
-            if not all(results.put(runners.submit(run, *one)) for one in ready):
-                return
+            try:
+                if not all(results.put(runners.submit(run, *one)) for one in ready):
+                    return
+            except RuntimeError as caught:  # no thread can be started
+                failed = caught
             error = failed or error
             if len(taken) < batch:
                 break

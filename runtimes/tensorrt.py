@@ -74,7 +74,7 @@ class TensorRt(Runtime):
                     natives.runtime.engine_host_code_allowed = True
                 plan = file.path.read_bytes()
                 self._check_plan(trt, natives, plan)
-                with CAPTURING.shared():
+                with CAPTURING.shared(long=True):
                     natives.engine = natives.runtime.deserialize_cuda_engine(plan)
                 if natives.engine is None:
                     raise BackendError(said.sentence())

@@ -49,6 +49,7 @@ HEADER = {
     "cuGraphLaunch": "CUgraphExec hGraphExec, CUstream hStream",
     "cuGraphDestroy": "CUgraph hGraph",
     "cuGraphExecDestroy": "CUgraphExec hGraphExec",
+    "cuThreadExchangeStreamCaptureMode": "CUstreamCaptureMode *mode",
 }
 TYPES: dict[str, Any] = {
     "int": ctypes.c_int, "unsigned int": ctypes.c_uint, "unsigned long long": ctypes.c_ulonglong, "size_t": ctypes.c_size_t,
@@ -100,6 +101,7 @@ class FakeDriver:
         self.alone = 0  # the thread that captures in the mode in which others may do nothing
         self.retained = [0] * len(self.capabilities)
         self.stacks: dict[int, list[int]] = {}
+        self.modes: dict[int, int] = {}  # thread -> how captures of other threads concern it
         self.device: dict[int, Any] = {}  # address -> memory
         self.host: dict[int, Any] = {}
         self.streams: dict[int, Stream] = {LEGACY: Stream()}
@@ -127,6 +129,7 @@ class FakeDriver:
         }
         found = [f"{len(what)} {name}" for name, what in held.items() if what]
         found += [f"cuda:{i} is retained {n} times" for i, n in enumerate(self.retained) if n]
+        found += [f"thread {thread} has a capture mode" for thread, mode in self.modes.items() if mode]
         return found + [f"thread {thread} has a context" for thread, stack in self.stacks.items() if stack]
 
     def here(self, address: int, size: int, device: bool) -> bool:
@@ -180,7 +183,7 @@ class FakeDriver:
                     self.counts[name] += 1
                 if name in self.refuse:
                     return self.refuse[name]
-                if self.alone not in (0, threading.get_ident()) and not re.match("cuCtx", name):
+                if self.alone not in (0, threading.get_ident()) and not re.match("cuCtx|cuThread", name):
                     self.violations.append(f"{name} while another thread captures")
                     return CAPTURE_UNSUPPORTED
                 needs_context = not re.match("cuInit|cuGetError|cuDriver|cuDevice|cuCtx", name)
@@ -288,6 +291,11 @@ class FakeDriver:
         if not stack:
             return INVALID_CONTEXT
         ctypes.c_void_p.from_address(context).value = stack.pop()
+        return OK
+
+    def _cuThreadExchangeStreamCaptureMode(self, mode: int) -> int:
+        value, thread = ctypes.c_int.from_address(mode), threading.get_ident()
+        self.modes[thread], value.value = value.value, self.modes.get(thread, 0)
         return OK
 
     def _cuMemAlloc(self, address: int, size: int) -> int:

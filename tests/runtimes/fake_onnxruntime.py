@@ -40,6 +40,7 @@ class World:
         self.stale = False  # whether a graph answers with something that it kept when it was captured
         self.hasty = False  # whether the GPU is done with what is in the stream before anybody waits for it
         self.fail = ""
+        self.seconds_to_open = 0.0
 
 
 class RunOptions:
@@ -52,11 +53,12 @@ class RunOptions:
 
 
 class Binding:
-    def __init__(self) -> None:
+    def __init__(self, device: int) -> None:
+        self.device = device
         self.bound: dict[str, tuple[Any, tuple[int, ...], int]] = {}
 
     def bind_input(self, name: str, kind: str, number: int, dtype: Any, shape: tuple[int, ...], address: int) -> None:
-        assert (kind, number) == ("cuda", 0)
+        assert (kind, number) == ("cuda", self.device)
         self.bound[name] = (np.dtype(dtype), tuple(shape), address)
 
     bind_output = bind_input
@@ -74,12 +76,14 @@ class Session:
             assert all(isinstance(value, str) for value in chosen.values())
         world.opened.append(given)
         cuda = given["CUDAExecutionProvider"]
-        self._world, self._stream = world, int(cuda["user_compute_stream"])
+        self._world, self._stream, self._device = world, int(cuda["user_compute_stream"]), int(cuda["device_id"])
+        assert options.use_deterministic_compute
         assert self._stream in world.driver.streams
         self._graphs = cuda.get("enable_cuda_graph") == "1"
         if self._graphs and not world.graphs_allowed:
             raise RuntimeError("This session cannot use the graph capture feature as requested by the user")
         self._kept: dict[tuple[int, str], Any] = {}  # the graphs, for each thread its own
+        threading.Event().wait(world.seconds_to_open)
         self._cpu = real.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self._names = [[node.name for node in side] for side in (self._cpu.get_inputs(), self._cpu.get_outputs())]
         self._busy = threading.Lock()
@@ -97,7 +101,7 @@ class Session:
         return self._cpu.get_outputs()
 
     def io_binding(self) -> Binding:
-        return Binding()
+        return Binding(self._device)
 
     def run_with_iobinding(self, binding: Binding, options: RunOptions) -> None:
         world = self._world
@@ -168,7 +172,7 @@ def module(driver: FakeDriver) -> Any:
     """onnxruntime, as it is where it has CUDA; `world` is for the tests."""
     made: Any = types.ModuleType("onnxruntime")
     made.world = World(driver)
-    made.__version__ = real.__version__
+    made.__version__ = "1.31.1"
     made.SessionOptions, made.RunOptions = real.SessionOptions, RunOptions
     made.get_available_providers = lambda: ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
 

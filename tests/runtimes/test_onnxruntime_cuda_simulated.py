@@ -10,7 +10,10 @@ import ctypes
 import gc
 import logging
 import shutil
+import signal
 import sys
+import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,13 +35,14 @@ from swin_deploy.errors import BackendError, MissingDependencyError
 from swin_deploy.runtimes import base
 from swin_deploy.runtimes.onnxruntime_cuda import MOST_CALLS, MOST_GRAPHS
 from swin_deploy.runtimes.tensors import DeviceTensor
+from swin_deploy.runtimes.worker import Job
 
 CHECKPOINTS = EXAMPLES.parent / "tests/checkpoints/data"
 
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    with simulated(monkeypatch) as made:
+    with simulated(monkeypatch, "sm_89", "sm_89") as made:
         fake = module(made)
         monkeypatch.setitem(sys.modules, "onnxruntime", fake)
         made.ort = fake.world  # type: ignore[attr-defined]
@@ -209,6 +213,67 @@ def test_a_session_that_cannot_be_opened_again(driver: Any) -> None:
             model.run(feed(IMAGES[:2]))
         driver.refuse.clear()
         assert model.run(feed(IMAGES[:2]))["logits"].tobytes() == alone(path, IMAGES[:2]).tobytes()
+
+
+def test_the_second_gpu(driver: Any) -> None:
+    path = digits(2)
+    with loaded(path) as first, loaded(path, device="cuda:1") as second:
+        assert second.describe().device == "cuda:1"
+        assert [given["CUDAExecutionProvider"]["device_id"] for given in driver.ort.opened] == ["0", "1"]
+        for model in (first, second):
+            assert model.run(feed(IMAGES[:2]))["logits"].tobytes() == alone(path, IMAGES[:2]).tobytes()
+
+
+def test_a_release_whose_graphs_are_not_safe(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 1.31 a graph may read what another batch size has replaced."""
+    path = digits(2)
+    monkeypatch.setattr(sys.modules["onnxruntime"], "__version__", "1.30.2")
+    with loaded(path) as model:
+        for batch in (1, 2, 1):
+            assert model.run(feed(IMAGES[:batch]))["logits"].tobytes() == alone(path, IMAGES[:batch]).tobytes()
+    assert driver.ort.captured == 0
+    assert "enable_cuda_graph" not in driver.ort.opened[0]["CUDAExecutionProvider"]
+
+
+def test_memory_for_larger_batches_comes_after_the_calls_that_use_what_there_is(driver: Any) -> None:
+    path = digits(2)
+    wanted = {batch: alone(path, IMAGES[:batch]).tobytes() for batch in range(1, 13)}
+    driver.ort.graphs_allowed = False
+    with loaded(path) as model, ThreadPoolExecutor(4) as threads:
+        jobs = [1 + number % 12 for number in range(96)]
+        found = threads.map(lambda batch: model.run(feed(IMAGES[:batch]))["logits"].tobytes(), jobs)
+        assert [one == wanted[batch] for one, batch in zip(found, jobs, strict=True)] == [True] * len(jobs)
+
+
+def test_nobody_waits_for_a_session_that_opens(driver: Any) -> None:
+    """A batch size that is new meanwhile runs without a graph, and has one later."""
+    path = digits(2)
+    with loaded(path) as model:
+        driver.ort.seconds_to_open = 5.0
+        opening = threading.Thread(target=lambda: loaded(digits(1)).close())
+        opening.start()
+        while len(driver.ort.opened) < 2:
+            time.sleep(0.01)
+        for captured, batch in ((0, 2), (0, 2)):
+            assert model.run(feed(IMAGES[:batch]))["logits"].tobytes() == alone(path, IMAGES[:batch]).tobytes()
+            assert driver.ort.captured == captured
+        assert opening.is_alive()
+        opening.join()
+        assert model.run(feed(IMAGES[:2]))["logits"].tobytes() == alone(path, IMAGES[:2]).tobytes()
+        assert driver.ort.captured == 1
+
+
+def test_a_call_that_is_interrupted(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is freed when nothing uses it any more."""
+    path = digits(2)
+    with loaded(path) as model:
+        for _ in range(3):
+            with monkeypatch.context() as patch:
+                patch.setattr(Job, "wait", lambda self: signal.raise_signal(signal.SIGINT))
+                with pytest.raises(KeyboardInterrupt):
+                    model.run(feed(IMAGES[:3]))
+            assert model.run(feed(IMAGES[:2]))["logits"].tobytes() == alone(path, IMAGES[:2]).tobytes()
+        assert len(driver.streams) == 1 + 2  # the default one, the session's, and that of one call
 
 
 def test_a_model_that_nobody_closed(driver: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,16 @@ def test_reconstruct_and_the_stream_of_another_task() -> None:
         pytest.raises(UsageError, match=r"reconstruct\(\) needs"),
     ):
         other.reconstruct(images)
+
+
+def test_no_thread_to_be_had(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def submit(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    with pytest.raises(RuntimeError, match="start new thread"):
+        list(model.stream(DIGITS))
+    assert workers() == []
 
 
 def test_one_frame_and_what_is_none(model: Model) -> None:
