@@ -38,6 +38,11 @@ def _is_path(value: object) -> bool:
     return isinstance(value, str | os.PathLike) and isinstance(text := os.fspath(value), str) and text > "" and "\0" not in text
 
 
+def _are_several(value: object) -> bool:
+    """Whether it gives one item after the other; a data set may know them by number alone, as PyTorch's do."""
+    return (isinstance(value, Iterable) or hasattr(value, "__getitem__")) and not isinstance(value, str | bytes)
+
+
 KINDS: dict[str, Kind] = {
     "None": ("None", lambda value: value is None),
     "str": ("a text", lambda value: isinstance(value, str)),
@@ -47,8 +52,8 @@ KINDS: dict[str, Kind] = {
     "bool": ("True or False", lambda value: type(value).__name__ in ("bool", "bool_")),  # Python's, or numpy's
     "Say": ("a function", callable),
     "Progress": ("a function", callable),
-    "Iterable[Any]": ("a list of images", lambda value: isinstance(value, Iterable) and not isinstance(value, str | bytes)),
-    "Iterable[str]": ("a list of texts", lambda value: isinstance(value, Iterable) and not isinstance(value, str | bytes)),
+    "Iterable[Any]": ("a list of images", _are_several),
+    "Iterable[str]": ("a list of texts", _are_several),
     "Samples": ("Samples", lambda value: type(value).__name__ == "Samples"),
     "TaskSpec": ("a TaskSpec", lambda value: type(value).__name__ == "TaskSpec"),
 }

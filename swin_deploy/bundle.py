@@ -159,11 +159,13 @@ class Bundle:
         return Bundle(self.path, manifest)
 
     def with_entry(self, file: str, changes: Mapping[str, Any]) -> Bundle:
-        """The bundle after `changes` were made to the manifest's entry of `file`."""
+        """The bundle after `changes` were made to the manifest's entry of `file`; not where that is another file by now."""
         with disk_errors(self.path / MANIFEST), locked(self.path):
             manifest = _read_manifest(self.path / MANIFEST)
-            manifest["files"][file] |= changes
-            _write_manifest(self.path, manifest)
+            now = manifest["files"].get(file)
+            if now is not None and now["sha256"] == self.files[file]["sha256"]:
+                now |= changes
+                _write_manifest(self.path, manifest)
         return Bundle(self.path, manifest)
 
     def without(self, file: str) -> Bundle:

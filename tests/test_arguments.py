@@ -83,6 +83,20 @@ def test_numbers_of_numpy_are_numbers() -> None:
         taken(3)  # type: ignore[call-arg]
 
 
+def test_data_that_is_known_by_number_alone() -> None:
+    """As PyTorch's data sets, and torchvision's, which have no __iter__."""
+
+    class Numbered:
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, number: int) -> Any:
+            return np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
+
+    [score] = swin_deploy.evaluate(digits(2), Numbered(), precisions=["fp32"]).scores  # type: ignore[arg-type]
+    assert (score.precision, score.not_finite) == ("fp32", 0)
+
+
 def test_names_that_are_too_long() -> None:
     for call in (lambda: read_image("x" * 5000), lambda: swin_deploy.inspect("x" * 5000), lambda: swin_deploy.load("x" * 5000)):
         with pytest.raises(SwinDeployError, match=r"[Nn]ame too long"):

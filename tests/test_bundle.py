@@ -344,6 +344,16 @@ def test_an_entry_is_changed_without_its_file(tmp_path: Path) -> None:
     assert text_of(bundle) == "graph"
 
 
+def test_an_entry_is_of_the_file_that_was_seen(tmp_path: Path) -> None:
+    """What is said of a graph is not entered for one that somebody has put in its place meanwhile."""
+    seen = make(tmp_path / "b")
+    seen.with_file("onnx/model.onnx", {}, lambda path: path.write_text("another") and None)
+    assert "agreement" not in seen.with_entry("onnx/model.onnx", {"agreement": "verified"}).files["onnx/model.onnx"]
+    assert "agreement" not in Bundle.open(seen.path).files["onnx/model.onnx"]
+    seen.without("onnx/model.onnx")
+    assert "onnx/model.onnx" not in seen.with_entry("onnx/model.onnx", {"agreement": "verified"}).files
+
+
 def test_the_newest_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=f"no bundle in {tmp_path}"):
         newest_bundle(tmp_path)
