@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,9 +124,10 @@ def _refuse_form(bundle: Bundle, precision: str) -> None:
     others = [made for entry in held if (made := target_of(entry)) != TARGETS[0]]
     if not held or others:
         what = f"an {precision} graph for {others[0]}" if others else f"no {precision} graph"
+        command = ["swin-deploy", "quantize", str(bundle.path), f"--{precision}", "--data", "DIR"]
         raise UsageError(
             f"The bundle {bundle.path} holds {what}; TensorRT's takes images to measure ranges on. Make it with "
-            f'"swin-deploy quantize {bundle.path} --{precision} --data DIR".'
+            f'"{shlex.join(command)}".'
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,9 +78,10 @@ def misread(bundle: Bundle, file: str, backend: str) -> str | None:
     precision = str(entry["precision"])
     if backend != "openvino" or precision not in QUANTIZED or target_of(entry) != TARGETS[0]:
         return None
+    command = ["swin-deploy", "quantize", str(bundle.path), "--int8", "--target", "openvino", "--data", "DIR"]
     return (
         f"The {precision} graph of {bundle.path} is in the form for TensorRT, of which OpenVINO makes other answers. "
-        f'Make one for it: "swin-deploy quantize {bundle.path} --int8 --target openvino --data DIR".'
+        f'Make one for it: "{shlex.join(command)}".'
     )
 
 

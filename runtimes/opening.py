@@ -118,10 +118,23 @@ def _candidates(bundle: Bundle, backend: str, precision: str, device: str) -> li
     if backend == AUTO and wanted not in (None, "cpu") and not any(map(_has_cuda, graphs)):
         raise MissingDependencyError(f'Nothing that is installed runs graphs on {wanted}. Run: pip install "swin-deploy[gpu]"')
     held = dict.fromkeys(str(entry["precision"]) for entry in bundle.graphs.values())
-    verb, data = ("quantize", " --data DIR") if precision in QUANTIZED else ("build-engine", "")
-    made = f' Make it with "swin-deploy {verb} {bundle.path} --{precision}{data}".' if precision != AUTO else ""
     asked = "graph that fits" if precision == AUTO else f"{precision} graph"
-    raise UsageError(f"The bundle {bundle.path} holds no {asked}; it holds {', '.join(held)}.{made}")
+    remedy = "" if precision == AUTO else f" {_remedy(bundle, backend, precision)}"
+    raise UsageError(f"The bundle {bundle.path} holds no {asked}; it holds {', '.join(held)}.{remedy}")
+
+
+def _remedy(bundle: Bundle, backend: str, precision: str) -> str:
+    """What to do for a graph of that precision which the back end runs."""
+    form = str(bundle.manifest.get("target", TARGETS[0]))
+    if precision == "fp8" and backend == "openvino":
+        return "OpenVINO does not compute in FP8; take int8."
+    if precision != "int8" and form != TARGETS[0]:
+        return f'It was exported for {form}, which has no such graph; export it with "--target {TARGETS[0]}" first.'
+    command = ["swin-deploy", "quantize" if precision in QUANTIZED else "build-engine", str(bundle.path), f"--{precision}"]
+    if precision in QUANTIZED:
+        target = ["--target", backend] if precision == "int8" and backend in TARGETS and backend != form else []
+        command += [*target, "--data", "DIR"]
+    return f'Make it with "{shlex.join(command)}".'
 
 
 def _precisions(backend: str, precision: str) -> Sequence[str]:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import swin_deploy
 from swin_deploy.api.bench import bench
 from swin_deploy.bundle import Bundle
 from swin_deploy.calib.placement import linear_layers
-from swin_deploy.errors import BackendError, InputError, VerificationError
+from swin_deploy.errors import BackendError, InputError, UsageError, VerificationError
 
 onnx = pytest.importorskip("onnx", reason="the graphs are ONNX")
 pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with onnx-graphsurgeon")
@@ -96,8 +97,26 @@ def test_for_a_cpu(
     if target == "onnxruntime":
         refused(cli_here("quantize", "b", "--fp8", "--data", train, cwd=tmp_path), "does not compute in FP8")
         refused(cli_here("quantize", "b", "--data", train, "--target", "tensorrt", cwd=tmp_path), "exported for onnxruntime")
+        for precision in ("fp16", "fp8"):
+            with pytest.raises(UsageError, match='export it with "--target tensorrt" first'):
+                swin_deploy.load(path, backend=backend, precision=precision)
     elif importlib.util.find_spec("tensorrt_rtx") is not None:
         refused(cli_here("build-engine", "b", "--int8", cwd=tmp_path), "an int8 graph for openvino", "swin-deploy quantize b")
+
+
+def test_the_command_that_is_named_for_a_missing_graph_makes_it(tmp_path: Path) -> None:
+    path = copied(1, tmp_path / "a bundle")
+    if importlib.util.find_spec("openvino") is not None:
+        for precision, remedy in {"int8": "a bundle' --int8 --target openvino --data DIR", "fp8": "take int8"}.items():
+            with pytest.raises(UsageError, match=remedy):
+                swin_deploy.load(path, backend="openvino", precision=precision)
+    with pytest.raises(UsageError, match="holds no int8 graph") as refusal:
+        swin_deploy.load(path, backend="onnxruntime", precision="int8")
+    _, verb, *arguments = shlex.split(str(refusal.value).split('"')[1])
+    assert arguments == [str(path), "--int8", "--target", "onnxruntime", "--data", "DIR"]
+    assert cli_here(verb, *arguments[:-1], IMAGES, cwd=tmp_path).returncode == 0
+    with swin_deploy.load(path, backend="onnxruntime", precision="int8") as model:
+        assert model.precision == "int8"
 
 
 def test_for_a_cpu_a_part_of_many_samples_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
