@@ -8,6 +8,7 @@ import ctypes
 import glob
 import os
 import platform
+import re
 import secrets
 import shutil
 import sys
@@ -71,14 +72,18 @@ def sweep(target: Path) -> None:
     """Removes what the making of `target`, a folder or a file, left when it was killed on this machine."""
     if os.name == "nt":  # where os.kill(pid, 0) is no question
         return
-    for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-{glob.escape(platform.node())}-*"):
-        pid = leftover.name.rsplit("-", 2)[1]
+    ours = f".{target.name}.partial-{platform.node()}-"
+    for leftover in target.parent.glob(glob.escape(ours) + "*"):
+        made = re.fullmatch(r"(\d+)-[0-9a-f]{8}", leftover.name.removeprefix(ours))
+        if made is None:  # of a machine whose name begins like this one's
+            continue
         try:
-            os.kill(int(pid), 0)
-        except (ProcessLookupError, ValueError, OverflowError):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
+            os.kill(int(made[1]), 0)
+        except (ProcessLookupError, OverflowError):
+            with contextlib.suppress(OSError):  # it is another user's, and stays
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
         except OSError:
             pass  # somebody else's process

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from swin_deploy.folders import scratch_folder
+from swin_deploy.folders import scratch_beside, scratch_folder, sweep
 
 HOLD = """
 from swin_deploy.folders import scratch_folder
@@ -41,3 +41,40 @@ def test_what_the_killed_left_is_swept(tmp_path: Path, monkeypatch: pytest.Monke
         assert (used / "large.npz").exists()
     alive.communicate("\n")
     assert [path.name for path in tmp_path.iterdir()] == ["swin-test"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="nothing is swept there")
+def test_what_another_machine_makes_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that several write to. Its process is not one of this machine, whose name may begin like the other's."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for name in ("cam-2", "camera", "cam"):
+        monkeypatch.setattr("platform.node", lambda name=name: name)
+        with monkeypatch.context() as patch:
+            patch.setattr("os.getpid", lambda: gone.pid)
+            scratch_beside(tmp_path / "b").mkdir()
+    sweep(tmp_path / "b")
+    assert sorted(path.name.split("-" + str(gone.pid))[0] for path in tmp_path.iterdir()) == [
+        ".b.partial-cam-2",
+        ".b.partial-camera",
+    ]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="nothing is swept there")
+def test_what_may_not_be_removed_is_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getpid", lambda: gone.pid)
+        left = scratch_beside(tmp_path / "b")
+    left.write_bytes(b"x")
+
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(1, "Operation not permitted", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)  # as in a folder with the sticky bit, where another user left it
+        sweep(tmp_path / "b")
+    assert left.exists()
+    sweep(tmp_path / "b")
+    assert not left.exists()
