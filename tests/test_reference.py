@@ -129,6 +129,25 @@ def test_a_graph_of_other_weights_is_not_verified(tmp_path: Path) -> None:
     assert [v.verified for v in swin_deploy.verify(bundle.path)] == [False, False]
 
 
+def test_a_verdict_that_cannot_be_entered_is_given_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = copied(2, tmp_path / "b")
+    Bundle.open(path).with_entry("onnx/model.onnx", {"agreement": "not verified"})
+
+    def refuse(folder: Path, manifest: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("swin_deploy.bundle._write_manifest", refuse)
+        assert all(verdict.verified for verdict in swin_deploy.verify(path, say=said.append))
+    [line] = said
+    assert line.startswith("That onnx/model.onnx is verified is not entered into the manifest. ")
+    assert "Read-only file system" in line
+    swin_deploy.verify(path, say=said.append)
+    assert Bundle.open(path).files["onnx/model.onnx"]["agreement"]["verified"]
+    assert len(said) == 1
+
+
 def test_verify_checks_every_file_before_it_runs_any(tmp_path: Path) -> None:
     bundle = Bundle.open(copied(1, tmp_path / "b"))
     (bundle.path / "config.json").write_text("{}")

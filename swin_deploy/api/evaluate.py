@@ -28,7 +28,8 @@ def verify(
     With a back end that runs engines ("tensorrt", "tensorrt-rtx", on "cuda"), on every engine that fits that GPU and release;
     errors.EngineError says why none does. A graph in a form of which the back end makes other answers has no verdict, and `say`
     gets a line that says so. Checks every file's sha256 first (errors.BundleError). A verdict that is not `verified` is
-    returned, not raised. That a graph is verified is entered into the manifest where that did not say so yet.
+    returned, not raised. That a graph is verified is entered into the manifest where that did not say so yet; `say` gets a line
+    where it cannot be written.
     """
     from functools import partial
 
@@ -46,8 +47,10 @@ def verify(
         answers = verify_bundle(found, partial(runtime_to_check, backend=backend, device=device), other)
         for verdict in answers:
             if verdict.verified and not is_verified(found.files[verdict.file]):
-                with contextlib.suppress(BundleError):  # it may be read-only, and the verdict is what was asked for
+                try:
                     found.with_entry(verdict.file, {"agreement": verdict.to_dict()})
+                except BundleError as error:  # the verdict is what was asked for
+                    say(f"That {verdict.file} is verified is not entered into the manifest. {error}")
         return answers
     for file in found.files:
         found.verified_path(file)
