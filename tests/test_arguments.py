@@ -58,6 +58,8 @@ def _right(needed: dict[str, Any], parameters: Any) -> dict[str, Any]:
         (lambda: swin_deploy.build_engine("b", batches=(1, 8, 32)), "a list of tuples of 3 whole numbers"),  # type: ignore[arg-type]
         (lambda: swin_deploy.build_engine("b", workspace=2.5), "a whole number or None"),  # type: ignore[arg-type]
         (lambda: swin_deploy.export("swin-tiny", image_sizes=(224, 224)), "a list of tuples of 2 whole numbers"),  # type: ignore[arg-type]
+        (lambda: swin_deploy.export("swin-tiny", image_sizes=[(0, 4)]), r"size is \(0, 4\), and .* must be at least 1\."),
+        (lambda: swin_deploy.export("swin-tiny", embed_preprocess=True, embed_resize=(-1, 4)), r"\(-1, 4\), and .* at least 1"),
         (lambda: swin_deploy.export("swin-tiny", window_size=7.0), "a whole number or a list of whole numbers or None"),  # type: ignore[call-overload]
         (lambda: swin_deploy.quantize("b", 3), r"data is 3 \(int\), and must be a path or a list of images or None"),  # type: ignore[arg-type]
         (lambda: swin_deploy.quantize("b", keep="layer"), "a list of texts"),

@@ -54,11 +54,15 @@ def export(
     bundle that is there. `say` gets a line for each step. Raises errors.SwinDeployError with nothing written.
     """
     from swin_deploy.bundle import room_for
+    from swin_deploy.errors import UsageError
     from swin_deploy.exporters.export import bundle_from_checkpoint
     from swin_deploy.exporters.source import bundle_name, checkpoint_from_request
     from swin_deploy.runtimes.backends import runtime_to_check
     from swin_deploy.tasks import TaskSpec
 
+    for size in (*image_sizes, *([] if embed_resize is None else [embed_resize])):
+        if min(size) < 1:
+            raise UsageError(f"An image size is {size}, and its height and width must be at least 1.")
     spec = TaskSpec(task) if isinstance(task, str) else task
     path = Path(bundle_name(variant, weights) if output is None else output)
     if os.path.lexists(path):
