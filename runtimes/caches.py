@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import secrets
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+
+from swin_deploy.folders import scratch_beside
 
 DAYS, MOST_FILES = 90, 64  # of each kind, what was used last is kept
 
@@ -42,7 +43,7 @@ def keep(file: Path | None, content: bytes) -> None:
     """Writes the file all at once; where nothing may be written, it is not kept. Those of its kind that are old are removed."""
     if file is None:
         return
-    scratch = file.with_name(f".{file.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    scratch = scratch_beside(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from swin_deploy.errors import BackendError, MissingKernelError
+from swin_deploy.errors import BackendError, MissingKernelError, sentence
 from swin_deploy.requires import require
 from swin_deploy.specs import TensorSpec
 
@@ -74,10 +74,10 @@ def opened(ort: Any, path: Path, threads: int, providers: Sequence[Any], kind: s
     except Exception as error:
         if "NOT_IMPLEMENTED" in str(error):
             raise MissingKernelError(
-                f"ONNX Runtime {ort.__version__} has no {kind} kernel for a type in {path.name} ({_sentence(error)}). Use "
+                f"ONNX Runtime {ort.__version__} has no {kind} kernel for a type in {path.name} ({sentence(str(error))}). Use "
                 f"the back end openvino, or another precision."
             ) from error
-        raise BackendError(f"ONNX Runtime {ort.__version__} cannot load {path}: {_sentence(error)}") from error
+        raise BackendError(f"ONNX Runtime {ort.__version__} cannot load {path}: {sentence(str(error))}.") from error
 
 
 def specs_of(session: Any) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
@@ -86,12 +86,8 @@ def specs_of(session: Any) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ..
 
 
 def failed(error: Exception) -> BackendError:
-    return BackendError(f"ONNX Runtime failed while running the model: {_sentence(error)}")
+    return BackendError(f"ONNX Runtime failed while running the model: {sentence(str(error))}.")
 
 
 def _specs(nodes: list[Any]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(n.name, _DTYPES[n.type], tuple(n.shape)) for n in nodes)
-
-
-def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split())

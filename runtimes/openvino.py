@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from swin_deploy.errors import BackendError, UsageError
+from swin_deploy.errors import BackendError, UsageError, sentence
 from swin_deploy.requires import require
 from swin_deploy.specs import TensorSpec
 
@@ -48,7 +48,7 @@ class OpenVino(Runtime):
                 outputs = tuple(map(_of_free_batch, outputs, _specs(model.outputs)))
             self._single = self._requests(model)
         except RuntimeError as error:
-            raise BackendError(f"OpenVINO cannot load {path}: {_sentence(error)}") from error
+            raise BackendError(f"OpenVINO cannot load {path}: {sentence(str(error))}.") from error
         super().__init__(f"openvino {ov.__version__.partition('-')[0]}", inputs, outputs)  # what follows names the build
 
     def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
@@ -65,7 +65,7 @@ class OpenVino(Runtime):
                     return out
                 return {spec.name: np.array(request.get_output_tensor(n).data) for n, spec in enumerate(self.outputs)}
         except RuntimeError as error:
-            raise BackendError(f"OpenVINO failed while running the model: {_sentence(error)}") from error
+            raise BackendError(f"OpenVINO failed while running the model: {sentence(str(error))}.") from error
 
     def _pool(self, feeds: Feeds) -> Pool[Any]:
         if all(len(feeds[spec.name]) == 1 or spec.shape[0] != "batch" for spec in self.inputs):
@@ -108,10 +108,6 @@ def _identity(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _specs(ports: list[object]) -> tuple[TensorSpec, ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swin_deploy.errors import BackendError, MissingDependencyError, UsageError
+from swin_deploy.errors import BackendError, MissingDependencyError, UsageError, sentence
 from swin_deploy.requires import require
 from swin_deploy.specs import specs_from_onnx
 
@@ -64,7 +64,7 @@ class PyTorch(Runtime):
         except BackendError:
             raise
         except Exception as error:
-            raise BackendError(f"PyTorch {torch.__version__} cannot load {path}: {_sentence(error)}") from error
+            raise BackendError(f"PyTorch {torch.__version__} cannot load {path}: {sentence(str(error))}.") from error
 
     def _check_gpu(self, device: str) -> None:
         torch, number = self._torch, int(device.partition(":")[2])
@@ -105,7 +105,7 @@ class PyTorch(Runtime):
             except TypeError as error:
                 raise BackendError(
                     f"The back end torch does not take the {operator} {node.name} of {path.name} as it is: "
-                    f"{_sentence(error)}. Take another back end, such as onnxruntime."
+                    f"{sentence(str(error))}. Take another back end, such as onnxruntime."
                 ) from error
             done = {name for name in (*node.input, *node.output) if last[name] == number} - kept
             inputs = tuple(weights.get(name, name) for name in node.input)
@@ -143,7 +143,7 @@ class PyTorch(Runtime):
                     self._shared(array).copy_(values[name])
                 return out
         except Exception as error:
-            raise BackendError(f"PyTorch failed while running the model: {_sentence(error)}") from error
+            raise BackendError(f"PyTorch failed while running the model: {sentence(str(error))}.") from error
 
     def _fed(self, feed: Array | DeviceTensor) -> Tensor:
         if isinstance(feed, DeviceTensor):
@@ -193,7 +193,3 @@ def _whole_numbers(node: onnx.NodeProto, whole: Mapping[str, Tensor]) -> Callabl
         return found
 
     return numbers
-
-
-def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from swin_deploy.errors import InputError
+from swin_deploy.errors import InputError, sentence
 from swin_deploy.specs import TensorSpec
 
 _CPU, _CUDA, _CUDA_HOST = 1, 2, 3  # DLDeviceType of dlpack.h
@@ -66,7 +66,7 @@ def from_dlpack(spec: TensorSpec, value: Any, device: str) -> Any:
     except InputError:
         raise
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = sentence(str(error))
         raise InputError(
             f'The input "{spec.name}", a {type(value).__name__}, cannot be read through DLPack: {reason}. Expected {spec}.'
         ) from error
