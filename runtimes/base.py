@@ -134,7 +134,9 @@ class Runtime(ABC):
             raise InputError(f"out is a {type(out).__name__}; expected a dict with {_listed(self.outputs)}.")
         used = [(name, array) for name, array in feeds.items() if isinstance(array, np.ndarray)]
         if len(out) != len(self.outputs) or any(spec.name not in out for spec in self.outputs):
-            raise InputError(f"out holds {', '.join(out) or 'nothing'}; expected an array for each of {_listed(self.outputs)}.")
+            raise InputError(
+                f"out holds {', '.join(map(str, out)) or 'nothing'}; expected an array for each of {_listed(self.outputs)}."
+            )
         for spec, shape in zip(self.outputs, shapes, strict=True):
             array, what = out[spec.name], f'The array for the output "{spec.name}"'
             if not isinstance(array, np.ndarray):
@@ -173,7 +175,10 @@ def _copied(found: Mapping[str, Array], out: Mapping[str, Array]) -> Mapping[str
 
 def _check_array(spec: TensorSpec, array: Array | DeviceTensor, what: str) -> None:
     if array.dtype != spec.dtype:
-        raise InputError(f'{what} has dtype {array.dtype}; expected {spec}. Convert it: array.astype("{spec.dtype}").')
+        todo = f'Convert it: array.astype("{spec.dtype}").'
+        if {array.dtype.kind, np.dtype(spec.dtype).kind} == {"u", "f"}:  # cast, they would be run, and the answer be nonsense
+            todo = "Bytes of an image and normalised pixels are other numbers, too: make them with model.preparation(images)."
+        raise InputError(f"{what} has dtype {array.dtype}; expected {spec}. {todo}")
     fits = len(array.shape) == len(spec.shape) and all(
         isinstance(wanted, str) or size == wanted for size, wanted in zip(array.shape, spec.shape, strict=True)
     )

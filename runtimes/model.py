@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import IOBase
 from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -276,6 +277,8 @@ def _several(images: Any, together: int) -> Iterable[Any]:
     the way are copied: it may use the same memory for the next one."""
     if isinstance(images, str | os.PathLike | np.ndarray) or not isinstance(images, Iterable):
         return [images]
+    if isinstance(images, bytes | bytearray | IOBase) or hasattr(images, "__dlpack__"):
+        return [images]  # none is an image, and the error should name it, and not its first byte, line or row
     if together == 1 or isinstance(images, Sequence):
         return images
     return (image.copy() if isinstance(image, np.ndarray) else image for image in images)

@@ -95,6 +95,11 @@ def test_an_out_without_names(out: Any) -> None:
         adder.run({"a": ones(1, 2), "b": ones(1, 2)}, out)
 
 
+def test_an_out_with_other_names() -> None:
+    with Adder() as adder, pytest.raises(InputError, match="out holds None, total; expected an array for each of sum: float32"):
+        adder.run({"a": ones(1, 2), "b": ones(1, 2)}, {None: ones(1, 2), "total": ones(1, 2)})  # type: ignore[dict-item]
+
+
 def test_out_in_memory_that_is_read_or_written_otherwise() -> None:
     memory = ones(3, 2)
     with Adder() as adder, pytest.raises(InputError, match='"sum" lies in the same memory as that for "b"'):

@@ -93,10 +93,30 @@ def test_what_is_no_image(model: Model, image: object) -> None:
         model.classify(image)  # type: ignore[arg-type]
 
 
+def test_what_is_no_image_is_named_itself_and_not_its_parts(model: Model) -> None:
+    """Such as the bytes of a JPEG, whose first item is a number."""
+    with THREE.open("rb") as file:
+        for given, name in ((THREE.read_bytes(), "bytes"), (file, "BufferedReader"), (_Tensor(), "_Tensor")):
+            for answers in (model.classify, lambda images: list(model.stream(images))):
+                with pytest.raises(InputError, match=f"^The image is a {name}; give a path, a PIL image or a uint8 array"):
+                    answers(given)  # type: ignore[arg-type]
+
+
+class _Tensor(list[int]):
+    def __dlpack__(self) -> None:
+        raise AssertionError
+
+
+def test_arrays_prepared_as_run_takes_them(model: Model) -> None:
+    logits = model.run({"pixel_values": model.preparation([THREE, FLOWER])})["logits"]
+    assert list(logits.argmax(axis=1)) == [best[0].index for best in model.classify([THREE, FLOWER])]
+
+
 @pytest.mark.parametrize(
     ("feeds", "sentence"),
     [
         ({}, "missing"),
+        ({"pixel_values": FEED.astype(np.uint8)}, r"uint8; expected .*float32 .*make them with model\.preparation\(images\)"),
         ({"pixel_values": FEED, "mask": FEED}, 'no input "mask"'),
         ({"pixel_values": FEED.astype(np.float64)}, "float64"),
         ({"pixel_values": FEED.astype(np.float16)}, "float16"),
