@@ -125,14 +125,15 @@ def open_engine(bundle: Bundle, file: str, device: str) -> Runtime:
     entry = bundle.files[file]
     graph, backend = bundle.files[entry["graph"]], str(entry["backend"])
     gpu, folder = cuda_devices()[int(device.partition(":")[2] or 0)], cache_folder(backend)
+    again = rebuild_command(bundle, file, [gpu.capability])
     name = re.sub(r"\W+", "-", f"{entry['sha256'][:32]} {gpu.name}")
     engine = EngineFile(
-        bundle.verified_path(file),
+        bundle.verified_path(file, f'compile it again with "{again} --force"'),
         tuple(map(TensorSpec.from_dict, graph["inputs"])),
         tuple(map(TensorSpec.from_dict, graph["outputs"])),
         host_code=bool(entry["options"].get("version_compatible")),
         cache=folder / f"{name}.cache" if folder else None,
-        again=rebuild_command(bundle, file, [gpu.capability]),
+        again=again,
     )
     return runtime_from_engine(engine, backend, device)
 

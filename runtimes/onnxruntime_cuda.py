@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from swin_deploy.cuda import refuse_without_gpu
 from swin_deploy.errors import BackendError, MissingDependencyError, sentence
 from swin_deploy.requires import require
 from swin_deploy.specs import TensorSpec
@@ -40,7 +41,7 @@ class OnnxRuntimeCuda(Runtime):
     Any number of threads may run it. One thread of its own computes, because ONNX Runtime keeps CUDA graphs, and the handles
     of CUDA's libraries, for each thread that does; up to MOST_CALLS calls carry their inputs and outputs meanwhile, each with
     a stream and memory of its own. Raises BackendError when ONNX Runtime does not take the model or cannot start the
-    provider, MissingDependencyError where it was built without.
+    provider, MissingDependencyError where it was built without, UsageError where there is no GPU either.
     """
 
     calls_at_once = 2
@@ -51,6 +52,7 @@ class OnnxRuntimeCuda(Runtime):
     def __init__(self, path: Path, threads: int = 0, device: str = "cuda:0") -> None:
         ort = require("onnxruntime", "run ONNX models")
         if self.provider not in ort.get_available_providers():
+            refuse_without_gpu(device)
             raise MissingDependencyError(
                 f"ONNX Runtime {ort.__version__} as it is installed has no {self.provider}, so it cannot run on {device}. "
                 'Run: pip uninstall onnxruntime, then pip install "swin-deploy[gpu]"'

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from swin_deploy.bundle import Bundle
-from swin_deploy.cuda import cuda_devices
+from swin_deploy.cuda import cuda_devices, refuse_without_gpu
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
 from swin_deploy.reference import is_verified
 from swin_deploy.requires import require
@@ -85,8 +85,8 @@ def _candidates(bundle: Bundle, backend: str, precision: str, device: str) -> li
         require(named[backend].found, f"run models with the back end {backend}")
     else:
         named = {name: found for name, found in BACKENDS.items() if found.auto and found.installed}
-    if backend == AUTO and wanted not in (None, "cpu") and not cuda_devices():
-        raise UsageError(f"There is no {device} here: this machine has no usable NVIDIA GPU. Take the device cpu.")
+    if backend == AUTO and wanted not in (None, "cpu"):
+        refuse_without_gpu(device)
     found = [
         candidate
         for name, kind in named.items()

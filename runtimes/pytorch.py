@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swin_deploy.cuda import refuse_without_gpu
 from swin_deploy.errors import BackendError, MissingDependencyError, UsageError, sentence
 from swin_deploy.requires import require
 from swin_deploy.specs import specs_from_onnx
@@ -69,6 +70,7 @@ class PyTorch(Runtime):
     def _check_gpu(self, device: str) -> None:
         torch, number = self._torch, int(device.partition(":")[2])
         if torch.version.cuda is None:
+            refuse_without_gpu(device)
             raise MissingDependencyError(
                 f"PyTorch {torch.__version__} as it is installed is built without CUDA, so it cannot run on {device}. "
                 "Install a build with CUDA: https://pytorch.org/get-started"

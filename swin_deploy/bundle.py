@@ -18,6 +18,7 @@ import datetime as dt
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -84,17 +85,18 @@ class Bundle:
         files = sorted((file for file in self.files if file.endswith(".onnx")), key=lambda file: file not in first)
         return {file: self.files[file] for file in files}
 
-    def verified_path(self, file: str) -> Path:
+    def verified_path(self, file: str, remedy: str = "") -> Path:
         """The path of `file`, after its sha256 was found to be the manifest's, and that of the weights it refers to.
 
-        Raises BundleError when one is not.
+        Raises BundleError when one is not, with `remedy` (what to do, such as "export the bundle again") or the usual one.
         """
         entry = self.files.get(file)
         if entry is None:
             raise BundleError(f"The bundle {self.path} has no {file}. It holds: {', '.join(sorted(self.files))}.")
         path = self.path / file
         engine = file.endswith((".engine", ".layers.json"))
-        remedy = 'compile it again with "swin-deploy build-engine --force"' if engine else "export the bundle again"
+        again = f'compile it again with "swin-deploy build-engine {shlex.quote(str(self.path))} --force" and the options it had'
+        remedy = remedy or (again if engine else "export the bundle again")
         try:
             actual = sha256_of(path)
         except OSError as error:

@@ -10,6 +10,8 @@ import os
 import sys
 from dataclasses import dataclass
 
+from swin_deploy.errors import UsageError
+
 # CUdevice_attribute values of cuda.h; they are part of the driver's stable ABI.
 _CAPABILITY_MAJOR = 75
 _CAPABILITY_MINOR = 76
@@ -62,6 +64,12 @@ def cuda_devices() -> tuple[CudaDevice, ...]:
         if not failure:
             found.append(CudaDevice(name.value.decode("utf-8", "replace"), f"sm_{major.value}{minor.value}"))
     return tuple(found)
+
+
+def refuse_without_gpu(device: str) -> None:
+    """Raises UsageError where this machine has no GPU that `device` ("cuda:0") could be."""
+    if not cuda_devices():
+        raise UsageError(f"There is no {device} here: this machine has no usable NVIDIA GPU. Take the device cpu.")
 
 
 def seen_first(capability: str) -> list[str]:

@@ -175,7 +175,7 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     if cuda_devices():
         pytest.skip("this machine has a GPU")
     done = cli_here("bench", bundle(), "--device", "cuda", "--backend", "onnxruntime", *QUICK, cwd=tmp_path)
-    refused(done, "cannot run on cuda:0")
+    refused(done, "There is no cuda:0 here: this machine has no usable NVIDIA GPU")
     refused(cli_here("bench", bundle(), "--device", "tpu", *QUICK, cwd=tmp_path), 'no device "tpu"')
 
 

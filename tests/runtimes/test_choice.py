@@ -259,12 +259,23 @@ def test_devices_that_cannot_be_meant(arguments: dict[str, str], error: type[Exc
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "onnxruntime-tensorrt"])
-def test_a_gpu_that_this_onnxruntime_has_no_provider_for(backend: str) -> None:
+def test_a_gpu_that_this_onnxruntime_has_no_provider_for(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is told what to install, and nothing else is taken instead."""
     ort = pytest.importorskip("onnxruntime", reason="the back end under test")
     if "CUDAExecutionProvider" in ort.get_available_providers():
         pytest.skip("this ONNX Runtime has the CUDA provider")
+    monkeypatch.setattr(swin_deploy.cuda, "cuda_driver", lambda: FakeDriver("sm_89"))
     with pytest.raises(MissingDependencyError, match=r'cannot run on cuda:1. Run: .*"swin-deploy\[gpu\]"'):
+        swin_deploy.load(digits(2), backend=backend, device="cuda:1", precision="fp32")
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "onnxruntime-tensorrt", "torch"])
+def test_without_a_gpu_nothing_is_to_be_installed(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = pytest.importorskip(backend.partition("-")[0], reason="the back end under test")
+    if library.version.cuda if backend == "torch" else "CUDAExecutionProvider" in library.get_available_providers():
+        pytest.skip(f"this {library.__name__} is built for CUDA, and says itself what is missing")
+    monkeypatch.setattr(swin_deploy.cuda, "cuda_driver", lambda: None)
+    with pytest.raises(UsageError, match=r"^There is no cuda:1 here: .* no usable NVIDIA GPU\. Take the device cpu\.$"):
         swin_deploy.load(digits(2), backend=backend, device="cuda:1", precision="fp32")
 
 

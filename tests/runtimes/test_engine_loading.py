@@ -159,7 +159,8 @@ def test_what_is_not_an_engine_of_its_graph(driver: Any, tmp_path: Path) -> None
     assert isinstance(caught.value.__cause__, BackendError)
     assert [*driver.trt["tensorrt"].world.alive] == driver.left == []
     (path / file).write_bytes(b"changed")
-    with pytest.raises(BundleError, match="not the file that was compiled"):
+    command = f'"swin-deploy build-engine {path} --fp32 --backend tensorrt --batch 1 --batch 1:4:8 --force"'
+    with pytest.raises(BundleError, match=f"not the file that was compiled.*{command}"):
         loaded(path, "tensorrt")
 
 

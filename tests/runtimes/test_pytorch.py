@@ -15,10 +15,12 @@ torch = pytest.importorskip("torch", reason="the back end under test")
 onnx = pytest.importorskip("onnx", reason="it reads the graphs")
 ort = pytest.importorskip("onnxruntime", reason="what it is compared with")
 
+from fake_driver import FakeDriver  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from traced import traced_once  # noqa: E402
 
 import swin_deploy  # noqa: E402
+import swin_deploy.cuda  # noqa: E402
 from swin_deploy.compare import TOLERANCES, compare  # noqa: E402
 from swin_deploy.config import SwinConfig  # noqa: E402
 from swin_deploy.errors import BackendError, MissingDependencyError, UsageError  # noqa: E402
@@ -302,9 +304,10 @@ def test_what_it_does_not_know_is_named(
         runtime_from_onnx(tmp_path / "one.onnx", "torch")
 
 
-def test_a_gpu_that_this_torch_cannot_use() -> None:
+def test_a_gpu_that_this_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("this PyTorch has a GPU")
+    monkeypatch.setattr(swin_deploy.cuda, "cuda_driver", lambda: FakeDriver("sm_89"))
     with pytest.raises((MissingDependencyError, BackendError), match=r"cannot run on cuda:1"):
         swin_deploy.load(digits(2), backend="torch", device="cuda:1", precision="fp32")
 
