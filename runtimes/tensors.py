@@ -50,6 +50,8 @@ def from_dlpack(spec: TensorSpec, value: Any, device: str) -> Any:
     """
     if not (hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__")):
         raise InputError(f'The input "{spec.name}" is a {type(value).__name__}; expected a numpy array, {spec}.')
+    if callable(is_neg := getattr(value, "is_neg", None)) and is_neg():
+        value = value.resolve_neg()  # PyTorch hands over the numbers before it has changed their signs
     try:
         kind, number = (int(part) for part in value.__dlpack_device__())
         if kind in (_CPU, _CUDA_HOST):

@@ -154,6 +154,14 @@ def test_a_batch_to_warm_up_that_cannot_be_meant(model: Model, batch: int) -> No
         model.warm_up(batch)
 
 
+def test_a_tensor_whose_signs_are_still_to_be_changed(model: Model) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch makes the tensor")
+    tensor = torch.complex(torch.zeros(FEED.shape), torch.from_numpy(-FEED)).conj().imag
+    assert tensor.is_neg()
+    found = model.run({"pixel_values": tensor})["logits"]
+    assert found.tobytes() == model.run({"pixel_values": FEED})["logits"].tobytes()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "uint8", "bool"])
 def test_what_a_dlpack_capsule_says_is_read(dtype: str) -> None:
     """As PyTorch itself says it; where the memory is plays no part in that."""
