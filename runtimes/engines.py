@@ -37,8 +37,8 @@ def misfit(bundle: Bundle, file: str, gpus: Sequence[str], release: str | None) 
     if graph is None or graph["sha256"] != entry["parent"]:
         first = "Compile"
         if entry["precision"] in QUANTIZED and (graph is None or target_of(graph) != TARGETS[0]):
-            options = [str(bundle.path), f"--{entry['precision']}", "--target", TARGETS[0], "--data", "DIR"]
-            first = f'Make that for TensorRT with "{shlex.join(["swin-deploy", "quantize", *options])}", then compile'
+            quantize = ["quantize", str(bundle.path), f"--{entry['precision']}", "--target", TARGETS[0], "--data", "DIR"]
+            first = f'Make that for TensorRT with "{shlex.join(["swin-deploy", *quantize])}", then compile'
         return f'{file} was compiled from another {entry["graph"]} than the one that is here. {first} it again with "{again}".'
     if not gpus:
         return (

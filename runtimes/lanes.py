@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from .memory import Layout, Memory
 from .tensors import DeviceTensor
 
 CAPTURES = 3  # how often capturing is tried: another thread that synchronises the whole device spoils it, too
+_LOG = logging.getLogger("swin_deploy")
 ALIGNMENT = 256  # what TensorRT is given by its own allocator; a tensor of the caller's that is not is copied
 
 
@@ -141,6 +143,10 @@ class Lane:
             self._graph = self._gpu.captured(self._stream, self._enqueued)
             if self._graph is None:
                 self._refused[self.prepared] += 1
+                if self._refused[self.prepared] == CAPTURES:
+                    _LOG.warning(
+                        "This engine's CUDA graph cannot be captured for %s images and runs without.", self.prepared[1]
+                    )
         if self._graph is not None:
             self._gpu.launch(self._graph, self._stream)
         else:

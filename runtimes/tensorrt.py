@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from .cuda import CAPTURING, Gpu
 from .lanes import Lane, Lanes
 from .memory import Layout
 
+_LOG = logging.getLogger("swin_deploy")
 MOST_LANES = 8  # calls at a time, and batch sizes whose CUDA graphs are kept; each has its own memory for activations
 
 # TensorRT's names for the types of inputs and outputs.
@@ -180,9 +182,10 @@ class TensorRtRtx(TensorRt):
             with natives.lanes.taken(profile, size) as lane:
                 lane.run(*part)
             return
-        except Exception:
+        except Exception as error:
             if lane is None or lane.without_graphs or lane.calls >= self.calls_to_warm:
                 raise
+            reason = str(error)
         with natives.retrying:
             before = natives.without_graphs
             self._set_graphs(natives, without=True)
@@ -193,6 +196,8 @@ class TensorRtRtx(TensorRt):
             except BaseException:
                 self._set_graphs(natives, without=before)  # they are not what fails
                 raise
+        if not before:
+            _LOG.warning("TensorRT for RTX captures no CUDA graph of %s any more: %s", self._file.path.name, reason)
 
     def _set_graphs(self, natives: _Natives, without: bool) -> None:
         """Says how execution contexts are made from now on."""

@@ -212,7 +212,9 @@ def test_warm_calls_keep_nothing(driver: FakeDriver, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "refused", ["", "cuStreamBeginCapture_v2", "cuGraphInstantiateWithFlags"], ids=lambda name: name or "engine"
 )
-def test_what_cannot_be_captured_is_run_plainly(refused: str, driver: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_captured_is_run_plainly(
+    refused: str, driver: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path, world = copied(1, tmp_path / "b"), driver.trt["tensorrt"].world
     with_engines(path, "tensorrt")
     if refused:
@@ -224,6 +226,9 @@ def test_what_cannot_be_captured_is_run_plainly(refused: str, driver: Any, tmp_p
                 assert model.run(feed(IMAGES[:batch]))["logits"].tobytes() == alone(path, IMAGES[:batch]).tobytes()
         assert driver.counts["cuStreamBeginCapture_v2"] == 2 * CAPTURES  # for each batch, and not again
         assert (world.plain_runs, driver.counts["cuGraphLaunch"]) == (12, 0)
+    said = [record.getMessage() for record in caplog.records if record.name == "swin_deploy"]
+    assert [line for line in said if "cannot be captured" in line] == said
+    assert len(said) == 2
 
 
 def test_a_capture_that_somebody_else_spoils_is_tried_again(driver: Any, tmp_path: Path) -> None:
@@ -235,7 +240,9 @@ def test_a_capture_that_somebody_else_spoils_is_tried_again(driver: Any, tmp_pat
         assert (world.plain_runs, world.captured_runs, driver.counts["cuGraphLaunch"]) == (2, 1, 2)
 
 
-def test_where_tensorrt_for_rtx_cannot_capture_it_runs_without_graphs(driver: Any, tmp_path: Path) -> None:
+def test_where_tensorrt_for_rtx_cannot_capture_it_runs_without_graphs(
+    driver: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A context that fails in its first call is made once more without them, and all others are from then on."""
     path, world = copied(1, tmp_path / "b"), driver.trt["tensorrt-rtx"].world
     with_engines(path, "tensorrt-rtx")
@@ -253,6 +260,8 @@ def test_where_tensorrt_for_rtx_cannot_capture_it_runs_without_graphs(driver: An
             assert model.run(feed(IMAGES[:batch]))["logits"].tobytes() == wanted[batch]
         assert (world.spoilt_captures, world.contexts_made) == before
         assert not world.capturing[-1]
+    [line] = [record.getMessage() for record in caplog.records if record.name == "swin_deploy"]
+    assert line.startswith("TensorRT for RTX captures no CUDA graph")
 
 
 def test_an_engine_of_one_profile_has_its_memory_beforehand(driver: Any, tmp_path: Path) -> None:
