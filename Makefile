@@ -30,7 +30,7 @@ test: lint
 lint: venv
 	ruff check
 	ruff format --check
-	python tests/house/typecheck.py
+	python tests/architecture/typecheck.py
 
 clean:
 	rm -rf .venv demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import swin_deploy
-from swin_deploy.compare import TOLERANCES
 from swin_deploy.errors import SwinDeployError
-from swin_deploy.models.checkpoints.sources import Source, open_source
+from swin_deploy.models.checkpoints.recognise import Source, open_source
+from swin_deploy.parity import TOLERANCES
 from swin_deploy.specs import Size, size_text
 from swin_deploy.tasks import MASK, PIXELS, TaskSpec
 

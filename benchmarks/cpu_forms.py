@@ -113,9 +113,9 @@ def write_graphs(name: str, folder: str) -> None:
     """Every graph of the variant in `folder`, an image, and PyTorch's answer to it."""
     import torch
 
+    from swin_deploy.bench.baselines import exported_by_its_user, transformers_folder, transformers_network
+    from swin_deploy.exporters.external_data import embed_weights
     from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
-    from swin_deploy.exporters.peers import exported_by_its_user, transformers_folder, transformers_network
-    from swin_deploy.exporters.weights import embed_weights
     from swin_deploy.models.checkpoints import random_checkpoint
     from swin_deploy.models.swin import SwinNetwork
     from swin_deploy.specs import TARGETS

@@ -32,7 +32,7 @@ def write_graphs(name: str, folder: str) -> None:
     """The graphs of cpu_forms.py, and INT8 ones for each target."""
     import onnx
 
-    from swin_deploy.calib.forms import quantized_for
+    from swin_deploy.exporters.quantization.for_cpu import quantized_for
 
     cpu_forms.write_graphs(name, folder)
     pixels = np.load(f"{folder}/image.npz")["pixels"]

@@ -20,12 +20,12 @@ import onnx
 import torch
 import transformers
 
-from swin_deploy.exporters.engine_from_onnx import Engine, engine_from_onnx
-from swin_deploy.exporters.engine_spec import EngineSpec
+from swin_deploy.bench.baselines import Logits, exported_by_its_user
+from swin_deploy.exporters.engines.engine_from_onnx import Engine, engine_from_onnx
+from swin_deploy.exporters.engines.engine_spec import EngineSpec
+from swin_deploy.exporters.external_data import embed_weights
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
-from swin_deploy.exporters.peers import Logits, exported_by_its_user
 from swin_deploy.exporters.precision import typed_from_fp32
-from swin_deploy.exporters.weights import embed_weights
 from swin_deploy.models.checkpoints import random_checkpoint
 from swin_deploy.models.swin import SwinNetwork
 from swin_deploy.tasks import TaskSpec

@@ -17,11 +17,11 @@ from importlib.metadata import version
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import EngineError
-from swin_deploy.exporters.engine_from_onnx import engine_from_onnx
-from swin_deploy.exporters.engine_spec import EngineSpec
+from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
+from swin_deploy.exporters.engines.engine_spec import EngineSpec
+from swin_deploy.exporters.external_data import embed_weights
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
 from swin_deploy.exporters.precision import typed_from_fp32
-from swin_deploy.exporters.weights import embed_weights
 from swin_deploy.models.checkpoints import random_checkpoint
 from swin_deploy.models.swin import SwinNetwork
 from swin_deploy.tasks import TaskSpec

@@ -19,7 +19,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from swin_deploy.errors import EngineError
-from swin_deploy.exporters.engine_from_onnx import EngineSpec, engine_from_onnx
+from swin_deploy.exporters.engines.engine_from_onnx import EngineSpec, engine_from_onnx
 
 WINDOWS, HEADS, WIDTH, BLOCKS = 16, 6, 32, 4
 CHANNELS = HEADS * WIDTH

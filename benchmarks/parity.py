@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from swin_deploy.compare import compare
+from swin_deploy.parity import compare
 from swin_deploy.variants import VARIANTS, Variant, find_variant
 
 CHECKPOINT, BUNDLE, LOGITS = "checkpoint", "bundle", "logits.npz"
@@ -168,7 +168,7 @@ def export(folder: Path, threads: int) -> tuple[float, int]:
 
 def write_fp16(folder: Path) -> None:
     from swin_deploy.bundle import Bundle
-    from swin_deploy.exporters.graphs import with_typed_graphs
+    from swin_deploy.exporters.typed_graphs import with_typed_graphs
     from swin_deploy.runtimes.backends import runtime_from_onnx
 
     with_typed_graphs(Bundle.open(folder / BUNDLE), "fp16", runtime_from_onnx, lambda line: None)

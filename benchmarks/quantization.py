@@ -131,9 +131,9 @@ def by_us(folder: Path, kind: str, how: str, result: Path) -> None:
     if target == "tensorrt":
         result.write_bytes(for_tensorrt(model, folder, kind, pixels).SerializeToString())
         return
-    from swin_deploy.calib import quantize as steps
-    from swin_deploy.calib import rounding
-    from swin_deploy.calib.grids import scale_of_range
+    from swin_deploy.exporters.quantization import for_cpu as steps
+    from swin_deploy.exporters.quantization import gptq as rounding
+    from swin_deploy.exporters.quantization.gptq import scale_of_range
 
     batch = BATCH if len(pixels) < 64 else 32
 
@@ -175,10 +175,10 @@ class Pixels:
 def for_tensorrt(model: Any, folder: Path, kind: str, pixels: Any) -> Any:
     """The graph with fp16 between."""
     from swin_deploy.calib.collect import collect
-    from swin_deploy.calib.moments import Repaired, balanced, input_moments
-    from swin_deploy.calib.placement import linear_layers
     from swin_deploy.config import SwinConfig
-    from swin_deploy.exporters.quantized import quantized_from_fp32, quantized_inputs, quantized_layers
+    from swin_deploy.exporters.quantization.for_tensorrt import quantized_from_fp32, quantized_inputs, quantized_layers
+    from swin_deploy.exporters.quantization.gptq import Repaired, balanced, input_moments
+    from swin_deploy.exporters.quantization.qdq import linear_layers
     from swin_deploy.tasks import TaskSpec
 
     config = SwinConfig.from_dict(json.loads((folder / "config.json").read_text()))
@@ -266,7 +266,7 @@ def memory(process: int) -> float:
 
 def judged(quantiser: Quantiser, folder: Path, given: argparse.Namespace, data: Any, reference: Any) -> dict[str, Any]:
     """What is known of a row in one column, kept in the folder."""
-    from swin_deploy.calib.quantize import sqnr
+    from swin_deploy.parity import sqnr
 
     path = folder / quantiser.file
     kept = path.with_name(f"{path.name}.json")

@@ -21,8 +21,8 @@ def write_network(name: str, folder: Path) -> None:
 
     "data.npz" holds "calibration" and "test", both what the network takes, and "classes", empty where it is not trained.
     """
+    from swin_deploy.exporters.external_data import embed_weights
     from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
-    from swin_deploy.exporters.weights import embed_weights
     from swin_deploy.models.checkpoints import checkpoint_from_path, random_checkpoint
     from swin_deploy.models.swin import SwinNetwork
     from swin_deploy.preprocess import Preprocessor

@@ -21,12 +21,12 @@ import onnx
 import torch
 from parity import CHECKPOINT, Cases, reference
 
-from swin_deploy.compare import compare
+from swin_deploy.exporters.external_data import embed_weights
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
 from swin_deploy.exporters.precision import typed_from_fp32
-from swin_deploy.exporters.weights import embed_weights
 from swin_deploy.models.checkpoints import checkpoint_from_path
 from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.parity import compare
 from swin_deploy.runtimes.backends import runtime_from_onnx
 from swin_deploy.runtimes.emulate import emulated
 from swin_deploy.tasks import TaskSpec, stage_names

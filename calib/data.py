@@ -13,18 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from swin_deploy.bundle import PREPROCESSOR, Bundle
 from swin_deploy.errors import InputError, UsageError
-from swin_deploy.frames import Frames, Preparation, preparation_for
+from swin_deploy.frame_input import Frames, Preparation, preparation_for
 from swin_deploy.preprocess import Preprocessor
-from swin_deploy.specs import Size, TensorSpec
+from swin_deploy.specs import Array, Size, TensorSpec
 
 from .labels import labels_from_file
-from .sources import Folder, Items, NumpyFile, Source, spooled
+from .readers import Folder, Items, NumpyFile, Source, spooled
 
-Array = NDArray[Any]
 Feeds = dict[str, Array]
 LOOK = 16  # samples that are looked at before any work, to refuse a data set in which nothing varies
 

@@ -9,16 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from swin_deploy.errors import InputError
+from swin_deploy.specs import Array
 
-from . import ranges
-
-Array = NDArray[Any]
+from . import calibrators as ranges
 
 HALF_BITS = 14
 HALF = 1 << HALF_BITS  # bins on either side of zero

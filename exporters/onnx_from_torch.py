@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swin_deploy.dependencies import require
 from swin_deploy.errors import ExportError
-from swin_deploy.requires import require
 from swin_deploy.specs import Size, TensorSpec
 
+from .external_data import Weights, take_weights
 from .passes import PASSES, PassRecord, run_passes
-from .weights import Weights, take_weights
 
 if TYPE_CHECKING:
     import onnx

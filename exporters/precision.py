@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from swin_deploy.config import SwinConfig
+from swin_deploy.dependencies import require
 from swin_deploy.errors import ExportError
-from swin_deploy.requires import require
 from swin_deploy.tasks import TaskSpec
 
 from .passes import ENGINE_PASSES, run_passes
 from .passes.base import Graph, Pass, PassRecord
-from .passes.cosine_after_product import islands
+from .passes.cosine_after_matmul import islands
 
 if TYPE_CHECKING:
     import onnx

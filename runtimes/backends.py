@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from swin_deploy.dependencies import installed
 from swin_deploy.errors import MissingKernelError, UsageError
-from swin_deploy.folders import scratch_folder
-from swin_deploy.requires import installed
+from swin_deploy.files import scratch_folder
 from swin_deploy.specs import QUANTIZED, TARGETS, target_of
 
 from .base import Runtime
@@ -19,7 +19,7 @@ from .base import Runtime
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
 
-    from .tensorrt import EngineFile
+    from .base import EngineFile
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,15 @@ class Backend:
 
 BACKENDS = {
     "onnxruntime": Backend(
-        "onnxruntime", "OnnxRuntime", "onnxruntime", ("cpu", "cuda"), on_gpu=("onnxruntime_cuda", "OnnxRuntimeCuda")
+        "onnxruntime", "OnnxRuntime", "onnxruntime", ("cpu", "cuda"), on_gpu=("gpu.onnxruntime_cuda", "OnnxRuntimeCuda")
     ),
     "openvino": Backend("openvino", "OpenVino", "openvino", ("cpu",)),
     # It compiles the graph each time that it is loaded.
-    "onnxruntime-tensorrt": Backend("onnxruntime_cuda", "OnnxRuntimeTensorRt", "onnxruntime", ("cuda",), auto=False),
+    "onnxruntime-tensorrt": Backend("gpu.onnxruntime_cuda", "OnnxRuntimeTensorRt", "onnxruntime", ("cuda",), auto=False),
     # The reference, which fuses nothing.
     "torch": Backend("pytorch", "PyTorch", "torch", ("cpu", "cuda"), auto=False),
-    "tensorrt": Backend("tensorrt", "TensorRt", "tensorrt", ("cuda",), engines=True, lean="tensorrt_lean"),
-    "tensorrt-rtx": Backend("tensorrt", "TensorRtRtx", "tensorrt_rtx", ("cuda",), engines=True),
+    "tensorrt": Backend("gpu.tensorrt", "TensorRt", "tensorrt", ("cuda",), engines=True, lean="tensorrt_lean"),
+    "tensorrt-rtx": Backend("gpu.tensorrt", "TensorRtRtx", "tensorrt_rtx", ("cuda",), engines=True),
 }
 
 

@@ -6,22 +6,38 @@ import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from swin_deploy.errors import BackendError, InputError
-from swin_deploy.specs import TensorSpec
+from swin_deploy.specs import Array, TensorSpec
 
-from .tensors import DeviceTensor, from_dlpack
+from .dlpack import DeviceTensor, from_dlpack
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Array = NDArray[Any]
 Feeds = dict[str, Any]  # numpy arrays, contiguous and aligned; or DeviceTensor, of a runtime that takes them
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """An engine in the file `path`, whose sha256 was checked, with the inputs and outputs of the graph that it was made of.
+
+    `host_code` says that it brings a runtime of its own, as version-compatible engines do; `cache` is where TensorRT for RTX
+    keeps what it compiles for this GPU; `again` is the command that compiles the engine again.
+    """
+
+    path: Path
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    host_code: bool = False
+    cache: Path | None = None
+    again: str = "swin-deploy build-engine"
 
 
 class Runtime(ABC):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from swin_deploy.requires import require
+from swin_deploy.dependencies import require
 
 if TYPE_CHECKING:
     import onnx

@@ -18,14 +18,14 @@ from swin_deploy.arguments import checked
 from swin_deploy.bundle import CONFIG, PREPROCESSOR, Bundle
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import BackendError, InputError, UsageError
-from swin_deploy.frames import Frames, preparation_for
+from swin_deploy.frame_input import Frames, preparation_for
 from swin_deploy.preprocess import Preprocessor
 from swin_deploy.specs import Size, TensorSpec, size_text
 from swin_deploy.tasks import MASK, PIXELS, TaskSpec
 
+from .autoselect import Description
 from .base import Runtime
-from .choice import Description
-from .stream import pipelined
+from .pipeline import pipelined
 
 if TYPE_CHECKING:
     from typing_extensions import Self

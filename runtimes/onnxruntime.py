@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError, MissingKernelError, sentence
-from swin_deploy.requires import require
-from swin_deploy.specs import TensorSpec
+from swin_deploy.specs import Array, TensorSpec
 
-from .base import Array, Feeds, Runtime
+from .base import Feeds, Runtime
 from .pool import Pool
 
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8", "tensor(bool)": "bool"}

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError, UsageError, sentence
-from swin_deploy.requires import require
-from swin_deploy.specs import TensorSpec
+from swin_deploy.specs import Array, TensorSpec
 
-from .base import Array, Feeds, Runtime
+from .base import Feeds, Runtime
 from .pool import Pool
 
 
@@ -31,7 +31,7 @@ class OpenVino(Runtime):
         ov = self._ov = require("openvino", "run models with the openvino back end")
         if device != "cpu":
             raise UsageError(f"The back end openvino runs on the CPU, not on {device}. Take onnxruntime for a GPU.")
-        self._core, self._path, self._compiling = ov.Core(), path, threading.Lock()
+        self._core, self._path, self._compiling = openvino_core(), path, threading.Lock()
         self._file = _identity(path)
         able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if bf16 and not able:
@@ -90,7 +90,26 @@ class OpenVino(Runtime):
 
     def _close(self) -> None:
         self.__dict__.pop("_any", None)
-        del self._single, self._core
+        del self._single
+
+
+_CREATING = threading.Lock()
+
+
+def openvino_core() -> Any:
+    """Return the one `ov.Core` of this process, which is never freed.
+
+    Each `ov.Core` installs an alternate signal stack on the thread that creates it and restores the previous one when it is
+    freed. Freed in another order or on another thread, that leaves a stack in unmapped memory, and the next signal that Python
+    handles kills the process.
+    """
+    with _CREATING:
+        return _create_core()
+
+
+@cache
+def _create_core() -> Any:
+    return require("openvino", "run models with the openvino back end").Core()
 
 
 def _of_free_batch(spec: TensorSpec, single: TensorSpec) -> TensorSpec:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swin_deploy.cuda import refuse_without_gpu
+from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError, MissingDependencyError, UsageError, sentence
-from swin_deploy.requires import require
-from swin_deploy.specs import specs_from_onnx
+from swin_deploy.gpus import refuse_without_gpu
+from swin_deploy.specs import Array, specs_from_onnx
 
-from .base import Array, Feeds, Runtime
-from .tensors import DeviceTensor
+from .base import Feeds, Runtime
+from .dlpack import DeviceTensor
 
 if TYPE_CHECKING:
     import onnx

@@ -11,7 +11,7 @@ which are imported only when they are asked for.
 
 from __future__ import annotations
 
-from swin_deploy.api.engine import build_engine, inspect, refit
+from swin_deploy.api.build_engine import build_engine, inspect, refit
 from swin_deploy.api.evaluate import evaluate, verify
 from swin_deploy.api.export import export
 from swin_deploy.api.load import load

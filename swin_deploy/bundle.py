@@ -27,7 +27,7 @@ from typing import Any
 
 from swin_deploy.arguments import checked
 from swin_deploy.errors import BundleError
-from swin_deploy.folders import exchanged, locked, scratch_beside, sweep
+from swin_deploy.files import exchanged, locked, scratch_beside, sweep
 from swin_deploy.specs import PRECISIONS, graph_file
 
 MANIFEST = "manifest.json"

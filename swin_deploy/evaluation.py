@@ -8,12 +8,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from swin_deploy.reference import Runnable
-from swin_deploy.specs import Size
+from swin_deploy.parity import Runnable
+from swin_deploy.specs import Array, Size
 
-Array = NDArray[Any]
 LOGITS = "logits"
 
 

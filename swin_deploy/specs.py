@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
 
 from swin_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     import onnx
 
+
+Say = Callable[[str], None]
+
+
+def silent(line: str) -> None:
+    """Tells nobody."""
+
+
+Array = NDArray[Any]
 QUANTIZED = ("int8", "fp8")
 PRECISIONS = ("fp32", "fp16", "bf16", *QUANTIZED)
 TARGETS = ("tensorrt", "onnxruntime", "openvino")  # whose form a graph has; every graph runs on every back end

@@ -13,10 +13,10 @@ import pytest
 from cli.exported import digits
 
 import swin_deploy
-from swin_deploy.api.bench import bench
-from swin_deploy.api.doctor import doctor
 from swin_deploy.arguments import checked, kinds_of
+from swin_deploy.bench.run import bench
 from swin_deploy.bundle import Bundle
+from swin_deploy.doctor.checks import doctor
 from swin_deploy.errors import InputError, SwinDeployError, UsageError
 from swin_deploy.preprocess import read_image
 from swin_deploy.runtimes.model import Model

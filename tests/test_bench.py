@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from cli.exported import digits
 
+from swin_deploy.bench.worker import Child
 from swin_deploy.errors import BackendError
-from swin_deploy.measuring import Child
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc tells a process's own peak on Linux alone")

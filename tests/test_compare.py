@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from swin_deploy.compare import Agreement, compare
+from swin_deploy.parity import Agreement, compare
 
 
 def test_equal_arrays_agree_exactly() -> None:

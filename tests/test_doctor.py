@@ -10,10 +10,10 @@ import onnx
 import pytest
 from packaging.requirements import Requirement
 
-from swin_deploy.api.doctor import MICRO, PROBES
-from swin_deploy.doctor import STEPS, Step, requirements, traps, unusable, versions_for
+from swin_deploy.dependencies import installed, installed_versions
+from swin_deploy.doctor.checks import MICRO, PROBES
+from swin_deploy.doctor.packages import STEPS, Step, requirements, traps, unusable, versions_for
 from swin_deploy.machine import this_machine
-from swin_deploy.requires import installed, installed_versions
 
 
 def test_the_machine() -> None:

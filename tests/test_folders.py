@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from swin_deploy.folders import scratch_beside, scratch_folder, sweep
+from swin_deploy.files import scratch_beside, scratch_folder, sweep
 
 HOLD = """
 from swin_deploy.folders import scratch_folder

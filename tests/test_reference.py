@@ -12,9 +12,8 @@ from cli.exported import copied, digits
 
 import swin_deploy
 from swin_deploy.bundle import Bundle
-from swin_deploy.compare import TOLERANCES
 from swin_deploy.errors import BackendError, BundleError, MissingDependencyError, UsageError
-from swin_deploy.reference import Reference, check_graph, described, sample_inputs, verify_bundle
+from swin_deploy.parity import TOLERANCES, Reference, check_graph, described, sample_inputs, verify_bundle
 from swin_deploy.runtimes.base import Runtime
 from swin_deploy.specs import TensorSpec, reference_file
 

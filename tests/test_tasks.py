@@ -21,7 +21,7 @@ from swin_deploy.bundle import Bundle  # noqa: E402
 from swin_deploy.cli import cli  # noqa: E402
 from swin_deploy.config import SwinConfig  # noqa: E402
 from swin_deploy.errors import BundleError, CheckpointError, InputError, SwinDeployError, UsageError  # noqa: E402
-from swin_deploy.exporters.graphs import with_typed_graphs  # noqa: E402
+from swin_deploy.exporters.typed_graphs import with_typed_graphs  # noqa: E402
 from swin_deploy.models.checkpoints import checkpoint_from_path, random_checkpoint  # noqa: E402
 from swin_deploy.models.losses import classification_loss, reconstruction_loss  # noqa: E402
 from swin_deploy.models.swin import SwinNetwork  # noqa: E402

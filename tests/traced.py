@@ -13,8 +13,8 @@ import onnx
 from once import once
 
 from swin_deploy.config import SwinConfig
+from swin_deploy.exporters.external_data import embed_weights
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
-from swin_deploy.exporters.weights import embed_weights
 from swin_deploy.models.checkpoints import random_checkpoint
 from swin_deploy.models.swin import SwinNetwork
 from swin_deploy.runtimes.backends import runtime_from_onnx

@@ -8,9 +8,9 @@ from .attention import ATTENTIONS
 from .base import Pass as Pass
 from .base import PassRecord as PassRecord
 from .base import run_passes as run_passes
-from .cosine_after_product import COSINE_AFTER_PRODUCT
+from .cosine_after_matmul import COSINE_AFTER_PRODUCT
 from .gather_before_norm import GATHER_BEFORE_NORM
-from .length_as_rms_norm import LENGTH_AS_RMS_NORM
+from .l2_norm_as_rms_norm import LENGTH_AS_RMS_NORM
 from .qkv_without_bias import QUERY_BIAS_IN_NORM, VALUE_BIAS_IN_PROJECTION
 
 PASSES: dict[str, tuple[Pass, ...]] = {"tensorrt": (ATTENTIONS,), "onnxruntime": (), "openvino": (LENGTH_AS_RMS_NORM,)}

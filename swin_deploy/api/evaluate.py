@@ -7,16 +7,16 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from swin_deploy.api.say import Say, silent
 from swin_deploy.arguments import checked
+from swin_deploy.specs import Say, silent
 
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
     from swin_deploy.calib.data import Samples
     from swin_deploy.evaluation import Evaluation
-    from swin_deploy.frames import Preparation
-    from swin_deploy.models.running import TorchNetwork
-    from swin_deploy.reference import Verdict
+    from swin_deploy.frame_input import Preparation
+    from swin_deploy.models.torch_runtime import TorchNetwork
+    from swin_deploy.parity import Verdict
 
 
 @checked
@@ -35,9 +35,9 @@ def verify(
 
     from swin_deploy.bundle import Bundle
     from swin_deploy.errors import BundleError
-    from swin_deploy.reference import Reference, check_runtime, is_verified, verify_bundle
+    from swin_deploy.parity import Reference, check_runtime, is_verified, verify_bundle
     from swin_deploy.runtimes.backends import device_from_text, misread, runtime_to_check
-    from swin_deploy.runtimes.engines import open_engine
+    from swin_deploy.runtimes.gpu.engines import open_engine
 
     found = Bundle.open(bundle)
     if (engines := _engines(found, backend, device)) is None:
@@ -66,7 +66,7 @@ def _engines(bundle: Bundle, backend: str, device: str) -> Mapping[str, Any] | N
     """The engines that a back end for engines can run on `device`; None of a back end for graphs."""
     from swin_deploy.errors import UsageError
     from swin_deploy.runtimes.backends import BACKENDS, device_from_text
-    from swin_deploy.runtimes.engines import runnable_engines
+    from swin_deploy.runtimes.gpu.engines import runnable_engines
 
     if backend not in BACKENDS or not BACKENDS[backend].engines:
         return None
@@ -104,7 +104,7 @@ def evaluate(
     from swin_deploy.errors import UsageError
     from swin_deploy.evaluation import Evaluation, Graph, evaluate_graphs
     from swin_deploy.runtimes.backends import misread, runtime_to_check
-    from swin_deploy.runtimes.engines import open_engine
+    from swin_deploy.runtimes.gpu.engines import open_engine
 
     found = Bundle.open(bundle)
     engines = _engines(found, backend, "cuda")
@@ -170,9 +170,9 @@ def wanted_classes(
 
 
 def _torch_network(weights: str | os.PathLike[str], bundle: Bundle, size: tuple[int, int], how: Preparation) -> TorchNetwork:
-    from swin_deploy.exporters.source import checkpoint_from_request
-    from swin_deploy.frames import Frames
-    from swin_deploy.models.running import TorchNetwork, refuse_other_network
+    from swin_deploy.exporters.checkpoint_from_request import checkpoint_from_request
+    from swin_deploy.frame_input import Frames
+    from swin_deploy.models.torch_runtime import TorchNetwork, refuse_other_network
     from swin_deploy.tasks import TaskSpec
 
     task, semantics = TaskSpec.from_dict(bundle.manifest["task"]), str(bundle.manifest["semantics"])

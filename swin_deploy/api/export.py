@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from swin_deploy.api.say import Say, silent
 from swin_deploy.arguments import checked
+from swin_deploy.specs import Say, silent
 
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
@@ -55,8 +55,8 @@ def export(
     """
     from swin_deploy.bundle import room_for
     from swin_deploy.errors import UsageError
-    from swin_deploy.exporters.export import bundle_from_checkpoint
-    from swin_deploy.exporters.source import bundle_name, checkpoint_from_request
+    from swin_deploy.exporters.bundle_from_checkpoint import bundle_from_checkpoint
+    from swin_deploy.exporters.checkpoint_from_request import bundle_name, checkpoint_from_request
     from swin_deploy.runtimes.backends import runtime_to_check
     from swin_deploy.tasks import TaskSpec
 

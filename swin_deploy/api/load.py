@@ -38,7 +38,7 @@ def load(
     installed, errors.UsageError for what the bundle does not hold or a back end does not do, errors.EngineError for an engine
     that does not fit, with the command that compiles it again, errors.BackendError where a back end fails.
     """
-    from swin_deploy.runtimes.opening import load_model
+    from swin_deploy.runtimes.model_from_bundle import load_model
 
     if rebuild:
         _rebuild(path, backend, precision, device)
@@ -47,11 +47,11 @@ def load(
 
 def _rebuild(path: str | os.PathLike[str], backend: str, precision: str, device: str) -> None:
     """Compiles the engines again that would be loaded, where one of them does not fit."""
-    from swin_deploy.api.engine import build_engine
+    from swin_deploy.api.build_engine import build_engine
     from swin_deploy.bundle import Bundle
     from swin_deploy.errors import EngineError, UsageError
     from swin_deploy.runtimes.backends import BACKENDS, device_from_text
-    from swin_deploy.runtimes.engines import engines_of, fitting_engines, gpu_of, rebuild_options
+    from swin_deploy.runtimes.gpu.engines import engines_of, fitting_engines, gpu_of, rebuild_options
     from swin_deploy.specs import PRECISIONS
 
     compiled = [name for name, kind in BACKENDS.items() if kind.engines]

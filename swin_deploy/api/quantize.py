@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Set
 from typing import TYPE_CHECKING, Any
 
 from swin_deploy.api.evaluate import evaluate, wanted_classes
-from swin_deploy.api.forms import CpuForm, Form, TensorRTForm, opened
-from swin_deploy.api.say import Say, silent
 from swin_deploy.arguments import checked
+from swin_deploy.exporters.quantization.recipes import CpuForm, Form, TensorRTForm, opened
+from swin_deploy.specs import Say, silent
 
 if TYPE_CHECKING:
-    from swin_deploy.calib.sensitivity import Damage
+    from swin_deploy.calib.accuracy_gate import Damage
     from swin_deploy.evaluation import Evaluation
 
 Progress = Callable[[str, int, int], None]
@@ -60,18 +60,17 @@ def quantize(
     for ranges that are missing.
     """
     from swin_deploy.bundle import Bundle
+    from swin_deploy.calib.accuracy_gate import Judge, accurate, svg_from_damages
+    from swin_deploy.calib.calibrators import METHODS
     from swin_deploy.calib.collect import CACHE
     from swin_deploy.calib.data import preparation, samples_for
-    from swin_deploy.calib.gate import Judge, accurate
-    from swin_deploy.calib.own import own_of
-    from swin_deploy.calib.ranges import METHODS
-    from swin_deploy.calib.sensitivity import svg_from_damages
     from swin_deploy.errors import UsageError
     from swin_deploy.evaluation import Evaluation
-    from swin_deploy.exporters.gpu import has_fp8
-    from swin_deploy.exporters.graphs import NewGraph, bytes_writer, config_and_task, with_graphs
-    from swin_deploy.exporters.ranges_from_onnx import ranges_for
-    from swin_deploy.exporters.roofline import find_gpu
+    from swin_deploy.exporters.engines.engine_spec import has_fp8
+    from swin_deploy.exporters.inspection.roofline import find_gpu
+    from swin_deploy.exporters.quantization.qat_layers import own_of
+    from swin_deploy.exporters.quantization.qat_ranges_from_onnx import ranges_for
+    from swin_deploy.exporters.typed_graphs import NewGraph, bytes_writer, config_and_task, with_graphs
     from swin_deploy.runtimes.backends import runtime_to_check
     from swin_deploy.specs import QUANTIZED, TARGETS
 

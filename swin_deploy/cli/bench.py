@@ -9,7 +9,7 @@ import click
 from swin_deploy.cli.output import check_plot, json_option, print_json, print_table, teller, write_plot
 
 if TYPE_CHECKING:
-    from swin_deploy.bench import LeftOut, Measurement
+    from swin_deploy.bench.race import LeftOut, Measurement
 
 
 @click.command("bench", short_help="Measure latency, throughput, memory and cold start on this machine.")
@@ -33,7 +33,7 @@ def command(bundle: Path, plot: Path | None, as_json: bool, **options: Any) -> N
     The ratio is the time relative to the reference, the first row of the same batch and device: PyTorch where --weights names
     the checkpoint, or where the bundle has random weights. Its interval spans the quartiles of the rounds.
     """
-    from swin_deploy.api.bench import bench
+    from swin_deploy.bench.run import bench
 
     if plot is not None:
         check_plot(plot)
@@ -44,7 +44,7 @@ def command(bundle: Path, plot: Path | None, as_json: bool, **options: Any) -> N
         say.clear()
     machine = "; ".join([str(found.machine), *(f"{device}: {name}" for device, name in found.gpus.items())])
     if plot is not None:
-        from swin_deploy.bench_plot import svg_from_rows
+        from swin_deploy.bench.bench_plot import svg_from_rows
 
         write_plot(plot, svg_from_rows(found.rows, machine, found.reference))
         say(f"Wrote {plot}")

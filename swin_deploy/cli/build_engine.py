@@ -6,15 +6,7 @@ from typing import Any
 
 import click
 
-from swin_deploy.cli.output import (
-    compiler_log,
-    json_option,
-    only_flag,
-    print_json,
-    print_table,
-    stdout_kept_clean,
-    teller,
-)
+from swin_deploy.cli.output import compiler_log, json_option, only_flag, print_json, print_table, stdout_kept_clean, teller
 from swin_deploy.errors import UsageError
 from swin_deploy.specs import PRECISIONS
 

@@ -8,7 +8,7 @@ import click
 from swin_deploy.cli.output import json_option, print_json, print_table
 
 if TYPE_CHECKING:
-    from swin_deploy.api.doctor import Diagnosis
+    from swin_deploy.doctor.checks import Diagnosis
 
 
 @click.command("doctor", short_help="Tell what this machine can do, and what to install for the rest.")
@@ -20,7 +20,7 @@ def command(bundle: Path | None, as_json: bool) -> None:
     With BUNDLE: also whether that bundle can run here, with which back ends, and why not. Exits with 1 when nothing here can
     run a bundle, or that one.
     """
-    from swin_deploy.api.doctor import doctor
+    from swin_deploy.doctor.checks import doctor
 
     found = doctor(bundle)
     if as_json:

@@ -36,7 +36,7 @@ def command(
     """
     import swin_deploy
     from swin_deploy.bundle import Bundle
-    from swin_deploy.reference import described, is_verified
+    from swin_deploy.parity import described, is_verified
 
     say = teller()
     try:

@@ -73,7 +73,7 @@ def command(
     Prints the bundle's folder. Nothing is written when anything goes wrong.
     """
     import swin_deploy
-    from swin_deploy.reference import described
+    from swin_deploy.parity import described
 
     if len(embed_resize) > 1:
         raise UsageError(

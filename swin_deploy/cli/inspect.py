@@ -18,7 +18,7 @@ from swin_deploy.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from swin_deploy.exporters.inspection import EngineCost, Inspection
+    from swin_deploy.exporters.inspection.costs import EngineCost, Inspection
 
 
 @click.command("inspect", short_help="Count what graphs and engines hold, compute and move.")
@@ -69,7 +69,7 @@ def command(
     finally:
         say.clear()
     if plot is not None:
-        from swin_deploy.exporters.plot import svg_from_engines
+        from swin_deploy.exporters.inspection.engine_plot import svg_from_engines
 
         titled = [(_shown(one, engine.name), engine) for one in found for engine in one.engines]
         write_plot(plot, svg_from_engines(titled))
@@ -148,7 +148,7 @@ def _print_comparison(left: Inspection, right: Inspection) -> None:
 
 
 def _explain(found: Sequence[Inspection], say: Callable[[str], None]) -> None:
-    from swin_deploy.exporters.roofline import LAUNCH, find_gpu
+    from swin_deploy.exporters.inspection.roofline import LAUNCH, find_gpu
 
     for name in dict.fromkeys(cost.roofline.gpu for one in found for cost in one.engines if cost.roofline is not None):
         gpu = find_gpu(name)

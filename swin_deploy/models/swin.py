@@ -19,12 +19,12 @@ from swin_deploy.models.blocks import (
     Linear,
     PatchMerging,
     Tensors,
+    position_embeddings,
     reorder,
     shift_mask,
     tensor,
 )
 from swin_deploy.models.losses import classification_loss, reconstruction_loss
-from swin_deploy.models.positions import position_embeddings
 from swin_deploy.specs import TARGETS
 from swin_deploy.tasks import TaskSpec
 

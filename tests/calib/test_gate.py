@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 from tiny_graphs import mlp_model, run, samples
 
-from swin_deploy.calib.forms import quantized_for
-from swin_deploy.calib.gate import Speed, measured
-from swin_deploy.calib.quantize import Options, quantize, sqnr
-from swin_deploy.calib.sensitivity import Damage, fewest, ranked, svg_from_damages
+from swin_deploy.calib.accuracy_gate import Damage, Speed, fewest, measured, ranked, svg_from_damages
 from swin_deploy.errors import GateError
+from swin_deploy.exporters.quantization.for_cpu import Options, quantize, quantized_for
+from swin_deploy.parity import sqnr
 
 
 def test_layers_are_ranked_by_damage() -> None:
@@ -31,7 +30,7 @@ def test_layers_are_ranked_by_damage() -> None:
 
 
 def test_a_form_without_all_its_layers_is_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swin_deploy.calib.forms.SMALL", 0)
+    monkeypatch.setattr("swin_deploy.exporters.quantization.for_cpu.SMALL", 0)
     form = quantized_for("openvino", mlp_model(), samples(), None, frozenset(), lambda line: None)
     assert set(form.names) == {"fc1", "fc2"}
     feed = next(iter(samples(1)()))
@@ -103,7 +102,7 @@ class Counting:
 
 
 def test_speed_is_a_ratio_and_only_one_graph_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swin_deploy.calib.gate.SECONDS", 0.0)
+    monkeypatch.setattr("swin_deploy.calib.accuracy_gate.SECONDS", 0.0)
     speed = measured(lambda: Counting(200_000), lambda: Counting(1_000), {}, "fp32")
     assert speed.ratio > 1
     assert speed.before > speed.after

@@ -7,10 +7,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from swin_deploy.calib.grids import grid
-from swin_deploy.calib.moments import InputMoments, Repaired, balanced, changed_gram, input_moments
 from swin_deploy.errors import InputError
-from swin_deploy.exporters.quantized import Changed
+from swin_deploy.exporters.quantization.for_tensorrt import Changed
+from swin_deploy.exporters.quantization.gptq import InputMoments, Repaired, balanced, changed_gram, grid, input_moments
 
 RNG = np.random.default_rng(0)
 

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from swin_deploy.calib.calibrators import METHODS, fp8_rounded
 from swin_deploy.calib.observers import HALF, Observation, from_arrays, to_arrays
-from swin_deploy.calib.ranges import METHODS, fp8_rounded
 from swin_deploy.errors import InputError, UsageError
 
 
@@ -187,7 +187,7 @@ def test_entropy_is_the_published_one(outlier: float) -> None:
     padded = np.pad(folded, (0, -len(folded) % group)).reshape(-1, group).sum(axis=1)
     padded = padded[: np.flatnonzero(padded)[-1] + 1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("swin_deploy.calib.ranges.ENTROPY_BINS", 300)
+        patch.setattr("swin_deploy.calib.calibrators.ENTROPY_BINS", 300)
         expected = min(published_entropy(padded) * group * found.width, found.largest)
         assert found.amplitude("entropy") == expected
 

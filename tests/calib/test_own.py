@@ -23,10 +23,10 @@ from cli.exported import cli_here, contents, refused, result  # noqa: E402
 
 import swin_deploy  # noqa: E402
 from swin_deploy.bundle import Bundle  # noqa: E402
-from swin_deploy.calib.placement import linear_layers  # noqa: E402
-from swin_deploy.calib.quantize import sqnr  # noqa: E402
+from swin_deploy.exporters.quantization.qdq import linear_layers  # noqa: E402
 from swin_deploy.models.checkpoints.layouts import canonical_layers  # noqa: E402
-from swin_deploy.ranges import RANGES, Ranges, modules_of  # noqa: E402
+from swin_deploy.parity import sqnr  # noqa: E402
+from swin_deploy.qat_ranges import RANGES, Ranges, modules_of  # noqa: E402
 
 INT8 = "onnx/model_int8.onnx"
 

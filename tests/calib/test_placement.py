@@ -11,10 +11,10 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 from tiny_graphs import mlp_model, run, samples
 
-from swin_deploy.calib.folding import Graph, channels_of, fold
-from swin_deploy.calib.forms import norms_of_three_axes, small_layers
-from swin_deploy.calib.placement import linear_layers
-from swin_deploy.calib.quantize import Options, Quantized, quantize, sqnr
+from swin_deploy.exporters.quantization.equalization import Graph, channels_of, fold
+from swin_deploy.exporters.quantization.for_cpu import Options, Quantized, norms_of_three_axes, quantize, small_layers
+from swin_deploy.exporters.quantization.qdq import linear_layers
+from swin_deploy.parity import sqnr
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +60,15 @@ def test_onnx_runtime_makes_one_node_of_each_layer(quantized: Quantized, tmp_pat
 
 
 def test_openvino_computes_linear_layers_in_8_bits(quantized: Quantized, tmp_path: Path) -> None:
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
+    from swin_deploy.runtimes.openvino import openvino_core
+
     form = norms_of_three_axes(quantized.model, quantized.scales.keys())
     onnx.checker.check_model(form, full_check=True)
     feed = next(iter(samples()()))
     np.testing.assert_array_equal(run(form, feed), run(quantized.model, feed))
     (tmp_path / "model.onnx").write_bytes(form.SerializeToString())
-    compiled = openvino.Core().compile_model(str(tmp_path / "model.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(str(tmp_path / "model.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     kinds = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
     layers = [info["primitiveType"].astype(str) for info in kinds if info["layerType"].astype(str) == "FullyConnected"]
     assert len(layers) == 2
@@ -77,7 +79,7 @@ def test_openvino_computes_linear_layers_in_8_bits(quantized: Quantized, tmp_pat
 
 def test_small_layers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert small_layers(mlp_model()) == {"fc1", "fc2"}
-    monkeypatch.setattr("swin_deploy.calib.forms.SMALL", 16 * 40)
+    monkeypatch.setattr("swin_deploy.exporters.quantization.for_cpu.SMALL", 16 * 40)
     assert small_layers(mlp_model()) == frozenset()
 
 

@@ -14,11 +14,12 @@ from cli.exported import EXAMPLES, digits
 from tiny_graphs import mlp_model, run, samples
 
 from swin_deploy.bundle import PREPROCESSOR, Bundle
-from swin_deploy.calib import quantize as steps
-from swin_deploy.calib.placement import linear_layers
-from swin_deploy.calib.quantize import Options, balanced, quantize, sqnr
-from swin_deploy.calib.stopped import Stopped
 from swin_deploy.errors import InputError, UsageError
+from swin_deploy.exporters.quantization import for_cpu as steps
+from swin_deploy.exporters.quantization.for_cpu import Options, balanced, quantize
+from swin_deploy.exporters.quantization.qdq import linear_layers
+from swin_deploy.exporters.quantization.resume import Stopped
+from swin_deploy.parity import sqnr
 from swin_deploy.preprocess import Preprocessor
 
 Array = np.ndarray[Any, Any]
@@ -72,7 +73,7 @@ def test_balancing_changes_no_answer_and_gains(monkeypatch: pytest.MonkeyPatch) 
     assert [node.op_type for node in model.graph.node] == [node.op_type for node in large.graph.node]
     assert sqnr(wanted, run(model, feed)) > 110
     found = sqnr(wanted, run(quantize(large, samples(), Options(keep={"fc2"})).model, feed))
-    monkeypatch.setattr("swin_deploy.calib.quantize.balanced", lambda model, feeds, options, own: model)
+    monkeypatch.setattr("swin_deploy.exporters.quantization.for_cpu.balanced", lambda model, feeds, options, own: model)
     assert found > 3 + sqnr(wanted, run(quantize(large, samples(), Options(keep={"fc2"})).model, feed))
 
 

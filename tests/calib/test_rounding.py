@@ -11,10 +11,18 @@ import torch
 from onnx import helper
 from tiny_graphs import run
 
-from swin_deploy.calib.grids import best_activation_scale, grid, quantized_activation, scale_of_range, weight_scales
-from swin_deploy.calib.placement import ActivationScale
-from swin_deploy.calib.rounding import Moments, gptq, rounded_linear
 from swin_deploy.errors import UsageError
+from swin_deploy.exporters.quantization.gptq import (
+    Moments,
+    best_activation_scale,
+    gptq,
+    grid,
+    quantized_activation,
+    rounded_linear,
+    scale_of_range,
+    weight_scales,
+)
+from swin_deploy.exporters.quantization.qdq import ActivationScale
 
 RNG = np.random.default_rng(0)
 

@@ -14,7 +14,7 @@ import torch
 
 from swin_deploy.errors import CheckpointError
 from swin_deploy.models.checkpoints.base import LazyTensors, fitted
-from swin_deploy.models.checkpoints.sources import Source, open_source
+from swin_deploy.models.checkpoints.recognise import Source, open_source
 from swin_deploy.tasks import TaskSpec
 
 DATA = Path(__file__).parent / "data"

@@ -18,7 +18,7 @@ from torch import Tensor
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError
 from swin_deploy.models.checkpoints.layouts import Layout
-from swin_deploy.models.checkpoints.sources import open_source
+from swin_deploy.models.checkpoints.recognise import open_source
 from swin_deploy.models.checkpoints.timm_config import config_from_timm
 from swin_deploy.models.windows import relative_coordinates
 from swin_deploy.variants import VARIANTS

@@ -19,7 +19,7 @@ from checkpoint_cases import DATA, check, refused, state_dict, tensor_pickle, wr
 from safetensors.torch import load_file, save_file
 
 from swin_deploy.errors import CheckpointError, MissingDependencyError
-from swin_deploy.models.checkpoints.sources import open_source
+from swin_deploy.models.checkpoints.recognise import open_source
 
 HF = DATA / "hf523__SwinForImageClassification__nonsquare_72x56"
 TF = DATA / "tf434__TFSwinForMaskedImageModeling__basic"

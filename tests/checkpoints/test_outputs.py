@@ -20,11 +20,11 @@ torch = pytest.importorskip("torch", reason="the networks are torch networks")
 from checkpoint_cases import CASES, DATA  # noqa: E402
 
 import swin_deploy  # noqa: E402
-from swin_deploy.compare import TOLERANCES  # noqa: E402
 from swin_deploy.models.checkpoints import checkpoint_from_path  # noqa: E402
-from swin_deploy.models.checkpoints.sources import open_source  # noqa: E402
+from swin_deploy.models.checkpoints.recognise import open_source  # noqa: E402
 from swin_deploy.models.losses import classification_loss, reconstruction_loss  # noqa: E402
 from swin_deploy.models.swin import SwinNetwork  # noqa: E402
+from swin_deploy.parity import TOLERANCES  # noqa: E402
 from swin_deploy.tasks import MASK, PIXELS, TaskSpec  # noqa: E402
 
 Arrays = dict[str, np.ndarray[Any, Any]]

@@ -18,10 +18,10 @@ torch = pytest.importorskip("torch", reason="checkpoints are read with torch")
 from checkpoint_cases import DATA, refused, state_dict  # noqa: E402
 from torch.ao import quantization as ao  # noqa: E402
 
-from swin_deploy.calib.grids import grid, quantized_activation  # noqa: E402
-from swin_deploy.calib.placement import ActivationScale  # noqa: E402
-from swin_deploy.models.checkpoints.sources import Source, open_source  # noqa: E402
-from swin_deploy.ranges import Ranges  # noqa: E402
+from swin_deploy.exporters.quantization.gptq import grid, quantized_activation  # noqa: E402
+from swin_deploy.exporters.quantization.qdq import ActivationScale  # noqa: E402
+from swin_deploy.models.checkpoints.recognise import Source, open_source  # noqa: E402
+from swin_deploy.qat_ranges import Ranges  # noqa: E402
 
 TIMM, MICROSOFT = "timm__SwinTransformer__bin_only", "ms__SwinTransformer__strip_32x96"
 SYSTEMS = [TIMM, MICROSOFT, "tv__SwinTransformer__pad_52x68", "tv__SwinTransformerV2__pad_52x68", "ms__SimMIM__v1"]

@@ -21,7 +21,7 @@ import swin_deploy  # noqa: E402
 from swin_deploy.bundle import Bundle  # noqa: E402
 from swin_deploy.cli import cli  # noqa: E402
 from swin_deploy.errors import SwinDeployError, UsageError  # noqa: E402
-from swin_deploy.exporters.source import checkpoint_from_request  # noqa: E402
+from swin_deploy.exporters.checkpoint_from_request import checkpoint_from_request  # noqa: E402
 from swin_deploy.models.checkpoints import Checkpoint, checkpoint_from_path, random_checkpoint, with_windows  # noqa: E402
 from swin_deploy.models.swin import SwinNetwork  # noqa: E402
 from swin_deploy.tasks import PIXELS, TaskSpec  # noqa: E402

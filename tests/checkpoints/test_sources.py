@@ -18,7 +18,7 @@ from torch import Tensor
 
 from swin_deploy.errors import CheckpointError
 from swin_deploy.models.checkpoints.formats import open_weights
-from swin_deploy.models.checkpoints.sources import open_source
+from swin_deploy.models.checkpoints.recognise import open_source
 
 HF = "hf523__SwinForImageClassification__nonsquare_72x56"
 MASKED = "hf523__SwinForMaskedImageModeling__basic"

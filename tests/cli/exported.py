@@ -22,7 +22,7 @@ from once import once
 from swin_deploy.bundle import Bundle
 from swin_deploy.cli import main
 from swin_deploy.config import SwinConfig
-from swin_deploy.exporters.graphs import with_typed_graphs
+from swin_deploy.exporters.typed_graphs import with_typed_graphs
 from swin_deploy.runtimes.backends import runtime_from_onnx
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from cli.exported import SCRIPT, cli, cli_here, exported, one_block, refused, result, stopped
 
-from swin_deploy.api.bench import COMPILED, Others, planned
-from swin_deploy.bench import Candidate, reference_of
+from swin_deploy.bench.race import Candidate, reference_of
+from swin_deploy.bench.run import COMPILED, Others, planned
 from swin_deploy.bundle import Bundle
 from swin_deploy.config import SwinConfig
-from swin_deploy.cuda import CudaDevice, cuda_devices
 from swin_deploy.errors import UsageError
-from swin_deploy.runtimes import opening
+from swin_deploy.gpus import CudaDevice, cuda_devices
+from swin_deploy.runtimes import model_from_bundle as opening
 
 QUICK = ("--seconds", 0.1, "--rounds", 2, "--json")
 FIGURES = {
@@ -181,9 +181,9 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
 
 def test_pytorch_in_half_precision() -> None:
     """As it is measured on a GPU, here on the CPU."""
-    from swin_deploy.compare import compare
     from swin_deploy.models.checkpoints import checkpoint_from_path
-    from swin_deploy.models.running import Placement, TorchNetwork
+    from swin_deploy.models.torch_runtime import Placement, TorchNetwork
+    from swin_deploy.parity import compare
     from swin_deploy.tasks import TaskSpec
 
     checkpoint = checkpoint_from_path(one_block(), TaskSpec())

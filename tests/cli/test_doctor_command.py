@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from cli.exported import cli_without, copied, digits, result
 
-from swin_deploy.cuda import cuda_devices
+from swin_deploy.gpus import cuda_devices
 from swin_deploy.runtimes.backends import runtime_from_onnx
 
 MAKERS = ("torch", "tensorrt_rtx", "huggingface_hub", "h5py")

@@ -16,7 +16,7 @@ import pytest
 from cli.exported import OFFLINE, SCRIPT, THREE, cli, cli_here, contents, copied, digits, refused, result, stopped
 
 from swin_deploy.bundle import Bundle
-from swin_deploy.cuda import cuda_devices
+from swin_deploy.gpus import cuda_devices
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engines of these tests")
 

@@ -17,10 +17,10 @@ from cli.exported import EXAMPLES, WEIGHTS, cli_here, contents, copied, refused,
 from PIL import Image
 
 import swin_deploy
-from swin_deploy.api.bench import bench
+from swin_deploy.bench.run import bench
 from swin_deploy.bundle import Bundle
-from swin_deploy.calib.placement import linear_layers
 from swin_deploy.errors import BackendError, InputError, UsageError, VerificationError
+from swin_deploy.exporters.quantization.qdq import linear_layers
 
 onnx = pytest.importorskip("onnx", reason="the graphs are ONNX")
 pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with onnx-graphsurgeon")
@@ -82,7 +82,7 @@ def test_for_a_cpu(
     else:  # a bundle for TensorRT has a form that OpenVINO runs as well
         copied(2, path)
         refused(cli_here("quantize", "b", "--data", train, "--target", target, cwd=tmp_path), "too small to be faster")
-        monkeypatch.setattr("swin_deploy.calib.forms.SMALL", 1 << 10)
+        monkeypatch.setattr("swin_deploy.exporters.quantization.for_cpu.SMALL", 1 << 10)
         [_, score] = swin_deploy.quantize(path, train, target=target).scores
     assert score.sqnr_db is not None
     assert score.sqnr_db > 44
@@ -121,7 +121,7 @@ def test_the_command_that_is_named_for_a_missing_graph_makes_it(tmp_path: Path) 
 
 def test_for_a_cpu_a_part_of_many_samples_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copied(1, tmp_path / "b")
-    monkeypatch.setattr("swin_deploy.api.forms.CALIBRATED_BY", 4)
+    monkeypatch.setattr("swin_deploy.exporters.quantization.recipes.CALIBRATED_BY", 4)
     given = len([file for file in IMAGES.iterdir() if file.suffix == ".png"])
     told = cli_here("quantize", "b", "--data", IMAGES, "--target", "onnxruntime", "--batch", 2, cwd=tmp_path)
     assert f"Calibrating with 4 of the {given} samples, evenly spread" in told.stderr
@@ -221,7 +221,7 @@ def test_graphs_that_share_weights_change_together_or_not_at_all(tmp_path: Path,
     keep = ["stages.1.steps.block1.fc2"]
     before = swin_deploy.quantize(path, IMAGES).scores
 
-    from swin_deploy.exporters import graphs
+    from swin_deploy.exporters import typed_graphs as graphs
 
     checked, check = [], graphs.check_graph
 
@@ -327,8 +327,8 @@ def test_the_gate_puts_back_as_few_layers_as_it_takes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
 def test_what_is_not_faster_is_refused_and_nothing_kept(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swin_deploy.calib.gate.ROUNDS", 2)
-    monkeypatch.setattr("swin_deploy.calib.gate.SECONDS", 0.1)
+    monkeypatch.setattr("swin_deploy.calib.accuracy_gate.ROUNDS", 2)
+    monkeypatch.setattr("swin_deploy.calib.accuracy_gate.SECONDS", 0.1)
     if target == "tensorrt":
         pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the graphs")
         copied(1, tmp_path / "b")

@@ -36,7 +36,7 @@ import swin_deploy
 from swin_deploy.bundle import Bundle
 from swin_deploy.cli import VERBS
 from swin_deploy.errors import SwinDeployError
-from swin_deploy.reference import Reference
+from swin_deploy.parity import Reference
 
 NETWORK = WEIGHTS[2]
 FILES = (

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from swin_deploy.exporters.engine_spec import EngineSpec
+from swin_deploy.exporters.engines.engine_spec import EngineSpec
 
 HEADS, TOKENS, WIDTH = 3, 64, 32
 SM89 = EngineSpec("tensorrt-rtx", "sm_89")

@@ -17,11 +17,11 @@ from test_precision import PADDED, TASK, WHOLE, config, fp32, islands  # noqa: E
 from traced import answers_of_torch  # noqa: E402
 
 import swin_deploy  # noqa: E402
-from swin_deploy.compare import TOLERANCES, compare  # noqa: E402
 from swin_deploy.errors import MissingKernelError  # noqa: E402
-from swin_deploy.exporters.engine_from_onnx import engine_from_onnx  # noqa: E402
-from swin_deploy.exporters.engine_spec import EngineSpec  # noqa: E402
+from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx  # noqa: E402
+from swin_deploy.exporters.engines.engine_spec import EngineSpec  # noqa: E402
 from swin_deploy.exporters.precision import typed_from_fp32  # noqa: E402
+from swin_deploy.parity import TOLERANCES, compare  # noqa: E402
 from swin_deploy.runtimes.backends import runtime_from_onnx, runtime_to_check  # noqa: E402
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"

@@ -20,12 +20,15 @@ from onnx import TensorProto, helper
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the graphs of these tests")
 
-from swin_deploy.cuda import cuda_devices  # noqa: E402
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError  # noqa: E402
-from swin_deploy.exporters.engine_from_onnx import Engine, engine_from_onnx, resolve_backend  # noqa: E402
-from swin_deploy.exporters.engine_spec import EngineSpec  # noqa: E402
-from swin_deploy.exporters.gpu import rtx_gpus, target_gpu  # noqa: E402
-from swin_deploy.exporters.inspect import report_from_inspector, report_from_log  # noqa: E402
+from swin_deploy.exporters.engines.engine_from_onnx import Engine, engine_from_onnx, resolve_backend  # noqa: E402
+from swin_deploy.exporters.engines.engine_spec import (  # noqa: E402
+    EngineSpec,
+    rtx_gpus,
+    target_gpu,
+)
+from swin_deploy.exporters.engines.layer_report import report_from_inspector, report_from_log  # noqa: E402
+from swin_deploy.gpus import cuda_devices  # noqa: E402
 
 HERE = Path(__file__).parent  # from the repository root a bare swin_deploy/ would shadow the installed package
 
@@ -210,7 +213,7 @@ def test_without_a_gpu_no_back_end_is_swapped_in_silence() -> None:
 
 
 def test_the_gpu_of_this_machine() -> None:
-    hidden = python("from swin_deploy.cuda import cuda_devices; print(cuda_devices())")
+    hidden = python("from swin_deploy.gpus import cuda_devices; print(cuda_devices())")
     assert hidden.stdout == "()\n", hidden.stderr
     if not cuda_devices():
         with pytest.raises(EngineError, match="no usable NVIDIA GPU"):

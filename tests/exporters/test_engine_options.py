@@ -15,12 +15,12 @@ from engine_graphs import attention, linear, silent
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the graphs of these tests")
 
-from swin_deploy.cuda import cuda_devices  # noqa: E402
 from swin_deploy.errors import EngineError, UsageError  # noqa: E402
-from swin_deploy.exporters.build import layers_file  # noqa: E402
-from swin_deploy.exporters.engine_from_onnx import engine_from_onnx  # noqa: E402
-from swin_deploy.exporters.engine_spec import RTX_LACKS, EngineSpec  # noqa: E402
-from swin_deploy.exporters.inspect import report_from_log, reports_by_profile  # noqa: E402
+from swin_deploy.exporters.engines.build import layers_file  # noqa: E402
+from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx  # noqa: E402
+from swin_deploy.exporters.engines.engine_spec import RTX_LACKS, EngineSpec  # noqa: E402
+from swin_deploy.exporters.engines.layer_report import report_from_log, reports_by_profile  # noqa: E402
+from swin_deploy.gpus import cuda_devices  # noqa: E402
 from swin_deploy.specs import batch_from_text, bytes_from_text  # noqa: E402
 
 no_gpu = pytest.mark.skipif(bool(cuda_devices()), reason="this machine has a GPU: what is told where there is none")

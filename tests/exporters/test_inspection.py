@@ -18,9 +18,9 @@ from onnx import TensorProto, helper, numpy_helper
 from torch.utils.flop_counter import FlopCounterMode
 
 from swin_deploy.errors import UsageError
-from swin_deploy.exporters.cost import cost_from_onnx, cost_of_model
-from swin_deploy.exporters.inspect import ROLES, EngineLayer, EngineTensor
-from swin_deploy.exporters.roofline import GPUS, LAUNCH, find_gpu, roofline
+from swin_deploy.exporters.engines.layer_report import ROLES, EngineLayer, EngineTensor
+from swin_deploy.exporters.inspection.flops import cost_from_onnx, cost_of_model
+from swin_deploy.exporters.inspection.roofline import GPUS, LAUNCH, find_gpu, roofline
 from swin_deploy.models.checkpoints import random_checkpoint
 from swin_deploy.models.swin import SwinNetwork
 from swin_deploy.tasks import TaskSpec
@@ -150,7 +150,7 @@ def test_what_a_kernel_is_for(name: str, kind: str, role: str) -> None:
 
 def test_the_parts_of_an_engine_are_its_whole() -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the graphs of these tests")
-    from swin_deploy.exporters.engine_from_onnx import engine_from_onnx
+    from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
 
     report = engine_from_onnx(attention(blocks=2).SerializeToString(), SM89, silent).report
     figures = report.to_dict()
@@ -232,7 +232,7 @@ def test_another_gpu_than_the_engines_own_has_no_roofline(inspected: Any) -> Non
 
 
 def test_a_drawing_is_to_scale(inspected: Any) -> None:
-    from swin_deploy.exporters.plot import svg_from_engines
+    from swin_deploy.exporters.inspection.engine_plot import svg_from_engines
 
     known = [(f"<{number}>", cost) for number, cost in enumerate(inspected.engines) if cost.roofline is not None]
     for engines, unit in ((known, "Bytes moved"), ([("all", cost) for cost in inspected.engines], "Kernels")):

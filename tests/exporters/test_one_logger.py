@@ -11,7 +11,7 @@ from test_engine_from_onnx import python
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is what speaks")
 
-from swin_deploy.exporters.engine_from_onnx import engine_from_onnx  # noqa: E402
+from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx  # noqa: E402
 from swin_deploy.tensorrt_log import heard, logger_of  # noqa: E402
 
 ONE_AFTER_THE_OTHER = """

@@ -16,14 +16,14 @@ pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with onnx-
 
 from onnx import TensorProto  # noqa: E402
 
-from swin_deploy.compare import compare  # noqa: E402
 from swin_deploy.config import SwinConfig  # noqa: E402
 from swin_deploy.errors import ExportError, PassError  # noqa: E402
+from swin_deploy.exporters.external_data import SMALLEST, embed_weights  # noqa: E402
 from swin_deploy.exporters.onnx_from_torch import OPERATORS, OPSET, Traced, onnx_from_torch, writer  # noqa: E402
 from swin_deploy.exporters.passes import PassRecord  # noqa: E402
-from swin_deploy.exporters.weights import SMALLEST, embed_weights  # noqa: E402
 from swin_deploy.models.checkpoints import random_checkpoint  # noqa: E402
 from swin_deploy.models.swin import SwinNetwork  # noqa: E402
+from swin_deploy.parity import compare  # noqa: E402
 from swin_deploy.tasks import TaskSpec  # noqa: E402
 
 INPUT, OUTPUT = "pixel_values", "logits"

@@ -19,17 +19,17 @@ gs = pytest.importorskip("onnx_graphsurgeon", reason="rewrites act on onnx-graph
 from onnx import TensorProto, checker, helper  # noqa: E402
 from traced import traced_once  # noqa: E402
 
-from swin_deploy.compare import compare  # noqa: E402
 from swin_deploy.config import SwinConfig  # noqa: E402
 from swin_deploy.errors import ExportError, PassError  # noqa: E402
+from swin_deploy.exporters.external_data import embed_weights  # noqa: E402
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch  # noqa: E402
 from swin_deploy.exporters.passes import ENGINE_PASSES, PASSES, Pass, PassRecord, run_passes  # noqa: E402
 from swin_deploy.exporters.passes.attention import attentions  # noqa: E402
-from swin_deploy.exporters.passes.cosine_after_product import LONGEST  # noqa: E402
-from swin_deploy.exporters.passes.row_lengths import row_lengths  # noqa: E402
-from swin_deploy.exporters.weights import embed_weights  # noqa: E402
+from swin_deploy.exporters.passes.cosine_after_matmul import LONGEST  # noqa: E402
+from swin_deploy.exporters.passes.row_l2_norms import row_lengths  # noqa: E402
 from swin_deploy.models.checkpoints import random_checkpoint  # noqa: E402
 from swin_deploy.models.swin import SwinNetwork  # noqa: E402
+from swin_deploy.parity import compare  # noqa: E402
 from swin_deploy.tasks import TaskSpec  # noqa: E402
 
 WHOLE, PADDED = (64, 64), (52, 72)  # 16 x 16 tokens in windows of 4; 13 x 18, padded

@@ -15,13 +15,13 @@ gs = pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from traced import answers_of_torch, traced_once  # noqa: E402
 
-from swin_deploy.calib.largest import largest_values  # noqa: E402
-from swin_deploy.compare import compare  # noqa: E402
+from swin_deploy.calib.collect import largest_values  # noqa: E402
 from swin_deploy.config import SwinConfig  # noqa: E402
 from swin_deploy.errors import ExportError, PassError  # noqa: E402
 from swin_deploy.exporters.passes import ENGINE_PASSES, PassRecord  # noqa: E402
-from swin_deploy.exporters.passes.cosine_after_product import islands as found_islands  # noqa: E402
+from swin_deploy.exporters.passes.cosine_after_matmul import islands as found_islands  # noqa: E402
 from swin_deploy.exporters.precision import assign_types, typed_from_fp32  # noqa: E402
+from swin_deploy.parity import compare  # noqa: E402
 from swin_deploy.tasks import TaskSpec  # noqa: E402
 
 INPUT, OUTPUT = "pixel_values", "logits"

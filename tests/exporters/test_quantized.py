@@ -22,16 +22,16 @@ from onnx import TensorProto, helper  # noqa: E402
 
 from swin_deploy.config import SwinConfig  # noqa: E402
 from swin_deploy.errors import EngineError, ExportError, UsageError  # noqa: E402
-from swin_deploy.exporters.engine_from_onnx import engine_from_onnx  # noqa: E402
-from swin_deploy.exporters.engine_spec import EngineSpec  # noqa: E402
+from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx  # noqa: E402
+from swin_deploy.exporters.engines.engine_spec import EngineSpec  # noqa: E402
+from swin_deploy.exporters.external_data import embed_weights  # noqa: E402
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch  # noqa: E402
-from swin_deploy.exporters.passes.balanced_attention import balanced_attention, query_bias_in_channel  # noqa: E402
-from swin_deploy.exporters.passes.norm_behind_product import norm_behind_product  # noqa: E402
+from swin_deploy.exporters.passes.equalized_attention import balanced_attention, query_bias_in_channel  # noqa: E402
+from swin_deploy.exporters.passes.norm_after_matmul import norm_behind_product  # noqa: E402
 from swin_deploy.exporters.passes.qkv_without_bias import value_bias_in_projection  # noqa: E402
-from swin_deploy.exporters.passes.quantize_linear import Quantizer  # noqa: E402
 from swin_deploy.exporters.precision import typed_from_fp32  # noqa: E402
-from swin_deploy.exporters.quantized import quantized_from_fp32, quantized_inputs, quantized_layers  # noqa: E402
-from swin_deploy.exporters.weights import embed_weights  # noqa: E402
+from swin_deploy.exporters.quantization.for_tensorrt import quantized_from_fp32, quantized_inputs, quantized_layers  # noqa: E402
+from swin_deploy.exporters.quantization.qdq import Quantizer  # noqa: E402
 from swin_deploy.models.checkpoints import checkpoint_from_path, random_checkpoint  # noqa: E402
 from swin_deploy.models.swin import SwinNetwork  # noqa: E402
 from swin_deploy.preprocess import Preprocessor  # noqa: E402

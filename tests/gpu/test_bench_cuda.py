@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from cli.exported import WEIGHTS, digits
 
-from swin_deploy.api.bench import bench
-from swin_deploy.cuda import cuda_devices
+from swin_deploy.bench.run import bench
+from swin_deploy.gpus import cuda_devices
 
 torch = pytest.importorskip("torch", reason="PyTorch is the reference")
 

@@ -14,9 +14,9 @@ import pytest
 from cli.exported import copied, digits
 
 import swin_deploy
-from swin_deploy.compare import TOLERANCES, compare
 from swin_deploy.errors import BackendError, InputError
-from swin_deploy.runtimes.onnxruntime_cuda import MOST_GRAPHS
+from swin_deploy.parity import TOLERANCES, compare
+from swin_deploy.runtimes.gpu.onnxruntime_cuda import MOST_GRAPHS
 
 pytestmark = [pytest.mark.cuda]
 IMAGES = np.random.default_rng(0).standard_normal((24, 3, 32, 32)).astype(np.float32)

@@ -7,7 +7,7 @@ import pytest
 from cli.exported import digits
 
 import swin_deploy
-from swin_deploy.compare import TOLERANCES, compare
+from swin_deploy.parity import TOLERANCES, compare
 
 torch = pytest.importorskip("torch", reason="the back end under test")
 

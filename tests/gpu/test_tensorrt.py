@@ -10,8 +10,8 @@ from cli.exported import copied
 
 import swin_deploy
 from swin_deploy.bundle import Bundle
-from swin_deploy.cuda import cuda_devices
 from swin_deploy.errors import UsageError
+from swin_deploy.gpus import cuda_devices
 
 pytestmark = [pytest.mark.cuda, pytest.mark.tensorrt]
 

@@ -15,12 +15,12 @@ from cli.exported import copied
 
 import swin_deploy
 from swin_deploy.bundle import Bundle
-from swin_deploy.compare import TOLERANCES, compare
-from swin_deploy.cuda import cuda_devices
 from swin_deploy.errors import BackendError, InputError
-from swin_deploy.exporters.gpu import rtx_gpus
-from swin_deploy.runtimes.lanes import Lane
-from swin_deploy.runtimes.tensorrt import MOST_LANES
+from swin_deploy.exporters.engines.engine_spec import rtx_gpus
+from swin_deploy.gpus import cuda_devices
+from swin_deploy.parity import TOLERANCES, compare
+from swin_deploy.runtimes.gpu.contexts import Lane
+from swin_deploy.runtimes.gpu.tensorrt import MOST_LANES
 
 pytestmark = [pytest.mark.cuda]
 IMAGES = np.random.default_rng(0).standard_normal((24, 3, 32, 32)).astype(np.float32)
@@ -76,7 +76,7 @@ def test_every_batch_answers_as_the_cpu_does(batch: int, made: tuple[Path, str],
 
 def test_graphs_are_captured_and_launched(made: tuple[Path, str], model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One capture for a batch, which is taken; TensorRT for RTX captures by itself."""
-    from swin_deploy.runtimes.cuda import Gpu
+    from swin_deploy.runtimes.gpu.driver import Gpu
 
     _, backend = made
     launched, captured, plain = [], [], Gpu.captured
@@ -156,7 +156,7 @@ def test_tensors_that_are_somewhere_else_each_time(made: tuple[Path, str], model
     torch = pytest.importorskip("torch", reason="PyTorch makes the tensors")
     if not torch.cuda.is_available():
         pytest.skip("this PyTorch has no CUDA")
-    from swin_deploy.runtimes.cuda import Gpu
+    from swin_deploy.runtimes.gpu.driver import Gpu
 
     captured, launched, capture, launch = [], [], Gpu.captured, Gpu.launch
     monkeypatch.setattr(Gpu, "captured", lambda self, *a: captured.append(capture(self, *a)) or captured[-1])
@@ -200,8 +200,8 @@ def free_memory() -> int:
     """The GPU's free memory in bytes, as the driver says."""
     import ctypes
 
-    from swin_deploy.cuda import cuda_driver
-    from swin_deploy.runtimes.cuda import Gpu
+    from swin_deploy.gpus import cuda_driver
+    from swin_deploy.runtimes.gpu.driver import Gpu
 
     driver, gpu = cuda_driver(), Gpu(0)
     assert driver is not None

@@ -51,7 +51,7 @@ def test_refused_by_name(name: str) -> None:
 )
 def test_exported(name: str, tmp_path: Path) -> None:
     """Through torch's exporter, whose operators for these differ, and ONNX Runtime; the export itself compares."""
-    from swin_deploy.exporters.export import bundle_from_checkpoint
+    from swin_deploy.exporters.bundle_from_checkpoint import bundle_from_checkpoint
     from swin_deploy.runtimes.backends import runtime_from_onnx
 
     bundle_from_checkpoint(

@@ -20,10 +20,10 @@ transformers = pytest.importorskip("transformers", reason="transformers is the r
 safetensors = pytest.importorskip("safetensors.torch", reason="checkpoints are safetensors files")
 
 import swin_deploy  # noqa: E402
-from swin_deploy.compare import compare  # noqa: E402
 from swin_deploy.errors import CheckpointError  # noqa: E402
 from swin_deploy.models.checkpoints import checkpoint_from_hub, checkpoint_from_path  # noqa: E402
 from swin_deploy.models.swin import SwinNetwork  # noqa: E402
+from swin_deploy.parity import compare  # noqa: E402
 from swin_deploy.tasks import TaskSpec  # noqa: E402
 from swin_deploy.variants import find_variant  # noqa: E402
 
@@ -225,7 +225,7 @@ def test_buffers_of_older_files_are_ignored(version: int, tmp_path: Path) -> Non
 def test_published_size_through_the_whole_chain(version: int, name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the exported graphs")
     pytest.importorskip("onnxscript", reason="torch exports through onnxscript")
-    from swin_deploy.exporters.graphs import with_typed_graphs
+    from swin_deploy.exporters.typed_graphs import with_typed_graphs
     from swin_deploy.runtimes.backends import runtime_from_onnx
 
     fields = find_variant(name).config().to_dict()

@@ -12,10 +12,9 @@ from PIL import Image
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import InputError, UsageError
-from swin_deploy.frames import Frames, preparation_for, refuse_misfit
+from swin_deploy.frame_input import Frames, preparation_for, refuse_misfit
 from swin_deploy.models.checkpoints import random_checkpoint
-from swin_deploy.models.frames import FrameEmbedding
-from swin_deploy.models.resampling import split_exactly
+from swin_deploy.models.frame_embedding import FrameEmbedding, split_exactly
 from swin_deploy.models.swin import PatchEmbedding
 from swin_deploy.preprocess import Preprocessor
 from swin_deploy.tasks import TaskSpec

@@ -12,7 +12,6 @@ from cli.exported import one_block
 torch = pytest.importorskip("torch", reason="the networks are torch networks")
 
 import swin_deploy  # noqa: E402
-from swin_deploy.compare import compare  # noqa: E402
 from swin_deploy.config import SwinConfig  # noqa: E402
 from swin_deploy.errors import UsageError  # noqa: E402
 from swin_deploy.machine import this_machine  # noqa: E402
@@ -20,7 +19,7 @@ from swin_deploy.models.blocks import shift_mask  # noqa: E402
 from swin_deploy.models.checkpoints import random_checkpoint  # noqa: E402
 from swin_deploy.models.swin import SwinNetwork  # noqa: E402
 from swin_deploy.models.windows import WindowGrid  # noqa: E402
-from swin_deploy.reference import sample_inputs  # noqa: E402
+from swin_deploy.parity import compare, sample_inputs  # noqa: E402
 from swin_deploy.specs import TARGETS  # noqa: E402
 from swin_deploy.tasks import TASKS, TaskSpec  # noqa: E402
 
@@ -50,8 +49,8 @@ def answers(made: Any, size: tuple[int, int]) -> tuple[dict[str, Any], dict[str,
 
 def exported(made: Any, size: tuple[int, int], target: str, folder: Path) -> tuple[Path, dict[str, int]]:
     """The file of a network's graph, and how often each rewrite found its place."""
+    from swin_deploy.exporters.external_data import embed_weights
     from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
-    from swin_deploy.exporters.weights import embed_weights
 
     traced = onnx_from_torch(made, size)
     embed_weights(traced.model, traced.weights)
@@ -119,9 +118,11 @@ def test_exported(version: int, task: str, size: tuple[int, int], target: str, t
 
 def test_vectors_of_length_zero_stay_zero(tmp_path: Path) -> None:
     """As in `x / max(length, 1e-12)`; an RMS norm without its epsilon makes NaN of them."""
-    ov = pytest.importorskip("openvino", reason="runs the graph")
+    pytest.importorskip("openvino", reason="runs the graph")
+    from swin_deploy.runtimes.openvino import openvino_core
+
     gs = pytest.importorskip("onnx_graphsurgeon", reason="writes the graph")
-    from swin_deploy.exporters.passes.length_as_rms_norm import length_as_rms_norm
+    from swin_deploy.exporters.passes.l2_norm_as_rms_norm import length_as_rms_norm
 
     def normalised(rms: bool) -> Any:
         x, out = (gs.Variable(name, np.dtype(np.float32), (6, 8)) for name in "xy")
@@ -140,7 +141,7 @@ def test_vectors_of_length_zero_stay_zero(tmp_path: Path) -> None:
     answers = []
     for rms in (False, True):
         (tmp_path / "n.onnx").write_bytes(normalised(rms).SerializeToString())
-        compiled = ov.Core().compile_model(str(tmp_path / "n.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = openvino_core().compile_model(str(tmp_path / "n.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         answers.append(np.array(compiled(x)[0]))
         assert (
             "RMS" in {node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()}
@@ -152,16 +153,18 @@ def test_vectors_of_length_zero_stay_zero(tmp_path: Path) -> None:
 @pytest.mark.parametrize("version", [1, 2])
 def test_openvino_computes_attention_as_one_kernel(version: int, tmp_path: Path) -> None:
     """By its own account of the compiled model; in the form for ONNX Runtime every block has a softmax of its own."""
-    ov = pytest.importorskip("openvino", reason="runs the graph")
+    pytest.importorskip("openvino", reason="runs the graph")
+    from swin_deploy.runtimes.openvino import openvino_core
+
     pytest.importorskip("onnxscript", reason="exporting needs it")
     if "AVX-512" not in this_machine().features:
         pytest.skip("OpenVINO has this kernel for processors with AVX-512 only")
     found = {}
     for target in CPU:
         file, _ = exported(network(version, TASKS[0], SIZES[0], target, between=False), SIZES[0], target, tmp_path)
-        model = ov.Core().read_model(str(file))
+        model = openvino_core().read_model(str(file))
         model.reshape([1, 3, *SIZES[0]])
-        compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         kinds = [node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()]
         found[target] = {kind: kinds.count(kind) for kind in ("Softmax", "Reduce", "RMS")}
     # One more Reduce is the mean over all tokens.

@@ -16,8 +16,8 @@ from fake_driver import FakeDriver
 from fake_tensorrt import module, plan, session
 
 import swin_deploy
-import swin_deploy.cuda
-import swin_deploy.runtimes.cuda
+import swin_deploy.gpus
+import swin_deploy.runtimes.gpu.driver
 from swin_deploy.bundle import Bundle
 from swin_deploy.specs import Batch
 
@@ -32,7 +32,7 @@ def simulated(patch: pytest.MonkeyPatch, *gpus: str) -> Iterator[FakeDriver]:
     """The machine, while inside; at the end nothing undefined was done there, and nothing is left. `driver.trt` are the
     modules by back end."""
     driver: Any = FakeDriver(*gpus)
-    for place in (swin_deploy.cuda, swin_deploy.runtimes.cuda):
+    for place in (swin_deploy.gpus, swin_deploy.runtimes.gpu.driver):
         patch.setattr(place, "cuda_driver", lambda: driver)
     driver.trt = {}
     for backend, release in RELEASES.items():

@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from swin_deploy.runtimes.caches import DAYS, MOST_FILES, keep, kept
+from swin_deploy.runtimes.user_cache import DAYS, MOST_FILES, keep, kept
 
 DAY = 24 * 3600
 

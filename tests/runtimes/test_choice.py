@@ -13,11 +13,11 @@ from cli.exported import EXAMPLES, copied, digits
 from fake_driver import FakeDriver
 
 import swin_deploy
-import swin_deploy.cuda
+import swin_deploy.gpus
 from swin_deploy.bundle import Bundle
 from swin_deploy.errors import BackendError, BundleError, MissingDependencyError, UsageError
-from swin_deploy.runtimes import choice
-from swin_deploy.runtimes.choice import Candidate, Measured, choose
+from swin_deploy.runtimes import autoselect as choice
+from swin_deploy.runtimes.autoselect import Candidate, Measured, choose
 
 ORT, OV = Candidate("onnxruntime", "fp32", "cpu"), Candidate("openvino", "fp32", "cpu")
 
@@ -79,7 +79,7 @@ def test_the_fastest_of_those_that_agree(cache: Path, monkeypatch: pytest.Monkey
 def test_measured_anew_with_another_tensorrt_or_driver(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its packages are named after the CUDA that they are for, too; tensorrt itself only requires one of these."""
     bundle, driver, versions = Bundle.open(digits(2)), FakeDriver("sm_89"), dict[str, str]()
-    monkeypatch.setattr(swin_deploy.cuda, "cuda_driver", lambda: driver)
+    monkeypatch.setattr(swin_deploy.gpus, "cuda_driver", lambda: driver)
     plain = choice.installed_versions
     monkeypatch.setattr(
         choice, "installed_versions", lambda names: plain(names) | {name: versions[name] for name in names if name in versions}
@@ -264,7 +264,7 @@ def test_a_gpu_that_this_onnxruntime_has_no_provider_for(backend: str, monkeypat
     ort = pytest.importorskip("onnxruntime", reason="the back end under test")
     if "CUDAExecutionProvider" in ort.get_available_providers():
         pytest.skip("this ONNX Runtime has the CUDA provider")
-    monkeypatch.setattr(swin_deploy.cuda, "cuda_driver", lambda: FakeDriver("sm_89"))
+    monkeypatch.setattr(swin_deploy.gpus, "cuda_driver", lambda: FakeDriver("sm_89"))
     with pytest.raises(MissingDependencyError, match=r'cannot run on cuda:1. Run: .*"swin-deploy\[gpu\]"'):
         swin_deploy.load(digits(2), backend=backend, device="cuda:1", precision="fp32")
 
@@ -274,7 +274,7 @@ def test_without_a_gpu_nothing_is_to_be_installed(backend: str, monkeypatch: pyt
     library = pytest.importorskip(backend.partition("-")[0], reason="the back end under test")
     if library.version.cuda if backend == "torch" else "CUDAExecutionProvider" in library.get_available_providers():
         pytest.skip(f"this {library.__name__} is built for CUDA, and says itself what is missing")
-    monkeypatch.setattr(swin_deploy.cuda, "cuda_driver", lambda: None)
+    monkeypatch.setattr(swin_deploy.gpus, "cuda_driver", lambda: None)
     with pytest.raises(UsageError, match=r"^There is no cuda:1 here: .* no usable NVIDIA GPU\. Take the device cpu\.$"):
         swin_deploy.load(digits(2), backend=backend, device="cuda:1", precision="fp32")
 

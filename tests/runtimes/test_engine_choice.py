@@ -21,13 +21,13 @@ from once import once
 from simulated import RELEASES, simulated, with_engines
 
 import swin_deploy
-from swin_deploy.api.bench import _opened, planned
-from swin_deploy.api.doctor import _engine
+from swin_deploy.bench.run import _opened, planned
 from swin_deploy.bundle import Bundle
+from swin_deploy.doctor.checks import _engine
 from swin_deploy.errors import BackendError, EngineError, MissingDependencyError, SwinDeployError, UsageError
-from swin_deploy.exporters.gpu import target_gpu
+from swin_deploy.exporters.engines.engine_spec import target_gpu
 from swin_deploy.machine import Gpu
-from swin_deploy.runtimes.engines import engines_here, fitting_engines, misfit, rebuild_command
+from swin_deploy.runtimes.gpu.engines import engines_here, fitting_engines, misfit, rebuild_command
 
 BATCHES = ((1, 1, 1), (1, 4, 8))
 
@@ -46,7 +46,7 @@ def compiled() -> Path:
 def on_gpus(patch: pytest.MonkeyPatch, *gpus: str) -> None:
     """A machine with these GPUs, as far as the driver is asked what there is; without any it has no driver."""
     driver = FakeDriver(*gpus) if gpus else None
-    for place in ("swin_deploy.cuda", "swin_deploy.runtimes.cuda"):
+    for place in ("swin_deploy.gpus", "swin_deploy.runtimes.gpu.driver"):
         patch.setattr(sys.modules[place], "cuda_driver", lambda: driver)
 
 

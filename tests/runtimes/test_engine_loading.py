@@ -23,9 +23,9 @@ from simulated import IMAGES, PROFILES, RELEASES, alone, feed, loaded, simulated
 
 from swin_deploy.bundle import Bundle
 from swin_deploy.errors import BackendError, BundleError, EngineError, MissingDependencyError
-from swin_deploy.runtimes.cuda import CAPTURING, PROTOTYPES
-from swin_deploy.runtimes.memory import Layout
-from swin_deploy.runtimes.tensorrt import MOST_LANES, planned
+from swin_deploy.runtimes.gpu.driver import CAPTURING, PROTOTYPES
+from swin_deploy.runtimes.gpu.memory import Layout
+from swin_deploy.runtimes.gpu.tensorrt import MOST_LANES, planned
 from swin_deploy.specs import TensorSpec
 
 BACKENDS = list(RELEASES)

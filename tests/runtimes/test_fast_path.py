@@ -15,8 +15,8 @@ from cli.exported import exported as exported_bundle
 import swin_deploy
 from swin_deploy.errors import InputError, UsageError
 from swin_deploy.runtimes.base import resolved
+from swin_deploy.runtimes.dlpack import device_tensor
 from swin_deploy.runtimes.model import Model
-from swin_deploy.runtimes.tensors import device_tensor
 
 FEED = np.random.default_rng(0).standard_normal((3, 3, 32, 32)).astype(np.float32)
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 import swin_deploy
 from swin_deploy.bundle import Bundle, create_bundle
-from swin_deploy.compare import TOLERANCES, compare
 from swin_deploy.errors import BackendError, BundleError, InputError, UsageError
+from swin_deploy.parity import TOLERANCES, compare
 from swin_deploy.runtimes.model import Model
 
 BACKENDS = ("onnxruntime", "openvino", "torch")
@@ -237,8 +237,10 @@ assert all(verdict.verified for verdict in swin_deploy.verify({str(digits(2))!r}
 
 def test_openvino_computes_the_fp32_graph_in_bf16() -> None:
     """Where the processor does; elsewhere it is refused rather than answered in fp32."""
-    ov = pytest.importorskip("openvino", reason="the back end under test")
-    if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    pytest.importorskip("openvino", reason="the back end under test")
+    from swin_deploy.runtimes.openvino import openvino_core
+
+    if "BF16" not in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         with pytest.raises(UsageError, match="does not compute in bf16"):
             swin_deploy.load(digits(2), precision="bf16", backend="openvino")
         return

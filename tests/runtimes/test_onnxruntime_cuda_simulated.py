@@ -33,9 +33,9 @@ from simulated import IMAGES, SIZES, alone, feed, simulated, two_sizes
 import swin_deploy
 from swin_deploy.errors import BackendError, MissingDependencyError
 from swin_deploy.runtimes import base
-from swin_deploy.runtimes.onnxruntime_cuda import MOST_CALLS, MOST_GRAPHS
-from swin_deploy.runtimes.tensors import DeviceTensor
-from swin_deploy.runtimes.worker import Job
+from swin_deploy.runtimes.dlpack import DeviceTensor
+from swin_deploy.runtimes.gpu.gpu_thread import Job
+from swin_deploy.runtimes.gpu.onnxruntime_cuda import MOST_CALLS, MOST_GRAPHS
 
 CHECKPOINTS = EXAMPLES.parent / "tests/checkpoints/data"
 

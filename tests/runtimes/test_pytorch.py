@@ -20,15 +20,18 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from traced import traced_once  # noqa: E402
 
 import swin_deploy  # noqa: E402
-import swin_deploy.cuda  # noqa: E402
-from swin_deploy.compare import TOLERANCES, compare  # noqa: E402
+import swin_deploy.gpus  # noqa: E402
 from swin_deploy.config import SwinConfig  # noqa: E402
 from swin_deploy.errors import BackendError, MissingDependencyError, UsageError  # noqa: E402
 from swin_deploy.exporters.onnx_from_torch import OF_OPENVINO  # noqa: E402
 from swin_deploy.exporters.onnx_from_torch import OPERATORS as EXPORTED  # noqa: E402
 from swin_deploy.exporters.precision import typed_from_fp32  # noqa: E402
-from swin_deploy.exporters.quantized import quantized_from_fp32, quantized_inputs  # noqa: E402
-from swin_deploy.reference import sample_inputs  # noqa: E402
+from swin_deploy.exporters.quantization.for_tensorrt import quantized_from_fp32, quantized_inputs  # noqa: E402
+from swin_deploy.parity import (  # noqa: E402
+    TOLERANCES,
+    compare,
+    sample_inputs,
+)
 from swin_deploy.runtimes.backends import runtime_from_onnx  # noqa: E402
 from swin_deploy.runtimes.torch_operators import OPERATORS  # noqa: E402
 from swin_deploy.specs import TARGETS  # noqa: E402
@@ -307,14 +310,14 @@ def test_what_it_does_not_know_is_named(
 def test_a_gpu_that_this_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("this PyTorch has a GPU")
-    monkeypatch.setattr(swin_deploy.cuda, "cuda_driver", lambda: FakeDriver("sm_89"))
+    monkeypatch.setattr(swin_deploy.gpus, "cuda_driver", lambda: FakeDriver("sm_89"))
     with pytest.raises((MissingDependencyError, BackendError), match=r"cannot run on cuda:1"):
         swin_deploy.load(digits(2), backend="torch", device="cuda:1", precision="fp32")
 
 
 def test_a_tensor_that_is_there_already_is_not_copied() -> None:
     """As on a GPU, where what DLPack hands over is taken as it is; here the device is the CPU."""
-    from swin_deploy.runtimes.tensors import device_tensor
+    from swin_deploy.runtimes.dlpack import device_tensor
 
     pixels = torch.randn(2, 3, 32, 32)
     with runtime_from_onnx(digits(2) / "onnx/model.onnx", "torch") as runtime:

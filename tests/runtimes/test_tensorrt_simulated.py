@@ -25,10 +25,13 @@ from fake_tensorrt import session
 from simulated import IMAGES, RELEASES, SIZES, alone, feed, loaded, simulated, two_sizes, with_engines
 
 from swin_deploy.errors import BackendError
-from swin_deploy.runtimes import base, cuda, lanes, tensorrt
-from swin_deploy.runtimes.lanes import CAPTURES
-from swin_deploy.runtimes.tensorrt import MOST_LANES
-from swin_deploy.runtimes.tensors import DeviceTensor
+from swin_deploy.runtimes import base
+from swin_deploy.runtimes.dlpack import DeviceTensor
+from swin_deploy.runtimes.gpu import contexts as lanes
+from swin_deploy.runtimes.gpu import driver as cuda
+from swin_deploy.runtimes.gpu import tensorrt
+from swin_deploy.runtimes.gpu.contexts import CAPTURES
+from swin_deploy.runtimes.gpu.tensorrt import MOST_LANES
 
 BACKENDS = list(RELEASES)
 CHECKPOINTS = EXAMPLES.parent / "tests/checkpoints/data"

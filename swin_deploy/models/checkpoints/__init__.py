@@ -9,8 +9,8 @@ from swin_deploy.models.checkpoints.base import Checkpoint as Checkpoint
 from swin_deploy.models.checkpoints.base import fitted
 from swin_deploy.models.checkpoints.base import random_checkpoint as random_checkpoint
 from swin_deploy.models.checkpoints.hub import folder_from_hub
+from swin_deploy.models.checkpoints.recognise import open_source
 from swin_deploy.models.checkpoints.resize import with_windows as with_windows
-from swin_deploy.models.checkpoints.sources import open_source
 from swin_deploy.tasks import TaskSpec
 
 

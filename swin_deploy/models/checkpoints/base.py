@@ -13,7 +13,7 @@ from torch import Tensor
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError
 from swin_deploy.models.parameters import POSITIONS, Shape, parameters, random_parameter
-from swin_deploy.ranges import Ranges
+from swin_deploy.qat_ranges import Ranges
 from swin_deploy.tasks import TaskSpec
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swin_deploy.dependencies import require
 from swin_deploy.errors import CheckpointError
 from swin_deploy.models.checkpoints.stored import Stored, StoredFile
 from swin_deploy.models.checkpoints.torch_files import open_torch
-from swin_deploy.requires import require
 
 # In the order in which transformers looks for them.
 STANDARD = ("model.safetensors", "pytorch_model.bin", "tf_model.h5")

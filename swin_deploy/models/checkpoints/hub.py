@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from swin_deploy.dependencies import require
 from swin_deploy.errors import CheckpointError
-from swin_deploy.requires import require
 
 # What a checkpoint may consist of; safetensors are preferred, so the other forms are fetched only where there are none.
 DESCRIPTIONS = ["config.json", "preprocessor_config.json"]

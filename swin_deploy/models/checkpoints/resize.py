@@ -16,9 +16,9 @@ from torch import Tensor
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import UsageError
+from swin_deploy.models.blocks import position_embeddings
 from swin_deploy.models.checkpoints.base import Checkpoint, LazyTensors
 from swin_deploy.models.parameters import POSITIONS
-from swin_deploy.models.positions import position_embeddings
 
 Window = tuple[int, int]
 

@@ -1,0 +1,1 @@
+"""Compile ONNX graphs into TensorRT engines."""

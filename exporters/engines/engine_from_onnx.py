@@ -1,0 +1,344 @@
+"""A TensorRT engine from an ONNX graph: one code path for TensorRT 10.12 and newer, TensorRT 11, and TensorRT for RTX.
+
+Every network is strongly typed: the engine computes in the types that the graph is written in; none is chosen here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swin_deploy.dependencies import require
+from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
+from swin_deploy.gpus import cuda_devices
+from swin_deploy.specs import Batch
+from swin_deploy.tensorrt_log import heard
+
+from .engine_spec import BACKENDS, EngineSpec, target_gpu
+from .layer_report import EngineReport, report_from_inspector, report_from_log, reports_by_profile
+
+OLDEST_TENSORRT = (10, 12)  # the first whose strongly typed networks take every graph that we write
+
+Log = Callable[[str, str], None]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A compiled engine and what is known about it; `seconds` is the time it took to parse and compile.
+
+    There is one report for each optimisation profile; `report` is the first.
+    """
+
+    plan: bytes
+    reports: tuple[EngineReport, ...]
+    backend: str
+    backend_version: str
+    gpu: str
+    seconds: float
+
+    @property
+    def report(self) -> EngineReport:
+        return self.reports[0]
+
+
+def resolve_backend(name: str) -> str:
+    """The back end that `name` stands for: "tensorrt" or "tensorrt-rtx".
+
+    "auto" is full TensorRT where it and a GPU are present, and otherwise TensorRT for RTX, which compiles without.
+    A back end asked for by name is that one or an error, never the other.
+    """
+    if name == "auto":
+        if cuda_devices() and _imports("tensorrt"):
+            return "tensorrt"
+        if _imports("tensorrt_rtx"):
+            return "tensorrt-rtx"
+        raise MissingDependencyError(
+            "A TensorRT compiler is needed to compile engines, but none is usable here. On a machine with an NVIDIA "
+            'GPU run: pip install "swin-deploy[tensorrt]". On any machine run: pip install "swin-deploy[tensorrt-rtx]".'
+        )
+    if name not in BACKENDS:
+        raise UsageError(f"There is no back end {name!r}. Expected one of: auto, {', '.join(BACKENDS)}.")
+    if name == "tensorrt" and not cuda_devices():
+        raise EngineError(
+            "TensorRT compiles on the GPU it compiles for, and this machine has no usable NVIDIA GPU. Run this on the "
+            "target machine, or compile here for one of the GPUs of the back end tensorrt-rtx."
+        )
+    load_compiler(name)
+    return name
+
+
+def engine_from_onnx(onnx: bytes | Path, spec: EngineSpec, log: Log, progress: Progress | None = None) -> Engine:
+    """The engine compiled from a serialized ONNX graph, or from a file (weights stored next to it are found).
+
+    `log(severity, message)` receives what the compiler says as it says it (severities "verbose", "info", "warning",
+    "error", "internal_error"); `progress(phase, step, steps)` follows its phases. What either raises, and Ctrl-C, stops
+    the compiler at its next step and is raised from here: the compiler is native code, which no exception may cross.
+    Fusing the graph is one single step, so stopping may have to wait for the end of it.
+    """
+    if isinstance(onnx, Path) and not onnx.is_file():
+        raise UsageError(f"There is no ONNX file {onnx}. Export the model first, or give the path of a graph.")
+    trt, gpu = load_compiler(spec.backend), target_gpu(spec.backend, spec.gpu)
+    watch = Watch(log, progress)
+    begun = time.perf_counter()
+    with _interrupts_kept_for(watch), heard(trt, watch.hear) as logger, natives_freed():
+        plan, reports = _compile(trt, onnx, spec, gpu, watch, logger)
+        watch.check()  # the compiler may also speak while it is being taken down
+    return Engine(plan, reports, spec.backend, str(trt.__version__), gpu, time.perf_counter() - begun)
+
+
+class Watch:
+    """Listens to the compiler while it runs, and remembers what must stop it."""
+
+    def __init__(self, log: Log, progress: Progress | None) -> None:
+        self.log, self.progress = log, progress
+        self.errors: list[str] = []
+        self.layers: list[str] = []
+        self.steps: dict[str, int] = {}
+        self.stop: BaseException | None = None
+
+    def hear(self, severity: str, message: str) -> None:
+        if severity in ("error", "internal_error"):
+            self.errors.append(message.strip())
+        elif "LayerType: " in message:
+            self.layers.append(message)
+        self._call(self.log, severity, message)
+
+    def follow(self, phase: str, step: int) -> bool:
+        if self.progress is not None:
+            self._call(self.progress, phase, step, self.steps.get(phase, step))
+        return self.stop is None
+
+    def check(self) -> None:
+        if self.stop is not None:
+            raise self.stop
+
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        if self.stop is None:
+            try:
+                function(*arguments)
+            except BaseException as error:  # noqa: BLE001 -- raised again by check(), once the native code has returned
+                self.stop = error
+
+
+@contextmanager
+def natives_freed() -> Iterator[None]:
+    """What the compiler made is freed as soon as an error leaves here, not with whoever keeps that error's traceback.
+
+    The compiler holds a lock while it logs, and takes it to free a builder. Were one left to the garbage collector, which may
+    run inside any Python function, the one that hears the next compiler's log among them, it would wait for itself.
+    """
+    try:
+        yield
+    except BaseException as error:
+        trace = error.__traceback__
+        while trace is not None:
+            if Path(trace.tb_frame.f_code.co_filename).parent == Path(__file__).parent:
+                with suppress(RuntimeError):  # it still runs
+                    trace.tb_frame.clear()
+            trace = trace.tb_next
+        raise
+
+
+@contextmanager
+def _interrupts_kept_for(watch: Watch) -> Iterator[None]:
+    """While inside, Ctrl-C only sets `watch.stop`; afterwards it is sent again, to the handler that was there before.
+
+    A `try` in the callbacks would not do: Python runs a waiting handler as a function is entered, before its `try`, and
+    the binding then drops the KeyboardInterrupt and compiles on.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield  # signals run in the main thread only, and one that is ignored, or kills outright, is not ours to change
+        return
+    interrupted = threading.Event()
+
+    def remember(signum: int, frame: object) -> None:
+        interrupted.set()
+        watch.stop = watch.stop or KeyboardInterrupt()
+
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if interrupted.is_set():
+            signal.raise_signal(signal.SIGINT)
+
+
+def _compile(
+    trt: Any, onnx: bytes | Path, spec: EngineSpec, gpu: str, watch: Watch, logger: Any
+) -> tuple[bytes, tuple[EngineReport, ...]]:
+    monitor = _monitor(trt, watch)  # it must outlive everything that is made with it
+    title = f"{BACKENDS[spec.backend][1]} {trt.__version__}"
+    try:
+        builder = trt.Builder(logger)
+    except (TypeError, RuntimeError) as error:  # the binding's way to say that the native factory returned nothing
+        raise EngineError(
+            f"{title} does not start: {joined(watch.errors or [str(error)])}. Expected a driver new enough for "
+            "it; update the NVIDIA driver, or install an older TensorRT."
+        ) from error
+    flags = trt.NetworkDefinitionCreationFlag
+    # Required by TensorRT 10, ignored by 11, where every network is strongly typed.
+    network = builder.create_network(1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0)
+    parser = trt.OnnxParser(network, logger)
+    parsed = parser.parse_from_file(str(onnx)) if isinstance(onnx, Path) else parser.parse(onnx)
+    watch.check()
+    if not parsed:
+        reasons = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
+        raise EngineError(
+            f"{title} cannot read the ONNX graph: {joined(reasons or watch.errors)}. Expected a valid graph of "
+            "operators that its parser knows; export the model again without the operator named here."
+        )
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.progress_monitor = monitor
+    _set_options(trt, config, spec, gpu)
+    _set_profiles(builder, config, network, spec.profiles, title, watch)
+    with _timing_cache(config, spec.timing_cache, title, watch):
+        built = builder.build_serialized_network(network, config)
+        watch.check()
+        if built is None:
+            raise EngineError(
+                f"{title} could not compile the graph for {gpu}: {joined(watch.errors)}. Expected a graph whose every "
+                "operator it has a kernel for in these types, and memory enough; compile the fp32 graph to see whether types "
+                "are the reason."
+            )
+    plan = bytes(built)
+    report = report_from_log(watch.layers)
+    if report.source == "none" and spec.backend == "tensorrt":
+        runtime = trt.Runtime(logger)
+        if spec.version_compatible:
+            runtime.engine_host_code_allowed = True  # such a plan brings a runtime of its own
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is not None:
+            inspector = engine.create_engine_inspector()
+            report = report_from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    return plan, reports_by_profile(report, len(spec.profiles))
+
+
+def _set_options(trt: Any, config: Any, spec: EngineSpec, gpu: str) -> None:
+    if hasattr(trt.BuilderFlag, "TF32"):
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and it would make fp32 engines disagree with PyTorch
+    if spec.backend == "tensorrt-rtx":
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(trt.ComputeCapability.__members__[gpu.upper().replace("_", "")], 0)
+    if spec.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace)
+    if spec.optimization_level is not None:
+        config.builder_optimization_level = spec.optimization_level
+    if spec.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if spec.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if spec.strip_weights:
+        # To be refitted with the very weights it was compiled with, so that it may be optimised for them.
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
+
+
+@contextmanager
+def _timing_cache(config: Any, path: Path | None, title: str, watch: Watch) -> Iterator[None]:
+    """While inside, the compiler uses the timings in the file, which afterwards holds the new ones as well."""
+    if path is None:
+        yield
+        return
+    try:
+        known = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise UsageError(f"The timing cache {path} cannot be read: {error.strerror}. Name another file.") from error
+    cache = config.create_timing_cache(known)
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise UsageError(
+            f"{path} is no timing cache of {title} and this GPU: {joined(watch.errors)}. Delete it, or name another file."
+        )
+    yield
+    scratch = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        timings = config.get_timing_cache()
+        scratch.write_bytes(bytes(timings.serialize()))
+        scratch.replace(path)
+    except OSError as error:  # the engine is there, and is worth more
+        watch.hear("warning", f"the timing cache {path} could not be written: {error.strerror}")
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _monitor(trt: Any, watch: Watch) -> Any:
+    # The base class comes from a module that may not be installed, so the class can only be made here.
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            watch.steps[phase_name] = num_steps
+            watch.follow(phase_name, 0)
+
+        def phase_finish(self, phase_name: str) -> None:
+            pass
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return watch.follow(phase_name, step + 1)
+
+    return Monitor()
+
+
+def _set_profiles(builder: Any, config: Any, network: Any, batches: tuple[Batch, ...], title: str, watch: Watch) -> None:
+    # One optimisation profile for each batch range; a graph whose batch is fixed must be asked for it.
+    free = False
+    tensors = [network.get_input(index) for index in range(network.num_inputs)]
+    for tensor in tensors:
+        name, shape = tensor.name, tuple(tensor.shape)
+        if any(extent < 0 for extent in shape[1:]):
+            raise EngineError(
+                f"Input {name!r} has the shape {shape}, where -1 is free. Expected only the first axis, the batch, to "
+                "be free; export the model for one image size."
+            )
+        if shape and shape[0] < 0:
+            free = True
+        elif shape and batches != ((shape[0],) * 3,):
+            raise UsageError(
+                f"Input {name!r} has a fixed batch of {shape[0]}, and the engine was asked for batch "
+                f"{', '.join(map(str, batches))}. Ask for {(shape[0],) * 3}, or export the model with a free batch."
+            )
+    for batch in batches if free else ():
+        profile = builder.create_optimization_profile()
+        for tensor in tensors:
+            if tensor.shape and tensor.shape[0] < 0:
+                profile.set_shape(tensor.name, *((size, *tuple(tensor.shape)[1:]) for size in batch))
+        if config.add_optimization_profile(profile) < 0:
+            raise EngineError(f"{title} refused the batch sizes {batch}: {joined(watch.errors)}. Ask for smaller ones.")
+
+
+def load_compiler(backend: str) -> Any:
+    trt = require(BACKENDS[backend][0], "compile engines")
+    numbers = tuple(int(number) for number in re.findall(r"\d+", str(trt.__version__))[:2])
+    if backend == "tensorrt" and numbers < OLDEST_TENSORRT:
+        raise EngineError(
+            f"TensorRT {trt.__version__} is installed, and {'.'.join(map(str, OLDEST_TENSORRT))} or newer is needed. "
+            'Run: pip install --upgrade "swin-deploy[tensorrt]"'
+        )
+    return trt
+
+
+def _imports(module: str) -> bool:
+    try:
+        require(module, "compile engines")
+    except (MissingDependencyError, OSError):  # OSError: the wheel is there and its native libraries are not
+        return False
+    return True
+
+
+def _parser_error(fault: Any) -> str:
+    if not fault.node_operator():
+        return str(fault.desc())  # the file as a whole, not one of its nodes
+    return f"node {fault.node_name() or fault.node()} ({fault.node_operator()}): {fault.desc()}"
+
+
+def joined(reasons: list[str]) -> str:
+    return "; ".join(dict.fromkeys(reason.rstrip(".") for reason in reasons)) or "it gave no reason"

@@ -1,0 +1,103 @@
+"""Engines that were compiled without their weights -> the same engines with the weights of their graphs put back.
+
+Such an engine is small, and the weights are in the bundle's graph anyway. It was optimised for these very weights, so it
+is refitted with no others: the graph must be the one it was compiled from, to the byte.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from swin_deploy.bundle import Bundle
+from swin_deploy.errors import EngineError, UsageError
+from swin_deploy.exporters.typed_graphs import Say, bytes_writer
+from swin_deploy.gpus import cuda_devices, seen_first
+from swin_deploy.tensorrt_log import heard
+
+from .build import Built
+from .engine_from_onnx import Log, Watch, joined, load_compiler, natives_freed
+from .engine_spec import BACKENDS, fingerprint
+
+
+def refit_engines(bundle: Bundle, say: Say, log: Log) -> tuple[Built, ...]:
+    """The refitted engines, after they were added to the bundle; one that is there already is not made again."""
+    stripped = [file for file, entry in bundle.files.items() if entry.get("options", {}).get("strip_weights")]
+    if not stripped:
+        raise UsageError(
+            f'No engine in {bundle.path} lacks its weights. Compile one with "swin-deploy build-engine --strip-weights", or '
+            "use the engines as they are."
+        )
+    built = []
+    with bundle.compiling(lambda: say(f"Waiting for another process that compiles into {bundle.path}")) as bundle:
+        for file in stripped:
+            entry = bundle.files[file]
+            options = {name: value for name, value in entry["options"].items() if name != "strip_weights"}
+            facts = {**entry, "options": {**options, "refitted": True}, "refitted_from": entry["sha256"]}
+            del facts["bytes"], facts["sha256"], facts["seconds"]
+            facts["fingerprint"] = fingerprint({"refitted_from": entry["sha256"], "graph": entry["parent"]})
+            target = file.replace("-stripped-", "-refitted-")
+            known = bundle.files.get(target)
+            if known is not None and known.get("fingerprint") == facts["fingerprint"] and (bundle.path / target).exists():
+                bundle.verified_path(target)
+                say(f"{target} is there already")
+                built.append(Built(target, known, reused=True))
+                continue
+            if bundle.files.get(entry["graph"], {}).get("sha256") != entry["parent"]:
+                raise EngineError(
+                    f"{file} was compiled from another {entry['graph']} than the one that is here, and takes no other weights. "
+                    'Compile it again with "swin-deploy build-engine --strip-weights".'
+                )
+            say(f"Refitting {file} from {entry['graph']}")
+            with natives_freed():
+                plan = refitted_plan(
+                    entry["backend"],
+                    entry["backend_version"],
+                    entry["gpu"],
+                    bundle.verified_path(file),
+                    bundle.verified_path(entry["graph"]),
+                    log,
+                )
+            bundle = bundle.with_file(target, facts, bytes_writer(plan))
+            built.append(Built(target, bundle.files[target], reused=False))
+    return tuple(built)
+
+
+def refitted_plan(backend: str, release: str, gpu: str, file: Path, graph: Path, log: Log) -> bytes:
+    """The engine in `file`, compiled by `release` for `gpu`, with the weights of the ONNX file `graph` in it."""
+    devices = cuda_devices()
+    if not devices or devices[0].capability != gpu:
+        here = f"{devices[0].capability} ({devices[0].name})" if devices else "none that is usable"
+        first = seen_first(gpu)
+        way = f"with {first[0]} before it" if first else "on the target machine"
+        raise EngineError(
+            f"{file} was compiled for {gpu}, where it must be refitted, and the NVIDIA GPU of this machine is {here}. Run "
+            f"this {way}."
+        )
+    trt = load_compiler(backend)
+    title = f"{BACKENDS[backend][1]} {trt.__version__}"
+    if str(trt.__version__) != release:
+        raise EngineError(f"{file} was compiled by release {release}, and {title} is installed here. Install that release.")
+    watch = Watch(log, None)
+    with heard(trt, watch.hear) as logger:
+        return _refitted(trt, title, file, graph, watch, logger)
+
+
+def _refitted(trt: Any, title: str, file: Path, graph: Path, watch: Watch, logger: Any) -> bytes:
+    runtime = trt.Runtime(logger)
+    runtime.engine_host_code_allowed = True  # version-compatible plans bring a runtime of their own
+    engine = runtime.deserialize_cuda_engine(file.read_bytes())
+    if engine is None:
+        raise EngineError(f"{title} cannot load {file}: {joined(watch.errors)}. Compile it again.")
+    refitter = trt.Refitter(engine, logger)
+    weights = trt.OnnxParserRefitter(refitter, logger)
+    if not weights.refit_from_file(str(graph)) or refitter.get_missing_weights() or not refitter.refit_cuda_engine():
+        missing = [f"no weights for {name}" for name in refitter.get_missing_weights()]
+        raise EngineError(f"{title} cannot refit {file}: {joined(watch.errors + missing)}. Compile it again with its weights.")
+    serialization = engine.create_serialization_config()
+    serialization.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
+    plan = engine.serialize_with_config(serialization)
+    watch.check()
+    if plan is None:
+        raise EngineError(f"{title} cannot write the refitted {file}: {joined(watch.errors)}. Compile it with its weights.")
+    return bytes(plan)

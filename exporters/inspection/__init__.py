@@ -1,0 +1,1 @@
+"""Count what graphs and engines contain, compute and move."""

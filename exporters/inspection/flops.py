@@ -1,0 +1,147 @@
+"""What an ONNX graph holds and computes: its nodes, its parameters, and the floating-point operations of its products.
+
+Counted are MatMul, Gemm and Conv, a multiplication and an addition as two operations, from the shapes that onnx infers; so
+do torch.utils.flop_counter and the papers (which count the pair as one). Where a shape is not known, or another operator
+holds products, the operations are None: no figure is estimated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swin_deploy.dependencies import require
+from swin_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    import onnx
+
+# Operators with products that are not counted.
+_UNCOUNTED = {
+    "Attention", "ConvInteger", "ConvTranspose", "DeformConv", "Einsum", "GRU", "GroupQueryAttention", "If", "LSTM", "Loop",
+    "MatMulInteger", "MultiHeadAttention", "QAttention", "QGemm", "QLinearConv", "QLinearMatMul", "RNN", "Scan",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GraphCost:
+    """The figures of a graph for one batch. `flops` has the type that a product is computed in as key.
+
+    `parameters` are the elements of its floating-point and quantised constants: the network's weights, and what the export
+    folded into tables.
+    """
+
+    nodes: Mapping[str, int]
+    parameters: int
+    parameter_bytes: int
+    flops: Mapping[str, int] | None
+    batch: int
+
+    @property
+    def total_flops(self) -> int | None:
+        return None if self.flops is None else sum(self.flops.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain JSON values."""
+        return {
+            "batch": self.batch,
+            "nodes": dict(self.nodes),
+            "parameters": self.parameters,
+            "parameter_bytes": self.parameter_bytes,
+            "flops": None if self.flops is None else dict(self.flops),
+        }
+
+
+def cost_from_onnx(path: Path, batch: int = 1) -> GraphCost:
+    """The figures of the graph in `path` for `batch` images. Raises UsageError when the file is no ONNX graph."""
+    onnx = require("onnx", "read the graph")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:
+        raise UsageError(f"{path} is no ONNX graph ({type(error).__name__}). Expected a file that an export wrote.") from error
+    if not model.graph.node:
+        raise UsageError(f"{path} is no ONNX graph: it holds no nodes. Expected a file that an export wrote.")
+    return cost_of_model(model, batch)
+
+
+def cost_of_model(model: onnx.ModelProto, batch: int = 1) -> GraphCost:
+    """The figures of `model`, whose batch, the first axis of its inputs, is set to `batch` where it is free."""
+    import onnx
+
+    known = {table.name for table in model.graph.initializer}
+    for value in model.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        if value.name not in known and dims and not dims[0].dim_value:
+            dims[0].dim_value = batch
+    for value in model.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    del model.graph.value_info[:]
+    nodes = Counter(node.op_type for node in model.graph.node)
+    flops = _flops(onnx.shape_inference.infer_shapes(model, data_prop=True))
+    if flops is None and not _UNCOUNTED.intersection(nodes):
+        flops = _flops(_folded(model))
+    floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
+    small = {number for name, number in onnx.TensorProto.DataType.items() if name.startswith(("FLOAT8", "FLOAT4", "INT4"))}
+    weights = [table for table in model.graph.initializer if table.data_type in floats | small | {onnx.TensorProto.INT8}]
+    bits = {kind: 8 * onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize for kind in {table.data_type for table in weights}}
+    return GraphCost(
+        dict(nodes.most_common()),
+        sum(math.prod(table.dims) for table in weights),
+        sum(math.prod(table.dims) * bits[table.data_type] // 8 for table in weights),
+        flops,
+        batch,
+    )
+
+
+def _folded(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with every shape that it computes as a constant, as far as its tables are in it; other exporters write such."""
+    import onnx
+
+    if any(onnx.external_data_helper.uses_external_data(table) for table in model.graph.initializer):
+        return model
+    gs, ort = (require(module, "fold the shapes of the graph") for module in ("onnx_graphsurgeon", "onnxruntime"))
+    folded: onnx.ModelProto = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    ort.set_default_logger_severity(4)  # it warns of every constant that it leaves alone
+    try:
+        for _ in range(3):  # each round makes the shapes of the next known
+            graph = gs.import_onnx(folded)
+            graph.fold_constants().cleanup()
+            folded = onnx.shape_inference.infer_shapes(gs.export_onnx(graph), data_prop=True)
+    finally:
+        ort.set_default_logger_severity(2)  # what it starts with
+    return folded
+
+
+def _flops(model: onnx.ModelProto) -> dict[str, int] | None:
+    import onnx
+
+    shapes: dict[str, tuple[int, ...]] = {table.name: tuple(table.dims) for table in model.graph.initializer}
+    types: dict[str, int] = {table.name: table.data_type for table in model.graph.initializer}
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        tensor = value.type.tensor_type
+        types[value.name] = tensor.elem_type
+        if tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim):
+            shapes[value.name] = tuple(dim.dim_value for dim in tensor.shape.dim)
+    stored = {node.output[0]: types.get(node.input[0], 0) for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    counts: Counter[str] = Counter()
+    for node in model.graph.node:
+        if node.op_type in _UNCOUNTED:
+            return None
+        if node.op_type not in ("MatMul", "Gemm", "Conv"):
+            continue
+        left, right, result = (shapes.get(name) for name in (node.input[0], node.input[1], node.output[0]))
+        if left is None or right is None or result is None:
+            return None
+        if node.op_type == "Conv":
+            each = math.prod(right[1:])
+        else:
+            transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
+            each = left[-2] if transposed else left[-1]
+        kinds = {stored.get(name, types.get(name, 0)) for name in node.input[:2]}
+        kind = kinds.pop() if len(kinds) == 1 else types.get(node.output[0], 0)
+        counts[onnx.TensorProto.DataType.Name(kind).lower()] += 2 * math.prod(result) * each
+    return dict(counts)

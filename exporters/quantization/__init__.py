@@ -1,0 +1,1 @@
+"""Make INT8 and FP8 graphs, for TensorRT and for CPU back ends."""

@@ -1,0 +1,261 @@
+"""Channels of one size: what makes some channels of an activation large is moved into the weights that read it, exactly.
+
+One scale for a whole activation serves its largest channels. Where a LayerNorm or a linear layer wrote it, directly or (the
+stream of Swin V2) by sums and gathers, each channel can be divided by a factor there, and the columns of every linear layer
+that reads it multiplied by it: the same network. Values do it through attention, whose probabilities mix tokens, not channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from swin_deploy.dependencies import require
+from swin_deploy.specs import Array
+
+from .qdq import LinearLayer, with_nodes
+
+if TYPE_CHECKING:
+    import onnx
+
+STRENGTHS = tuple((a, b) for a in np.linspace(0, 1, 11) for b in (0.0, 1.0 - a))
+MOST_INSERTED = 2  # Mul nodes, where something that cannot take a factor reads or writes the channels
+
+
+@dataclass
+class Channels:
+    """Tensors with the same `width` channels, or several of each side by side.
+
+    `written` and `read` are (initialiser, axis, first, length) of what takes a factor, the ones to be divided and multiplied;
+    `after` and `before` are the names of tensors, and (tensor, node), where a Mul must be put.
+    """
+
+    width: int
+    tensors: set[str] = field(default_factory=set)
+    written: set[tuple[str, int, int, int]] = field(default_factory=set)
+    read: set[str] = field(default_factory=set)
+    after: set[str] = field(default_factory=set)
+    before: set[tuple[str, str]] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """Of the channels of an activation: largest absolute value, and mean square; both [channels]."""
+
+    largest: Array
+    square: Array
+
+
+class Graph:
+    """An ONNX graph with what is asked of it here: who makes and who reads a tensor, and how wide it is."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        onnx = require("onnx", "quantise a model")
+        self.model, self.numpy = model, onnx.numpy_helper
+        self.nodes = list(model.graph.node)
+        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.maker = {name: node for node in self.nodes for name in node.output}
+        self.readers: dict[str, list[Any]] = {}
+        for node in self.nodes:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+        self.outputs = {value.name for value in model.graph.output}
+        self.widths: dict[str, int] = {}
+        inferred = onnx.shape_inference.infer_shapes(without_values(onnx, model)).graph
+        for value in (*inferred.value_info, *inferred.input, *inferred.output):
+            dims = value.type.tensor_type.shape.dim
+            if len(dims) and dims[-1].HasField("dim_value"):
+                self.widths[value.name] = dims[-1].dim_value
+
+    def attribute(self, node: Any, name: str) -> Any:
+        return next((list(a.ints) or a.i for a in node.attribute if a.name == name), None)
+
+    def passes(self, node: Any) -> bool:
+        """Whether the node leaves every channel where it is, so that its first input and its output share factors."""
+        if node.op_type == "Transpose":
+            order = self.attribute(node, "perm")
+            return bool(order and order[-1] == len(order) - 1)
+        if node.op_type == "Mul":  # of tokens, by a constant
+            return node.input[1] in self.constants and list(self.constants[node.input[1]].dims)[-1:] == [1]
+        return node.op_type == "Reshape" or (node.op_type == "Gather" and not self.attribute(node, "axis"))
+
+
+def channels_of(graph: Graph, layers: tuple[LinearLayer, ...]) -> list[Channels]:
+    """The sets of tensors that share their channels' factors; every layer's input is in at most one of them."""
+    found: list[Channels] = []
+    for layer in layers:
+        if any(layer.input in one.tensors for one in found):
+            continue
+        one = _values(graph, layer) or _flood(graph, layer)
+        if len(one.after) + len(one.before) <= MOST_INSERTED:
+            found.append(one)
+    return found
+
+
+def best_factors(
+    one: Channels,
+    weights: Mapping[str, tuple[str, Array]],
+    statistics: Mapping[str, ChannelStatistics],
+    powers_of_two: bool = False,
+) -> Array | None:
+    """[width]: what each channel is divided by, or None where that gains less than 1 % of the expected error.
+
+    It must gain half of it where a Mul has to be put in. `weights` are those of all layers, by initialiser: the name of the
+    layer's input, and [outputs, inputs].
+    """
+    groups: dict[str, list[Array]] = {}
+    for name in sorted(one.read & weights.keys()):
+        groups.setdefault(weights[name][0], []).append(weights[name][1].astype(np.float64))
+    parts = [(np.concatenate(matrices), statistics[name]) for name, matrices in groups.items() if name in statistics]
+    if not parts:
+        return None
+    tiny = 1e-12
+
+    def folded(values: Array) -> Array:  # the largest of the channels that share a factor
+        result: Array = values.reshape(-1, one.width).max(axis=0)
+        return result
+
+    largest = np.max([folded(s.largest) / max(float(s.largest.mean()), tiny) for _, s in parts], axis=0) + 1e-6
+    columns = np.max([folded(np.abs(w).max(axis=0)) / max(float(np.abs(w).max()), tiny) for w, _ in parts], axis=0) + 1e-6
+
+    def damage(factors: Array) -> float:
+        total = 0.0
+        for matrix, s in parts:
+            f = np.tile(factors, matrix.shape[1] // one.width)
+            scaled, square = matrix * f, s.square / (f * f)
+            energy = float((np.square(matrix) @ s.square).sum()) + tiny
+            rounding = (2 * float((s.largest / f).max()) / 255) ** 2 * float(np.square(scaled).sum())
+            total += (rounding + float(np.square(np.abs(scaled).max(axis=1) / 127).sum() * square.sum())) / energy
+        return total
+
+    candidates = [largest**a / columns**b for a, b in STRENGTHS]
+    candidates = [factors / np.exp(np.log(factors).mean()) for factors in candidates]
+    if powers_of_two:
+        candidates = [np.exp2(np.rint(np.log2(factors))) for factors in candidates]
+    best = min(candidates, key=damage)
+    if damage(best) > (0.5 if one.after or one.before else 0.99) * damage(np.ones(one.width)):
+        return None
+    rounded: Array = best.astype(np.float32)
+    return rounded
+
+
+def fold(model: onnx.ModelProto, one: Channels, factors: Array) -> None:
+    """Divides the channels of `model`, in place, by `factors` [width]: the network stays what it was."""
+    onnx = require("onnx", "quantise a model")
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+
+    def change(name: str, axis: int, first: int, length: int, by: Array) -> None:
+        values = onnx.numpy_helper.to_array(constants[name]).copy()
+        part = np.moveaxis(values, axis, -1)[..., first : first + length]
+        part *= np.tile(by, length // len(by))
+        constants[name].CopyFrom(onnx.numpy_helper.from_array(values, name))
+
+    for written in sorted(one.written):
+        change(*written, 1 / factors)
+    for name in sorted(one.read):
+        change(name, 1, 0, constants[name].dims[1], factors)
+    if not one.after and not one.before:
+        return
+    nodes = []
+    for node in model.graph.node:
+        for position, name in enumerate(node.input):
+            if (name, node.name) in one.before:
+                nodes.append(_mul(onnx, model, name, f"{name}/unfolded", factors))
+                node.input[position] = f"{name}/unfolded"
+        nodes.append(node)
+        for position, name in enumerate(node.output):
+            if name in one.after:
+                node.output[position] = f"{name}/unfolded"
+                nodes.append(_mul(onnx, model, f"{name}/unfolded", name, 1 / factors))
+    model.CopyFrom(with_nodes(model, nodes, []))
+
+
+def _mul(onnx: Any, model: onnx.ModelProto, source: str, target: str, factors: Array) -> Any:
+    model.graph.initializer.append(onnx.numpy_helper.from_array(factors.astype(np.float32), f"{target}/factors"))
+    return onnx.helper.make_node("Mul", [source, f"{target}/factors"], [target], f"{target}/Mul")
+
+
+def _flood(graph: Graph, layer: LinearLayer) -> Channels:
+    """Everything that shares the channels of the layer's input by way of sums, gathers and reshapes."""
+    width = graph.constants[layer.weight].dims[1]
+    one = Channels(width)
+    todo = [layer.input]
+    while todo:
+        name = todo.pop()
+        if name in one.tensors:
+            continue
+        one.tensors.add(name)
+        todo += _written(graph, one, name)
+        for node in graph.readers.get(name, []):
+            if node.op_type == "Gemm" and node.input[0] == name and node.input[1] in graph.constants:
+                one.read.add(node.input[1])
+            elif ((graph.passes(node) and node.input[0] == name) or node.op_type == "Add") and _fits(
+                graph, one, node.output[0]
+            ):
+                todo.append(node.output[0])
+            else:
+                one.before.add((name, node.name))
+        if name in graph.outputs:
+            one.before |= {(name, ""), (name, "output"), (name, "of the graph")}  # more than can be inserted
+    return one
+
+
+def _written(graph: Graph, one: Channels, name: str) -> list[str]:
+    """Takes in what makes the tensor `name`; returns the tensors that it is made of and that share its channels."""
+    node, length = graph.maker.get(name), graph.widths.get(name, one.width)
+    if node is not None and node.op_type == "LayerNormalization" and all(n in graph.constants for n in node.input[1:]):
+        one.written |= {(constant, 0, 0, length) for constant in node.input[1:]}
+        return []
+    if node is not None and node.op_type == "Gemm" and all(n in graph.constants for n in node.input[1:]):
+        one.written |= {(constant, 0, 0, length) for constant in node.input[1:]}
+        return []
+    if node is not None and node.op_type == "Add" and not set(node.input) & graph.constants.keys():
+        return list(node.input)
+    if node is not None and graph.passes(node) and _fits(graph, one, node.input[0]):
+        return [node.input[0]]
+    one.after.add(name)
+    return []
+
+
+def _fits(graph: Graph, one: Channels, name: str) -> bool:
+    return graph.widths.get(name, 1) % one.width == 0
+
+
+def _values(graph: Graph, layer: LinearLayer) -> Channels | None:
+    """The projection behind attention: its input's channels are those of the values, which a linear layer wrote."""
+    width, name, steps = graph.constants[layer.weight].dims[1], layer.input, []
+    for _ in range(6):
+        node = graph.maker.get(name)
+        if node is None or node.op_type not in ("Reshape", "Transpose", "MatMul", "Split"):
+            break
+        steps.append(node.op_type)
+        if node.op_type == "Split":
+            first = list(node.output).index(name) * width
+            node = graph.maker.get(node.input[0])
+            break
+        first, name = 0, node.input[1 if node.op_type == "MatMul" else 0]
+    if node is None or node.op_type != "Gemm" or steps[:5] != ["Reshape", "Transpose", "MatMul", "Transpose", "Reshape"]:
+        return None
+    readers = graph.readers[layer.input]
+    if len(readers) > 1:
+        return None
+    written = {(constant, 0, first, width) for constant in node.input[1:] if constant}
+    return Channels(width, {layer.input}, written, {layer.weight})
+
+
+def without_values(onnx: Any, model: onnx.ModelProto) -> Any:
+    """`model` for shape inference: its large constants only declared."""
+    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    light.graph.name = "shapes"
+    light.graph.node.extend(model.graph.node)
+    light.graph.input.extend(model.graph.input)
+    light.graph.output.extend(model.graph.output)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT64:
+            light.graph.initializer.append(tensor)
+        else:
+            light.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    return light

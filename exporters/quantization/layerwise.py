@@ -1,0 +1,113 @@
+"""Runs a network from one linear layer to the next over all samples, whatever their number in bounded memory.
+
+Between two steps the values that later nodes still need lie in files, one for each batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swin_deploy.dependencies import require
+from swin_deploy.errors import InputError
+
+from .equalization import without_values
+
+if TYPE_CHECKING:
+    import onnx
+
+Feeds = Mapping[str, NDArray[Any]]
+
+
+class Stream:
+    """`model` over the batches of `feeds`, advanced tensor by tensor; `folder` holds what is between.
+
+    What has not run yet of `nodes` and `constants` (by name) may be changed on the way.
+    """
+
+    def __init__(self, model: onnx.ModelProto, feeds: Iterable[Feeds], folder: Path, threads: int = 0) -> None:
+        self.onnx = require("onnx", "quantise a model")
+        self.model, self.folder, self.threads = model, folder, threads
+        self.nodes = list(model.graph.node)
+        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        shapes = self.onnx.shape_inference.infer_shapes(without_values(self.onnx, model)).graph.value_info
+        self.types = {value.name: value.type.tensor_type.elem_type for value in shapes}  # of what is in the model now
+        self.done: set[str] = {value.name for value in model.graph.input}
+        self.batches = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        for feed in feeds:
+            self._save(self.batches, feed)
+            self.batches += 1
+        if not self.batches:
+            raise InputError("There are no samples to calibrate with; expected one batch or more.")
+
+    def advance(self, target: str) -> Iterator[NDArray[Any]]:
+        """The tensor `target` of every batch; taken to the end, it may be asked for again until another one is."""
+        nodes = self._missing(target)
+        produced = {name for node in nodes for name in node.output}
+        after = self.done | produced
+        needed = {name for node in self.nodes if not set(node.output) <= after for name in node.input}
+        needed |= {value.name for value in self.model.graph.output} | {target}
+        live = needed & after - self.constants.keys()
+        inputs = sorted({name for node in nodes for name in node.input if name} - produced - self.constants.keys())
+        fetched = sorted(live & produced)
+        session = self._session(nodes, inputs, fetched) if nodes else None
+        for batch in range(self.batches):
+            values = self._load(batch)
+            if session is not None:
+                made = session.run(fetched, {name: values[name] for name in inputs})
+                values |= dict(zip(fetched, made, strict=True))
+                self._save(batch, {name: array for name, array in values.items() if name in live})
+            yield values[target]
+        self.done = after
+
+    def _missing(self, target: str) -> list[Any]:
+        """The nodes that lead to `target` and have not run, in order."""
+        wanted, nodes = {target}, []
+        for node in reversed(self.nodes):
+            if wanted & set(node.output) and not set(node.output) <= self.done:
+                nodes.append(node)
+                wanted.update(name for name in node.input if name not in self.done)
+        return nodes[::-1]
+
+    def _session(self, nodes: list[Any], inputs: list[str], outputs: list[str]) -> Any:
+        helper = self.onnx.helper
+        used = {name for node in nodes for name in node.input}
+        kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in self._load(0).items()}
+        graph = helper.make_graph(
+            nodes,
+            "step",
+            [helper.make_tensor_value_info(name, kinds[name], None) for name in inputs],
+            [helper.make_tensor_value_info(name, self.types.get(name, self.onnx.TensorProto.FLOAT), None) for name in outputs],
+            [tensor for name, tensor in self.constants.items() if name in used],
+        )
+        step = helper.make_model(graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
+        return session(step, self.threads)
+
+    def _save(self, batch: int, values: Feeds) -> None:
+        with (self.folder / str(batch)).open("wb") as file:
+            for name, array in values.items():
+                np.save(file, np.array(name))
+                np.save(file, array)
+
+    def _load(self, batch: int) -> dict[str, NDArray[Any]]:
+        values, path = {}, self.folder / str(batch)
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            while file.tell() < size:
+                name = str(np.load(file))
+                values[name] = np.load(file)
+        return values
+
+
+def session(model: onnx.ModelProto, threads: int) -> Any:
+    """An ONNX Runtime session on the CPU that computes what Q/DQ say in fp32: it has kernels of some 8-bit types only."""
+    runtime = require("onnxruntime", "quantise a model")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,235 @@
+"""What "auto" stands for: the fastest of what this machine and a bundle offer that answers as PyTorch does, measured once.
+
+What was measured is kept in the user's cache folder, for this bundle, these libraries and this processor.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from swin_deploy.bundle import Bundle
+from swin_deploy.dependencies import installed_versions
+from swin_deploy.errors import BackendError, BundleError, MissingDependencyError, MissingKernelError, UsageError
+from swin_deploy.gpus import cuda_devices, cuda_version
+from swin_deploy.machine import this_machine
+from swin_deploy.parity import Reference, Verdict, check_runtime, described
+from swin_deploy.specs import Size, size_text
+
+from .base import Runtime
+from .user_cache import cache_folder, keep, kept
+
+SECONDS, FEWEST_CALLS = 0.5, 7  # of each candidate
+NOT_KNOWN = ""  # the verdict on a candidate that is to be measured
+LOG = logging.getLogger("swin_deploy")
+LIBRARIES = ("swin-deploy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "numpy") + tuple(
+    f"tensorrt{kind}{cuda}" for kind in ("", "-lean", "-rtx") for cuda in ("", "-cu12", "-cu13")
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to run a bundle."""
+
+    backend: str
+    precision: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.backend} {self.precision} on {self.device}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A candidate, the fewest milliseconds that a call with one image took, and how it compares with PyTorch.
+
+    None: it was not timed. The fewest, because whatever else the machine does meanwhile only adds to them. `failed`: it did not
+    load or run, which may be otherwise next time; so it is not kept. `error` is what it raised, if that is of this load.
+    """
+
+    candidate: Candidate
+    milliseconds: float | None
+    verdict: str
+    failed: bool = False
+    error: Exception | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What runs a model, and why. `graphs` is the file for each image size; `measured` is empty where nothing was to choose."""
+
+    bundle: str
+    backend: str
+    version: str
+    device: str
+    precision: str
+    threads: int
+    graphs: Mapping[Size, str]
+    reason: str
+    measured: tuple[Measured, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        graphs = [{"image_size": list(size), "file": file} for size, file in self.graphs.items()]
+        measured = [{**asdict(m.candidate), "milliseconds": m.milliseconds, "verdict": m.verdict} for m in self.measured]
+        return {**asdict(replace(self, measured=())), "graphs": graphs, "measured": measured}
+
+    def __str__(self) -> str:
+        threads = f", {self.threads} threads" if self.threads else ""
+        lines = [f"{self.bundle}: {self.backend} {self.version}, {self.precision}, on {self.device}{threads}"]
+        lines += [f"  {size_text(size)}: {file}" for size, file in self.graphs.items()]
+        lines += [f"  why: {self.reason}"]
+        for row in self.measured:
+            taken = "not timed" if row.milliseconds is None else f"{row.milliseconds:.2f} ms"
+            lines.append(f"  {taken:>12}  {row.candidate}: {row.verdict}")
+        return "\n".join(lines)
+
+
+Kept = tuple[str, tuple[Measured, ...]]  # when, and what
+LOADING = (BackendError, BundleError, MissingDependencyError, UsageError)  # what loading a candidate may raise
+Open = Callable[[Candidate], tuple[str, Runtime]]  # the file of the first image size, and what runs it
+
+
+def choose(
+    bundle: Bundle,
+    candidates: Sequence[Candidate],
+    open_first: Open,
+    threads: int,
+    failed: Mapping[Candidate, Exception] | None = None,
+) -> tuple[Candidate, str, tuple[Measured, ...]]:
+    """The fastest of `candidates` that is correct, why, and what was measured: now, or before on this machine.
+
+    Those that have `failed` to load just now are done without, which is not kept. Raises BackendError where none of them runs
+    and agrees with PyTorch.
+    """
+    if len(candidates) == 1:
+        return candidates[0], "there is nothing else to choose from here", ()
+    key = _key(bundle, candidates, threads)
+    file = _cache_file(key)
+    now = dt.datetime.now().astimezone().isoformat(timespec="seconds")
+    when, known = _read(file, key, candidates) or (now, tuple(Measured(one, None, NOT_KNOWN) for one in candidates))
+    lost = {one: Measured(one, None, str(error), True, error) for one, error in (failed or {}).items()}
+    rows = _measured(bundle, [lost.get(row.candidate, row) for row in known], open_first)
+    lasting = tuple(
+        before if row.candidate in lost else Measured(row.candidate, None, NOT_KNOWN) if row.failed else row
+        for before, row in zip(known, rows, strict=True)
+    )
+    if lasting != known and any(row.milliseconds is not None for row in rows):
+        _write(file, key, when, lasting)
+    timed = [row for row in rows if row.milliseconds is not None]
+    if not timed and (error := rows[0].error) is not None and len({row.verdict for row in rows}) == 1:
+        raise error  # all for the same reason, which says more by itself
+    if not timed:
+        raise BackendError("None of what is here runs this bundle: " + "; ".join(f"{r.candidate}: {r.verdict}" for r in rows))
+    best = min(timed, key=lambda row: row.milliseconds or 0)
+    those = f"the fastest of {len(timed)} that agree" if len(timed) > 1 else "the only one that agrees"
+    reason = f"{those} with PyTorch, one image at a time, measured here at {when}"
+    return best.candidate, reason, rows
+
+
+def _measured(bundle: Bundle, known: Sequence[Measured], open_first: Open) -> tuple[Measured, ...]:
+    """`known`, with what is not known yet measured."""
+    rows = list(known)
+    unknown = sum(row.verdict == NOT_KNOWN for row in rows)
+    if unknown and not any(row.milliseconds is not None for row in rows):
+        LOG.info("Measuring which of %d ways to run %s is the fastest here, once", unknown, bundle.path)
+    elif unknown:
+        LOG.info("Trying %d of %d ways to run %s again, which failed before", unknown, len(rows), bundle.path)
+    for number, row in enumerate(rows):
+        if row.verdict == NOT_KNOWN:
+            best = min((one.milliseconds for one in rows if one.milliseconds is not None), default=math.inf)
+            rows[number] = _measure(bundle, row.candidate, open_first, best)
+    return tuple(rows)
+
+
+def _measure(bundle: Bundle, candidate: Candidate, open_first: Open, best: float = math.inf) -> Measured:
+    """Loaded alone: two back ends in one process would disturb each other through their threads.
+
+    What twice takes more than three times the `best` milliseconds so far is not waited for any longer.
+    """
+    try:
+        file, runtime = open_first(candidate)
+    except LOADING as error:
+        return Measured(candidate, None, str(error), not isinstance(error, MissingKernelError | UsageError), error)
+    with runtime:
+        reference = Reference.load(bundle, _reference_of(bundle, file))
+        try:
+            verdict: Verdict = check_runtime(reference, runtime, file, candidate.precision, together=False)
+            if not verdict.verified:
+                return Measured(candidate, None, verdict.complaint())
+            feeds = {name: feed[:1] for name, feed in reference.feeds.items()}
+            out = runtime.run(feeds)
+            times: list[float] = []
+            begun = time.perf_counter()
+            while len(times) < FEWEST_CALLS or time.perf_counter() - begun < SECONDS:
+                if len(times) > 1 and min(times) > 3 * best:
+                    break
+                start = time.perf_counter()
+                runtime.run(feeds, out)
+                times.append((time.perf_counter() - start) * 1e3)
+        except BackendError as error:
+            return Measured(candidate, None, str(error), failed=True)
+    return Measured(candidate, min(times), described({"verified": True, **verdict.agreement.to_dict()}))
+
+
+def _reference_of(bundle: Bundle, file: str) -> str:
+    entry = bundle.files[file]
+    return str(entry["reference"] if "reference" in entry else bundle.files[entry["graph"]]["reference"])
+
+
+def _key(bundle: Bundle, candidates: Sequence[Candidate], threads: int) -> dict[str, Any]:
+    """All that what is fastest depends on, as JSON values."""
+    machine = this_machine()
+    return {
+        "bundle": hashlib.sha256(json.dumps(sorted((f, e["sha256"]) for f, e in bundle.files.items())).encode()).hexdigest(),
+        "candidates": [asdict(candidate) for candidate in candidates],
+        "threads": threads,
+        "libraries": installed_versions(LIBRARIES),
+        "machine": [
+            machine.processor,
+            machine.usable_cores,
+            platform.machine(),
+            platform.system(),
+            os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+            [device.name for device in cuda_devices()],
+            cuda_version(),
+        ],
+    }
+
+
+def _cache_file(key: Mapping[str, Any]) -> Path | None:
+    """Where the measurement of `key` is kept; None where there is no home for it."""
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    folder = cache_folder("auto")
+    return folder / f"{name}.json" if folder else None
+
+
+def _read(file: Path | None, key: Mapping[str, Any], candidates: Sequence[Candidate]) -> Kept | None:
+    """When it was measured, and what; None where that is not known, or not to be read."""
+    try:
+        raw = json.loads(kept(file))
+        if raw["key"] != key:
+            return None
+        rows = tuple(
+            Measured(candidate, None if ms is None else float(ms), str(verdict))
+            for candidate, (ms, verdict) in zip(candidates, raw["rows"], strict=True)
+        )
+        return str(raw["when"]), rows
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(file: Path | None, key: Mapping[str, Any], when: str, rows: Sequence[Measured]) -> None:
+    """Keeps a measurement; where nothing may be written it is made again next time."""
+    text = json.dumps({"key": key, "when": when, "rows": [(row.milliseconds, row.verdict) for row in rows]}, indent=2)
+    keep(file, text.encode())

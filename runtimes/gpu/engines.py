@@ -1,0 +1,197 @@
+"""Which engines of a bundle can run here, and of each other one why not, with the command that puts it right."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from swin_deploy.bundle import Bundle
+from swin_deploy.dependencies import require
+from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
+from swin_deploy.gpus import cuda_devices, seen_first
+from swin_deploy.runtimes.backends import BACKENDS, runtime_from_engine
+from swin_deploy.runtimes.base import EngineFile, Runtime
+from swin_deploy.runtimes.user_cache import cache_folder
+from swin_deploy.specs import QUANTIZED, TARGETS, Size, TensorSpec, size_text, target_of
+
+
+def engines_of(bundle: Bundle, backend: str, precision: str | None = None) -> dict[str, Mapping[str, Any]]:
+    """The engines of a bundle for a back end, and for a precision where one is named, the one added last first."""
+    found = [(file, entry) for file, entry in bundle.files.items() if file.endswith(".engine") and entry["backend"] == backend]
+    return {file: entry for file, entry in reversed(found) if precision in (None, entry["precision"])}
+
+
+def misfit(bundle: Bundle, file: str, gpus: Sequence[str], release: str | None) -> str | None:
+    """Why that engine does not run on any of `gpus` ("sm_89", ...) with that release of its back end; None where it does.
+
+    The reason is a sentence with the command that puts it right. No `release`: the library is not installed.
+    """
+    entry = bundle.files[file]
+    options, backend = entry.get("options", {}), str(entry["backend"])
+    again = rebuild_command(bundle, file, gpus)
+    graph = bundle.files.get(entry["graph"])
+    if graph is None or graph["sha256"] != entry["parent"]:
+        first = "Compile"
+        if entry["precision"] in QUANTIZED and (graph is None or target_of(graph) != TARGETS[0]):
+            quantize = ["quantize", str(bundle.path), f"--{entry['precision']}", "--target", TARGETS[0], "--data", "DIR"]
+            first = f'Make that for TensorRT with "{shlex.join(["swin-deploy", *quantize])}", then compile'
+        return f'{file} was compiled from another {entry["graph"]} than the one that is here. {first} it again with "{again}".'
+    if not gpus:
+        return (
+            f"{file} was compiled for {entry['gpu']}, and this machine has no usable NVIDIA GPU. Run it on a machine with one."
+        )
+    if not any(_runs_on(entry, gpu) for gpu in gpus):
+        return f'{file} was compiled for {_gpus(entry)}, and the GPU here is {", ".join(gpus)}. Compile it with "{again}".'
+    if release is None or not _runs_with(entry, release):
+        here = f"{release} is installed here" if release else "it is not installed here"
+        newer = " or a newer one it is compatible with" if options.get("version_compatible") else ""
+        return (
+            f"{file} needs {backend} {entry['backend_version']}{newer}, and {here}. "
+            f'Install that release, or compile it with "{again}".'
+        )
+    kind = BACKENDS[backend]
+    if kind.found == kind.lean and not options.get("version_compatible"):
+        lean = rebuild_command(bundle, file, gpus, version_compatible=True)
+        return (
+            f"{file} needs {kind.library} itself, and only {kind.lean} is installed here, which runs version-compatible "
+            f'engines. Install the former, or compile it with "{lean}".'
+        )
+    if options.get("strip_weights"):
+        refit = shlex.join([*seen_first(gpus[0]), "swin-deploy", "refit", str(bundle.path)])
+        return f'{file} was compiled without its weights. Put them back with "{refit}".'
+    return None
+
+
+def fitting_engines(bundle: Bundle, backend: str, precision: str, device: str) -> dict[Size, str]:
+    """The engine for each image size, of those that run on `device` ("cuda:0") the one that was added last.
+
+    Raises UsageError or EngineError where there is none for an image size, and says why.
+    """
+    gpu = gpu_of(device, backend)
+    held = _held(bundle, backend, gpu, precision)
+    sizes = [_size(entry) for entry in bundle.graphs.values() if entry["precision"] == precision]
+    chosen = {}
+    for size in dict.fromkeys([*sizes, *map(_size, held.values())]):
+        of_size = {file: entry for file, entry in held.items() if _size(entry) == size}
+        if not of_size:
+            again = rebuild_command(bundle, next(iter(held)), [gpu])
+            raise EngineError(f'{bundle.path} holds no {precision} engine for {size_text(size)}. Make it with "{again}".')
+        chosen[size] = next(iter(_fitting(bundle, of_size, gpu, _release(backend))))
+    return chosen
+
+
+def runnable_engines(bundle: Bundle, backend: str, device: str) -> dict[str, Mapping[str, Any]]:
+    """All engines of a back end that run on `device`, in the order of the manifest.
+
+    Raises UsageError or EngineError where there is none, and says why.
+    """
+    gpu = gpu_of(device, backend)
+    return dict(reversed(_fitting(bundle, _held(bundle, backend, gpu), gpu, _release(backend)).items()))
+
+
+def engines_here(bundle: Bundle, backend: str, device: str) -> dict[str, Mapping[str, Any]]:
+    """As runnable_engines; empty where there is none, for any reason."""
+    try:
+        return runnable_engines(bundle, backend, device)
+    except (EngineError, MissingDependencyError, UsageError):
+        return {}
+
+
+def _held(bundle: Bundle, backend: str, gpu: str, precision: str | None = None) -> dict[str, Mapping[str, Any]]:
+    found = engines_of(bundle, backend, precision)
+    if not found:
+        held = dict.fromkeys(str(entry["precision"]) for entry in engines_of(bundle, backend).values())
+        others = f"; it holds engines in {', '.join(held)}" if held else ""
+        kind = f"{precision} engine" if precision else "engine"
+        made = shlex.join(_build_command(bundle, precision or "fp16", backend, gpu))
+        raise UsageError(f'The bundle {bundle.path} holds no {kind} for {backend}{others}. Make it with "{made}".')
+    return found
+
+
+def _fitting(bundle: Bundle, held: Mapping[str, Mapping[str, Any]], gpu: str, release: str) -> dict[str, Mapping[str, Any]]:
+    """Those of `held` that run here. Raises EngineError where none does: of the one for this GPU, or else the first, why."""
+    reasons = {file: misfit(bundle, file, [gpu], release) for file in held}
+    if None not in reasons.values():
+        raise EngineError(reasons[next((file for file in held if _runs_on(held[file], gpu)), next(iter(held)))])
+    return {file: entry for file, entry in held.items() if reasons[file] is None}
+
+
+def open_engine(bundle: Bundle, file: str, device: str) -> Runtime:
+    """That engine of the bundle, loaded on `device`; its sha256 is checked before it is read."""
+    entry = bundle.files[file]
+    graph, backend = bundle.files[entry["graph"]], str(entry["backend"])
+    gpu, folder = cuda_devices()[int(device.partition(":")[2] or 0)], cache_folder(backend)
+    again = rebuild_command(bundle, file, [gpu.capability])
+    name = re.sub(r"\W+", "-", f"{entry['sha256'][:32]} {gpu.name}")
+    engine = EngineFile(
+        bundle.verified_path(file, f'compile it again with "{again} --force"'),
+        tuple(map(TensorSpec.from_dict, graph["inputs"])),
+        tuple(map(TensorSpec.from_dict, graph["outputs"])),
+        host_code=bool(entry["options"].get("version_compatible")),
+        cache=folder / f"{name}.cache" if folder else None,
+        again=again,
+    )
+    return runtime_from_engine(engine, backend, device)
+
+
+def gpu_of(device: str, backend: str) -> str:
+    """The compute capability of `device`. Raises UsageError where this machine does not have it."""
+    gpus, number = cuda_devices(), int(device.partition(":")[2] or 0)
+    if not gpus:
+        raise UsageError(f"The back end {backend} runs on an NVIDIA GPU, and this machine has none that is usable.")
+    if number >= len(gpus):
+        here = ", ".join(f"cuda:{i} ({gpu.name})" for i, gpu in enumerate(gpus))
+        raise UsageError(f"There is no {device} here. Expected one of: {here}.")
+    return gpus[number].capability
+
+
+def rebuild_options(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What build_engine is to be told to compile an engine again as it is in the manifest, for the GPU that is here."""
+    kept = {name: value for name, value in entry["options"].items() if name not in ("strip_weights", "refitted")}
+    batches = [tuple(profile["batch"]) for profile in entry["profiles"]]
+    return {"precision": entry["precision"], "backend": entry["backend"], "batches": batches, **kept}
+
+
+def rebuild_command(bundle: Bundle, file: str, gpus: Sequence[str], **changes: Any) -> str:
+    """The command that compiles an engine again for the first of `gpus`, or, without one, for the GPU that it was for."""
+    options = {**rebuild_options(bundle.files[file]), **changes}
+    gpu = gpus[0] if gpus else str(bundle.files[file]["gpu"])
+    command = _build_command(bundle, options.pop("precision"), options.pop("backend"), gpu)
+    for low, best, high in options.pop("batches"):
+        command += ["--batch", str(best) if low == best == high else f"{low}:{best}:{high}"]
+    for name, value in options.items():
+        command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return shlex.join(command)
+
+
+def _build_command(bundle: Bundle, precision: str, backend: str, gpu: str) -> list[str]:
+    command = ["swin-deploy", "build-engine", str(bundle.path), f"--{precision}", "--backend", backend]
+    return [*command, "--gpu", gpu] if backend == "tensorrt-rtx" else [*seen_first(gpu), *command]
+
+
+def _runs_on(entry: Mapping[str, Any], gpu: str) -> bool:
+    if entry.get("options", {}).get("hardware_compatible"):  # AMPERE_PLUS
+        return int(gpu.removeprefix("sm_")) >= (89 if entry["precision"] == "fp8" else 80)
+    return bool(entry["gpu"] == gpu)
+
+
+def _gpus(entry: Mapping[str, Any]) -> str:
+    return "sm_80 and newer" if entry.get("options", {}).get("hardware_compatible") else str(entry["gpu"])
+
+
+def _runs_with(entry: Mapping[str, Any], release: str) -> bool:
+    """Only with its own release; a version-compatible one with newer ones of the same major version, and one of 10 with 11."""
+    if not entry.get("options", {}).get("version_compatible"):
+        return bool(entry["backend_version"] == release)
+    made, here = (tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (str(entry["backend_version"]), release))
+    return made <= here and (made[0] == here[0] or (made[0], here[0]) == (10, 11))
+
+
+def _release(backend: str) -> str:
+    return str(require(BACKENDS[backend].found, f"run models with the back end {backend}").__version__)
+
+
+def _size(entry: Mapping[str, Any]) -> Size:
+    return int(entry["image_size"][0]), int(entry["image_size"][1])

@@ -1,0 +1,68 @@
+"""What is kept in the user's cache folder: files that may go at any time, and are made again."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from swin_deploy.files import scratch_beside
+
+DAYS, MOST_FILES = 90, 64  # of each kind, what was used last is kept
+
+
+def cache_folder(kind: str) -> Path | None:
+    """The folder for one kind of file; None where there is no home for it. It need not exist yet."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        folder = Path(given)
+    elif sys.platform == "win32":
+        folder = Path(os.environ.get("LOCALAPPDATA", ""))
+    else:
+        try:
+            folder = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+        except RuntimeError:
+            return None
+    return folder / "swin-deploy" / kind if folder.is_absolute() else None
+
+
+def kept(file: Path | None) -> bytes:
+    """What is in the file, which counts as used now; nothing where it cannot be read."""
+    if file is None:
+        return b""
+    with suppress(OSError):
+        os.utime(file)
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
+
+
+def keep(file: Path | None, content: bytes) -> None:
+    """Writes the file all at once; where nothing may be written, it is not kept. Those of its kind that are old are removed."""
+    if file is None:
+        return
+    scratch = scratch_beside(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            scratch.write_bytes(content)
+            scratch.replace(file)
+        finally:
+            scratch.unlink(missing_ok=True)
+        _remove_old(file.parent)
+    except OSError:
+        pass
+
+
+def _remove_old(folder: Path) -> None:
+    times: list[tuple[float, Path]] = []
+    for file in folder.iterdir():
+        with suppress(OSError):  # another process has removed it
+            times.append((file.stat().st_mtime, file))
+    oldest = time.time() - DAYS * 24 * 3600
+    for number, (used, file) in enumerate(sorted(times, reverse=True)):
+        if used < oldest or number >= MOST_FILES:
+            with suppress(OSError):
+                file.unlink()

@@ -1,0 +1,1 @@
+"""Measure latency, throughput, memory and cold start of a bundle."""

@@ -1,0 +1,1 @@
+"""Check what is installed on this machine and whether it works together."""

@@ -1,0 +1,87 @@
+"""The torch network behind the interface that graphs are run through, so that both answer the same questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from swin_deploy.bundle import CONFIG, Bundle
+from swin_deploy.config import SwinConfig
+from swin_deploy.errors import UsageError
+from swin_deploy.frame_input import Frames
+from swin_deploy.models.checkpoints import Checkpoint
+from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.specs import Size, TensorSpec
+from swin_deploy.tasks import TaskSpec
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how PyTorch runs a network: on "cpu" or "cuda:0", in "fp32" or with all weights in "fp16", by torch.compile."""
+
+    device: str = "cpu"
+    precision: str = "fp32"
+    compiled: bool = False
+
+    def placed(self, network: nn.Module) -> Callable[..., Any]:
+        """The network there, in evaluation mode."""
+        placed = network.to(self.device, torch.float16 if self.precision == "fp16" else torch.float32).eval()
+        return torch.compile(placed) if self.compiled else placed
+
+    def tensor(self, array: NDArray[Any]) -> Tensor:
+        """An input of the network."""
+        tensor = torch.from_numpy(array).to(self.device)
+        return tensor.half() if self.precision == "fp16" and tensor.is_floating_point() else tensor
+
+    def array(self, tensor: Tensor) -> NDArray[Any]:
+        """An output in float32, once the device has computed it."""
+        array: NDArray[Any] = tensor.float().contiguous().cpu().numpy()
+        return array
+
+
+class TorchNetwork:
+    """A checkpoint in PyTorch, for one image size; see reference.Runnable.
+
+    With `frames` it takes uint8 frames, and has them prepared by the image processor.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        task: TaskSpec,
+        size: Size,
+        frames: Frames | None = None,
+        placement: Placement | None = None,
+    ) -> None:
+        self.title = f"PyTorch {torch.__version__}"
+        self._placement = placement or Placement()
+        self._network = self._placement.placed(SwinNetwork(checkpoint.config, size, checkpoint.tensors, task))
+        self._frames = frames
+        self.inputs = task.inputs(checkpoint.config, size, None if frames is None else frames.frame_size or size)
+        names = task.output_names(checkpoint.config)
+        self.outputs = tuple(TensorSpec(name, "float32", ("batch",)) for name in names)
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        arrays = [feeds[spec.name] for spec in self.inputs]
+        if self._frames is not None:
+            arrays[0] = self._frames.inside(list(arrays[0]))
+        with torch.inference_mode():
+            outputs = self._network(*map(self._placement.tensor, arrays))
+            return {spec.name: self._placement.array(output) for spec, output in zip(self.outputs, outputs, strict=True)}
+
+
+def refuse_other_network(weights: object, config: SwinConfig, bundle: Bundle) -> None:
+    """Raises UsageError where `config`, of the checkpoint `weights`, is not the architecture of `bundle`."""
+    ours = SwinConfig.from_dict(bundle.read_json(CONFIG))
+    names = ("version", "embed_dim", "depths", "num_heads", "window_size", "patch_size", "mlp_ratio", "qkv_bias", "num_labels")
+    for name in names:
+        if getattr(ours, name) != getattr(config, name):
+            raise UsageError(
+                f"{weights} is another network than that of {bundle.path} ({name} {getattr(config, name)}, not "
+                f"{getattr(ours, name)}). Name the checkpoint that was exported."
+            )

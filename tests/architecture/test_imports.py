@@ -1,0 +1,142 @@
+"""An edge device imports this package without torch or onnx, and importing anything in it does nothing else."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import swin_deploy
+
+ROOT = Path(__file__).resolve().parents[2]
+TOP_FOLDERS = ("calib", "exporters", "runtimes")
+HEAVY = (
+    "torch",
+    "onnx",
+    "onnx_graphsurgeon",
+    "onnxscript",
+    "transformers",
+    "safetensors",
+    "tensorrt",
+    "tensorrt_rtx",
+    "openvino",
+)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "swin_deploy" else ("swin_deploy", *parts)
+    return ".".join(part for part in parts if part != "__init__")
+
+
+SOURCES = {module_name(path): path for top in ("swin_deploy", *TOP_FOLDERS) for path in (ROOT / top).rglob("*.py")}
+MODULES = sorted(name for name in SOURCES if not name.endswith(".__main__"))
+
+
+def run(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`code` in a fresh interpreter, away from the checkout, so that only what is installed is found."""
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "swin_deploy",
+        "swin_deploy.cli",
+        "swin_deploy.frame_input",
+        "swin_deploy.preprocess",
+        "swin_deploy.runtimes.model",
+        "swin_deploy.runtimes.onnxruntime",
+        "swin_deploy.variants",
+    ],
+)
+def test_edge_device_imports(module: str, tmp_path: Path) -> None:
+    done = run(f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r})); import {module}", tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_bare_import_is_light(tmp_path: Path) -> None:
+    names = (*HEAVY, "onnxruntime", "PIL", "huggingface_hub")
+    done = run(f"import swin_deploy, sys; print([name for name in {names!r} if name in sys.modules])", tmp_path)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_each_module_imports_first_and_quietly(tmp_path: Path) -> None:
+    """Each in turn with none of the package loaded before it: no import needs another to have come first."""
+    code = f"""
+import importlib, logging, os, sys
+for module in {MODULES!r}:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "swin_deploy"]:
+        del sys.modules[name]
+    importlib.import_module(module)
+    assert not logging.root.handlers, f"{{module}} configures logging"
+"""
+    done = run(code, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_public_names_resolve_and_are_sorted() -> None:
+    assert list(swin_deploy.__all__) == sorted(swin_deploy.__all__)
+    assert [name for name in swin_deploy.__all__ if not hasattr(swin_deploy, name)] == []
+
+
+def imports(node: ast.AST, inside: bool = False) -> Iterator[tuple[int, str, bool]]:
+    """(line, absolute module, whether inside a function or a TYPE_CHECKING block) of each import below `node`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from ((child.lineno, alias.name, inside) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom) and child.level == 0:
+            yield from ((child.lineno, f"{child.module}.{alias.name}", inside) for alias in child.names)
+        deferred = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) or (
+            isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")
+        )
+        yield from imports(child, inside or deferred)
+
+
+# Which of the three top folders a folder may import at all. api/, cli/, bench/ and doctor/ put them together.
+MAY_IMPORT = {"exporters": ("calib",), "runtimes": (), "calib": ()}
+COMPOSE = ("api", "cli", "bench", "doctor")
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES))
+def test_imports_point_one_way(module: str) -> None:
+    """exporters may import calib; runtimes and calib import neither of the others; the core imports none of them."""
+    folder = (module.split(".") + [""])[1]
+    compose = folder in COMPOSE
+    allowed = (*MAY_IMPORT.get(folder, ()), folder)
+    wrong = [
+        f"line {line}: {name}"
+        for line, name, inside in imports(ast.parse(SOURCES[module].read_text(encoding="utf-8")))
+        if (top := (name.split(".") + [""])[1]) in TOP_FOLDERS and name.startswith("swin_deploy.")
+        if top not in allowed and not (compose and inside)
+    ]
+    assert wrong == []
+
+
+def test_base_names_are_unique() -> None:
+    """Only cli/X.py and api/X.py share a name, and every package has __init__ and may have base."""
+    found: dict[str, list[str]] = {}
+    for name, path in SOURCES.items():
+        if path.stem not in ("__init__", "__main__", "base"):
+            found.setdefault(path.stem, []).append(name)
+    shared = {
+        stem: names
+        for stem, names in found.items()
+        if len(names) > 1 and set(names) != {f"swin_deploy.api.{stem}", f"swin_deploy.cli.{stem}"}
+    }
+    assert shared == {}
+
+
+def test_public_definitions_are_unique() -> None:
+    """No two classes or public functions of one name; a verb's function in api/ and click's `command` in cli/ aside."""
+    found: dict[str, list[str]] = {}
+    for name, path in SOURCES.items():
+        if not name.startswith("swin_deploy.cli."):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                    found.setdefault(node.name, []).append(name)
+    assert {one: names for one, names in found.items() if len(names) > 1} == {}
