@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from swin_deploy.bundle import disk_errors, sha256_of, write_whole
-from swin_deploy.dependencies import require
+from swin_deploy.dependencies import onnxruntime_session, require
 from swin_deploy.errors import BackendError, InputError, UsageError
 from swin_deploy.specs import Array
 
@@ -220,7 +220,7 @@ def session_for(
     """A function from feeds to the values of `tensors`."""
     import onnx
 
-    ort = require("onnxruntime", "run the graph on calibration data")
+    require("onnxruntime", "run the graph on calibration data")
     graph = _graph(model)
     given = {value.name for value in graph.graph.input}
     made = {name for node in graph.graph.node for name in node.output if name}
@@ -231,15 +231,11 @@ def session_for(
     asked = [name for name in tensors if name in made]
     del graph.graph.output[:]
     graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    options.enable_cpu_mem_arena = False  # the arena keeps the largest batch's memory twice
+    config = {}
     if isinstance(model, str | os.PathLike):
-        folder = str(Path(model).resolve().parent)
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-    try:
-        session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        config["session.model_external_initializers_file_folder_path"] = str(Path(model).resolve().parent)
+    try:  # a memory arena would hold the memory of the largest batch twice
+        session = onnxruntime_session(graph.SerializeToString(), threads=threads, config=config, enable_cpu_mem_arena=False)
     except Exception as error:
         raise BackendError(f"ONNX Runtime cannot load the graph to be observed: {' '.join(str(error).split())}") from error
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from swin_deploy.dependencies import require
+from swin_deploy.dependencies import EXACT_QDQ, onnxruntime_session, require
 from swin_deploy.errors import BackendError, MissingKernelError, sentence
 from swin_deploy.specs import Array, TensorSpec
 
@@ -53,24 +54,18 @@ class OnnxRuntime(Runtime):
 
 def opened(ort: Any, path: Path, threads: int, providers: Sequence[Any], kind: str) -> Any:
     """A session with those providers; `kind` is what they run on, for an error."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # its errors reach us as exceptions; its hints are not for an application's log
-    options.use_deterministic_compute = kind == "GPU"  # else means over many tokens there depend on who adds first
-
-    def open_session() -> Any:
-        # Without the last argument a provider that fails is replaced with the CPU, here and in a call, and that is printed.
-        return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
-
+    # Without deterministic compute, a mean over many tokens on a GPU depends on the order of the additions.
+    open_session = partial(
+        onnxruntime_session, path, threads=threads, providers=providers, use_deterministic_compute=kind == "GPU"
+    )
     try:
         try:
             return open_session()
         except Exception as error:
             if "QuantizeLinear" not in str(error):
                 raise
-            # 1.31 moves some of these in graphs for GPUs and then does not take what it made; as they stand it does.
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
-            return open_session()
+            # ONNX Runtime 1.31 moves some Q/DQ nodes in graphs for GPUs and then rejects the result.
+            return open_session(config=EXACT_QDQ)
     except Exception as error:
         if "NOT_IMPLEMENTED" in str(error):
             raise MissingKernelError(

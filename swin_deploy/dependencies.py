@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,42 @@ def _openvino(module: str) -> Any:
         return importlib.import_module(module)
     finally:
         del sys.modules[reports]
+
+
+EXACT_QDQ = {"session.disable_quant_qdq": "1"}  # compute Q/DQ as ONNX defines it, without 8-bit kernels
+
+
+def onnxruntime_session(
+    model: bytes | str | os.PathLike[str],
+    *,
+    threads: int = 0,
+    providers: Sequence[Any] = ("CPUExecutionProvider",),
+    config: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Any:
+    """Open an ONNX Runtime session that reports problems as exceptions only and never falls back to another provider.
+
+    Args:
+        model: A serialized model, or the path of an ONNX file.
+        threads: Number of threads within an operator. 0 lets ONNX Runtime choose.
+        providers: Execution providers, in order of preference.
+        config: Session configuration entries, such as `EXACT_QDQ`.
+        options: Further attributes of `onnxruntime.SessionOptions`.
+
+    Returns:
+        The `onnxruntime.InferenceSession`.
+    """
+    ort = require("onnxruntime", "run a graph")
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.log_severity_level = 3  # errors become exceptions; hints do not belong into an application's output
+    for name, value in options.items():
+        setattr(settings, name, value)
+    for name, value in (config or {}).items():
+        settings.add_session_config_entry(name, value)
+    source = model if isinstance(model, bytes) else str(model)
+    # Without enable_fallback=0, ONNX Runtime replaces a failing provider by the CPU and prints a message.
+    return ort.InferenceSession(source, settings, providers=list(providers), enable_fallback=0)
 
 
 def installed_versions(distributions: Iterable[str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from swin_deploy.dependencies import require
+from swin_deploy.dependencies import EXACT_QDQ, onnxruntime_session, require
 from swin_deploy.errors import InputError
 
 from .equalization import without_values
@@ -106,8 +106,4 @@ class Stream:
 
 def session(model: onnx.ModelProto, threads: int) -> Any:
     """An ONNX Runtime session on the CPU that computes what Q/DQ say in fp32: it has kernels of some 8-bit types only."""
-    runtime = require("onnxruntime", "quantise a model")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    return runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime_session(model.SerializeToString(), threads=threads, config=EXACT_QDQ)

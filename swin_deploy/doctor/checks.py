@@ -15,7 +15,7 @@ from typing import Any
 import swin_deploy
 from swin_deploy.arguments import checked
 from swin_deploy.bundle import Bundle
-from swin_deploy.dependencies import installed, require
+from swin_deploy.dependencies import installed, onnxruntime_session, require
 from swin_deploy.doctor.packages import (
     BROKEN,
     STEPS,
@@ -206,10 +206,8 @@ def _session(provider: str) -> None:
     if provider not in ort.get_available_providers():
         command = ("" if extras == "onnxruntime" else "pip uninstall -y onnxruntime && ") + install(extras)
         raise Wrong(f"this build of onnxruntime has no {provider}", command)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
     said = "" if provider == "CPUExecutionProvider" else preloaded(ort)
-    session = ort.InferenceSession(MICRO, options, providers=[provider], enable_fallback=0)
+    session = onnxruntime_session(MICRO, providers=[provider])
     if session.get_providers()[0] != provider:  # it falls back to the CPU and says so in its log alone
         more = install("tensorrt") + " && " if provider == "TensorrtExecutionProvider" else ""
         what = f"CUDA or one of its libraries is missing or of another version{said}"
