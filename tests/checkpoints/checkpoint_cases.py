@@ -94,10 +94,16 @@ def refused(path: Path, sentence: str, error: type[Exception] = CheckpointError)
 
 
 def write_zip(path: Path, entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> None:
-    """A zip archive of `entries` at `path`."""
+    """Write a zip archive of `entries`, and the version record that torch.load asks for, to `path`."""
     with zipfile.ZipFile(path, "w", compression) as archive:
-        for name, data in entries.items():
+        for name, data in ({"a/version": b"3\n"} | entries).items():
             archive.writestr(name, data)
+
+
+def write_legacy(path: Path, code: bytes, numbers: bytes) -> None:
+    """Write a file as torch before 1.6 does: the pickle `code`, and one storage of float32 `numbers`."""
+    heads = [pickle.dumps(head, 2) for head in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+    path.write_bytes(b"".join([*heads, code, pickle.dumps(["0"], 2), struct.pack("<q", len(numbers) // 4), numbers]))
 
 
 def tensor_pickle(

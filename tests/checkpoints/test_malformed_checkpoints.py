@@ -79,9 +79,7 @@ def test_flipped_bytes_end_in_a_sentence_or_in_tensors(name: str, tmp_path: Path
 def test_archives_that_torch_did_not_save(tmp_path: Path) -> None:
     path, good = tmp_path / "a.pth", {"a/data.pkl": tensor_pickle((4,), (1,)), "a/data/0": bytes(16)}
     write_zip(path, good, zipfile.ZIP_DEFLATED)
-    refused(path, r"a/data/0 is compressed or cut off")
-    write_zip(path, good | {"a/byteorder": b"big"})
-    refused(path, "was written on a big-endian machine")
+    refused(path, "is compressed or cut off")
     write_zip(path, good | {"a/constants.pkl": b""})
     refused(path, "is a TorchScript program")
     write_zip(path, {"weights.npy": b""})

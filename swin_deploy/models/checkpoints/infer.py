@@ -15,7 +15,6 @@ import torch
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError
-from swin_deploy.models.checkpoints.inert_pickle import Made
 from swin_deploy.models.checkpoints.layouts import Layout
 from swin_deploy.models.checkpoints.stored import Stored
 from swin_deploy.models.parameters import Shape
@@ -208,7 +207,8 @@ class _Inference:
         return sides.pop() if len(sides) == 1 else None
 
     def _size_from_training(self) -> Size | None:
-        size = self.trained.get("DATA", {}).get("IMG_SIZE")
+        data = self.trained.get("DATA")
+        size = data.get("IMG_SIZE") if isinstance(data, Mapping) else None
         return (size, size) if isinstance(size, int) and size > 0 else None
 
     def _size_from_positions(self, count: int, patch: Size, given: Size | None) -> tuple[Size, tuple[str, ...]]:
@@ -225,9 +225,7 @@ class _Inference:
         return size, (f"image size {size[0]}x{size[1]} is assumed: the position embeddings tell only the number of patches",)
 
 
-def _training_config(extras: Mapping[str, Any]) -> dict[str, Any]:
-    """The yacs config that Microsoft's training checkpoints hold, as plain dicts; empty when there is none."""
+def _training_config(extras: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config that Microsoft's training checkpoints hold (yacs); empty when there is none."""
     config = extras.get("config")
-    if not isinstance(config, Made):
-        return {}
-    return {str(k): dict(v.items) if isinstance(v, Made) else v for k, v in config.items.items()}
+    return config if isinstance(config, Mapping) else {}

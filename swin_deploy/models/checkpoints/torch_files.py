@@ -1,161 +1,174 @@
-"""Files that torch.save wrote, zip or older, as tensors that stay in the file until they are read."""
+"""Files that torch.save wrote, zip or legacy. torch loads them; classes it does not know become inert placeholders."""
 
 from __future__ import annotations
 
-import math
+import io
 import mmap
+import pickletools
 import re
-import struct
+import sys
+import threading
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
+from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
 from swin_deploy.errors import CheckpointError
-from swin_deploy.models.checkpoints import inert_pickle
-from swin_deploy.models.checkpoints.inert_pickle import StorageRef, TensorRef
 from swin_deploy.models.checkpoints.stored import Stored, StoredFile
 
-# torch/serialization.py, _legacy_save: three pickles stand before the one with the tensors' names.
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-
-DTYPES = {
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.DoubleStorage": torch.float64,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
-}
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # before torch 1.6: four pickles and the storages follow it
+NO_PROTOCOL_2 = re.compile(r"INST|OBJ|EXT\d|PERSID|NEWOBJ_EX|STACK_GLOBAL")  # other ways to name a class
 
 # Under which key training scripts keep the weights: Microsoft and transformers' trainers "model", timm "state_dict".
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "net")
 
-Places = dict[str, tuple[int, int]]  # storage key -> (first byte in the file, bytes there)
+# What torch restores itself. It allows more, some of which can be told to fill all memory, such as bytearray.
+RESTORED = re.compile(
+    r"""collections\.(OrderedDict|Counter) | builtins\.(set|complex) | _codecs\.encode
+    | torch\.(Size|device|bool|(b?float|complex|u?int)\d+\w*) | torch\.(storage\.)?(?!Q)\w+Storage
+    | torch\.nn\.parameter\.Parameter | torch\.serialization\._get_layout
+    | torch\._utils\._rebuild_(tensor(_v[23])?|parameter(_with_state)?)""",
+    re.VERBOSE,
+)
+# Names of the standard library and of torch that training scripts save. All other packages' names are accepted, too.
+HARMLESS = re.compile(
+    r"""(argparse|collections|datetime|decimal|enum|fractions|pathlib|uuid)\..+ | types\.SimpleNamespace | functools\.partial
+    | copyreg\._reconstructor | builtins\.(object|frozenset|list|dict|tuple|slice|range|int|float|bool|str|bytes)
+    | torch\.(nn|optim|torch_version)\..+""",
+    re.VERBOSE,
+)
+DICTIONARIES = re.compile(r"(.+\.)?(\w*([Dd]ict|CfgNode)|Munch|Box)")  # subclasses of dict, by their usual names
+_LOCK = threading.Lock()  # torch's table of placeholders belongs to the process
+
+
+class Placeholder:
+    """An object of a class that is never imported. Holds what it would have been made from, and does nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args, self.state = args, None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Dictionary:
+    def __new__(cls, *_: Any) -> Any:
+        return OrderedDict()
+
+
+class _List:
+    def __new__(cls, *_: Any) -> Any:
+        return []
 
 
 def open_torch(path: Path) -> StoredFile:
-    """The tensors of a file that torch.save wrote. Nothing in it is run; numbers are read when they are asked for.
+    """Open a file that torch.save wrote, without running any code in it.
 
-    Raises CheckpointError when the file is damaged, asks for code, or claims more numbers than it holds.
+    Zip files are mapped, so a tensor takes memory only when it is read. Legacy files are read into memory.
+
+    Raises:
+        CheckpointError: The file is damaged, names functions, or holds no tensors by name.
     """
     with path.open("rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: torch takes only buffers it may write to
-    top, places = _zip(path, data) if data[:4] == b"PK\x03\x04" else _legacy(path, data)
+        zipped = file.read(4) == b"PK\x03\x04"
+        try:
+            sizes, names = _scan_zip(file, path) if zipped else _scan_legacy(file, path)
+            top = _load(path, {name: _placeholder(name) for name in names if not RESTORED.fullmatch(name)}, zipped)
+        except CheckpointError:
+            raise
+        except Exception as error:  # torch documents none of its exceptions for damaged files
+            reason = str(error).split("WeightsUnpickler error:")[-1].strip().partition("\n")[0].partition(". ")[0]
+            raise CheckpointError(
+                f"{path} cannot be read as what torch.save writes ({type(error).__name__}: {reason}). It is truncated or "
+                f"damaged; fetch it again."
+            ) from error
     weights, extras = _weights(top, path)
-    tensors = {name: _stored(name, ref, places, data, path) for name, ref in weights.items()}
-    return StoredFile(path, tensors, extras=extras)
+    return StoredFile(path, {name: _stored(name, tensor, sizes, path) for name, tensor in weights.items()}, extras=extras)
 
 
-def _zip(path: Path, data: mmap.mmap) -> tuple[Any, Places]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = {info.filename: info for info in archive.infolist()}
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}). It is truncated or damaged; fetch it again.") from error
-    pickles = [name for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
-    if len(pickles) != 1:
-        raise CheckpointError(f"{path} is a zip archive, and not one that torch.save wrote: it has no data.pkl.")
-    folder = pickles[0].removesuffix("data.pkl")
-    if f"{folder}constants.pkl" in entries:
-        raise CheckpointError(
-            f"{path} is a TorchScript program. Expected weights: save them with torch.save(model.state_dict(), ...)."
-        )
-
-    def place(info: zipfile.ZipInfo) -> tuple[int, int]:
-        names, extra = struct.unpack("<HH", data[info.header_offset + 26 : info.header_offset + 30])
-        start = info.header_offset + 30 + names + extra
-        if info.compress_type != zipfile.ZIP_STORED or start + info.file_size > len(data):
-            raise CheckpointError(f"{path}: {info.filename} is compressed or cut off. Expected what torch.save writes.")
-        return start, info.file_size
-
-    prefix, order = f"{folder}data/", f"{folder}byteorder"
-    try:
-        if order in entries:
-            start, size = place(entries[order])
-            _refuse_big_endian(data[start : start + size] == b"big", path)
-        places = {name.removeprefix(prefix): place(info) for name, info in entries.items() if name.startswith(prefix)}
-        start, size = place(entries[pickles[0]])
-    except struct.error as error:
-        raise CheckpointError(f"{path} cannot be read ({error}). It is truncated or damaged; fetch it again.") from error
-    data.seek(start)
-    return inert_pickle.read(_Window(data, start + size), str(path)), places
+def _scan_zip(file: IO[bytes], path: Path) -> tuple[set[int], set[str]]:
+    """The sizes of the storages in a zip file, and the names that its pickle refers to."""
+    with zipfile.ZipFile(file) as archive:
+        entries = {info.filename: info for info in archive.infolist()}
+        pickles = [name for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
+        if len(pickles) != 1:
+            raise CheckpointError(f"{path} is a zip archive, and not one that torch.save wrote: it has no data.pkl.")
+        if pickles[0].replace("data.pkl", "constants.pkl") in entries:
+            raise CheckpointError(
+                f"{path} is a TorchScript program. Expected weights: save them with torch.save(model.state_dict(), ...)."
+            )
+        for info in entries.values():
+            if info.compress_type != zipfile.ZIP_STORED or info.header_offset + info.file_size > path.stat().st_size:
+                raise CheckpointError(f"{path}: {info.filename} is compressed or cut off. Expected what torch.save writes.")
+        info = entries[pickles[0]]
+        info.CRC = None  # type: ignore[assignment]  # torch.save can be told to write none, and torch.load checks none
+        return {info.file_size for info in entries.values()}, _names(io.BytesIO(archive.read(info)), path)
 
 
-class _Window:
-    """The part of a mapped file before `end`, for a reader of pickles; reads stop there, whatever length they ask for."""
-
-    def __init__(self, data: mmap.mmap, end: int) -> None:
-        self.data, self.end = data, end
-
-    def read(self, count: int) -> bytes:
-        return self.data.read(max(0, min(count, self.end - self.data.tell())))
-
-    def readline(self) -> bytes:
-        stop = self.data.find(b"\n", self.data.tell(), self.end)
-        return self.read((stop + 1 if stop >= 0 else self.end) - self.data.tell())
-
-    def tell(self) -> int:
-        return self.data.tell()
+def _scan_legacy(file: IO[bytes], path: Path) -> tuple[None, set[str]]:
+    """None, as torch itself compares the sizes of storages in a legacy file; and the names that its pickles refer to."""
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        names = _names(cast("IO[bytes]", data), path)
+        if LEGACY_MAGIC.to_bytes(10, "little") not in data[:32]:
+            raise CheckpointError(f"{path} is a pickle, and not one that torch.save wrote. Expected weights of Swin.")
+        return None, names.union(*(_names(cast("IO[bytes]", data), path) for _ in range(4)))
 
 
-def _legacy(path: Path, data: mmap.mmap) -> tuple[Any, Places]:
-    """The format before torch 1.6: pickles, then for each storage its count (8 bytes) and its numbers."""
-    file, where = _Window(data, len(data)), str(path)
-    magic = inert_pickle.read(file, where)
-    if magic != LEGACY_MAGIC:
-        raise CheckpointError(f"{path} is a pickle, and not one that torch.save wrote. Expected weights of Swin.")
-    _, system, top, keys = (inert_pickle.read(file, where) for _ in range(4))
-    _refuse_big_endian(isinstance(system, dict) and system.get("little_endian") is False, path)
-    widths = {key: DTYPES[kind].itemsize for key, kind in _storage_kinds(top).items() if kind in DTYPES}
-    places: Places = {}
-    for key in keys if isinstance(keys, list) else []:
-        at = data.tell()
-        if at + 8 > len(data) or key not in widths:
-            raise CheckpointError(f"{path} ends before its tensors do, or lists one that it never names. Fetch it again.")
-        size = struct.unpack("<q", data.read(8))[0] * widths[key]
-        if size < 0 or at + 8 + size > len(data):
-            raise CheckpointError(f"{path} claims {size} bytes for one tensor and does not hold them. Fetch it again.")
-        places[key] = (at + 8, size)
-        data.seek(at + 8 + size)
-    return top, places
+def _names(file: IO[bytes], path: Path) -> set[str]:
+    """The classes and functions that the next pickle refers to, as torch looks them up. Refuses those that are not weights'."""
+    names = set()
+    for op, argument, _ in pickletools.genops(file):
+        if op.name == "PROTO" and cast(int, argument) > 2:
+            raise CheckpointError(
+                f"{path} was saved with pickle protocol {argument}, and torch loads only protocol 2 without running code. Save "
+                f"it again with torch.save(model.state_dict(), ...) and its default protocol."
+            )
+        if op.name == "GLOBAL":
+            module, name = str(argument).split(" ", 1)
+            module, name = NAME_MAPPING.get((module, name)) or (IMPORT_MAPPING.get(module, module), name)
+            names.add(f"{module}.{name}")
+        elif NO_PROTOCOL_2.fullmatch(op.name):
+            raise _refusal(f"the instruction {op.name}", path)
+    for name in names:
+        top = name.split(".")[0]
+        known = RESTORED.fullmatch(name) or HARMLESS.fullmatch(name)
+        if not known and (top in sys.stdlib_module_names or top == "torch"):
+            raise _refusal(name, path)
+    return names
 
 
-def _storage_kinds(top: Any) -> dict[str, str]:
-    """Storage key -> its type, of every tensor anywhere below `top`; each container is looked at once."""
-    kinds: dict[str, str] = {}
-    waiting, seen = [top], set()
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, TensorRef):
-            kinds[value.storage.key] = value.storage.kind
-            continue
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, inert_pickle.Made):
-            waiting += [value.args, value.items, value.state]
-        elif isinstance(value, dict):
-            waiting += value.values()
-        elif isinstance(value, list | tuple):
-            waiting += value
-    return kinds
+def _placeholder(name: str) -> type:
+    if name == "collections.deque":
+        return _List
+    return _Dictionary if DICTIONARIES.fullmatch(name) else Placeholder
 
 
-def _weights(top: Any, path: Path) -> tuple[dict[str, TensorRef], Mapping[str, Any]]:
+def _load(path: Path, placeholders: Mapping[str, type], zipped: bool) -> Any:
+    """What torch.save was given, where `placeholders` are the only classes that torch knows beside its own."""
+    with _LOCK:
+        before = get_safe_globals()
+        clear_safe_globals()
+        try:
+            add_safe_globals([(made, name) for name, made in placeholders.items()])
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        finally:
+            clear_safe_globals()
+            add_safe_globals(before)
+
+
+def _weights(top: Any, path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     """The tensors by name, from the state dict itself or from where a training script put it, and what lies beside it."""
     if isinstance(top, dict):
         for wrapper in (*WRAPPERS, None):  # None: `top` is the state dict itself
             inside = top if wrapper is None else top.get(wrapper)
             if isinstance(inside, dict):
-                found = {name: v for name, v in inside.items() if isinstance(name, str) and isinstance(v, TensorRef)}
+                found = {name: v.detach() for name, v in inside.items() if isinstance(name, str) and isinstance(v, Tensor)}
                 if found:
                     return found, {} if wrapper is None else {str(k): v for k, v in top.items() if k != wrapper}
     raise CheckpointError(
@@ -164,34 +177,21 @@ def _weights(top: Any, path: Path) -> tuple[dict[str, TensorRef], Mapping[str, A
     )
 
 
-def _stored(name: str, ref: TensorRef, places: Places, data: mmap.mmap, path: Path) -> Stored:
-    storage: StorageRef = ref.storage
-    dtype = DTYPES.get(storage.kind)
-    if dtype is None:
-        raise CheckpointError(f"{path}: {name} is kept in a {storage.kind}. Expected floating-point tensors.")
-    last = sum((size - 1) * step for size, step in zip(ref.shape, ref.stride, strict=False))
-    needed = 0 if 0 in ref.shape else storage.start + ref.offset + last + 1
-    start, held = places.get(storage.key, (0, 0))
-    # A stride of 0 would repeat one number without end; torch.save writes contiguous tensors and transposed ones.
-    repeats = any(step == 0 and size > 1 for size, step in zip(ref.shape, ref.stride, strict=False))
-    if len(ref.shape) != len(ref.stride) or repeats or max(ref.shape, default=0) >> 40 or needed * dtype.itemsize > held:
+def _stored(name: str, tensor: Tensor, sizes: set[int] | None, path: Path) -> Stored:
+    held = tensor.untyped_storage().nbytes()
+    numbers = held // tensor.itemsize if tensor.numel() else 1 << 20  # an empty tensor can have a long axis, too
+    # A stride of 0 would repeat one number without end; a storage of another size than its record would read the next one.
+    if max(tensor.numel(), *tensor.shape, 0) > numbers or (held and sizes is not None and held not in sizes):
         raise CheckpointError(
-            f"{path}: {name} claims shape {list(ref.shape)}, and the file holds {held // dtype.itemsize} numbers for it. It "
-            f"is truncated or damaged; fetch it again."
+            f"{path}: {name} claims shape {list(tensor.shape)}, and the file holds {held // tensor.itemsize} numbers for it. "
+            f"It is truncated or damaged; fetch it again."
         )
-    first = start + (storage.start + ref.offset) * dtype.itemsize
-
-    def read() -> Tensor:
-        if not math.prod(ref.shape):
-            return torch.empty(ref.shape, dtype=dtype)
-        flat = torch.frombuffer(data, dtype=torch.uint8, count=(last + 1) * dtype.itemsize, offset=first)
-        if first % dtype.itemsize:  # the older format does not align its tensors
-            flat = flat.clone()
-        return flat.view(dtype).as_strided(ref.shape, ref.stride)
-
-    return Stored(ref.shape, str(dtype).removeprefix("torch."), read)
+    return Stored(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), lambda: tensor)
 
 
-def _refuse_big_endian(big: bool, path: Path) -> None:
-    if big:
-        raise CheckpointError(f"{path} was written on a big-endian machine. Expected little-endian numbers; save it anew.")
+def _refusal(what: str, path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} asks for {what}, which weights do not need: it could run code, and nothing of it was run. "
+        f"Expected tensors, numbers and names. Save the weights alone with torch.save(model.state_dict(), ...), or "
+        f"get them as safetensors."
+    )
