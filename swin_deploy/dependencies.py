@@ -26,6 +26,9 @@ PROVIDERS = {
     "tensorrt": ("TensorRT", "tensorrt"),
     "tensorrt_lean": ("TensorRT's lean runtime", "tensorrt"),
     "tensorrt_rtx": ("TensorRT for RTX", "tensorrt-rtx"),
+    "matplotlib": ("matplotlib", "plots"),
+    "psutil": ("psutil", "bench"),
+    "cpuinfo": ("py-cpuinfo", "bench"),
 }
 
 

@@ -19,7 +19,7 @@ from swin_deploy.errors import BackendError
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc tells a process's own peak on Linux alone")
 def test_peak_memory_is_not_that_of_the_process_that_started_it() -> None:
     held = np.ones(40_000_000)  # 320 MB here, which getrusage would count to a process started now
-    code = "from swin_deploy.measuring import peak_memory; print(peak_memory())"
+    code = "from swin_deploy.bench.worker import peak_memory; print(peak_memory())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     assert held.nbytes == 320_000_000
     assert 5e6 < int(done.stdout) < 200e6

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 # Not with -m: the folder it is started in would come first in the search for modules, a checkout of this very package.
-START = "import sys; sys.path[:] = filter(None, sys.path); from swin_deploy.api.bench import serve; serve()"
+START = "import sys; sys.path[:] = filter(None, sys.path); from swin_deploy.bench.run import serve; serve()"
 
 
 class Child:

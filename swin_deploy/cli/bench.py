@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
 
-from swin_deploy.cli.output import check_plot, json_option, print_json, print_table, teller, write_plot
+from swin_deploy.cli.output import json_option, print_json, print_table, teller
+from swin_deploy.plots import BLUE, GREY, YELLOW, Bar, bar_chart, check_plot, write_plot
 
 if TYPE_CHECKING:
     from swin_deploy.bench.race import LeftOut, Measurement
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="0 lets the back end choose.")
 @click.option("--seconds", default=6.0, show_default=True, type=float, help="For each candidate, in all.")
 @click.option("--rounds", default=10, show_default=True, type=click.IntRange(1), help="Candidates take turns so often.")
-@click.option("--plot", metavar="FILE.svg", type=click.Path(path_type=Path), help="Draw the table, as SVG.")
+@click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw the result into a .svg, .png or .pdf file.")
 @json_option
 def command(bundle: Path, plot: Path | None, as_json: bool, **options: Any) -> None:
     """Measure BUNDLE here: every back end, device, precision and batch size, each in a process of its own, taking turns.
@@ -44,9 +46,7 @@ def command(bundle: Path, plot: Path | None, as_json: bool, **options: Any) -> N
         say.clear()
     machine = "; ".join([str(found.machine), *(f"{device}: {name}" for device, name in found.gpus.items())])
     if plot is not None:
-        from swin_deploy.bench.bench_plot import svg_from_rows
-
-        write_plot(plot, svg_from_rows(found.rows, machine, found.reference))
+        write_plot(plot, _chart(found.rows, machine, found.reference, plot.suffix[1:]))
         say(f"Wrote {plot}")
     for line in _lines(found.left_out):
         say(f"Left out: {line}")
@@ -55,6 +55,19 @@ def command(bundle: Path, plot: Path | None, as_json: bool, **options: Any) -> N
         print_json({"bundle": str(bundle), **found.to_dict()})
     else:
         _print_rows(found.rows)
+
+
+def _chart(rows: Sequence[Measurement], machine: str, reference: str, file_format: str) -> bytes:
+    """Draw the median time of one image for each row; the line across the end of a bar spans the quartiles of the rounds."""
+    colours = {"swin-deploy": BLUE, "pytorch": GREY}
+    bars = []
+    for row in rows:
+        low, median, high = (float(ms) / row.candidate.batch for ms in np.quantile(row.round_ms, (0.25, 0.5, 0.75)))
+        kind = "pytorch" if row.candidate.backend in ("pytorch", "torch.compile") else row.candidate.model
+        note = f"{median:.2f} ms, x {row.ratio.median:.2f}, {row.images_per_second:.1f} images/s, {row.peak_memory_mb:.0f} MB"
+        bars.append(Bar(str(row.candidate), [(median, colours.get(kind, YELLOW))], note, (low, high)))
+    title = f"Time per image (less is better)\n{machine}\nRatios to {reference}"
+    return bar_chart(bars, title, "Milliseconds per image", file_format=file_format)
 
 
 def _print_rows(rows: Sequence[Measurement]) -> None:

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from swin_deploy.cli.output import (
-    check_plot,
     compiler_log,
     json_option,
     print_json,
     print_table,
     stdout_kept_clean,
     teller,
-    write_plot,
 )
+from swin_deploy.plots import BLUE, CYAN, RED, YELLOW, Bar, bar_chart, check_plot, write_plot
 
 if TYPE_CHECKING:
     from swin_deploy.exporters.inspection.costs import EngineCost, Inspection
@@ -33,7 +32,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="What compiles a FILE.onnx.",
 )
-@click.option("--plot", metavar="FILE.svg", type=click.Path(path_type=Path), help="Draw the engines, as SVG.")
+@click.option(
+    "--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw the engines into a .svg, .png or .pdf file."
+)
 @click.option("-v", "--verbose", is_flag=True, help="Show all of TensorRT's own messages, not only its warnings.")
 @json_option
 def command(
@@ -69,10 +70,8 @@ def command(
     finally:
         say.clear()
     if plot is not None:
-        from swin_deploy.exporters.inspection.engine_plot import svg_from_engines
-
         titled = [(_shown(one, engine.name), engine) for one in found for engine in one.engines]
-        write_plot(plot, svg_from_engines(titled))
+        write_plot(plot, engine_chart(titled, plot.suffix[1:]))
         say(f"Wrote {plot}")
     if as_json:
         print_json([one.to_dict() for one in found] if compare is not None else found[0].to_dict())
@@ -84,6 +83,31 @@ def command(
     if compare is not None:
         _print_comparison(found[0], found[1])
     _explain(found, say)
+
+
+ROLE_COLOURS = {"attention": BLUE, "product": CYAN, "move": RED, "other": YELLOW}
+ROLE_WORDS = {"attention": "fused attention", "product": "matmuls", "move": "data movement", "other": "norms, elementwise"}
+
+
+def engine_chart(engines: Sequence[tuple[str, EngineCost]], file_format: str) -> bytes:
+    """Draw the bytes that the kernels of each engine move, by role; kernels where the bytes of an engine are unknown."""
+    by_bytes = all(cost.figures["bytes_moved"] is not None for _, cost in engines)
+    bars = []
+    for title, cost in engines:
+        roles = {role: cost.figures["roles"][role] for role in ROLE_COLOURS}
+        amounts = {
+            role: (row["bytes_read"] + row["bytes_written"]) / 1e6 if by_bytes else row["kernels"] or 0
+            for role, row in roles.items()
+        }
+        note = "kernels unknown" if cost.figures["kernels"] is None else f"{cost.figures['kernels']} kernels"
+        if cost.figures["bytes_moved"] is not None:
+            note += f", {cost.figures['bytes_moved'] / 1e6:.0f} MB"
+        if cost.roofline is not None:
+            note += f"\nroofline {cost.roofline.seconds * 1e3:.2f} ms on {cost.roofline.gpu}"
+        bars.append(Bar(title, [(amount, ROLE_COLOURS[role]) for role, amount in amounts.items()], note))
+    title = f"{'Bytes moved' if by_bytes else 'Kernels'} by role"
+    legend = {ROLE_COLOURS[role]: words for role, words in ROLE_WORDS.items()}
+    return bar_chart(bars, title, "MB" if by_bytes else "Kernels", legend, file_format)
 
 
 def _print_graphs(found: Sequence[Inspection]) -> None:

@@ -11,7 +11,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -142,22 +141,3 @@ def stdout_kept_clean() -> Iterator[None]:
     finally:
         os.dup2(kept, 1)
         os.close(kept)
-
-
-def check_plot(path: Path) -> None:
-    """Raises UsageError where `path` cannot be a drawing, before the work that it would show is done."""
-    try:
-        folder = path.absolute().parent
-        wrong = path.suffix != ".svg" or path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK)
-    except (OSError, ValueError):  # a circle of links, a name that is too long
-        wrong = True
-    if wrong:
-        raise UsageError(f"The plot {path} cannot be drawn. Expected the name of an .svg file in a folder that can be written.")
-
-
-def write_plot(path: Path, text: str) -> None:
-    """Writes the drawing. Raises UsageError where the operating system refuses."""
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"The plot {path} cannot be written: {error.strerror}. Name a file in another folder.") from error

@@ -83,7 +83,7 @@ def test_a_drawing(place: Path, tmp_path: Path) -> None:
     done = cli("inspect", place / "b", "--plot", "engines.svg", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert ET.parse(tmp_path / "engines.svg").getroot().tag.endswith("svg")
-    refused(cli("inspect", place / "b", "--plot", "engines.png", cwd=tmp_path), "engines.png", ".svg")
+    refused(cli("inspect", place / "b", "--plot", "engines.gif", cwd=tmp_path), "engines.gif", ".svg, .png or .pdf")
     refused(cli("inspect", place / "b", "--plot", "no/engines.svg", cwd=tmp_path), "a folder that can be written")
     assert [file.name for file in tmp_path.iterdir()] == ["engines.svg"]
 

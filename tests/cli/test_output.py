@@ -8,12 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pytest
 from cli.exported import THREE, cli_here, digits, result
 
 from swin_deploy.bundle import CONFIG, Bundle
-from swin_deploy.cli.output import check_plot, write_plot
-from swin_deploy.errors import UsageError
 
 
 def test_labels_with_half_a_character(tmp_path: Path) -> None:
@@ -30,19 +27,3 @@ def test_labels_with_half_a_character(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert re.fullmatch(r"Run by onnxruntime \S+, fp32, on cpu\n", done.stderr)
     assert "drei \\ud83d" in done.stdout
-
-
-def test_where_a_plot_cannot_be(tmp_path: Path) -> None:
-    (tmp_path / "loop").symlink_to("loop")
-    for path in ("a.png", "no/a.svg", "loop/a.svg"):
-        with pytest.raises(UsageError, match="cannot be drawn"):
-            check_plot(tmp_path / path)
-    check_plot(tmp_path / "a.svg")
-    write_plot(tmp_path / "a.svg", "<svg/>")
-    assert (tmp_path / "a.svg").read_text() == "<svg/>"
-
-
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="this system has no /proc")
-def test_a_plot_that_the_system_refuses() -> None:
-    with pytest.raises(UsageError, match=r"/proc/a.svg cannot be written"):
-        write_plot(Path("/proc/a.svg"), "<svg/>")
