@@ -6,7 +6,7 @@
 
 SHELL := bash
 PYTHON ?= python3
-EXTRAS := export,hub,tensorflow,onnxruntime,openvino,tensorrt-rtx,plots,test
+EXTRAS := export,hub,tensorflow,onnxruntime,openvino,tensorrt-rtx,plots,bench,test
 DIGITS := examples/digits
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 

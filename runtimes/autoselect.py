@@ -22,7 +22,7 @@ from swin_deploy.bundle import Bundle
 from swin_deploy.dependencies import installed_versions
 from swin_deploy.errors import BackendError, BundleError, MissingDependencyError, MissingKernelError, UsageError
 from swin_deploy.gpus import cuda_devices, cuda_version
-from swin_deploy.machine import this_machine
+from swin_deploy.machine import processor_name, usable_cores
 from swin_deploy.parity import Reference, Verdict, check_runtime, described
 from swin_deploy.specs import Size, size_text
 
@@ -189,15 +189,14 @@ def _reference_of(bundle: Bundle, file: str) -> str:
 
 def _key(bundle: Bundle, candidates: Sequence[Candidate], threads: int) -> dict[str, Any]:
     """All that what is fastest depends on, as JSON values."""
-    machine = this_machine()
     return {
         "bundle": hashlib.sha256(json.dumps(sorted((f, e["sha256"]) for f, e in bundle.files.items())).encode()).hexdigest(),
         "candidates": [asdict(candidate) for candidate in candidates],
         "threads": threads,
         "libraries": installed_versions(LIBRARIES),
         "machine": [
-            machine.processor,
-            machine.usable_cores,
+            processor_name(),
+            usable_cores(),
             platform.machine(),
             platform.system(),
             os.environ.get("CUDA_VISIBLE_DEVICES", ""),

@@ -1,18 +1,19 @@
-"""What this machine is: system, processor and memory, from what the operating system says, with no library beyond Python."""
+"""Facts about this machine: system, processor, cores and memory."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
-import subprocess
 import sys
+from collections.abc import Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# What a processor may have that decides how fast a network runs on it: the kernel's word for it -> its usual name.
+from swin_deploy.dependencies import installed, require
+
+# Processor features that decide how fast a network runs: the flag of the operating system -> its usual name.
 FEATURES = {
     "avx2": "AVX2",
     "avx512f": "AVX-512",
@@ -25,7 +26,7 @@ FEATURES = {
     "asimd": "NEON",
     "asimddp": "NEON dot product",
     "asimdhp": "NEON fp16",
-    "i8mm": "int8 matrix product",
+    "i8mm": "int8 matrix multiply",
     "bf16": "bf16",
     "sve": "SVE",
 }
@@ -33,9 +34,9 @@ FEATURES = {
 
 @dataclass(frozen=True)
 class Machine:
-    """`cores` are those of the machine and `usable_cores` those that this process may use; memory is in bytes.
+    """The software and hardware of a machine.
 
-    What the system does not tell is None, or an empty tuple of `features`.
+    `usable_cores` are the cores that this process may use. Memory is in bytes, and None if psutil is not installed.
     """
 
     python: str
@@ -48,7 +49,7 @@ class Machine:
     free_memory: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts as JSON values."""
+        """Return the facts as JSON values."""
         return {**asdict(self), "features": list(self.features)}
 
     def __str__(self) -> str:
@@ -57,49 +58,52 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """The machine that this runs on."""
-    cores = os.cpu_count() or 1
-    info = _text("/proc/cpuinfo")
-    words = re.search(r"^(?:flags|Features)\s*:(.*)$", info, re.MULTILINE)
-    found = set(words[1].split()) if words else set()
+    """Return the facts about this machine, as far as the system and the libraries of the extra `bench` know them."""
+    processor, flags = processor_name(), cpu_flags()
+    if sys.platform != "linux" and installed("cpuinfo"):  # on Linux py-cpuinfo reads the same file, and takes 1.3 s
+        facts = require("cpuinfo", "describe the processor").get_cpu_info()
+        processor, flags = facts.get("brand_raw", processor), set(facts.get("flags", ()))
+    total, free = memory()
     return Machine(
         python=f"{platform.python_implementation()} {platform.python_version()}",
         system=f"{platform.system()} {platform.release()}, {platform.machine()}",
-        processor=_processor(info),
-        cores=cores,
-        usable_cores=_usable_cores(cores),
-        features=tuple(name for word, name in FEATURES.items() if word in found),
-        memory=_memory("MemTotal", "SC_PHYS_PAGES"),
-        free_memory=_memory("MemAvailable", "SC_AVPHYS_PAGES"),
+        processor=processor,
+        cores=os.cpu_count() or 1,
+        usable_cores=usable_cores(),
+        features=tuple(name for flag, name in FEATURES.items() if flag in flags),
+        memory=total,
+        free_memory=free,
     )
 
 
-def _processor(info: str) -> str:
-    board = _text("/proc/device-tree/model").strip("\0 \n")  # Jetson, Raspberry Pi
-    name = re.search(r"^(?:model name|Hardware)\s*:\s*(.+)$", info, re.MULTILINE)
-    if sys.platform == "darwin":
-        done = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
-        board = done.stdout.strip()
+def processor_name() -> str:
+    """Return the name of the board (Jetson, Raspberry Pi) or of the processor."""
+    board = _text("/proc/device-tree/model").strip("\0 \n")
+    name = re.search(r"^(?:model name|Hardware)\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
     return board or (name[1].strip() if name else "") or platform.processor() or platform.machine()
 
 
-def _usable_cores(cores: int) -> int:
-    """Those that the scheduler gives to this process, and no more than a container's quota of processor time."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+def cpu_flags() -> Set[str]:
+    """Return the feature flags of the processor that Linux lists; nothing on other systems."""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    return set(found[1].split()) if found else set()
+
+
+def usable_cores() -> int:
+    """Return the number of cores that the scheduler and the CPU quota of a container leave to this process."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = re.match(r"(\d+) (\d+)", _text("/sys/fs/cgroup/cpu.max"))
     return min(usable, max(1, int(quota[1]) // int(quota[2]))) if quota else usable
 
 
-def _memory(line: str, pages: str) -> int | None:
-    found = re.search(rf"^{line}:\s*(\d+) kB", _text("/proc/meminfo"), re.MULTILINE)
+def memory() -> tuple[int | None, int | None]:
+    """Return the total and the available memory in bytes, at most the limit of a container; None without psutil."""
+    if not installed("psutil"):
+        return None, None
+    found = require("psutil", "measure memory").virtual_memory()
     limit = _text("/sys/fs/cgroup/memory.max").strip()
-    if found:
-        size = int(found[1]) * 1024
-        return min(size, int(limit)) if limit.isdigit() else size
-    try:
-        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Windows; a system that does not tell
-        return None
+    most = int(limit) if limit.isdigit() else int(found.total)
+    return min(int(found.total), most), min(int(found.available), most)
 
 
 def _text(path: str) -> str:
@@ -107,40 +111,3 @@ def _text(path: str) -> str:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """An NVIDIA GPU: its name, its compute capability ("sm_89"; "" where only nvidia-smi lists it), its memory in bytes."""
-
-    name: str
-    capability: str
-    memory: int | None
-
-
-def driver_and_gpus() -> tuple[str | None, tuple[Gpu, ...]]:
-    """The NVIDIA driver's version, and the GPUs that nvidia-smi lists, whether or not this process may use them.
-
-    Where there is no nvidia-smi (in a container, on a Jetson) the driver's own library is asked for the version.
-    """
-    query = ["nvidia-smi", "--query-gpu=driver_version,name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-        rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines() if line.count(",") == 2]
-    except (OSError, subprocess.SubprocessError):
-        rows = []
-    gpus = tuple(Gpu(name, "", int(size) << 20 if size.isdigit() else None) for _, name, size in rows)
-    return (rows[0][0] if rows else _driver_from_library()), gpus
-
-
-def _driver_from_library() -> str | None:
-    try:
-        library = ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")
-    except OSError:
-        return None
-    text = ctypes.create_string_buffer(80)
-    if library.nvmlInit_v2() != 0:
-        return None
-    found = library.nvmlSystemGetDriverVersion(text, len(text)) == 0
-    library.nvmlShutdown()
-    return text.value.decode("ascii", "replace") if found else None

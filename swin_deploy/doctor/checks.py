@@ -1,39 +1,32 @@
-"""This machine, and a bundle -> what can be done here, and what has to be installed for the rest."""
+"""Try the libraries on this machine, and the graphs and engines of a bundle."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import swin_deploy
-from swin_deploy.arguments import checked
 from swin_deploy.bundle import Bundle
 from swin_deploy.dependencies import installed, onnxruntime_session, require
-from swin_deploy.doctor.packages import (
-    BROKEN,
-    STEPS,
-    WORKS,
-    Finding,
-    Step,
-    Trap,
-    install,
-    installed_traps,
-    unusable,
-    versions_for,
-)
 from swin_deploy.errors import BackendError, BundleError, MissingDependencyError
 from swin_deploy.files import scratch_folder
-from swin_deploy.machine import Gpu, Machine, driver_and_gpus, this_machine
+from swin_deploy.gpus import cuda_devices
+from swin_deploy.machine import Machine, this_machine
 
-SECONDS = 180  # for one library to show that it works
-PROBE = "import sys; sys.path[:] = filter(None, sys.path); from swin_deploy.api.doctor import probe; probe()"
+from .packages import VersionConflict, install_command, installed_conflicts, versions_of
+
+WORKS, BROKEN, MISSING, NO_GPU = "works", "broken", "not installed", "needs a GPU"
+SECONDS = 180  # the longest that the check of one library may take
+PROBE = "import sys; sys.path[:] = filter(None, sys.path); from swin_deploy.doctor.checks import probe; probe()"
 
 # One value through one Relu, opset 17.
 MICRO = (
@@ -43,86 +36,124 @@ MICRO = (
 
 
 @dataclass(frozen=True)
-class Run:
-    """A graph or an engine of a bundle and a back end: whether that can run here, and what it said."""
+class Check:
+    """One use of libraries: the modules that it imports, and the extras that install them.
+
+    `probe` tries it and returns what it can do. `backend` is set if it runs bundles. Without a GPU, a check with `needs_gpu`
+    does nothing, and one with `runs_on_gpu` only compiles.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    extras: str
+    probe: Callable[[], str]
+    backend: str | None = None
+    needs_gpu: bool = False
+    runs_on_gpu: bool = False
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """The state of a check (WORKS, BROKEN, MISSING or NO_GPU), the versions in use, what works or why not, and the fix."""
+
+    name: str
+    state: str
+    versions: Mapping[str, str]
+    message: str
+    command: str | None = None
+
+
+@dataclass(frozen=True)
+class InstalledGpu:
+    """An NVIDIA GPU that this process may use, with its memory in bytes where nvidia-smi lists it."""
+
+    name: str
+    capability: str
+    memory: int | None
+
+
+@dataclass(frozen=True)
+class BundleRun:
+    """Whether a back end runs a graph or an engine of the bundle on this machine, and what it reported."""
 
     file: str
     backend: str
     precision: str
     works: bool
-    said: str
+    message: str
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found. `runs` is None where no bundle was named; `healthy` is whether something can run one, or that one.
+    """The result of `doctor`.
 
-    `damaged` is a sentence for each file of the bundle that is not as it was written.
+    `runs` is None if no bundle was given. `damaged` has a sentence for each file of the bundle that was changed. `can_run` is
+    whether anything on this machine runs a bundle, or the given one.
     """
 
     machine: Machine
     driver: str | None
-    gpus: tuple[Gpu, ...]
-    findings: tuple[Finding, ...]
-    traps: tuple[Trap, ...]
-    runs: tuple[Run, ...] | None
+    gpus: tuple[InstalledGpu, ...]
+    checks: tuple[CheckResult, ...]
+    conflicts: tuple[VersionConflict, ...]
+    runs: tuple[BundleRun, ...] | None
     damaged: tuple[str, ...]
-    healthy: bool
+    can_run: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts as JSON values."""
-        return {
-            "swin_deploy": swin_deploy.__version__,
-            "machine": self.machine.to_dict(),
-            "driver": self.driver,
-            "gpus": [asdict(gpu) for gpu in self.gpus],
-            "steps": [finding.to_dict() for finding in self.findings],
-            "traps": [asdict(trap) for trap in self.traps],
-            "bundle": None if self.runs is None else [asdict(run) for run in self.runs],
-            "damaged": list(self.damaged),
-            "can_run": self.healthy,
-        }
+        """Return the result as JSON values."""
+        return {"swin_deploy": swin_deploy.__version__, **asdict(self), "machine": self.machine.to_dict()}
 
 
-@checked
 def doctor(bundle: str | os.PathLike[str] | None = None) -> Diagnosis:
-    """What this machine has and can do: every library is really tried, each in a process of its own.
+    """Check what this machine can do: try every library, each in its own process.
 
-    With `bundle`, every graph of it is loaded and run by every back end, too, and every engine that is for this machine, and
-    every file is compared with its sha256. Raises errors.BundleError where it is none.
+    Args:
+        bundle: A bundle whose graphs and engines are run too, and whose files are compared with their sha256.
+
+    Raises:
+        BundleError: `bundle` is not a bundle.
     """
-    from swin_deploy.gpus import cuda_devices
     from swin_deploy.runtimes.backends import BACKENDS
 
     found = None if bundle is None else Bundle.open(bundle)
-    machine, devices = this_machine(), cuda_devices()
-    driver, listed = driver_and_gpus()
-    memory = {gpu.name: gpu.memory for gpu in listed}
-    gpus = tuple(Gpu(device.name, device.capability, memory.get(device.name)) for device in devices)
+    machine = this_machine()
+    driver, listed = nvidia_smi()
+    gpus = tuple(InstalledGpu(gpu.name, gpu.capability, listed.get(gpu.name)) for gpu in cuda_devices())
     with ThreadPoolExecutor(min(4, machine.usable_cores)) as pool:
-        findings = tuple(pool.map(lambda step: _finding(step, bool(gpus)), STEPS))
-    traps = installed_traps(bool(gpus))
+        results = tuple(pool.map(lambda check: _result(check, bool(gpus)), CHECKS))
+    conflicts = installed_conflicts(bool(gpus))
     if listed and not gpus:
-        traps += (
-            Trap(
-                f"nvidia-smi lists {len(listed)} GPU(s), and CUDA offers none to this process (CUDA_VISIBLE_DEVICES is "
-                f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')!r})",
-                "unset CUDA_VISIBLE_DEVICES",
-            ),
-        )
-    working = [step for step, one in zip(STEPS, findings, strict=True) if one.state == WORKS and (gpus or not step.runs_on_gpu)]
-    able = {step.backend for step in working} & BACKENDS.keys()
-    runs = None
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        problem = f"nvidia-smi lists a GPU, but CUDA offers none to this process (CUDA_VISIBLE_DEVICES: {visible})"
+        conflicts += (VersionConflict(problem, "unset CUDA_VISIBLE_DEVICES"),)
+    pairs = list(zip(CHECKS, results, strict=True))
+    works = {check.backend for check, one in pairs if one.state == WORKS and (gpus or not check.runs_on_gpu)}
+    able, runs = works & BACKENDS.keys(), None
     if found is not None:
-        runs = _runs(found, [name for name, kind in BACKENDS.items() if name in able and not kind.engines], gpus)
-        why = {step.backend: one.can for step, one in reversed([*zip(STEPS, findings, strict=True)])}
-        runs += tuple(
-            Run("-", name, "-", False, why.get(name, "it is not tried here"))
-            for name, kind in BACKENDS.items()
-            if name not in able and not kind.engines  # whose engines have rows of their own
-        )
-    healthy = bool(able) if runs is None else any(run.works for run in runs)
-    return Diagnosis(machine, driver, gpus, findings, traps, runs, () if found is None else _damaged(found), healthy)
+        run_by = [name for name, backend in BACKENDS.items() if not backend.engines]
+        why = {check.backend: one.message for check, one in reversed(pairs)}
+        runs = _runs(found, [name for name in run_by if name in able], gpus)
+        runs += tuple(BundleRun("-", name, "-", False, why.get(name, "not checked")) for name in run_by if name not in able)
+    can_run = bool(able) if runs is None else any(run.works for run in runs)
+    return Diagnosis(machine, driver, gpus, results, conflicts, runs, () if found is None else _damaged(found), can_run)
+
+
+def nvidia_smi() -> tuple[str | None, dict[str, int | None]]:
+    """Return the version of the NVIDIA driver, and the memory in bytes of each GPU that nvidia-smi lists."""
+    query = ["nvidia-smi", "--query-gpu=driver_version,name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines() if line.count(",") == 2]
+    except (OSError, subprocess.SubprocessError):
+        rows = []
+    if rows:
+        return rows[0][0], {name: int(size) << 20 if size.isdigit() else None for _, name, size in rows}
+    with contextlib.suppress(OSError):  # a container or a Jetson without nvidia-smi
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+        if match := re.search(r"\b\d{3,}(?:\.\d+)+\b", text):
+            return match[0], {}
+    return None, {}
 
 
 def _damaged(bundle: Bundle) -> tuple[str, ...]:
@@ -132,148 +163,132 @@ def _damaged(bundle: Bundle) -> tuple[str, ...]:
             bundle.verified_path(file)
         except BundleError as error:
             sentences.append(str(error))
-    return tuple(dict.fromkeys(sentences))  # damaged weights are told of once, and not for each graph that reads them
+    return tuple(dict.fromkeys(sentences))  # several graphs may share one weights file
 
 
-def _finding(step: Step, gpu: bool) -> Finding:
-    found = versions_for(step)
-    if (why := unusable(step, gpu, found)) is not None:
-        return why
-    command = [sys.executable, "-c", PROBE, step.name]
+def _result(check: Check, gpu: bool) -> CheckResult:
+    found = versions_of(check.modules)
+    if (unusable := cannot_try(check, gpu, found)) is not None:
+        return unusable
+    reinstall = install_command(check.extras).replace("install", "install --force-reinstall")
+    command = [sys.executable, "-c", PROBE, check.name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, errors="replace")
-    except subprocess.TimeoutExpired:
-        return Finding(step.name, BROKEN, found, f"gave no answer within {SECONDS} seconds", _reinstall(step))
-    try:
         answer = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        answer = {"error": f"gave no answer within {SECONDS} seconds"}
     except ValueError:
-        last = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), "it said nothing")
-        return Finding(step.name, BROKEN, found, f"crashed (exit code {done.returncode}): {last}", _reinstall(step))
+        last = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
+        answer = {"error": f"crashed (exit code {done.returncode}): {last}"}
     if "error" in answer:
-        return Finding(step.name, BROKEN, found, answer["error"], answer["command"] or _reinstall(step))
-    return Finding(step.name, WORKS, found, answer["can"])
+        return CheckResult(check.name, BROKEN, found, answer["error"], answer.get("command") or reinstall)
+    return CheckResult(check.name, WORKS, found, answer["works"])
 
 
-def _reinstall(step: Step) -> str:
-    return install(step.extras).replace("install", "install --force-reinstall")
+def cannot_try(check: Check, gpu: bool, versions: Mapping[str, str]) -> CheckResult | None:
+    """Return why a check cannot be tried on this machine, or None if it can. `versions` are those in use by it."""
+    if check.needs_gpu and not gpu:
+        return CheckResult(check.name, NO_GPU, versions, "this machine has no usable NVIDIA GPU")
+    missing = [module for module in check.modules if not installed(module)]
+    if not missing:
+        return None
+    replaced = "onnxruntime-gpu" not in versions and "onnxruntime" in versions and check.extras.startswith("gpu")
+    extras = re.sub(r"\bonnxruntime\b", "gpu", check.extras) if "onnxruntime-gpu" in versions else check.extras
+    command = ("pip uninstall -y onnxruntime && " if replaced else "") + install_command(extras)
+    return CheckResult(check.name, MISSING, versions, f"cannot import {', '.join(missing)}", command)
 
 
-def probe() -> None:
-    """The process in which one library is tried: the step's name is its argument, and a line of JSON its answer."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print
-    step = next(step for step in STEPS if step.name == sys.argv[1])
-    try:
-        for module in step.modules:
-            require(module, f"use {step.name}")
-        answer = {"can": PROBES[step.name]()}
-    except Wrong as error:
-        answer = {"error": str(error), "command": error.command}
-    except Exception as error:  # noqa: BLE001 - whatever a library says
-        answer = {"error": " ".join(str(error).split()) or type(error).__name__, "command": ""}
-    answers.write(json.dumps(answer))
-    answers.flush()
+class ProbeError(Exception):
+    """A library that is installed and does not work, with the command that fixes it."""
 
-
-class Wrong(Exception):
-    """A library that is there and does not do what it should, with the command that puts it right."""
-
-    def __init__(self, what: str, command: str) -> None:
-        super().__init__(what)
+    def __init__(self, problem: str, command: str = "") -> None:
+        super().__init__(problem)
         self.command = command
 
 
-def _onnxruntime_cpu() -> str:
-    _session("CPUExecutionProvider")
+def probe() -> None:
+    """Try one library in this process; its argument is the name of the check, its answer one JSON object on stdout."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print to stdout
+    check = next(check for check in CHECKS if check.name == sys.argv[1])
+    try:
+        for module in check.modules:
+            require(module, f"use {check.name}")
+        answer = {"works": check.probe()}
+    except Exception as error:  # noqa: BLE001 - libraries raise anything
+        message = " ".join(str(error).split()) or type(error).__name__
+        answer = {"error": message, "command": getattr(error, "command", "")}
+    with answers:
+        json.dump(answer, answers)
+
+
+def _expect_one(found: Any, place: str) -> None:
+    if found.tolist() != [1.0]:
+        raise ProbeError(f"Relu(1) is {found.tolist()} on {place}")
+
+
+def _feeds() -> dict[str, Any]:
+    import numpy as np
+
+    return {"x": np.ones(1, np.float32)}
+
+
+def _run_onnxruntime(provider: str, extras: str) -> None:
+    from swin_deploy.runtimes.gpu.onnxruntime_cuda import preloaded
+
+    ort = require("onnxruntime", "run a graph")
+    if provider not in ort.get_available_providers():
+        command = ("" if extras == "onnxruntime" else "pip uninstall -y onnxruntime && ") + install_command(extras)
+        raise ProbeError(f"this build of onnxruntime has no {provider}", command)
+    message = "" if extras == "onnxruntime" else preloaded(ort)
+    session = onnxruntime_session(MICRO, providers=[provider])
+    if session.get_providers()[0] != provider:  # it falls back to the CPU, and only its log reports that
+        more = install_command("tensorrt") + " && " if provider == "TensorrtExecutionProvider" else ""
+        problem = f"{provider} does not start: CUDA or one of its libraries is missing or has the wrong version{message}"
+        raise ProbeError(problem, more + 'pip install "onnxruntime-gpu[cuda,cudnn]"')
+    _expect_one(session.run(None, _feeds())[0], provider)
+
+
+def _onnxruntime() -> str:
+    _run_onnxruntime("CPUExecutionProvider", "onnxruntime")
     return "fp32 and INT8 graphs"
 
 
 def _onnxruntime_cuda() -> str:
-    _session("CUDAExecutionProvider")
+    _run_onnxruntime("CUDAExecutionProvider", "gpu")
     return "fp32 and fp16 graphs on the GPU"
 
 
 def _onnxruntime_tensorrt() -> str:
-    _session("TensorrtExecutionProvider")
-    return "graphs compiled by TensorRT while they load"
-
-
-def _session(provider: str) -> None:
-    from swin_deploy.runtimes.gpu.onnxruntime_cuda import preloaded
-
-    ort = require("onnxruntime", "run a graph")
-    extras = {"CPUExecutionProvider": "onnxruntime", "CUDAExecutionProvider": "gpu"}.get(provider, "gpu,tensorrt")
-    if provider not in ort.get_available_providers():
-        command = ("" if extras == "onnxruntime" else "pip uninstall -y onnxruntime && ") + install(extras)
-        raise Wrong(f"this build of onnxruntime has no {provider}", command)
-    said = "" if provider == "CPUExecutionProvider" else preloaded(ort)
-    session = onnxruntime_session(MICRO, providers=[provider])
-    if session.get_providers()[0] != provider:  # it falls back to the CPU and says so in its log alone
-        more = install("tensorrt") + " && " if provider == "TensorrtExecutionProvider" else ""
-        what = f"CUDA or one of its libraries is missing or of another version{said}"
-        raise Wrong(f"{provider} does not start: {what}", more + 'pip install "onnxruntime-gpu[cuda,cudnn]"')
-    [answer] = session.run(None, {"x": _ones()})
-    if answer.tolist() != [1.0]:
-        raise BackendError(f"Relu(1) is {answer.tolist()}")
-
-
-def _ones() -> Any:
-    import numpy as np
-
-    return np.ones(1, np.float32)
+    _run_onnxruntime("TensorrtExecutionProvider", "gpu,tensorrt")
+    return "graphs that TensorRT compiles while they load"
 
 
 def _openvino() -> str:
     from swin_deploy.runtimes.openvino import openvino_core
 
     core = openvino_core()
-    request = core.compile_model(core.read_model(MICRO), "CPU").create_infer_request()
-    answer = request.infer({"x": _ones()})["y"]
-    if answer.tolist() != [1.0]:
-        raise BackendError(f"Relu(1) is {answer.tolist()}")
+    _expect_one(core.compile_model(core.read_model(MICRO), "CPU").create_infer_request().infer(_feeds())["y"], "CPU")
     types = [str(name) for name in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")]
-    computes = [
-        name for word, name in (("FP32", "fp32"), ("BF16", "bf16"), ("FP16", "fp16"), ("INT8", "INT8")) if word in types
-    ]
-    return f"{', '.join(computes)} on the CPU; devices: {', '.join(core.available_devices)}"
+    names = {"FP32": "fp32", "BF16": "bf16", "FP16": "fp16", "INT8": "INT8"}
+    computes = ", ".join(name for word, name in names.items() if word in types)
+    return f"{computes} on the CPU; devices: {', '.join(core.available_devices)}"
 
 
 def _pytorch() -> str:
-    import numpy as np
-
     from swin_deploy.runtimes.pytorch import PyTorch
 
-    places = ["cpu"] + ["cuda:0"] * bool(require("torch", "run a graph").cuda.is_available())
+    devices = ["cpu"] + ["cuda:0"] * bool(require("torch", "run a graph").cuda.is_available())
     with scratch_folder("doctor") as folder:
         path = folder / "micro.onnx"
         path.write_bytes(MICRO)
-        for place in places:
-            with PyTorch(path, device=place) as runtime:
-                answer = runtime.run({"x": np.ones(1, np.float32)})["y"]
-            if answer.tolist() != [1.0]:
-                raise BackendError(f"Relu(1) is {answer.tolist()} on {place}")
-    return f"every graph, node by node, as the reference; devices: {', '.join(places)}"
+        for device in devices:
+            with PyTorch(path, device=device) as runtime:
+                _expect_one(runtime.run(_feeds())["y"], device)
+    return f"every graph, node by node, as the reference; devices: {', '.join(devices)}"
 
 
-def _tensorrt() -> str:
-    from swin_deploy.exporters.engines.engine_spec import has_fp8
-    from swin_deploy.gpus import cuda_devices
-
-    _builder("tensorrt")
-    gpu = cuda_devices()[0].capability
-    number = int(gpu.removeprefix("sm_"))
-    types = ["fp32", "fp16"] + ["bf16"] * (number >= 80) + ["INT8"] + ["FP8"] * has_fp8(gpu)
-    return f"compiles and runs {', '.join(types)} engines for {gpu}"
-
-
-def _tensorrt_rtx() -> str:
-    from swin_deploy.exporters.engines.engine_spec import rtx_gpus
-
-    _builder("tensorrt-rtx")
-    return f"compiles for {', '.join(rtx_gpus())}, without a GPU"
-
-
-def _builder(backend: str) -> None:
+def _parse(backend: str) -> None:
     from swin_deploy.exporters.engines.engine_from_onnx import load_compiler
 
     trt = load_compiler(backend)
@@ -281,50 +296,60 @@ def _builder(backend: str) -> None:
     builder = trt.Builder(logger)
     network = builder.create_network(0)
     if not trt.OnnxParser(network, logger).parse(MICRO):
-        raise BackendError("its parser does not take an ONNX graph of one node")
+        raise ProbeError("its parser rejects an ONNX graph of one node")
+
+
+def _tensorrt() -> str:
+    from swin_deploy.exporters.engines.engine_spec import has_fp8
+
+    _parse("tensorrt")
+    gpu = cuda_devices()[0].capability
+    types = ["fp32", "fp16"] + ["bf16"] * (int(gpu.removeprefix("sm_")) >= 80) + ["INT8"] + ["FP8"] * has_fp8(gpu)
+    return f"compiles and runs {', '.join(types)} engines for {gpu}"
+
+
+def _tensorrt_rtx() -> str:
+    from swin_deploy.exporters.engines.engine_spec import rtx_gpus
+
+    _parse("tensorrt-rtx")
+    return f"compiles for {', '.join(rtx_gpus())}, without a GPU"
 
 
 def _export() -> str:
-    import torch
-
-    from swin_deploy.specs import PRECISIONS
-
+    torch = require("torch", "export")
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
-    return f"torch is built for {build}; graphs in {', '.join(PRECISIONS[:3])}"
-
-
-def _quantize() -> str:
-    return "INT8 and FP8 graphs for TensorRT, INT8 for ONNX Runtime and OpenVINO"
+    return f"torch is built for {build}; graphs in fp32, fp16, bf16"
 
 
 def _hub() -> str:
     from huggingface_hub import constants
 
-    offline = "the local cache only: HF_HUB_OFFLINE is set"
+    offline = "checkpoints from the local cache only: HF_HUB_OFFLINE is set"
     return offline if constants.HF_HUB_OFFLINE else "checkpoints from the cache and the hub, which was not contacted"
 
 
-def _h5py() -> str:
-    return "tf_model.h5 files"
+_MAKERS = ("torch", "onnx", "onnxscript", "onnx_graphsurgeon", "safetensors")
+_QUANTIZED = "INT8 and FP8 graphs for TensorRT, INT8 for ONNX Runtime and OpenVINO"
+_ORT, _ORT_TRT = "onnxruntime", "onnxruntime-tensorrt"
+CHECKS = (
+    Check("ONNX Runtime, CPU", (_ORT,), "onnxruntime", _onnxruntime, _ORT),
+    Check("ONNX Runtime, CUDA", (_ORT,), "gpu", _onnxruntime_cuda, _ORT, needs_gpu=True),
+    Check("ONNX Runtime, TensorRT", (_ORT,), "gpu,tensorrt", _onnxruntime_tensorrt, _ORT_TRT, needs_gpu=True),
+    Check("OpenVINO", ("openvino",), "openvino", _openvino, "openvino"),
+    Check("PyTorch", ("torch", "onnx"), "export", _pytorch, "torch"),
+    Check("TensorRT", ("tensorrt",), "tensorrt", _tensorrt, "tensorrt", needs_gpu=True),
+    Check("TensorRT for RTX", ("tensorrt_rtx",), "tensorrt-rtx", _tensorrt_rtx, "tensorrt-rtx", runs_on_gpu=True),
+    Check("export", _MAKERS, "export", _export),
+    Check("quantize", ("onnx", "onnx_graphsurgeon", _ORT), "export,onnxruntime", lambda: _QUANTIZED),
+    Check("hub", ("huggingface_hub",), "hub", _hub),
+    Check("TensorFlow checkpoints", ("h5py",), "tensorflow", lambda: "tf_model.h5 files"),
+    Check("plots", ("matplotlib",), "plots", lambda: "bench --plot, inspect --plot"),
+    Check("machine facts", ("psutil",), "bench", lambda: "memory of this machine"),
+)
 
 
-PROBES: Mapping[str, Callable[[], str]] = {
-    "ONNX Runtime, CPU": _onnxruntime_cpu,
-    "ONNX Runtime, CUDA": _onnxruntime_cuda,
-    "ONNX Runtime, TensorRT": _onnxruntime_tensorrt,
-    "OpenVINO": _openvino,
-    "PyTorch": _pytorch,
-    "TensorRT": _tensorrt,
-    "TensorRT for RTX": _tensorrt_rtx,
-    "export": _export,
-    "quantize": _quantize,
-    "hub": _hub,
-    "TensorFlow checkpoints": _h5py,
-}
-
-
-def _runs(bundle: Bundle, backends: list[str], gpus: tuple[Gpu, ...]) -> tuple[Run, ...]:
-    """Every precision of the bundle in every back end, and every engine that is for this machine, really run."""
+def _runs(bundle: Bundle, backends: Sequence[str], gpus: Sequence[InstalledGpu]) -> tuple[BundleRun, ...]:
+    """Run every precision of the bundle in every back end, and every engine that fits this machine."""
     runs = []
     held: dict[str, str] = {}
     for file, entry in bundle.graphs.items():
@@ -333,14 +358,12 @@ def _runs(bundle: Bundle, backends: list[str], gpus: tuple[Gpu, ...]) -> tuple[R
         for precision, file in {**held, **({"bf16": held["fp32"]} if backend == "openvino" else {})}.items():
             request = {"bundle": str(bundle.path), "backend": backend, "precision": precision, "threads": 0}
             runs.append(_tried(file, backend, precision, request))
-    for file, entry in bundle.files.items():
-        if file.endswith(".engine"):
-            runs.append(_engine(bundle, file, entry, gpus))
-    return tuple(runs)
+    engines = [(file, entry) for file, entry in bundle.files.items() if file.endswith(".engine")]
+    return (*runs, *(run_engine(bundle, file, entry, gpus) for file, entry in engines))
 
 
-def _engine(bundle: Bundle, file: str, entry: Mapping[str, Any], gpus: tuple[Gpu, ...]) -> Run:
-    """Whether an engine runs here: on the first GPU that it is for it is really run."""
+def run_engine(bundle: Bundle, file: str, entry: Mapping[str, Any], gpus: Sequence[InstalledGpu]) -> BundleRun:
+    """Run an engine of the bundle on the first GPU that it fits, or report why it fits none."""
     from swin_deploy.runtimes.backends import BACKENDS
     from swin_deploy.runtimes.gpu.engines import misfit
 
@@ -350,20 +373,19 @@ def _engine(bundle: Bundle, file: str, entry: Mapping[str, Any], gpus: tuple[Gpu
         with contextlib.suppress(MissingDependencyError, OSError):
             release = str(require(library, "run engines").__version__)
     if (why := misfit(bundle, file, [gpu.capability for gpu in gpus], release)) is not None:
-        return Run(file, backend, precision, False, why)
+        return BundleRun(file, backend, precision, False, why)
     fitting = (i for i, gpu in enumerate(gpus) if misfit(bundle, file, [gpu.capability], release) is None)
     request = {"bundle": str(bundle.path), "engine": file, "device": f"cuda:{next(fitting)}"}
     return _tried(file, backend, precision, request)
 
 
-def _tried(file: str, backend: str, precision: str, request: Mapping[str, Any]) -> Run:
-    """What became of loading what `request` names and running one image, in a process of its own."""
+def _tried(file: str, backend: str, precision: str, request: Mapping[str, Any]) -> BundleRun:
     from swin_deploy.bench.worker import Child
 
     with scratch_folder("doctor") as folder:
         try:
             with Child({**request, "batch": 1, "answer": str(folder / "answer.npz")}) as child:
-                said = f"{child.title}; first answer {child.cold_start:.1f} s after its process started"
-                return Run(file, backend, precision, True, said)
+                message = f"{child.title}; first result {child.cold_start:.1f} s after the start of its process"
+                return BundleRun(file, backend, precision, True, message)
         except BackendError as error:
-            return Run(file, backend, precision, False, str(error))
+            return BundleRun(file, backend, precision, False, str(error))

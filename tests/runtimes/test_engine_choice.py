@@ -23,10 +23,9 @@ from simulated import RELEASES, simulated, with_engines
 import swin_deploy
 from swin_deploy.bench.run import _opened, planned
 from swin_deploy.bundle import Bundle
-from swin_deploy.doctor.checks import _engine
+from swin_deploy.doctor.checks import InstalledGpu, run_engine
 from swin_deploy.errors import BackendError, EngineError, MissingDependencyError, SwinDeployError, UsageError
 from swin_deploy.exporters.engines.engine_spec import target_gpu
-from swin_deploy.machine import Gpu
 from swin_deploy.runtimes.gpu.engines import engines_here, fitting_engines, misfit, rebuild_command
 
 BATCHES = ((1, 1, 1), (1, 4, 8))
@@ -79,9 +78,9 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     refused(cli_here("evaluate", *arguments, "--data", images, cwd=tmp_path), no_gpu_sentence("tensorrt-rtx"))
     with swin_deploy.load(path) as model:  # auto passes over it
         assert model.describe().device == "cpu"
-    row = _engine(Bundle.open(path), engine_of(path), Bundle.open(path).files[engine_of(path)], ())
+    row = run_engine(Bundle.open(path), engine_of(path), Bundle.open(path).files[engine_of(path)], ())
     assert (row.works, row.backend, row.precision) == (False, "tensorrt-rtx", "fp16")
-    assert row.said.startswith(f"{engine_of(path)} was compiled for sm_89, and this machine has no usable NVIDIA GPU.")
+    assert row.message.startswith(f"{engine_of(path)} was compiled for sm_89, and this machine has no usable NVIDIA GPU.")
 
 
 def test_each_way_not_to_fit_and_the_command_that_puts_it_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -93,9 +92,9 @@ def test_each_way_not_to_fit_and_the_command_that_puts_it_right(monkeypatch: pyt
         Bundle.open(path).with_entry(file, {**entry, **changes})
         with pytest.raises(EngineError) as caught:
             swin_deploy.load(path, backend="tensorrt-rtx", precision="fp16")
-        gpus = tuple(Gpu("", capability, None) for capability in here)
-        row = _engine(Bundle.open(path), file, Bundle.open(path).files[file], gpus)
-        assert (row.works, row.said) == (False, str(caught.value))  # doctor and load say the same
+        gpus = tuple(InstalledGpu("", capability, None) for capability in here)
+        row = run_engine(Bundle.open(path), file, Bundle.open(path).files[file], gpus)
+        assert (row.works, row.message) == (False, str(caught.value))  # doctor and load say the same
         return str(caught.value)
 
     here = ["sm_86"]
