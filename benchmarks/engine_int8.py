@@ -20,7 +20,6 @@ from every_engine import architectures
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import EngineError
 from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
-from swin_deploy.exporters.engines.engine_spec import EngineSpec
 from swin_deploy.exporters.engines.layer_report import EngineReport
 from swin_deploy.exporters.external_data import embed_weights
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
@@ -28,6 +27,7 @@ from swin_deploy.exporters.precision import typed_from_fp32
 from swin_deploy.exporters.quantization.for_tensorrt import quantized_from_fp32, quantized_inputs
 from swin_deploy.models.checkpoints import random_checkpoint
 from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.specs import EngineSpec
 from swin_deploy.tasks import TaskSpec
 
 HEADER = (
@@ -82,14 +82,14 @@ def row(
         model, _ = quantized_from_fp32(wide, config, task, title, ranges)
     by_batch: list[str] = []
     if batches:
-        spec = EngineSpec("tensorrt-rtx", gpu, tuple((size,) * 3 for size in batches))
-        for report in engine_from_onnx(model.SerializeToString(), spec, lambda *_: None).reports:
+        spec = EngineSpec(backend="tensorrt-rtx", gpus=gpu, batches=tuple((size,) * 3 for size in batches))
+        for report in engine_from_onnx(model.SerializeToString(), spec).reports:
             fused = "" if report.fused_attention == config.blocks else f" ({report.fused_attention} fused)"
             by_batch.append(f"{report.kernels}{fused}")
     for value in (*model.graph.input, *model.graph.output):  # bytes can only be counted where no extent is free
         value.type.tensor_type.shape.dim[0].dim_value = 1
     del model.graph.value_info[:]
-    engine = engine_from_onnx(model.SerializeToString(), EngineSpec("tensorrt-rtx", gpu), lambda *_: None)
+    engine = engine_from_onnx(model.SerializeToString(), EngineSpec(backend="tensorrt-rtx", gpus=gpu))
     report = engine.report
     moved, whole = report.bytes_moved or 0, (half.bytes_moved or 0) if half else 0
     cells = (

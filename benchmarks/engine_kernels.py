@@ -22,12 +22,12 @@ import transformers
 
 from swin_deploy.bench.baselines import Logits, exported_by_its_user
 from swin_deploy.exporters.engines.engine_from_onnx import Engine, engine_from_onnx
-from swin_deploy.exporters.engines.engine_spec import EngineSpec
 from swin_deploy.exporters.external_data import embed_weights
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
 from swin_deploy.exporters.precision import typed_from_fp32
 from swin_deploy.models.checkpoints import random_checkpoint
 from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.specs import EngineSpec
 from swin_deploy.tasks import TaskSpec
 from swin_deploy.variants import Variant, find_variant
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         variant = find_variant(name)
         for title, make in (("swin-deploy", ours), *peers()):
             graph = make(variant)
-            engine = engine_from_onnx(graph.SerializeToString(), EngineSpec("tensorrt-rtx", given.gpu), lambda *_: None)
+            engine = engine_from_onnx(graph.SerializeToString(), EngineSpec(backend="tensorrt-rtx", gpus=given.gpu))
             print(row(variant, title, graph, engine), flush=True)
     return 0
 

@@ -18,12 +18,12 @@ from importlib.metadata import version
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import EngineError
 from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
-from swin_deploy.exporters.engines.engine_spec import EngineSpec
 from swin_deploy.exporters.external_data import embed_weights
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
 from swin_deploy.exporters.precision import typed_from_fp32
 from swin_deploy.models.checkpoints import random_checkpoint
 from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.specs import EngineSpec
 from swin_deploy.tasks import TaskSpec
 from swin_deploy.variants import VARIANTS, Variant
 
@@ -72,9 +72,9 @@ def architectures(names: Sequence[str]) -> list[list[Variant]]:
 
 def compiled(graph: bytes, gpu: str, blocks: int) -> tuple[str, float]:
     """The kernels for each batch, and the seconds that compiling took."""
-    spec = EngineSpec("tensorrt-rtx", gpu, profiles=tuple((batch,) * 3 for batch in BATCHES))
+    spec = EngineSpec(backend="tensorrt-rtx", gpus=gpu, batches=tuple((batch,) * 3 for batch in BATCHES))
     try:
-        engine = engine_from_onnx(graph, spec, lambda severity, message: None)
+        engine = engine_from_onnx(graph, spec)
     except EngineError as error:
         return f"(failed: {error})", 0.0
     cell = " / ".join(f"{report.kernels}" for report in engine.reports)

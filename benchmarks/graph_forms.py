@@ -264,8 +264,8 @@ def model(form: Form, version: int, order: str, batch: int, gather_last: bool, o
 
 def figures(made: onnx.ModelProto, gpu: str, batch: int) -> str:
     try:
-        spec = EngineSpec("tensorrt-rtx", gpu, ((batch, batch, batch),))
-        report = engine_from_onnx(made.SerializeToString(), spec, lambda *_: None).report
+        spec = EngineSpec(backend="tensorrt-rtx", gpus=gpu, batches=((batch, batch, batch),))
+        report = engine_from_onnx(made.SerializeToString(), spec).report
     except EngineError as error:
         return f"{error} | |"
     return f"{report.kernels} | {report.fused_attention} | {(report.bytes_moved or 0) / 1e6:.1f} MB"

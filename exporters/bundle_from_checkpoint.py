@@ -1,11 +1,12 @@
-"""A checkpoint -> a bundle: networks, ONNX graphs, PyTorch's answers, comparison; nothing is kept unless all of it holds."""
+"""Export a checkpoint: build the network, trace it to ONNX, compare it with PyTorch, and write the bundle."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,8 @@ from swin_deploy.frame_input import Frames, refuse_misfit
 from swin_deploy.parity import OpenGraph, Reference, check_graph, sample_inputs
 from swin_deploy.preprocess import Preprocessor
 from swin_deploy.qat_ranges import RANGES
-from swin_deploy.specs import TARGETS, Size, TensorSpec, graph_file, reference_file, size_text, specs_from_onnx, weights_file
-from swin_deploy.tasks import PIXELS, TaskSpec
+from swin_deploy.specs import ExportSpec, Size, TensorSpec, graph_file, reference_file, size_text, specs_from_onnx, weights_file
+from swin_deploy.tasks import PIXELS
 
 from .external_data import WeightFile, embed_weights, weight_bytes
 from .onnx_from_torch import OPSET, onnx_from_torch, writer
@@ -32,60 +33,52 @@ if TYPE_CHECKING:
     from swin_deploy.models.checkpoints import Checkpoint
     from swin_deploy.models.swin import SwinNetwork
 
-Say = Callable[[str], None]
+_LOG = logging.getLogger(__name__)
 TOOLS = ("swin-deploy", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime", "numpy")
-LARGEST_SIDE = 4096  # pixels; a graph for more than that would not fit into memory
+LARGEST_SIDE = 4096  # pixels; a larger graph would not fit into memory
 LARGEST_FRAME = 32768
-PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf message ends at 2 GiB, and the graph itself needs some
+PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf message is limited to 2 GiB, and the graph itself needs some
 
 
-def bundle_from_checkpoint(
-    checkpoint: Checkpoint,
-    path: Path,
-    *,
-    variant: str | None,
-    task: TaskSpec,
-    image_sizes: Sequence[Size],
-    target: str = TARGETS[0],
-    embed_preprocess: bool = False,
-    frame_size: Size | None = None,
-    replace: bool,
-    open_graph: OpenGraph,
-    say: Say,
-) -> Bundle:
-    """The bundle at `path`, with a graph in `target`'s form for each of `image_sizes` (none given: the checkpoint's own).
+def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec, open_graph: OpenGraph) -> Bundle:
+    """Trace a checkpoint to ONNX, one graph for each image size of `spec`, and write the bundle `path`.
 
-    With `embed_preprocess` the graphs take uint8 frames [batch, height, width, 3], and with `frame_size` such of that size,
-    which they resize as the image processor does.
-    `open_graph` loads the graphs to be compared; without ONNX Runtime they are kept as not verified. `say` gets a line for
-    each step. Raises VerificationError, and writes nothing, when ONNX and PyTorch disagree.
+    Args:
+        checkpoint: Configuration and weights.
+        path: Folder of the bundle.
+        spec: Options of the export. Without image sizes, the size of the checkpoint is used.
+        open_graph: Loads a graph to compare it with PyTorch. Without ONNX Runtime graphs are recorded as not verified.
+
+    Raises:
+        VerificationError: A graph disagrees with PyTorch. Nothing is written.
     """
-    if target not in TARGETS:
-        raise UsageError(f'There is no target "{target}". There are: {", ".join(TARGETS)}.')
     for module in ("torch", "onnx", "onnxscript", "onnx_graphsurgeon"):
         require(module, "export a model")
+    task, frame_size, target = spec.task_spec(), spec.embed_resize, spec.target
     config = checkpoint.config
-    preprocessor = _preprocessor(checkpoint, say)
-    sizes = tuple(dict.fromkeys(image_sizes)) or (_image_size(preprocessor, config, say),)
+    preprocessor = _preprocessor(checkpoint)
+    sizes = tuple(dict.fromkeys(spec.image_sizes)) or (_image_size(preprocessor, config),)
+    if not spec.image_sizes and sizes[0] != config.image_size:
+        _LOG.info("Using the %s pixels of the image processor as the size of the graph", size_text(sizes[0]))
     if (largest := max(max(size) for size in sizes)) > LARGEST_SIDE:
-        raise UsageError(f"An image side of {largest} pixels was asked for; at most {LARGEST_SIDE} are supported.")
+        raise UsageError(f"An image side of {largest} pixels is too long. Expected at most {LARGEST_SIDE}.")
     if frame_size is not None and max(frame_size) > LARGEST_FRAME:
-        raise UsageError(f"Frames of {size_text(frame_size)} pixels were asked for; a side may have at most {LARGEST_FRAME}.")
+        raise UsageError(f"Frames of {size_text(frame_size)} pixels are too large. Expected sides of at most {LARGEST_FRAME}.")
     if frame_size is not None and len(sizes) > 1:
         raise UsageError(
-            f"Frames of {size_text(frame_size)} can be resized in one graph only, and {len(sizes)} image sizes are asked for. "
-            f"Export one bundle for each."
+            f"--embed-resize writes one graph, and {len(sizes)} image sizes were given. Export one bundle for each."
         )
     processor = _preprocessor_config(checkpoint, preprocessor, sizes[0])
     preparations = {size: Preprocessor.from_dict(processor) for size in sizes[:1]}
     preparations |= {size: preparations[sizes[0]].with_size(size) for size in sizes[1:]}
-    frames = {size: Frames(one, frame_size) if embed_preprocess else None for size, one in preparations.items()}
+    embedded = spec.embed_preprocess or frame_size is not None
+    frames = {size: Frames(one, frame_size) if embedded else None for size, one in preparations.items()}
     for size, one in frames.items():
         if one is not None:
             refuse_misfit(one, size, config.num_channels)
     facts = {
         "name": Path(os.path.realpath(path)).name,
-        "variant": variant,
+        "variant": spec.variant,
         "task": task.to_dict(),
         "semantics": config.semantics,
         "target": target,
@@ -93,11 +86,11 @@ def bundle_from_checkpoint(
         "notes": list(checkpoint.notes),
         "tools": installed_versions(TOOLS),
     }
-    with create_bundle(path, replace=replace, facts=facts) as draft:
+    with create_bundle(path, replace=spec.force, facts=facts) as draft:
         shared = WeightFile(draft.path / weights_file("fp32")) if len(sizes) > 1 else None
         for number, size in enumerate(sizes):
             further = None if number == 0 else size
-            _add_graph(draft, checkpoint, task, size, target, further, shared, frames[size], open_graph, say)
+            _add_graph(draft, checkpoint, spec, size, further, shared, frames[size], open_graph)
         raw = dict(checkpoint.raw_config or config.to_dict())
         draft.add_json(CONFIG, raw if config.semantics == "hf" else {**raw, "semantics": config.semantics})
         if checkpoint.ranges is not None:
@@ -109,33 +102,31 @@ def bundle_from_checkpoint(
 def _add_graph(
     draft: Draft,
     checkpoint: Checkpoint,
-    task: TaskSpec,
+    spec: ExportSpec,
     size: Size,
-    target: str,
     further: Size | None,
     shared: WeightFile | None,
     frames: Frames | None,
     open_graph: OpenGraph,
-    say: Say,
 ) -> None:
-    """Makes the graph for images of `size` and its certificate; `further` is the size in their names, None for the first.
+    """Add the graph for images of `size` and its reference outputs; `further` is the size in file names, None for the first.
 
-    With `frames` it takes these; PyTorch answers for what the image processor makes of them.
+    With `frames` the graph takes camera frames, and PyTorch runs on what the image processor makes of them.
     """
     import onnx
 
     from swin_deploy.models.frame_embedding import take_frames
     from swin_deploy.models.swin import SwinNetwork
 
-    config = checkpoint.config
+    config, task, target = checkpoint.config, spec.task_spec(), spec.target
     at = f" at {size_text(size)}" if shared else ""
-    say(f"Loading {checkpoint.source}{at}")
+    _LOG.info("Loading %s%s", checkpoint.source, at)
     network = SwinNetwork(config, size, checkpoint.tensors, task, target).eval()
-    say(f"Running PyTorch on the reference inputs{at}")
+    _LOG.info("Running PyTorch on the reference inputs%s", at)
     frame_size = None if frames is None else frames.frame_size or size
     inputs = task.inputs(config, size, frame_size)
     reference = _reference(network, inputs, frames)
-    say(f"Tracing to ONNX{at}")
+    _LOG.info("Tracing to ONNX%s", at)
     if frames is not None:
         take_frames(network, size, checkpoint.tensors, frames)
     traced = onnx_from_torch(network, size, frame_size)
@@ -151,7 +142,7 @@ def _add_graph(
         "parent": None,
         "passes": [{"name": record.name, "count": record.count} for record in traced.passes],
     }
-    # Told the shape of every value with its free batch, ONNX Runtime plans its memory by them, and is 5 to 13 % slower.
+    # With a stored shape for every value, whose batch is free, ONNX Runtime plans its memory 5 to 13 % slower.
     del traced.model.graph.value_info[:]
     if shared is None and weight_bytes(traced.weights) > PROTOBUF_LIMIT:
         shared = WeightFile(draft.path / weights_file("fp32"))
@@ -162,27 +153,27 @@ def _add_graph(
         with disk_errors(shared.path, NEW):
             shared.path.parent.mkdir(parents=True, exist_ok=True)
             shared.take(traced.model, traced.weights)
-        draft.add(weights_file("fp32"), {}, lambda target: None)  # it is there already; this takes its sha256
+        draft.add(weights_file("fp32"), {}, lambda target: None)  # already written; this records its sha256
     draft.add(file, entry, writer(traced.model))
     del network, traced  # the weights may be most of the memory, and the comparison loads them once more
-    gc.collect()  # torch.export leaves circles that hold them
+    gc.collect()  # torch.export leaves reference cycles that hold them
     onnx.checker.check_model(str(draft.path / file), full_check=True)
-    say(f"Comparing ONNX with PyTorch{at}")
+    _LOG.info("Comparing ONNX with PyTorch%s", at)
     try:
         verdict = check_graph(reference, open_graph, draft.path / file, file, "fp32")
     except MissingDependencyError:
         draft.files[file]["agreement"] = "not verified"
     else:
         if not verdict.verified:
-            # Some weights amplify rounding beyond any fixed bound; how far PyTorch is from itself in float64 tells.
+            # Some weights amplify rounding beyond any fixed bound: measure how far fp32 PyTorch is from float64 PyTorch.
             reference = _with_noise(SwinNetwork(config, size, checkpoint.tensors, task, target).eval(), reference, frames)
             verdict = dataclasses.replace(
                 verdict, tolerances={name: reference.tolerance("fp32", name) for name in reference.outputs}
             )
         if not verdict.verified:
             raise VerificationError(
-                f"The ONNX graph does not answer as PyTorch does: {verdict.complaint()}. Nothing was written. Install the "
-                f"versions in constraints.txt, and please report it."
+                f"The ONNX graph disagrees with PyTorch: {verdict.complaint()}. Nothing was written. Install the versions in "
+                f"constraints.txt and, if it persists, report it."
             )
         draft.files[file]["agreement"] = verdict.to_dict()
     draft.add(reference_file(further), {}, reference.save)
@@ -198,7 +189,7 @@ def _reference(network: SwinNetwork, inputs: tuple[TensorSpec, ...], frames: Fra
 
 
 def _prepared(feeds: Mapping[str, NDArray[Any]], frames: Frames | None) -> list[torch.Tensor]:
-    """What PyTorch's network is given for `feeds`: frames go through the image processor first."""
+    """Return the PyTorch inputs for `feeds`: frames go through the image processor first."""
     import torch
 
     given = dict(feeds)
@@ -220,34 +211,30 @@ def _with_noise(network: SwinNetwork, reference: Reference, frames: Frames | Non
     return dataclasses.replace(reference, noise=finite)
 
 
-def _image_size(preprocessor: Preprocessor, config: SwinConfig, say: Say) -> Size:
-    """What the checkpoint's image processor makes of every image, which is what its network is run at."""
+def _image_size(preprocessor: Preprocessor, config: SwinConfig) -> Size:
+    """Return the size that the image processor makes, or that of the configuration where it keeps the aspect ratio."""
     if preprocessor.do_center_crop and preprocessor.crop_size is not None:
-        size = preprocessor.crop_size
-    elif preprocessor.do_resize and preprocessor.shortest_edge is None:
-        size = preprocessor.size
-    else:
-        return config.image_size
-    if size != config.image_size:
-        say(f"The image processor makes images of {size_text(size)} pixels, and so the graph is made for that size")
-    return size
+        return preprocessor.crop_size
+    return preprocessor.size if preprocessor.do_resize and preprocessor.shortest_edge is None else config.image_size
 
 
 def _preprocessor_config(checkpoint: Checkpoint, preprocessor: Preprocessor, size: Size) -> dict[str, Any]:
-    """preprocessor_config.json for the bundle: the checkpoint's own, unless the graph is for another size than it makes."""
-    if checkpoint.preprocessor is not None and _image_size(preprocessor, checkpoint.config, lambda line: None) == size:
+    """Return preprocessor_config.json for the bundle: that of the checkpoint, adjusted if the graph has another size."""
+    if checkpoint.preprocessor is not None and _image_size(preprocessor, checkpoint.config) == size:
         return dict(checkpoint.preprocessor)
     if preprocessor.do_center_crop:
         return dataclasses.replace(preprocessor, crop_size=size).to_dict()
     return dataclasses.replace(preprocessor, size=size, shortest_edge=None).to_dict()
 
 
-def _preprocessor(checkpoint: Checkpoint, say: Say) -> Preprocessor:
+def _preprocessor(checkpoint: Checkpoint) -> Preprocessor:
     config = checkpoint.config
     found = checkpoint.preprocessor
     if found is None:
         if not checkpoint.source.startswith("random weights"):
-            say("The checkpoint has no preprocessor_config.json; taking the published one of Swin (bicubic, ImageNet mean)")
+            _LOG.info(
+                "The checkpoint has no preprocessor_config.json; using that of the published Swins (bicubic, ImageNet mean)"
+            )
         return Preprocessor.imagenet(config.image_size)
     kind = str(found.get("image_processor_type") or found.get("feature_extractor_type") or "ViTImageProcessor")
     if not kind.startswith("ViT"):

@@ -1,128 +1,118 @@
-"""What the user asked to export -> the name of the bundle it makes, and the checkpoint it means."""
+"""Find and load the checkpoint that an export names."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.dependencies import require
 from swin_deploy.errors import CheckpointError, UsageError
-from swin_deploy.specs import Size
+from swin_deploy.specs import ExportSpec, Size
 from swin_deploy.tasks import TaskSpec
 from swin_deploy.variants import Variant, find_variant
 
 if TYPE_CHECKING:
     from swin_deploy.models.checkpoints import Checkpoint
 
+_LOG = logging.getLogger(__name__)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-# What must agree between a variant asked for by name and the checkpoint given for it.
+# Fields in which a checkpoint must equal the variant that was named with it.
 ARCHITECTURE = ("version", "patch_size", "num_channels", "embed_dim", "depths", "num_heads")
 
 
 def bundle_name(variant_name: str | None, weights: str | os.PathLike[str] | None) -> str:
-    """What the bundle is called where nobody says otherwise.
-
-    Raises UsageError when nothing is to be exported, or a variant that there is not.
-    """
+    """Return the default name of the bundle. Raises UsageError if there is nothing to export or the variant is unknown."""
     if variant_name is not None:
         find_variant(variant_name)
     elif weights is None:
-        raise UsageError('Nothing to export: give --variant NAME (see "swin-deploy variants"), or --weights FOLDER.')
+        raise UsageError('Nothing to export. Pass --variant NAME (see "swin-deploy variants"), or --weights PATH.')
     else:
         path = Path(os.path.realpath(str(weights)))
         variant_name = path.stem if os.path.isfile(path) else path.name  # noqa: PTH113 - as below
     return variant_name.rsplit("/", 1)[-1]
 
 
-def checkpoint_from_request(
-    variant_name: str | None,
-    weights: str | os.PathLike[str] | None,
-    random_weights: bool,
-    seed: int,
-    task: TaskSpec,
-    image_size: Size | None,
-    semantics: str | None,
-    window_size: tuple[int, ...] | None,
-    pretrained_window_sizes: tuple[int, ...] | None,
-    say: Callable[[str], None],
-) -> Checkpoint:
-    """The checkpoint to export. Raises UsageError when the request names two.
+def checkpoint_from_request(spec: ExportSpec) -> Checkpoint:
+    """Load the checkpoint that `spec` names.
 
-    Where windows are asked for that the checkpoint does not have, or those of a variant whose weights are given, the network
-    is one built for these windows, and for `image_size` where that is given.
+    If the spec asks for window sizes that the checkpoint does not have, or names a variant with other windows than the
+    weights, the position tables are resized, for the first image size of the spec.
+
+    Raises:
+        UsageError: The spec names no checkpoint, or two.
+        CheckpointError: The checkpoint cannot be read or is not the variant.
     """
-    if weights is not None and random_weights:
-        raise UsageError("--weights and --random-weights exclude each other: give one of them.")
-    if seed and not random_weights:
-        raise UsageError(f"A seed of {seed} is given, and the weights are not random. Add --random-weights, or leave it out.")
-    if seed < 0:
-        raise UsageError(f"The seed is {seed}, and must be 0 or more.")
-    variant = None if variant_name is None else find_variant(variant_name)
+    if spec.weights is not None and spec.random_weights:
+        raise UsageError("--weights and --random-weights exclude each other. Pass one of them.")
+    if spec.seed and not spec.random_weights:
+        raise UsageError(f"The seed {spec.seed} has no effect without random weights. Add --random-weights, or leave it out.")
+    variant = None if spec.variant is None else find_variant(spec.variant)
     require("torch", "export a model")
     from swin_deploy.models import checkpoints
 
-    if weights is None:
-        assert variant is not None
+    task, image_size = spec.task_spec(), spec.image_sizes[0] if spec.image_sizes else None
+    if spec.weights is None:
+        if variant is None:
+            raise UsageError('Nothing to export. Pass --variant NAME (see "swin-deploy variants"), or --weights PATH.')
         if variant.task == "masked-image-modeling" and task.name == "image-classification":
             raise UsageError(
-                f"{variant.name} was published for masked image modelling and has no classes. Export it with "
-                f"--task masked-image-modeling, or as --task feature-extraction or backbone."
+                f"{variant.name} was published for masked image modeling and has no classes. Export it with "
+                f"--task masked-image-modeling, feature-extraction or backbone."
             )
-        if random_weights:
-            config = dataclasses.replace(variant.config(), semantics=semantics or "hf")
-            checkpoint = checkpoints.random_checkpoint(config, task, seed)
+        if spec.random_weights:
+            config = dataclasses.replace(variant.config(), semantics=spec.framework or "hf")
+            checkpoint = checkpoints.random_checkpoint(config, task, spec.seed)
         else:
-            checkpoint = _from_hub(variant, task, image_size, semantics, say)
+            checkpoint = _from_hub(variant, task, image_size, spec.framework)
     else:
-        folder = Path(weights)
-        if os.path.exists(folder):  # noqa: PTH110 - Path.exists raises for a name that is too long
-            checkpoint = checkpoints.checkpoint_from_path(folder, task, image_size=image_size, semantics=semantics)
-        elif HUB_ID.fullmatch(str(weights)) and not str(weights).startswith("."):
-            checkpoint = checkpoints.checkpoint_from_hub(str(weights), task, image_size=image_size, semantics=semantics)
+        weights = str(spec.weights)
+        if os.path.exists(weights):  # noqa: PTH110 - Path.exists raises for a name that is too long
+            checkpoint = checkpoints.checkpoint_from_path(Path(weights), task, image_size=image_size, semantics=spec.framework)
+        elif HUB_ID.fullmatch(weights) and not weights.startswith("."):
+            checkpoint = checkpoints.checkpoint_from_hub(weights, task, image_size=image_size, semantics=spec.framework)
         else:
             raise CheckpointError(
-                f"There is no folder {folder}. Expected a checkpoint's folder or file, or a hub id such "
-                f"as microsoft/swinv2-tiny-patch4-window8-256."
+                f"There is no checkpoint {weights}. Expected a folder, a file, or a hub id such as "
+                f"microsoft/swinv2-tiny-patch4-window8-256."
             )
+    window_size, pretrained = spec.window_size, spec.pretrained_window_sizes
     if variant is not None:
         _check_same(variant, checkpoint.config)
-        if weights is not None and window_size is None and not _same_windows(variant, checkpoint.config):
+        if spec.weights is not None and window_size is None and not _same_windows(variant, checkpoint.config):
             wanted = variant.config()
             window_size, image_size = wanted.window_size, image_size or wanted.image_size
             if wanted.version == 2:
-                pretrained_window_sizes = pretrained_window_sizes or wanted.pretrained_window_sizes
-    if window_size or pretrained_window_sizes:
+                pretrained = pretrained or wanted.pretrained_window_sizes
+    if window_size or pretrained:
         checkpoint = checkpoints.with_windows(
-            checkpoint, window_size=window_size, pretrained_window_sizes=pretrained_window_sizes, image_size=image_size
+            checkpoint, window_size=window_size, pretrained_window_sizes=pretrained, image_size=image_size
         )
     for note in checkpoint.notes:
-        say(f"Note: {note}")
+        _LOG.info("Note: %s", note)
     return checkpoint
 
 
-def _from_hub(
-    variant: Variant, task: TaskSpec, image_size: Size | None, semantics: str | None, say: Callable[[str], None]
-) -> Checkpoint:
+def _from_hub(variant: Variant, task: TaskSpec, image_size: Size | None, framework: str | None) -> Checkpoint:
     from swin_deploy.models.checkpoints import checkpoint_from_hub
 
     hub_id = variant.hub_id or (variant.timm_name and f"timm/{variant.timm_name}")
     if hub_id is None:
         raise CheckpointError(
-            f"{variant.name} is in no hub repository. Give its file with --weights FILE, or try the pipeline with "
+            f"{variant.name} is in no hub repository. Pass its file with --weights FILE, or try the pipeline with "
             f"--random-weights."
         )
-    say(f"Looking for {hub_id} in the Hugging Face cache, then on the hub")
-    return checkpoint_from_hub(hub_id, task, image_size=image_size, semantics=semantics)
+    _LOG.info("Looking for %s in the Hugging Face cache, then on the hub", hub_id)
+    return checkpoint_from_hub(hub_id, task, image_size=image_size, semantics=framework)
 
 
 def _same_windows(variant: Variant, config: SwinConfig) -> bool:
-    """Whether the checkpoint's windows are the variant's, at the variant's image size and by the checkpoint's rules."""
+    """Return whether checkpoint and variant have the same windows at the image size of the variant."""
     wanted = dataclasses.replace(variant.config(), semantics=config.semantics)
     return all(wanted.table_window(stage) == config.table_window(stage) for stage in range(len(config.depths)))
 
@@ -133,6 +123,6 @@ def _check_same(variant: Variant, config: SwinConfig) -> None:
     for field in ARCHITECTURE:
         if asked[field] != given[field]:
             raise CheckpointError(
-                f"The checkpoint is not a {variant.name}: its {field} is {given[field]}, and that variant's is "
-                f"{asked[field]}. Leave --variant out to export the checkpoint as what it is."
+                f"The checkpoint is not a {variant.name}: its {field} is {given[field]}, not {asked[field]}. "
+                f"Leave out --variant to export the checkpoint as it is."
             )

@@ -1,8 +1,9 @@
-"""A bundle -> the same bundle with graphs of another precision, made from its fp32 graphs and compared with PyTorch."""
+"""Add graphs of another precision to a bundle, made from its fp32 graphs and compared with PyTorch."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,66 +24,67 @@ from .external_data import WeightFile
 from .passes import PassRecord
 from .precision import typed_from_fp32
 
-Say = Callable[[str], None]
-WITH_DATA = "name images with --data, by which to see what must stay fp32, or build with --fp32 instead."
-OTHER_IMAGES = "name more images, or images like those of the application, with --data, or build with --fp16 instead."
+_LOG = logging.getLogger(__name__)
+WITH_DATA = "pass images with --data to find the values that must stay in fp32, or build with --fp32 instead."
+OTHER_IMAGES = "pass more images, or images like those of the application, with --data, or build with --fp16 instead."
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Samples on which the ranges of a graph's values are measured: how many, what they are, and the measuring.
+    """Images on which the ranges of fp16 values are measured.
 
-    `largest(file, model)` gives the largest absolute value of each value of a fp32 form of the bundle's graph `file`.
+    Attributes:
+        samples: Number of images.
+        fingerprint: sha256 over the images and their preparation.
+        amax: Returns the largest absolute value of each tensor of `model`, an fp32 version of the bundle's graph `file`.
     """
 
     samples: int
     fingerprint: str
-    largest: Callable[[str, Any], Mapping[str, float]]
+    amax: Callable[[str, Any], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
 class NewGraph:
-    """A graph that was made of a fp32 graph, how, and what else its entry in the manifest is to say."""
+    """A graph made from an fp32 graph, the passes applied to it, and further facts for its entry in the manifest."""
 
     model: Any
     records: tuple[PassRecord, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-Make = Callable[[str, Any], NewGraph]  # of the name of a fp32 graph in the bundle, and the graph with its weights and shapes
+Make = Callable[
+    [str, Any], NewGraph
+]  # file name of an fp32 graph in the bundle, the graph with its weights and shapes -> the new graph
 
 
-def with_typed_graphs(
-    bundle: Bundle, precision: str, open_graph: OpenGraph, say: Say, calibration: Calibration | None = None
-) -> Bundle:
-    """The bundle with the graphs of "fp16" or "bf16" in it; those of "fp32" are there already.
-
-    Graphs that are there stay, unless `calibration` asks for the ranges of other samples.
-    """
+def with_typed_graphs(bundle: Bundle, precision: str, open_graph: OpenGraph, calibration: Calibration | None = None) -> Bundle:
+    """Return the bundle with its fp16 or bf16 graphs. Existing graphs are reused, unless `calibration` has other images."""
     if precision == "fp32":
         return bundle
     config, task = config_and_task(bundle)
     asked = {} if calibration is None else {"ranges": {"samples": calibration.samples, "data": calibration.fingerprint}}
 
     def make(source: str, model: Any) -> NewGraph:
-        measure = None if calibration is None else partial(calibration.largest, source)
+        measure = None if calibration is None else partial(calibration.amax, source)
         typed = typed_from_fp32(model, config, task, precision, measure)
         return NewGraph(typed.model, typed.records, {"islands": [asdict(island) for island in typed.islands]})
 
-    return with_graphs(bundle, precision, make, asked, open_graph, say)
+    return with_graphs(bundle, precision, make, asked, open_graph)
 
 
 def config_and_task(bundle: Bundle) -> tuple[SwinConfig, TaskSpec]:
-    """What the bundle's network is."""
+    """Return the configuration and the task of the network of a bundle."""
     return SwinConfig.from_dict(bundle.read_json(CONFIG)), TaskSpec.from_dict(bundle.manifest["task"])
 
 
-def with_graphs(
-    bundle: Bundle, precision: str, make: Make, asked: Mapping[str, Any], open_graph: OpenGraph, say: Say
-) -> Bundle:
-    """The bundle with the graph that `make` makes of each fp32 graph, unless one of the same graph and `asked` is there.
+def with_graphs(bundle: Bundle, precision: str, make: Make, asked: Mapping[str, Any], open_graph: OpenGraph) -> Bundle:
+    """Return the bundle with the graph that `make` makes of each of its fp32 graphs.
 
-    `asked` goes into each entry. Raises VerificationError for a graph that is too far from PyTorch; none is kept then.
+    A graph made earlier from the same fp32 graph with the same `asked`, the options stored in its entry, is reused.
+
+    Raises:
+        VerificationError: A graph is too far from PyTorch. The bundle stays as it was.
     """
     sources = [file for file, entry in bundle.graphs.items() if entry["precision"] == "fp32"]
     pairs = [(source, graph_file(precision, further_size(bundle, source, number))) for number, source in enumerate(sources)]
@@ -91,12 +93,12 @@ def with_graphs(
         return bundle
     shared = weights_file(precision) if bundle.files[sources[0]].get("weights") else None
     if shared is not None:
-        missing = pairs  # graphs that share a file of weights are only written together
+        missing = pairs  # graphs that share a weights file are written together
     bundle.refuse_read_only()
     require("onnx", f"write the {precision} graph")
     made = []
     for source, file in missing:
-        say(f"Writing {file}")
+        _LOG.info("Writing %s", file)
         made.append(make(source, _with_shapes(bundle.verified_path(source))))
     with _scratch_folder(bundle.path / missing[0][1]) as folder:
         entries: dict[str, dict[str, Any]] = {}
@@ -120,30 +122,30 @@ def with_graphs(
             with disk_errors(bundle.path / file):
                 _write_checked(bundle, graph.model, entry, folder / Path(file).name, file, open_graph)
             entries[file] = entry
-        # All are good: now they may replace what is there.
+        # All passed: now they may replace the existing ones.
         for file, entry in ({shared: {}, **entries} if shared else entries).items():
             bundle = bundle.with_file(file, entry, _mover(folder / Path(file).name))
     return bundle
 
 
 def further_size(bundle: Bundle, source: str, number: int) -> Size | None:
-    """The image size of graph number `number`, which names its files; None for the first."""
+    """Return the image size in the file names of graph number `number`; None for the first graph."""
     height, width = bundle.files[source]["image_size"]
     return None if number == 0 else (height, width)
 
 
 def _with_shapes(path: Path) -> Any:
-    """The graph at `path`, with the types and shapes of all values, which the rewrites go by and the file does without."""
+    """Load the graph at `path` with the types and shapes of all values, which the passes need and the file omits."""
     import onnx
 
-    bare = onnx.load(str(path), load_external_data=False)  # large weights would not fit into the message that is inferred
+    bare = onnx.load(str(path), load_external_data=False)  # large weights exceed the protobuf limit of shape inference
     model = onnx.shape_inference.infer_shapes(bare, strict_mode=True)
     onnx.load_external_data_for_model(model, str(path.parent))
     return model
 
 
 def _write_checked(bundle: Bundle, model: Any, entry: dict[str, Any], path: Path, file: str, open_graph: OpenGraph) -> None:
-    """Writes the graph `file` to `path`, checks it, compares it with PyTorch, and puts the verdict into `entry`."""
+    """Write the graph `file` to `path`, check it, compare it with PyTorch, and store the agreement in `entry`."""
     import onnx
 
     path.write_bytes(model.SerializeToString())
@@ -164,7 +166,7 @@ def _write_checked(bundle: Bundle, model: Any, entry: dict[str, Any], path: Path
 
 @contextlib.contextmanager
 def _scratch_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target`, for files that are checked before they are moved there."""
+    """Yield a folder beside `target` for files that are checked before they are moved."""
     with disk_errors(target):
         folder = scratch_beside(target)
         folder.mkdir()
@@ -175,7 +177,7 @@ def _scratch_folder(target: Path) -> Iterator[Path]:
 
 
 def _mover(made: Path) -> Callable[[Path], None]:
-    """A function that moves the file `made` to the path it is given."""
+    """Return a function that moves the file `made` to a path."""
 
     def write(path: Path) -> None:
         made.replace(path)
@@ -184,7 +186,7 @@ def _mover(made: Path) -> Callable[[Path], None]:
 
 
 def bytes_writer(data: bytes) -> Callable[[Path], None]:
-    """A function that writes `data` to the path it is given."""
+    """Return a function that writes `data` to a path."""
 
     def write(path: Path) -> None:
         path.write_bytes(data)
@@ -193,7 +195,7 @@ def bytes_writer(data: bytes) -> Callable[[Path], None]:
 
 
 def _known(bundle: Bundle, file: str, parent: str, asked: Mapping[str, Any]) -> bool:
-    """Whether `file` is in the bundle, made from the graph whose sha256 is `parent` as `asked`; a deleted one is made again."""
+    """Return whether the bundle has `file`, made from the graph with sha256 `parent` with the options `asked`."""
     known = bundle.files.get(file)
     if known is None or known["parent"] != parent or any(known.get(key) != value for key, value in asked.items()):
         return False

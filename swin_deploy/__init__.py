@@ -5,17 +5,38 @@
     with swin_deploy.load("swinv2-tiny") as model:
         print(model.classify("photo.jpg")[0])
 
-Loading and running a bundle needs numpy, Pillow and one back end. Exporting and compiling bring torch, onnx and TensorRT,
-which are imported only when they are asked for.
+Loading and running a bundle needs numpy, Pillow and one back end. torch, onnx and TensorRT are imported only by the functions
+that need them.
 """
 
 from __future__ import annotations
 
-from swin_deploy.api.build_engine import build_engine, inspect, refit
-from swin_deploy.api.evaluate import evaluate, verify
-from swin_deploy.api.export import export
-from swin_deploy.api.load import load
-from swin_deploy.api.quantize import quantize
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from swin_deploy.api.build_engine import build_engine, refit
+    from swin_deploy.api.evaluate import evaluate, verify
+    from swin_deploy.api.export import export
+    from swin_deploy.api.inspect import inspect
+    from swin_deploy.api.load import load
+    from swin_deploy.api.quantize import quantize
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "build_engine", "evaluate", "export", "inspect", "load", "quantize", "refit", "verify"]
+
+_MODULES = {"refit": "build_engine", "verify": "evaluate"}  # the others stand in a module of their own name
+
+
+def __getattr__(name: str) -> Any:
+    """Import a function of the API when it is first used."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"swin_deploy.api.{_MODULES.get(name, name)}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

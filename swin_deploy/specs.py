@@ -1,39 +1,376 @@
-"""Small frozen values that several layers share, and the names of files in a bundle."""
+"""The options of the verbs as frozen values, tensor descriptions, and the names of files in a bundle."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from swin_deploy.errors import UsageError
+from swin_deploy.errors import EngineError, UsageError
+from swin_deploy.options import (
+    Progress as Progress,
+)
+from swin_deploy.options import (
+    Spec,
+    anything,
+    batches,
+    choice,
+    flag,
+    function,
+    image_size,
+    image_sizes,
+    images,
+    location,
+    memory,
+    number,
+    option,
+    optional,
+    path,
+    per_stage,
+    text,
+    texts,
+    whole,
+)
+from swin_deploy.options import (
+    no_progress as no_progress,
+)
 
 if TYPE_CHECKING:
     import onnx
 
-
-Say = Callable[[str], None]
-
-
-def silent(line: str) -> None:
-    """Tells nobody."""
-
+    from swin_deploy.tasks import TaskSpec
 
 Array = NDArray[Any]
 QUANTIZED = ("int8", "fp8")
 PRECISIONS = ("fp32", "fp16", "bf16", *QUANTIZED)
-TARGETS = ("tensorrt", "onnxruntime", "openvino")  # whose form a graph has; every graph runs on every back end
+TARGETS = ("tensorrt", "onnxruntime", "openvino")  # runtimes that a graph layout is made for
+TASKS = ("image-classification", "feature-extraction", "backbone", "masked-image-modeling")
+FRAMEWORKS = ("hf", "timm", "microsoft", "torchvision")  # whose rules for windows, shifts and padding a network follows
+METHODS = ("minmax", "percentile", "entropy", "mse")  # how a range is chosen from what was observed
+COMPILERS = ("tensorrt", "tensorrt-rtx")
+BACKEND_NAMES = ("onnxruntime", "openvino", "onnxruntime-tensorrt", "torch", *COMPILERS)
+MOST_THREADS = 1024  # back ends start as many as they are asked for, until memory runs out
 Size = tuple[int, int]
-Batch = tuple[int, int, int]  # smallest, tuned for, largest
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+Batch = tuple[int, int, int]  # smallest, optimal, largest
+PathLike = str | os.PathLike[str]
+
+
+# Shims until the last caller of a `say` callback is gone.
+Say = Callable[[str], None]
+
+
+def silent(line: str) -> None:
+    """Report nothing."""
 
 
 def target_of(entry: Mapping[str, Any]) -> str:
-    """Which of TARGETS a quantised graph was made for, by its entry in a manifest."""
+    """Return which of TARGETS a quantized graph was made for, from its entry in a manifest."""
     return str(entry.get("calibration", {}).get("target", TARGETS[0]))
+
+
+def device_from_text(text: str) -> str:
+    """Return "cuda:0" for "cuda" or "cuda:0", and "cpu" for "cpu". Raises UsageError for anything else."""
+    if text == "cpu":
+        return text
+    match = re.fullmatch(r"cuda(?::(\d{1,3}))?", text)
+    if match is None:
+        raise UsageError(f'Unknown device "{text}". Expected cpu, cuda, or one of several GPUs such as cuda:1.')
+    return f"cuda:{int(match[1] or 0)}"
+
+
+def device(name: str, value: Any) -> str:
+    """Accept "auto", "cpu", "cuda" or "cuda:1"."""
+    if text(name, value) != "auto":
+        device_from_text(value)
+    return str(value)
+
+
+@dataclass(frozen=True)
+class ExportSpec(Spec):
+    """Options of `swin_deploy.export` and `swin-deploy export`."""
+
+    variant: str | None = option(
+        None, optional(text), "A published checkpoint, such as swinv2-tiny. `swin-deploy variants` lists them.", metavar="NAME"
+    )
+    _: KW_ONLY
+    weights: PathLike | None = option(
+        None,
+        optional(location),
+        "A checkpoint: a folder, a file, or a Hugging Face hub id. Default: the hub id of the variant.",
+        metavar="PATH|ID",
+    )
+    random_weights: bool = option(False, flag, "Use reproducible random weights instead of a checkpoint.")
+    seed: int = option(0, whole(0), "Seed of the random weights.")
+    task: str | TaskSpec = option("image-classification", anything, "Task head to export.", choices=TASKS)
+    image_sizes: Any = option(
+        (),
+        image_sizes,
+        "Height and width of the images in pixels, one graph for each size. Default: the size of the checkpoint.",
+        flags=("--image-size",),
+        metavar="HxW",
+        many=True,
+    )
+    output_hidden_states: bool = option(False, flag, "Add the hidden states of every stage to the outputs.")
+    output_attentions: bool = option(False, flag, "Add the attention of the last block of every stage to the outputs.")
+    out_features: Any = option(
+        (),
+        texts,
+        "Feature maps of a backbone: stem, stage1, ..., or their numbers 0, 1, ..., -1.",
+        flags=("--out-features", "--out-indices"),
+        metavar="NAME,...",
+    )
+    use_mask_token: bool = option(False, flag, "Feature extraction with the input bool_masked_pos.")
+    add_pooling_layer: bool = option(
+        True, flag, "Feature extraction with the output pooler_output.", flags=("--no-pooling-layer",)
+    )
+    framework: str | None = option(
+        None,
+        optional(choice("framework", FRAMEWORKS)),
+        "Window, shift and padding rules of this framework. Default: those of the checkpoint.",
+        hidden_flags=("--semantics",),
+    )
+    window_size: Any = option(
+        None,
+        optional(per_stage),
+        "Window size in patches, or one for each stage. Position tables of the checkpoint are resized to it.",
+        metavar="N[,N...]",
+    )
+    pretrained_window_sizes: Any = option(
+        None, optional(per_stage), "Swin V2: the window sizes of the pretraining, one for each stage.", metavar="N[,N...]"
+    )
+    target: str = option(
+        "tensorrt",
+        choice("target", TARGETS),
+        "Runtime whose graph layout is written. fp32 graphs of every layout give the same results everywhere.",
+    )
+    embed_preprocess: bool = option(
+        False, flag, "Write graphs that take uint8 RGB frames [batch, height, width, 3], and rescale and normalize them."
+    )
+    embed_resize: Any = option(
+        None,
+        optional(image_size),
+        "Like --embed-preprocess, for frames of this height and width in pixels, which the graph also resizes and crops.",
+        metavar="HxW",
+    )
+    output: PathLike | None = option(
+        None,
+        optional(path),
+        "Folder of the bundle to write. Default: ./ and the name of the variant or the checkpoint.",
+        flags=("-o", "--output"),
+        metavar="PATH",
+    )
+    force: bool = option(False, flag, "Replace an existing bundle.")
+    progress: Progress = option(
+        no_progress, function, "Called with a phase, the steps done and the steps in all.", shown=False, flags=()
+    )
+
+    def check(self) -> None:
+        self.task_spec()
+
+    def task_spec(self) -> TaskSpec:
+        """Return the task and its options as one value."""
+        from swin_deploy.tasks import TaskSpec
+
+        if isinstance(self.task, TaskSpec):
+            return self.task
+        return TaskSpec(
+            text("task", self.task),
+            output_hidden_states=self.output_hidden_states,
+            output_attentions=self.output_attentions,
+            add_pooling_layer=self.add_pooling_layer,
+            use_mask_token=self.use_mask_token,
+            out_features=self.out_features,
+        )
+
+
+# Options that TensorRT for RTX lacks, and why. tests/exporters/test_engine_options.py asks the compiler about each.
+RTX_LACKS = {
+    "optimization_level": "optimization levels: it builds the same engine at each of them",
+    "timing_cache": "timing cache: it times nothing while it compiles, and its timing-cache functions have no effect",
+    "version_compatible": "version-compatible engines: it does not include the lean runtime that would run them",
+    "hardware_compatible": "hardware-compatible engines: it compiles one engine for each GPU",
+}
+
+
+@dataclass(frozen=True)
+class EngineSpec(Spec):
+    """Options of `swin_deploy.build_engine` and `swin-deploy build-engine`."""
+
+    _: KW_ONLY
+    precision: str = option(
+        "fp16",
+        choice("precision", PRECISIONS),
+        "Precision to compute in. int8 and fp8 need the graph that `quantize` writes.",
+        values_as_flags=True,
+    )
+    data: Any = option(
+        None,
+        optional(images),
+        "Images to calibrate fp16 with: values that come near the fp16 maximum stay in fp32.",
+        metavar="PATH",
+    )
+    samples: int | None = option(None, optional(whole(1)), "Number of images to use from the data, evenly spaced.")
+    gpus: Any = option(
+        (),
+        texts,
+        "GPUs to compile for: sm_86, rtx-4090, ..., or current. Default: this machine's GPU, else sm_86, sm_89 and sm_120.",
+        flags=("--gpu",),
+        metavar="SM,...",
+    )
+    backend: str = option(
+        "auto",
+        choice("compiler", ("auto", *COMPILERS)),
+        "TensorRT compiler. auto: tensorrt if it and a GPU are available, else tensorrt-rtx, which compiles without a GPU.",
+    )
+    batches: Any = option(
+        ((1, 1, 1),),
+        batches,
+        "Batch size or range, one optimization profile for each.",
+        flags=("--batch",),
+        metavar="N|MIN:OPT:MAX",
+        many=True,
+    )
+    workspace: Any = option(None, optional(memory), "Scratch memory for each kernel, such as 2GiB.", metavar="SIZE")
+    optimization_level: int | None = option(
+        None, optional(whole(0, 5)), "0 compiles fastest, 5 searches the most kernels. tensorrt only."
+    )
+    timing_cache: PathLike | None = option(
+        None, optional(path), "File to read and write kernel timings. tensorrt only.", metavar="FILE"
+    )
+    version_compatible: bool = option(False, flag, "Build an engine that newer TensorRT releases also run. tensorrt only.")
+    hardware_compatible: bool = option(False, flag, "Build an engine for any GPU from Ampere on. tensorrt only.")
+    strip_weights: bool = option(False, flag, "Leave the weights out; `swin-deploy refit` adds them. Needs a GPU.")
+    force: bool = option(False, flag, "Compile again even if the bundle has this engine.")
+    progress: Progress = option(
+        no_progress, function, "Called with a phase, the steps done and the steps in all.", shown=False, flags=()
+    )
+
+    def check(self) -> None:
+        if self.data is not None and self.precision != "fp16":
+            raise UsageError(f"{self.precision} has the range of fp32 and needs no calibration images. Leave out the data.")
+        if self.samples is not None and self.data is None:
+            raise UsageError("A number of samples needs images to take them from. Pass --data.")
+        if self.backend == "tensorrt-rtx":
+            for name, reason in RTX_LACKS.items():
+                if getattr(self, name) not in (None, False):
+                    raise UsageError(
+                        f"TensorRT for RTX has no {reason}. Leave out the option, or use the back end tensorrt on the target "
+                        f"machine."
+                    )
+            if self.strip_weights:
+                _refuse_stripping_without_gpu()
+        cache = self.timing_cache
+        if isinstance(cache, Path) and (cache.is_dir() or not cache.absolute().parent.is_dir()):
+            raise UsageError(f"The timing cache {cache} is not a file in an existing folder. Pass the path of one.")
+
+    @property
+    def gpu(self) -> str:
+        """The first GPU to compile for, or "current"."""
+        return str(self.gpus[0]) if self.gpus else "current"
+
+
+def _refuse_stripping_without_gpu() -> None:
+    from swin_deploy.gpus import cuda_devices
+
+    if not cuda_devices():
+        raise EngineError(
+            "TensorRT for RTX needs a GPU to build engines without weights, and this machine has no usable NVIDIA GPU. "
+            "Run this on a machine with one, or keep the weights in the engine."
+        )
+
+
+@dataclass(frozen=True)
+class QuantSpec(Spec):
+    """Options of `swin_deploy.quantize` and `swin-deploy quantize`."""
+
+    data: Any = option(
+        None,
+        optional(images),
+        "Images like those of the application: a folder, an .npz or .npy file, or any iterable.",
+        metavar="PATH",
+    )
+    _: KW_ONLY
+    precision: str = option(
+        "int8", choice("quantized precision", QUANTIZED), "Type of the quantized layers.", values_as_flags=True
+    )
+    target: str | None = option(
+        None, optional(choice("target", TARGETS)), "Runtime to quantize for. Default: the one that the bundle was exported for."
+    )
+    method: str | None = option(
+        None, optional(choice("method", METHODS)), "How activation ranges are chosen. Default: the least error of the layer."
+    )
+    samples: int | None = option(None, optional(whole(1)), "Number of images to use from the data, evenly spaced.")
+    batch: int = option(8, whole(1), "Images to run at a time.")
+    keep: Any = option((), texts, "Layer that is not quantized.", metavar="LAYER", many=True)
+    max_drop: float | None = option(
+        None,
+        optional(number(0)),
+        "Largest loss on the data, in percentage points: of top-1 where labels are known, else of top-1 agreement with fp32.",
+        metavar="POINTS",
+    )
+    min_speedup: float | None = option(
+        None,
+        optional(number(0)),
+        "Smallest speedup: over the fp32 graph measured on this machine, or for TensorRT over fp16 by the roofline of --gpu.",
+        metavar="FACTOR",
+    )
+    labels: PathLike | None = option(
+        None,
+        optional(path),
+        "File with lines `image,class`. Default: the folders of the images are their classes.",
+        metavar="FILE",
+    )
+    ignore_labels: bool = option(False, flag, "Compare with fp32 only, although the images have labels.")
+    gpu: str | None = option(None, optional(text), "GPU of the roofline that --min-speedup uses, such as rtx-4090.")
+    ranges: PathLike | None = option(
+        None, optional(path), "ONNX graph with Q/DQ nodes of the same network, whose scales are used.", metavar="FILE"
+    )
+    ignore_ranges: bool = option(False, flag, "Measure all ranges, although the checkpoint brought QAT ranges.")
+    progress: Progress = option(
+        no_progress, function, "Called with a phase, the steps done and the steps in all.", shown=False, flags=()
+    )
+
+    def check(self) -> None:
+        if self.precision == "fp8" and self.target not in (None, TARGETS[0]):
+            raise UsageError(f"{self.target} does not compute in FP8. Use int8, or --target tensorrt.")
+        if self.data is None and (self.max_drop, self.min_speedup) != (None, None):
+            raise UsageError("--max-drop and --min-speedup are judged on images. Pass --data.")
+        for name in ("samples", "labels", "method"):
+            if self.data is None and getattr(self, name) is not None:
+                raise UsageError(f"--{name} is about the images of --data. Pass --data, or leave out --{name}.")
+        if self.gpu is not None and self.min_speedup is None:
+            raise UsageError(
+                "--gpu is the GPU of the roofline that --min-speedup uses. Pass --min-speedup, or leave out --gpu."
+            )
+
+
+@dataclass(frozen=True)
+class LoadSpec(Spec):
+    """Options of `swin_deploy.load`."""
+
+    _: KW_ONLY
+    backend: str = option(
+        "auto", choice("back end", ("auto", *BACKEND_NAMES)), "Back end to run the model. auto: the fastest verified one."
+    )
+    precision: str = option(
+        "auto", choice("precision", ("auto", *PRECISIONS)), "Precision to run. auto: the fastest verified one of the bundle."
+    )
+    device: str = option("auto", device, "Device: auto, cpu, cuda or cuda:1.")
+    threads: int = option(0, whole(0, MOST_THREADS), "CPU threads. 0: the back end chooses.")
+    rebuild: bool = option(
+        False, flag, "Compile an engine again that does not fit this GPU, TensorRT release or graph, with its own options."
+    )
+
+    def check(self) -> None:
+        if self.rebuild and self.backend not in COMPILERS:
+            raise UsageError(
+                f"rebuild compiles an engine again and needs its back end, not {self.backend}. Name {' or '.join(COMPILERS)}."
+            )
 
 
 @dataclass(frozen=True)
@@ -73,24 +410,6 @@ def specs_from_onnx(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, 
     return tuple(specs)
 
 
-def size_from_text(text: str) -> Size:
-    """(height, width) in pixels from "256x320", or from "256" for a square. Raises UsageError for anything else."""
-    match = re.fullmatch(r"([1-9]\d{0,5})(?:[xX]([1-9]\d{0,5}))?", text.strip())
-    if match is None:
-        raise UsageError(f'"{text}" is no image size; expected HEIGHTxWIDTH in pixels such as 256x320, or 256 for a square.')
-    return int(match[1]), int(match[2] or match[1])
-
-
-def numbers_from_text(text: str | None, what: str) -> tuple[int, ...] | None:
-    """(8, 8, 8, 4) from "8,8,8,4"; None for None. Raises UsageError for anything but whole numbers from 0 to 9999."""
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(r"[0-9]{1,4}", part) for part in parts):
-        raise UsageError(f'"{text}" is no {what}; expected a whole number such as 8, or one for each stage such as 8,8,8,4.')
-    return tuple(map(int, parts))
-
-
 def size_text(size: Size) -> str:
     """ "256x320" for (256, 320)."""
     return f"{size[0]}x{size[1]}"
@@ -109,20 +428,3 @@ def weights_file(precision: str) -> str:
 def reference_file(size: Size | None = None) -> str:
     """Where PyTorch's answers for a size are; None for the first."""
     return "reference.npz" if size is None else f"reference_{size_text(size)}.npz"
-
-
-def batch_from_text(text: str) -> Batch:
-    """(1, 8, 32) from "1:8:32", (8, 8, 8) from "8". Raises UsageError for anything else."""
-    match = re.fullmatch(r"(\d{1,10})(?::(\d{1,10}):(\d{1,10}))?", text.strip())
-    if match is None:
-        raise UsageError(f'"{text}" is no batch; expected one size, or MIN:OPT:MAX such as 1:8:32.')
-    return int(match[1]), int(match[2] or match[1]), int(match[3] or match[1])
-
-
-def bytes_from_text(text: str) -> int:
-    """2147483648 from "2GiB", 500000000 from "500MB", 4096 from "4096". Raises UsageError for anything else."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([KMG]B|[KMGT]iB|)", text.strip(), re.IGNORECASE)
-    size = int(float(match[1]) * _UNITS[match[2].lower()]) if match else 0
-    if size < 1:
-        raise UsageError(f'"{text}" is no size of memory; expected a number and a unit, such as 2GiB or 512MiB.')
-    return size

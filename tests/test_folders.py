@@ -13,7 +13,7 @@ import pytest
 from swin_deploy.files import scratch_beside, scratch_folder, sweep
 
 HOLD = """
-from swin_deploy.folders import scratch_folder
+from swin_deploy.files import scratch_folder
 with scratch_folder("test") as folder:
     (folder / "large.npz").write_bytes(b"x")
     print(folder, flush=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-IMPORTED = 'from swin_deploy.requires import require; require("onnxruntime", "run")'
+IMPORTED = 'from swin_deploy.dependencies import require; require("onnxruntime", "run")'
 QUIET = ("ORT_DISABLE_TELEMETRY", "CI", "GITHUB_ACTIONS")  # it is silent in what it takes for a test, too
 
 
@@ -36,7 +36,7 @@ def test_openvino_does_not_report_unless_somebody_has_decided(decided: bool, tmp
         (folder / "openvino_telemetry").write_text("0")  # as `opt_in_out --opt_out` writes it
     env = {name: value for name, value in os.environ.items() if name not in QUIET and not name.startswith("PYTEST")}
     code = (
-        'import sys; from swin_deploy.requires import require; ov = require("openvino", "run")\n'
+        'import sys; from swin_deploy.dependencies import require; ov = require("openvino", "run")\n'
         'print("openvino_telemetry" in sys.modules, len(ov.Core().available_devices) > 0)\n'
         "import openvino_telemetry"
     )

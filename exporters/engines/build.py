@@ -1,10 +1,11 @@
-"""A bundle -> the same bundle with engines: the typed graph is written and checked once, then compiled for each GPU."""
+"""Compile the graphs of a bundle into engines, one for each image size and GPU."""
 
 from __future__ import annotations
 
 import json
+import logging
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,21 +13,22 @@ from swin_deploy.bundle import Bundle
 from swin_deploy.dependencies import require
 from swin_deploy.errors import UsageError
 from swin_deploy.exporters.inspection.roofline import capability_of
-from swin_deploy.exporters.typed_graphs import Calibration, Say, bytes_writer, further_size, with_typed_graphs
+from swin_deploy.exporters.typed_graphs import Calibration, bytes_writer, further_size, with_typed_graphs
 from swin_deploy.gpus import cuda_devices
 from swin_deploy.parity import OpenGraph
-from swin_deploy.specs import PRECISIONS, QUANTIZED, TARGETS, Size, size_text, target_of
+from swin_deploy.specs import QUANTIZED, TARGETS, EngineSpec, Size, size_text, target_of
 
-from .engine_from_onnx import Engine, Log, Progress, engine_from_onnx, resolve_backend
-from .engine_spec import BACKENDS, EngineSpec, fingerprint, has_fp8, target_gpu
+from .engine_from_onnx import Engine, engine_from_onnx, resolve_backend
+from .targets import COMPILERS, compiler_options, fingerprint, for_target, has_fp8, name_of_options, target_gpu
 
-# What TensorRT for RTX compiles for where there is no GPU to ask: Ampere, Ada and Blackwell.
+_LOG = logging.getLogger(__name__)
+# Compiled for by TensorRT for RTX on a machine without a GPU: Ampere, Ada and Blackwell.
 DEFAULT_GPUS = ("sm_86", "sm_89", "sm_120")
 
 
 @dataclass(frozen=True)
 class Built:
-    """One engine in a bundle. `reused` when it was there already, of this graph, spec, compiler and target."""
+    """An engine in a bundle; `reused` if the bundle already had it, of the same graph, options, compiler and GPU."""
 
     file: str
     entry: Mapping[str, Any]
@@ -34,119 +36,112 @@ class Built:
 
 
 def build_engines(
-    bundle: Bundle,
-    precision: str,
-    *,
-    backend: str,
-    gpus: Sequence[str],
-    spec_for: Callable[[str, str], EngineSpec],
-    force: bool,
-    open_graph: OpenGraph,
-    say: Say,
-    log: Log,
-    progress: Progress | None = None,
-    calibration: Calibration | None = None,
+    bundle: Bundle, spec: EngineSpec, open_graph: OpenGraph, calibration: Calibration | None = None
 ) -> tuple[Bundle, tuple[Built, ...]]:
-    """The bundle with an engine for each of `gpus` in it (none given: this machine's GPU, else DEFAULT_GPUS).
+    """Compile the graphs of one precision for each GPU of `spec`, and add the engines to the bundle.
 
-    `spec_for(backend, gpu)` is called for every target before the first is compiled. One process at a time compiles into a
-    bundle; another waits, and takes what it then finds. Raises EngineError when the compiler refuses, UsageError for a
-    target, option or precision that it cannot build, VerificationError when the typed graph is not good enough.
+    The graph of the precision is written and compared with PyTorch first if the bundle does not have it. One process at a
+    time compiles into a bundle; another one waits and reuses what it finds then.
+
+    Args:
+        bundle: A bundle that was exported for TensorRT.
+        spec: Options. Without GPUs: the GPU of this machine, else DEFAULT_GPUS.
+        open_graph: Loads a graph to compare it with PyTorch.
+        calibration: Images to calibrate fp16 with.
+
+    Raises:
+        EngineError: The compiler refused the graph.
+        UsageError: The bundle, or the back end, does not support the GPU, an option or the precision.
+        VerificationError: The graph of the precision is too far from PyTorch.
     """
-    if precision not in PRECISIONS:
-        raise UsageError(f'There is no precision "{precision}". There are: {", ".join(PRECISIONS)}.')
+    precision = spec.precision
     if (target := bundle.manifest.get("target", TARGETS[0])) != TARGETS[0]:
         raise UsageError(
-            f"The bundle {bundle.path} was exported for {target}, and TensorRT needs another form of the graph. "
+            f"The bundle {bundle.path} was exported for {target}, and TensorRT needs another graph layout. "
             f'Export it again with "--target {TARGETS[0]}".'
         )
-    _refuse_form(bundle, precision)
-    chosen = resolve_backend(backend)
+    _refuse_layout(bundle, precision)
+    chosen = resolve_backend(spec.backend)
+    gpus = spec.gpus
     if not gpus:
         able = [gpu for gpu in DEFAULT_GPUS if precision != "fp8" or has_fp8(gpu)]
         gpus = ("current",) if cuda_devices() or chosen == "tensorrt" else able
-    specs = [spec_for(chosen, gpu) for gpu in dict.fromkeys(target_gpu(chosen, capability_of(gpu)) for gpu in gpus)]
-    if precision == "fp8" and (without := [spec.gpu for spec in specs if not has_fp8(spec.gpu)]):
-        raise UsageError(
-            f"{without[0]} has no FP8, which came with sm_89. Name newer GPUs with --gpu, or build --int8 or --fp16."
-        )
+    targets = dict.fromkeys(target_gpu(chosen, capability_of(gpu)) for gpu in gpus)
+    specs = [for_target(spec, chosen, gpu) for gpu in targets]
+    if precision == "fp8" and (without := [one.gpu for one in specs if not has_fp8(one.gpu)]):
+        raise UsageError(f"{without[0]} has no FP8 matmuls; sm_89 and newer have. Pass newer GPUs, or build int8 or fp16.")
     # Asked of the module: TensorRT is also installed under other names than its own (tensorrt-cu12, a system package).
-    release = str(require(BACKENDS[chosen][0], "compile engines").__version__)
+    release = str(require(COMPILERS[chosen][0], "compile engines").__version__)
     built = []
-    with bundle.compiling(lambda: say(f"Waiting for another process that compiles into {bundle.path}")) as bundle:
+    with bundle.compiling(lambda: _LOG.info("Waiting for another process that compiles into %s", bundle.path)) as bundle:
         for file, entry in bundle.graphs.items():
             if entry["precision"] == "fp32" and not (bundle.path / file).exists():
-                bundle.verified_path(file)  # says what to do; the others can be made of it again
-        _refuse_form(bundle, precision)  # which another process may have changed while this one waited
+                bundle.verified_path(file)  # raises and says what to do; the other graphs can be made again
+        _refuse_layout(bundle, precision)  # another process may have changed it while this one waited
         if precision not in QUANTIZED:
-            bundle = with_typed_graphs(bundle, precision, open_graph, say, calibration)
+            bundle = with_typed_graphs(bundle, precision, open_graph, calibration)
         graphs = [file for file, entry in bundle.graphs.items() if entry["precision"] == precision]
         for number, graph in enumerate(graphs):
             path, entry = bundle.verified_path(graph), bundle.files[graph]
-            for spec in specs:
-                file = _engine_file(spec, precision, further_size(bundle, graph, number), release)
+            for one in specs:
+                file = _engine_file(one, precision, further_size(bundle, graph, number), release)
                 wanted: dict[str, Any] = {
                     "graph": graph,
                     "parent": entry["sha256"],
-                    "backend": spec.backend,
+                    "backend": one.backend,
                     "backend_version": release,
-                    "gpu": spec.gpu,
-                    "options": spec.options,
+                    "gpu": one.gpu,
+                    "options": compiler_options(one),
                 }
-                wanted["fingerprint"] = fingerprint({**wanted, "profiles": spec.profiles})
+                wanted["fingerprint"] = fingerprint({**wanted, "profiles": one.batches})
                 known = bundle.files.get(file)
-                if known is not None and not force and _is_there(bundle, file, wanted["fingerprint"]):
+                if known is not None and not spec.force and _has(bundle, file, wanted["fingerprint"]):
                     bundle.verified_path(file)
-                    say(f"{file} is there already, compiled from this graph")
+                    _LOG.info("Reusing %s, which was compiled from this graph", file)
                     built.append(Built(file, known, reused=True))
                     continue
                 bundle.refuse_read_only()
-                say(f"Compiling {graph} for {spec.gpu} with {BACKENDS[chosen][1]}")
-                engine = engine_from_onnx(path, spec, log, progress)
+                _LOG.info("Compiling %s for %s with %s", graph, one.gpu, COMPILERS[chosen][1])
+                engine = engine_from_onnx(path, one)
                 bundle = _with_engine(
-                    bundle, file, engine, spec, {"precision": precision, "image_size": entry["image_size"], **wanted}
+                    bundle, file, engine, one, {"precision": precision, "image_size": entry["image_size"], **wanted}
                 )
                 built.append(Built(file, bundle.files[file], reused=False))
     return bundle, tuple(built)
 
 
 def layers_file(engine: str) -> str:
-    """Where a bundle keeps the layers of an engine, as the compiler described them."""
+    """Return the file that holds the layers of an engine, as the compiler described them."""
     return engine.removesuffix(".engine") + ".layers.json"
 
 
-def _refuse_form(bundle: Bundle, precision: str) -> None:
-    """Raises UsageError for a quantised graph that is not there, or not in the form for TensorRT."""
+def _refuse_layout(bundle: Bundle, precision: str) -> None:
+    """Raise UsageError if the bundle has no quantized graph of the precision that was made for TensorRT."""
     if precision not in QUANTIZED:
         return
     held = [entry for entry in bundle.graphs.values() if entry["precision"] == precision]
     others = [made for entry in held if (made := target_of(entry)) != TARGETS[0]]
     if not held or others:
-        what = f"an {precision} graph for {others[0]}" if others else f"no {precision} graph"
+        has = f"has an {precision.upper()} graph for {others[0]} only" if others else f"has no {precision.upper()} graph"
         command = ["swin-deploy", "quantize", str(bundle.path), f"--{precision}", "--data", "DIR"]
-        raise UsageError(
-            f"The bundle {bundle.path} holds {what}; TensorRT's takes images to measure ranges on. Make it with "
-            f'"{shlex.join(command)}".'
-        )
+        raise UsageError(f"The bundle {bundle.path} {has}. Create one for TensorRT: {shlex.join(command)}")
 
 
-def _is_there(bundle: Bundle, file: str, wanted: str) -> bool:
-    """Whether `file` is in the bundle and is the engine that is wanted, with its layers; what was deleted is made again."""
+def _has(bundle: Bundle, file: str, wanted: str) -> bool:
+    """Return whether the bundle has this very engine and its layers, and neither file was deleted."""
     known, layers = bundle.files[file], bundle.files.get(layers_file(file), {})
     whole = known.get("fingerprint") == wanted and layers.get("parent") == known["sha256"]
     return whole and all((bundle.path / name).exists() for name in (file, layers_file(file)))
 
 
 def _with_engine(bundle: Bundle, file: str, engine: Engine, spec: EngineSpec, facts: Mapping[str, Any]) -> Bundle:
-    """The bundle with the engine in it, and with its layers in a file beside it."""
-    described = [
-        {"batch": list(batch), **report.to_dict()} for batch, report in zip(spec.profiles, engine.reports, strict=True)
-    ]
+    """Return the bundle with the engine and, in a file beside it, its layers."""
+    described = [{"batch": list(batch), **report.to_dict()} for batch, report in zip(spec.batches, engine.reports, strict=True)]
     entry = {
         **facts,
         "profiles": [{name: value for name, value in profile.items() if name != "layers"} for profile in described],
         "seconds": round(engine.seconds, 2),
-        "agreement": "not verified",  # an engine can only be run on its own GPU
+        "agreement": "not verified",  # an engine runs only on its own GPU
     }
     bundle = bundle.with_file(file, entry, bytes_writer(engine.plan))
     text = json.dumps({"profiles": described}) + "\n"
@@ -154,5 +149,5 @@ def _with_engine(bundle: Bundle, file: str, engine: Engine, spec: EngineSpec, fa
 
 
 def _engine_file(spec: EngineSpec, precision: str, further: Size | None, release: str) -> str:
-    parts = [precision, size_text(further) if further else "", spec.words, spec.gpu, spec.backend, release]
+    parts = [precision, size_text(further) if further else "", name_of_options(spec), spec.gpu, spec.backend, release]
     return f"engines/{'-'.join(part for part in parts if part)}.engine"

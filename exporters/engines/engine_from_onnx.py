@@ -5,6 +5,7 @@ Every network is strongly typed: the engine computes in the types that the graph
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -19,16 +20,16 @@ from typing import Any
 from swin_deploy.dependencies import require
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
 from swin_deploy.gpus import cuda_devices
-from swin_deploy.specs import Batch
+from swin_deploy.specs import Batch, EngineSpec, Progress, no_progress
 from swin_deploy.tensorrt_log import heard
 
-from .engine_spec import BACKENDS, EngineSpec, target_gpu
 from .layer_report import EngineReport, report_from_inspector, report_from_log, reports_by_profile
+from .targets import COMPILERS, target_gpu
 
 OLDEST_TENSORRT = (10, 12)  # the first whose strongly typed networks take every graph that we write
 
-Log = Callable[[str, str], None]
-Progress = Callable[[str, int, int], None]
+_LOG = logging.getLogger("swin_deploy.tensorrt")
+_LEVELS = {"verbose": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def resolve_backend(name: str) -> str:
             "A TensorRT compiler is needed to compile engines, but none is usable here. On a machine with an NVIDIA "
             'GPU run: pip install "swin-deploy[tensorrt]". On any machine run: pip install "swin-deploy[tensorrt-rtx]".'
         )
-    if name not in BACKENDS:
-        raise UsageError(f"There is no back end {name!r}. Expected one of: auto, {', '.join(BACKENDS)}.")
+    if name not in COMPILERS:
+        raise UsageError(f"There is no back end {name!r}. Expected one of: auto, {', '.join(COMPILERS)}.")
     if name == "tensorrt" and not cuda_devices():
         raise EngineError(
             "TensorRT compiles on the GPU it compiles for, and this machine has no usable NVIDIA GPU. Run this on the "
@@ -76,18 +77,25 @@ def resolve_backend(name: str) -> str:
     return name
 
 
-def engine_from_onnx(onnx: bytes | Path, spec: EngineSpec, log: Log, progress: Progress | None = None) -> Engine:
-    """The engine compiled from a serialized ONNX graph, or from a file (weights stored next to it are found).
+def engine_from_onnx(onnx: bytes | Path, spec: EngineSpec) -> Engine:
+    """Compile an ONNX graph into an engine for the first GPU of `spec`.
 
-    `log(severity, message)` receives what the compiler says as it says it (severities "verbose", "info", "warning",
-    "error", "internal_error"); `progress(phase, step, steps)` follows its phases. What either raises, and Ctrl-C, stops
-    the compiler at its next step and is raised from here: the compiler is native code, which no exception may cross.
-    Fusing the graph is one single step, so stopping may have to wait for the end of it.
+    Messages of the compiler go to the logger "swin_deploy.tensorrt", its phases to `spec.progress`. An exception of
+    `spec.progress` and Ctrl-C stop the compiler at its next step and are raised from here, because no exception may cross the
+    native code of the compiler. Graph fusion is one step, so stopping may have to wait for its end.
+
+    Args:
+        onnx: The serialized graph, or a file, beside which external weights are found.
+        spec: Options; `backend` is "tensorrt" or "tensorrt-rtx".
+
+    Raises:
+        EngineError: The compiler refused the graph or the GPU.
+        UsageError: The file does not exist, or the graph has another fixed batch.
     """
     if isinstance(onnx, Path) and not onnx.is_file():
-        raise UsageError(f"There is no ONNX file {onnx}. Export the model first, or give the path of a graph.")
+        raise UsageError(f"There is no ONNX file {onnx}. Export the model first, or pass the path of a graph.")
     trt, gpu = load_compiler(spec.backend), target_gpu(spec.backend, spec.gpu)
-    watch = Watch(log, progress)
+    watch = Watch(spec.progress)
     begun = time.perf_counter()
     with _interrupts_kept_for(watch), heard(trt, watch.hear) as logger, natives_freed():
         plan, reports = _compile(trt, onnx, spec, gpu, watch, logger)
@@ -96,10 +104,10 @@ def engine_from_onnx(onnx: bytes | Path, spec: EngineSpec, log: Log, progress: P
 
 
 class Watch:
-    """Listens to the compiler while it runs, and remembers what must stop it."""
+    """Collects the messages of a running compiler, and remembers the exception that must stop it."""
 
-    def __init__(self, log: Log, progress: Progress | None) -> None:
-        self.log, self.progress = log, progress
+    def __init__(self, progress: Progress = no_progress) -> None:
+        self.progress = progress
         self.errors: list[str] = []
         self.layers: list[str] = []
         self.steps: dict[str, int] = {}
@@ -110,11 +118,12 @@ class Watch:
             self.errors.append(message.strip())
         elif "LayerType: " in message:
             self.layers.append(message)
-        self._call(self.log, severity, message)
+        level = _LEVELS.get(severity, logging.ERROR)
+        if _LOG.isEnabledFor(level):
+            self._call(_LOG.log, level, message)
 
     def follow(self, phase: str, step: int) -> bool:
-        if self.progress is not None:
-            self._call(self.progress, phase, step, self.steps.get(phase, step))
+        self._call(self.progress, phase, step, self.steps.get(phase, step))
         return self.stop is None
 
     def check(self) -> None:
@@ -178,7 +187,7 @@ def _compile(
     trt: Any, onnx: bytes | Path, spec: EngineSpec, gpu: str, watch: Watch, logger: Any
 ) -> tuple[bytes, tuple[EngineReport, ...]]:
     monitor = _monitor(trt, watch)  # it must outlive everything that is made with it
-    title = f"{BACKENDS[spec.backend][1]} {trt.__version__}"
+    title = f"{COMPILERS[spec.backend][1]} {trt.__version__}"
     try:
         builder = trt.Builder(logger)
     except (TypeError, RuntimeError) as error:  # the binding's way to say that the native factory returned nothing
@@ -202,8 +211,8 @@ def _compile(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = monitor
     _set_options(trt, config, spec, gpu)
-    _set_profiles(builder, config, network, spec.profiles, title, watch)
-    with _timing_cache(config, spec.timing_cache, title, watch):
+    _set_profiles(builder, config, network, spec.batches, title, watch)
+    with _timing_cache(config, None if spec.timing_cache is None else Path(spec.timing_cache), title, watch):
         built = builder.build_serialized_network(network, config)
         watch.check()
         if built is None:
@@ -222,7 +231,7 @@ def _compile(
         if engine is not None:
             inspector = engine.create_engine_inspector()
             report = report_from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-    return plan, reports_by_profile(report, len(spec.profiles))
+    return plan, reports_by_profile(report, len(spec.batches))
 
 
 def _set_options(trt: Any, config: Any, spec: EngineSpec, gpu: str) -> None:
@@ -316,7 +325,7 @@ def _set_profiles(builder: Any, config: Any, network: Any, batches: tuple[Batch,
 
 
 def load_compiler(backend: str) -> Any:
-    trt = require(BACKENDS[backend][0], "compile engines")
+    trt = require(COMPILERS[backend][0], "compile engines")
     numbers = tuple(int(number) for number in re.findall(r"\d+", str(trt.__version__))[:2])
     if backend == "tensorrt" and numbers < OLDEST_TENSORRT:
         raise EngineError(

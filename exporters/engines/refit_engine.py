@@ -1,35 +1,38 @@
-"""Engines that were compiled without their weights -> the same engines with the weights of their graphs put back.
+"""Put the weights back into engines that were built without them.
 
-Such an engine is small, and the weights are in the bundle's graph anyway. It was optimised for these very weights, so it
-is refitted with no others: the graph must be the one it was compiled from, to the byte.
+Such an engine is small, and its weights are in the graph of the bundle anyway. It was optimized for exactly these
+weights, so the graph must be the one it was built from.
 """
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from swin_deploy.bundle import Bundle
 from swin_deploy.errors import EngineError, UsageError
-from swin_deploy.exporters.typed_graphs import Say, bytes_writer
+from swin_deploy.exporters.typed_graphs import bytes_writer
 from swin_deploy.gpus import cuda_devices, seen_first
 from swin_deploy.tensorrt_log import heard
 
 from .build import Built
-from .engine_from_onnx import Log, Watch, joined, load_compiler, natives_freed
-from .engine_spec import BACKENDS, fingerprint
+from .engine_from_onnx import Watch, joined, load_compiler, natives_freed
+from .targets import COMPILERS, fingerprint
+
+_LOG = logging.getLogger(__name__)
 
 
-def refit_engines(bundle: Bundle, say: Say, log: Log) -> tuple[Built, ...]:
-    """The refitted engines, after they were added to the bundle; one that is there already is not made again."""
+def refit_engines(bundle: Bundle) -> tuple[Built, ...]:
+    """Refit the engines of a bundle that lack weights, add them to it, and return them. Existing ones are reused."""
     stripped = [file for file, entry in bundle.files.items() if entry.get("options", {}).get("strip_weights")]
     if not stripped:
         raise UsageError(
-            f'No engine in {bundle.path} lacks its weights. Compile one with "swin-deploy build-engine --strip-weights", or '
-            "use the engines as they are."
+            f'No engine in {bundle.path} was built without weights. Build one with "swin-deploy build-engine --strip-weights", '
+            "or use the engines as they are."
         )
     built = []
-    with bundle.compiling(lambda: say(f"Waiting for another process that compiles into {bundle.path}")) as bundle:
+    with bundle.compiling(lambda: _LOG.info("Waiting for another process that compiles into %s", bundle.path)) as bundle:
         for file in stripped:
             entry = bundle.files[file]
             options = {name: value for name, value in entry["options"].items() if name != "strip_weights"}
@@ -40,15 +43,15 @@ def refit_engines(bundle: Bundle, say: Say, log: Log) -> tuple[Built, ...]:
             known = bundle.files.get(target)
             if known is not None and known.get("fingerprint") == facts["fingerprint"] and (bundle.path / target).exists():
                 bundle.verified_path(target)
-                say(f"{target} is there already")
+                _LOG.info("Reusing %s", target)
                 built.append(Built(target, known, reused=True))
                 continue
             if bundle.files.get(entry["graph"], {}).get("sha256") != entry["parent"]:
                 raise EngineError(
-                    f"{file} was compiled from another {entry['graph']} than the one that is here, and takes no other weights. "
-                    'Compile it again with "swin-deploy build-engine --strip-weights".'
+                    f"{file} was built from another version of {entry['graph']} and accepts only its weights. "
+                    'Build it again with "swin-deploy build-engine --strip-weights".'
                 )
-            say(f"Refitting {file} from {entry['graph']}")
+            _LOG.info("Refitting %s from %s", file, entry["graph"])
             with natives_freed():
                 plan = refitted_plan(
                     entry["backend"],
@@ -56,15 +59,14 @@ def refit_engines(bundle: Bundle, say: Say, log: Log) -> tuple[Built, ...]:
                     entry["gpu"],
                     bundle.verified_path(file),
                     bundle.verified_path(entry["graph"]),
-                    log,
                 )
             bundle = bundle.with_file(target, facts, bytes_writer(plan))
             built.append(Built(target, bundle.files[target], reused=False))
     return tuple(built)
 
 
-def refitted_plan(backend: str, release: str, gpu: str, file: Path, graph: Path, log: Log) -> bytes:
-    """The engine in `file`, compiled by `release` for `gpu`, with the weights of the ONNX file `graph` in it."""
+def refitted_plan(backend: str, release: str, gpu: str, file: Path, graph: Path) -> bytes:
+    """Return the engine `file`, built by `release` for `gpu`, with the weights of the ONNX file `graph`."""
     devices = cuda_devices()
     if not devices or devices[0].capability != gpu:
         here = f"{devices[0].capability} ({devices[0].name})" if devices else "none that is usable"
@@ -75,10 +77,10 @@ def refitted_plan(backend: str, release: str, gpu: str, file: Path, graph: Path,
             f"this {way}."
         )
     trt = load_compiler(backend)
-    title = f"{BACKENDS[backend][1]} {trt.__version__}"
+    title = f"{COMPILERS[backend][1]} {trt.__version__}"
     if str(trt.__version__) != release:
         raise EngineError(f"{file} was compiled by release {release}, and {title} is installed here. Install that release.")
-    watch = Watch(log, None)
+    watch = Watch()
     with heard(trt, watch.hear) as logger:
         return _refitted(trt, title, file, graph, watch, logger)
 

@@ -11,10 +11,10 @@ from typing import Any
 from swin_deploy.bundle import Bundle
 from swin_deploy.errors import UsageError
 from swin_deploy.exporters.engines.build import layers_file
-from swin_deploy.exporters.engines.engine_from_onnx import Log, Progress, engine_from_onnx, resolve_backend
-from swin_deploy.exporters.engines.engine_spec import EngineSpec, target_gpu
+from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx, resolve_backend
+from swin_deploy.exporters.engines.targets import target_gpu
 from swin_deploy.gpus import cuda_devices
-from swin_deploy.specs import Batch
+from swin_deploy.specs import Batch, EngineSpec, Progress, no_progress
 
 from .flops import GraphCost, cost_from_onnx
 from .roofline import GPUS, Gpu, Roofline, find_gpu, roofline
@@ -99,7 +99,7 @@ def inspect_bundle(bundle: Bundle, gpu: str | None) -> Inspection:
     return Inspection(bundle.path, graphs, tuple(engines))
 
 
-def inspect_onnx(path: Path, gpu: str | None, batch: int, backend: str, log: Log, progress: Progress | None) -> Inspection:
+def inspect_onnx(path: Path, gpu: str | None, batch: int, backend: str, progress: Progress = no_progress) -> Inspection:
     """The figures of any ONNX file, which is compiled for them; the engine is not kept.
 
     It is compiled for the compute capability of `gpu`; None is the GPU of this machine, else sm_89.
@@ -108,9 +108,9 @@ def inspect_onnx(path: Path, gpu: str | None, batch: int, backend: str, log: Log
     chosen = resolve_backend(backend)
     here = chosen == "tensorrt" or bool(cuda_devices())
     target = target_gpu(chosen, named.capability if named is not None else "current" if here else TARGET)
-    spec = EngineSpec(chosen, target, ((batch, batch, batch),))
+    spec = EngineSpec(backend=chosen, gpus=target, batches=batch, progress=progress)
     cost = cost_from_onnx(path, batch)
-    engine = engine_from_onnx(path, spec, log, progress)
+    engine = engine_from_onnx(path, spec)
     flops = cost.flops or {}
     precision = PRECISION_OF.get(max(flops, key=lambda kind: flops[kind]), "unknown") if flops else "unknown"
     profile = {"batch": [batch] * 3, **engine.report.to_dict()}
@@ -119,13 +119,13 @@ def inspect_onnx(path: Path, gpu: str | None, batch: int, backend: str, log: Log
     return Inspection(path, {path.name: cost}, (described,))
 
 
-def inspect_path(path: Path, gpu: str | None, batch: int, backend: str, log: Log, progress: Progress | None) -> Inspection:
+def inspect_path(path: Path, gpu: str | None, batch: int, backend: str, progress: Progress = no_progress) -> Inspection:
     """The figures of the bundle in the folder `path`, or of the ONNX file `path`."""
     there = os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises for a name that is too long
     if path.suffix == ".onnx" or there:
         if not there:
             raise UsageError(f"There is no ONNX file {path}. Expected the file of a graph, or the folder of a bundle.")
-        return inspect_onnx(path, gpu, batch, backend, log, progress)
+        return inspect_onnx(path, gpu, batch, backend, progress)
     bundle = Bundle.open(path)
     if batch != 1:
         raise UsageError(

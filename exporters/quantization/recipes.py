@@ -116,7 +116,7 @@ class TensorRTForm:
         seconds, where = [], ""
         for graph in (fp16, model):
             with _file(graph) as path:
-                cost = inspect_onnx(path, gpu, 1, "auto", lambda severity, message: None, None).engines[0]
+                cost = inspect_onnx(path, gpu, 1, "auto").engines[0]
             if cost.roofline is None:
                 raise UsageError(
                     f"The published peaks of a {cost.gpu} GPU are not known, and so not what {self._quantization} gains there. "

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swin_deploy.arguments import checked
-from swin_deploy.specs import Say, silent
+from swin_deploy.specs import ExportSpec, Say, silent
 
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
@@ -36,8 +36,9 @@ def verify(
     from swin_deploy.bundle import Bundle
     from swin_deploy.errors import BundleError
     from swin_deploy.parity import Reference, check_runtime, is_verified, verify_bundle
-    from swin_deploy.runtimes.backends import device_from_text, misread, runtime_to_check
+    from swin_deploy.runtimes.backends import misread, runtime_to_check
     from swin_deploy.runtimes.gpu.engines import open_engine
+    from swin_deploy.specs import device_from_text
 
     found = Bundle.open(bundle)
     if (engines := _engines(found, backend, device)) is None:
@@ -65,8 +66,9 @@ def verify(
 def _engines(bundle: Bundle, backend: str, device: str) -> Mapping[str, Any] | None:
     """The engines that a back end for engines can run on `device`; None of a back end for graphs."""
     from swin_deploy.errors import UsageError
-    from swin_deploy.runtimes.backends import BACKENDS, device_from_text
+    from swin_deploy.runtimes.backends import BACKENDS
     from swin_deploy.runtimes.gpu.engines import runnable_engines
+    from swin_deploy.specs import device_from_text
 
     if backend not in BACKENDS or not BACKENDS[backend].engines:
         return None
@@ -176,6 +178,6 @@ def _torch_network(weights: str | os.PathLike[str], bundle: Bundle, size: tuple[
     from swin_deploy.tasks import TaskSpec
 
     task, semantics = TaskSpec.from_dict(bundle.manifest["task"]), str(bundle.manifest["semantics"])
-    checkpoint = checkpoint_from_request(None, weights, False, 0, task, size, semantics, None, None, silent)
+    checkpoint = checkpoint_from_request(ExportSpec(weights=weights, task=task, image_sizes=[size], framework=semantics))
     refuse_other_network(weights, checkpoint.config, bundle)
     return TorchNetwork(checkpoint, task, size, how if isinstance(how, Frames) else None)

@@ -66,7 +66,7 @@ def quantize(
     from swin_deploy.calib.data import preparation, samples_for
     from swin_deploy.errors import UsageError
     from swin_deploy.evaluation import Evaluation
-    from swin_deploy.exporters.engines.engine_spec import has_fp8
+    from swin_deploy.exporters.engines.targets import has_fp8
     from swin_deploy.exporters.inspection.roofline import find_gpu
     from swin_deploy.exporters.quantization.qat_layers import own_of
     from swin_deploy.exporters.quantization.qat_ranges_from_onnx import ranges_for
@@ -147,7 +147,7 @@ def quantize(
         if (max_drop, min_speedup) != (None, None):
             sums = None if wanted is None else hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
             gate = {"max_drop": max_drop, "min_speedup": min_speedup, "labels": sums, "gpu": gpu}
-        found = with_graphs(found, quantization, make, {"calibration": {**asked, **gate}}, runtime_to_check, say)
+        found = with_graphs(found, quantization, make, {"calibration": {**asked, **gate}}, runtime_to_check)
         for file, entry in list(found.graphs.items()):
             picture = file.removesuffix(".onnx") + ".sensitivity.svg"
             if picture in found.files and "sensitivity" not in entry:  # of the graph that was there before

@@ -21,7 +21,7 @@ from swin_deploy.dependencies import installed, require
 from swin_deploy.errors import BackendError, MissingDependencyError, UsageError
 from swin_deploy.files import scratch_folder
 from swin_deploy.machine import Machine, this_machine
-from swin_deploy.specs import PRECISIONS, Say, Size, silent, size_text
+from swin_deploy.specs import PRECISIONS, ExportSpec, Say, Size, silent, size_text
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +84,7 @@ def bench(
     transformers and timm. Raises errors.UsageError for figures that cannot be meant, what loading raises, and
     errors.BackendError when a measuring process dies.
     """
-    from swin_deploy.runtimes.model import MOST_THREADS
+    from swin_deploy.specs import MOST_THREADS
 
     found, machine = Bundle.open(bundle), this_machine()
     config = SwinConfig.from_dict(found.read_json(CONFIG))
@@ -303,7 +303,7 @@ def checkpoint_of(bundle: Bundle, weights: str | None, seed: int) -> Checkpoint:
     if weights is None:
         return random_checkpoint(SwinConfig.from_dict(bundle.read_json(CONFIG)), task, seed)
     semantics, size = str(bundle.manifest["semantics"]), _image_size(bundle)
-    checkpoint = checkpoint_from_request(None, weights, False, 0, task, size, semantics, None, None, silent)
+    checkpoint = checkpoint_from_request(ExportSpec(weights=weights, task=task, image_sizes=[size], framework=semantics))
     refuse_other_network(weights, checkpoint.config, bundle)
     return checkpoint
 

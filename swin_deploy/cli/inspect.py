@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from swin_deploy.cli.output import (
-    compiler_log,
     json_option,
     print_json,
     print_table,
@@ -64,9 +63,8 @@ def command(
             both = [path, *([compare] if compare is not None else [])]
             # A bundle beside a file has engines for batches of its own.
             batches = [1 if one.is_dir() and any(map(Path.is_file, both)) else batch for one in both]
-            log = compiler_log(say, verbose)
             for one, size in zip(both, batches, strict=True):
-                found.append(swin_deploy.inspect(one, gpu=gpu, batch=size, backend=backend, log=log, progress=say.follow))
+                found.append(swin_deploy.inspect(one, gpu=gpu, batch=size, backend=backend, progress=say.follow))
     finally:
         say.clear()
     if plot is not None:

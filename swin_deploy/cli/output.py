@@ -1,4 +1,4 @@
-"""What the verbs share: tables and JSON on stdout, timed lines on stderr."""
+"""Output of the verbs: tables and JSON on stdout, log messages and progress on stderr."""
 
 from __future__ import annotations
 
@@ -7,39 +7,42 @@ import json
 import logging
 import os
 import re
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
 
 from swin_deploy.errors import UsageError
 
+TENSORRT = "swin_deploy.tensorrt"  # the logger of the compiler's own messages
+SECONDS_BETWEEN_LINES = 10  # of progress, where stderr is no terminal
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+verbose_option = click.option("-v", "--verbose", is_flag=True, help="Show all messages of TensorRT, not only warnings.")
 
 
 def print_json(value: Any) -> None:
-    """`value` on stdout, as JSON that a program can read."""
+    """Print `value` as JSON on stdout."""
     click.echo(_encodable(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 def _encodable(text: str) -> str:
-    """`text` with halves of characters, which a label may hold and UTF-8 has no bytes for, as JSON would escape them."""
+    """Return `text` with lone surrogates, which UTF-8 cannot encode, escaped as in JSON."""
     return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def only_flag(given: Mapping[str, bool]) -> str | None:
-    """The one that is set of options that exclude each other, or None. Raises UsageError where more are."""
+    """Return the one flag that is set, or None. Raises UsageError if several are set."""
     names = [name for name, value in given.items() if value]
     if len(names) > 1:
-        raise UsageError(f"--{names[0]} and --{names[1]} exclude each other: give one of them.")
+        raise UsageError(f"--{names[0]} and --{names[1]} exclude each other. Pass one of them.")
     return names[0] if names else None
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on stdout, columns aligned: text to the left, numbers to the right."""
+    """Print a table on stdout: text aligned to the left, numbers to the right."""
     cells = [list(head), *([str(value) for value in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     right = [bool(rows) and all(isinstance(row[column], int | float) for row in rows) for column in range(len(head))]
@@ -51,85 +54,94 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         click.echo(_encodable("  ".join(padded).rstrip()))
 
 
-class Teller:
-    """Prints lines on stderr with the seconds since it was made in front; called with a line.
+class Console(logging.Handler):
+    """Shows on stderr what a verb does: log messages with the seconds since the start, and progress.
 
-    `follow` tells of the progress inside of a step: on a terminal in a line that is written over, and elsewhere in a line
-    every ten seconds.
+    Call it with a phase, the steps done and the steps in all. On a terminal that draws a progress bar; elsewhere it prints a
+    line every ten seconds.
     """
 
     def __init__(self) -> None:
-        self.start = self.told = time.monotonic()
-        self.live = False
+        super().__init__()
+        self.start = self.last = time.monotonic()
+        self.bar: Any = None
 
-    def __call__(self, line: str) -> None:
-        self.echo(f"[{time.monotonic() - self.start:6.1f} s] {line}")
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name == TENSORRT:
+            self.print(f"TensorRT {record.levelname.lower()}: {record.getMessage()}")
+        else:
+            self.say(record.getMessage())
 
-    def echo(self, line: str) -> None:
-        """Prints a line as it is."""
+    def say(self, line: str) -> None:
+        """Print a line with the seconds since the start."""
+        self.print(f"[{time.monotonic() - self.start:6.1f} s] {line}")
+
+    def print(self, line: str) -> None:
+        """Print a line as it is, and end the progress bar."""
         self.clear()
-        self.told = time.monotonic()
+        self.last = time.monotonic()
         click.echo(line, err=True)
 
-    def follow(self, phase: str, step: int, steps: int) -> None:
-        """Tells that `step` of `steps` of a phase is done."""
-        terminal = sys.stderr is not None and sys.stderr.isatty()
-        now = time.monotonic()
-        if now - self.told < (0.1 if terminal else 10):
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if sys.stderr is None:
             return
-        line = f"{phase}: {step} of {steps}"
-        if not terminal:
-            self(line)
+        if not sys.stderr.isatty():
+            if time.monotonic() - self.last >= SECONDS_BETWEEN_LINES:
+                self.say(f"{phase}: {done} of {total}")
             return
-        self.clear()
-        self.told, self.live = now, True
-        columns = shutil.get_terminal_size().columns
-        click.echo(f"[{now - self.start:6.1f} s] {line}"[: columns - 1], err=True, nl=False)
+        if self.bar is None or self.bar.desc != phase or self.bar.total != total:
+            from tqdm import tqdm
+
+            self.clear()
+            self.bar = tqdm(total=total, file=sys.stderr, leave=False, dynamic_ncols=True)
+            self.bar.desc = phase
+        self.bar.update(done - self.bar.n)
 
     def clear(self) -> None:
-        """Takes the line that is written over off the terminal."""
-        if self.live:
-            self.live = False
-            click.echo("\r\x1b[K", err=True, nl=False)
+        """Remove the progress bar from the terminal."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+@contextlib.contextmanager
+def console(verbose: bool = False) -> Iterator[Console]:
+    """Show the log messages of the package while a verb runs. `verbose` includes all messages of TensorRT."""
+    handler, package, tensorrt = Console(), logging.getLogger("swin_deploy"), logging.getLogger(TENSORRT)
+    before = package.level, tensorrt.level
+    package.setLevel(logging.INFO)
+    tensorrt.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    package.addHandler(handler)
+    try:
+        yield handler
+    finally:
+        handler.clear()
+        package.removeHandler(handler)
+        package.setLevel(before[0])
+        tensorrt.setLevel(before[1])
+
+
+class Teller(Console):  # a shim until its last caller uses `console`
+    def __call__(self, line: str) -> None:  # type: ignore[override]
+        self.say(line)
+
+    def follow(self, phase: str, done: int, total: int) -> None:
+        super().__call__(phase, done, total)
 
 
 def teller() -> Teller:
-    """What a verb talks through while it works."""
     return Teller()
 
 
 @contextlib.contextmanager
 def log_told(say: Teller) -> Iterator[None]:
-    """Tells what the package logs meanwhile."""
-
-    class Telling(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            say(record.getMessage())
-
-    log, handler = logging.getLogger("swin_deploy"), Telling(logging.INFO)
-    before = log.level
-    log.setLevel(logging.INFO)
-    log.addHandler(handler)
-    try:
+    with console():
         yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(before)
-
-
-def compiler_log(say: Teller, verbose: bool) -> Callable[[str, str], None]:
-    """A function that prints what TensorRT says: its warnings and errors, or all of it."""
-
-    def log(severity: str, message: str) -> None:
-        if severity not in ("verbose", "info") or verbose:
-            say.echo(f"TensorRT {severity}: {message}")
-
-    return log
 
 
 @contextlib.contextmanager
 def stdout_kept_clean() -> Iterator[None]:
-    """Sends to stderr what native libraries print to file descriptor 1, so that stdout carries the result alone."""
+    """Redirect what native libraries print on file descriptor 1 to stderr, so that stdout holds only the result."""
     if sys.stdout is None:  # started with it closed
         yield
         return

@@ -300,7 +300,7 @@ def _parse(backend: str) -> None:
 
 
 def _tensorrt() -> str:
-    from swin_deploy.exporters.engines.engine_spec import has_fp8
+    from swin_deploy.exporters.engines.targets import has_fp8
 
     _parse("tensorrt")
     gpu = cuda_devices()[0].capability
@@ -309,7 +309,7 @@ def _tensorrt() -> str:
 
 
 def _tensorrt_rtx() -> str:
-    from swin_deploy.exporters.engines.engine_spec import rtx_gpus
+    from swin_deploy.exporters.engines.targets import rtx_gpus
 
     _parse("tensorrt-rtx")
     return f"compiles for {', '.join(rtx_gpus())}, without a GPU"

@@ -24,6 +24,7 @@ from swin_deploy.errors import SwinDeployError, UsageError  # noqa: E402
 from swin_deploy.exporters.checkpoint_from_request import checkpoint_from_request  # noqa: E402
 from swin_deploy.models.checkpoints import Checkpoint, checkpoint_from_path, random_checkpoint, with_windows  # noqa: E402
 from swin_deploy.models.swin import SwinNetwork  # noqa: E402
+from swin_deploy.specs import ExportSpec  # noqa: E402
 from swin_deploy.tasks import PIXELS, TaskSpec  # noqa: E402
 from swin_deploy.variants import find_variant  # noqa: E402
 
@@ -60,35 +61,46 @@ def logits(checkpoint: Checkpoint, pixels: np.ndarray[Any, Any]) -> np.ndarray[A
 
 @pytest.mark.parametrize(("path", "key", "windows", "pretrained", "said"), CASES)
 def test_as_its_own_system_does_it(
-    path: Path, key: str, windows: tuple[int, ...], pretrained: tuple[int, ...] | None, said: str
+    path: Path,
+    key: str,
+    windows: tuple[int, ...],
+    pretrained: tuple[int, ...] | None,
+    said: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The network that is to be exported; an export compares its graph with it."""
     pixels, wanted = recorded(key)
-    lines: list[str] = []
     size = (pixels.shape[2], pixels.shape[3])
-    checkpoint = checkpoint_from_request(None, path, False, 0, TaskSpec(), size, None, windows, pretrained, lines.append)
-    assert any(re.search(said, line) for line in lines)
+    caplog.set_level("INFO", "swin_deploy")
+    spec = ExportSpec(weights=path, image_sizes=[size], window_size=windows, pretrained_window_sizes=pretrained)
+    checkpoint = checkpoint_from_request(spec)
+    assert any(re.search(said, line) for line in caplog.messages)
     assert any(re.search(said, note) for note in checkpoint.notes)
     assert distance(logits(checkpoint, pixels), wanted) < 1e-5
 
 
 @pytest.mark.parametrize(("path", "key", "windows", "pretrained", "said"), [CASES[number] for number in (0, 2, 6)])
 def test_so_does_its_exported_graph(
-    path: Path, key: str, windows: tuple[int, ...], pretrained: tuple[int, ...] | None, said: str, tmp_path: Path
+    path: Path,
+    key: str,
+    windows: tuple[int, ...],
+    pretrained: tuple[int, ...] | None,
+    said: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The whole chain: asked for in an export, said while it runs, kept in the bundle, and right in ONNX Runtime."""
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pixels, wanted = recorded(key)
-    lines: list[str] = []
+    caplog.set_level("INFO", "swin_deploy")
     bundle = swin_deploy.export(
         weights=path,
         window_size=windows,
         pretrained_window_sizes=pretrained,
         image_sizes=[(pixels.shape[2], pixels.shape[3])],
         output=tmp_path / "bundle",
-        say=lines.append,
     )
-    assert any(re.search(said, line) for line in lines)
+    assert any(re.search(said, line) for line in caplog.messages)
     assert any(re.search(said, note) for note in bundle.manifest["notes"])
     with swin_deploy.load(bundle.path, precision="fp32") as model:
         assert distance(model.run({PIXELS: pixels})["logits"], wanted) < 1e-5
@@ -133,15 +145,15 @@ def test_refusals() -> None:
         with_windows(checkpoint, window_size=(4,), pretrained_window_sizes=(8,))
 
 
-def test_a_variant_by_name_resizes_the_weights_that_are_given(tmp_path: Path) -> None:
+def test_a_variant_by_name_resizes_the_weights_that_are_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Swin-S3-T is Swin-T with windows of 14 in its third stage."""
     small = random_checkpoint(find_variant("swin-tiny").config(), TaskSpec())
     save_file(dict(small.tensors), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(small.config.to_dict()))
-    lines: list[str] = []
-    checkpoint = checkpoint_from_request("swin-s3-tiny", tmp_path, False, 0, TaskSpec(), None, None, None, None, lines.append)
+    caplog.set_level("INFO", "swin_deploy")
+    checkpoint = checkpoint_from_request(ExportSpec("swin-s3-tiny", weights=tmp_path))
     assert checkpoint.config.window_size == (7, 7, 14, 7)
-    assert any("from window 7 to windows 7, 7, 14, 7" in line for line in lines)
+    assert any("from window 7 to windows 7, 7, 14, 7" in line for line in caplog.messages)
     table = "encoder.layers.{}.blocks.0.attention.self.relative_position_bias_table"
     assert checkpoint.tensors[table.format(2)].shape == (27**2, 12)
     assert torch.equal(checkpoint.tensors[table.format(3)], small.tensors[table.format(3)])

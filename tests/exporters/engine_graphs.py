@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from swin_deploy.exporters.engines.engine_spec import EngineSpec
+from swin_deploy.specs import EngineSpec
 
 HEADS, TOKENS, WIDTH = 3, 64, 32
-SM89 = EngineSpec("tensorrt-rtx", "sm_89")
+SM89 = EngineSpec(backend="tensorrt-rtx", gpus="sm_89")
 
 
-def silent(severity: str, message: str) -> None:
-    pass
+@contextlib.contextmanager
+def compiler_messages() -> Iterator[list[tuple[str, str]]]:
+    """Yield a list that collects (level, message) of everything TensorRT says meanwhile."""
+    found: list[tuple[str, str]] = []
+    handler, log = logging.Handler(), logging.getLogger("swin_deploy.tensorrt")
+    handler.emit = lambda record: found.append((record.levelname, record.getMessage()))  # type: ignore[method-assign]
+    before = log.level
+    log.setLevel(logging.DEBUG)
+    log.addHandler(handler)
+    try:
+        yield found
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
 
 
 def graph(nodes: list[onnx.NodeProto], inputs: dict[str, list], outputs: dict[str, list], **tables: np.ndarray):

@@ -19,10 +19,10 @@ from traced import answers_of_torch  # noqa: E402
 import swin_deploy  # noqa: E402
 from swin_deploy.errors import MissingKernelError  # noqa: E402
 from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx  # noqa: E402
-from swin_deploy.exporters.engines.engine_spec import EngineSpec  # noqa: E402
 from swin_deploy.exporters.precision import typed_from_fp32  # noqa: E402
 from swin_deploy.parity import TOLERANCES, compare  # noqa: E402
 from swin_deploy.runtimes.backends import runtime_from_onnx, runtime_to_check  # noqa: E402
+from swin_deploy.specs import EngineSpec  # noqa: E402
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 BF16 = 2.0**-8  # half a unit in the last place, relative
@@ -113,6 +113,6 @@ def test_bundle_and_engine(family: str, tmp_path: Path) -> None:
 def test_engine_computes_in_bf16(graphs: Any) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     *_, narrow = graphs
-    engine = engine_from_onnx(narrow.SerializeToString(), EngineSpec("tensorrt-rtx", "sm_89"), lambda *_: None)
+    engine = engine_from_onnx(narrow.SerializeToString(), EngineSpec(backend="tensorrt-rtx", gpus="sm_89"))
     assert "Half" not in engine.reports[0].types
     assert engine.reports[0].types["BFloat16"] > 20

@@ -17,8 +17,8 @@ import pytest
 
 from swin_deploy import tensorrt_log
 from swin_deploy.exporters.engines import engine_from_onnx
-from swin_deploy.exporters.engines import engine_spec as gpu
 from swin_deploy.exporters.engines import refit_engine as refit
+from swin_deploy.exporters.engines import targets as gpu
 from swin_deploy.runtimes.gpu import contexts as lanes
 from swin_deploy.runtimes.gpu import tensorrt
 
@@ -175,4 +175,4 @@ def test_the_lists_hold_what_the_releases_differ_in() -> None:
 
 def test_the_oldest_release_is_the_one_that_is_checked() -> None:
     assert ".".join(map(str, engine_from_onnx.OLDEST_TENSORRT)) == "10.12"
-    assert importlib.import_module("swin_deploy.exporters.engines.engine_spec").BACKENDS["tensorrt"][0] == "tensorrt"
+    assert importlib.import_module("swin_deploy.exporters.engines.targets").BACKENDS["tensorrt"][0] == "tensorrt"

@@ -10,24 +10,25 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from engine_graphs import HEADS, SM89, TOKENS, WIDTH, attention, graph, linear, silent
+from engine_graphs import HEADS, SM89, TOKENS, WIDTH, attention, compiler_messages, graph, linear
 from onnx import TensorProto, helper
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the graphs of these tests")
 
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError  # noqa: E402
 from swin_deploy.exporters.engines.engine_from_onnx import Engine, engine_from_onnx, resolve_backend  # noqa: E402
-from swin_deploy.exporters.engines.engine_spec import (  # noqa: E402
+from swin_deploy.exporters.engines.layer_report import report_from_inspector, report_from_log  # noqa: E402
+from swin_deploy.exporters.engines.targets import (  # noqa: E402
     EngineSpec,
     rtx_gpus,
     target_gpu,
 )
-from swin_deploy.exporters.engines.layer_report import report_from_inspector, report_from_log  # noqa: E402
 from swin_deploy.gpus import cuda_devices  # noqa: E402
 
 HERE = Path(__file__).parent  # from the repository root a bare swin_deploy/ would shadow the installed package
@@ -35,11 +36,9 @@ HERE = Path(__file__).parent  # from the repository root a bare swin_deploy/ wou
 
 @pytest.fixture(scope="module")
 def fused() -> tuple[Engine, list[tuple[str, str]], list[tuple[str, int, int]]]:
-    said: list[tuple[str, str]] = []
     steps: list[tuple[str, int, int]] = []
-    engine = engine_from_onnx(
-        attention().SerializeToString(), SM89, lambda *words: said.append(words), lambda *step: steps.append(step)
-    )
+    with compiler_messages() as said:
+        engine = engine_from_onnx(attention().SerializeToString(), replace(SM89, progress=lambda *step: steps.append(step)))
     return engine, said, steps
 
 
@@ -54,8 +53,7 @@ def test_attention_becomes_one_fused_kernel(fused) -> None:
 
 def test_messages_and_progress_arrive(fused) -> None:
     _, said, steps = fused
-    severities = {severity for severity, _ in said}
-    assert {"verbose", "info"} <= severities <= {"verbose", "info", "warning", "error", "internal_error"}
+    assert {"DEBUG", "INFO"} <= {level for level, _ in said} <= {"DEBUG", "INFO", "WARNING", "ERROR"}
     assert any(message.startswith("Layers:") for _, message in said)
     assert all(0 <= step <= count for _, step, count in steps)
     assert {step for phase, step, _ in steps if phase == "Building engine"} >= {0, 1}
@@ -75,7 +73,7 @@ def test_report_has_every_layer_with_its_dimensions_and_types(fused) -> None:
 
 
 def test_bytes_are_those_of_the_tensors() -> None:
-    report = engine_from_onnx(linear(1).SerializeToString(), SM89, silent).report
+    report = engine_from_onnx(linear(1).SerializeToString(), SM89).report
     assert report.kernels == 1
     assert report.activation_bytes == 2 * (64 * 64) * 2
     assert report.constant_bytes is not None
@@ -89,27 +87,30 @@ def test_bytes_are_those_of_the_tensors() -> None:
 
 
 def test_a_batch_range_leaves_the_bytes_unsaid() -> None:
-    spec = EngineSpec("tensorrt-rtx", "sm_89", ((1, 4, 8),))
-    report = engine_from_onnx(linear().SerializeToString(), spec, silent).report
+    spec = EngineSpec(backend="tensorrt-rtx", gpus="sm_89", batches=((1, 4, 8),))
+    report = engine_from_onnx(linear().SerializeToString(), spec).report
     assert report.kernels == 1
     assert report.bytes_moved is None
     assert report.activation_bytes is None
-    wide = EngineSpec("tensorrt-rtx", "sm_89", ((8, 8, 8),))
-    assert engine_from_onnx(linear().SerializeToString(), wide, silent).report.activation_bytes == 8 * 16384
+    wide = EngineSpec(backend="tensorrt-rtx", gpus="sm_89", batches=((8, 8, 8),))
+    assert engine_from_onnx(linear().SerializeToString(), wide).report.activation_bytes == 8 * 16384
 
 
 @pytest.mark.parametrize("gpu", rtx_gpus())
 def test_every_gpu_on_the_list_compiles(gpu: str) -> None:
-    assert engine_from_onnx(linear(2).SerializeToString(), EngineSpec("tensorrt-rtx", gpu, ((2, 2, 2),)), silent).gpu == gpu
+    assert (
+        engine_from_onnx(linear(2).SerializeToString(), EngineSpec(backend="tensorrt-rtx", gpus=gpu, batches=((2, 2, 2),))).gpu
+        == gpu
+    )
 
 
 def test_weights_next_to_the_file_are_found(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(linear(), path, save_as_external_data=True, location="model.onnx.data", size_threshold=16)
     assert (tmp_path / "model.onnx.data").stat().st_size >= 64 * 64 * 2
-    assert engine_from_onnx(path, SM89, silent).report.kernels == 1
+    assert engine_from_onnx(path, SM89).report.kernels == 1
     with pytest.raises(UsageError, match=r"no ONNX file .*other\.onnx"):
-        engine_from_onnx(tmp_path / "other.onnx", SM89, silent)
+        engine_from_onnx(tmp_path / "other.onnx", SM89)
 
 
 def test_an_unknown_operator_is_told_in_the_words_of_the_parser() -> None:
@@ -117,12 +118,12 @@ def test_an_unknown_operator_is_told_in_the_words_of_the_parser() -> None:
     model = graph([node], {"x": [1, 8]}, {"y": [1, 8]})
     model.opset_import.append(helper.make_opsetid("example", 1))
     with pytest.raises(EngineError, match=r"(?s)first_roll.*RollWindows.*Plugin not found"):
-        engine_from_onnx(model.SerializeToString(), SM89, silent)
+        engine_from_onnx(model.SerializeToString(), SM89)
 
 
 def test_what_is_no_onnx_is_told_so() -> None:
     with pytest.raises(EngineError, match=r"cannot read the ONNX graph: Assertion failed.*Failed to parse"):
-        engine_from_onnx(b"not a graph", SM89, silent)
+        engine_from_onnx(b"not a graph", SM89)
 
 
 def test_a_refusal_to_compile_carries_the_words_of_the_compiler() -> None:
@@ -134,7 +135,7 @@ def test_a_refusal_to_compile_carries_the_words_of_the_compiler() -> None:
         value.type.tensor_type.elem_type = TensorProto.FLOAT
     said: list[str] = []
     with pytest.raises(EngineError, match=r"could not compile the graph for sm_89: .+") as caught:
-        engine_from_onnx(model.SerializeToString(), SM89, lambda severity, text: said.append(f"{severity} {text}"))
+        engine_from_onnx(model.SerializeToString(), SM89)
     errors = [text.partition(" ")[2].strip().rstrip(".") for text in said if text.startswith("error ")]
     assert errors
     assert all(error in str(caught.value) for error in errors)
@@ -142,16 +143,18 @@ def test_a_refusal_to_compile_carries_the_words_of_the_compiler() -> None:
 
 def test_a_fixed_batch_must_be_the_one_asked_for() -> None:
     with pytest.raises(UsageError, match=r"'x' has a fixed batch of 4.*\(1, 1, 1\).*\(4, 4, 4\)"):
-        engine_from_onnx(linear(4).SerializeToString(), SM89, silent)
-    assert engine_from_onnx(linear(4).SerializeToString(), EngineSpec("tensorrt-rtx", "sm_89", ((4, 4, 4),)), silent).plan
+        engine_from_onnx(linear(4).SerializeToString(), SM89)
+    assert engine_from_onnx(
+        linear(4).SerializeToString(), EngineSpec(backend="tensorrt-rtx", gpus="sm_89", batches=((4, 4, 4),))
+    ).plan
     with pytest.raises(EngineError, match="only the first axis"):
-        engine_from_onnx(linear(1, "tokens").SerializeToString(), SM89, silent)
+        engine_from_onnx(linear(1, "tokens").SerializeToString(), SM89)
 
 
 @pytest.mark.parametrize("batch", [(0, 1, 1), (4, 2, 8), (1, 8, 4), (1, 1), (1, 1, 1.0), (True, 1, 1)])
 def test_a_batch_that_cannot_be_meant(batch: tuple) -> None:
     with pytest.raises(UsageError, match="cannot be meant"):
-        EngineSpec("tensorrt-rtx", "sm_89", (batch,))
+        EngineSpec(backend="tensorrt-rtx", gpus="sm_89", batches=(batch,))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +169,7 @@ def test_a_batch_that_cannot_be_meant(batch: tuple) -> None:
 )
 def test_a_target_that_cannot_be_meant(backend: str, gpu: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        EngineSpec(backend, gpu)
+        EngineSpec(backend=backend, gpus=gpu)
 
 
 def test_the_list_of_gpus_is_the_compilers() -> None:
@@ -190,7 +193,7 @@ def python(code: str, *, absent: tuple[str, ...] = ()) -> subprocess.CompletedPr
 
 
 RESOLVE = """
-from swin_deploy.exporters.engine_from_onnx import resolve_backend
+from swin_deploy.exporters.engines.engine_from_onnx import resolve_backend
 try:
     print(resolve_backend({name!r}))
 except Exception as error:
@@ -219,7 +222,7 @@ def test_the_gpu_of_this_machine() -> None:
         with pytest.raises(EngineError, match="no usable NVIDIA GPU"):
             target_gpu("tensorrt-rtx", "current")
         with pytest.raises((EngineError, MissingDependencyError)):
-            engine_from_onnx(linear().SerializeToString(), EngineSpec("tensorrt", "sm_90"), silent)
+            engine_from_onnx(linear().SerializeToString(), EngineSpec(backend="tensorrt", gpus="sm_90"))
 
 
 def raise_at(count: int, error: BaseException) -> Callable[..., None]:
@@ -236,30 +239,31 @@ def raise_at(count: int, error: BaseException) -> Callable[..., None]:
 @pytest.mark.parametrize("where", [0, 0.5, 1])
 @pytest.mark.parametrize("error", [ZeroDivisionError("ours"), KeyboardInterrupt(), SystemExit(3)])
 def test_what_a_callback_raises_comes_out_here(fused, where: float, error: BaseException) -> None:
-    _, said, steps = fused
+    _, _, steps = fused
     model = attention().SerializeToString()
     with pytest.raises(type(error)) as caught:
-        engine_from_onnx(model, SM89, raise_at(round(1 + where * (len(said) - 1)), error))
-    assert caught.value is error
-    with pytest.raises(type(error)) as caught:
-        engine_from_onnx(model, SM89, silent, raise_at(round(1 + where * (len(steps) - 1)), error))
+        engine_from_onnx(model, replace(SM89, progress=raise_at(round(1 + where * (len(steps) - 1)), error)))
     assert caught.value is error
 
 
 COLLECTED = """
-import gc
-from engine_graphs import SM89, attention, silent
+import gc, logging
+from engine_graphs import SM89, attention
 from swin_deploy.errors import EngineError
-from swin_deploy.exporters.engine_from_onnx import engine_from_onnx
+from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
 
 gc.disable()
 try:
-    engine_from_onnx(b"nothing", SM89, silent)
+    engine_from_onnx(b"nothing", SM89)
 except EngineError as error:
     kept = [error]
     kept.append(kept)  # only the garbage collector frees this, and the traceback in it
 del kept
-engine_from_onnx(attention().SerializeToString(), SM89, lambda *said: gc.collect())
+collecting = logging.Handler()
+collecting.emit = lambda record: gc.collect()
+logging.getLogger("swin_deploy.tensorrt").addHandler(collecting)
+logging.getLogger("swin_deploy.tensorrt").setLevel(logging.DEBUG)
+engine_from_onnx(attention().SerializeToString(), SM89)
 print("done")
 """
 
@@ -273,8 +277,8 @@ def test_other_threads_may_compile() -> None:
     model = attention().SerializeToString()
     error = ZeroDivisionError("ours")
     with ThreadPoolExecutor(2) as pool:
-        kernels = [pool.submit(engine_from_onnx, model, SM89, silent) for _ in range(2)]
-        failed = pool.submit(engine_from_onnx, model, SM89, raise_at(1, error))
+        kernels = [pool.submit(engine_from_onnx, model, SM89) for _ in range(2)]
+        failed = pool.submit(engine_from_onnx, model, replace(SM89, progress=raise_at(1, error)))
     assert [future.result().report.fused_attention for future in kernels] == [1, 1]
     assert failed.exception() is error
 
@@ -282,8 +286,8 @@ def test_other_threads_may_compile() -> None:
 INTERRUPTED = """
 import sys, time
 from pathlib import Path
-from swin_deploy.exporters.engine_from_onnx import engine_from_onnx
-from swin_deploy.exporters.engine_spec import EngineSpec
+from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
+from swin_deploy.specs import EngineSpec
 
 calls = []
 def progress(phase, step, steps):
@@ -293,7 +297,7 @@ def progress(phase, step, steps):
         time.sleep(1)  # the signal arrives in here, and must not be raised in here
 
 try:
-    engine_from_onnx(Path(sys.argv[1]), EngineSpec("tensorrt-rtx", "sm_89"), lambda *words: None, progress)
+    engine_from_onnx(Path(sys.argv[1]), EngineSpec(backend="tensorrt-rtx", gpus="sm_89", progress=progress))
     print("compiled to the end")
 except KeyboardInterrupt:
     print("interrupted", len(calls))
@@ -331,22 +335,23 @@ def test_ctrl_c_stops_the_compiler(tmp_path: Path) -> None:
 
 HANDLED = """
 import signal
-from engine_graphs import SM89, attention, linear, silent
-from swin_deploy.exporters.engine_from_onnx import engine_from_onnx
+from dataclasses import replace
+from engine_graphs import SM89, attention, linear
+from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
 
 heard, sent = [], []
 
-def interrupt_once(severity, message):
+def interrupt_once(phase, step, steps):
     if not sent:
-        sent.append(message)
+        sent.append(phase)
         signal.raise_signal(signal.SIGINT)
 
 signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
 try:
-    engine_from_onnx(attention().SerializeToString(), SM89, interrupt_once)
+    engine_from_onnx(attention().SerializeToString(), replace(SM89, progress=interrupt_once))
     print("compiled to the end")
 except KeyboardInterrupt:
-    print("interrupted", heard == [signal.SIGINT], bool(engine_from_onnx(linear().SerializeToString(), SM89, silent).plan))
+    print("interrupted", heard == [signal.SIGINT], bool(engine_from_onnx(linear().SerializeToString(), SM89).plan))
 """
 
 

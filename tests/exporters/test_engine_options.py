@@ -6,20 +6,21 @@ import json
 import multiprocessing
 import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
-from engine_graphs import attention, linear, silent
+from engine_graphs import attention, linear
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the graphs of these tests")
 
 from swin_deploy.errors import EngineError, UsageError  # noqa: E402
 from swin_deploy.exporters.engines.build import layers_file  # noqa: E402
 from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx  # noqa: E402
-from swin_deploy.exporters.engines.engine_spec import RTX_LACKS, EngineSpec  # noqa: E402
 from swin_deploy.exporters.engines.layer_report import report_from_log, reports_by_profile  # noqa: E402
+from swin_deploy.exporters.engines.targets import RTX_LACKS, EngineSpec  # noqa: E402
 from swin_deploy.gpus import cuda_devices  # noqa: E402
 from swin_deploy.specs import batch_from_text, bytes_from_text  # noqa: E402
 
@@ -125,16 +126,16 @@ OPTIONS: dict[str, Any] = {
 @pytest.mark.parametrize("option", RTX_LACKS)
 def test_what_tensorrt_for_rtx_lacks_is_refused_with_the_reason(option: str) -> None:
     with pytest.raises(UsageError) as caught:
-        EngineSpec("tensorrt-rtx", "sm_89", **{option: OPTIONS[option]})
+        EngineSpec(backend="tensorrt-rtx", gpus="sm_89", **{option: OPTIONS[option]})
     assert str(caught.value).startswith(f"TensorRT for RTX has no {RTX_LACKS[option]}. Leave the option out")
-    assert getattr(EngineSpec("tensorrt", "sm_89", **{option: OPTIONS[option]}), option) == OPTIONS[option]
+    assert getattr(EngineSpec(backend="tensorrt", gpus="sm_89", **{option: OPTIONS[option]}), option) == OPTIONS[option]
 
 
 @no_gpu
 def test_stripping_without_a_gpu_is_refused() -> None:
     with pytest.raises(EngineError, match="needs a GPU to compile engines without their weights"):
-        EngineSpec("tensorrt-rtx", "sm_89", strip_weights=True)
-    assert EngineSpec("tensorrt", "sm_89", strip_weights=True).options == {"strip_weights": True}
+        EngineSpec(backend="tensorrt-rtx", gpus="sm_89", strip_weights=True)
+    assert EngineSpec(backend="tensorrt", gpus="sm_89", strip_weights=True).options == {"strip_weights": True}
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_stripping_without_a_gpu_is_refused() -> None:
 )
 def test_an_option_that_cannot_be_meant(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
-        EngineSpec("tensorrt", "sm_89", **options)
+        EngineSpec(backend="tensorrt", gpus="sm_89", **options)
     assert "\n" not in str(caught.value)
 
 
@@ -177,7 +178,17 @@ def test_sizes_in_words() -> None:
 
 def test_no_two_specs_share_their_words() -> None:
     specs = [
-        EngineSpec("tensorrt", "sm_89", profiles, workspace, optimization_level, None, version, hardware, stripped)
+        EngineSpec(
+            backend="tensorrt",
+            gpus="sm_89",
+            batches=profiles,
+            workspace=workspace,
+            optimization_level=optimization_level,
+            timing_cache=None,
+            version_compatible=version,
+            hardware_compatible=hardware,
+            strip_weights=stripped,
+        )
         for profiles in (((1, 1, 1),), ((8, 8, 8),), ((1, 8, 32),), ((1, 1, 1), (1, 8, 32)), ((1, 8, 32), (1, 1, 1)))
         for workspace in (None, 1, 1 << 30)
         for optimization_level in (None, 0, 5)
@@ -187,7 +198,7 @@ def test_no_two_specs_share_their_words() -> None:
     ]
     assert len({spec.words for spec in specs}) == len(specs) == 360
     many = [
-        EngineSpec("tensorrt", "sm_89", tuple((1, n, m) for n in range(1, 40)), strip_weights=s)
+        EngineSpec(backend="tensorrt", gpus="sm_89", batches=tuple((1, n, m) for n in range(1, 40)), strip_weights=s)
         for m in (50, 51)
         for s in (0, 1)
     ]
@@ -199,21 +210,23 @@ def test_no_two_specs_share_their_words() -> None:
 def test_the_workspace_is_a_limit() -> None:
     """A fused attention needs some; the compiler says how much it asked for."""
     assert engine_from_onnx(
-        attention().SerializeToString(), EngineSpec("tensorrt-rtx", "sm_89", workspace=1 << 30), silent
+        attention().SerializeToString(), EngineSpec(backend="tensorrt-rtx", gpus="sm_89", workspace=1 << 30)
     ).plan
     with pytest.raises(
         EngineError, match=r"could not compile the graph for sm_89: .*Requested size was \d+ bytes.*memory enough"
     ):
-        engine_from_onnx(attention().SerializeToString(), EngineSpec("tensorrt-rtx", "sm_89", workspace=1024), silent)
+        engine_from_onnx(attention().SerializeToString(), EngineSpec(backend="tensorrt-rtx", gpus="sm_89", workspace=1024))
 
 
 def test_every_batch_is_an_optimisation_profile_with_a_report_of_its_own() -> None:
     profiles = ((1, 1, 1), (1, 4, 8), (2, 2, 2))
     single = [
-        engine_from_onnx(attention().SerializeToString(), EngineSpec("tensorrt-rtx", "sm_89", (one,)), silent)
+        engine_from_onnx(attention().SerializeToString(), EngineSpec(backend="tensorrt-rtx", gpus="sm_89", batches=(one,)))
         for one in profiles
     ]
-    engine = engine_from_onnx(attention().SerializeToString(), EngineSpec("tensorrt-rtx", "sm_89", profiles), silent)
+    engine = engine_from_onnx(
+        attention().SerializeToString(), EngineSpec(backend="tensorrt-rtx", gpus="sm_89", batches=profiles)
+    )
     assert [report.kernels for report in engine.reports] == [one.report.kernels for one in single]
     assert [report.bytes_moved for report in engine.reports] == [one.report.bytes_moved for one in single]
     assert [report.fused_attention for report in engine.reports] == [1, 1, 1]
@@ -233,41 +246,42 @@ def test_profiles_that_cannot_be_told_apart_leave_every_figure_unsaid() -> None:
 
 def test_a_profile_that_is_impossible_is_told_in_the_words_of_the_compiler() -> None:
     most = (1 << 31) - 1
-    spec = EngineSpec("tensorrt-rtx", "sm_89", ((1_000_000, most, most),))
+    spec = EngineSpec(backend="tensorrt-rtx", gpus="sm_89", batches=((1_000_000, most, most),))
     with pytest.raises(EngineError, match="kOPT values for profile 0 violate shape constraints: x: tensor volume exceeds"):
-        engine_from_onnx(linear().SerializeToString(), spec, silent)
-    two = EngineSpec("tensorrt-rtx", "sm_89", ((1, 1, 1), (4, 4, 4)))
+        engine_from_onnx(linear().SerializeToString(), spec)
+    two = EngineSpec(backend="tensorrt-rtx", gpus="sm_89", batches=((1, 1, 1), (4, 4, 4)))
     with pytest.raises(UsageError, match=r"fixed batch of 4.*\(1, 1, 1\), \(4, 4, 4\)"):
-        engine_from_onnx(linear(4).SerializeToString(), two, silent)
+        engine_from_onnx(linear(4).SerializeToString(), two)
 
 
 def test_the_progress_of_two_profiles_is_told() -> None:
     steps: list[tuple[str, int, int]] = []
-    spec = EngineSpec("tensorrt-rtx", "sm_89", ((1, 1, 1), (1, 4, 8)))
-    engine_from_onnx(linear().SerializeToString(), spec, silent, lambda *step: steps.append(step))
+    spec = EngineSpec(backend="tensorrt-rtx", gpus="sm_89", batches=((1, 1, 1), (1, 4, 8)))
+    engine_from_onnx(linear().SerializeToString(), replace(spec, progress=lambda *step: steps.append(step)))
     assert {"Building engine", "Optimizing graph"} <= {phase for phase, _, _ in steps}
     assert all(0 <= step <= count for _, step, count in steps)
 
 
-def test_a_thread_that_waits_finds_what_the_first_one_compiled(tmp_path: Path) -> None:
+def test_a_thread_that_waits_finds_what_the_first_one_compiled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Two builds of one engine in one process; tests/cli has those of two processes."""
     from cli.exported import copied
 
     import swin_deploy
 
-    path, said, built = copied(2, tmp_path / "b"), [], []
+    path, built = copied(2, tmp_path / "b"), []
 
     def build() -> None:
-        built.extend(swin_deploy.build_engine(path, gpus=["sm_89"], say=said.append))
+        built.extend(swin_deploy.build_engine(path, gpus=["sm_89"]))
 
     threads = [threading.Thread(target=build) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with caplog.at_level("INFO", "swin_deploy.exporters"):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert sorted(one.reused for one in built) == [False, True, True]
     assert len({one.entry["sha256"] for one in built}) == 1
-    assert sum(line.startswith("Compiling") for line in said) == 1
+    assert sum(line.startswith("Compiling") for line in caplog.messages) == 1
 
 
 def test_the_layers_are_kept_beside_the_engine(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from cli.exported import copied, exported
-from engine_graphs import SM89, attention, graph, linear, silent
+from engine_graphs import SM89, attention, graph, linear
 from onnx import TensorProto, helper, numpy_helper
 from plotted import bar_widths
 from torch.utils.flop_counter import FlopCounterMode
@@ -151,7 +151,7 @@ def test_the_parts_of_an_engine_are_its_whole() -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the graphs of these tests")
     from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
 
-    report = engine_from_onnx(attention(blocks=2).SerializeToString(), SM89, silent).report
+    report = engine_from_onnx(attention(blocks=2).SerializeToString(), SM89).report
     figures = report.to_dict()
     assert set(report.roles) == set(ROLES)
     assert sum(role["kernels"] or 0 for role in report.roles.values()) == report.kernels

@@ -16,7 +16,7 @@ from swin_deploy.tensorrt_log import heard, logger_of  # noqa: E402
 
 ONE_AFTER_THE_OTHER = """
 from engine_graphs import SM89, linear
-from swin_deploy.exporters.engine_from_onnx import engine_from_onnx
+from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
 from swin_deploy.tensorrt_log import logger_of
 import tensorrt_rtx as trt
 
@@ -65,7 +65,7 @@ def test_who_works_at_the_same_time_hears_its_own() -> None:
 
     with ThreadPoolExecutor(1) as pool:
         reason = pool.submit(fails)
-        engine_from_onnx(attention().SerializeToString(), SM89, hear)
+        engine_from_onnx(attention().SerializeToString(), SM89)
         assert "Serialization" in reason.result(60)
     assert not [text for severity, text in words if "error" in severity]
     assert any(text.startswith("Layers:") for _, text in words)

@@ -17,13 +17,11 @@ gs = pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with 
 ort = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the graphs")
 
 from cli.exported import EXAMPLES, WEIGHTS  # noqa: E402
-from engine_graphs import silent  # noqa: E402
 from onnx import TensorProto, helper  # noqa: E402
 
 from swin_deploy.config import SwinConfig  # noqa: E402
 from swin_deploy.errors import EngineError, ExportError, UsageError  # noqa: E402
 from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx  # noqa: E402
-from swin_deploy.exporters.engines.engine_spec import EngineSpec  # noqa: E402
 from swin_deploy.exporters.external_data import embed_weights  # noqa: E402
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch  # noqa: E402
 from swin_deploy.exporters.passes.equalized_attention import balanced_attention, query_bias_in_channel  # noqa: E402
@@ -36,6 +34,7 @@ from swin_deploy.models.checkpoints import checkpoint_from_path, random_checkpoi
 from swin_deploy.models.swin import SwinNetwork  # noqa: E402
 from swin_deploy.preprocess import Preprocessor  # noqa: E402
 from swin_deploy.runtimes.emulate import emulated  # noqa: E402
+from swin_deploy.specs import EngineSpec  # noqa: E402
 from swin_deploy.tasks import TaskSpec  # noqa: E402
 
 WHOLE, PADDED = (48, 48), (44, 52)  # 12 x 12 tokens in windows of 6; 11 x 13, padded
@@ -318,7 +317,7 @@ def compiled(model: Any, gpu: str = "sm_89") -> Any:
     for value in (*copy.graph.input, *copy.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1
     del copy.graph.value_info[:]
-    return engine_from_onnx(copy.SerializeToString(), EngineSpec("tensorrt-rtx", gpu), silent).report
+    return engine_from_onnx(copy.SerializeToString(), EngineSpec(backend="tensorrt-rtx", gpus=gpu)).report
 
 
 @BOTH

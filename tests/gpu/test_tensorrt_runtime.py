@@ -16,7 +16,7 @@ from cli.exported import copied
 import swin_deploy
 from swin_deploy.bundle import Bundle
 from swin_deploy.errors import BackendError, InputError
-from swin_deploy.exporters.engines.engine_spec import rtx_gpus
+from swin_deploy.exporters.engines.targets import rtx_gpus
 from swin_deploy.gpus import cuda_devices
 from swin_deploy.parity import TOLERANCES, compare
 from swin_deploy.runtimes.gpu.contexts import Lane

@@ -53,16 +53,13 @@ def test_exported(name: str, tmp_path: Path) -> None:
     """Through torch's exporter, whose operators for these differ, and ONNX Runtime; the export itself compares."""
     from swin_deploy.exporters.bundle_from_checkpoint import bundle_from_checkpoint
     from swin_deploy.runtimes.backends import runtime_from_onnx
+    from swin_deploy.specs import ExportSpec
 
     bundle_from_checkpoint(
         random_checkpoint(config(name), TaskSpec()),
         tmp_path / "b",
-        variant=None,
-        task=TaskSpec(),
-        image_sizes=(),
-        replace=False,
-        open_graph=runtime_from_onnx,
-        say=lambda line: None,
+        ExportSpec(),
+        runtime_from_onnx,
     )
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

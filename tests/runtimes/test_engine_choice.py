@@ -25,7 +25,7 @@ from swin_deploy.bench.run import _opened, planned
 from swin_deploy.bundle import Bundle
 from swin_deploy.doctor.checks import InstalledGpu, run_engine
 from swin_deploy.errors import BackendError, EngineError, MissingDependencyError, SwinDeployError, UsageError
-from swin_deploy.exporters.engines.engine_spec import target_gpu
+from swin_deploy.exporters.engines.targets import target_gpu
 from swin_deploy.runtimes.gpu.engines import engines_here, fitting_engines, misfit, rebuild_command
 
 BATCHES = ((1, 1, 1), (1, 4, 8))

@@ -1,0 +1,113 @@
+"""What an engine is compiled for: the GPU, the options of the compiler, and the names that follow from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from swin_deploy.dependencies import require
+from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
+from swin_deploy.gpus import cuda_devices, seen_first
+from swin_deploy.specs import EngineSpec
+
+# back end -> (module, name of the product)
+COMPILERS = {"tensorrt": ("tensorrt", "TensorRT"), "tensorrt-rtx": ("tensorrt_rtx", "TensorRT for RTX")}
+
+
+def rtx_gpus() -> tuple[str, ...]:
+    """Return the GPUs that the installed TensorRT for RTX compiles for, such as ("sm_75", ..., "sm_121"); empty without it."""
+    try:
+        trt = require("tensorrt_rtx", "compile engines")
+    except MissingDependencyError:
+        return ()
+    names = (re.fullmatch(r"SM(\d+)", name) for name in trt.ComputeCapability.__members__)
+    return tuple(f"sm_{number}" for number in sorted(int(match[1]) for match in names if match))
+
+
+def check_gpu(backend: str, gpu: str) -> None:
+    """Raise UsageError for a GPU that `backend` cannot compile for.
+
+    The list of GPUs is the compiler's own. If TensorRT for RTX is not installed, only the format of the name is checked.
+    """
+    if not re.fullmatch(r"sm_\d{2,3}", gpu):
+        raise UsageError(
+            f"Unknown GPU {gpu!r}. Expected 'current', a compute capability such as sm_89, or a name such as rtx-4090."
+        )
+    if backend != "tensorrt-rtx":
+        return
+    if gpu == "sm_90":
+        raise UsageError(
+            "TensorRT for RTX does not support SM90 (H100, H200). Use the back end tensorrt on a machine with that GPU."
+        )
+    known = rtx_gpus()
+    if known and gpu not in known:
+        raise UsageError(f"TensorRT for RTX does not compile for {gpu}. Expected one of: {', '.join(known)}.")
+
+
+def has_fp8(gpu: str) -> bool:
+    """Return whether a GPU of this compute capability ("sm_89") has FP8 matmuls."""
+    return int(gpu.removeprefix("sm_")) >= 89
+
+
+def target_gpu(backend: str, gpu: str) -> str:
+    """Return the compute capability to compile for: `gpu`, or that of the first GPU of this machine for "current".
+
+    Raises EngineError if full TensorRT should compile for another GPU than that: it times kernels while it compiles.
+    """
+    if backend == "tensorrt-rtx" and gpu != "current":
+        return gpu
+    devices = cuda_devices()
+    if not devices:
+        raise EngineError(
+            f"Compiling for {gpu!r} with the back end {backend} needs a GPU, and this machine has no usable NVIDIA "
+            "GPU. Run this on the target machine, or use the back end tensorrt-rtx and name its target, such as sm_89."
+        )
+    here = devices[0]
+    if gpu not in ("current", here.capability):
+        first = seen_first(gpu)
+        way = f"run this with {first[0]} before it" if first else "run this on the target machine"
+        raise EngineError(
+            f"The engine was asked for {gpu}, and the GPU of this machine is {here.capability} ({here.name}). TensorRT "
+            f"compiles only for the first GPU it sees: {way}, or ask for 'current'."
+        )
+    check_gpu(backend, here.capability)
+    return here.capability
+
+
+def for_target(spec: EngineSpec, backend: str, gpu: str) -> EngineSpec:
+    """Return `spec` for one back end and one GPU. Raises UsageError if that back end lacks an option or cannot build for it."""
+    if gpu != "current":
+        check_gpu(backend, gpu)
+    return dataclasses.replace(spec, backend=backend, gpus=(gpu,))
+
+
+def compiler_options(spec: EngineSpec) -> dict[str, Any]:
+    """Return the options that are not left to the compiler, as JSON values for the manifest."""
+    values = {
+        "workspace": spec.workspace,
+        "optimization_level": spec.optimization_level,
+        "version_compatible": spec.version_compatible,
+        "hardware_compatible": spec.hardware_compatible,
+        "strip_weights": spec.strip_weights,
+    }
+    return {name: value for name, value in values.items() if value not in (None, False)}
+
+
+def name_of_options(spec: EngineSpec) -> str:
+    """Return the part of an engine's file name that tells its options; it differs for any two specs of one GPU."""
+    words = [] if spec.batches == ((1, 1, 1),) else ["b" + "_".join(map(str, dict.fromkeys(sizes))) for sizes in spec.batches]
+    words += [f"workspace{spec.workspace}"] if spec.workspace is not None else []
+    words += [f"level{spec.optimization_level}"] if spec.optimization_level is not None else []
+    words += ["vc"] * spec.version_compatible + ["hc"] * spec.hardware_compatible
+    if len("-".join(words)) > 100:  # file names are limited in length
+        words = [fingerprint({"profiles": spec.batches, **compiler_options(spec)})[:16]]
+    return "-".join(words + ["stripped"] * spec.strip_weights)
+
+
+def fingerprint(facts: Mapping[str, Any]) -> str:
+    """Return the sha256 of JSON values, independent of the order of their keys."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,342 @@
+"""Options as values: frozen dataclasses whose fields are also the keywords of the Python API and the flags of the command line.
+
+Each field is declared once, with `option`. Its parser accepts what Python code passes (numbers, tuples, paths) and what a
+shell passes (text), and returns the one form that the rest of the package works with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from swin_deploy.errors import UsageError, unknown
+
+P = ParamSpec("P")
+S = TypeVar("S")
+R = TypeVar("R")
+BundlePath = str | os.PathLike[str]
+Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
+Parser = Callable[[str, Any], Any]  # name of the option, value as given -> value as stored
+_BYTES = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+
+
+def no_progress(phase: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """How one field of a spec is parsed, documented and spelled on the command line.
+
+    Attributes:
+        parse: Checks a value and returns it in its stored form.
+        help: One sentence, used by `--help` and by the docstring of the Python function.
+        flags: Names on the command line. None: `--` and the name of the field; empty: not on the command line.
+        metavar: Placeholder for the value in `--help`.
+        choices: Allowed values, listed in `--help`.
+        many: Whether the flag may be repeated and the field is a tuple.
+        values_as_flags: Whether each choice is a flag of its own, such as `--fp16`.
+        hidden_flags: Former names that are still accepted.
+    """
+
+    parse: Parser
+    help: str
+    flags: tuple[str, ...] | None = None
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    many: bool = False
+    values_as_flags: bool = False
+    hidden_flags: tuple[str, ...] = ()
+
+
+def option(default: Any, parse: Parser, help: str, *, shown: bool = True, **spelling: Any) -> Any:
+    """Declare a field of a spec. `shown=False` keeps the field out of comparison and `repr`; see Option for `spelling`."""
+    choices = getattr(parse, "choices", ())
+    metadata = {"option": Option(parse, help, **{"choices": choices, **spelling})}
+    return field(default=default, metadata=metadata, compare=shown, repr=shown)
+
+
+class Spec:
+    """Base class of the specs: parses every field when the value is made, then calls `check`."""
+
+    def __post_init__(self) -> None:
+        for name, one in options_of(type(self)).items():
+            object.__setattr__(self, name, one.parse(name, getattr(self, name)))
+        self.check()
+
+    def check(self) -> None:
+        """Raise UsageError for options that are not valid together."""
+
+
+def options_of(spec: type[Any]) -> dict[str, Option]:
+    """Return the options of a spec class by field name, in the order of their declaration."""
+    return {one.name: one.metadata["option"] for one in fields(spec)}
+
+
+def keywords(spec: Callable[P, S]) -> Callable[[Callable[[S], R]], Callable[P, R]]:
+    """Turn `function(spec)` into a function that takes the fields of the spec as keywords."""
+
+    def decorate(function: Callable[[S], R]) -> Callable[P, R]:
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            return function(_made(spec, function.__name__, args, kwargs))
+
+        return _documented(call, function, spec, skip=1)  # type: ignore[no-any-return]
+
+    return decorate
+
+
+def bundle_keywords(
+    spec: Callable[P, S],
+) -> Callable[[Callable[[BundlePath, S], R]], Callable[Concatenate[BundlePath, P], R]]:
+    """Turn `function(bundle, spec)` into a function that takes a bundle and the fields of the spec as keywords."""
+
+    def decorate(function: Callable[[BundlePath, S], R]) -> Callable[Concatenate[BundlePath, P], R]:
+        def call(bundle: BundlePath, /, *args: P.args, **kwargs: P.kwargs) -> R:
+            return function(path("bundle", bundle), _made(spec, function.__name__, args, kwargs))
+
+        return _documented(call, function, spec, skip=2)  # type: ignore[no-any-return]
+
+    return decorate
+
+
+def _made(spec: Callable[..., S], verb: str, args: Sequence[Any], kwargs: dict[str, Any]) -> S:
+    try:
+        bound = inspect.signature(spec).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{verb}() {error}") from None
+    return spec(*bound.args, **bound.kwargs)
+
+
+def _documented(call: Any, function: Callable[..., Any], spec: Callable[..., Any], skip: int) -> Any:
+    """Give `call` the name, signature and docstring of `function`, with the options of `spec` as its `Args:`."""
+    functools.update_wrapper(call, function)
+    del call.__wrapped__
+    own = inspect.signature(function)
+    first = [one.replace(kind=one.POSITIONAL_ONLY) for one in list(own.parameters.values())[: skip - 1]]
+    call.__signature__ = own.replace(parameters=[*first, *inspect.signature(spec).parameters.values()])
+    lines = [f"    {name}: {one.help}" for name, one in options_of(spec).items()]  # type: ignore[arg-type]
+    call.__doc__ = (inspect.getdoc(function) or "").replace("{options}", "\n".join(lines).lstrip())
+    return call
+
+
+# Parsers. Each names the option, says what was expected, and accepts the text of a flag.
+
+
+def _refuse(name: str, value: Any, expected: str) -> UsageError:
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 and "\n" not in shown else "..."
+    return UsageError(f"Invalid {name}: {shown} ({type(value).__name__}). Expected {expected}.")
+
+
+def plain(value: Any) -> Any:
+    """Return numbers of numpy as numbers of Python; sequences of them as tuples."""
+    if isinstance(value, list | tuple):
+        return tuple(map(plain, value))
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value
+
+
+def optional(parse: Parser) -> Parser:
+    """Return a parser that also accepts None."""
+
+    @functools.wraps(parse)
+    def parse_optional(name: str, value: Any) -> Any:
+        return None if value is None else parse(name, value)
+
+    parse_optional.choices = getattr(parse, "choices", ())  # type: ignore[attr-defined]
+    return parse_optional
+
+
+def anything(name: str, value: Any) -> Any:
+    """Accept any value: it is checked where it is read."""
+    return value
+
+
+def images(name: str, value: Any) -> Any:
+    """Accept a path, or anything that gives images one after the other or by number, as a data set of PyTorch does."""
+    if isinstance(value, str | os.PathLike):
+        return path(name, value)
+    if isinstance(value, bytes) or not (isinstance(value, Iterable) or hasattr(value, "__getitem__")):
+        raise _refuse(name, value, "a path, or a list of images")
+    return value
+
+
+def text(name: str, value: Any) -> str:
+    """Accept text."""
+    if not isinstance(value, str):
+        raise _refuse(name, value, "text")
+    return value
+
+
+def path(name: str, value: Any) -> Path:
+    """Accept a path that is not empty."""
+    given = os.fspath(value) if isinstance(value, str | os.PathLike) else value
+    if not isinstance(given, str) or not given or "\0" in given:
+        raise _refuse(name, value, "a path")
+    return Path(given)
+
+
+def location(name: str, value: Any) -> str:
+    """Accept a path, or text that may be one or the name of something else, and keep its spelling."""
+    path(name, value)
+    return str(os.fspath(value))
+
+
+def flag(name: str, value: Any) -> bool:
+    """Accept True and False, of Python or numpy."""
+    if not isinstance(value := plain(value), bool):
+        raise _refuse(name, value, "True or False")
+    return value
+
+
+def function(name: str, value: Any) -> Any:
+    """Accept anything that can be called."""
+    if not callable(value):
+        raise _refuse(name, value, "a function")
+    return value
+
+
+def whole(low: int, high: int | None = None) -> Parser:
+    """Return a parser of whole numbers from `low` to `high`."""
+    limits = f"from {low} to {high}" if high is not None else f"of at least {low}"
+
+    def parse(name: str, value: Any) -> int:
+        found = int(value) if isinstance(value, str) and re.fullmatch(r"-?\d{1,10}", value.strip()) else plain(value)
+        if type(found) is not int or found < low or (high is not None and found > high):
+            raise _refuse(name, value, f"a whole number {limits}")
+        return found
+
+    return parse
+
+
+def number(low: float, high: float = float("inf")) -> Parser:
+    """Return a parser of finite numbers from `low` to `high`."""
+    limits = f"from {low:g} to {high:g}" if high < float("inf") else f"of at least {low:g}"
+
+    def parse(name: str, value: Any) -> float:
+        found: Any = plain(value)
+        with contextlib.suppress(ValueError):
+            found = float(value) if isinstance(value, str) else found
+        if type(found) not in (int, float) or not low <= found <= high or found == float("inf"):
+            raise _refuse(name, value, f"a number {limits}")
+        return float(found)
+
+    return parse
+
+
+def choice(kind: str, choices: Iterable[str]) -> Parser:
+    """Return a parser that accepts one of `choices`; `kind` names them in the error, for example "precision"."""
+    known = tuple(choices)
+
+    def parse(name: str, value: Any) -> str:
+        if text(name, value) not in known:
+            raise unknown(kind, value, known)
+        return str(value)
+
+    parse.choices = known  # type: ignore[attr-defined]
+    return parse
+
+
+def texts(name: str, value: Any) -> tuple[str, ...]:
+    """Accept several texts, or one text with commas between them."""
+    given = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (None,)
+    if not all(isinstance(one, str) for one in given):
+        raise _refuse(name, value, "a list of texts")
+    return tuple(part.strip() for one in given for part in one.split(",") if part.strip())
+
+
+def many(parse: Parser) -> Parser:
+    """Return a parser of several values, or of a single one."""
+
+    def parse_many(name: str, value: Any) -> tuple[Any, ...]:
+        value = plain(value)
+        given = value if isinstance(value, list | tuple) else (value,)
+        return tuple(parse(name, one) for one in given)
+
+    return parse_many
+
+
+def image_size(name: str, value: Any) -> tuple[int, int]:
+    """Accept (height, width) in pixels, one number for a square, or text such as "256x320"."""
+    value = plain(value)
+    if isinstance(value, str):
+        match = re.fullmatch(r"([1-9]\d{0,5})(?:[xX]([1-9]\d{0,5}))?", value.strip())
+        sizes = (int(match[1]), int(match[2] or match[1])) if match else None
+    else:
+        sizes = (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+    whole_numbers = (
+        isinstance(sizes, tuple) and len(sizes) == 2 and all(type(side) is int and 1 <= side < 10**6 for side in sizes)
+    )
+    if not whole_numbers:
+        shown = f'"{value}"' if isinstance(value, str) else repr(value)
+        raise UsageError(
+            f"Invalid image size {shown}. Expected HEIGHTxWIDTH in pixels, for example 256x320, or 256 for a square."
+        )
+    return sizes  # type: ignore[return-value]
+
+
+def image_sizes(name: str, value: Any) -> tuple[tuple[int, int], ...]:
+    """Accept several image sizes. A tuple of two numbers is one size in each of two squares only when written as a list."""
+    if isinstance(value, tuple) and len(value) == 2 and all(isinstance(side, Integral) for side in value):
+        raise UsageError(f"Invalid {name}: {value!r}. Expected a list of sizes, for example [{value!r}] or [256, 320].")
+    found: tuple[tuple[int, int], ...] = many(image_size)(name, value)
+    return found
+
+
+def per_stage(name: str, value: Any) -> tuple[int, ...]:
+    """Accept one whole number, one for each stage, or text such as "8,8,8,4"."""
+    value = plain(value)
+    if isinstance(value, str):
+        value = tuple(int(part) if re.fullmatch(r"\s*\d{1,4}\s*", part) else -1 for part in value.split(","))
+    found = value if isinstance(value, tuple) else (value,)
+    if not found or not all(type(one) is int and 0 <= one <= 9999 for one in found):
+        raise _refuse(name, value, "a whole number such as 8, or one for each stage such as 8,8,8,4")
+    return found
+
+
+def batch(name: str, value: Any) -> tuple[int, int, int]:
+    """Accept (smallest, optimal, largest) batch size, one number for all three, or text such as "1:8:32"."""
+    value = plain(value)
+    shown = ":".join(map(str, value)) if isinstance(value, tuple) else value
+    if isinstance(value, str):
+        match = re.fullmatch(r"(\d{1,10})(?::(\d{1,10}):(\d{1,10}))?", value.strip())
+        found = (int(match[1]), int(match[2] or match[1]), int(match[3] or match[1])) if match else None
+    else:
+        found = (value,) * 3 if isinstance(value, int) and not isinstance(value, bool) else value
+    valid = isinstance(found, tuple) and len(found) == 3 and all(type(size) is int for size in found)
+    if not valid or not 1 <= found[0] <= found[1] <= found[2]:  # type: ignore[index]
+        raise UsageError(
+            f"Invalid batch range {shown}. Expected MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX, for example 1:8:32, or one size."
+        )
+    if found[2] >= 1 << 31:  # type: ignore[index]
+        raise UsageError(f"Invalid batch range {shown}. TensorRT limits a batch to {(1 << 31) - 1}.")
+    return found  # type: ignore[return-value]
+
+
+def batches(name: str, value: Any) -> tuple[tuple[int, int, int], ...]:
+    """Accept several batch ranges. A tuple of three numbers is refused, because it could be one range or three sizes."""
+    if isinstance(value, tuple) and len(value) == 3 and all(isinstance(size, Integral) for size in value):
+        raise UsageError(f"Invalid {name}: {value!r}. Expected a list of ranges, for example [{value!r}] or [1, 8, 32].")
+    found: tuple[tuple[int, int, int], ...] = many(batch)(name, value)
+    if not found or len(set(found)) != len(found):
+        raise UsageError(f"Invalid {name}: {value!r}. Expected one or more batch ranges, each of them once.")
+    return found
+
+
+def memory(name: str, value: Any) -> int:
+    """Accept bytes as a whole number, or text such as "2GiB"."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([KMG]B|[KMGT]iB|)", value.strip(), re.IGNORECASE)
+        size: Any = int(float(match[1]) * _BYTES[match[2].lower()]) if match else 0
+    else:
+        size = plain(value)
+    if type(size) is not int or not 1 <= size < 1 << 63:
+        raise UsageError(f"Invalid {name} {value!r}. Expected bytes, or a number and a unit such as 2GiB or 512MiB.")
+    return size
