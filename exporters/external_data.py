@@ -1,7 +1,7 @@
-"""Weights apart from the graph: taken out while a graph is traced and rewritten, then put inside it or in a file beside it.
+"""Keep weights outside of a graph while it is traced and rewritten, then embed them or write them as ONNX external data.
 
-A graph without its weights is a few hundred kilobytes, whatever the model's size, so that rewriting copies nothing large; the
-weights themselves stay where they are (often memory-mapped from the checkpoint) until they are written, one by one.
+A graph without weights has a few hundred kilobytes, so passes copy nothing large. The weights stay where they are, often
+memory-mapped from the checkpoint, until they are written one by one.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import onnx
 
-ALIGNMENT = 4096  # so that a runtime can map a tensor into memory where it lies
-SMALLEST = 1024  # bytes; shapes, scalars and the like stay in the graph, where every tool reads them
+ALIGNMENT = 4096  # bytes, so that a runtime can memory-map a tensor
+SMALLEST = 1024  # bytes; smaller tensors, such as shapes and scalars, stay in the graph
 
-Weights = Mapping[str, Any]  # initialiser -> torch tensor or numpy array
+Weights = Mapping[str, Any]  # initializer -> torch tensor or numpy array
 
 
 def take_weights(graph: Any) -> dict[str, Any]:
-    """The large initialisers of an onnx_ir graph, by name; the graph keeps references to be filled in later."""
+    """Return the large initializers of an onnx_ir graph by name, and leave external references in the graph."""
     import onnx_ir as ir
 
     weights: dict[str, Any] = {}
@@ -39,7 +39,7 @@ def take_weights(graph: Any) -> dict[str, Any]:
 
 
 def embed_weights(model: onnx.ModelProto, weights: Weights) -> None:
-    """Puts the weights that `model` refers to inside it."""
+    """Store the weights that `model` refers to inside it."""
     import onnx
 
     for tensor in model.graph.initializer:
@@ -50,20 +50,20 @@ def embed_weights(model: onnx.ModelProto, weights: Weights) -> None:
 
 
 def weight_bytes(weights: Weights) -> int:
-    """How large the weights are together."""
+    """Return the total size of the weights in bytes."""
     return sum(_array(weight).nbytes for weight in weights.values())
 
 
 class WeightFile:
-    """One file for the large tensors of several graphs; equal tensors are kept once, whichever graph they come from."""
+    """A file with the large tensors of several graphs. Equal tensors are stored once."""
 
     def __init__(self, path: Path, name: str | None = None) -> None:
-        self.path, self.name = path, name or path.name  # `name` is what graphs call it, where it is still being written
+        self.path, self.name = path, name or path.name  # `name`: location in the graphs, if it differs
         self._places: dict[bytes, tuple[int, int]] = {}
         self._end = 0
 
     def take(self, model: onnx.ModelProto, weights: Weights | None = None) -> None:
-        """Moves the large initialisers of `model` into the file, and leaves references to them (ONNX external data).
+        """Move the large initializers of `model` into the file, and leave references to them (ONNX external data).
 
         `weights` holds those that the model only refers to; without it they are inside the model.
         """
@@ -103,6 +103,6 @@ class WeightFile:
 
 
 def _array(weight: Any) -> NDArray[Any]:
-    """`weight` as a numpy array that shares its memory."""
+    """Return `weight` as a numpy array that shares its memory."""
     array = weight if isinstance(weight, np.ndarray) else weight.detach().numpy()
     return np.asarray(array)

@@ -1,4 +1,4 @@
-"""A torch network -> an ONNX graph: traced once, with the batch as the only free axis, rewritten and checked."""
+"""Trace a network to an ONNX graph with a free batch axis, apply the graph passes, and check the operators."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
 
     from swin_deploy.models.swin import SwinNetwork
 
-OPSET = 20  # the first with Gelu as one operator; every runtime since 2024 reads it
+OPSET = 20  # the first with a Gelu operator; every runtime since 2024 supports it
 
-# All that a Swin in window order consists of. Anything else (Shape, If, Loop, Pad, ...) means that something depends on
-# the input's size at run time, which costs speed everywhere and fusions in TensorRT.
+# The operators of a Swin with static shapes. Any other (Shape, If, Loop, Pad, ...) means that something depends on the input
+# size at run time, which is slower everywhere and prevents fusions in TensorRT.
 # fmt: off
 OPERATORS = frozenset({
     "Add", "Clip", "Conv", "Div", "Gather", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Mul", "ReduceL2", "ReduceMean",
     "Reshape", "Slice", "Softmax", "Split", "Transpose", "Unsqueeze", "Where",
-    # of frames that become pixels
+    # embedded preprocessing
     "Cast", "Floor",
-    # of activations other than GELU
+    # activations other than GELU
     "Erf", "Greater", "HardSwish", "LeakyRelu", "Max", "Min", "Mish", "Pow", "Relu", "Sigmoid", "Softplus", "Sqrt", "Sub",
     "Tanh",
 })
-# What repeats a constant for every image, which OpenVINO computes once where the batch is known.
+# Repeat a constant for every image; OpenVINO folds them if the batch is known.
 OF_OPENVINO = frozenset({"Concat", "Expand", "Shape"})
 # fmt: on
 
 
 @dataclass(frozen=True)
 class Traced:
-    """An fp32 graph, the weights that it refers to (they share the network's memory), and what each rewrite did."""
+    """An fp32 graph, its weights (which share memory with the network), and the passes that were applied."""
 
     model: onnx.ModelProto
     weights: Weights
@@ -52,11 +52,16 @@ class Traced:
 
 
 def onnx_from_torch(network: SwinNetwork, image_size: Size, frame_size: Size | None = None) -> Traced:
-    """The fp32 graph of `network`, traced and rewritten.
+    """Trace `network` to an fp32 graph and apply the passes of its target.
 
-    Inputs and outputs are those of the network's task, float32 and bool; of one that takes frames (models/frames.py),
-    uint8 frames of `frame_size`. Raises ExportError (PassError) when the exporter's
-    graph is not what this release was written for.
+    Args:
+        network: The network. Its task determines inputs and outputs.
+        image_size: (height, width) in pixels.
+        frame_size: (height, width) of uint8 frames, if the network has embedded preprocessing.
+
+    Raises:
+        ExportError: The exporter wrote operators that are not supported.
+        PassError: A pass did not find what it rewrites.
     """
     require("onnxscript", "export to ONNX")
     model, weights = _traced(network, network.task.inputs(network.config, image_size, frame_size))
@@ -71,8 +76,8 @@ def onnx_from_torch(network: SwinNetwork, image_size: Size, frame_size: Size | N
     foreign = sorted({node.op_type for node in model.graph.node} - known)
     if foreign:
         raise ExportError(
-            f"The exporter left operators in the graph that a Swin with fixed sizes does not need: {', '.join(foreign)}. "
-            f"Install the versions in constraints.txt, and please report it."
+            f"The exporter wrote operators that a Swin with static shapes does not need: {', '.join(foreign)}. "
+            f"Install the versions in constraints.txt and, if it persists, report it."
         )
     return Traced(model, weights, records)
 
@@ -81,7 +86,7 @@ def _traced(network: SwinNetwork, specs: Sequence[TensorSpec]) -> tuple[Any, dic
     import onnx_ir
     import torch
 
-    # A batch of two: a batch of one would be taken for a constant.
+    # A batch of two: torch.export specializes on a batch of one.
     examples = [torch.zeros(2, *(int(n) for n in spec.shape[1:]), dtype=getattr(torch, spec.dtype)) for spec in specs]
     batch = torch.export.Dim("batch")
     with torch.no_grad(), _quiet():
@@ -103,7 +108,7 @@ def _traced(network: SwinNetwork, specs: Sequence[TensorSpec]) -> tuple[Any, dic
 
 
 def writer(model: onnx.ModelProto) -> Callable[[Path], None]:
-    """A function that writes `model` to the path it is given."""
+    """Return a function that writes `model` to a path."""
 
     def write(path: Path) -> None:
         path.write_bytes(model.SerializeToString())
@@ -113,7 +118,7 @@ def writer(model: onnx.ModelProto) -> Callable[[Path], None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the exporter's progress prints and its notes on packages that Swin does not use from the user's terminal."""
+    """Suppress what the exporter prints about its progress and about packages that Swin does not use."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -126,10 +131,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _name_by_module(model: Any) -> None:
-    """Names nodes by the module they come from (`stages.0.steps.block1.attention.qkv/Gemm`).
+    """Name nodes by the module they come from (`stages.0.steps.block1.attention.qkv/Gemm`), and remove the metadata.
 
-    Compilers carry these names into their layer reports. The exporter keeps the module path in metadata, beside stack
-    traces with the file names of whoever exported; those go.
+    Compilers show these names in their layer reports. The metadata of the exporter also holds stack traces with file names of
+    this machine.
     """
     taken: dict[str, int] = {}
     for node in model.graph.node:

@@ -1,6 +1,6 @@
-"""What "auto" stands for: the fastest of what this machine and a bundle offer that answers as PyTorch does, measured once.
+"""Choose what "auto" runs: measure the candidates that agree with PyTorch, and use the fastest.
 
-What was measured is kept in the user's cache folder, for this bundle, these libraries and this processor.
+The measurement is cached in the user's cache folder for this bundle, these libraries and this processor.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from swin_deploy.specs import Size, size_text
 from .base import Runtime
 from .user_cache import cache_folder, keep, kept
 
-SECONDS, FEWEST_CALLS = 0.5, 7  # of each candidate
-NOT_KNOWN = ""  # the verdict on a candidate that is to be measured
+SECONDS, FEWEST_CALLS = 0.5, 7  # for each candidate
+NOT_KNOWN = ""  # verdict on a candidate that was not measured yet
 LOG = logging.getLogger("swin_deploy")
 LIBRARIES = ("swin-deploy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "numpy") + tuple(
     f"tensorrt{kind}{cuda}" for kind in ("", "-lean", "-rtx") for cuda in ("", "-cu12", "-cu13")
@@ -51,10 +51,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Measured:
-    """A candidate, the fewest milliseconds that a call with one image took, and how it compares with PyTorch.
+    """The result of measuring a candidate.
 
-    None: it was not timed. The fewest, because whatever else the machine does meanwhile only adds to them. `failed`: it did not
-    load or run, which may be otherwise next time; so it is not kept. `error` is what it raised, if that is of this load.
+    Attributes:
+        candidate: What was measured.
+        milliseconds: Shortest time of a call with one image, because other load only adds to it; None if not timed.
+        verdict: Agreement with PyTorch, or why it was not timed.
+        failed: Whether it did not load or run. That may differ next time, so it is not cached.
+        error: What it raised during this load.
     """
 
     candidate: Candidate
@@ -66,7 +70,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Description:
-    """What runs a model, and why. `graphs` is the file for each image size; `measured` is empty where nothing was to choose."""
+    """What runs a model, and why. `graphs` has the file for each image size; `measured` is empty if there was one candidate."""
 
     bundle: str
     backend: str
@@ -79,7 +83,7 @@ class Description:
     measured: tuple[Measured, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON values."""
+        """Return the description as JSON values."""
         graphs = [{"image_size": list(size), "file": file} for size, file in self.graphs.items()]
         measured = [{**asdict(m.candidate), "milliseconds": m.milliseconds, "verdict": m.verdict} for m in self.measured]
         return {**asdict(replace(self, measured=())), "graphs": graphs, "measured": measured}
@@ -95,9 +99,9 @@ class Description:
         return "\n".join(lines)
 
 
-Kept = tuple[str, tuple[Measured, ...]]  # when, and what
-LOADING = (BackendError, BundleError, MissingDependencyError, UsageError)  # what loading a candidate may raise
-Open = Callable[[Candidate], tuple[str, Runtime]]  # the file of the first image size, and what runs it
+Kept = tuple[str, tuple[Measured, ...]]  # time of the measurement, results
+LOADING = (BackendError, BundleError, MissingDependencyError, UsageError)  # errors of a candidate that does not load
+Open = Callable[[Candidate], tuple[str, Runtime]]  # -> file of the first image size, runtime
 
 
 def choose(
@@ -107,13 +111,12 @@ def choose(
     threads: int,
     failed: Mapping[Candidate, Exception] | None = None,
 ) -> tuple[Candidate, str, tuple[Measured, ...]]:
-    """The fastest of `candidates` that is correct, why, and what was measured: now, or before on this machine.
+    """Return the fastest correct candidate, the reason, and the measurements, made now or earlier on this machine.
 
-    Those that have `failed` to load just now are done without, which is not kept. Raises BackendError where none of them runs
-    and agrees with PyTorch.
+    Candidates in `failed` are excluded this time. Raises BackendError if no candidate runs and agrees with PyTorch.
     """
     if len(candidates) == 1:
-        return candidates[0], "there is nothing else to choose from here", ()
+        return candidates[0], "the only candidate on this machine", ()
     key = _key(bundle, candidates, threads)
     file = _cache_file(key)
     now = dt.datetime.now().astimezone().isoformat(timespec="seconds")
@@ -128,23 +131,23 @@ def choose(
         _write(file, key, when, lasting)
     timed = [row for row in rows if row.milliseconds is not None]
     if not timed and (error := rows[0].error) is not None and len({row.verdict for row in rows}) == 1:
-        raise error  # all for the same reason, which says more by itself
+        raise error  # all failed for the same reason
     if not timed:
-        raise BackendError("None of what is here runs this bundle: " + "; ".join(f"{r.candidate}: {r.verdict}" for r in rows))
+        raise BackendError("No candidate runs this bundle: " + "; ".join(f"{r.candidate}: {r.verdict}" for r in rows))
     best = min(timed, key=lambda row: row.milliseconds or 0)
     those = f"the fastest of {len(timed)} that agree" if len(timed) > 1 else "the only one that agrees"
-    reason = f"{those} with PyTorch, one image at a time, measured here at {when}"
+    reason = f"{those} with PyTorch, one image at a time, measured at {when}"
     return best.candidate, reason, rows
 
 
 def _measured(bundle: Bundle, known: Sequence[Measured], open_first: Open) -> tuple[Measured, ...]:
-    """`known`, with what is not known yet measured."""
+    """Return `known` with the missing measurements made."""
     rows = list(known)
     unknown = sum(row.verdict == NOT_KNOWN for row in rows)
     if unknown and not any(row.milliseconds is not None for row in rows):
-        LOG.info("Measuring which of %d ways to run %s is the fastest here, once", unknown, bundle.path)
+        LOG.info("Measuring once which of %d candidates runs %s fastest", unknown, bundle.path)
     elif unknown:
-        LOG.info("Trying %d of %d ways to run %s again, which failed before", unknown, len(rows), bundle.path)
+        LOG.info("Trying %d of %d candidates for %s again, which failed before", unknown, len(rows), bundle.path)
     for number, row in enumerate(rows):
         if row.verdict == NOT_KNOWN:
             best = min((one.milliseconds for one in rows if one.milliseconds is not None), default=math.inf)
@@ -153,9 +156,9 @@ def _measured(bundle: Bundle, known: Sequence[Measured], open_first: Open) -> tu
 
 
 def _measure(bundle: Bundle, candidate: Candidate, open_first: Open, best: float = math.inf) -> Measured:
-    """Loaded alone: two back ends in one process would disturb each other through their threads.
+    """Measure one candidate, loaded alone, because the threads of two back ends in one process disturb each other.
 
-    What twice takes more than three times the `best` milliseconds so far is not waited for any longer.
+    Stops early if two calls take more than three times the `best` milliseconds so far.
     """
     try:
         file, runtime = open_first(candidate)
@@ -188,7 +191,7 @@ def _reference_of(bundle: Bundle, file: str) -> str:
 
 
 def _key(bundle: Bundle, candidates: Sequence[Candidate], threads: int) -> dict[str, Any]:
-    """All that what is fastest depends on, as JSON values."""
+    """Return everything that the choice depends on, as JSON values."""
     return {
         "bundle": hashlib.sha256(json.dumps(sorted((f, e["sha256"]) for f, e in bundle.files.items())).encode()).hexdigest(),
         "candidates": [asdict(candidate) for candidate in candidates],
@@ -207,14 +210,14 @@ def _key(bundle: Bundle, candidates: Sequence[Candidate], threads: int) -> dict[
 
 
 def _cache_file(key: Mapping[str, Any]) -> Path | None:
-    """Where the measurement of `key` is kept; None where there is no home for it."""
+    """Return the cache file for `key`; None without a cache folder."""
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_folder("auto")
     return folder / f"{name}.json" if folder else None
 
 
 def _read(file: Path | None, key: Mapping[str, Any], candidates: Sequence[Candidate]) -> Kept | None:
-    """When it was measured, and what; None where that is not known, or not to be read."""
+    """Return a cached measurement; None if there is none, or it cannot be read."""
     try:
         raw = json.loads(kept(file))
         if raw["key"] != key:
@@ -229,6 +232,6 @@ def _read(file: Path | None, key: Mapping[str, Any], candidates: Sequence[Candid
 
 
 def _write(file: Path | None, key: Mapping[str, Any], when: str, rows: Sequence[Measured]) -> None:
-    """Keeps a measurement; where nothing may be written it is made again next time."""
+    """Cache a measurement, if the folder can be written."""
     text = json.dumps({"key": key, "when": when, "rows": [(row.milliseconds, row.verdict) for row in rows]}, indent=2)
     keep(file, text.encode())

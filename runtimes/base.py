@@ -1,4 +1,4 @@
-"""Runtime: one loaded model behind one small interface, whatever runs it. Feeds are checked here, once for all."""
+"""The interface of all back ends. Inputs and outputs are checked here, once for all of them."""
 
 from __future__ import annotations
 
@@ -21,15 +21,20 @@ from .dlpack import DeviceTensor, from_dlpack
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Feeds = dict[str, Any]  # numpy arrays, contiguous and aligned; or DeviceTensor, of a runtime that takes them
+Feeds = dict[str, Any]  # contiguous, aligned numpy arrays; or DeviceTensor, for a runtime on a GPU
 
 
 @dataclass(frozen=True)
 class EngineFile:
-    """An engine in the file `path`, whose sha256 was checked, with the inputs and outputs of the graph that it was made of.
+    """An engine file whose sha256 was checked.
 
-    `host_code` says that it brings a runtime of its own, as version-compatible engines do; `cache` is where TensorRT for RTX
-    keeps what it compiles for this GPU; `again` is the command that compiles the engine again.
+    Attributes:
+        path: The file.
+        inputs: Inputs of the graph that it was compiled from.
+        outputs: Outputs of that graph.
+        host_code: Whether it contains a runtime of its own, as version-compatible engines do.
+        cache: Where TensorRT for RTX stores the kernels that it compiles for this GPU.
+        again: Command that compiles the engine again.
     """
 
     path: Path
@@ -41,12 +46,18 @@ class EngineFile:
 
 
 class Runtime(ABC):
-    """A loaded model. `inputs` and `outputs` say what it takes and gives, `title` what runs it ("onnxruntime 1.31.1"),
-    `device` where ("cpu", "cuda:0").
+    """A loaded model. Any number of threads may call `run`.
 
-    `run` runs it, from as many threads as you like; `close` lets it go. A back end implements `_run`, which must bear several
-    threads at a time, and, if it holds anything, `_close`, which is called when nobody is inside `_run`. After `calls_to_warm`
-    calls with the same sizes the next one is as quick as all later ones. `calls_at_once` keep the device busy.
+    A back end implements `_run`, which must be thread-safe, and, if it holds resources, `_close`, which is called when no
+    thread is inside `_run`.
+
+    Attributes:
+        title: Library and version that run the model, such as "onnxruntime 1.31.1".
+        inputs: Names, types and shapes of the inputs.
+        outputs: Names, types and shapes of the outputs.
+        device: "cpu" or "cuda:0".
+        calls_to_warm: Calls of one shape after which further calls are not faster.
+        calls_at_once: Concurrent calls that keep the device busy.
     """
 
     calls_to_warm = 1
@@ -62,11 +73,19 @@ class Runtime(ABC):
         self._turn = threading.Condition()
 
     def run(self, feeds: Mapping[str, Any], out: Mapping[str, Array] | None = None) -> Mapping[str, Array]:
-        """Every output by name, in new arrays, or in those of `out`, which holds one of its shape for each and is returned.
+        """Run the model. After an error it can be run again.
 
-        `feeds` holds for each input a numpy array, or what has `__dlpack__` (a torch or CuPy tensor); on a GPU only where this
-        runtime is there, too. Raises InputError when an array is missing, unknown, or of another dtype or shape than
-        `inputs` and `outputs` say, and BackendError when the back end fails; the model can be run again after either.
+        Args:
+            feeds: For each input a numpy array, or a tensor with `__dlpack__` (torch, CuPy) on the CPU or the device of this
+                runtime.
+            out: Arrays to fill and return, one for each output.
+
+        Returns:
+            An array for each output.
+
+        Raises:
+            InputError: An array is missing, unknown, or has another dtype or shape.
+            BackendError: The back end failed, or the model is closed.
         """
         ready, free = self._checked(feeds)
         shapes = [resolved(spec.shape, free) for spec in self.outputs]
@@ -77,7 +96,7 @@ class Runtime(ABC):
                 raise BackendError("This model is closed. Load it again to run it.")
             self._running += 1
         try:
-            if None in shapes:  # a graph that does not say how large its outputs are
+            if None in shapes:  # the graph does not state the shapes of its outputs
                 found = self._run(ready, None)
                 return found if out is None else _copied(found, out)
             if out is not None:
@@ -92,7 +111,7 @@ class Runtime(ABC):
                 self._turn.notify_all()  # close() may wait
 
     def close(self) -> None:
-        """Frees what the back end holds, once the calls that are running have ended; closing twice does nothing."""
+        """Wait for running calls, then free the resources of the back end. Closing twice has no effect."""
         with self._turn:
             if self._closed:
                 return
@@ -108,15 +127,15 @@ class Runtime(ABC):
 
     @abstractmethod
     def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
-        """Fills the arrays of `out`, which are contiguous, and returns it; None: returns new arrays."""
+        """Fill the contiguous arrays of `out` and return it; return new arrays if it is None."""
 
     def _close(self) -> None:  # noqa: B027 - most back ends free everything with their last reference
         pass
 
     def _checked(self, feeds: Mapping[str, Any]) -> tuple[Feeds, dict[str, int]]:
-        """`feeds` as a back end takes them, and the size of every free axis."""
+        """Return `feeds` as a back end needs them, and the size of every free axis."""
         if not isinstance(feeds, Mapping):
-            raise InputError(f"The arrays came as a {type(feeds).__name__}; expected a dict with {_listed(self.inputs)}.")
+            raise InputError(f"The inputs are a {type(feeds).__name__}. Expected a dict with {_listed(self.inputs)}.")
         for name in feeds:
             if name not in self._known:
                 raise InputError(f'The model has no input "{name}". Its inputs are: {_listed(self.inputs)}.')
@@ -132,8 +151,9 @@ class Runtime(ABC):
             for axis, size in zip(spec.shape, array.shape, strict=True):
                 if isinstance(axis, str) and free.setdefault(axis, size) != size:
                     other = next(one.name for one in self.inputs if axis in one.shape)
-                    sizes = f'has a {axis} of {size}, and "{other}" one of {free[axis]}'
-                    raise InputError(f'The input "{spec.name}" {sizes}. Give both the same.')
+                    raise InputError(
+                        f'The input "{spec.name}" has a {axis} of {size}, and "{other}" one of {free[axis]}. Pass equal sizes.'
+                    )
             if isinstance(array, DeviceTensor):
                 if array.device != self.device:
                     raise InputError(
@@ -147,27 +167,27 @@ class Runtime(ABC):
 
     def _check_out(self, out: Mapping[str, Array], shapes: list[tuple[int, ...] | None], feeds: Feeds) -> None:
         if not isinstance(out, Mapping):
-            raise InputError(f"out is a {type(out).__name__}; expected a dict with {_listed(self.outputs)}.")
+            raise InputError(f"out is a {type(out).__name__}. Expected a dict with {_listed(self.outputs)}.")
         used = [(name, array) for name, array in feeds.items() if isinstance(array, np.ndarray)]
         if len(out) != len(self.outputs) or any(spec.name not in out for spec in self.outputs):
             raise InputError(
-                f"out holds {', '.join(map(str, out)) or 'nothing'}; expected an array for each of {_listed(self.outputs)}."
+                f"out has {', '.join(map(str, out)) or 'no arrays'}. Expected an array for each of {_listed(self.outputs)}."
             )
         for spec, shape in zip(self.outputs, shapes, strict=True):
             array, what = out[spec.name], f'The array for the output "{spec.name}"'
             if not isinstance(array, np.ndarray):
-                raise InputError(f"{what} is a {type(array).__name__}; expected a numpy array, {spec}.")
+                raise InputError(f"{what} is a {type(array).__name__}. Expected a numpy array, {spec}.")
             _check_array(TensorSpec(spec.name, spec.dtype, shape or array.shape), array, what)
             if not (array.flags.c_contiguous and array.flags.aligned and array.flags.writeable):
-                raise InputError(f"{what} cannot be written into directly; expected a writeable, contiguous one (numpy.empty).")
+                raise InputError(f"{what} is read-only or not contiguous. Expected a writeable, contiguous array.")
             for name, other in used:
                 if np.may_share_memory(array, other):
-                    raise InputError(f'{what} lies in the same memory as that for "{name}"; expected one of its own.')
+                    raise InputError(f'{what} shares memory with "{name}". Expected separate arrays.')
             used.append((spec.name, array))
 
 
 def resolved(shape: tuple[int | str, ...], free: Mapping[str, int]) -> tuple[int, ...] | None:
-    """`shape` with the sizes of its free axes, ("batch", 10) or ("16*batch", 2); None where one is not known."""
+    """Return `shape`, such as ("batch", 10) or ("16*batch", 2), with the sizes of its free axes; None if one is unknown."""
     sizes = []
     for size in shape:
         if isinstance(size, int):
@@ -184,7 +204,9 @@ def resolved(shape: tuple[int | str, ...], free: Mapping[str, int]) -> tuple[int
 def _copied(found: Mapping[str, Array], out: Mapping[str, Array]) -> Mapping[str, Array]:
     for name, array in found.items():
         if out[name].shape != array.shape:
-            raise InputError(f'The output "{name}" has shape {list(array.shape)}; out has {list(out[name].shape)} for it.')
+            raise InputError(
+                f'The output "{name}" has shape {list(array.shape)}, and its array in out has {list(out[name].shape)}.'
+            )
         np.copyto(out[name], array)
     return out
 
@@ -192,16 +214,16 @@ def _copied(found: Mapping[str, Array], out: Mapping[str, Array]) -> Mapping[str
 def _check_array(spec: TensorSpec, array: Array | DeviceTensor, what: str) -> None:
     if array.dtype != spec.dtype:
         todo = f'Convert it: array.astype("{spec.dtype}").'
-        if {array.dtype.kind, np.dtype(spec.dtype).kind} == {"u", "f"}:  # cast, they would be run, and the answer be nonsense
-            todo = "Bytes of an image and normalised pixels are other numbers, too: make them with model.preparation(images)."
-        raise InputError(f"{what} has dtype {array.dtype}; expected {spec}. {todo}")
+        if {array.dtype.kind, np.dtype(spec.dtype).kind} == {"u", "f"}:  # after a cast they would run, and the results be wrong
+            todo = "Image bytes and normalized pixels differ in scale, too: prepare images with model.preparation(images)."
+        raise InputError(f"{what} has dtype {array.dtype}. Expected {spec}. {todo}")
     fits = len(array.shape) == len(spec.shape) and all(
         isinstance(wanted, str) or size == wanted for size, wanted in zip(array.shape, spec.shape, strict=True)
     )
     if not fits:
-        raise InputError(f"{what} has shape {list(array.shape)}; expected {spec}.")
+        raise InputError(f"{what} has shape {list(array.shape)}. Expected {spec}.")
     if 0 in array.shape:
-        raise InputError(f"{what} has shape {list(array.shape)} and holds nothing; expected {spec} with at least one image.")
+        raise InputError(f"{what} has shape {list(array.shape)} and is empty. Expected {spec} with at least one image.")
 
 
 def _listed(specs: tuple[TensorSpec, ...]) -> str:

@@ -1,4 +1,4 @@
-"""ONNX Runtime: the back end that every bundle runs on, and the one to embed by default. Here on the CPU."""
+"""ONNX Runtime on the CPU. Runs every bundle, and is the default to embed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .base import Feeds, Runtime
 from .pool import Pool
 
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8", "tensor(bool)": "bool"}
-MOST_BINDINGS = 256  # calls at a time; each costs next to nothing
+MOST_BINDINGS = 256  # concurrent calls
 
 
 class OnnxRuntime(Runtime):
-    """The ONNX model in the file `path`. `threads` is for the whole session; 0 lets ONNX Runtime choose.
+    """An ONNX model in ONNX Runtime. `threads` 0 lets ONNX Runtime choose.
 
-    Raises BackendError when it does not take the model, MissingKernelError when only its types are the reason.
+    Raises BackendError if it cannot load the model, MissingKernelError if it has no kernel for a type in it.
     """
 
     def __init__(self, path: Path, threads: int = 0, device: str = "cpu") -> None:
@@ -53,7 +53,7 @@ class OnnxRuntime(Runtime):
 
 
 def opened(ort: Any, path: Path, threads: int, providers: Sequence[Any], kind: str) -> Any:
-    """A session with those providers; `kind` is what they run on, for an error."""
+    """Open a session with these providers; `kind` (CPU or GPU) is named in errors."""
     # Without deterministic compute, a mean over many tokens on a GPU depends on the order of the additions.
     open_session = partial(
         onnxruntime_session, path, threads=threads, providers=providers, use_deterministic_compute=kind == "GPU"
@@ -76,11 +76,12 @@ def opened(ort: Any, path: Path, threads: int, providers: Sequence[Any], kind: s
 
 
 def specs_of(session: Any) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Its inputs and its outputs."""
+    """Return the inputs and the outputs of a session."""
     return _specs(session.get_inputs()), _specs(session.get_outputs())
 
 
 def failed(error: Exception) -> BackendError:
+    """Return the error for a failed run."""
     return BackendError(f"ONNX Runtime failed while running the model: {sentence(str(error))}.")
 
 

@@ -19,28 +19,29 @@ from .pool import Pool
 
 
 class OpenVino(Runtime):
-    """The ONNX model in the file `path`, computed in its own precision, or with `bf16` in that. `threads` 0: OpenVINO chooses.
+    """An ONNX model in OpenVINO, computed in the types of the graph, or in bf16. `threads` 0 lets OpenVINO choose.
 
-    A quantised model has bf16 between its 8-bit layers where the processor computes in it, which is 4 to 14 % faster than fp32.
-    It is compiled for one image at a time, which is 3 to 7 % faster than for a free batch and the only way to fuse
-    attention; the first larger batch has it compiled once more, for any. Raises BackendError when OpenVINO does not take it,
-    UsageError for bf16 on a processor that has none.
+    Between the 8-bit layers of a quantized model it computes in bf16 if the processor supports it, which is 4 to 14 % faster.
+    The model is compiled for a batch of one, which is 3 to 7 % faster than for a free batch and the only way to fuse
+    attention. The first larger batch compiles it once more, for any batch.
+
+    Raises BackendError if OpenVINO cannot load the model, UsageError for bf16 on a processor without it.
     """
 
     def __init__(self, path: Path, threads: int = 0, device: str = "cpu", bf16: bool = False) -> None:
         ov = self._ov = require("openvino", "run models with the openvino back end")
         if device != "cpu":
-            raise UsageError(f"The back end openvino runs on the CPU, not on {device}. Take onnxruntime for a GPU.")
+            raise UsageError(f"The back end openvino runs on the CPU, not on {device}. Use onnxruntime for a GPU.")
         self._core, self._path, self._compiling = openvino_core(), path, threading.Lock()
         self._file = _identity(path)
         able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if bf16 and not able:
-            raise UsageError("This processor does not compute in bf16 (it has neither AVX512_BF16 nor AMX). Take fp32.")
+            raise UsageError("This processor does not compute in bf16 (it has neither AVX512_BF16 nor AMX). Use fp32.")
         try:
             model = self._core.read_model(str(path))
-            quantised = any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
-            # Left alone, OpenVINO computes fp32 models in bf16 on processors that have it; the graph's types decide here.
-            hint = "bf16" if bf16 or (quantised and able) else "f32"
+            quantized = any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
+            # By default OpenVINO computes fp32 models in bf16 on processors that support it.
+            hint = "bf16" if bf16 or (quantized and able) else "f32"
             self._config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads}
             inputs, outputs = _specs(model.inputs), _specs(model.outputs)
             if all(spec.shape[0] == "batch" for spec in inputs):
@@ -49,7 +50,7 @@ class OpenVino(Runtime):
             self._single = self._requests(model)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot load {path}: {sentence(str(error))}.") from error
-        super().__init__(f"openvino {ov.__version__.partition('-')[0]}", inputs, outputs)  # what follows names the build
+        super().__init__(f"openvino {ov.__version__.partition('-')[0]}", inputs, outputs)  # without the build
 
     def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
         try:
@@ -60,7 +61,7 @@ class OpenVino(Runtime):
                     request.set_input_tensor(number, self._ov.Tensor(array, shared_memory=True))
                 for number, spec in enumerate(self.outputs) if out is not None else ():
                     request.set_output_tensor(number, self._ov.Tensor(out[spec.name], shared_memory=True))  # type: ignore[index]
-                request.infer(share_outputs=True)  # else it copies them all once more
+                request.infer(share_outputs=True)  # otherwise it copies all outputs once more
                 if out is not None:
                     return out
                 return {spec.name: np.array(request.get_output_tensor(n).data) for n, spec in enumerate(self.outputs)}
@@ -77,14 +78,14 @@ class OpenVino(Runtime):
     def _any(self) -> Pool[Any]:
         if _identity(self._path) != self._file:
             raise BackendError(
-                f"{self._path} was changed, replaced or removed after it was loaded, and has to be compiled once more for "
-                f"several images at a time. Load the bundle again."
+                f"{self._path} was changed or removed after it was loaded, and must be compiled again for batches. Load the "
+                f"bundle again."
             )
         return self._requests(str(self._path))
 
     def _requests(self, model: Any) -> Pool[Any]:
         compiled = self._core.compile_model(model, "CPU", self._config)
-        # A request serves one caller at a time. With two, one is made ready while the other computes with all threads.
+        # A request serves one caller at a time. With two, one is prepared while the other computes with all threads.
         most = max(2, compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
         return Pool(compiled.create_infer_request, most)
 
@@ -113,7 +114,7 @@ def _create_core() -> Any:
 
 
 def _of_free_batch(spec: TensorSpec, single: TensorSpec) -> TensorSpec:
-    """`spec` with the shape that it has for one image, `single`, where only the first axis is free: n of one are "n*batch"."""
+    """Return `spec` with the shape of `single`, its version for one image, and a free first axis ("batch" or "n*batch")."""
     first = single.shape[0]
     if spec.shape[0] != "batch" or "batch" in spec.shape[1:] or not isinstance(first, int):
         return spec
@@ -121,7 +122,7 @@ def _of_free_batch(spec: TensorSpec, single: TensorSpec) -> TensorSpec:
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
-    """What is another once somebody writes or replaces the file; None where it is gone."""
+    """Return what changes when the file is written or replaced; None if it does not exist."""
     try:
         found = path.stat()
     except OSError:

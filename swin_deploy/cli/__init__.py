@@ -1,4 +1,4 @@
-"""The command line: one file per verb. Results go to stdout, talk to stderr; what the user can correct exits with 2."""
+"""The command line, one module per verb. Results go to stdout, messages to stderr; user errors exit with 2."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import click
 
 from swin_deploy.errors import SwinDeployError
 
-# Raised by click 8.2 and newer for no arguments at all, to be answered with the help text.
+# Raised by click 8.2 and newer without arguments; the help text is shown.
 NO_ARGUMENTS: tuple[type[click.UsageError], ...] = tuple(
     error for error in (getattr(click.exceptions, "NoArgsIsHelpError", None),) if error is not None
 )
 
-# verb -> the module that holds it; a module is imported only when its verb is used or listed
+# verb -> module, imported when the verb is used or listed
 VERBS = {
-    "variants": "variants",
+    "variants": "list_variants",
     "export": "export",
     "quantize": "quantize",
     "build-engine": "build_engine",
@@ -34,7 +34,7 @@ VERBS = {
 
 
 class Verbs(click.Group):
-    """Finds the verbs in VERBS, in that order."""
+    """Finds the verbs of VERBS, in that order."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -52,7 +52,7 @@ class Verbs(click.Group):
 def cli() -> None:
     """Take a Swin Transformer (V1 or V2) from a checkpoint to a model that runs on a device.
 
-    The usual way, in one directory:
+    Typical use, in one directory:
 
     \b
       swin-deploy export --variant swinv2-tiny
@@ -62,15 +62,15 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Runs the command line and exits: 0 done, 1 a result that is not good enough, 2 what the user can correct."""
-    # Killed politely, an export must still take its half-written folder with it. What was ignored stays so (nohup, &).
+    """Run the command line and exit: 0 success, 1 insufficient result, 2 user error, 3 quantization gate not met."""
+    # A terminated export must still remove its partial folder. Signals that were ignored stay ignored (nohup, &).
     for signum in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, _stop)
     try:
-        code = cli.main(standalone_mode=False)  # what a verb gave to Context.exit; click raises nothing for it
+        code = cli.main(standalone_mode=False)  # the value that a verb passed to Context.exit
         if sys.stdout is not None:
-            sys.stdout.flush()  # while a full disk can still be told
+            sys.stdout.flush()  # while a full disk can still be reported
         if _signals:
             _stopped()
     except NO_ARGUMENTS as error:
@@ -90,13 +90,13 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
-    except OSError as error:  # such as a full disk behind stdout
+    except OSError as error:  # such as a full disk
         what = f"{error.filename}: " if error.filename else ""
-        _fail(f"the operating system refused: {what}{error.strerror or error}", 2)
+        _fail(f"The operating system refused: {what}{error.strerror or error}.", 2)
     except Exception:
         if not _signals:
             raise
-        _stopped()  # torch takes an interrupt for a failed export
+        _stopped()  # torch wraps an interrupt as a failed export
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -104,11 +104,11 @@ _signals: list[int] = []
 
 
 def _stop(signum: int, frame: Any) -> None:
-    """Stops the verb, and remembers why: libraries may wrap the KeyboardInterrupt, or drop it."""
+    """Interrupt the verb and remember the signal: libraries may wrap or drop the KeyboardInterrupt."""
     _signals.append(signum)
     handler = signal.getsignal(signal.SIGINT)
     if signum != signal.SIGINT and callable(handler):
-        handler(signal.SIGINT, frame)  # as Ctrl-C: while a compiler runs, it raises nothing through native code
+        handler(signal.SIGINT, frame)  # like Ctrl-C; while a compiler runs, its handler raises nothing through native code
     else:
         raise KeyboardInterrupt
 
@@ -116,13 +116,13 @@ def _stop(signum: int, frame: Any) -> None:
 def _stopped() -> NoReturn:
     signum = _signals[0] if _signals else signal.SIGINT
     word = "interrupted" if signum == signal.SIGINT else "terminated"
-    _fail(f"{word}; nothing was left half-written", 128 + signum)
+    _fail(f"{word}; no partial files were left", 128 + signum)
 
 
 def _fail(sentence: str, code: int) -> NoReturn:
-    # One line, whatever a library wrote into its own message.
+    # One line, even if the message of a library has several.
     click.echo(f"swin-deploy: {' '.join(sentence.splitlines())}", err=True)
     if sys.stdout is not None:
         with contextlib.suppress(OSError, ValueError):
-            sys.stdout.close()  # what cannot be written would be tried again, and complained about, at exit
+            sys.stdout.close()  # otherwise Python tries to flush again at exit, and complains
     sys.exit(code)

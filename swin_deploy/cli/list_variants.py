@@ -8,10 +8,10 @@ from swin_deploy.cli.output import json_option, print_json, print_table
 @click.command("variants", short_help="List every published Swin and Swin V2 checkpoint.")
 @json_option
 def command(as_json: bool) -> None:
-    """List every published Swin V1 and V2 checkpoint that --variant takes.
+    """List every published Swin V1 and V2 checkpoint that --variant accepts.
 
-    A short name picks the best-known checkpoint; the full Hugging Face and timm names work as well. top-1 is the accuracy
-    on ImageNet-1k that Microsoft published, in percent.
+    A short name selects the best-known checkpoint; full Hugging Face and timm names work as well. top-1 is the accuracy on
+    ImageNet-1k that Microsoft published, in percent.
     """
     import dataclasses
 

@@ -163,7 +163,7 @@ def test_one_that_waits_can_be_stopped(signum: signal.Signals, tmp_path: Path) -
     with Bundle.open(path).compiling(lambda: None):
         code, said = stopped((SCRIPT, *BUILD), tmp_path, "Waiting for another process", 0.1, signum)
     word = "interrupted" if signum == signal.SIGINT else "terminated"
-    assert (code, said) == (128 + signum, [f"swin-deploy: {word}; nothing was left half-written"])
+    assert (code, said) == (128 + signum, [f"swin-deploy: {word}; no partial files were left"])
     assert contents(tmp_path) == before
     assert result(cli(*BUILD, "--json", cwd=tmp_path))
 

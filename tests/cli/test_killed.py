@@ -13,8 +13,8 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has other signa
 
 EXPORT = (SCRIPT, "export", "--weights", str(WEIGHTS[2]), "-o", "b", "--force")
 SAID = {
-    signal.SIGINT: ("swin-deploy: interrupted; nothing was left half-written", 130),
-    signal.SIGTERM: ("swin-deploy: terminated; nothing was left half-written", 143),
+    signal.SIGINT: ("swin-deploy: interrupted; no partial files were left", 130),
+    signal.SIGTERM: ("swin-deploy: terminated; no partial files were left", 143),
 }
 
 

@@ -170,7 +170,7 @@ def test_predict_says_that_it_measures(tmp_path: Path) -> None:
     """The first time, which for a large network takes most of a minute; and not where nothing is to choose."""
     first, second = (cli_here("predict", digits(2), THREE, cwd=tmp_path, XDG_CACHE_HOME=str(tmp_path)) for _ in range(2))
     [line] = [line for line in first.stderr.splitlines() if "Measuring" in line]
-    assert re.match(r"\[ *\d+\.\d s\] Measuring which of \d ways to run .* is the fastest here, once$", line)
+    assert re.match(r"\[ *\d+\.\d s\] Measuring once which of \d candidates runs .* fastest$", line)
     named = cli_here("predict", digits(2), THREE, "--precision", "fp32", "--backend", "onnxruntime", cwd=tmp_path)
     for done in (second, named):
         assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr

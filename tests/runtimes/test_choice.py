@@ -59,7 +59,7 @@ def test_measured_once_and_explained(cache: Path, caplog: pytest.LogCaptureFixtu
     [kept] = cache.iterdir()
     with swin_deploy.load(digits(2), precision="fp32") as model:
         assert model.describe() == first  # to the microsecond: it was not measured again
-    assert caplog.messages == [f"Measuring which of 2 ways to run {digits(2)} is the fastest here, once"]
+    assert caplog.messages == [f"Measuring once which of 2 candidates runs {digits(2)} fastest"]
     kept.write_text("no json")
     with swin_deploy.load(digits(2), precision="fp32") as model:
         assert model.describe().measured != first.measured
