@@ -171,7 +171,7 @@ def write_fp16(folder: Path) -> None:
     from swin_deploy.exporters.typed_graphs import with_typed_graphs
     from swin_deploy.runtimes.backends import runtime_from_onnx
 
-    with_typed_graphs(Bundle.open(folder / BUNDLE), "fp16", runtime_from_onnx, lambda line: None)
+    with_typed_graphs(Bundle.open(folder / BUNDLE), "fp16", runtime_from_onnx)
 
 
 def agreement(variant: Variant, folder: Path, precision: str, cases: Cases, threads: int) -> Agreement:

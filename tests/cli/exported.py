@@ -168,7 +168,7 @@ def digits(version: int) -> Path:
 
     def make(path: Path) -> None:
         shutil.copytree(exported("--weights", str(WEIGHTS[version])) / name, path)
-        with_typed_graphs(Bundle.open(path), "fp16", runtime_from_onnx, lambda line: None)
+        with_typed_graphs(Bundle.open(path), "fp16", runtime_from_onnx)
 
     return once(name, make)
 

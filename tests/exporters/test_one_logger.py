@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
-from engine_graphs import SM89, attention
+from engine_graphs import SM89, attention, compiler_messages
 from test_engine_from_onnx import python
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is what speaks")
@@ -15,20 +16,22 @@ from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx  # n
 from swin_deploy.tensorrt_log import heard, logger_of  # noqa: E402
 
 ONE_AFTER_THE_OTHER = """
-from engine_graphs import SM89, linear
+from engine_graphs import SM89, compiler_messages, linear
 from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
 from swin_deploy.tensorrt_log import logger_of
 import tensorrt_rtx as trt
 
 said = [], []
 for one in said:
-    engine_from_onnx(linear().SerializeToString(), SM89, lambda severity, text: one.append((severity, text)))
+    with compiler_messages() as messages:
+        engine_from_onnx(linear().SerializeToString(), SM89)
+    one.extend(messages)
 before = [len(one) for one in said]
 logger, ours = logger_of(trt)
 ours.clear()
 assert trt.Runtime(logger).deserialize_cuda_engine(b"no plan" * 100) is None
 assert before == [len(one) for one in said]
-print(*(text for one in said for severity, text in one if severity == "warning"))
+print(*(text for one in said for severity, text in one if severity == "WARNING"))
 print(sum("LayerType: " in text for _, text in said[0]), sum("LayerType: " in text for _, text in said[1]))
 print(ours.sentence())
 """
@@ -48,13 +51,10 @@ def test_who_works_at_the_same_time_hears_its_own() -> None:
     """While one thread compiles, a runtime fails in another."""
     logger, said = logger_of(trt)
     compiling, failed = threading.Event(), threading.Event()
-    words: list[tuple[str, str]] = []
 
-    def hear(severity: str, text: str) -> None:
-        words.append((severity, text))
+    def progress(phase: str, step: int, steps: int) -> None:
         compiling.set()
-        if not failed.is_set() and threading.current_thread() is threading.main_thread():
-            failed.wait(0.01)
+        assert failed.wait(120)  # so that the failure falls into the compilation
 
     def fails() -> str:
         said.clear()
@@ -63,11 +63,11 @@ def test_who_works_at_the_same_time_hears_its_own() -> None:
         failed.set()
         return said.sentence()
 
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, compiler_messages() as words:
         reason = pool.submit(fails)
-        engine_from_onnx(attention().SerializeToString(), SM89)
-        assert "Serialization" in reason.result(60)
-    assert not [text for severity, text in words if "error" in severity]
+        engine_from_onnx(attention().SerializeToString(), replace(SM89, progress=progress))
+        assert "Serialization" in reason.result(120)
+    assert not [text for level, text in words if level == "ERROR"]
     assert any(text.startswith("Layers:") for _, text in words)
 
 
