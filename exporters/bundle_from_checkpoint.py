@@ -16,6 +16,7 @@ from swin_deploy.bundle import CONFIG, NEW, PREPROCESSOR, Bundle, Draft, create_
 from swin_deploy.config import SwinConfig
 from swin_deploy.dependencies import installed_versions, require
 from swin_deploy.errors import CheckpointError, InputError, MissingDependencyError, UsageError, VerificationError
+from swin_deploy.files import bytes_writer
 from swin_deploy.frame_input import Frames, refuse_misfit
 from swin_deploy.parity import OpenGraph, Reference, check_graph, sample_inputs
 from swin_deploy.preprocess import Preprocessor
@@ -24,8 +25,7 @@ from swin_deploy.specs import ExportSpec, Size, TensorSpec, graph_file, referenc
 from swin_deploy.tasks import PIXELS
 
 from .external_data import WeightFile, embed_weights, weight_bytes
-from .onnx_from_torch import OPSET, onnx_from_torch, writer
-from .typed_graphs import bytes_writer
+from .onnx_from_torch import OPSET, onnx_from_torch
 
 if TYPE_CHECKING:
     import torch
@@ -154,7 +154,7 @@ def _add_graph(
             shared.path.parent.mkdir(parents=True, exist_ok=True)
             shared.take(traced.model, traced.weights)
         draft.add(weights_file("fp32"), {}, lambda target: None)  # already written; this records its sha256
-    draft.add(file, entry, writer(traced.model))
+    draft.add(file, entry, bytes_writer(traced.model.SerializeToString()))
     del network, traced  # the weights may be most of the memory, and the comparison loads them once more
     gc.collect()  # torch.export leaves reference cycles that hold them
     onnx.checker.check_model(str(draft.path / file), full_check=True)

@@ -6,9 +6,8 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swin_deploy.dependencies import require
@@ -105,15 +104,6 @@ def _traced(network: SwinNetwork, specs: Sequence[TensorSpec]) -> tuple[Any, dic
         raise ExportError("torch.onnx.export returned no program. Install the versions in constraints.txt.")
     weights = take_weights(program.model.graph)
     return onnx_ir.to_proto(program.model), weights
-
-
-def writer(model: onnx.ModelProto) -> Callable[[Path], None]:
-    """Return a function that writes `model` to a path."""
-
-    def write(path: Path) -> None:
-        path.write_bytes(model.SerializeToString())
-
-    return write
 
 
 @contextlib.contextmanager

@@ -185,15 +185,6 @@ def _mover(made: Path) -> Callable[[Path], None]:
     return write
 
 
-def bytes_writer(data: bytes) -> Callable[[Path], None]:
-    """Return a function that writes `data` to a path."""
-
-    def write(path: Path) -> None:
-        path.write_bytes(data)
-
-    return write
-
-
 def _known(bundle: Bundle, file: str, parent: str, asked: Mapping[str, Any]) -> bool:
     """Return whether the bundle has `file`, made from the graph with sha256 `parent` with the options `asked`."""
     known = bundle.files.get(file)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from .dlpack import DeviceTensor, from_dlpack
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+T = TypeVar("T")
 Feeds = dict[str, Any]  # contiguous, aligned numpy arrays; or DeviceTensor, for a runtime on a GPU
 
 
@@ -184,6 +186,35 @@ class Runtime(ABC):
                 if np.may_share_memory(array, other):
                     raise InputError(f'{what} shares memory with "{name}". Expected separate arrays.')
             used.append((spec.name, array))
+
+
+class Pool(Generic[T]):
+    """Objects that serve one thread at a time, created as they are needed, up to a number.
+
+    A thread that comes when all are in use waits. The object used last is handed out first, so that a single thread always
+    gets the same one.
+    """
+
+    def __init__(self, make: Callable[[], T], most: int) -> None:
+        self._make = make
+        self._free: list[T] = []
+        self._slots = threading.Semaphore(most)
+
+    @contextmanager
+    def taken(self) -> Iterator[T]:
+        """Yield one of the objects. After an error inside it is dropped, because its state is unknown."""
+        with self._slots:
+            try:
+                item = self._free.pop()  # appending and popping are atomic
+            except IndexError:
+                item = self._make()
+            yield item
+            self._free.append(item)
+
+    def drain(self) -> list[T]:
+        """Remove and return the objects that are not in use."""
+        free, self._free = self._free, []
+        return free
 
 
 def resolved(shape: tuple[int | str, ...], free: Mapping[str, int]) -> tuple[int, ...] | None:

@@ -10,8 +10,7 @@ from swin_deploy.bundle import Bundle
 from swin_deploy.dependencies import require
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
 from swin_deploy.gpus import cuda_devices, refuse_without_gpu
-from swin_deploy.parity import is_verified
-from swin_deploy.specs import PRECISIONS, QUANTIZED, TARGETS, LoadSpec, Size, device_from_text, target_of
+from swin_deploy.specs import PRECISIONS, QUANTIZED, TARGETS, LoadSpec, Size, device_from_text, is_verified, target_of
 
 from .autoselect import LOADING, Candidate, Description, choose
 from .backends import BACKENDS, Backend, backend_named, misread, runtime_from_onnx

@@ -11,8 +11,7 @@ from swin_deploy.dependencies import EXACT_QDQ, onnxruntime_session, require
 from swin_deploy.errors import BackendError, MissingKernelError, sentence
 from swin_deploy.specs import Array, TensorSpec
 
-from .base import Feeds, Runtime
-from .pool import Pool
+from .base import Feeds, Pool, Runtime
 
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8", "tensor(bool)": "bool"}
 MOST_BINDINGS = 256  # concurrent calls

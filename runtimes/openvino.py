@@ -14,8 +14,7 @@ from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError, UsageError, sentence
 from swin_deploy.specs import Array, TensorSpec
 
-from .base import Feeds, Runtime
-from .pool import Pool
+from .base import Feeds, Pool, Runtime
 
 
 class OpenVino(Runtime):

@@ -87,3 +87,12 @@ def sweep(target: Path) -> None:
                     leftover.unlink(missing_ok=True)
         except OSError:
             pass  # somebody else's process
+
+
+def bytes_writer(data: bytes) -> Callable[[Path], None]:
+    """Return a function that writes `data` to a path."""
+
+    def write(path: Path) -> None:
+        path.write_bytes(data)
+
+    return write

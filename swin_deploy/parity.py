@@ -242,12 +242,6 @@ def verify_bundle(bundle: Bundle, open_graph: OpenGraph, left_out: Container[str
     )
 
 
-def is_verified(entry: Mapping[str, Any]) -> bool:
-    """Whether the graph of that entry in a manifest was compared with PyTorch, and agreed."""
-    verdict = entry.get("agreement")
-    return isinstance(verdict, Mapping) and bool(verdict.get("verified"))
-
-
 def described(verdict: Mapping[str, Any] | None) -> str:
     """One phrase on a verdict as the manifest keeps it: "verified (relative L2 3.1e-07)" or "not verified"."""
     if not verdict or not verdict.get("verified"):

@@ -73,6 +73,12 @@ def target_of(entry: Mapping[str, Any]) -> str:
     return str(entry.get("calibration", {}).get("target", TARGETS[0]))
 
 
+def is_verified(entry: Mapping[str, Any]) -> bool:
+    """Return whether the graph of that entry in a manifest was compared with PyTorch and agreed."""
+    verdict = entry.get("agreement")
+    return isinstance(verdict, Mapping) and bool(verdict.get("verified"))
+
+
 def device_from_text(text: str) -> str:
     """Return "cuda:0" for "cuda" or "cuda:0", and "cpu" for "cpu". Raises UsageError for anything else."""
     if text == "cpu":

@@ -13,7 +13,8 @@ from swin_deploy.bundle import Bundle
 from swin_deploy.dependencies import require
 from swin_deploy.errors import UsageError
 from swin_deploy.exporters.inspection.roofline import capability_of
-from swin_deploy.exporters.typed_graphs import Calibration, bytes_writer, further_size, with_typed_graphs
+from swin_deploy.exporters.typed_graphs import Calibration, further_size, with_typed_graphs
+from swin_deploy.files import bytes_writer
 from swin_deploy.gpus import cuda_devices
 from swin_deploy.parity import OpenGraph
 from swin_deploy.specs import QUANTIZED, TARGETS, EngineSpec, Size, size_text, target_of

@@ -12,7 +12,7 @@ from typing import Any
 
 from swin_deploy.bundle import Bundle
 from swin_deploy.errors import EngineError, UsageError
-from swin_deploy.exporters.typed_graphs import bytes_writer
+from swin_deploy.files import bytes_writer
 from swin_deploy.gpus import cuda_devices, seen_first
 from swin_deploy.tensorrt_log import heard
 

@@ -16,10 +16,9 @@ from typing import Any
 from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError, MissingDependencyError, sentence
 from swin_deploy.gpus import refuse_without_gpu
-from swin_deploy.runtimes.base import Feeds, Runtime
+from swin_deploy.runtimes.base import Feeds, Pool, Runtime
 from swin_deploy.runtimes.dlpack import DeviceTensor
 from swin_deploy.runtimes.onnxruntime import failed, opened, specs_of
-from swin_deploy.runtimes.pool import Pool
 from swin_deploy.specs import Array, TensorSpec
 
 from .driver import CAPTURING, LEGACY_STREAM, Gpu

@@ -35,10 +35,10 @@ def verify(
 
     from swin_deploy.bundle import Bundle
     from swin_deploy.errors import BundleError
-    from swin_deploy.parity import Reference, check_runtime, is_verified, verify_bundle
+    from swin_deploy.parity import Reference, check_runtime, verify_bundle
     from swin_deploy.runtimes.backends import misread, runtime_to_check
     from swin_deploy.runtimes.gpu.engines import open_engine
-    from swin_deploy.specs import device_from_text
+    from swin_deploy.specs import device_from_text, is_verified
 
     found = Bundle.open(bundle)
     if (engines := _engines(found, backend, device)) is None:

@@ -70,7 +70,8 @@ def quantize(
     from swin_deploy.exporters.inspection.roofline import find_gpu
     from swin_deploy.exporters.quantization.qat_layers import own_of
     from swin_deploy.exporters.quantization.qat_ranges_from_onnx import ranges_for
-    from swin_deploy.exporters.typed_graphs import NewGraph, bytes_writer, config_and_task, with_graphs
+    from swin_deploy.exporters.typed_graphs import NewGraph, config_and_task, with_graphs
+    from swin_deploy.files import bytes_writer
     from swin_deploy.runtimes.backends import runtime_to_check
     from swin_deploy.specs import QUANTIZED, TARGETS
 

@@ -36,7 +36,8 @@ def command(
     """
     import swin_deploy
     from swin_deploy.bundle import Bundle
-    from swin_deploy.parity import described, is_verified
+    from swin_deploy.parity import described
+    from swin_deploy.specs import is_verified
 
     say = teller()
     try:

@@ -16,7 +16,7 @@ from cli.exported import digits, exported, one_block
 import swin_deploy
 from swin_deploy.bundle import Bundle
 from swin_deploy.errors import BackendError, InputError
-from swin_deploy.runtimes.pool import Pool
+from swin_deploy.runtimes.base import Pool
 
 THREADS, REQUESTS = 32, {"onnxruntime": 10_000, "openvino": 400, "torch": 400}
 SIZES = ((32, 32), (16, 24))
