@@ -186,7 +186,7 @@ def for_tensorrt(model: Any, folder: Path, kind: str, pixels: Any) -> Any:
     read = {layer.name: layer.input for layer in linear_layers(model) if layer.name in names}
     model, moments = balanced(model, input_moments(model, read, Pixels(pixels).batches(BATCH), threads=1))
     seen = collect(model, quantized_inputs(model, config, kind), Pixels(pixels), batch=BATCH, threads=1)
-    amplitudes = {name: one.amplitude("mse", kind) for name, one in seen.items()}
+    amplitudes = {name: one.compute_amax("mse", kind) for name, one in seen.items()}
     return quantized_from_fp32(model, config, TaskSpec(), kind, amplitudes, rounding=Repaired(moments, kind))[0]
 
 

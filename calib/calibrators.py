@@ -1,7 +1,7 @@
-"""From a histogram to the range that a quantised type should cover: minmax, percentile, entropy and mse.
+"""Calibrators: choose the range of a quantized type from a histogram by minmax, percentile, entropy or mse.
 
-A histogram has `counts` int64 [2 * n] of bins `width` wide: bin i holds the values from (i - n) * width on, up to the next
-bin's. An amplitude is what the largest number of a symmetric type stands for: 127 of int8, 448 of float8 e4m3.
+A histogram has `counts` int64 [2 * n] of bins `width` wide; bin i starts at (i - n) * width. The amax of a symmetric type is
+the value that its largest number represents: 127 for int8, 448 for float8 E4M3.
 """
 
 from __future__ import annotations
@@ -11,53 +11,77 @@ from typing import Any
 
 import numpy as np
 
-from swin_deploy.errors import UsageError
+from swin_deploy.errors import unknown
 from swin_deploy.specs import Array
 
 METHODS = ("minmax", "percentile", "entropy", "mse")
-LARGEST = {"int8": 127.0, "fp8": 448.0}  # the largest number of each type
+TYPE_MAX = {"int8": 127.0, "fp8": 448.0}  # largest number of each type
 PERCENTILE = 99.99
 ENTROPY_BINS = 2048  # as in TensorRT and pytorch-quantization
-SMALLEST_NORMAL, MANTISSA = -6, 3  # of float8 e4m3: exponent, bits
-COARSE, FINE = 12, 8  # steps of a search: so many in an octave, and so many between two of these
+SMALLEST_NORMAL, MANTISSA = -6, 3  # of float8 E4M3: exponent, bits
+COARSE, FINE = 12, 8  # steps of a search per octave, and between two of these
 
 
-def amplitude(counts: Array, width: float, largest: float, method: str, kind: str, percentile: float) -> float:
-    """The amplitude that `method` finds for type `kind`, at most `largest`, the largest value seen (absolute)."""
-    _check(method, kind, percentile)
+def compute_amax(counts: Array, width: float, amax: float, method: str, kind: str) -> float:
+    """Choose the amax of a symmetric type.
+
+    Args:
+        counts: Histogram.
+        width: Bin width.
+        amax: Largest absolute value seen; the result is at most this.
+        method: One of METHODS.
+        kind: "int8" or "fp8".
+
+    Raises:
+        UsageError: The method or type is unknown.
+    """
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    if kind not in TYPE_MAX:
+        raise unknown("quantized type", kind, TYPE_MAX)
+    if method == "minmax" or amax == 0:
+        return amax
     folded = _folded(counts)
     used = np.flatnonzero(folded)
-    if method == "minmax" or largest == 0:
-        return largest
     folded = folded[: used[-1] + 1]
     if method == "percentile":
-        return min(largest, _quantile(folded, percentile / 100) * width)
+        return min(amax, _quantile(folded, PERCENTILE / 100) * width)
     if method == "entropy":
-        return min(largest, _least_divergence(folded, kind) * width)
+        return min(amax, _least_divergence(folded, kind) * width)
     centres, weights = (used + 0.5) * width, folded[used].astype(np.float64)
 
     def error(top: float) -> float:
         return float(weights @ _squares(centres, top, kind, width))
 
-    return _searched(error, largest)
+    return _searched(error, amax)
 
 
-def interval(
-    counts: Array, width: float, low: float, high: float, method: str, percentile: float = PERCENTILE
-) -> tuple[float, float]:
-    """The range (lowest, highest) that `method` finds for uint8 with a zero point; 0 is in it."""
-    _check(method, "int8", percentile)
+def compute_range(counts: Array, width: float, low: float, high: float, method: str) -> tuple[float, float]:
+    """Choose the (lowest, highest) value of uint8 with a zero point, which includes 0.
+
+    Args:
+        counts: Histogram.
+        width: Bin width.
+        low: Smallest value seen.
+        high: Largest value seen.
+        method: One of METHODS.
+
+    Raises:
+        UsageError: The method is unknown.
+    """
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
     low, high = min(low, 0.0), max(high, 0.0)
     if method == "minmax" or low == high:
         return low, high
     half = len(counts) // 2
     if method == "percentile":
-        tail = (1 - percentile / 100) / 2
+        tail = (1 - PERCENTILE / 100) / 2
         lowest = (_quantile(counts, tail) - half) * width
         highest = (_quantile(counts, 1 - tail) - half) * width
         return max(low, min(lowest, 0.0)), min(high, max(highest, 0.0))
     if method == "entropy":
-        top = amplitude(counts, width, max(-low, high), method, "int8", percentile)
+        top = compute_amax(counts, width, max(-low, high), method, "int8")
         return max(low, -top), min(high, top)
     used = np.flatnonzero(counts)
     centres, weights = (used - half + 0.5) * width, counts[used].astype(np.float64)
@@ -68,7 +92,7 @@ def interval(
         rounded = np.rint(kept / step) * step - kept if step >= 2 * width else step / np.sqrt(12)
         return float(weights @ ((kept - centres) ** 2 + rounded**2))
 
-    # One side after the other, and once more, since each depends on the other.
+    # Each side depends on the other, so both are searched twice.
     top = bottom = 0.0
     for _ in range(2):
         top = _searched(partial(error, bottom or low), high) if high > 0 else 0.0
@@ -76,8 +100,8 @@ def interval(
     return bottom, top
 
 
-def fp8_rounded(values: Array) -> Array:
-    """`values` as float8 e4m3 holds them (no infinity, the largest 448): saturated, rounded to nearest, ties to even."""
+def round_to_fp8(values: Array) -> Array:
+    """Round to float8 E4M3 (without infinity; largest number 448): saturated, to nearest, ties to even."""
     step = _fp8_steps(values)
     return np.asarray(np.clip(np.rint(values / step) * step, -448, 448))
 
@@ -87,23 +111,14 @@ def _fp8_steps(values: Array) -> Array:
     return np.asarray(np.ldexp(1.0, np.maximum(exponent - 1, SMALLEST_NORMAL) - MANTISSA))
 
 
-def _check(method: str, kind: str, percentile: float) -> None:
-    if method not in METHODS:
-        raise UsageError(f'There is no method "{method}". There are: {", ".join(METHODS)}.')
-    if kind not in LARGEST:
-        raise UsageError(f'There is no quantised type "{kind}". There are: {", ".join(LARGEST)}.')
-    if not 50 < percentile <= 100:
-        raise UsageError(f"The percentile is {percentile}, and must be above 50 and at most 100, such as 99.99.")
-
-
 def _folded(counts: Array) -> Array:
-    """The histogram of absolute values."""
+    """Return the histogram of absolute values."""
     half = len(counts) // 2
     return np.asarray(counts[half:] + counts[:half][::-1])
 
 
 def _quantile(counts: Array, share: float) -> float:
-    """The place, in bins, below which `share` of all values are; within a bin they count as evenly spread."""
+    """Return the position, in bins, below which `share` of all values lie, assumed to be uniform within a bin."""
     sums = np.cumsum(counts)
     wanted = share * sums[-1]
     place = min(int(np.searchsorted(sums, wanted)), len(counts) - 1)
@@ -111,31 +126,31 @@ def _quantile(counts: Array, share: float) -> float:
 
 
 def _squares(centres: Array, top: float, kind: str, width: float) -> Array:
-    """The squared error of values at `centres` of bins when `top` is the amplitude.
+    """Return the squared quantization error of the bins at `centres` if `top` is the amax.
 
-    Where the type's steps are finer than bins, the place within a bin decides, and the error is that of an evenly spread one.
+    Where the steps of the type are finer than the bins, values are assumed to be uniform within a bin.
     """
-    scale = top / LARGEST[kind]
+    scale = top / TYPE_MAX[kind]
     kept = np.minimum(centres, top)
     steps = scale * (_fp8_steps(kept / scale) if kind == "fp8" else np.ones_like(kept))
     rounded = np.where(steps >= 2 * width, np.rint(kept / steps) * steps - kept, steps / np.sqrt(12))
     return np.asarray((kept - centres) ** 2 + rounded**2)
 
 
-def _searched(error: Any, largest: float) -> float:
-    """The value up to `largest` with the smallest error: over eight octaves, then closer around the best."""
+def _searched(error: Any, amax: float) -> float:
+    """Return the value up to `amax` with the smallest error: search eight octaves, then refine around the best."""
     steps = np.arange(8 * COARSE + 1)
-    best = int(np.argmin([error(largest * 2.0 ** (-step / COARSE)) for step in steps]))
+    best = int(np.argmin([error(amax * 2.0 ** (-step / COARSE)) for step in steps]))
     fine = best + np.arange(-FINE + 1, FINE) / FINE
-    values = largest * 2.0 ** (-np.maximum(fine, 0) / COARSE)
+    values = amax * 2.0 ** (-np.maximum(fine, 0) / COARSE)
     return float(values[int(np.argmin([error(value) for value in values]))])
 
 
 def _least_divergence(counts: Array, kind: str) -> float:
-    """The place, in bins, where clipping loses the least information (Kullback-Leibler) with the numbers of `kind`.
+    """Return the position, in bins, at which clipping has the smallest Kullback-Leibler divergence.
 
-    The algorithm of TensorRT's entropy calibrator, as pytorch-quantization has it (`_compute_amax_entropy`): every cut of
-    the histogram is merged to the type's numbers, spread again over the bins that were not empty, and compared.
+    This is the algorithm of TensorRT's entropy calibrator as implemented by pytorch-quantization (`_compute_amax_entropy`):
+    each clipped histogram is merged to the numbers of the type, expanded to its non-empty bins, and compared.
     """
     group = -(-len(counts) // ENTROPY_BINS)
     bins = np.add.reduceat(counts, np.arange(0, len(counts), group)).astype(np.float64)
@@ -152,16 +167,16 @@ def _least_divergence(counts: Array, kind: str) -> float:
         reference = head.copy()
         reference[-1] += total - head.sum()
         divergence = _divergence(reference, coarse)
-        if divergence <= best:  # of equals, the widest
+        if divergence <= best:  # of equal ones, the widest
             best, place = divergence, cut
     return place * group
 
 
 def _cells(cut: int, levels: int, kind: str) -> Array:
-    """Where, among `cut` bins, those begin that become one number of the type."""
+    """Return the first bin of each group, among `cut` bins, that becomes one number of the type."""
     if kind == "int8":
         return np.unique(-(-np.arange(levels) * cut // levels))
-    numbers = fp8_rounded((np.arange(cut) + 0.5) * (LARGEST["fp8"] / cut))
+    numbers = round_to_fp8((np.arange(cut) + 0.5) * (TYPE_MAX["fp8"] / cut))
     return np.concatenate([[0], np.flatnonzero(np.diff(numbers)) + 1])
 
 

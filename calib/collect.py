@@ -1,7 +1,7 @@
-"""collect: one pass over data through ONNX Runtime, in which chosen tensors of a graph are observed; resumable and cached.
+"""Run calibration data through a graph in ONNX Runtime and observe its tensors.
 
-What is known after each batch is a value of its own, so that what is written to disk is never half of a batch. A pass that was
-stopped, in whatever way, is taken up at the last batch that was written and ends with the same bits.
+Observations are immutable, so what is written to disk never contains half a batch. An interrupted pass resumes after the last
+batch written and gives the same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,67 +18,22 @@ import numpy as np
 
 from swin_deploy.bundle import disk_errors, sha256_of, write_whole
 from swin_deploy.dependencies import onnxruntime_session, require
-from swin_deploy.errors import BackendError, InputError, UsageError
-from swin_deploy.specs import Array
+from swin_deploy.errors import BackendError, InputError, UsageError, sentence
+from swin_deploy.specs import Array, Progress, no_progress
 
 from .observers import HALF, Observation, from_arrays, to_arrays
 
 if TYPE_CHECKING:
     import onnx
 
-
-def largest_values(
-    model: onnx.ModelProto, data: Data, *, batch: int = 1, progress: Progress | None = None, threads: int = 0
-) -> dict[str, float]:
-    """Every float32 value that a node of `model` writes, by name -> its largest absolute value over all of `data`.
-
-    `model` holds its weights, and types of inner values in value_info; it is not changed. The maximum is taken in the graph, so
-    that memory is that of running it. `progress(done, total)` counts samples. Raises InputError where a value is not finite.
-    """
-    require("onnx", "observe the values of a graph")
-    import numpy as np
-    import onnx
-    from onnx import TensorProto, helper
-
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    floats = {
-        value.name
-        for value in (*model.graph.value_info, *model.graph.output)
-        if value.type.tensor_type.elem_type == TensorProto.FLOAT
-    }
-    names = [name for node in model.graph.node for name in node.output if name in floats]
-    for name in names:
-        watched.graph.node.append(helper.make_node("Abs", [name], [f"{name}/absolute"]))
-        watched.graph.node.append(helper.make_node("ReduceMax", [f"{name}/absolute"], [f"{name}/largest"], keepdims=0))
-    asked = [f"{name}/largest" for name in names]
-    run = session_for(watched, asked, threads)
-    largest = np.zeros(len(names))
-    done = 0
-    for feeds in data.batches(batch):
-        values = run(feeds)
-        found = np.array([values[name] for name in asked], dtype=np.float64)
-        if not np.isfinite(found).all():
-            name = names[int(np.flatnonzero(~np.isfinite(found))[0])]
-            raise InputError(
-                f"The value {name} of the fp32 graph is not finite on the calibration samples from number {done} on. Expected "
-                f"images like those that the network was trained on; leave these out."
-            )
-        largest = np.maximum(largest, found)
-        done += len(next(iter(feeds.values())))
-        if progress is not None:
-            progress(done, len(data))
-    return dict(zip(names, largest.tolist(), strict=True))
+CACHE = ".calibration"  # folder in a bundle for cached observations
+PHASE = "Measuring ranges"
+State = tuple[int, dict[str, Observation]]  # number of samples seen, and their observations
+_FORMAT = 2  # of the cache files; files of another format are ignored
 
 
-Progress = Callable[[int, int], None]
-State = tuple[int, dict[str, Observation]]  # how many samples were seen, and what they showed
-CACHE = ".calibration"  # where a bundle's observations may be kept, a folder in it
-FORMAT = 1  # of the files; another number makes none of the old ones found
-
-
-class Data(Protocol):
-    """What a pass is made over (data.Samples is one): its size, what it is, and batches of feeds from any sample on."""
+class CalibrationData(Protocol):
+    """Samples for a calibration pass, such as calib.data.Samples."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -91,41 +46,54 @@ class Data(Protocol):
 def collect(
     model: str | os.PathLike[str] | onnx.ModelProto,
     tensors: Sequence[str],
-    data: Data,
+    data: CalibrationData,
     *,
     batch: int = 8,
     cache: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
     threads: int = 0,
     every: float = 10.0,
 ) -> dict[str, Observation]:
-    """An observation of each of `tensors` of the graph `model`, a file or a loaded one with its weights, over all of `data`.
+    """Observe tensors of a graph over all of `data`.
 
-    Memory is that of the model, one batch with the tensors' values, and about 0.3 MB a tensor. `cache` is a folder (for a
-    bundle, CACHE in it): every `every` seconds, and at an interrupt, what is known so far is written there, and a pass over the
-    same graph, data and batch size resumes from it; finished observations are kept and cost no further pass.
-    `progress(done, total)` counts samples. Raises UsageError for a tensor that the graph does not have, InputError for one
-    that becomes NaN.
+    Memory use is that of the model and one batch with the observed values, plus about 0.3 MB per tensor.
+
+    Args:
+        model: An ONNX file, or a loaded graph with its weights.
+        tensors: Names of inputs and node outputs.
+        data: Calibration samples.
+        batch: Samples per run.
+        cache: Folder for observations. The state of an unfinished pass is saved there; a pass over the same graph, data and
+            batch size resumes from it. Finished observations are reused.
+        progress: Called after each batch, in samples.
+        threads: Number of CPU threads; 0 for ONNX Runtime's default.
+        every: Seconds between two saves of an unfinished pass.
+
+    Returns:
+        The observation of each tensor.
+
+    Raises:
+        UsageError: The graph has no such tensor.
+        InputError: A value is NaN or infinite.
     """
     wanted = tuple(dict.fromkeys(tensors))
     store = None if cache is None else _Store(Path(cache), _key(model, data, batch))
     known = {} if store is None else store.finished()
     missing = tuple(name for name in wanted if name not in known)
     if missing:
-        state: State = (0, {}) if store is None else store.begun(missing)
+        state: State = (0, {}) if store is None else store.unfinished(missing)
         run = session_for(model, missing, threads)
         saved = time.monotonic()
         try:
             for feeds in data.batches(batch, state[0]):
                 state = _advanced(state, run(feeds), missing, len(next(iter(feeds.values()))))
-                if progress is not None:
-                    progress(state[0], len(data))
+                progress(PHASE, state[0], len(data))
                 if store is not None and state[0] < len(data) and time.monotonic() - saved >= every:
-                    store.keep(*state)
+                    store.save(*state)
                     saved = time.monotonic()
         except KeyboardInterrupt:
             if store is not None:
-                store.keep(*state)
+                store.save(*state)
             raise
         known = {**known, **state[1]}
         if store is not None:
@@ -133,15 +101,98 @@ def collect(
     return {name: known[name] for name in wanted}
 
 
+def amax_of_values(
+    model: onnx.ModelProto, data: CalibrationData, *, batch: int = 1, progress: Progress = no_progress, threads: int = 0
+) -> dict[str, float]:
+    """Return the amax of every float32 value in a graph over all of `data`.
+
+    The maximum is computed in the graph, so memory use is that of running it.
+
+    Args:
+        model: A graph with its weights and the types of its values in value_info. It is not changed.
+        data: Calibration samples.
+        batch: Samples per run.
+        progress: Called after each batch, in samples.
+        threads: Number of CPU threads; 0 for ONNX Runtime's default.
+
+    Raises:
+        InputError: A value is NaN or infinite.
+    """
+    require("onnx", "observe the values of a graph")
+    from onnx import TensorProto, helper
+
+    watched = _copy(model)
+    floats = {
+        value.name
+        for value in (*model.graph.value_info, *model.graph.output)
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT
+    }
+    names = [name for node in model.graph.node for name in node.output if name in floats]
+    for name in names:
+        watched.graph.node.append(helper.make_node("Abs", [name], [f"{name}/absolute"]))
+        watched.graph.node.append(helper.make_node("ReduceMax", [f"{name}/absolute"], [f"{name}/amax"], keepdims=0))
+    outputs = [f"{name}/amax" for name in names]
+    run = session_for(watched, outputs, threads)
+    amax = np.zeros(len(names))
+    done = 0
+    for feeds in data.batches(batch):
+        values = run(feeds)
+        found = np.array([values[name] for name in outputs], dtype=np.float64)
+        if not np.isfinite(found).all():
+            name = names[int(np.flatnonzero(~np.isfinite(found))[0])]
+            raise InputError(
+                f"The value {name} of the fp32 graph is not finite for the calibration samples from number {done} on. "
+                f"Expected images like those that the network was trained on. Remove these samples."
+            )
+        amax = np.maximum(amax, found)
+        done += len(next(iter(feeds.values())))
+        progress(PHASE, done, len(data))
+    return dict(zip(names, amax.tolist(), strict=True))
+
+
+def session_for(
+    model: str | os.PathLike[str] | onnx.ModelProto, tensors: Sequence[str], threads: int
+) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
+    """Open a graph in ONNX Runtime and return a function from feeds to the values of `tensors`."""
+    import onnx
+
+    require("onnxruntime", "run the graph on calibration data")
+    graph = _copy(model)
+    inputs = {value.name for value in graph.graph.input}
+    outputs = {name for node in graph.graph.node for name in node.output if name}
+    if unknown := [name for name in tensors if name not in inputs | outputs]:
+        raise UsageError(f'The graph has no tensor "{unknown[0]}". Expected the name of an input or of a node\'s output.')
+    fetched = [name for name in tensors if name in outputs]
+    del graph.graph.output[:]
+    graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in fetched)
+    config = {}
+    if isinstance(model, str | os.PathLike):
+        config["session.model_external_initializers_file_folder_path"] = str(Path(model).resolve().parent)
+    try:  # a memory arena would hold the memory of the largest batch twice
+        session = onnxruntime_session(graph.SerializeToString(), threads=threads, config=config, enable_cpu_mem_arena=False)
+    except Exception as error:
+        raise BackendError(f"ONNX Runtime cannot load the graph for calibration: {sentence(str(error))}.") from error
+
+    def run(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        needed = {value.name: feeds[value.name] for value in session.get_inputs()}
+        try:
+            results = session.run(fetched, needed) if fetched else []
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed on calibration data: {sentence(str(error))}.") from error
+        return {**feeds, **dict(zip(fetched, results, strict=True))}
+
+    return run
+
+
 def _advanced(state: State, values: Mapping[str, Array], tensors: Sequence[str], count: int) -> State:
-    """The state after a further batch of `count` samples."""
+    """Return the state after another batch of `count` samples."""
     done, before = state
     fresh = {name: Observation.of(values[name], count, f"The tensor {name}") for name in tensors}
     return done + count, {name: before[name].merged(one) if name in before else one for name, one in fresh.items()}
 
 
 class _Store:
-    """Two files of a folder: observations that are finished, and those of a pass that is not."""
+    """Two files in a cache folder: finished observations, and those of an unfinished pass."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self._whole, self._part = folder / f"ranges-{key[:32]}.npz", folder / f"ranges-{key[:32]}.partial.npz"
@@ -151,14 +202,13 @@ class _Store:
         arrays = self._read(self._whole)
         return {} if arrays is None else from_arrays(arrays)
 
-    def begun(self, tensors: Sequence[str]) -> State:
-        """How many samples a stopped pass over the same tensors has seen, and what it knows."""
+    def unfinished(self, tensors: Sequence[str]) -> State:
         arrays = self._read(self._part)
         if arrays is None or tuple(arrays["names"]) != tuple(tensors):
             return 0, {}
         return int(arrays["done"]), from_arrays(arrays)
 
-    def keep(self, done: int, observations: Mapping[str, Observation]) -> None:
+    def save(self, done: int, observations: Mapping[str, Observation]) -> None:
         self._write(self._part, {"done": np.int64(done), **to_arrays(observations)})
 
     def finish(self, observations: Mapping[str, Observation]) -> None:
@@ -167,7 +217,7 @@ class _Store:
             self._part.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> dict[str, Array] | None:
-        """The arrays of a file; None for one that is absent, damaged or of another key: all that can be made again."""
+        """Return the arrays of a file; None if it is missing, damaged or has another key, since it can be made again."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)  # every array is checked against its CRC-32
@@ -185,21 +235,22 @@ class _Store:
         write_whole(path, write)
 
 
-def _key(model: str | os.PathLike[str] | onnx.ModelProto, data: Data, batch: int) -> str:
-    """What decides the bits of an observation: the graph and its weights, the data, and how it is computed."""
+def _key(model: str | os.PathLike[str] | onnx.ModelProto, data: CalibrationData, batch: int) -> str:
+    """Hash everything that decides the bits of an observation: graph, weights, data, and how it is computed."""
     ort = require("onnxruntime", "run the graph on calibration data")
-    digest = hashlib.sha256(f"{FORMAT} {HALF} {batch} {ort.__version__} {data.fingerprint} ".encode())
+    digest = hashlib.sha256(f"{_FORMAT} {HALF} {batch} {ort.__version__} {data.fingerprint} ".encode())
     if isinstance(model, str | os.PathLike):
         digest.update(sha256_of(Path(model)).encode())
-        for location in _weight_files(_graph(model)):
+        tensors = _copy(model).graph.initializer
+        for location in sorted({e.value for t in tensors for e in t.external_data if e.key == "location"}):
             digest.update(sha256_of(Path(model).parent / location).encode())
     else:
         digest.update(model.SerializeToString(deterministic=True))
     return digest.hexdigest()
 
 
-def _graph(model: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of the graph to be changed; weights in files of their own stay there."""
+def _copy(model: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
+    """Load or copy a graph; external weights stay in their files."""
     require("onnx", "observe tensors of a graph")
     import onnx
 
@@ -208,43 +259,3 @@ def _graph(model: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     return copy
-
-
-def _weight_files(model: onnx.ModelProto) -> list[str]:
-    return sorted({e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"})
-
-
-def session_for(
-    model: str | os.PathLike[str] | onnx.ModelProto, tensors: Sequence[str], threads: int
-) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
-    """A function from feeds to the values of `tensors`."""
-    import onnx
-
-    require("onnxruntime", "run the graph on calibration data")
-    graph = _graph(model)
-    given = {value.name for value in graph.graph.input}
-    made = {name for node in graph.graph.node for name in node.output if name}
-    if unknown := [name for name in tensors if name not in given | made]:
-        raise UsageError(
-            f'The graph has no tensor "{unknown[0]}", which was to be observed. Name an input, or a node\'s output.'
-        )
-    asked = [name for name in tensors if name in made]
-    del graph.graph.output[:]
-    graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked)
-    config = {}
-    if isinstance(model, str | os.PathLike):
-        config["session.model_external_initializers_file_folder_path"] = str(Path(model).resolve().parent)
-    try:  # a memory arena would hold the memory of the largest batch twice
-        session = onnxruntime_session(graph.SerializeToString(), threads=threads, config=config, enable_cpu_mem_arena=False)
-    except Exception as error:
-        raise BackendError(f"ONNX Runtime cannot load the graph to be observed: {' '.join(str(error).split())}") from error
-
-    def run(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-        needed = {value.name: feeds[value.name] for value in session.get_inputs()}
-        try:
-            results = session.run(asked, needed) if asked else []
-        except Exception as error:
-            raise BackendError(f"ONNX Runtime failed on calibration data: {' '.join(str(error).split())}") from error
-        return {**feeds, **dict(zip(asked, results, strict=True))}
-
-    return run

@@ -1,4 +1,4 @@
-"""From what samples are labelled with (folders, a file, numbers) to the class numbers of a network."""
+"""Match labels of samples (folder names, a file, numbers) to the class numbers of a network."""
 
 from __future__ import annotations
 
@@ -14,50 +14,63 @@ import numpy as np
 from swin_deploy.errors import InputError
 
 WORDNET = re.compile(r"n\d{8}")
-EXPECTED = "a line for each image with its file and its class, such as cat/1.jpg,cat"
+EXPECTED = "a line with file and class for each image, such as cat/1.jpg,cat"
 
 
 def labels_from_file(path: Path, names: Sequence[str]) -> tuple[str, ...]:
-    """The class of each of `names`, from lines "file,class" (or with a space between); a heading is passed over.
+    """Read the class of each of `names` from lines "file,class" or "file class".
 
-    `file` is a path as in `names`, or the last part of one. Raises InputError where a name has no class.
+    Args:
+        path: The label file, in UTF-8. A heading is ignored.
+        names: Paths of images; a line contains such a path or only its last part.
+
+    Raises:
+        InputError: The file cannot be read, or a name has no class.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        why = str(error.strerror) if isinstance(error, OSError) else "it is no text in UTF-8"
-        raise InputError(f'The labels {path} cannot be read: {why}. Expected a file with {EXPECTED}; or "none".') from error
+        why = str(error.strerror) if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputError(f"The label file {path} cannot be read: {why}. Expected {EXPECTED}.") from error
     rows = [row for row in csv.reader(lines) if row]
     if rows and all(len(row) == 1 for row in rows):
         rows = [row[0].rsplit(maxsplit=1) for row in rows if row[0].strip()]
     known: dict[str, str] = {}
     for row in rows:
         if len(row) < 2:
-            raise InputError(f"The labels {path} have a line {','.join(row)!r}. Expected {EXPECTED}.")
+            raise InputError(f"The label file {path} has a line {','.join(row)!r}. Expected {EXPECTED}.")
         known[row[0].strip().replace("\\", "/").removeprefix("./")] = row[1].strip()
     last = Counter(file.rsplit("/", 1)[-1] for file in known)
     short = {file.rsplit("/", 1)[-1]: label for file, label in known.items() if last[file.rsplit("/", 1)[-1]] == 1}
     found = [known.get(name, short.get(name.rsplit("/", 1)[-1])) for name in names]
     if None in found:
-        raise InputError(f"The labels {path} have no line for {names[found.index(None)]}. Expected {EXPECTED}.")
+        raise InputError(f"The label file {path} has no line for {names[found.index(None)]}. Expected {EXPECTED}.")
     return tuple(str(label) for label in found)
 
 
 def class_numbers(labels: Sequence[Any], id2label: Mapping[int, str]) -> tuple[dict[Any, int], str]:
-    """The class number of each distinct label of a whole data set, and the rule by which it was found.
+    """Match the distinct labels of a whole data set to class numbers.
 
-    Tried in this order: labels are numbers; they are the network's own names for its classes (upper case, "_" and "-" do not
-    count, and one of several names parted by commas is enough); they are numbers in words; there are as many as the network
-    has classes, which are then taken to be sorted, as in ImageNet. Raises InputError where none of these holds.
+    The first rule that fits is used: labels are integers; labels are class names of the network (ignoring case, "_" and "-";
+    one of several names separated by commas suffices); labels are numbers as text; there are as many labels as classes, and
+    the classes are the sorted labels, as in ImageNet.
+
+    Args:
+        labels: Label of each sample.
+        id2label: Class names of the network by number.
+
+    Returns:
+        The class number of each distinct label, and the name of the rule.
+
+    Raises:
+        InputError: No rule fits.
     """
     distinct = list(dict.fromkeys(labels))
     count = len(id2label)
     if all(isinstance(label, int | np.integer) for label in distinct):
         outside = [label for label in distinct if label not in id2label]
         if outside:
-            raise InputError(
-                f"There is a label {outside[0]}, and the network has classes 0 to {count - 1}. Correct the labels."
-            )
+            raise InputError(f"Invalid label {outside[0]}. Expected a class number from 0 to {count - 1}.")
         return {label: int(label) for label in distinct}, "class numbers"
     texts = {label: str(label) for label in distinct}
     find = _names(id2label)
@@ -74,8 +87,8 @@ def class_numbers(labels: Sequence[Any], id2label: Mapping[int, str]) -> tuple[d
     strange = [text for label, text in texts.items() if numbers[label] is None]
     unknown = next((text for text in strange if text not in numeric or int(text) not in id2label), strange[0])
     raise InputError(
-        f'The label "{unknown}" is no class of this network ("{id2label[0]}", ...), and there are {len(texts)} labels for its '
-        f'{count} classes. Name the folders as the classes are named, or give --labels with class numbers, or with "none".'
+        f'The label "{unknown}" is not a class of this network ("{id2label[0]}", ...), and there are {len(texts)} labels for '
+        f"its {count} classes. Name the folders like the classes, pass --labels with class numbers, or --ignore-labels."
     )
 
 
@@ -88,7 +101,7 @@ def _names(id2label: Mapping[int, str]) -> Callable[[str], int | None]:
             part.setdefault(_plain(one), set()).add(number)
 
     def find(text: str) -> int | None:
-        """The one class with that name; None where there are several ("crane" is a bird and a machine)."""
+        """Return the class with that name; None if there are several ("crane" is a bird and a machine)."""
         found = whole.get(_plain(text)) or part.get(_plain(text)) or set()
         return next(iter(found)) if len(found) == 1 else None
 

@@ -1,6 +1,6 @@
-"""Where samples come from: a folder of images, a NumPy file, or any Python iterable. One sample at a time is in memory.
+"""Sources of samples: a folder of images, a NumPy file, or any Python iterable. One sample at a time is in memory.
 
-A source is sized and can be read again and again, always in the same order, so that reading can be taken up where it stopped.
+A source has a length and can be read repeatedly, always in the same order, so that an interrupted pass can resume.
 """
 
 from __future__ import annotations
@@ -23,34 +23,35 @@ from swin_deploy.errors import InputError
 from swin_deploy.specs import Array
 
 IMAGES, PIXELS, LABELS = "images", "pixel_values", "labels"  # the arrays of a NumPy file
-# Formats that Pillow opens only with a plug-in of somebody else's, or that are no pictures.
-STUBS = {"BUFR", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
+# Formats that Pillow opens only with a third-party plug-in, or that are not pictures.
+UNREADABLE = {"BUFR", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
-class Source(Protocol):
-    """Samples by number, sorted; each is a path, a PIL image, a uint8 array [h, w, 3] or a float array [3, h, w].
-
-    `labels` holds a class name or number for each sample, or is None.
-    """
+class SampleSource(Protocol):
+    """Sorted samples: paths, PIL images, uint8 arrays [height, width, 3] or float arrays [3, height, width]."""
 
     @property
     def title(self) -> str: ...
 
     @property
-    def labels(self) -> Sequence[Any] | None: ...
+    def labels(self) -> Sequence[Any] | None:
+        """Class name or number of each sample."""
 
     def __len__(self) -> int: ...
 
-    def name(self, index: int) -> str: ...
+    def name(self, index: int) -> str:
+        """Return the name of a sample for messages."""
 
-    def read(self, wanted: Sequence[int]) -> Iterator[Any]: ...
+    def read(self, wanted: Sequence[int]) -> Iterator[Any]:
+        """Yield the samples with these numbers, in ascending order."""
 
-    def digest(self, index: int, sample: Any) -> bytes: ...
+    def digest(self, index: int, sample: Any) -> bytes:
+        """Hash the name and contents of a sample."""
 
 
 @dataclass(frozen=True)
-class Folder:
-    """The images at and below `path`: `names` relative to it, sorted; `labels` the class folder that each is in."""
+class ImageFolder:
+    """The images in `path` and its subfolders: sorted relative `names`, and `labels`, the class folder of each."""
 
     path: Path
     names: tuple[str, ...]
@@ -76,18 +77,21 @@ class Folder:
             raise InputError(f"Image file {str(sample)!r} cannot be read: {error.strerror}. Check its permissions.") from error
 
     @classmethod
-    def at(cls, path: Path) -> Folder:
-        """The folder `path`. Its classes are the folders directly in it, where no image lies beside them.
+    def at(cls, path: Path) -> ImageFolder:
+        """List the images of a folder. Its subfolders are classes if there is no image beside them.
 
-        A folder that holds nothing but one folder of class folders is that folder. Hidden files and files that are no
-        images by their name are passed over. Raises InputError where there is no image, or a folder may not be read.
+        A folder that contains only one folder of class folders is replaced by that folder. Hidden files, and files whose
+        suffix is not that of an image, are ignored.
+
+        Raises:
+            InputError: There is no image, or a folder cannot be read.
         """
         known = _suffixes()
         found: list[Path] = []
         seen: set[str] = set()
         for place, folders, files in os.walk(path, followlinks=True, onerror=_refuse_unreadable):
             here = os.path.realpath(place)
-            if here in seen:  # a link that leads back up
+            if here in seen:  # a symbolic link to a parent folder
                 folders[:] = []
                 continue
             seen.add(here)
@@ -95,7 +99,7 @@ class Folder:
             pictures = (file for file in files if not file.startswith(".") and Path(file).suffix.lower() in known)
             found += [Path(place, file).relative_to(path) for file in pictures]
         if not found:
-            raise InputError(f"There is no image in {path} or below it. Expected files such as JPEG or PNG.")
+            raise InputError(f"{path} and its subfolders contain no image. Expected files such as JPEG or PNG.")
         while len({file.parts[0] for file in found}) == 1 and all(len(file.parts) > 2 for file in found):
             path = path / found[0].parts[0]
             found = [file.relative_to(file.parts[0]) for file in found]
@@ -105,12 +109,12 @@ class Folder:
 
 
 class NumpyFile:
-    """The rows of one array in a .npy or .npz file, read one after the other; the file is never loaded as a whole."""
+    """Rows of one array in an .npy or .npz file, read one by one; the file is never loaded as a whole."""
 
     def __init__(self, title: str, open_array: Callable[[], contextlib.AbstractContextManager[IO[bytes]]]) -> None:
         self.title, self._open = title, open_array
         self.labels: Sequence[Any] | None = None
-        self.prepared = False  # whether the samples are what the graph takes, whatever their type
+        self.prepared = False  # whether the samples are inputs of the graph, whatever their type
         with self._reading() as stream:
             self.shape, self.dtype = self._header(stream)
 
@@ -129,7 +133,7 @@ class NumpyFile:
                 place = index + 1
                 data = stream.read(size)
                 if len(data) != size:
-                    raise InputError(f"{self.title} ends after {index} of {len(self)} samples: it is damaged. Write it again.")
+                    raise InputError(f"{self.title} is damaged: it ends after {index} of {len(self)} samples. Write it again.")
                 yield np.frombuffer(data, self.dtype).reshape(self.shape[1:])
 
     def digest(self, index: int, sample: Array) -> bytes:
@@ -137,9 +141,11 @@ class NumpyFile:
 
     @classmethod
     def at(cls, path: Path) -> NumpyFile:
-        """The samples in the file `path`: `pixel_values` float [n, 3, h, w] or `images` uint8 [n, h, w, 3].
+        """Open an .npy file, or an .npz file with `pixel_values` float [n, 3, height, width] or `images` uint8
+        [n, height, width, 3], and optionally `labels` [n].
 
-        An .npz may hold `labels` [n] beside them. Raises InputError for anything else.
+        Raises:
+            InputError: The file is none of these.
         """
         if path.suffix.lower() == ".npy":
             return cls(str(path), lambda: path.open("rb"))
@@ -147,13 +153,13 @@ class NumpyFile:
         samples = next((name for name in (PIXELS, IMAGES) if name in names), None)
         if samples is None:
             held = ", ".join(names) or "nothing"
-            raise InputError(f"{path} has no array {PIXELS} or {IMAGES}; it holds {held}. Name the samples so: np.savez.")
+            raise InputError(f"{path} has no array {PIXELS} or {IMAGES}, but {held}. Write one of these with np.savez.")
         found = cls(f"{path} ({samples})", lambda: _member(path, samples))
         if LABELS in names:
             labels = cls(f"{path} ({LABELS})", lambda: _member(path, LABELS))
             if labels.shape != (len(found),):
                 raise InputError(
-                    f"{labels.title} has shape {list(labels.shape)}, and must hold one label for each of {len(found)} samples."
+                    f"{labels.title} has shape {list(labels.shape)}. Expected one label for each of {len(found)} samples."
                 )
             found.labels = [row.item() for row in labels.read(range(len(labels)))]
         return found
@@ -173,16 +179,16 @@ class NumpyFile:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
         if dtype.hasobject:
-            raise InputError(f"{self.title} holds Python objects, which are never loaded. Write an array of numbers.")
+            raise InputError(f"{self.title} contains Python objects, which are not loaded. Write an array of numbers.")
         if not shape or 0 in shape:
-            raise InputError(f"{self.title} holds no samples: its shape is {list(shape)}. Write at least one.")
+            raise InputError(f"{self.title} contains no samples: its shape is {list(shape)}. Expected at least one.")
         if fortran:
-            raise InputError(f"{self.title} is in Fortran order. Write it with np.ascontiguousarray, sample after sample.")
+            raise InputError(f"{self.title} is in Fortran order. Convert it with np.ascontiguousarray.")
         return tuple(shape), dtype
 
 
-class Items:
-    """A sequence of paths, PIL images or arrays, each alone or in a pair with its label; an array counts as its rows."""
+class SampleSequence:
+    """A sequence of paths, PIL images or arrays, or of pairs of these and labels; of an array, its rows."""
 
     title = "the samples"
 
@@ -190,8 +196,8 @@ class Items:
         self._items = items
         self.labels: Sequence[Any] | None = None
         if len(items) == 0:
-            raise InputError("There are no samples: the sequence is empty. Give at least one image.")
-        if len(getattr(items, "targets", ())) == len(items):  # torchvision's data sets, without reading every image
+            raise InputError("There are no samples: the sequence is empty. Expected at least one image.")
+        if len(getattr(items, "targets", ())) == len(items):  # a torchvision data set: without reading every image
             self.labels = list(items.targets)
         elif _is_pair(items[0]):
             self.labels = [_split(items[index])[1] for index in range(len(items))]
@@ -208,16 +214,16 @@ class Items:
 
     def digest(self, index: int, sample: Any) -> bytes:
         if isinstance(sample, str | os.PathLike):
-            return Folder(Path(), (Path(sample).name,), None).digest(0, Path(sample))
+            return ImageFolder(Path(), (Path(sample).name,), None).digest(0, Path(sample))
         return _array_digest(np.asarray(sample))
 
 
-def spooled(items: Iterable[Any], limit: int | None, prepare: Callable[[int, Any], Array]) -> NumpyFile:
-    """What an iterable without a length gives, at most `limit` samples, as `prepare` makes them.
+def spool(items: Iterable[Any], limit: int | None, prepare: Callable[[int, Any], Array]) -> NumpyFile:
+    """Write at most `limit` samples of an iterable, prepared by `prepare`, to a temporary file.
 
-    They are kept in a temporary file, since the iterable may give them only once.
+    An iterable without a length may yield its samples only once.
     """
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the source
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the source
     labels: list[Any] = []
     shape: tuple[int, ...] = ()
     header, count = 128, 0
@@ -232,11 +238,11 @@ def spooled(items: Iterable[Any], limit: int | None, prepare: Callable[[int, Any
         if count == limit:
             break
     if not count:
-        raise InputError("There are no samples: the iterable gives none. Give at least one image.")
+        raise InputError("There are no samples: the iterable is empty. Expected at least one image.")
     file.seek(0)
     described = {"descr": array.dtype.str, "fortran_order": False, "shape": (count, *shape)}
     np.lib.format.write_array_header_1_0(file, described)
-    assert file.tell() == header  # NumPy pads its headers to 64 bytes, and this one never needs more than 128
+    assert file.tell() == header  # NumPy pads headers to 64 bytes, and this one needs at most 128
 
     @contextlib.contextmanager
     def rewound() -> Iterator[IO[bytes]]:
@@ -253,7 +259,7 @@ def _suffixes() -> frozenset[str]:
     from PIL import Image
 
     suffixes = Image.registered_extensions()  # loads every plug-in
-    return frozenset(suffix for suffix, kind in suffixes.items() if kind in Image.OPEN and kind not in STUBS)
+    return frozenset(suffix for suffix, kind in suffixes.items() if kind in Image.OPEN and kind not in UNREADABLE)
 
 
 def _refuse_unreadable(error: OSError) -> None:

@@ -172,7 +172,7 @@ def _add_graph(
             )
         if not verdict.verified:
             raise VerificationError(
-                f"The ONNX graph disagrees with PyTorch: {verdict.complaint()}. Nothing was written. Install the versions in "
+                f"The ONNX graph disagrees with PyTorch: {verdict.mismatch()}. Nothing was written. Install the versions in "
                 f"constraints.txt and, if it persists, report it."
             )
         draft.files[file]["agreement"] = verdict.to_dict()

@@ -158,7 +158,7 @@ def _write_checked(bundle: Bundle, model: Any, entry: dict[str, Any], path: Path
         return
     if not verdict.verified:
         raise VerificationError(
-            f"The {entry['precision']} graph is too far from PyTorch: {verdict.complaint()}. It was not kept; "
+            f"The {entry['precision']} graph is too far from PyTorch: {verdict.mismatch()}. It was not kept; "
             + (OTHER_IMAGES if entry["precision"] in QUANTIZED else WITH_DATA)
         )
     entry["agreement"] = verdict.to_dict()

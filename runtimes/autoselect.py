@@ -23,7 +23,7 @@ from swin_deploy.dependencies import installed_versions
 from swin_deploy.errors import BackendError, BundleError, MissingDependencyError, MissingKernelError, UsageError
 from swin_deploy.gpus import cuda_devices, cuda_version
 from swin_deploy.machine import processor_name, usable_cores
-from swin_deploy.parity import Reference, Verdict, check_runtime, described
+from swin_deploy.parity import Reference, Verdict, check_runtime, verdict_text
 from swin_deploy.specs import Size, size_text
 
 from .base import Runtime
@@ -169,7 +169,7 @@ def _measure(bundle: Bundle, candidate: Candidate, open_first: Open, best: float
         try:
             verdict: Verdict = check_runtime(reference, runtime, file, candidate.precision, together=False)
             if not verdict.verified:
-                return Measured(candidate, None, verdict.complaint())
+                return Measured(candidate, None, verdict.mismatch())
             feeds = {name: feed[:1] for name, feed in reference.feeds.items()}
             out = runtime.run(feeds)
             times: list[float] = []
@@ -182,7 +182,7 @@ def _measure(bundle: Bundle, candidate: Candidate, open_first: Open, best: float
                 times.append((time.perf_counter() - start) * 1e3)
         except BackendError as error:
             return Measured(candidate, None, str(error), failed=True)
-    return Measured(candidate, min(times), described({"verified": True, **verdict.agreement.to_dict()}))
+    return Measured(candidate, min(times), verdict_text({"verified": True, **verdict.agreement.to_dict()}))
 
 
 def _reference_of(bundle: Bundle, file: str) -> str:

@@ -1,4 +1,4 @@
-"""How good the graphs of a bundle are on data: right answers, and how far each is from a reference in fp32."""
+"""Accuracy of a bundle's graphs on images, and their distance from an fp32 reference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from swin_deploy.parity import Runnable
+from swin_deploy.parity import Runnable, decibels
 from swin_deploy.specs import Array, Size
 
 LOGITS = "logits"
@@ -17,11 +17,21 @@ LOGITS = "logits"
 
 @dataclass(frozen=True)
 class Score:
-    """One graph, over all samples; what could not be measured is None.
+    """Result of one graph over all samples. A figure that could not be measured is None.
 
-    `top1` and `top5` are shares of right answers, `equal` that of samples with the reference's best class. `relative_l2` is
-    |test - reference| / |reference|, a mean over samples, and `sqnr_db` the power of the reference over that of the difference,
-    in decibels; both are of `output`, the worst one. `not_finite` counts samples with NaN or infinity.
+    Attributes:
+        file: The graph's file in the bundle; empty for PyTorch.
+        precision: "fp32", "fp16", "bf16", "int8" or "fp8".
+        image_size: (height, width) in pixels.
+        backend: Title of the runtime that executed the graph.
+        samples: Number of samples.
+        top1: Fraction of samples whose best class is the labelled one.
+        top5: Fraction of samples whose labelled class is among the best five.
+        top1_agreement: Fraction of samples with the same best class as the reference.
+        relative_l2: |test - reference| / |reference| of `output`, averaged over samples.
+        sqnr_db: Energy of the reference over the energy of the difference of `output`, in dB.
+        output: The output with the lowest SQNR.
+        not_finite: Number of samples with NaN or infinity in an output.
     """
 
     file: str
@@ -31,24 +41,27 @@ class Score:
     samples: int
     top1: float | None
     top5: float | None
-    equal: float | None
+    top1_agreement: float | None
     relative_l2: float | None
     sqnr_db: float | None
     output: str
     not_finite: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as JSON values; infinite ones become None."""
+        """Return the figures as JSON values; infinity becomes None."""
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of a bundle's graphs. `rule` says how labels became class numbers; None where there were none.
+    """Scores of a bundle's graphs.
 
-    `against` is the reference, "the fp32 graph" or "PyTorch fp32", which is itself the first score of its image size.
-    `left_out` are graphs that were not run, and why: of another image size than data that comes prepared for one, or in a
-    form of which the back end makes other answers.
+    Attributes:
+        samples: Number of samples.
+        rule: How labels were matched to class numbers; None without labels.
+        against: The reference: "the fp32 graph", or "PyTorch fp32", which is then the first score of each image size.
+        scores: One score per graph, fp32 first.
+        left_out: Graphs that were not run, with the reason.
     """
 
     samples: int
@@ -58,41 +71,41 @@ class Evaluation:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     def score(self, precision: str) -> Score:
-        """The score of the graph of that precision at the first image size. Raises KeyError where there is none."""
+        """Return the score of the graph with this precision and the first image size. Raises KeyError if there is none."""
         return {score.precision: score for score in reversed(self.scores) if score.file}[precision]
 
 
 @dataclass
-class Graph:
-    """A graph to be scored, and what is counted while it is: right answers, and powers by output."""
+class GraphScorer:
+    """A graph to run, and the sums from which its score is computed: hits, and energies by output."""
 
     file: str  # empty for PyTorch
     precision: str
     image_size: Size
     runtime: Runnable
     samples: int = 0
-    right: int = 0
-    right_of_five: int = 0
-    equal: int = 0
+    hits: int = 0
+    hits_in_five: int = 0
+    agreements: int = 0
     not_finite: int = 0
     distance: dict[str, float] = field(default_factory=dict)
     power: dict[str, float] = field(default_factory=dict)
     error: dict[str, float] = field(default_factory=dict)
 
-    def count(self, found: Mapping[str, Array], wanted: Array | None, reference: Mapping[str, Array] | None) -> None:
-        """Counts one batch: outputs by name, class numbers, and the reference's outputs; None for the reference itself."""
-        flat = {name: array.reshape(len(array), -1).astype(np.float64) for name, array in found.items()}
+    def add(self, outputs: Mapping[str, Array], labels: Array | None, reference: Mapping[str, Array] | None) -> None:
+        """Add the outputs of one batch, by name. `reference` is None for the reference itself."""
+        flat = {name: array.reshape(len(array), -1).astype(np.float64) for name, array in outputs.items()}
         finite = np.logical_and.reduce([np.isfinite(array).all(axis=1) for array in flat.values()])
         self.samples += len(finite)
         self.not_finite += int((~finite).sum())
-        if wanted is not None:
-            places = _places(flat[LOGITS], wanted)
-            self.right += int((finite & (places < 1)).sum())
-            self.right_of_five += int((finite & (places < 5)).sum())
+        if labels is not None:
+            ranks = _ranks(flat[LOGITS], labels)
+            self.hits += int((finite & (ranks < 1)).sum())
+            self.hits_in_five += int((finite & (ranks < 5)).sum())
         if reference is None:
             return
         if LOGITS in flat:
-            self.equal += int((finite & (flat[LOGITS].argmax(axis=1) == reference[LOGITS].argmax(axis=1))).sum())
+            self.agreements += int((finite & (flat[LOGITS].argmax(axis=1) == reference[LOGITS].argmax(axis=1))).sum())
         for name, array in flat.items():
             exact = reference[name].reshape(len(array), -1).astype(np.float64)
             square, error = np.square(exact).sum(axis=1), np.square(array - exact).sum(axis=1)
@@ -101,9 +114,9 @@ class Graph:
                 sums[name] = sums.get(name, 0.0) + float(values.sum())
 
     def score(self, labelled: bool, classes: int) -> Score:
-        """The score of what was counted."""
+        """Return the score of all batches added so far."""
         compared = bool(self.power)
-        decibels = {name: _decibels(self.power[name], self.error[name]) for name in self.power}
+        decibels = {name: decibels(self.power[name], self.error[name]) for name in self.power}
         worst = min(decibels, key=lambda name: decibels[name], default=self.runtime.outputs[0].name)
         return Score(
             self.file,
@@ -111,9 +124,9 @@ class Graph:
             self.image_size,
             self.runtime.title,
             self.samples,
-            top1=self.right / self.samples if labelled else None,
-            top5=self.right_of_five / self.samples if labelled and classes > 5 else None,
-            equal=self.equal / self.samples if compared and classes else None,
+            top1=self.hits / self.samples if labelled else None,
+            top5=self.hits_in_five / self.samples if labelled and classes > 5 else None,
+            top1_agreement=self.agreements / self.samples if compared and classes else None,
             relative_l2=self.distance[worst] / self.samples if compared else None,
             sqnr_db=decibels[worst] if compared else None,
             output=worst,
@@ -122,44 +135,43 @@ class Graph:
 
 
 def evaluate_graphs(
-    graphs: Sequence[Graph],
+    graphs: Sequence[GraphScorer],
     batches: Iterable[Mapping[Size, Mapping[str, Array]]],
-    wanted: Sequence[int] | None,
+    labels: Sequence[int] | None,
     classes: int,
     progress: Callable[[int], None],
 ) -> tuple[Score, ...]:
-    """The scores of `graphs` in one pass over `batches`, each with the feeds for every image size.
+    """Run all graphs in one pass over the data and score them against the first fp32 graph of their image size.
 
-    `wanted` holds the class number of every sample; `classes` is how many there are, 0 where outputs are no logits, of which
-    only distances are taken. Graphs are compared with the first one of their image size, if that is fp32.
+    Args:
+        graphs: The graphs, an fp32 one first for each image size.
+        batches: Batches of feeds by image size.
+        labels: Class number of each sample, or None.
+        classes: Number of classes; 0 if the outputs are not logits, which limits the scores to distances.
+        progress: Called with the number of samples done after each batch.
+
+    Returns:
+        One score per graph, in the same order.
     """
     done = 0
     for feeds in batches:
         count = len(next(iter(next(iter(feeds.values())).values())))
-        truth = None if wanted is None else np.asarray(wanted[done : done + count])
+        truth = None if labels is None else np.asarray(labels[done : done + count])
         references: dict[Size, Mapping[str, Array]] = {}
         for graph in graphs:
-            found = graph.runtime.run(feeds[graph.image_size])
+            outputs = graph.runtime.run(feeds[graph.image_size])
             if classes:
-                found = {LOGITS: found[LOGITS]}
-            graph.count(found, truth, references.get(graph.image_size))
+                outputs = {LOGITS: outputs[LOGITS]}
+            graph.add(outputs, truth, references.get(graph.image_size))
             if graph.precision == "fp32":
-                references.setdefault(graph.image_size, found)
+                references.setdefault(graph.image_size, outputs)
         done += count
         progress(done)
-    return tuple(graph.score(wanted is not None, classes) for graph in graphs)
+    return tuple(graph.score(labels is not None, classes) for graph in graphs)
 
 
-def _places(logits: Array, wanted: Array) -> Array:
-    """How many classes come before the wanted one, best first; of equal ones the lower number is first."""
-    mine = np.take_along_axis(logits, wanted[:, None], axis=1)
-    earlier = np.arange(logits.shape[1]) < wanted[:, None]
-    return np.asarray(((logits > mine) | ((logits == mine) & earlier)).sum(axis=1))
-
-
-def _decibels(power: float, error: float) -> float:
-    if not math.isfinite(error):
-        return -math.inf
-    if error == 0:
-        return math.inf
-    return 10 * math.log10(power / error) if power > 0 else -math.inf
+def _ranks(logits: Array, labels: Array) -> Array:
+    """Return how many classes rank before the labelled one; of equal logits, the lower class number ranks first."""
+    own = np.take_along_axis(logits, labels[:, None], axis=1)
+    earlier = np.arange(logits.shape[1]) < labels[:, None]
+    return np.asarray(((logits > own) | ((logits == own) & earlier)).sum(axis=1))

@@ -1,7 +1,7 @@
-"""The parity certificate of a bundle: inputs, what fp32 PyTorch answered to them, and the check of a graph against it.
+"""Numerical agreement of graphs with PyTorch.
 
-PyTorch's answers travel in the bundle (reference.npz, one for each image size), so that any machine can repeat the
-comparison without torch and without the checkpoint.
+A bundle contains the outputs of fp32 PyTorch for fixed inputs (reference.npz, one per image size), so any machine can repeat
+the comparison without torch and without the checkpoint.
 """
 
 from __future__ import annotations
@@ -14,22 +14,44 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from swin_deploy.bundle import Bundle
 from swin_deploy.errors import BundleError
 from swin_deploy.specs import Array, TensorSpec
 
-# The largest relative L2 distance from fp32 PyTorch with which a graph of that precision counts as verified. Published
-# architectures stay below 1.5e-3 in fp16; a Swin V2 whose every block has a head at the largest scale, 100, comes to 6e-3.
-# bf16 has 3 bits less. How good a quantised graph is depends on the images and is measured on them (`swin-deploy evaluate`); on
-# the bundle's own samples, noise, it only has to be recognisably the same network.
+# Largest relative L2 distance from fp32 PyTorch at which a graph of this precision counts as verified. Published
+# architectures stay below 1.5e-3 in fp16; a Swin V2 whose every block has a head at the largest scale, 100, reaches 6e-3.
+# bf16 has 3 bits less. The accuracy of a quantized graph depends on the images and is measured on them (`swin-deploy
+# evaluate`); on the noise in the bundle it only has to be recognizable as the same network.
 TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 8e-2, "int8": 0.3, "fp8": 0.3}
+SEED = 20210325  # the day of the first Swin paper; any number would do
+
+
+class Runnable(Protocol):
+    """The part of a runtime that a comparison needs (see runtimes/base.py)."""
+
+    title: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]: ...
+
+
+OpenGraph = Callable[[Path], AbstractContextManager[Runnable]]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """`relative_l2` is |test - reference| / |reference|, the worst sample's; `top1` the share of equal best classes."""
+    """Distance of a test array from a reference.
+
+    Attributes:
+        samples: Number of samples.
+        finite: Whether neither array holds NaN or infinity.
+        max_abs: Largest absolute difference.
+        relative_l2: |test - reference| / |reference| of the worst sample.
+        cosine: Cosine similarity of the worst sample.
+        top1: Fraction of samples with the same largest element.
+    """
 
     samples: int
     finite: bool
@@ -39,16 +61,20 @@ class Agreement:
     top1: float
 
     def within(self, tolerance: float) -> bool:
-        """Whether everything is finite and the relative L2 distance is at most `tolerance`."""
+        """Return whether everything is finite and the relative L2 distance is at most `tolerance`."""
         return self.finite and self.relative_l2 <= tolerance
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as JSON values; infinite ones (of an output with NaN) become None."""
+        """Return the figures as JSON values; infinity becomes None."""
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
 
 def compare(test: Array, reference: Array) -> Agreement:
-    """The agreement of `test` with `reference`, both [samples, classes]. Raises ValueError when the shapes differ."""
+    """Compare two arrays [samples, ...].
+
+    Raises:
+        ValueError: The shapes differ.
+    """
     if test.shape != reference.shape:
         raise ValueError(f"cannot compare shape {test.shape} with {reference.shape}")
     if not (np.isfinite(test).all() and np.isfinite(reference).all()):
@@ -67,32 +93,33 @@ def compare(test: Array, reference: Array) -> Agreement:
     )
 
 
-SEED = 20210325  # the day of the first Swin paper; any number would do
-Arrays = Mapping[str, NDArray[Any]]
+def sqnr(reference: Array, test: Array) -> float:
+    """Return the energy of `reference` over that of the difference, in dB: infinite if equal, -infinite if not finite."""
+    noise = float(np.square(test.astype(np.float64) - reference).sum())
+    return decibels(float(np.square(reference.astype(np.float64)).sum()), noise)
 
 
-class Runnable(Protocol):
-    """What a runtime must be able to do to be checked (see runtimes/base.py)."""
-
-    title: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]: ...
-
-
-OpenGraph = Callable[[Path], AbstractContextManager[Runnable]]
+def decibels(signal: float, noise: float) -> float:
+    """Return the ratio of two energies in dB: infinite without noise, -infinite without signal or if noise is not finite."""
+    if not math.isfinite(noise):
+        return -math.inf
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Inputs by name, each with the samples first, and PyTorch's outputs by name, float32.
+    """Inputs and PyTorch's outputs for them, by name, samples first.
 
-    `noise` is how far fp32 PyTorch itself is from float64 PyTorch, by output (relative L2); empty where that was not needed.
+    Attributes:
+        feeds: Inputs.
+        outputs: Outputs of fp32 PyTorch, float32.
+        noise: Relative L2 distance of fp32 PyTorch from float64 PyTorch, by output; empty if it was not measured.
     """
 
-    feeds: Arrays
-    outputs: Arrays
+    feeds: Mapping[str, Array]
+    outputs: Mapping[str, Array]
     noise: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -100,12 +127,12 @@ class Reference:
         return len(next(iter(self.feeds.values())))
 
     def tolerance(self, precision: str, output: str) -> float:
-        """The relative L2 distance up to which an output counts as verified: fixed, but not below 4 times the noise."""
+        """Return the relative L2 tolerance of an output: the one of the precision, but at least 4 times the noise."""
         return max(TOLERANCES[precision], 4 * self.noise.get(output, 0.0))
 
     def save(self, path: Path) -> None:
-        """Writes the certificate; floating-point inputs fit into float16 without loss (see `sample_inputs`)."""
-        arrays: dict[str, NDArray[Any]] = {}
+        """Write an .npz file. Floating-point inputs fit into float16 without loss (see `sample_inputs`)."""
+        arrays: dict[str, Array] = {}
         for name, feed in self.feeds.items():
             arrays[f"input/{name}"] = feed.astype(np.float16) if feed.dtype == np.float32 else feed
         arrays |= {f"output/{name}": output for name, output in self.outputs.items()}
@@ -115,10 +142,14 @@ class Reference:
 
     @classmethod
     def load(cls, bundle: Bundle, file: str) -> Reference:
-        """The certificate `file` of `bundle`, checked against its sha256 first."""
+        """Read `file` of `bundle` after checking its sha256.
+
+        Raises:
+            BundleError: The file is damaged or not a reference.
+        """
         try:
             with np.load(bundle.verified_path(file), allow_pickle=False) as arrays:
-                parts: dict[str, dict[str, NDArray[Any]]] = {"input": {}, "output": {}, "noise": {}}
+                parts: dict[str, dict[str, Array]] = {"input": {}, "output": {}, "noise": {}}
                 for key in arrays:
                     kind, name = key.split("/", 1)
                     parts[kind][name] = arrays[key]
@@ -130,7 +161,15 @@ class Reference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How one graph of a bundle compares with PyTorch, by output: over a batch of all samples and over each alone."""
+    """Agreement of one graph with PyTorch, by output, over a batch of all samples and over each sample alone.
+
+    Attributes:
+        file: The graph's file in the bundle.
+        precision: "fp32", "fp16", "bf16", "int8" or "fp8".
+        backend: Title of the runtime that executed the graph.
+        agreements: Agreement of each output.
+        tolerances: Relative L2 tolerance of each output.
+    """
 
     file: str
     precision: str
@@ -140,37 +179,36 @@ class Verdict:
 
     @property
     def verified(self) -> bool:
+        """Whether every output is within its tolerance."""
         return all(agreement.within(self.tolerances[name]) for name, agreement in self.agreements.items())
 
     @property
     def worst(self) -> str:
-        """The output that is furthest from PyTorch, by what is allowed to it."""
-        return max(self.agreements, key=lambda n: (not self.agreements[n].finite, self.excess(n)))
+        """The output that is furthest from PyTorch relative to its tolerance."""
+        excess = {name: one.relative_l2 / self.tolerances[name] for name, one in self.agreements.items()}
+        return max(self.agreements, key=lambda name: (not self.agreements[name].finite, excess[name]))
 
     @property
     def agreement(self) -> Agreement:
-        """The agreement of the worst output."""
+        """Agreement of the worst output."""
         return self.agreements[self.worst]
 
     @property
     def tolerance(self) -> float:
-        """What is allowed to the worst output."""
+        """Tolerance of the worst output."""
         return self.tolerances[self.worst]
 
-    def excess(self, output: str) -> float:
-        return self.agreements[output].relative_l2 / self.tolerances[output]
-
-    def complaint(self) -> str:
-        """What is wrong, for the middle of a sentence."""
+    def mismatch(self) -> str:
+        """Describe the worst output as a clause of a sentence."""
         if not self.agreement.finite:
-            return f"the output {self.worst} holds NaN or infinity"
+            return f"the output {self.worst} contains NaN or infinity"
         return (
             f"the output {self.worst} differs by {self.agreement.relative_l2:.2e} (relative L2), "
-            f"and {self.tolerance:.0e} is allowed"
+            f"and the tolerance is {self.tolerance:.0e}"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """What the manifest keeps of it."""
+        """Return the entry for the manifest."""
         outputs = {
             name: {"tolerance_relative_l2": self.tolerances[name], **agreement.to_dict()}
             for name, agreement in self.agreements.items()
@@ -186,14 +224,20 @@ class Verdict:
         }
 
 
-def sample_inputs(specs: tuple[TensorSpec, ...], seed: int = SEED) -> dict[str, NDArray[Any]]:
-    """Two samples for every input: images of noise and of smooth blobs, as the preprocessing would leave them, and masks.
+def verdict_text(verdict: Mapping[str, Any] | None) -> str:
+    """Return "verified (relative L2 3.1e-07)" or "not verified" for a verdict as stored in the manifest."""
+    if not verdict or not verdict.get("verified"):
+        return "not verified"
+    return f"verified (relative L2 {verdict['relative_l2']:.1e})"
 
-    Every pixel is a float16 value, so that the file in the bundle is half as large and loses nothing. Frames (uint8) show the
-    same.
+
+def sample_inputs(specs: tuple[TensorSpec, ...], seed: int = SEED) -> dict[str, Array]:
+    """Return two reproducible samples for every input: noise and smooth blobs, scaled like prepared images, and masks.
+
+    Every pixel is a float16 value, which halves the file in the bundle without loss. uint8 frames show the same images.
     """
     rng = np.random.default_rng(seed)
-    feeds: dict[str, NDArray[Any]] = {}
+    feeds: dict[str, Array] = {}
     for spec in specs:
         shape = tuple(int(size) for size in spec.shape[1:])
         if spec.dtype == "bool":
@@ -207,32 +251,32 @@ def sample_inputs(specs: tuple[TensorSpec, ...], seed: int = SEED) -> dict[str, 
         smooth = _interpolate(_interpolate(coarse, rows, axis=1), columns, axis=2) * 1.5
         feeds[spec.name] = np.stack([noise, smooth]).astype(np.float16).astype(np.float32)
         if spec.dtype == "uint8":
-            bytes_ = np.clip(feeds[spec.name] * 57 + 120, 0, 255).astype(np.uint8)  # ImageNet's mean and deviation
-            feeds[spec.name] = np.ascontiguousarray(bytes_.transpose(0, 2, 3, 1))
+            pixels = np.clip(feeds[spec.name] * 57 + 120, 0, 255).astype(np.uint8)  # ImageNet's mean and deviation
+            feeds[spec.name] = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
     return feeds
 
 
-def check_graph(reference: Reference, open_graph: OpenGraph, path: Path, file: str, precision: str) -> Verdict:
-    """The verdict on the ONNX graph at `path`, run with all samples at once and with each alone."""
-    with open_graph(path) as runtime:
-        return check_runtime(reference, runtime, file, precision)
-
-
 def check_runtime(reference: Reference, runtime: Runnable, file: str, precision: str, *, together: bool = True) -> Verdict:
-    """The verdict on what a runtime answers to each sample alone and, with `together`, to all at once."""
+    """Compare a runtime with PyTorch on each sample alone and, if `together`, on all samples as one batch."""
     found = [runtime.run({name: feed[i : i + 1] for name, feed in reference.feeds.items()}) for i in range(reference.samples)]
     if together:
         found.insert(0, runtime.run(reference.feeds))
-    agreements = {}
-    for name, expected in reference.outputs.items():
-        answers = np.concatenate([answer[name] for answer in found])
-        agreements[name] = compare(answers, np.concatenate([expected] * (1 + together)))
+    agreements = {
+        name: compare(np.concatenate([outputs[name] for outputs in found]), np.concatenate([expected] * (1 + together)))
+        for name, expected in reference.outputs.items()
+    }
     tolerances = {name: reference.tolerance(precision, name) for name in reference.outputs}
     return Verdict(file, precision, runtime.title, agreements, tolerances)
 
 
+def check_graph(reference: Reference, open_graph: OpenGraph, path: Path, file: str, precision: str) -> Verdict:
+    """Open the ONNX graph at `path` and compare it with PyTorch."""
+    with open_graph(path) as runtime:
+        return check_runtime(reference, runtime, file, precision)
+
+
 def verify_bundle(bundle: Bundle, open_graph: OpenGraph, left_out: Container[str] = ()) -> tuple[Verdict, ...]:
-    """A verdict on every ONNX graph of `bundle` but those `left_out`, run here and now; each file's sha256 is checked first."""
+    """Check the sha256 of every file of `bundle`, then compare its graphs, except those in `left_out`, with PyTorch."""
     for file in bundle.files:
         bundle.verified_path(file)
     return tuple(
@@ -242,27 +286,8 @@ def verify_bundle(bundle: Bundle, open_graph: OpenGraph, left_out: Container[str
     )
 
 
-def described(verdict: Mapping[str, Any] | None) -> str:
-    """One phrase on a verdict as the manifest keeps it: "verified (relative L2 3.1e-07)" or "not verified"."""
-    if not verdict or not verdict.get("verified"):
-        return "not verified"
-    return f"verified (relative L2 {verdict['relative_l2']:.1e})"
-
-
-def _interpolate(values: NDArray[Any], places: NDArray[Any], axis: int) -> NDArray[Any]:
+def _interpolate(values: Array, places: Array, axis: int) -> Array:
     low = np.minimum(places.astype(int), values.shape[axis] - 2)
     part = np.moveaxis(values, axis, -1)
     weight = places - low
     return np.moveaxis(part[..., low] * (1 - weight) + part[..., low + 1] * weight, -1, axis)
-
-
-def sqnr(reference: Array, found: Array) -> float:
-    """The ratio of the reference's energy to that of the difference, in dB; infinite where there is no difference.
-
-    Where either is not finite it is minus infinity.
-    """
-    noise = float(np.square(found.astype(np.float64) - reference).sum())
-    signal = float(np.square(reference.astype(np.float64)).sum())
-    if not math.isfinite(noise):
-        return -math.inf
-    return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)

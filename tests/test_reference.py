@@ -13,7 +13,7 @@ from cli.exported import copied, digits
 import swin_deploy
 from swin_deploy.bundle import Bundle
 from swin_deploy.errors import BackendError, BundleError, MissingDependencyError, UsageError
-from swin_deploy.parity import TOLERANCES, Reference, check_graph, described, sample_inputs, verify_bundle
+from swin_deploy.parity import TOLERANCES, Reference, check_graph, sample_inputs, verdict_text, verify_bundle
 from swin_deploy.runtimes.base import Runtime
 from swin_deploy.specs import TensorSpec, reference_file
 
@@ -177,5 +177,5 @@ def test_errors_of_a_back_end_pass(reference: Reference) -> None:
 
 
 def test_phrases() -> None:
-    assert described({"verified": True, "relative_l2": 3.14e-7}) == "verified (relative L2 3.1e-07)"
-    assert described({"verified": False, "relative_l2": 0.1}) == described(None) == "not verified"
+    assert verdict_text({"verified": True, "relative_l2": 3.14e-7}) == "verified (relative L2 3.1e-07)"
+    assert verdict_text({"verified": False, "relative_l2": 0.1}) == verdict_text(None) == "not verified"

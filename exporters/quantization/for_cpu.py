@@ -79,7 +79,7 @@ def _interval(method: str, name: str, values: Batches) -> tuple[float, float]:
         one = Observation.of(batch, len(batch), f"The tensor {name}")
         seen = one if seen is None else seen.merged(one)
     assert seen is not None
-    return seen.interval(method)
+    return seen.compute_range(method)
 
 
 SMALL = 1 << 16  # weights of one layer: 192 x 192 is small, 192 x 768 is not

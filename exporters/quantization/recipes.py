@@ -12,7 +12,7 @@ from swin_deploy.files import scratch_folder
 
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
-    from swin_deploy.calib.accuracy_gate import Speed
+    from swin_deploy.calib.accuracy_gate import SpeedComparison
     from swin_deploy.calib.data import Samples
     from swin_deploy.exporters.passes import PassRecord
     from swin_deploy.qat_ranges import Ranges
@@ -32,7 +32,7 @@ class Form(Protocol):
     def graph(self, keep: Set[str]) -> Made:
         """The quantised graph; the layers `keep` stay as they were."""
 
-    def speed(self, model: Any, gpu: str | None) -> Speed:
+    def speed(self, model: Any, gpu: str | None) -> SpeedComparison:
         """How many times as fast `model`, one that `graph` made, is as what one would use instead of it."""
 
 
@@ -53,7 +53,7 @@ class TensorRTForm:
         ranges: Ranges | None,
     ) -> None:
         from swin_deploy.calib.collect import CACHE, collect
-        from swin_deploy.calib.data import spread
+        from swin_deploy.calib.data import evenly_spread
         from swin_deploy.exporters.typed_graphs import config_and_task
         from swin_deploy.qat_ranges import lacking
 
@@ -80,7 +80,7 @@ class TensorRTForm:
         file = bundle.path / source
         if ranges is None:  # else the weights were trained to be rounded to the nearest, and the channels as they are
             read = {layer.name: layer.input for layer in linear_layers(model) if layer.name in self.names}
-            few = replace(feeds, chosen=spread(feeds.chosen, ROUNDED_BY))
+            few = replace(feeds, chosen=evenly_spread(feeds.chosen, ROUNDED_BY))
             self._model, moments = balanced(model, input_moments(file, read, _told(few, batch, tell)))
             self._rounding = Repaired(moments, quantization)
         seen = collect(
@@ -89,9 +89,9 @@ class TensorRTForm:
             feeds,
             batch=batch,
             cache=bundle.path / CACHE,
-            progress=lambda done, total: tell("Measuring ranges", done, total),
+            progress=tell,
         )
-        measured = {name: one.amplitude(method or "mse", quantization) for name, one in seen.items()}
+        measured = {name: one.compute_amax(method or "mse", quantization) for name, one in seen.items()}
         self._amplitudes = {**measured, **self._amplitudes}
 
     def graph(self, keep: Set[str]) -> Made:
@@ -105,9 +105,9 @@ class TensorRTForm:
         layers = self._own.records(layer for layer in self._layers if layer.name not in keep)
         return made, records, {"amplitudes": self._amplitudes, "layers": layers}
 
-    def speed(self, model: Any, gpu: str | None) -> Speed:
+    def speed(self, model: Any, gpu: str | None) -> SpeedComparison:
         """By the roofline of `gpu`, from the compiler's report of both graphs."""
-        from swin_deploy.calib.accuracy_gate import Speed
+        from swin_deploy.calib.accuracy_gate import SpeedComparison
         from swin_deploy.errors import UsageError
         from swin_deploy.exporters.inspection.costs import inspect_onnx
         from swin_deploy.exporters.precision import typed_from_fp32
@@ -125,7 +125,7 @@ class TensorRTForm:
             where = f"roofline of {cost.roofline.gpu}, from the compiler's report"
             seconds.append(cost.roofline.seconds)
         before, after = seconds
-        return Speed(where, "fp16", before, after, before / after)
+        return SpeedComparison(where, "fp16", before, after, before / after)
 
 
 class CpuForm:
@@ -144,7 +144,7 @@ class CpuForm:
         own: Own,
     ) -> None:
         """What is done is kept in `folder` until all is, unless the network has ranges of its `own`."""
-        from swin_deploy.calib.data import spread
+        from swin_deploy.calib.data import evenly_spread
         from swin_deploy.dependencies import require
 
         from .for_cpu import quantized_for
@@ -153,7 +153,7 @@ class CpuForm:
 
         stopped = None
         if feeds is not None:
-            few = replace(feeds, chosen=spread(feeds.chosen, CALIBRATED_BY))
+            few = replace(feeds, chosen=evenly_spread(feeds.chosen, CALIBRATED_BY))
             if len(few) < len(feeds):
                 say(f"Calibrating with {len(few)} of the {len(feeds)} samples, evenly spread")
             if own == Own():
@@ -170,15 +170,15 @@ class CpuForm:
         used = {} if self._feeds is None else {"calibrated_with": len(self._feeds)}
         return self._made.graph(keep), (), {"layers": self._made.records(keep), **used}
 
-    def speed(self, model: Any, gpu: str | None) -> Speed:
+    def speed(self, model: Any, gpu: str | None) -> SpeedComparison:
         """Measured on this machine, one image at a time, in the runtime that the bundle is for."""
-        from swin_deploy.calib.accuracy_gate import measured
+        from swin_deploy.calib.accuracy_gate import compare_speed
         from swin_deploy.runtimes.backends import runtime_from_onnx
 
         assert self._feeds is not None
         feed = next(self._feeds.batches(1))
         with _file(self._model) as before, _file(model) as after:
-            return measured(
+            return compare_speed(
                 lambda: runtime_from_onnx(before, self._target), lambda: runtime_from_onnx(after, self._target), feed, "fp32"
             )
 

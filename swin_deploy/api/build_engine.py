@@ -41,15 +41,15 @@ def build_engine(bundle: BundlePath, spec: EngineSpec) -> tuple[Built, ...]:
 
 
 def _calibration(bundle: Bundle, spec: EngineSpec) -> Calibration:
-    from swin_deploy.calib.collect import largest_values
-    from swin_deploy.calib.data import preparation, samples_for
+    from swin_deploy.calib.collect import amax_of_values
+    from swin_deploy.calib.data import preparation_and_inputs, samples_for
     from swin_deploy.exporters.typed_graphs import Calibration
 
     chosen = samples_for(bundle, spec.data, spec.samples)
 
     def amax(file: str, model: Any) -> dict[str, float]:
-        of_file = chosen.with_size(*preparation(bundle, file))
-        return largest_values(model, of_file, progress=lambda done, total: spec.progress("Measuring ranges", done, total))
+        of_file = chosen.with_size(*preparation_and_inputs(bundle, file))
+        return amax_of_values(model, of_file, progress=spec.progress)
 
     return Calibration(len(chosen), chosen.fingerprint, amax)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swin_deploy.arguments import checked
-from swin_deploy.specs import ExportSpec, Say, silent
+from swin_deploy.specs import ExportSpec, Progress, Say, no_progress, silent
 
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
@@ -88,7 +88,7 @@ def evaluate(
     precisions: Sequence[str] = (),
     backend: str = "onnxruntime",
     weights: str | os.PathLike[str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> Evaluation:
     """How often the graphs of a bundle are right on `data`, and how far they are from fp32, in one pass.
 
@@ -97,14 +97,14 @@ def evaluate(
     `labels` "none" ignores them. `precisions` leaves out other graphs than these and the fp32 ones; types that the back end
     has no kernels for are emulated. A back end for engines ("tensorrt", "tensorrt-rtx") runs those that fit the first GPU, and
     ONNX Runtime the fp32 graphs. Graphs are compared with the fp32 graph of their image size, or with PyTorch where
-    `weights` names the checkpoint that was exported. `progress(done, total)` counts samples. Raises errors.InputError for data
+    `weights` names the checkpoint that was exported. `progress` counts samples. Raises errors.InputError for data
     that does not fit the network, errors.UsageError for a precision that the bundle does not hold, or whose graph is in a form
     of which the back end makes other answers.
     """
     from swin_deploy.bundle import Bundle
-    from swin_deploy.calib.data import preparation, samples_for
+    from swin_deploy.calib.data import preparation_and_inputs, samples_for
     from swin_deploy.errors import UsageError
-    from swin_deploy.evaluation import Evaluation, Graph, evaluate_graphs
+    from swin_deploy.evaluation import Evaluation, GraphScorer, evaluate_graphs
     from swin_deploy.runtimes.backends import misread, runtime_to_check
     from swin_deploy.runtimes.gpu.engines import open_engine
 
@@ -125,7 +125,7 @@ def evaluate(
     chosen = samples_for(found, data, samples, None if labels == "none" else labels)
     classes, wanted, rule = wanted_classes(found, chosen, labels)
     prepared: dict[tuple[int, int], Samples] = {}
-    graphs: list[Graph] = []
+    graphs: list[GraphScorer] = []
     left_out: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         for file, entry in sorted(entries.items(), key=lambda item: (item[1]["precision"] != "fp32", "graph" in item[1])):
@@ -136,18 +136,18 @@ def evaluate(
                 left_out[file] = "in the form for TensorRT, of which OpenVINO makes other answers"
             elif not precisions or entry["precision"] in ("fp32", *precisions):
                 engine = "graph" in entry
-                how, inputs = preparation(found, entry["graph"] if engine else file)
+                how, inputs = preparation_and_inputs(found, entry["graph"] if engine else file)
                 if weights is not None and size not in prepared:
-                    graphs.append(Graph("", "fp32", size, _torch_network(weights, found, size, how)))
+                    graphs.append(GraphScorer("", "fp32", size, _torch_network(weights, found, size, how)))
                 runtime: Any = (
                     open_engine(found, file, "cuda:0") if engine else runtime_to_check(found.verified_path(file), backend)
                 )
                 stack.enter_context(runtime)
-                graphs.append(Graph(file, str(entry["precision"]), size, runtime))
+                graphs.append(GraphScorer(file, str(entry["precision"]), size, runtime))
                 prepared.setdefault(size, chosen.with_size(how, inputs))
         streams = zip(*(made.batches(batch) for made in prepared.values()), strict=True)
         batches = (dict(zip(prepared, feeds, strict=True)) for feeds in streams)
-        scores = evaluate_graphs(graphs, batches, wanted, classes, lambda done: progress and progress(done, len(chosen)))
+        scores = evaluate_graphs(graphs, batches, wanted, classes, lambda done: progress("Evaluating", done, len(chosen)))
     against = "the fp32 graph" if weights is None else "PyTorch fp32"
     return Evaluation(len(chosen), rule, against, scores, left_out)
 

@@ -14,7 +14,7 @@ from swin_deploy.exporters.quantization.recipes import CpuForm, Form, TensorRTFo
 from swin_deploy.specs import Say, silent
 
 if TYPE_CHECKING:
-    from swin_deploy.calib.accuracy_gate import Damage
+    from swin_deploy.calib.accuracy_gate import LayerSensitivity
     from swin_deploy.evaluation import Evaluation
 
 Progress = Callable[[str, int, int], None]
@@ -60,10 +60,10 @@ def quantize(
     for ranges that are missing.
     """
     from swin_deploy.bundle import Bundle
-    from swin_deploy.calib.accuracy_gate import Judge, accurate, svg_from_damages
+    from swin_deploy.calib.accuracy_gate import AccuracyGate, sensitivity_svg
     from swin_deploy.calib.calibrators import METHODS
     from swin_deploy.calib.collect import CACHE
-    from swin_deploy.calib.data import preparation, samples_for
+    from swin_deploy.calib.data import preparation_and_inputs, samples_for
     from swin_deploy.errors import UsageError
     from swin_deploy.evaluation import Evaluation
     from swin_deploy.exporters.engines.targets import has_fp8
@@ -111,10 +111,10 @@ def quantize(
             "same network with --ranges."
         )
     tell: Progress = progress or (lambda phase, done, total: None)
-    rankings: dict[str, tuple[tuple[Damage, ...], Set[str]]] = {}
+    rankings: dict[str, tuple[tuple[LayerSensitivity, ...], Set[str]]] = {}
 
     def make(source: str, model: Any) -> NewGraph:
-        feeds = None if chosen is None else chosen.with_size(*preparation(found, source))
+        feeds = None if chosen is None else chosen.with_size(*preparation_and_inputs(found, source))
         if target == TARGETS[0]:
             form: Form = TensorRTForm(found, source, model, quantization, method, kept, feeds, batch, tell, brought)
         else:
@@ -126,17 +126,19 @@ def quantize(
         facts: dict[str, Any] = {}
         left = kept
         if max_drop is not None and feeds is not None:
-            judge = Judge(model, lambda: feeds.batches(batch), len(feeds), feeds.image_size, wanted, classes, opened, tell)
-            passed = accurate(title, form.names, lambda more: form.graph(kept | more)[0], judge, max_drop, say)
-            facts, left = passed.facts(), kept | passed.kept
+            accuracy = AccuracyGate(
+                model, lambda: feeds.batches(batch), len(feeds), feeds.image_size, wanted, classes, opened, tell
+            )
+            passed = accuracy.select_layers(title, form.names, lambda more: form.graph(kept | more)[0], max_drop)
+            facts, left = passed.to_dict(), kept | passed.kept
             rankings[source] = (passed.ranking, passed.kept)
         graph, records, more = form.graph(left)
         if min_speedup is not None:
             say("Comparing the speed")
             speed = form.speed(graph, gpu)
-            speed.refuse_below(min_speedup, title, len(set(form.names) & left), len(form.names))
-            say(f"{speed.ratio:.2f} times as fast as {speed.than} ({speed.where})")
-            facts = {**facts, "speed": speed.facts()}
+            speed.require(min_speedup, title, len(set(form.names) & left), len(form.names))
+            say(f"{speed.ratio:.2f} times as fast as {speed.baseline} ({speed.where})")
+            facts = {**facts, "speed": speed.to_dict()}
         return NewGraph(graph, records, {**more, **facts})
 
     with found.compiling(lambda: say(f"Waiting for another process that works on {found.path}")) as found:
@@ -151,18 +153,19 @@ def quantize(
         found = with_graphs(found, quantization, make, {"calibration": {**asked, **gate}}, runtime_to_check)
         for file, entry in list(found.graphs.items()):
             picture = file.removesuffix(".onnx") + ".sensitivity.svg"
-            if picture in found.files and "sensitivity" not in entry:  # of the graph that was there before
-                found = found.without(picture)
             source = next((name for name in rankings if found.files[name]["sha256"] == entry.get("parent")), None)
-            if source is not None and entry["precision"] == quantization:
-                drawn = svg_from_damages(f"{found.name}, {title}, {file}", *rankings[source])
-                found = found.with_file(picture, {"parent": entry["sha256"]}, bytes_writer(drawn.encode()))
+            fresh = source is not None and entry["precision"] == quantization
+            drawn = sensitivity_svg(f"{found.name}, {title}, {file}", *rankings[source]) if fresh and source else None
+            if drawn is not None:
+                found = found.with_file(picture, {"parent": entry["sha256"]}, bytes_writer(drawn))
+            elif picture in found.files and (fresh or "sensitivity" not in entry):  # of the previous graph
+                found = found.without(picture)
         if chosen is None:
             return Evaluation(0, None, "the fp32 graph", ())
         say("Comparing with fp32 on the samples")
         result = evaluate(
             found.path, chosen, labels="none", batch=batch, precisions=[quantization],
-            progress=lambda done, total: tell("Comparing", done, total),
+            progress=tell,
         )  # fmt: skip
         for score in result.scores:
             if score.precision == quantization:

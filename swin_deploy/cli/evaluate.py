@@ -36,7 +36,7 @@ def command(
     """
     import swin_deploy
     from swin_deploy.bundle import Bundle
-    from swin_deploy.parity import described
+    from swin_deploy.parity import verdict_text
     from swin_deploy.specs import is_verified
 
     say = teller()
@@ -50,7 +50,7 @@ def command(
             precisions=precisions,
             backend=backend,
             weights=weights,
-            progress=lambda done, total: say.follow("Evaluating", done, total),
+            progress=say.follow,
         )
     finally:
         say.clear()
@@ -58,7 +58,7 @@ def command(
     run = {score.file for score in found.scores}
     engines = [file for file in held.files if file.endswith(".engine") and file not in run]
     exact = {file: entry for file, entry in held.graphs.items() if entry["precision"] == "fp32"}
-    torch = {file: described(entry["agreement"] if is_verified(entry) else None) for file, entry in exact.items()}
+    torch = {file: verdict_text(entry["agreement"] if is_verified(entry) else None) for file, entry in exact.items()}
     if as_json:
         print_json(
             {
@@ -83,7 +83,7 @@ def command(
             (
                 score.file or "(PyTorch)",
                 score.precision,
-                *("-" if share is None else f"{share:.2%}" for share in (score.top1, score.top5, score.equal)),
+                *("-" if share is None else f"{share:.2%}" for share in (score.top1, score.top5, score.top1_agreement)),
                 "-" if score.relative_l2 is None else f"{score.relative_l2:.2e}",
                 "-" if score.sqnr_db is None else f"{score.sqnr_db:.1f}",
                 score.not_finite,

@@ -18,13 +18,13 @@ def command(as_json: bool, **options: Any) -> None:
     Prints the folder of the bundle. Nothing is written if a step fails.
     """
     import swin_deploy
-    from swin_deploy.parity import described
+    from swin_deploy.parity import verdict_text
 
     with console() as show:
         bundle = swin_deploy.export(**given(ExportSpec, options), progress=show)
         for file, entry in bundle.graphs.items():
             agreement = entry["agreement"] if isinstance(entry["agreement"], dict) else None
-            show.say(f"Wrote {bundle.path / file}: {described(agreement)}")
+            show.say(f"Wrote {bundle.path / file}: {verdict_text(agreement)}")
             if agreement is None:
                 show.say('Not compared, because ONNX Runtime is not installed: pip install "swin-deploy[onnxruntime]"')
     if as_json:

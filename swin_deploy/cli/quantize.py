@@ -84,7 +84,7 @@ def command(
             (
                 score.file,
                 score.samples,
-                "-" if score.equal is None else f"{score.equal:.2%}",
+                "-" if score.top1_agreement is None else f"{score.top1_agreement:.2%}",
                 "-" if score.relative_l2 is None else f"{score.relative_l2:.2e}",
                 "-" if score.sqnr_db is None else f"{score.sqnr_db:.1f}",
             )

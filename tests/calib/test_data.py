@@ -1,4 +1,4 @@
-"""Where samples come from, which are taken, and what is refused."""
+"""Sources of samples, selection, and refusals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from tiny_network import INPUTS, PREPROCESSOR, SIDE, folder, images
 
-from swin_deploy.calib.data import Samples, balanced, samples_from, spread
+from swin_deploy.calib.data import Samples, class_balanced, evenly_spread, samples_from
 from swin_deploy.errors import InputError, UsageError
 
 
@@ -101,11 +101,11 @@ def test_a_link_that_leads_back_up_is_walked_once(tmp_path: Path) -> None:
 
 
 def test_samples_are_spread_and_balanced(tmp_path: Path) -> None:
-    assert spread(range(10), 5) == (1, 3, 5, 7, 9)
-    assert spread(range(3), 5) == (0, 1, 2)
+    assert evenly_spread(range(10), 5) == (1, 3, 5, 7, 9)
+    assert evenly_spread(range(3), 5) == (0, 1, 2)
     labels = ["a"] * 50 + ["b"] * 3 + ["c"] * 20
     for count in (1, 2, 3, 4, 13, 40, 73, 100):
-        chosen = balanced(labels, count)
+        chosen = class_balanced(labels, count)
         numbers = Counter(labels[index] for index in chosen)
         assert len(chosen) == len(set(chosen)) == min(count, 73)
         assert list(chosen) == sorted(chosen)
@@ -170,16 +170,16 @@ def refusals(tmp_path: Path) -> dict[str, tuple[Any, tuple[str, ...]]]:
     bad = np.ones((3, 3, SIDE, SIDE), np.float32) * np.arange(SIDE, dtype=np.float32)
     bad[1, 0, 0, 0] = np.nan
     return {
-        "absent": (tmp_path / "absent", ("no folder or file", "absent")),
-        "long": ("x" * 300, ("no folder or file",)),
-        "empty": (tmp_path / "empty", ("no image in", "empty")),
-        "notes": (tmp_path / "notes", ("no image in", "notes")),
+        "absent": (tmp_path / "absent", ("does not exist", "absent")),
+        "long": ("x" * 300, ("does not exist",)),
+        "empty": (tmp_path / "empty", ("contain no image", "empty")),
+        "notes": (tmp_path / "notes", ("contain no image", "notes")),
         "damaged": (damaged, ("1.png", "damaged")),
         "same": (same, ("all 3 samples are the same",)),
         "black": ([np.zeros((SIDE, SIDE, 3), np.uint8), np.full((SIDE, SIDE, 3), 9, np.uint8)], ("a single colour each",)),
         "none": (tmp_path / "none.npz", ("no samples", "[0, 8, 8, 3]")),
         "other": (tmp_path / "other.npz", ("pixel_values or images", "pictures")),
-        "nothing": (tmp_path / "nothing.npz", ("holds nothing",)),
+        "nothing": (tmp_path / "nothing.npz", ("but nothing",)),
         "objects": (tmp_path / "objects.npz", ("Python objects",)),
         "short": (tmp_path / "short.npz", ("one label for each of 4",)),
         "shape": (tmp_path / "shape.npz", ("[2, 3, 9, 9]", "[n, 3, 8, 8]")),
@@ -209,7 +209,7 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
 
 def test_an_image_of_another_size_is_refused() -> None:
     shortest = PREPROCESSOR.from_dict({"size": {"shortest_edge": SIDE}})
-    with pytest.raises(InputError, match="sample 0 is 8x16 pixels"):
+    with pytest.raises(InputError, match="sample 0 has 8x16 pixels"):
         samples_from([np.zeros((4, 8, 3), np.uint8)], shortest, INPUTS)
 
 

@@ -81,7 +81,7 @@ def test_figures_are_those_of_others(tmp_path: Path) -> None:
     wanted = np.random.default_rng(1).integers(0, len(CLASSES), 50)
     told: list[tuple[int, int]] = []
     found = swin_deploy.evaluate(
-        path, list(zip(raw, wanted, strict=True)), batch=8, progress=lambda done, total: told.append((done, total))
+        path, list(zip(raw, wanted, strict=True)), batch=8, progress=lambda phase, done, total: told.append((done, total))
     )
     assert (found.samples, found.rule, told[0], told[-1]) == (50, "class numbers", (8, 50), (50, 50))
     assert [(s.file, s.precision, s.image_size) for s in found.scores] == [
@@ -98,9 +98,9 @@ def test_figures_are_those_of_others(tmp_path: Path) -> None:
         assert score.top1 == pytest.approx(sklearn.accuracy_score(wanted, test.argmax(1)))
         assert score.top5 == pytest.approx(sklearn.top_k_accuracy_score(wanted, test, k=5, labels=everyone))
         if score.precision == "fp32":
-            assert (score.equal, score.relative_l2, score.sqnr_db) == (None, None, None)
+            assert (score.top1_agreement, score.relative_l2, score.sqnr_db) == (None, None, None)
             continue
-        assert score.equal == pytest.approx((test.argmax(1) == fp32.argmax(1)).mean())
+        assert score.top1_agreement == pytest.approx((test.argmax(1) == fp32.argmax(1)).mean())
         distances = np.linalg.norm(test - fp32, axis=1) / np.linalg.norm(fp32, axis=1)
         assert score.relative_l2 == pytest.approx(distances.mean(), rel=1e-4)
         assert score.sqnr_db == pytest.approx(10 * np.log10((fp32**2).sum() / ((test - fp32) ** 2).sum()), rel=1e-4)
@@ -110,7 +110,7 @@ def test_figures_are_those_of_others(tmp_path: Path) -> None:
 def test_other_tasks_have_distances_only(tmp_path: Path) -> None:
     found = swin_deploy.evaluate(bundle(tmp_path / "b", "feature-extraction"), [(image, 0) for image in images(9)])
     score = found.score("fp16")
-    assert (found.rule, score.top1, score.top5, score.equal) == (None, None, None, None)
+    assert (found.rule, score.top1, score.top5, score.top1_agreement) == (None, None, None, None)
     assert score.output == "last_hidden_state"  # the means are exact
     assert score.relative_l2 is not None
     assert 0 < score.relative_l2 < 0.05
@@ -138,7 +138,7 @@ def test_an_output_that_is_not_finite(tmp_path: Path) -> None:
     found = result(done)
     assert isinstance(found, dict)
     score = next(one for one in found["graphs"] if one["file"] == "onnx/model_fp16.onnx")
-    assert (score["top1"], score["top5"], score["equal"], score["not_finite"]) == (0, 0, 0, 6)
+    assert (score["top1"], score["top5"], score["top1_agreement"], score["not_finite"]) == (0, 0, 0, 6)
     assert (score["relative_l2"], score["sqnr_db"]) == (None, None)
 
 
@@ -159,10 +159,10 @@ def test_the_digits_from_a_folder(tmp_path: Path) -> None:
     assert (found["labels"], found["samples"]) == ("names of classes", 10)
     assert "verified" in found["fp32_against_pytorch"]["onnx/model.onnx"]
     shares = [("fp32", 1.0, 1.0, None), ("fp16", 1.0, 1.0, 1.0)]
-    assert [(s["precision"], s["top1"], s["top5"], s["equal"]) for s in found["graphs"]] == shares
+    assert [(s["precision"], s["top1"], s["top5"], s["top1_agreement"]) for s in found["graphs"]] == shares
     for root, labels, rule in (("numbers", None, "class numbers"), ("flat", tmp_path / "labels.csv", "names of classes")):
         again = swin_deploy.evaluate(digits(2), tmp_path / root, labels=labels)
-        assert [(s.precision, s.top1, s.top5, s.equal) for s in again.scores] == shares
+        assert [(s.precision, s.top1, s.top5, s.top1_agreement) for s in again.scores] == shares
         assert again.rule == rule
     told = cli("evaluate", digits(2), "--data", "flat", "--samples", 4, cwd=tmp_path)
     assert told.returncode == 0
@@ -177,7 +177,7 @@ def test_pytorch_as_the_reference() -> None:
     torch, fp32, fp16 = found.scores
     assert (found.against, torch.file, torch.sqnr_db) == ("PyTorch fp32", "", None)
     assert torch.backend.startswith("PyTorch 2.")
-    assert (torch.top1, fp32.top1, fp16.top1, fp32.equal, fp16.equal) == (1, 1, 1, 1, 1)
+    assert (torch.top1, fp32.top1, fp16.top1, fp32.top1_agreement, fp16.top1_agreement) == (1, 1, 1, 1, 1)
     assert found.score("fp32") is fp32
     assert fp32.relative_l2 is not None
     assert 0 < fp32.relative_l2 < 1e-5
@@ -220,13 +220,13 @@ def test_imagenets_folders_are_in_the_order_of_its_classes(count: int) -> None:
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        ([7], "a label 7"),
-        ([-1], "a label -1"),
-        (["crane", "ant"], '"crane" is no class'),  # the bird, or the machine?
-        (["n01440764", "ant"], '"n01440764" is no class'),
-        (["1", "7"], '"7" is no class'),
-        (["1", "dog", "zebra"], '"zebra" is no class'),
-        ([str(number) for number in range(1, 8)], '"7" is no class'),  # from 1, or names of folders that were sorted?
+        ([7], "Invalid label 7"),
+        ([-1], "Invalid label -1"),
+        (["crane", "ant"], '"crane" is not a class'),  # the bird, or the machine?
+        (["n01440764", "ant"], '"n01440764" is not a class'),
+        (["1", "7"], '"7" is not a class'),
+        (["1", "dog", "zebra"], '"zebra" is not a class'),
+        ([str(number) for number in range(1, 8)], '"7" is not a class'),  # from 1, or names of folders that were sorted?
     ],
 )
 def test_labels_that_fit_no_rule(labels: list[Any], said: str) -> None:
@@ -249,13 +249,13 @@ def test_labels_from_a_file(tmp_path: Path) -> None:
 def test_what_can_be_asked_wrongly(tmp_path: Path) -> None:
     path = bundle(tmp_path / "b")
     data = folder(tmp_path / "data", {"ant": 2, "zebra": 2})
-    refused(cli("evaluate", path, "--data", data, cwd=tmp_path), '"zebra" is no class', "--labels")
-    refused(cli("evaluate", path, "--data", "absent", cwd=tmp_path), "no folder or file absent")
+    refused(cli("evaluate", path, "--data", data, cwd=tmp_path), '"zebra" is not a class', "--labels")
+    refused(cli("evaluate", path, "--data", "absent", cwd=tmp_path), "absent does not exist")
     refused(cli("evaluate", path, "--data", data, "--labels", "absent.csv", cwd=tmp_path), "absent.csv cannot be read")
     assert cli("evaluate", path, "--data", data, "--labels", "none", cwd=tmp_path).returncode == 0
     with pytest.raises(UsageError, match="holds no int8 graph"):
         swin_deploy.evaluate(path, data, precisions=["int8"])
     with pytest.raises(UsageError, match='no back end "tvm"'):
         swin_deploy.evaluate(path, data, labels="none", backend="tvm")
-    with pytest.raises(UsageError, match="for a folder of images"):
+    with pytest.raises(UsageError, match="a folder of images only"):
         swin_deploy.evaluate(path, images(4), labels="labels.csv")

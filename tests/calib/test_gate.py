@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
-import xml.etree.ElementTree as ET
 from collections.abc import Set
 from typing import Any
 
 import numpy as np
 import pytest
+from plotted import bar_widths
 from tiny_graphs import mlp_model, run, samples
 
-from swin_deploy.calib.accuracy_gate import Damage, Speed, fewest, measured, ranked, svg_from_damages
+from swin_deploy.calib.accuracy_gate import (
+    LayerSensitivity,
+    SpeedComparison,
+    compare_speed,
+    fewest_fp32_layers,
+    rank_layers,
+    sensitivity_svg,
+)
 from swin_deploy.errors import GateError
 from swin_deploy.exporters.quantization.for_cpu import Options, quantize, quantized_for
 from swin_deploy.parity import sqnr
@@ -21,11 +28,11 @@ from swin_deploy.parity import sqnr
 def test_layers_are_ranked_by_damage() -> None:
     form = quantized_for("onnxruntime", mlp_model(), samples(), None, frozenset(), lambda line: None)
     feed = next(iter(samples(1)()))
-    damages = ranked(form.names, lambda keep: run(form.graph(keep), feed, exact=True))
-    assert {damage.name for damage in damages} == {"fc1", "fc2"}
-    assert damages[0].sqnr_db <= damages[1].sqnr_db
+    ranking = rank_layers(form.names, lambda keep: run(form.graph(keep), feed, exact=True))
+    assert {layer.name for layer in ranking} == {"fc1", "fc2"}
+    assert ranking[0].sqnr_db <= ranking[1].sqnr_db
     alone = quantize(mlp_model(), samples(), Options(keep={"fc2"})).model
-    by_name = {damage.name: damage.sqnr_db for damage in damages}
+    by_name = {layer.name: layer.sqnr_db for layer in ranking}
     assert by_name["fc1"] == pytest.approx(sqnr(run(mlp_model(), feed), run(alone, feed, exact=True)), abs=0.5)
 
 
@@ -41,7 +48,7 @@ def test_a_form_without_all_its_layers_is_fp32(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("layers", range(1, 12))
 def test_the_fewest_layers_are_put_back(layers: int) -> None:
     """Against trying every number, for losses that shrink with each layer that is put back."""
-    ranking = [Damage(str(number), float(number)) for number in range(layers)]
+    ranking = [LayerSensitivity(str(number), float(number)) for number in range(layers)]
     for seed in range(20):
         rng = np.random.default_rng([layers, seed])
         losses = np.sort(rng.integers(0, 6, layers))[::-1].astype(float)  # losses[n]: with n put back
@@ -54,30 +61,35 @@ def test_the_fewest_layers_are_put_back(layers: int) -> None:
 
         most = float(rng.integers(0, 6))
         wanted = next((count for count in range(layers) if losses[count] <= most), layers)
-        kept, loss = fewest(ranking, drop, most)
+        kept, loss = fewest_fp32_layers(ranking, drop, most)
         assert len(kept) == wanted
         assert loss == losses[min(wanted, layers - 1)]
         assert len(asked) == len(set(asked)) <= 2 + 2 * math.log2(layers + 1)
 
 
 def test_the_picture_has_a_bar_for_each_layer() -> None:
-    ranking = (Damage("stages.0.<fc1>", 12.0), Damage("fc2", 30.0), Damage("head", math.inf))
-    tree = ET.fromstring(svg_from_damages("a & b", ranking, {"stages.0.<fc1>"}))
-    bars = list(tree.iter("{http://www.w3.org/2000/svg}rect"))[1:]
-    assert [bar.get("fill") for bar in bars] == ["#ee6677", "#4477aa", "#4477aa"]
-    widths = [float(bar.get("width") or 0) for bar in bars]
+    ranking = (
+        LayerSensitivity("stages.0.<fc1>", 12.0),
+        LayerSensitivity("fc2", 30.0),
+        LayerSensitivity("head", math.inf),
+    )
+    picture = sensitivity_svg("a & b", ranking, {"stages.0.<fc1>"})
+    assert picture is not None
+    assert picture.count(b"#ee6677") == 2  # one bar, and the legend
+    [widths] = zip(*bar_widths(picture), strict=True)
     assert widths[0] / widths[1] == pytest.approx(12 / 30, rel=0.01)
     assert widths[1] == widths[2]
 
 
 def test_a_layer_that_breaks_the_outputs_comes_first() -> None:
     answers = {"nan": [math.nan, 1.0], "overflow": [math.inf, 1.0], "fine": [1.0, 1.1], "exact": [1.0, 1.0]}
-    ranking = ranked(tuple(answers), lambda keep: np.array(answers[next(iter(answers.keys() - keep), "exact")]))
-    assert {damage.name for damage in ranking[:2]} == {"nan", "overflow"}
-    assert [damage.name for damage in ranking[2:]] == ["fine", "exact"]
-    assert [damage.to_dict()["sqnr_db"] for damage in ranking[:2]] == [None, None]
-    picture = svg_from_damages("title", ranking, set())
-    assert (picture.count("not finite"), picture.count("no damage")) == (2, 1)
+    ranking = rank_layers(tuple(answers), lambda keep: np.array(answers[next(iter(answers.keys() - keep), "exact")]))
+    assert {layer.name for layer in ranking[:2]} == {"nan", "overflow"}
+    assert [layer.name for layer in ranking[2:]] == ["fine", "exact"]
+    assert [layer.to_dict()["sqnr_db"] for layer in ranking[:2]] == [None, None]
+    picture = sensitivity_svg("title", ranking, set())
+    assert picture is not None
+    assert (picture.count(b"not finite"), picture.count(b"no loss")) == (2, 1)
 
 
 class Counting:
@@ -103,14 +115,16 @@ class Counting:
 
 def test_speed_is_a_ratio_and_only_one_graph_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swin_deploy.calib.accuracy_gate.SECONDS", 0.0)
-    speed = measured(lambda: Counting(200_000), lambda: Counting(1_000), {}, "fp32")
+    speed = compare_speed(lambda: Counting(200_000), lambda: Counting(1_000), {}, "fp32")
     assert speed.ratio > 1
     assert speed.before > speed.after
-    assert speed.where == "measured here in counting"
+    assert speed.where == "measured on this machine in counting"
 
 
 def test_what_is_too_slow_is_refused_with_numbers() -> None:
-    speed = Speed("measured here", "fp32", 0.030, 0.025, 1.2)
-    speed.refuse_below(1.2, "INT8", 3, 50)
-    with pytest.raises(GateError, match=r"47 of 50 layers quantised it is 1.20 times as fast as fp32 \(25.00 ms, not 30.00"):
-        speed.refuse_below(1.5, "INT8", 3, 50)
+    speed = SpeedComparison("measured here", "fp32", 0.030, 0.025, 1.2)
+    speed.require(1.2, "INT8", 3, 50)
+    with pytest.raises(
+        GateError, match=r"47 of 50 layers quantized it is 1.20 times as fast as fp32 \(25.00 ms instead of 30.00"
+    ):
+        speed.require(1.5, "INT8", 3, 50)

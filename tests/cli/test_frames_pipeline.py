@@ -140,7 +140,7 @@ def test_the_checkpoint_itself_is_compared_with_on_frames() -> None:
 def test_an_iterator_of_images_is_kept_as_frames() -> None:
     [score] = swin_deploy.evaluate(embedded("--embed-preprocess"), iter([CHINA, FLOWER])).scores
     assert score.samples == 2
-    with pytest.raises(InputError, match="prepares its images itself"):
+    with pytest.raises(InputError, match="includes the preprocessing"):
         swin_deploy.evaluate(embedded("--embed-preprocess"), [np.zeros((3, 32, 32), np.float32)])
 
 

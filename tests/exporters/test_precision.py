@@ -15,7 +15,7 @@ gs = pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from traced import answers_of_torch, traced_once  # noqa: E402
 
-from swin_deploy.calib.collect import largest_values  # noqa: E402
+from swin_deploy.calib.collect import amax_of_values  # noqa: E402
 from swin_deploy.config import SwinConfig  # noqa: E402
 from swin_deploy.errors import ExportError, PassError  # noqa: E402
 from swin_deploy.exporters.passes import ENGINE_PASSES, PassRecord  # noqa: E402
@@ -229,7 +229,7 @@ def test_values_beyond_half_precision_on_samples_stay_fp32(version: int) -> None
     wanted = answers_of_torch(model, pixels)[OUTPUT]
     assert not np.isfinite(answers_of_torch(typed_from_fp32(model, config(version), TASK, "fp16").model, pixels)[OUTPUT]).all()
 
-    typed = typed_from_fp32(model, config(version), TASK, "fp16", lambda wide: largest_values(wide, Images(), batch=2))
+    typed = typed_from_fp32(model, config(version), TASK, "fp16", lambda wide: amax_of_values(wide, Images(), batch=2))
     assert compare(answers_of_torch(typed.model, pixels)[OUTPUT], wanted).within(1e-2)
     measured = {island.at: island.reason for island in typed.islands if "calibration samples" in island.reason}
     assert any("stages.0" in name for name in measured)
@@ -242,7 +242,7 @@ def test_values_beyond_half_precision_on_samples_stay_fp32(version: int) -> None
 
 def test_measured_ranges_are_those_of_the_values() -> None:
     model = fp32(1, WHOLE)
-    found = largest_values(model, Images(), batch=3)
+    found = amax_of_values(model, Images(), batch=3)
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
     watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in found if name != OUTPUT)

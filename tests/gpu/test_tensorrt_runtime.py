@@ -57,7 +57,7 @@ def test_verified_against_pytorch(made: tuple[Path, str]) -> None:
     path, backend = made
     verdicts = swin_deploy.verify(path, backend=backend, device="cuda")
     assert {verdict.precision for verdict in verdicts} == {"fp16", "fp32"}
-    assert all(verdict.verified for verdict in verdicts), [verdict.complaint() for verdict in verdicts if not verdict.verified]
+    assert all(verdict.verified for verdict in verdicts), [verdict.mismatch() for verdict in verdicts if not verdict.verified]
 
 
 @pytest.mark.parametrize("batch", range(1, 12))
