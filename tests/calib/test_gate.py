@@ -75,7 +75,7 @@ def test_the_picture_has_a_bar_for_each_layer() -> None:
     )
     picture = sensitivity_svg("a & b", ranking, {"stages.0.<fc1>"})
     assert picture is not None
-    assert picture.count(b"#ee6677") == 2  # one bar, and the legend
+    assert picture.count(b"#ee6677") == 1 + 2  # one bar, and fill and stroke in the legend
     [widths] = zip(*bar_widths(picture), strict=True)
     assert widths[0] / widths[1] == pytest.approx(12 / 30, rel=0.01)
     assert widths[1] == widths[2]

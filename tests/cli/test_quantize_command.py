@@ -308,7 +308,7 @@ def test_the_gate_puts_back_as_few_layers_as_it_takes(tmp_path: Path) -> None:
     assert {layer["name"] for layer in entry["layers"]} == {layer["name"] for layer in ranking} - set(gate["put_back"])
     picture = bundle.verified_path("onnx/model_int8.sensitivity.svg").read_text()
     assert all(layer["name"] in picture for layer in ranking)
-    assert picture.count("#ee6677") == len(gate["put_back"]) + 1  # and the legend
+    assert picture.count("#ee6677") == len(gate["put_back"]) + 2  # and fill and stroke in the legend
 
     before = contents(tmp_path)
     refused(
