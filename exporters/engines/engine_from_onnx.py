@@ -1,6 +1,6 @@
-"""A TensorRT engine from an ONNX graph: one code path for TensorRT 10.12 and newer, TensorRT 11, and TensorRT for RTX.
+"""Compile an ONNX graph into a TensorRT engine, with TensorRT 10.12 and newer, TensorRT 11, or TensorRT for RTX.
 
-Every network is strongly typed: the engine computes in the types that the graph is written in; none is chosen here.
+Every network is strongly typed: the engine computes in the types of the graph.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from swin_deploy.dependencies import require
-from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
+from swin_deploy.errors import EngineError, MissingDependencyError, UsageError, unknown
 from swin_deploy.gpus import cuda_devices
 from swin_deploy.specs import Batch, EngineSpec, Progress, no_progress
 from swin_deploy.tensorrt_log import heard
@@ -26,7 +26,7 @@ from swin_deploy.tensorrt_log import heard
 from .layer_report import EngineReport, report_from_inspector, report_from_log, reports_by_profile
 from .targets import COMPILERS, target_gpu
 
-OLDEST_TENSORRT = (10, 12)  # the first whose strongly typed networks take every graph that we write
+OLDEST_TENSORRT = (10, 12)  # the first release whose strongly typed networks accept all our graphs
 
 _LOG = logging.getLogger("swin_deploy.tensorrt")
 _LEVELS = {"verbose": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
@@ -34,9 +34,15 @@ _LEVELS = {"verbose": logging.DEBUG, "info": logging.INFO, "warning": logging.WA
 
 @dataclass(frozen=True)
 class Engine:
-    """A compiled engine and what is known about it; `seconds` is the time it took to parse and compile.
+    """A compiled engine.
 
-    There is one report for each optimisation profile; `report` is the first.
+    Attributes:
+        plan: The serialized engine.
+        reports: What the compiler reported, one for each optimization profile.
+        backend: "tensorrt" or "tensorrt-rtx".
+        backend_version: Release of the compiler.
+        gpu: Compute capability, such as "sm_89".
+        seconds: Time to parse and compile the graph.
     """
 
     plan: bytes
@@ -48,14 +54,15 @@ class Engine:
 
     @property
     def report(self) -> EngineReport:
+        """The report of the first optimization profile."""
         return self.reports[0]
 
 
 def resolve_backend(name: str) -> str:
-    """The back end that `name` stands for: "tensorrt" or "tensorrt-rtx".
+    """Return the compiler that `name` stands for: "tensorrt" or "tensorrt-rtx".
 
-    "auto" is full TensorRT where it and a GPU are present, and otherwise TensorRT for RTX, which compiles without.
-    A back end asked for by name is that one or an error, never the other.
+    "auto" is full TensorRT if it and a GPU are available, otherwise TensorRT for RTX, which compiles without a GPU. A compiler
+    that is named is used, or an error is raised.
     """
     if name == "auto":
         if cuda_devices() and _imports("tensorrt"):
@@ -63,15 +70,15 @@ def resolve_backend(name: str) -> str:
         if _imports("tensorrt_rtx"):
             return "tensorrt-rtx"
         raise MissingDependencyError(
-            "A TensorRT compiler is needed to compile engines, but none is usable here. On a machine with an NVIDIA "
-            'GPU run: pip install "swin-deploy[tensorrt]". On any machine run: pip install "swin-deploy[tensorrt-rtx]".'
+            "No TensorRT compiler is usable on this machine. With an NVIDIA GPU run: "
+            'pip install "swin-deploy[tensorrt]". Without one run: pip install "swin-deploy[tensorrt-rtx]".'
         )
     if name not in COMPILERS:
-        raise UsageError(f"There is no back end {name!r}. Expected one of: auto, {', '.join(COMPILERS)}.")
+        raise unknown("compiler", name, ("auto", *COMPILERS))
     if name == "tensorrt" and not cuda_devices():
         raise EngineError(
-            "TensorRT compiles on the GPU it compiles for, and this machine has no usable NVIDIA GPU. Run this on the "
-            "target machine, or compile here for one of the GPUs of the back end tensorrt-rtx."
+            "TensorRT compiles on the GPU that it compiles for, and this machine has no usable NVIDIA GPU. Run this on the "
+            "target machine, or use the back end tensorrt-rtx."
         )
     load_compiler(name)
     return name
@@ -99,7 +106,7 @@ def engine_from_onnx(onnx: bytes | Path, spec: EngineSpec) -> Engine:
     begun = time.perf_counter()
     with _interrupts_kept_for(watch), heard(trt, watch.hear) as logger, natives_freed():
         plan, reports = _compile(trt, onnx, spec, gpu, watch, logger)
-        watch.check()  # the compiler may also speak while it is being taken down
+        watch.check()  # the compiler may also log while it is destroyed
     return Engine(plan, reports, spec.backend, str(trt.__version__), gpu, time.perf_counter() - begun)
 
 
@@ -140,10 +147,10 @@ class Watch:
 
 @contextmanager
 def natives_freed() -> Iterator[None]:
-    """What the compiler made is freed as soon as an error leaves here, not with whoever keeps that error's traceback.
+    """Free what the compiler created as soon as an error leaves the block, not when its traceback is freed.
 
-    The compiler holds a lock while it logs, and takes it to free a builder. Were one left to the garbage collector, which may
-    run inside any Python function, the one that hears the next compiler's log among them, it would wait for itself.
+    The compiler holds a lock while it logs, and takes the same lock to free a builder. If the garbage collector freed a builder
+    inside the log callback of the next compilation, it would deadlock.
     """
     try:
         yield
@@ -151,7 +158,7 @@ def natives_freed() -> Iterator[None]:
         trace = error.__traceback__
         while trace is not None:
             if Path(trace.tb_frame.f_code.co_filename).parent == Path(__file__).parent:
-                with suppress(RuntimeError):  # it still runs
+                with suppress(RuntimeError):  # it is still running
                     trace.tb_frame.clear()
             trace = trace.tb_next
         raise
@@ -159,14 +166,14 @@ def natives_freed() -> Iterator[None]:
 
 @contextmanager
 def _interrupts_kept_for(watch: Watch) -> Iterator[None]:
-    """While inside, Ctrl-C only sets `watch.stop`; afterwards it is sent again, to the handler that was there before.
+    """Let Ctrl-C only set `watch.stop` inside the block, and raise the signal again afterwards for the previous handler.
 
-    A `try` in the callbacks would not do: Python runs a waiting handler as a function is entered, before its `try`, and
-    the binding then drops the KeyboardInterrupt and compiles on.
+    A `try` in the callbacks is not enough: Python runs a pending handler when it enters a function, before the `try`, and the
+    binding then drops the KeyboardInterrupt and continues to compile.
     """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield  # signals run in the main thread only, and one that is ignored, or kills outright, is not ours to change
+        yield  # handlers run in the main thread only; an ignored or default signal is left alone
         return
     interrupted = threading.Event()
 
@@ -186,14 +193,14 @@ def _interrupts_kept_for(watch: Watch) -> Iterator[None]:
 def _compile(
     trt: Any, onnx: bytes | Path, spec: EngineSpec, gpu: str, watch: Watch, logger: Any
 ) -> tuple[bytes, tuple[EngineReport, ...]]:
-    monitor = _monitor(trt, watch)  # it must outlive everything that is made with it
+    monitor = _monitor(trt, watch)  # must outlive everything created with it
     title = f"{COMPILERS[spec.backend][1]} {trt.__version__}"
     try:
         builder = trt.Builder(logger)
-    except (TypeError, RuntimeError) as error:  # the binding's way to say that the native factory returned nothing
+    except (TypeError, RuntimeError) as error:  # the native factory returned nothing
         raise EngineError(
-            f"{title} does not start: {joined(watch.errors or [str(error)])}. Expected a driver new enough for "
-            "it; update the NVIDIA driver, or install an older TensorRT."
+            f"{title} does not start: {joined(watch.errors or [str(error)])}. It needs a newer driver: update the NVIDIA "
+            "driver, or install an older TensorRT."
         ) from error
     flags = trt.NetworkDefinitionCreationFlag
     # Required by TensorRT 10, ignored by 11, where every network is strongly typed.
@@ -204,8 +211,8 @@ def _compile(
     if not parsed:
         reasons = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
         raise EngineError(
-            f"{title} cannot read the ONNX graph: {joined(reasons or watch.errors)}. Expected a valid graph of "
-            "operators that its parser knows; export the model again without the operator named here."
+            f"{title} cannot read the ONNX graph: {joined(reasons or watch.errors)}. Expected a valid graph of operators "
+            "that its parser supports. Export the model again without the operator named here."
         )
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -217,16 +224,15 @@ def _compile(
         watch.check()
         if built is None:
             raise EngineError(
-                f"{title} could not compile the graph for {gpu}: {joined(watch.errors)}. Expected a graph whose every "
-                "operator it has a kernel for in these types, and memory enough; compile the fp32 graph to see whether types "
-                "are the reason."
+                f"{title} could not compile the graph for {gpu}: {joined(watch.errors)}. It needs a kernel for every operator "
+                "in these types, and enough memory. Compile the fp32 graph to find out whether the types are the reason."
             )
     plan = bytes(built)
     report = report_from_log(watch.layers)
     if report.source == "none" and spec.backend == "tensorrt":
         runtime = trt.Runtime(logger)
         if spec.version_compatible:
-            runtime.engine_host_code_allowed = True  # such a plan brings a runtime of its own
+            runtime.engine_host_code_allowed = True  # the plan contains a runtime of its own
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is not None:
             inspector = engine.create_engine_inspector()
@@ -236,7 +242,7 @@ def _compile(
 
 def _set_options(trt: Any, config: Any, spec: EngineSpec, gpu: str) -> None:
     if hasattr(trt.BuilderFlag, "TF32"):
-        config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and it would make fp32 engines disagree with PyTorch
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default; fp32 engines would disagree with PyTorch
     if spec.backend == "tensorrt-rtx":
         config.num_compute_capabilities = 1
         config.set_compute_capability(trt.ComputeCapability.__members__[gpu.upper().replace("_", "")], 0)
@@ -249,25 +255,25 @@ def _set_options(trt: Any, config: Any, spec: EngineSpec, gpu: str) -> None:
     if spec.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if spec.strip_weights:
-        # To be refitted with the very weights it was compiled with, so that it may be optimised for them.
+        # It is refitted with the same weights, so it may be optimized for them.
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
         config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
 
 
 @contextmanager
 def _timing_cache(config: Any, path: Path | None, title: str, watch: Watch) -> Iterator[None]:
-    """While inside, the compiler uses the timings in the file, which afterwards holds the new ones as well."""
+    """Let the compiler use the timings in the file, and add the new ones to it afterwards."""
     if path is None:
         yield
         return
     try:
         known = path.read_bytes() if path.exists() else b""
     except OSError as error:
-        raise UsageError(f"The timing cache {path} cannot be read: {error.strerror}. Name another file.") from error
+        raise UsageError(f"The timing cache {path} cannot be read: {error.strerror}. Pass another file.") from error
     cache = config.create_timing_cache(known)
     if cache is None or not config.set_timing_cache(cache, False):
         raise UsageError(
-            f"{path} is no timing cache of {title} and this GPU: {joined(watch.errors)}. Delete it, or name another file."
+            f"{path} is not a timing cache of {title} and this GPU: {joined(watch.errors)}. Delete it, or pass another file."
         )
     yield
     scratch = path.with_name(f".{path.name}.partial-{os.getpid()}")
@@ -275,14 +281,14 @@ def _timing_cache(config: Any, path: Path | None, title: str, watch: Watch) -> I
         timings = config.get_timing_cache()
         scratch.write_bytes(bytes(timings.serialize()))
         scratch.replace(path)
-    except OSError as error:  # the engine is there, and is worth more
+    except OSError as error:  # the engine is done, and worth more
         watch.hear("warning", f"the timing cache {path} could not be written: {error.strerror}")
     finally:
         scratch.unlink(missing_ok=True)
 
 
 def _monitor(trt: Any, watch: Watch) -> Any:
-    # The base class comes from a module that may not be installed, so the class can only be made here.
+    # The base class comes from a module that may not be installed.
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             watch.steps[phase_name] = num_steps
@@ -298,22 +304,22 @@ def _monitor(trt: Any, watch: Watch) -> Any:
 
 
 def _set_profiles(builder: Any, config: Any, network: Any, batches: tuple[Batch, ...], title: str, watch: Watch) -> None:
-    # One optimisation profile for each batch range; a graph whose batch is fixed must be asked for it.
+    # One optimization profile for each batch range. A graph with a fixed batch accepts only that.
     free = False
     tensors = [network.get_input(index) for index in range(network.num_inputs)]
     for tensor in tensors:
         name, shape = tensor.name, tuple(tensor.shape)
         if any(extent < 0 for extent in shape[1:]):
             raise EngineError(
-                f"Input {name!r} has the shape {shape}, where -1 is free. Expected only the first axis, the batch, to "
-                "be free; export the model for one image size."
+                f"Input {name!r} has the dynamic shape {shape}. Expected only the first axis, the batch, to be dynamic. "
+                "Export the model for one image size."
             )
         if shape and shape[0] < 0:
             free = True
         elif shape and batches != ((shape[0],) * 3,):
             raise UsageError(
-                f"Input {name!r} has a fixed batch of {shape[0]}, and the engine was asked for batch "
-                f"{', '.join(map(str, batches))}. Ask for {(shape[0],) * 3}, or export the model with a free batch."
+                f"Input {name!r} has a fixed batch of {shape[0]}, not {', '.join(map(str, batches))}. Build for "
+                f"{(shape[0],) * 3}, or export the model with a dynamic batch."
             )
     for batch in batches if free else ():
         profile = builder.create_optimization_profile()
@@ -321,15 +327,16 @@ def _set_profiles(builder: Any, config: Any, network: Any, batches: tuple[Batch,
             if tensor.shape and tensor.shape[0] < 0:
                 profile.set_shape(tensor.name, *((size, *tuple(tensor.shape)[1:]) for size in batch))
         if config.add_optimization_profile(profile) < 0:
-            raise EngineError(f"{title} refused the batch sizes {batch}: {joined(watch.errors)}. Ask for smaller ones.")
+            raise EngineError(f"{title} refused the batch sizes {batch}: {joined(watch.errors)}. Use smaller ones.")
 
 
 def load_compiler(backend: str) -> Any:
+    """Import the module of a compiler. Raises EngineError if its release is too old."""
     trt = require(COMPILERS[backend][0], "compile engines")
     numbers = tuple(int(number) for number in re.findall(r"\d+", str(trt.__version__))[:2])
     if backend == "tensorrt" and numbers < OLDEST_TENSORRT:
         raise EngineError(
-            f"TensorRT {trt.__version__} is installed, and {'.'.join(map(str, OLDEST_TENSORRT))} or newer is needed. "
+            f"TensorRT {trt.__version__} is too old. Expected {'.'.join(map(str, OLDEST_TENSORRT))} or newer. "
             'Run: pip install --upgrade "swin-deploy[tensorrt]"'
         )
     return trt
@@ -338,16 +345,17 @@ def load_compiler(backend: str) -> Any:
 def _imports(module: str) -> bool:
     try:
         require(module, "compile engines")
-    except (MissingDependencyError, OSError):  # OSError: the wheel is there and its native libraries are not
+    except (MissingDependencyError, OSError):  # OSError: the wheel is installed, but its native libraries are missing
         return False
     return True
 
 
 def _parser_error(fault: Any) -> str:
     if not fault.node_operator():
-        return str(fault.desc())  # the file as a whole, not one of its nodes
+        return str(fault.desc())  # about the whole file, not a node
     return f"node {fault.node_name() or fault.node()} ({fault.node_operator()}): {fault.desc()}"
 
 
 def joined(reasons: list[str]) -> str:
+    """Return the distinct reasons as one phrase."""
     return "; ".join(dict.fromkeys(reason.rstrip(".") for reason in reasons)) or "it gave no reason"
