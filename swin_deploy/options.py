@@ -25,6 +25,10 @@ R = TypeVar("R")
 BundlePath = str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
 Parser = Callable[[str, Any], Any]  # name of the option, value as given -> value as stored
+METAVARS = {
+    **{"path": "PATH", "images": "PATH", "image_size": "HxW", "image_sizes": "HxW", "per_stage": "N[,N...]"},
+    **{"batches": "N|MIN:OPT:MAX", "memory": "SIZE", "text": "NAME", "whole_number": "N", "finite_number": "X"},
+}
 _BYTES = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
 
@@ -58,10 +62,18 @@ class Option:
 
 
 def option(default: Any, parse: Parser, help: str, *, shown: bool = True, **spelling: Any) -> Any:
-    """Declare a field of a spec. `shown=False` keeps the field out of comparison and `repr`; see Option for `spelling`."""
-    choices = getattr(parse, "choices", ())
-    metadata = {"option": Option(parse, help, **{"choices": choices, **spelling})}
+    """Declare a field of a spec, which may be None if that is its default.
+
+    `shown=False` keeps the field out of comparison and `repr`; see Option for `spelling`.
+    """
+    spelling = {"choices": getattr(parse, "choices", ()), "metavar": METAVARS.get(parse.__name__), **spelling}
+    metadata = {"option": Option(_optional(parse) if default is None else parse, help, **spelling)}
     return field(default=default, metadata=metadata, compare=shown, repr=shown)
+
+
+def progress_option() -> Any:
+    """Declare the field for the progress callback."""
+    return option(no_progress, function, "Called with a phase, the steps done and the steps in all.", shown=False, flags=())
 
 
 class Spec:
@@ -143,15 +155,8 @@ def plain(value: Any) -> Any:
     return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value
 
 
-def optional(parse: Parser) -> Parser:
-    """Return a parser that also accepts None."""
-
-    @functools.wraps(parse)
-    def parse_optional(name: str, value: Any) -> Any:
-        return None if value is None else parse(name, value)
-
-    parse_optional.choices = getattr(parse, "choices", ())  # type: ignore[attr-defined]
-    return parse_optional
+def _optional(parse: Parser) -> Parser:
+    return lambda name, value: None if value is None else parse(name, value)
 
 
 def anything(name: str, value: Any) -> Any:
@@ -207,20 +212,20 @@ def whole(low: int, high: int | None = None) -> Parser:
     """Return a parser of whole numbers from `low` to `high`."""
     limits = f"from {low} to {high}" if high is not None else f"of at least {low}"
 
-    def parse(name: str, value: Any) -> int:
+    def whole_number(name: str, value: Any) -> int:
         found = int(value) if isinstance(value, str) and re.fullmatch(r"-?\d{1,10}", value.strip()) else plain(value)
         if type(found) is not int or found < low or (high is not None and found > high):
             raise _refuse(name, value, f"a whole number {limits}")
         return found
 
-    return parse
+    return whole_number
 
 
 def number(low: float, high: float = float("inf")) -> Parser:
     """Return a parser of finite numbers from `low` to `high`."""
     limits = f"from {low:g} to {high:g}" if high < float("inf") else f"of at least {low:g}"
 
-    def parse(name: str, value: Any) -> float:
+    def finite_number(name: str, value: Any) -> float:
         found: Any = plain(value)
         with contextlib.suppress(ValueError):
             found = float(value) if isinstance(value, str) else found
@@ -228,7 +233,7 @@ def number(low: float, high: float = float("inf")) -> Parser:
             raise _refuse(name, value, f"a number {limits}")
         return float(found)
 
-    return parse
+    return finite_number
 
 
 def choice(kind: str, choices: Iterable[str]) -> Parser:

@@ -11,34 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from swin_deploy import options as parse
 from swin_deploy.errors import EngineError, UsageError
-from swin_deploy.options import (
-    Progress as Progress,
-)
-from swin_deploy.options import (
-    Spec,
-    anything,
-    batches,
-    choice,
-    flag,
-    function,
-    image_size,
-    image_sizes,
-    images,
-    location,
-    memory,
-    number,
-    option,
-    optional,
-    path,
-    per_stage,
-    text,
-    texts,
-    whole,
-)
-from swin_deploy.options import (
-    no_progress as no_progress,
-)
+from swin_deploy.options import Progress as Progress
+from swin_deploy.options import Spec, option, progress_option
+from swin_deploy.options import no_progress as no_progress
 
 if TYPE_CHECKING:
     import onnx
@@ -91,7 +68,7 @@ def device_from_text(text: str) -> str:
 
 def device(name: str, value: Any) -> str:
     """Accept "auto", "cpu", "cuda" or "cuda:1"."""
-    if text(name, value) != "auto":
+    if parse.text(name, value) != "auto":
         device_from_text(value)
     return str(value)
 
@@ -101,79 +78,73 @@ class ExportSpec(Spec):
     """Options of `swin_deploy.export` and `swin-deploy export`."""
 
     variant: str | None = option(
-        None, optional(text), "A published checkpoint, such as swinv2-tiny. `swin-deploy variants` lists them.", metavar="NAME"
+        None, parse.text, "A published checkpoint, such as swinv2-tiny. `swin-deploy variants` lists them."
     )
     _: KW_ONLY
     weights: PathLike | None = option(
         None,
-        optional(location),
+        parse.location,
         "A checkpoint: a folder, a file, or a Hugging Face hub id. Default: the hub id of the variant.",
         metavar="PATH|ID",
     )
-    random_weights: bool = option(False, flag, "Use reproducible random weights instead of a checkpoint.")
-    seed: int = option(0, whole(0), "Seed of the random weights.")
-    task: str | TaskSpec = option("image-classification", anything, "Task head to export.", choices=TASKS)
+    random_weights: bool = option(False, parse.flag, "Use reproducible random weights instead of a checkpoint.")
+    seed: int = option(0, parse.whole(0), "Seed of the random weights.")
+    task: str | TaskSpec = option("image-classification", parse.anything, "Task head to export.", choices=TASKS)
     image_sizes: Any = option(
         (),
-        image_sizes,
+        parse.image_sizes,
         "Height and width of the images in pixels, one graph for each size. Default: the size of the checkpoint.",
         flags=("--image-size",),
-        metavar="HxW",
         many=True,
     )
-    output_hidden_states: bool = option(False, flag, "Add the hidden states of every stage to the outputs.")
-    output_attentions: bool = option(False, flag, "Add the attention of the last block of every stage to the outputs.")
+    output_hidden_states: bool = option(False, parse.flag, "Add the hidden states of every stage to the outputs.")
+    output_attentions: bool = option(False, parse.flag, "Add the attention of the last block of every stage to the outputs.")
     out_features: Any = option(
         (),
-        texts,
+        parse.texts,
         "Feature maps of a backbone: stem, stage1, ..., or their numbers 0, 1, ..., -1.",
         flags=("--out-features", "--out-indices"),
         metavar="NAME,...",
     )
-    use_mask_token: bool = option(False, flag, "Feature extraction with the input bool_masked_pos.")
+    use_mask_token: bool = option(False, parse.flag, "Feature extraction with the input bool_masked_pos.")
     add_pooling_layer: bool = option(
-        True, flag, "Feature extraction with the output pooler_output.", flags=("--no-pooling-layer",)
+        True, parse.flag, "Feature extraction with the output pooler_output.", flags=("--no-pooling-layer",)
     )
     framework: str | None = option(
         None,
-        optional(choice("framework", FRAMEWORKS)),
+        parse.choice("framework", FRAMEWORKS),
         "Window, shift and padding rules of this framework. Default: those of the checkpoint.",
         hidden_flags=("--semantics",),
     )
     window_size: Any = option(
         None,
-        optional(per_stage),
+        parse.per_stage,
         "Window size in patches, or one for each stage. Position tables of the checkpoint are resized to it.",
-        metavar="N[,N...]",
     )
     pretrained_window_sizes: Any = option(
-        None, optional(per_stage), "Swin V2: the window sizes of the pretraining, one for each stage.", metavar="N[,N...]"
+        None, parse.per_stage, "Swin V2: the window sizes of the pretraining, one for each stage."
     )
     target: str = option(
         "tensorrt",
-        choice("target", TARGETS),
+        parse.choice("target", TARGETS),
         "Runtime whose graph layout is written. fp32 graphs of every layout give the same results everywhere.",
     )
     embed_preprocess: bool = option(
-        False, flag, "Write graphs that take uint8 RGB frames [batch, height, width, 3], and rescale and normalize them."
+        False, parse.flag, "Write graphs that take uint8 RGB frames [batch, height, width, 3], and rescale and normalize them."
     )
     embed_resize: Any = option(
         None,
-        optional(image_size),
+        parse.image_size,
         "Like --embed-preprocess, for frames of this height and width in pixels, which the graph also resizes and crops.",
-        metavar="HxW",
     )
     output: PathLike | None = option(
         None,
-        optional(path),
+        parse.path,
         "Folder of the bundle to write. Default: ./ and the name of the variant or the checkpoint.",
         flags=("-o", "--output"),
-        metavar="PATH",
     )
-    force: bool = option(False, flag, "Replace an existing bundle.")
-    progress: Progress = option(
-        no_progress, function, "Called with a phase, the steps done and the steps in all.", shown=False, flags=()
-    )
+    force: bool = option(False, parse.flag, "Replace an existing bundle.")
+    progress: Progress = progress_option()
 
     def check(self) -> None:
         self.task_spec()
@@ -185,7 +156,7 @@ class ExportSpec(Spec):
         if isinstance(self.task, TaskSpec):
             return self.task
         return TaskSpec(
-            text("task", self.task),
+            parse.text("task", self.task),
             output_hidden_states=self.output_hidden_states,
             output_attentions=self.output_attentions,
             add_pooling_layer=self.add_pooling_layer,
@@ -210,51 +181,41 @@ class EngineSpec(Spec):
     _: KW_ONLY
     precision: str = option(
         "fp16",
-        choice("precision", PRECISIONS),
+        parse.choice("precision", PRECISIONS),
         "Precision to compute in. int8 and fp8 need the graph that `quantize` writes.",
         values_as_flags=True,
     )
     data: Any = option(
-        None,
-        optional(images),
-        "Images to calibrate fp16 with: values that come near the fp16 maximum stay in fp32.",
-        metavar="PATH",
+        None, parse.images, "Images to calibrate fp16 with: values that come near the fp16 maximum stay in fp32."
     )
-    samples: int | None = option(None, optional(whole(1)), "Number of images to use from the data, evenly spaced.")
+    samples: int | None = option(None, parse.whole(1), "Number of images to use from the data, evenly spaced.")
     gpus: Any = option(
         (),
-        texts,
+        parse.texts,
         "GPUs to compile for: sm_86, rtx-4090, ..., or current. Default: this machine's GPU, else sm_86, sm_89 and sm_120.",
         flags=("--gpu",),
         metavar="SM,...",
     )
     backend: str = option(
         "auto",
-        choice("compiler", ("auto", *COMPILERS)),
+        parse.choice("compiler", ("auto", *COMPILERS)),
         "TensorRT compiler. auto: tensorrt if it and a GPU are available, else tensorrt-rtx, which compiles without a GPU.",
     )
     batches: Any = option(
-        ((1, 1, 1),),
-        batches,
-        "Batch size or range, one optimization profile for each.",
-        flags=("--batch",),
-        metavar="N|MIN:OPT:MAX",
-        many=True,
+        ((1, 1, 1),), parse.batches, "Batch size or range, one optimization profile for each.", flags=("--batch",), many=True
     )
-    workspace: Any = option(None, optional(memory), "Scratch memory for each kernel, such as 2GiB.", metavar="SIZE")
+    workspace: Any = option(None, parse.memory, "Scratch memory for each kernel, such as 2GiB.")
     optimization_level: int | None = option(
-        None, optional(whole(0, 5)), "0 compiles fastest, 5 searches the most kernels. tensorrt only."
+        None, parse.whole(0, 5), "0 compiles fastest, 5 searches the most kernels. tensorrt only."
     )
-    timing_cache: PathLike | None = option(
-        None, optional(path), "File to read and write kernel timings. tensorrt only.", metavar="FILE"
+    timing_cache: PathLike | None = option(None, parse.path, "File to read and write kernel timings. tensorrt only.")
+    version_compatible: bool = option(
+        False, parse.flag, "Build an engine that newer TensorRT releases also run. tensorrt only."
     )
-    version_compatible: bool = option(False, flag, "Build an engine that newer TensorRT releases also run. tensorrt only.")
-    hardware_compatible: bool = option(False, flag, "Build an engine for any GPU from Ampere on. tensorrt only.")
-    strip_weights: bool = option(False, flag, "Leave the weights out; `swin-deploy refit` adds them. Needs a GPU.")
-    force: bool = option(False, flag, "Compile again even if the bundle has this engine.")
-    progress: Progress = option(
-        no_progress, function, "Called with a phase, the steps done and the steps in all.", shown=False, flags=()
-    )
+    hardware_compatible: bool = option(False, parse.flag, "Build an engine for any GPU from Ampere on. tensorrt only.")
+    strip_weights: bool = option(False, parse.flag, "Leave the weights out; `swin-deploy refit` adds them. Needs a GPU.")
+    force: bool = option(False, parse.flag, "Compile again even if the bundle has this engine.")
+    progress: Progress = progress_option()
 
     def check(self) -> None:
         if self.data is not None and self.precision != "fp16":
@@ -295,51 +256,41 @@ class QuantSpec(Spec):
     """Options of `swin_deploy.quantize` and `swin-deploy quantize`."""
 
     data: Any = option(
-        None,
-        optional(images),
-        "Images like those of the application: a folder, an .npz or .npy file, or any iterable.",
-        metavar="PATH",
+        None, parse.images, "Images like those of the application: a folder, an .npz or .npy file, or any iterable."
     )
     _: KW_ONLY
     precision: str = option(
-        "int8", choice("quantized precision", QUANTIZED), "Type of the quantized layers.", values_as_flags=True
+        "int8", parse.choice("quantized precision", QUANTIZED), "Type of the quantized layers.", values_as_flags=True
     )
     target: str | None = option(
-        None, optional(choice("target", TARGETS)), "Runtime to quantize for. Default: the one that the bundle was exported for."
+        None, parse.choice("target", TARGETS), "Runtime to quantize for. Default: the one that the bundle was exported for."
     )
     method: str | None = option(
-        None, optional(choice("method", METHODS)), "How activation ranges are chosen. Default: the least error of the layer."
+        None, parse.choice("method", METHODS), "How activation ranges are chosen. Default: the least error of the layer."
     )
-    samples: int | None = option(None, optional(whole(1)), "Number of images to use from the data, evenly spaced.")
-    batch: int = option(8, whole(1), "Images to run at a time.")
-    keep: Any = option((), texts, "Layer that is not quantized.", metavar="LAYER", many=True)
+    samples: int | None = option(None, parse.whole(1), "Number of images to use from the data, evenly spaced.")
+    batch: int = option(8, parse.whole(1), "Images to run at a time.")
+    keep: Any = option((), parse.texts, "Layer that is not quantized.", metavar="LAYER", many=True)
     max_drop: float | None = option(
         None,
-        optional(number(0)),
+        parse.number(0),
         "Largest loss on the data, in percentage points: of top-1 where labels are known, else of top-1 agreement with fp32.",
         metavar="POINTS",
     )
     min_speedup: float | None = option(
         None,
-        optional(number(0)),
+        parse.number(0),
         "Smallest speedup: over the fp32 graph measured on this machine, or for TensorRT over fp16 by the roofline of --gpu.",
         metavar="FACTOR",
     )
     labels: PathLike | None = option(
-        None,
-        optional(path),
-        "File with lines `image,class`. Default: the folders of the images are their classes.",
-        metavar="FILE",
+        None, parse.path, "File with lines `image,class`. Default: the folders of the images are their classes."
     )
-    ignore_labels: bool = option(False, flag, "Compare with fp32 only, although the images have labels.")
-    gpu: str | None = option(None, optional(text), "GPU of the roofline that --min-speedup uses, such as rtx-4090.")
-    ranges: PathLike | None = option(
-        None, optional(path), "ONNX graph with Q/DQ nodes of the same network, whose scales are used.", metavar="FILE"
-    )
-    ignore_ranges: bool = option(False, flag, "Measure all ranges, although the checkpoint brought QAT ranges.")
-    progress: Progress = option(
-        no_progress, function, "Called with a phase, the steps done and the steps in all.", shown=False, flags=()
-    )
+    ignore_labels: bool = option(False, parse.flag, "Compare with fp32 only, although the images have labels.")
+    gpu: str | None = option(None, parse.text, "GPU of the roofline that --min-speedup uses, such as rtx-4090.")
+    ranges: PathLike | None = option(None, parse.path, "ONNX graph with Q/DQ nodes of the same network, whose scales are used.")
+    ignore_ranges: bool = option(False, parse.flag, "Measure all ranges, although the checkpoint brought QAT ranges.")
+    progress: Progress = progress_option()
 
     def check(self) -> None:
         if self.precision == "fp8" and self.target not in (None, TARGETS[0]):
@@ -361,15 +312,19 @@ class LoadSpec(Spec):
 
     _: KW_ONLY
     backend: str = option(
-        "auto", choice("back end", ("auto", *BACKEND_NAMES)), "Back end to run the model. auto: the fastest verified one."
+        "auto", parse.choice("back end", ("auto", *BACKEND_NAMES)), "Back end to run the model. auto: the fastest verified one."
     )
     precision: str = option(
-        "auto", choice("precision", ("auto", *PRECISIONS)), "Precision to run. auto: the fastest verified one of the bundle."
+        "auto",
+        parse.choice("precision", ("auto", *PRECISIONS)),
+        "Precision to run. auto: the fastest verified one of the bundle.",
     )
     device: str = option("auto", device, "Device: auto, cpu, cuda or cuda:1.")
-    threads: int = option(0, whole(0, MOST_THREADS), "CPU threads. 0: the back end chooses.")
+    threads: int = option(0, parse.whole(0, MOST_THREADS), "CPU threads. 0: the back end chooses.")
     rebuild: bool = option(
-        False, flag, "Compile an engine again that does not fit this GPU, TensorRT release or graph, with its own options."
+        False,
+        parse.flag,
+        "Compile an engine again that does not fit this GPU, TensorRT release or graph, with its own options.",
     )
 
     def check(self) -> None:

@@ -31,7 +31,12 @@ def _decorators(name: str, one: Option, default: Any) -> list[Callable[..., Any]
     flags = one.flags or (f"--{name.replace('_', '-')}",)
     if one.values_as_flags:
         return [
-            click.option(f"--{value}", f"{name}__{value}", is_flag=True, help=f"{value}{' (default)' * (value == default)}.")
+            click.option(
+                f"--{value}",
+                f"{name}__{value}",
+                is_flag=True,
+                help=f"{one.help.partition('.')[0]}: {value}{' (default)' * (value == default)}.",
+            )
             for value in one.choices
         ]
     if isinstance(default, bool):
