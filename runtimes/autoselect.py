@@ -27,7 +27,7 @@ from swin_deploy.parity import Reference, Verdict, check_runtime, verdict_text
 from swin_deploy.specs import Size, size_text
 
 from .base import Runtime
-from .user_cache import cache_folder, keep, kept
+from .user_cache import cache_folder, read_cached, write_cached
 
 SECONDS, FEWEST_CALLS = 0.5, 7  # for each candidate
 NOT_KNOWN = ""  # verdict on a candidate that was not measured yet
@@ -219,7 +219,7 @@ def _cache_file(key: Mapping[str, Any]) -> Path | None:
 def _read(file: Path | None, key: Mapping[str, Any], candidates: Sequence[Candidate]) -> Kept | None:
     """Return a cached measurement; None if there is none, or it cannot be read."""
     try:
-        raw = json.loads(kept(file))
+        raw = json.loads(read_cached(file))
         if raw["key"] != key:
             return None
         rows = tuple(
@@ -234,4 +234,4 @@ def _read(file: Path | None, key: Mapping[str, Any], candidates: Sequence[Candid
 def _write(file: Path | None, key: Mapping[str, Any], when: str, rows: Sequence[Measured]) -> None:
     """Cache a measurement, if the folder can be written."""
     text = json.dumps({"key": key, "when": when, "rows": [(row.milliseconds, row.verdict) for row in rows]}, indent=2)
-    keep(file, text.encode())
+    write_cached(file, text.encode())

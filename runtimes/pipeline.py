@@ -1,4 +1,4 @@
-"""pipelined: prepares, runs and hands over at the same time, in order, with a bounded number of things in hand."""
+"""Prepare batches, run them and return their results concurrently and in order."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ T = TypeVar("T")
 
 
 class _Channel(Generic[T]):
-    """A queue between two threads with room for `size`. Closed, it takes nothing more, and nobody waits for it."""
+    """A bounded queue between two threads that can be closed, which wakes both."""
 
     def __init__(self, size: int) -> None:
         self._items: deque[T] = deque()
         self._size, self._closed, self._turn = size, False, threading.Condition()
 
     def put(self, item: T) -> bool:
-        """Waits for room; False when the channel was closed."""
+        """Wait for a free place and add `item`. Returns False if the channel is closed."""
         with self._turn:
             self._turn.wait_for(lambda: self._closed or len(self._items) < self._size)
             if not self._closed:
@@ -52,12 +52,18 @@ def pipelined(
     run: Callable[[Any, int], list[Any]],
     calls: int = 1,
 ) -> Iterator[Any]:
-    """`run(prepare(frames), count)`, `batch` frames at a time, one result after the other, in the order of the frames.
+    """Yield the results of `run(prepare(frames), count)` in the order of the frames.
 
-    One thread takes frames and prepares them, `calls` others run; at most twice `prefetch` batches wait for these and for the
-    caller together. An error is raised where the result of its frame would be; that of a frame that cannot be prepared comes
-    after the results of those before it in its batch. When the iterator is closed all threads end, once the frame in hand is
-    there.
+    One thread reads and prepares frames, others run them. Closing the iterator ends all threads, after the current frame was
+    read. An error is raised in place of the result of its frame, after the results of all frames before it.
+
+    Args:
+        frames: Read one at a time.
+        batch: Number of frames in each call.
+        prefetch: At most twice as many batches wait, before and after `run`.
+        prepare: Makes the input of `run`.
+        run: Returns one result for each frame.
+        calls: Number of threads that call `run`.
     """
     stream = iter(frames)
     results: _Channel[Future[list[Any]] | None] = _Channel(2 * prefetch + calls - 1)
@@ -70,7 +76,7 @@ def pipelined(
             try:
                 for frame in islice(stream, batch):
                     taken.append(frame)
-            except BaseException as caught:  # noqa: BLE001 - raised where its result would be
+            except BaseException as caught:  # noqa: BLE001 - raised in place of the result
                 error = caught
             ready, failed = _prepared(taken, prepare) if taken else ([], None)
             try:
@@ -101,7 +107,7 @@ def pipelined(
 
 
 def _prepared(taken: list[Any], prepare: Callable[[list[Any]], Any]) -> tuple[list[tuple[Any, int]], BaseException | None]:
-    """The frames prepared together; where one of them cannot be, those before it alone, and its error."""
+    """Prepare frames together; if one of them fails, prepare those before it one by one, and return its error."""
     try:
         return [(prepare(taken), len(taken))], None
     except BaseException as error:  # noqa: BLE001 - as above

@@ -1,7 +1,7 @@
-"""The operators of our graphs in PyTorch, each rounding its result to the type that the graph gives it.
+"""The ONNX operators of exported graphs in PyTorch; each rounds its result to its type in the graph.
 
-`OPERATORS` has for each a function that reads a node's attributes, and its whole numbers (shapes, axes, sizes), once. It
-returns the function that is called with all the inputs as tensors, None for one that is left out.
+`OPERATORS` maps an operator to a function that reads the attributes and constant integers (shapes, axes, sizes) of a node once.
+It returns the function of the node, which takes all inputs as tensors, or None for one that is left out.
 """
 
 from __future__ import annotations
@@ -28,25 +28,29 @@ TYPES: dict[int, torch.dtype] = {
     TensorProto.BOOL: torch.bool,
 }
 
-Numbers = Callable[[int], "list[int] | None"]  # of an input: its whole numbers, None where it is left out
+Numbers = Callable[[int], "list[int] | None"]  # position of an input -> its integers, or None if it is left out
 Function = Callable[..., "Tensor | tuple[Tensor, ...]"]
 Make = Callable[..., Function]  # (numbers, **attributes) -> the function of a node
 
 
 def torch_type(number: int) -> torch.dtype:
-    """Of a number of onnx.TensorProto.DataType. Raises TypeError for a type that our graphs do not have."""
+    """Return the torch type of an onnx.TensorProto.DataType.
+
+    Raises:
+        TypeError: The type does not occur in exported graphs.
+    """
     if number not in TYPES:
-        raise TypeError(f"the type {TensorProto.DataType.Name(number)} is not one of those in our graphs")
+        raise TypeError(f"the type {TensorProto.DataType.Name(number)} is not supported")
     return TYPES[number]
 
 
 def _plain(function: Function) -> Make:
-    """Of an operator without attributes."""
+    """Make an operator without attributes."""
     return lambda numbers: function
 
 
 def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in another type; beyond the range of an 8-bit floating-point number it is the largest of these, as ONNX has it."""
+    """Cast `x`; to fp8, values out of range saturate, as ONNX specifies."""
     if dtype == torch.float8_e4m3fn and x.dtype != dtype:
         top = torch.finfo(dtype).max
         x = x.float().clamp(-top, top)
@@ -108,7 +112,7 @@ def _split(numbers: Numbers, *, axis: int = 0, num_outputs: int = 0) -> Function
     sizes = numbers(1)
 
     def parts(x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        # The last one may be smaller.
+        # The last part may be smaller.
         return torch.split(x, -(-x.shape[axis] // num_outputs) if sizes is None else sizes, axis)
 
     return parts
@@ -117,7 +121,7 @@ def _split(numbers: Numbers, *, axis: int = 0, num_outputs: int = 0) -> Function
 def _gather(numbers: Numbers, *, axis: int = 0) -> Function:
     def gathered(x: Tensor, index: Tensor) -> Tensor:
         at = axis % x.ndim
-        picked = x.index_select(at, index.reshape(-1).remainder(x.shape[at]))  # -1 is the last one
+        picked = x.index_select(at, index.reshape(-1).remainder(x.shape[at]))  # -1 is the last element
         return picked.reshape(*x.shape[:at], *index.shape, *x.shape[at + 1 :])
 
     return gathered
@@ -139,12 +143,12 @@ def _conv(
     group: int = 1, auto_pad: str = "NOTSET",
 ) -> Function:  # fmt: skip
     if auto_pad != "NOTSET" or len(strides) != 2:
-        raise TypeError("a convolution of images with explicit padding is expected")
+        raise TypeError("only 2D convolutions with explicit padding are supported")
     top, left, bottom, right = pads
 
     def convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x = F.pad(x, (left, right, top, bottom)) if any(pads) else x
-        # As F.conv2d, which would compute in TF32 on a GPU unless a switch of the whole process were turned: its last argument.
+        # F.conv2d would use TF32 on a GPU unless a global setting is changed; the last argument here turns it off.
         return torch._convolution(
             x, weight, bias, list(strides), [0, 0], list(dilations), False, [0, 0], group, False, False, True, False
         )
@@ -153,17 +157,17 @@ def _conv(
 
 
 def _layer_norm(numbers: Numbers, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1) -> Function:
-    def normalised(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def normalized(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.layer_norm(x, x.shape[axis:], weight, bias, epsilon)
 
-    return normalised
+    return normalized
 
 
 def _reduced(function: Callable[..., Tensor]) -> Make:
     def make(numbers: Numbers, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Function:
         axes = numbers(1)
         if not axes:
-            raise TypeError("axes are expected")
+            raise TypeError("only reductions over given axes are supported")
         return lambda x, _: function(x, dim=axes, keepdim=bool(keepdims))
 
     return make
@@ -174,27 +178,27 @@ def _quantize(numbers: Numbers, *, axis: int = 1, saturate: int = 1, output_dtyp
 
     def quantized(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
         dtype = default if zero is None else zero.dtype
-        steps = x.float() / _along(scale, axis, x).float()
+        scaled = x.float() / _along(scale, axis, x).float()
         if dtype.is_floating_point:
-            return _to(steps, dtype)
-        steps = torch.round(steps)  # half to even
+            return _to(scaled, dtype)
+        scaled = torch.round(scaled)  # half to even
         if zero is not None:
-            steps = steps + _along(zero, axis, x)
-        return steps.clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max).to(dtype)
+            scaled = scaled + _along(zero, axis, x)
+        return scaled.clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max).to(dtype)
 
     return quantized
 
 
 def _dequantize(numbers: Numbers, *, axis: int = 1) -> Function:
     def dequantized(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-        steps = x.float() if zero is None else x.float() - _along(zero, axis, x).float()
-        return (steps * _along(scale, axis, x).float()).to(scale.dtype)
+        shifted = x.float() if zero is None else x.float() - _along(zero, axis, x).float()
+        return (shifted * _along(scale, axis, x).float()).to(scale.dtype)
 
     return dequantized
 
 
 def _along(values: Tensor, axis: int, x: Tensor) -> Tensor:
-    """`values`, one for all of `x` or one for each place of its `axis`, such that they can be multiplied with it."""
+    """Reshape per-tensor or per-axis `values` so that they broadcast with `x`."""
     if values.numel() == 1:
         return values.reshape(())
     shape = [1] * x.ndim

@@ -1,4 +1,4 @@
-"""What is kept in the user's cache folder: files that may go at any time, and are made again."""
+"""Files in the cache folder of the user, which may be deleted at any time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from swin_deploy.files import scratch_beside
 
-DAYS, MOST_FILES = 90, 64  # of each kind, what was used last is kept
+DAYS, MOST_FILES = 90, 64  # files of each kind that are kept, those used last
 
 
 def cache_folder(kind: str) -> Path | None:
@@ -27,8 +27,8 @@ def cache_folder(kind: str) -> Path | None:
     return folder / "swin-deploy" / kind if folder.is_absolute() else None
 
 
-def kept(file: Path | None) -> bytes:
-    """What is in the file, which counts as used now; nothing where it cannot be read."""
+def read_cached(file: Path | None) -> bytes:
+    """Return the content of a file and mark it as used now; empty if it cannot be read."""
     if file is None:
         return b""
     with suppress(OSError):
@@ -39,8 +39,8 @@ def kept(file: Path | None) -> bytes:
         return b""
 
 
-def keep(file: Path | None, content: bytes) -> None:
-    """Writes the file all at once; where nothing may be written, it is not kept. Those of its kind that are old are removed."""
+def write_cached(file: Path | None, content: bytes) -> None:
+    """Write a file atomically and delete old files beside it; does nothing if the folder cannot be written."""
     if file is None:
         return
     scratch = scratch_beside(file)

@@ -1,7 +1,7 @@
-"""What the compiler made of a graph: its kernels, how many are fused attention, and the bytes they move.
+"""Read the layers of a compiled engine: its kernels, how many are fused attention, and the bytes that they move.
 
-The figures are read from the compiler's own description of the finished engine: the lines it logs (no GPU needed), or
-the engine inspector's JSON. What cannot be read is None; no figure is ever estimated.
+The source is the compiler's description of the engine: its log (no GPU needed) or the JSON of the engine inspector. Figures
+that cannot be read are None, never estimated.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-# Every spelling of a type that the log and the inspector of the supported versions use, in bits.
+# Bits of each type name that the log and the inspector of the supported versions use.
 _BITS = {
     "float": 32, "fp32": 32, "half": 16, "fp16": 16, "bfloat16": 16, "bf16": 16, "fp8": 8, "e8m0": 8, "fp4": 4,
     "int64": 64, "int32": 32, "int8": 8, "uint8": 8, "bool": 8, "int4": 4,
 }  # fmt: skip
 
-# Layers that describe the engine and launch nothing on the GPU: stream events, host arithmetic, and renamed tensors.
+# Layers that launch nothing on the GPU: stream events, host arithmetic, and renamed tensors.
 _NOT_KERNELS = {"signal", "wait", "noop", "constant", "shape_call"}
 
 # The compiler's names for its fused softmax(Q K^T) V kernels.
 _FUSED_ATTENTION = re.compile(r"gemm_mha|fused_mha|fmha")
 
-# What a kernel is for. Names of generated kernels are the operations they do, four letters each: __myl_ReshTranMove_myl0_8.
+# What a kernel does. The name of a generated kernel lists its operations in four letters each: __myl_ReshTranMove_myl0_8.
 ROLES = ("attention", "product", "move", "other")
 _MOVES = {"Cast", "Conc", "Copy", "Gath", "Move", "Padd", "Repl", "Resh", "Slic", "Tran"}
 _MOVING_KINDS = {"concatenation", "copy", "gather", "reformat", "shuffle", "slice"}
 _PRODUCT_KINDS = {"convolution", "correlation", "fullyconnected", "gemm", "matmul", "matrixmultiply"}
 
-# A list of tensors ends at the first " }]" that another field, or the line's end, follows: dimensions and formats hold
-# brackets of their own ("Format with stride order = [1,0,2]"), which is why counting up to the next "]" does not do.
+# A list of tensors ends at the first " }]" before another field or the end of the line. The next "]" is not enough, because
+# dimensions and formats contain brackets, too ("Format with stride order = [1,0,2]").
 _LIST = r"\[(?:\]|\s*(?P<{0}>\{{ Name: .*?)\s*\}}\s*\](?=,\s\w+:|\s*$))"
 _LAYER = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), Inputs: "
@@ -48,7 +48,7 @@ _TACTIC = re.compile(r", TacticName: ([^,]*)")
 
 
 class EngineTensor(NamedTuple):
-    """A tensor that a kernel reads or writes; -1 in `dims` is an extent known only when the engine runs."""
+    """A tensor that a kernel reads or writes; -1 in `dims` is a dynamic dimension."""
 
     name: str
     dims: tuple[int, ...]
@@ -56,7 +56,7 @@ class EngineTensor(NamedTuple):
 
     @property
     def bytes(self) -> int | None:
-        """Its size without padding; None while an extent is free or the type is not one we know."""
+        """Size without padding; None for a dynamic dimension or an unknown type."""
         bits = _BITS.get(self.datatype.lower())
         if bits is None or min(self.dims, default=0) < 0:
             return None
@@ -65,7 +65,7 @@ class EngineTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class EngineLayer:
-    """One layer of the finished engine; `constants` is None where the compiler does not list them."""
+    """One layer of an engine; `constants` is None if the compiler does not list them."""
 
     name: str
     kind: str
@@ -76,17 +76,17 @@ class EngineLayer:
 
     @property
     def is_kernel(self) -> bool:
-        """Whether the layer launches work on the GPU: it writes something, and is no event or host arithmetic.
+        """Whether the layer launches a kernel: it writes a tensor, and is not an event or host arithmetic.
 
-        Single 64-bit integers are host arithmetic as well: where the batch is free, the places of query, key and value in
-        one tensor, which the compiler keeps in what it names host variables ("hvar").
+        Layers that write single 64-bit integers are host arithmetic: with a dynamic batch, the compiler computes the offsets of
+        query, key and value in one tensor as host variables ("hvar").
         """
         numbers = all(tensor.datatype == "Int64" and tensor.dims == (1,) for tensor in self.outputs)
         return not numbers and self.kind.lower() not in _NOT_KERNELS
 
     @property
     def role(self) -> str:
-        """What the kernel is for: one of ROLES, "move" when it computes nothing and only rearranges or converts."""
+        """What the kernel does: one of ROLES; "move" if it only rearranges or converts data."""
         if _FUSED_ATTENTION.search(f"{self.name} {self.tactic}".lower()):
             return "attention"
         generated = re.match(r"__myl_([A-Za-z]+)_myl", self.name)
@@ -99,10 +99,10 @@ class EngineLayer:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """The layers of an engine, and the figures that follow from them.
+    """The layers of an engine and the figures computed from them.
 
-    `source` is "log", "inspector" or "none". `unread` counts layers that were announced in a form that could not be
-    read; while there are any, every figure is None.
+    `source` is "log", "inspector" or "none". `unread` counts layers in an unknown format; if there are any, every figure is
+    None.
     """
 
     layers: tuple[EngineLayer, ...]
@@ -111,37 +111,37 @@ class EngineReport:
 
     @property
     def kernels(self) -> int | None:
-        """Kernels launched for one inference."""
+        """Number of kernels launched for one inference."""
         return self._total(lambda layer: 1)
 
     @property
     def fused_attention(self) -> int | None:
-        """How many of the kernels are a whole softmax(Q K^T) V, recognised by the compiler's names for them."""
+        """Number of kernels that compute a whole softmax(Q K^T) V, recognized by the compiler's names for them."""
         return self._total(lambda layer: int(layer.role == "attention"))
 
     @property
     def activation_bytes(self) -> int | None:
-        """Bytes of every kernel's inputs and outputs; None when the batch, and so an extent, is free."""
+        """Bytes of the inputs and outputs of all kernels; None for a dynamic batch."""
         return self._total(lambda layer: _bytes(layer.inputs + layer.outputs))
 
     @property
     def constant_bytes(self) -> int | None:
-        """Bytes of every kernel's weights, biases and tables; None where the compiler does not list them."""
+        """Bytes of the weights, biases and tables of all kernels; None if the compiler does not list them."""
         return self._total(lambda layer: _bytes(layer.constants))
 
     @property
     def bytes_moved(self) -> int | None:
-        """Bytes that the kernels of one inference read and write: activations and constants together.
+        """Bytes that the kernels of one inference read and write, activations and constants.
 
-        Each tensor counts at its full unpadded size once for each kernel that names it, whatever a cache would save;
-        so it compares graphs, and is not a measurement of memory traffic.
+        Each tensor counts with its unpadded size once for each kernel that uses it. Caches are ignored, so this compares graphs
+        and is not a measurement of memory traffic.
         """
         activations, constants = self.activation_bytes, self.constant_bytes
         return None if activations is None or constants is None else activations + constants
 
     @property
     def roles(self) -> dict[str, dict[str, int | None]]:
-        """For each of ROLES: how many kernels, the bytes they read (weights included), and the bytes they write."""
+        """For each of ROLES: the number of kernels, the bytes that they read (with weights), and the bytes that they write."""
         return {
             role: {
                 "kernels": self._total(lambda layer: 1, role),
@@ -155,7 +155,7 @@ class EngineReport:
 
     @property
     def types(self) -> dict[str, int]:
-        """How many kernels write each type, by their first output."""
+        """Number of kernels that write each type, by their first output."""
         counts: dict[str, int] = {}
         for layer in self.layers:
             if layer.is_kernel:
@@ -163,7 +163,7 @@ class EngineReport:
         return counts
 
     def to_dict(self, layers: bool = True) -> dict[str, Any]:
-        """The report as plain JSON values; without `layers` only the figures, which is what a manifest keeps."""
+        """Return the report as JSON values; without `layers` only the figures, as in a manifest."""
         figures: dict[str, Any] = {
             "source": self.source,
             "unread": self.unread,
@@ -203,9 +203,9 @@ class EngineReport:
 
 
 def report_from_log(messages: Iterable[str]) -> EngineReport:
-    """The report in the compiler's VERBOSE messages; `source` is "none" when they hold no layer.
+    """Read the report from the compiler's VERBOSE messages; `source` is "none" if they describe no layer.
 
-    The same line twice is one layer: names are unique within an engine, and a repeated dump must not double the count.
+    A repeated line counts once, because names are unique within an engine.
     """
     lines = (line.strip().removeprefix("Layers:").strip() for message in messages for line in message.split("\n"))
     announced = dict.fromkeys(line for line in lines if line.startswith("Name: ") and ", LayerType: " in line)
@@ -214,9 +214,9 @@ def report_from_log(messages: Iterable[str]) -> EngineReport:
 
 
 def report_from_inspector(text: str) -> EngineReport:
-    """The report in the JSON of `EngineInspector.get_engine_information`; `source` is "none" when it holds no layer.
+    """Read the report from the JSON of `EngineInspector.get_engine_information`; `source` is "none" if it has no layer.
 
-    An engine built without detailed profiling verbosity lists bare names there: those count as unread.
+    Layers of an engine built without detailed profiling verbosity are bare names, which count as unread.
     """
     try:
         announced = json.loads(text).get("Layers", [])
@@ -227,9 +227,9 @@ def report_from_inspector(text: str) -> EngineReport:
 
 
 def reports_by_profile(report: EngineReport, profiles: int) -> tuple[EngineReport, ...]:
-    """One report for each optimisation profile of an engine, whose layers the compiler lists all together.
+    """Split a report into one for each optimization profile, by the number of the profile in the names of the kernels.
 
-    It tells them apart by a number in their names. Where it does not, the reports are empty, and no figure is known.
+    Without such numbers the reports are empty, and their figures unknown.
     """
     if profiles == 1:
         return (report,)
@@ -250,7 +250,7 @@ def _layer_from_line(line: str) -> EngineLayer | None:
         return None
     lists = []
     for group in ("inputs", "outputs", "constants"):
-        # " }, { Name: " stands between two tensors and nowhere else.
+        # " }, { Name: " only occurs between two tensors.
         pieces = re.split(r"\s*\}, (?=\{ Name: )", match[group]) if match[group] else []
         tensors = [_tensor_from_text(piece) for piece in pieces]
         lists.append(tuple(tensor for tensor in tensors if tensor is not None))
@@ -294,7 +294,7 @@ def _tensors_from_json(tensors: Any) -> tuple[EngineTensor, ...]:
 
 
 def _type_in(text: str) -> str:
-    """The type named in `text`: the word itself in newer versions, part of "Row major linear FP16 format" in older."""
+    """Find the type in `text`: a single word in newer versions, part of "Row major linear FP16 format" in older ones."""
     known = [word for word in re.findall(r"\w+", text) if word.lower() in _BITS]
     return known[0] if known else "unknown"
 

@@ -17,7 +17,7 @@ from swin_deploy.gpus import cuda_devices
 from swin_deploy.specs import Batch, EngineSpec, Progress, no_progress
 
 from .flops import GraphCost, cost_from_onnx
-from .roofline import GPUS, Gpu, Roofline, find_gpu, roofline
+from .roofline import GPUS, GpuPeaks, Roofline, find_gpu, roofline
 
 PRECISION_OF = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "int8", "float8e4m3fn": "fp8"}
 TARGET = "sm_89"  # what a foreign file is compiled for where neither a GPU is named nor one is here
@@ -142,7 +142,7 @@ def _engine(
     target: str,
     profile: Mapping[str, Any],
     flops: Mapping[str, float] | None,
-    named: Gpu | None,
+    named: GpuPeaks | None,
 ) -> EngineCost:
     gpu = named or next((row for row in GPUS if row.capability == target), None)
     smallest, tuned, largest = profile["batch"]

@@ -1,8 +1,7 @@
-"""What an ONNX graph holds and computes: its nodes, its parameters, and the floating-point operations of its products.
+"""Count the nodes, parameters and floating-point operations of an ONNX graph.
 
-Counted are MatMul, Gemm and Conv, a multiplication and an addition as two operations, from the shapes that onnx infers; so
-do torch.utils.flop_counter and the papers (which count the pair as one). Where a shape is not known, or another operator
-holds products, the operations are None: no figure is estimated.
+MatMul, Gemm and Conv count, a multiplication and an addition as two operations, as in torch.utils.flop_counter. Shapes are
+those that onnx infers. No figure is estimated: with an unknown shape or an operator that is not counted, FLOPs are None.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from swin_deploy.errors import UsageError
 if TYPE_CHECKING:
     import onnx
 
-# Operators with products that are not counted.
+# Operators with matmuls that are not counted.
 _UNCOUNTED = {
     "Attention", "ConvInteger", "ConvTranspose", "DeformConv", "Einsum", "GRU", "GroupQueryAttention", "If", "LSTM", "Loop",
     "MatMulInteger", "MultiHeadAttention", "QAttention", "QGemm", "QLinearConv", "QLinearMatMul", "RNN", "Scan",
@@ -29,10 +28,10 @@ _UNCOUNTED = {
 
 @dataclass(frozen=True)
 class GraphCost:
-    """The figures of a graph for one batch. `flops` has the type that a product is computed in as key.
+    """The figures of a graph for one batch size.
 
-    `parameters` are the elements of its floating-point and quantised constants: the network's weights, and what the export
-    folded into tables.
+    `flops` maps the type that a matmul computes in to its operations. `parameters` counts the elements of floating-point and
+    quantized constants: the weights of the network, and tables that the export folded.
     """
 
     nodes: Mapping[str, int]
@@ -46,7 +45,7 @@ class GraphCost:
         return None if self.flops is None else sum(self.flops.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as plain JSON values."""
+        """Return the figures as JSON values."""
         return {
             "batch": self.batch,
             "nodes": dict(self.nodes),
@@ -57,19 +56,23 @@ class GraphCost:
 
 
 def cost_from_onnx(path: Path, batch: int = 1) -> GraphCost:
-    """The figures of the graph in `path` for `batch` images. Raises UsageError when the file is no ONNX graph."""
+    """Count the graph in the file `path` for a batch of `batch` images.
+
+    Raises:
+        UsageError: The file is not an ONNX graph.
+    """
     onnx = require("onnx", "read the graph")
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:
-        raise UsageError(f"{path} is no ONNX graph ({type(error).__name__}). Expected a file that an export wrote.") from error
+        raise UsageError(f"{path} is not an ONNX graph ({type(error).__name__}). Expected an exported .onnx file.") from error
     if not model.graph.node:
-        raise UsageError(f"{path} is no ONNX graph: it holds no nodes. Expected a file that an export wrote.")
+        raise UsageError(f"{path} is not an ONNX graph: it has no nodes. Expected an exported .onnx file.")
     return cost_of_model(model, batch)
 
 
 def cost_of_model(model: onnx.ModelProto, batch: int = 1) -> GraphCost:
-    """The figures of `model`, whose batch, the first axis of its inputs, is set to `batch` where it is free."""
+    """Count `model`; a free first axis of its inputs is set to `batch`."""
     import onnx
 
     known = {table.name for table in model.graph.initializer}
@@ -98,21 +101,21 @@ def cost_of_model(model: onnx.ModelProto, batch: int = 1) -> GraphCost:
 
 
 def _folded(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with every shape that it computes as a constant, as far as its tables are in it; other exporters write such."""
+    """Fold the shapes that the graph computes, which other exporters write; a model with external data stays as it is."""
     import onnx
 
     if any(onnx.external_data_helper.uses_external_data(table) for table in model.graph.initializer):
         return model
     gs, ort = (require(module, "fold the shapes of the graph") for module in ("onnx_graphsurgeon", "onnxruntime"))
     folded: onnx.ModelProto = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    ort.set_default_logger_severity(4)  # it warns of every constant that it leaves alone
+    ort.set_default_logger_severity(4)  # it warns about every constant that it does not fold
     try:
-        for _ in range(3):  # each round makes the shapes of the next known
+        for _ in range(3):  # each round infers shapes that the next one needs
             graph = gs.import_onnx(folded)
             graph.fold_constants().cleanup()
             folded = onnx.shape_inference.infer_shapes(gs.export_onnx(graph), data_prop=True)
     finally:
-        ort.set_default_logger_severity(2)  # what it starts with
+        ort.set_default_logger_severity(2)  # its default
     return folded
 
 

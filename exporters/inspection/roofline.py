@@ -1,7 +1,7 @@
-"""How fast an engine could be on a GPU at best: from the bytes and operations it needs, and what the GPU is published to do.
+"""Roofline model: a lower bound for the latency of an engine, from its bytes and FLOPs and the published peaks of a GPU.
 
-The time is the larger of two, reading and writing every byte at full bandwidth and every product at full rate, and LAUNCH for
-each kernel. It is no measurement and no promise: real kernels reach neither rate, and caches spare some of the bytes.
+The bound is the larger of memory time and compute time, plus LAUNCH for each kernel. It is not a measurement: real kernels do
+not reach the peaks, and caches save some of the bytes.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from swin_deploy.errors import UsageError
+from swin_deploy.errors import unknown
 
-LAUNCH = 2e-6  # seconds a kernel costs beyond its work inside a CUDA graph: an assumption, of the usual size
+LAUNCH = 2e-6  # assumed overhead of a kernel in a CUDA graph, in seconds
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """A GPU's published peaks: bytes and operations per second, dense, at boost clock; `source` says where they stand.
+class GpuPeaks:
+    """Published peaks of a GPU: bytes and dense operations per second at boost clock, and their `source`.
 
-    fp32 is that of the CUDA cores (TF32 is off in our engines), fp16 (also bf16), int8 and fp8 of the tensor cores at their
-    faster accumulation. 0: the GPU has no such arithmetic.
+    fp32 is the rate of the CUDA cores, because our engines do not use TF32. fp16 (also bf16), int8 and fp8 are the rates of the
+    tensor cores with the faster accumulation; 0 means that the GPU does not support the type.
     """
 
     name: str
@@ -33,11 +33,13 @@ class Gpu:
     source: str
 
 
-def _gpu(name: str, capability: str, gigabytes: float, fp32: float, fp16: float, int8: float, fp8: float, source: str) -> Gpu:
-    return Gpu(name, capability, gigabytes * 1e9, fp32 * 1e12, fp16 * 1e12, int8 * 1e12, fp8 * 1e12, source)
+def _gpu(
+    name: str, capability: str, gigabytes: float, fp32: float, fp16: float, int8: float, fp8: float, source: str
+) -> GpuPeaks:
+    return GpuPeaks(name, capability, gigabytes * 1e9, fp32 * 1e12, fp16 * 1e12, int8 * 1e12, fp8 * 1e12, source)
 
 
-# The first of a compute capability stands for it where only the capability is known.
+# If only the compute capability is known, its first row is used.
 GPUS = (
     _gpu("t4", "sm_75", 320, 8.1, 65, 130, 0, "NVIDIA T4 product brief"),
     _gpu("a100", "sm_80", 2039, 19.5, 312, 624, 0, "NVIDIA A100 80GB SXM data sheet"),
@@ -49,13 +51,13 @@ GPUS = (
     _gpu("h200", "sm_90", 4800, 67, 989.5, 1979, 1979, "NVIDIA H200 SXM data sheet, without sparsity"),
     _gpu("rtx-5090", "sm_120", 1792, 104.8, 419, 838, 838, "NVIDIA RTX Blackwell white paper"),
 )
-# A type that a product is computed in -> which peak is its own.
+# The type that a matmul computes in -> its peak.
 _PEAKS = {"float": "fp32", "float16": "fp16", "bfloat16": "fp16", "int8": "int8", "float8e4m3fn": "fp8"}
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds that an engine needs on `gpu` at least for its bytes, its products and its launches, and all together."""
+    """Lower bounds in seconds for the memory traffic, the matmuls and the kernel launches of an engine on `gpu`."""
 
     gpu: str
     memory: float
@@ -67,26 +69,29 @@ class Roofline:
         return max(self.memory, self.compute) + self.launch
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as plain JSON values."""
+        """Return the figures as JSON values."""
         return {**asdict(self), "seconds": self.seconds}
 
 
-def find_gpu(name: str) -> Gpu:
-    """The GPU of that name, or the first of that compute capability. Raises UsageError for one that is not in GPUS."""
+def find_gpu(name: str) -> GpuPeaks:
+    """Return the GPU with this name, or the first one with this compute capability ("sm_89").
+
+    Raises:
+        UsageError: The GPU is not in GPUS.
+    """
     for gpu in GPUS:
         if name.lower() in (gpu.name, gpu.capability):
             return gpu
-    known = ", ".join(f"{gpu.name} ({gpu.capability})" for gpu in GPUS)
-    raise UsageError(f"The published figures of the GPU {name!r} are not known here. Expected one of: {known}.")
+    raise unknown("GPU", name, (f"{gpu.name} ({gpu.capability})" for gpu in GPUS))
 
 
 def capability_of(name: str) -> str:
-    """ "sm_89" for "rtx-4090"; a name that is not in GPUS, such as "sm_121" or "current", as it is."""
+    """Return "sm_89" for "rtx-4090"; names that are not in GPUS, such as "current", are returned unchanged."""
     return next((gpu.capability for gpu in GPUS if gpu.name == name.lower()), name)
 
 
-def roofline(gpu: Gpu, kernels: int | None, bytes_moved: int | None, flops: Mapping[str, int] | None) -> Roofline | None:
-    """The roofline of an engine with these figures; None when one of them, or the GPU's peak for a type, is not known."""
+def roofline(gpu: GpuPeaks, kernels: int | None, bytes_moved: int | None, flops: Mapping[str, int] | None) -> Roofline | None:
+    """Compute the roofline of an engine; None if one of its figures, or the peak of `gpu` for a type, is unknown."""
     if kernels is None or bytes_moved is None or flops is None:
         return None
     compute = 0.0

@@ -15,7 +15,7 @@ from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError, sentence
 from swin_deploy.runtimes.backends import BACKENDS
 from swin_deploy.runtimes.base import EngineFile, Feeds, Runtime
-from swin_deploy.runtimes.user_cache import keep, kept
+from swin_deploy.runtimes.user_cache import read_cached, write_cached
 from swin_deploy.specs import Array, Batch
 from swin_deploy.tensorrt_log import Said, logger_of
 
@@ -148,7 +148,7 @@ class TensorRtRtx(TensorRt):
         # Not LAZY, which answers with other kernels until the right ones are compiled: the same input, other last bits.
         natives.config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         natives.cache, natives.cache_file = natives.config.create_runtime_cache(), self._file.cache
-        content = kept(natives.cache_file)
+        content = read_cached(natives.cache_file)
         if content and natives.cache.deserialize(content):  # it refuses what is damaged, or of another release, GPU or driver
             natives.kept = content
         natives.config.set_runtime_cache(natives.cache)
@@ -221,7 +221,7 @@ class _Natives:
         with self.making:
             content = bytes(self.cache.serialize())
             if content != self.kept:
-                keep(self.cache_file, content)
+                write_cached(self.cache_file, content)
                 self.kept = content
 
     def free(self) -> None:

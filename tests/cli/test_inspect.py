@@ -115,10 +115,10 @@ def test_what_cannot_be_inspected_is_refused_in_one_sentence(tmp_path: Path) -> 
     for arguments, parts in (
         (["absent"], ["no bundle at absent"]),
         (["absent.onnx"], ["no ONNX file absent.onnx"]),
-        (["text.onnx"], ["text.onnx is no ONNX graph"]),
+        (["text.onnx"], ["text.onnx is not an ONNX graph"]),
         (["free.onnx"], ["only the first axis, the batch, to be free"]),
         (["four.onnx"], ["fixed batch of 4", "(4, 4, 4)"]),
-        (["four.onnx", "--gpu", "rtx4090"], ["'rtx4090' are not known", "rtx-4090"]),
+        (["four.onnx", "--gpu", "rtx4090"], ['Unknown GPU "rtx4090"', "rtx-4090"]),
         (["four.onnx", "--gpu", "h100", "--backend", "tensorrt-rtx"], ["no SM90"]),
         (["four.onnx", "--batch", "0"], ["--batch"]),
     ):

@@ -1,9 +1,8 @@
-"""model.stream: the answers of classify, in order, with a bounded number of frames in hand."""
+"""model.stream gives the results of classify, in order, and reads a bounded number of frames ahead."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,14 +30,14 @@ def workers() -> list[threading.Thread]:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 100])
-def test_the_answers_of_classify_in_order(model: Model, batch: int) -> None:
+def test_the_results_of_classify_in_order(model: Model, batch: int) -> None:
     found = list(model.stream(iter(DIGITS), batch=batch, top_k=2))
     assert found == model.classify(DIGITS, top_k=2, batch_size=batch)
     assert list(model.stream([], batch=batch)) == []
     assert workers() == []
 
 
-def test_a_camera_that_uses_its_memory_again(model: Model) -> None:
+def test_a_camera_that_reuses_its_memory(model: Model) -> None:
     grey = [np.full((32, 32, 3), 40 * step, np.uint8) for step in range(6)]
 
     def frames() -> Iterator[np.ndarray]:
@@ -54,23 +53,26 @@ def test_a_camera_that_uses_its_memory_again(model: Model) -> None:
 
 @pytest.mark.parametrize(("batch", "prefetch"), [(1, 1), (1, 2), (3, 2)])
 def test_a_slow_consumer_holds_up_the_frames(model: Model, batch: int, prefetch: int) -> None:
-    taken = 0
+    consumed = ahead = 0
+    read = threading.Semaphore(0)
 
     def frames() -> Iterator[Path]:
-        nonlocal taken
-        for _ in range(1000):
-            taken += 1
+        nonlocal ahead
+        for number in range(1000):
+            ahead = max(ahead, number + 1 - consumed)
+            read.release()
             yield DIGITS[0]
 
     stream = model.stream(frames(), batch=batch, prefetch=prefetch)
-    for _ in range(5 * batch):
-        next(stream)
-    seen = 0
-    while taken != seen:  # until nothing moves any more
-        seen = taken
-        time.sleep(0.5)
-    # One batch in each thread's hands, and `prefetch` in front of and behind the network.
-    assert 5 * batch <= taken <= batch * (5 + 2 * prefetch + 2)
+    # The batch of the consumer, one that is being prepared, and `prefetch` before and after the network.
+    most = batch * (2 * prefetch + 2)
+    for step in range(5):
+        for _ in range(batch):
+            next(stream)
+        for _ in range(batch if step else most):
+            read.acquire()
+        consumed += batch
+    assert ahead <= most
     assert len(workers()) == 2
     stream.close()  # type: ignore[attr-defined]
     assert workers() == []
@@ -102,7 +104,7 @@ def test_a_model_that_is_closed_meanwhile() -> None:
 
 
 @pytest.mark.parametrize("arguments", [{"batch": 0}, {"prefetch": 0}, {"top_k": 0}])
-def test_numbers_of_a_stream_that_cannot_be_meant(model: Model, arguments: dict[str, int]) -> None:
+def test_invalid_numbers_of_a_stream(model: Model, arguments: dict[str, int]) -> None:
     with pytest.raises(UsageError, match="at least 1"):
         model.stream(DIGITS, **arguments)  # before anything is asked of it
 
@@ -139,7 +141,7 @@ def test_reconstruct_and_the_stream_of_another_task() -> None:
         other.reconstruct(images)
 
 
-def test_no_thread_to_be_had(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_thread_can_be_started(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def submit(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -149,7 +151,7 @@ def test_no_thread_to_be_had(model: Model, monkeypatch: pytest.MonkeyPatch) -> N
     assert workers() == []
 
 
-def test_one_frame_and_what_is_none(model: Model) -> None:
+def test_one_frame_and_an_invalid_one(model: Model) -> None:
     assert list(model.stream(DIGITS[0])) == list(model.stream(str(DIGITS[0]))) == model.classify(DIGITS[0])
     with pytest.raises(InputError):
         list(model.stream(3))  # type: ignore[arg-type]
