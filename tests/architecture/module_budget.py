@@ -1,0 +1,107 @@
+"""Report which modules each verb enters. Run: python tests/architecture/module_budget.py [VERB ...]
+
+A module is entered when one of its functions is called; loading a module is not counted. The verbs run in one process on
+the digits checkpoint, exported for two image sizes.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+DIGITS = ROOT / "examples/digits"
+FOLDERS = ("swin_deploy", "exporters", "runtimes", "calib")
+# Most modules that a verb may enter.
+LIMITS = {"export": 31, "load": 17, "classify": 7, "build-engine": 29, "quantize": 40}
+
+
+def _module_of(file: str) -> str | None:
+    """Return the path of one of the package's modules inside the checkout, without its suffix; None for other files."""
+    path = Path(file)
+    if not path.is_relative_to(ROOT) or path.relative_to(ROOT).parts[0] not in FOLDERS:
+        return None
+    return path.relative_to(ROOT).with_suffix("").as_posix()
+
+
+def _loads_a_module(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name == "<module>" and _module_of(frame.f_code.co_filename):
+            return True
+        frame = frame.f_back
+    return False
+
+
+@contextmanager
+def traced() -> Iterator[set[str]]:
+    """Collect the modules of the package that are entered inside the block, in any thread."""
+    entered: set[str] = set()
+    modules: dict[CodeType, str | None] = {}
+
+    def profile(frame: FrameType, event: str, argument: Any) -> None:
+        if event != "call":
+            return
+        code = frame.f_code
+        if code not in modules:
+            modules[code] = _module_of(code.co_filename)
+        module = modules[code]
+        if module is not None and module not in entered and not _loads_a_module(frame):
+            entered.add(module)
+
+    threading.setprofile(profile)
+    sys.setprofile(profile)
+    try:
+        yield entered
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)  # type: ignore[arg-type]
+
+
+def entered_modules(folder: Path) -> Iterator[tuple[str, set[str]]]:
+    """Run the five verbs in `folder` and yield each with the modules that it entered."""
+    import swin_deploy
+
+    bundle, images = folder / "bundle", DIGITS / "images"
+    model: Any = None
+
+    def load() -> None:
+        nonlocal model
+        model = swin_deploy.load(bundle, backend="onnxruntime", device="cpu")
+
+    steps: dict[str, Callable[[], object]] = {
+        "export": lambda: swin_deploy.export(weights=DIGITS / "swinv2-digits", image_sizes=[(32, 32), (48, 48)], output=bundle),
+        "load": load,
+        "classify": lambda: model.classify(images / "3.png"),
+        "build-engine": lambda: swin_deploy.build_engine(bundle, precision="fp16", gpus=("sm_89",)),
+        "quantize": lambda: swin_deploy.quantize(bundle, images),
+    }
+    for verb, run in steps.items():
+        start = time.perf_counter()
+        with traced() as entered:
+            run()
+        print(f"{verb} took {time.perf_counter() - start:.1f} s", file=sys.stderr)
+        yield verb, entered
+
+
+def main() -> int:
+    """Print the modules per verb and return 1 if a verb enters more than its limit."""
+    code = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for verb, entered in entered_modules(Path(folder)):
+            over = len(entered) > LIMITS[verb]
+            code |= over
+            if not sys.argv[1:] or verb in sys.argv[1:]:
+                print(f"{verb}: {len(entered)} modules, limit {LIMITS[verb]}{', OVER' if over else ''}")
+                print("".join(f"  {module}\n" for module in sorted(entered)), end="")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
