@@ -1,14 +1,14 @@
-"""Bundle: the folder that the whole pipeline reads from and writes into.
+"""Bundle: the folder that every verb reads from and writes into.
 
     swinv2-tiny/
-      config.json, preprocessor_config.json   as transformers writes them
+      config.json, preprocessor_config.json   in the format of transformers
       onnx/model.onnx, onnx/model_fp16.onnx   pixel_values -> logits
       engines/<precision>-<options>-<gpu>-<backend>-<version>.engine, and its layers in a .layers.json
-      reference.npz                           inputs, and what PyTorch answered to them
-      manifest.json                           what each file is, its sha256, where it came from, how far it is verified
+      reference.npz                           inputs, and PyTorch's outputs for them
+      manifest.json                           kind, sha256, origin and verification state of each file
 
-manifest.json is written last and atomically, and carries a digest of itself: a folder without it, or with another byte in
-it, is not a bundle. Every file is checked against its sha256 before anything is read from it.
+manifest.json is written last and atomically, and contains its own digest. A folder is a bundle only if its manifest is
+complete and unchanged. Every file is checked against its sha256 before it is used.
 """
 
 from __future__ import annotations
@@ -20,112 +20,133 @@ import json
 import os
 import shlex
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swin_deploy.arguments import checked
-from swin_deploy.errors import BundleError
-from swin_deploy.files import exchanged, locked, scratch_beside, sweep
-from swin_deploy.specs import PRECISIONS, graph_file
+from .errors import BundleError
+from .files import exchanged, locked, scratch_beside, sweep
+from .options import path as path_option
+from .specs import PRECISIONS, graph_file
 
 MANIFEST = "manifest.json"
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 SCHEMA = 1
 
 Entry = dict[str, Any]
-NEW = "Choose another place with -o, or make room and permissions there."
-THERE = "Make room and permissions there, or copy the bundle to a place that can be written and use that one."
+NEW = "Choose another folder with -o, or check its free space and permissions."
+EXISTING = "Check free space and permissions, or copy the bundle to a writable folder and use the copy."
+
+# (device, inode, size, modification time) of a file -> its sha256, so that each file is read once per process.
+_DIGESTS: dict[tuple[int, ...], str] = {}
+_CLOCK_STEP = 50_000_000  # ns; two changes within one tick of a file system's clock get the same time
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An existing bundle. `manifest` is its manifest.json, already checked against its own digest."""
+    """An existing bundle.
+
+    Attributes:
+        path: Its folder.
+        manifest: The content of its manifest.json, already checked against its digest.
+    """
 
     path: Path
     manifest: Mapping[str, Any]
 
     @classmethod
-    @checked
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
-        """The bundle in the folder `path`. Raises BundleError when there is none, or its manifest is damaged."""
-        folder = Path(path)
+        """Open the bundle in a folder.
+
+        Raises:
+            BundleError: The folder is not a bundle, or its manifest is damaged.
+        """
+        folder = path_option("path", path)
         file = folder / MANIFEST
         try:
-            there, finished = folder.is_dir(), file.exists()
-        except OSError as error:  # no permission, a name that is too long
-            why = "Change its permissions." if isinstance(error, PermissionError) else "Expected the folder of a bundle."
-            raise BundleError(f"{folder} cannot be read: {error.strerror}. {why}") from error
-        if not there:
-            link = "it is a link that leads nowhere" if folder.is_symlink() else "the folder does not exist"
-            why = "it is not a folder" if folder.exists() else link
-            raise BundleError(f'There is no bundle at {folder}: {why}. Make one with "swin-deploy export".')
-        if not finished:
+            is_folder, is_complete = folder.is_dir(), file.exists()
+        except OSError as error:  # no permission, or a name that is too long
+            advice = "Change its permissions." if isinstance(error, PermissionError) else "Expected the folder of a bundle."
+            raise BundleError(f"{folder} cannot be read: {error.strerror}. {advice}") from error
+        if not is_folder:
+            why = "it is not a folder" if folder.exists() else "the folder does not exist"
+            why = "it is a broken link" if folder.is_symlink() and not folder.exists() else why
+            raise BundleError(f"There is no bundle at {folder}: {why}. Create one: swin-deploy export")
+        if not is_complete:
             raise BundleError(
-                f"{folder} is not a bundle: it has no {MANIFEST}, which an export writes last. "
-                f'Make one with "swin-deploy export".'
+                f"{folder} is not a bundle: it has no {MANIFEST}, which export writes last. Create one: swin-deploy export"
             )
         return cls(folder, _read_manifest(file))
 
     @property
     def name(self) -> str:
+        """Name of the model, such as swinv2-tiny."""
         return str(self.manifest["name"])
 
     @property
     def files(self) -> Mapping[str, Entry]:
-        """Every file of the bundle but the manifest: path inside it -> entry."""
+        """Manifest entries of all files except the manifest, by path inside the bundle."""
         files: Mapping[str, Entry] = self.manifest["files"]
         return files
 
     @property
     def graphs(self) -> Mapping[str, Entry]:
-        """The ONNX graphs: path inside the bundle -> entry, the first image size before the others."""
-        first = {graph_file(precision) for precision in PRECISIONS}  # one that was made again stands last in the manifest
+        """Manifest entries of the ONNX graphs, by path inside the bundle; the first image size comes first."""
+        first = {graph_file(precision) for precision in PRECISIONS}  # a graph that was rewritten is last in the manifest
         files = sorted((file for file in self.files if file.endswith(".onnx")), key=lambda file: file not in first)
         return {file: self.files[file] for file in files}
 
     def verified_path(self, file: str, remedy: str = "") -> Path:
-        """The path of `file`, after its sha256 was found to be the manifest's, and that of the weights it refers to.
+        """Return the path of a file after checking its sha256, and that of the weights that it refers to.
 
-        Raises BundleError when one is not, with `remedy` (what to do, such as "export the bundle again") or the usual one.
+        Args:
+            file: Path inside the bundle.
+            remedy: What to do about a damaged file. Default: export again, or compile the engine again.
+
+        Raises:
+            BundleError: The bundle has no such file, or the file cannot be read or has changed.
         """
         entry = self.files.get(file)
         if entry is None:
-            raise BundleError(f"The bundle {self.path} has no {file}. It holds: {', '.join(sorted(self.files))}.")
+            raise BundleError(f"The bundle {self.path} has no {file}. It contains: {', '.join(sorted(self.files))}.")
         path = self.path / file
-        engine = file.endswith((".engine", ".layers.json"))
-        again = f'compile it again with "swin-deploy build-engine {shlex.quote(str(self.path))} --force" and the options it had'
-        remedy = remedy or (again if engine else "export the bundle again")
+        is_engine = file.endswith((".engine", ".layers.json"))
+        rebuild = f"Compile it again with its options: swin-deploy build-engine {shlex.quote(str(self.path))} --force"
+        remedy = remedy or (rebuild if is_engine else "Export the bundle again.")
         try:
             actual = sha256_of(path)
         except OSError as error:
-            remedy = "change its permissions" if isinstance(error, PermissionError) else remedy
-            raise BundleError(f"{path} cannot be read ({error.strerror}); {remedy}.") from error
+            remedy = "Change its permissions." if isinstance(error, PermissionError) else remedy
+            raise BundleError(f"{path} cannot be read: {error.strerror}. {remedy}") from error
         if actual != entry["sha256"]:
             raise BundleError(
-                f"{path} is not the file that was {'compiled' if engine else 'exported'}: its sha256 is {actual[:12]}..., "
-                f"the manifest says {entry['sha256'][:12]}.... It was changed or damaged; {remedy}."
+                f"{path} is not the file that was {'compiled' if is_engine else 'exported'}: its sha256 is {actual[:12]}..., "
+                f"but the manifest has {entry['sha256'][:12]}.... {remedy}"
             )
         if entry.get("weights"):
             self.verified_path(entry["weights"])
         return path
 
     def read_json(self, file: str) -> dict[str, Any]:
-        """The JSON object in `file`, checked against its sha256 first."""
+        """Return the JSON object in `file` after checking its sha256."""
         value: dict[str, Any] = json.loads(self.verified_path(file).read_text(encoding="utf-8"))
         return value
 
     def refuse_read_only(self) -> None:
-        """Raises BundleError where nothing can be written into the bundle: before the work whose result would be lost."""
+        """Raise BundleError if the bundle is read-only. Call it before work whose result would be lost."""
         if not os.access(self.path, os.W_OK):
-            raise BundleError(f"{self.path} cannot be written: it is read-only here. {THERE}")
+            raise BundleError(f"{self.path} cannot be written: it is read-only. {EXISTING}")
 
     @contextlib.contextmanager
     def compiling(self, waiting: Callable[[], None]) -> Iterator[Bundle]:
-        """The bundle as it is once no other process compiles into it; others wait until the block ends.
+        """Hold the bundle against other processes that compile into it, and yield its current state.
 
-        `waiting` is called before this one has to wait. Nobody who only reads, or adds one file, is held up.
+        Reading the bundle and adding single files is not blocked.
+
+        Args:
+            waiting: Called once if another process holds the bundle.
         """
         with contextlib.ExitStack() as stack:
             with disk_errors(self.path / "onnx"):
@@ -133,9 +154,14 @@ class Bundle:
             yield Bundle.open(self.path)
 
     def with_file(self, file: str, entry: Entry, write: Callable[[Path], None]) -> Bundle:
-        """The bundle after `write(path)` made `file` in it, atomically.
+        """Write a file atomically and return the new bundle.
 
-        Other files and their entries stay as they are, but graphs that read other weights in `file` are no longer listed.
+        If `file` is a weights file that changes, graphs that refer to it are removed from the manifest.
+
+        Args:
+            file: Path inside the bundle.
+            entry: Manifest entry, to which size and sha256 are added.
+            write: Writes the content to the path that it is given.
         """
         target = self.path / file
         with disk_errors(target):
@@ -147,12 +173,12 @@ class Bundle:
                 write(scratch)
                 described = {**entry, **_facts(scratch)}
                 with locked(self.path):
-                    manifest = _read_manifest(self.path / MANIFEST)  # somebody else may have added a file meanwhile
+                    manifest = _read_manifest(self.path / MANIFEST)  # another process may have added a file
                     if (before := manifest["files"].pop(file, None)) is not None:
                         if before["sha256"] != described["sha256"]:
                             files = manifest["files"].items()
                             manifest["files"] = {name: other for name, other in files if other.get("weights") != file}
-                        _write_manifest(self.path, manifest)  # killed before the end, no entry is of another file
+                        _write_manifest(self.path, manifest)  # if killed next, no entry describes a wrong file
                     scratch.replace(target)
                     manifest["files"][file] = described
                     _write_manifest(self.path, manifest)
@@ -161,7 +187,7 @@ class Bundle:
         return Bundle(self.path, manifest)
 
     def with_entry(self, file: str, changes: Mapping[str, Any]) -> Bundle:
-        """The bundle after `changes` were made to the manifest's entry of `file`; not where that is another file by now."""
+        """Change the manifest entry of `file`, unless the file was replaced meanwhile, and return the new bundle."""
         with disk_errors(self.path / MANIFEST), locked(self.path):
             manifest = _read_manifest(self.path / MANIFEST)
             now = manifest["files"].get(file)
@@ -171,7 +197,7 @@ class Bundle:
         return Bundle(self.path, manifest)
 
     def without(self, file: str) -> Bundle:
-        """The bundle after `file` was removed from it."""
+        """Remove a file and return the new bundle."""
         with disk_errors(self.path / MANIFEST), locked(self.path):
             manifest = _read_manifest(self.path / MANIFEST)
             manifest["files"].pop(file, None)
@@ -181,14 +207,14 @@ class Bundle:
 
 
 class Draft:
-    """A bundle in the making: files are added one by one, and nothing is a bundle until `create_bundle` ends well."""
+    """A bundle under construction. `create_bundle` turns it into a bundle when its block ends."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files: dict[str, Entry] = {}
 
     def add(self, file: str, entry: Entry, write: Callable[[Path], None]) -> None:
-        """Makes `file` with `write(path)` and keeps its entry."""
+        """Write a file with `write(path)` and record its manifest entry."""
         target = self.path / file
         with disk_errors(target, NEW):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -196,17 +222,24 @@ class Draft:
             self.files[file] = {**entry, **_facts(target)}
 
     def add_json(self, file: str, value: Mapping[str, Any]) -> None:
-        text = json.dumps(value, indent=2) + "\n"  # in ASCII: labels may hold what UTF-8 cannot
+        """Write a JSON file."""
+        text = json.dumps(value, indent=2) + "\n"  # ASCII: labels may contain lone surrogates, which UTF-8 cannot encode
         self.add(file, {}, lambda path: _write_text(path, text))
 
 
 @contextlib.contextmanager
 def create_bundle(path: Path, *, replace: bool, facts: Mapping[str, Any]) -> Iterator[Draft]:
-    """A draft that becomes the bundle at `path` when the block ends without an error, all at once.
+    """Yield a draft that atomically becomes the bundle at `path` when the block ends without an error.
 
-    Raises BundleError when something that must not be lost is at `path`, or when it cannot be written. With `replace` a
-    bundle that is there already makes room; any other folder that is not empty never does. Interrupted or killed, what
-    was at `path` before is still there.
+    If the process is interrupted or killed, the previous content of `path` is kept.
+
+    Args:
+        path: Folder of the new bundle.
+        replace: Replace an existing bundle. Other folders are never replaced unless they are empty.
+        facts: Further entries of the manifest.
+
+    Raises:
+        BundleError: `path` must not be replaced, or cannot be written.
     """
     path = room_for(path, replace)
     with disk_errors(path, NEW):
@@ -232,22 +265,22 @@ def create_bundle(path: Path, *, replace: bool, facts: Mapping[str, Any]) -> Ite
 
 
 def newest_bundle(folder: Path) -> Bundle:
-    """The bundle in which or beside which a command was started: `folder` itself, else the newest one directly in it."""
+    """Return the bundle `folder`, or else the newest bundle directly inside it."""
     if (folder / MANIFEST).exists():
         return Bundle.open(folder)
-    # Other programs name their files manifest.json, too; the graph tells a bundle.
+    # Other programs write a manifest.json, too; only a bundle has this graph.
     candidates = [graph.parents[1] for graph in folder.glob("*/onnx/model.onnx")]
     found = [Bundle.open(path) for path in candidates if (path / MANIFEST).exists() and not path.name.startswith(".")]
     if not found:
         raise BundleError(
-            f"There is no bundle in {folder.resolve()}. Name one, or make one first: "
-            f'"swin-deploy export --variant swinv2-tiny".'
+            f"There is no bundle in {folder.resolve()}. Pass the path of one, or create one: "
+            f"swin-deploy export --variant swinv2-tiny"
         )
     return max(found, key=lambda bundle: str(bundle.manifest["created"]))
 
 
 def write_whole(target: Path, write: Callable[[Path], None]) -> None:
-    """Makes `target`, a file that no manifest lists, with `write(path)`, all at once; leftovers of the killed are swept."""
+    """Write a file that no manifest lists with `write(path)`, atomically."""
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target)
@@ -260,17 +293,24 @@ def write_whole(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal, read in pieces."""
-    digest = hashlib.sha256()
+    """Return the sha256 of a file in hexadecimal. An unchanged file is read only once per process."""
     with path.open("rb") as file:
+        facts = os.fstat(file.fileno())
+        key = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+        if known := _DIGESTS.get(key):
+            return known
+        digest = hashlib.sha256()
         while piece := file.read(1 << 20):
             digest.update(piece)
+    # A file changed a moment ago could change again without getting another time.
+    if time.time_ns() - facts.st_mtime_ns > _CLOCK_STEP:
+        _DIGESTS[key] = digest.hexdigest()
     return digest.hexdigest()
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path, advice: str = THERE) -> Iterator[None]:
-    """Turns an operating system's refusal (no permission, disk full, ...) into one sentence about `path`, with `advice`."""
+def disk_errors(path: Path, advice: str = EXISTING) -> Iterator[None]:
+    """Turn an OSError (no permission, disk full, ...) inside the block into a BundleError about `path` with `advice`."""
     try:
         yield
     except OSError as error:
@@ -279,30 +319,28 @@ def disk_errors(path: Path, advice: str = THERE) -> Iterator[None]:
 
 
 def room_for(path: Path, replace: bool) -> Path:
-    """Where a bundle at `path` really is: a link stays, and what it points to is replaced.
+    """Return the real path of a new bundle at `path`; a link is kept, and its target is replaced.
 
-    Raises BundleError when something that must not be lost is there; with `replace` a bundle need not stay.
+    Raises:
+        BundleError: `path` has content that must not be lost; `replace` allows losing a bundle.
     """
     try:
         occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
     except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}. Choose another place with -o.") from error
+        raise BundleError(f"{path} cannot be read: {error.strerror}. Choose another folder with -o.") from error
     if occupied and not (path / MANIFEST).is_file():
-        raise BundleError(f"{path} is there already and is not a bundle, so it is left as it is. Choose another place with -o.")
+        raise BundleError(f"{path} exists and is not a bundle, so it is not replaced. Choose another folder with -o.")
     if occupied and not replace:
         raise BundleError(
-            f"{path} is a bundle already, and replacing it would lose its engines. Add --force to replace it, or choose "
-            f"another place with -o."
+            f"{path} is an existing bundle, and replacing it would delete its engines. Pass --force to replace it, or choose "
+            f"another folder with -o."
         )
     with disk_errors(path, NEW):
         real, here = Path(os.path.realpath(path)), Path.cwd()
     if here.is_relative_to(real):
-        raise BundleError(
-            f"{path} is the folder that this was started in, or holds it, and would be replaced by another one. "
-            f"Name a folder in it with -o."
-        )
+        raise BundleError(f"{path} contains the current directory and cannot be replaced. Name a folder in it with -o.")
     if real.is_symlink():
-        raise BundleError(f"{path} is a link that leads to itself. Choose another place with -o.")
+        raise BundleError(f"{path} is a link that leads to itself. Choose another folder with -o.")
     return real
 
 
@@ -321,12 +359,12 @@ def _move_into_place(staging: Path, path: Path) -> None:
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:
-    damaged = f"{file} is damaged, so nothing in this bundle can be trusted. Export the bundle again."
+    damaged = f"{file} is damaged, so the files of this bundle cannot be checked. Export the bundle again."
     try:
         text = file.read_bytes().decode("utf-8")
         manifest = json.loads(text)
         del manifest["sha256"]
-        intact = text == _manifest_text(manifest)  # to the byte: spaces and line ends count as well
+        intact = text == _manifest_text(manifest)  # byte by byte, including spaces and line ends
     except OSError as error:
         raise BundleError(f"{file} cannot be read: {error.strerror}. Check its permissions.") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -335,8 +373,8 @@ def _read_manifest(file: Path) -> dict[str, Any]:
         raise BundleError(damaged)
     if manifest.get("schema") != SCHEMA:
         raise BundleError(
-            f"{file} has schema {manifest.get('schema')}, and this release of swin-deploy reads schema {SCHEMA}. "
-            f"Use the release that made it, or export the bundle again."
+            f"{file} has schema {manifest.get('schema')}, but this release of swin-deploy reads schema {SCHEMA}. "
+            f"Use the release that wrote it, or export the bundle again."
         )
     return dict(manifest)
 

@@ -126,7 +126,7 @@ def open_engine(bundle: Bundle, file: str, device: str) -> Runtime:
     again = rebuild_command(bundle, file, [gpu.capability])
     name = re.sub(r"\W+", "-", f"{entry['sha256'][:32]} {gpu.name}")
     engine = EngineFile(
-        bundle.verified_path(file, f'compile it again with "{again} --force"'),
+        bundle.verified_path(file, f"Compile it again: {again} --force"),
         tuple(map(TensorSpec.from_dict, graph["inputs"])),
         tuple(map(TensorSpec.from_dict, graph["outputs"])),
         host_code=bool(entry["options"].get("version_compatible")),

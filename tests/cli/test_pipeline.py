@@ -163,7 +163,7 @@ def test_a_deleted_fp32_graph_is_noticed_although_the_engine_is_there(tmp_path: 
     path = copied(2, tmp_path / "b")
     result(cli("build-engine", "b", "--gpu", "sm_89", "--json", cwd=tmp_path))
     (path / "onnx/model.onnx").unlink()
-    refused(cli("build-engine", "b", "--gpu", "sm_89", cwd=tmp_path), "model.onnx cannot be read", "export the bundle again")
+    refused(cli("build-engine", "b", "--gpu", "sm_89", cwd=tmp_path), "model.onnx cannot be read", "Export the bundle again")
 
 
 def test_predict_says_that_it_measures(tmp_path: Path) -> None:
