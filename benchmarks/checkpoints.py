@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 import swin_deploy
 from swin_deploy.errors import SwinDeployError
-from swin_deploy.models.checkpoints.recognise import Source, open_source
+from swin_deploy.models.checkpoints.recognise import RecognisedCheckpoint, recognise_checkpoint
 from swin_deploy.parity import TOLERANCES
 from swin_deploy.specs import Size, size_text
 from swin_deploy.tasks import MASK, PIXELS, TaskSpec
@@ -33,6 +33,12 @@ Arrays = dict[str, NDArray[Any]]
 HEADER = (
     "| case | written by | task | sizes | worst output | relative L2 | allowed | verdict |\n|---|---|---|---|---|--:|--:|---|"
 )
+
+TASK_OF_OUTPUT = {
+    "logits": "image-classification",
+    "reconstruction": "masked-image-modeling",
+    "feature_maps.0": "backbone",
+}
 
 # Runs in a half type are an observation of one machine's arithmetic, and no reference for float32.
 LEFT_OUT = ("half",)
@@ -75,11 +81,11 @@ def row(case: Path) -> tuple[str, bool]:
     sizes = list(dict.fromkeys(_size(arrays) for arrays in runs.values()))
     weights = checkpoint_of(case)
     try:
-        source = open_source(weights, sizes[0])
+        source = recognise_checkpoint(weights, sizes[0])
         departs = ignores_pretrained_windows(source)
         if departs:  # its own run computes something else; another run has what its config.json says
             runs = {run: arrays for run, arrays in runs.items() if run}
-        task = task_of(source, runs)
+        task = task_of(runs)
         distances = measured(weights, task, runs, sizes)
     except SwinDeployError as error:
         return f"| {case.name} | | | {' '.join(map(size_text, sizes))} | | | | {error} |", False
@@ -90,7 +96,7 @@ def row(case: Path) -> tuple[str, bool]:
     )
     cells = (
         case.name,
-        source.system,
+        source.writer,
         task.name,
         " ".join(map(size_text, sizes)),
         str(worst),
@@ -119,18 +125,17 @@ def checkpoint_of(case: Path) -> Path:
     return case if (case / "config.json").is_file() else case / "model.pth"
 
 
-def task_of(source: Source, runs: Mapping[str, Arrays]) -> TaskSpec:
-    """What the checkpoint was saved for, with the intermediate outputs that the reference has."""
+def task_of(runs: Mapping[str, Arrays]) -> TaskSpec:
+    """The task and the intermediate outputs of the reference."""
     names = {name for arrays in runs.values() for name in arrays}
-    classes = "logits" in names  # a classifier without classes has no sign of it in its weights
     return TaskSpec(
-        "image-classification" if classes else source.task_hint,
+        next((task for output, task in TASK_OF_OUTPUT.items() if output in names), "feature-extraction"),
         output_hidden_states="hidden_states.0" in names,
         output_attentions="attentions.0" in names,
     )
 
 
-def ignores_pretrained_windows(source: Source) -> bool:
+def ignores_pretrained_windows(source: RecognisedCheckpoint) -> bool:
     """Whether transformers 4 wrote this: its Swin V2 takes pretrained_window_sizes for zeros, whatever config.json says."""
     written = str((source.raw_config or {}).get("transformers_version", ""))
     return source.config.version == 2 and written.startswith("4.") and any(source.config.pretrained_window_sizes)

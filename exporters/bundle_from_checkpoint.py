@@ -80,7 +80,7 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec,
         "name": Path(os.path.realpath(path)).name,
         "variant": spec.variant,
         "task": task.to_dict(),
-        "semantics": config.semantics,
+        "semantics": config.framework,
         "target": target,
         "source": checkpoint.source,
         "notes": list(checkpoint.notes),
@@ -92,7 +92,7 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec,
             further = None if number == 0 else size
             _add_graph(draft, checkpoint, spec, size, further, shared, frames[size], open_graph)
         raw = dict(checkpoint.raw_config or config.to_dict())
-        draft.add_json(CONFIG, raw if config.semantics == "hf" else {**raw, "semantics": config.semantics})
+        draft.add_json(CONFIG, raw if config.framework == "hf" else {**raw, "semantics": config.framework})
         if checkpoint.ranges is not None:
             draft.add(RANGES, {}, bytes_writer(checkpoint.ranges.to_json().encode()))
         draft.add_json(PREPROCESSOR, processor)
@@ -115,7 +115,7 @@ def _add_graph(
     """
     import onnx
 
-    from swin_deploy.models.frame_embedding import take_frames
+    from swin_deploy.models.frame_embedding import accept_frames
     from swin_deploy.models.swin import SwinNetwork
 
     config, task, target = checkpoint.config, spec.task_spec(), spec.target
@@ -128,7 +128,7 @@ def _add_graph(
     reference = _reference(network, inputs, frames)
     _LOG.info("Tracing to ONNX%s", at)
     if frames is not None:
-        take_frames(network, size, checkpoint.tensors, frames)
+        accept_frames(network, size, checkpoint.tensors, frames)
     traced = onnx_from_torch(network, size, frame_size)
     file = graph_file("fp32", further)
     entry: dict[str, Any] = {

@@ -66,16 +66,16 @@ def checkpoint_from_request(spec: ExportSpec) -> Checkpoint:
                 f"--task masked-image-modeling, feature-extraction or backbone."
             )
         if spec.random_weights:
-            config = dataclasses.replace(variant.config(), semantics=spec.framework or "hf")
+            config = dataclasses.replace(variant.config(), framework=spec.framework or "hf")
             checkpoint = checkpoints.random_checkpoint(config, task, spec.seed)
         else:
             checkpoint = _from_hub(variant, task, image_size, spec.framework)
     else:
         weights = str(spec.weights)
         if os.path.exists(weights):  # noqa: PTH110 - Path.exists raises for a name that is too long
-            checkpoint = checkpoints.checkpoint_from_path(Path(weights), task, image_size=image_size, semantics=spec.framework)
+            checkpoint = checkpoints.checkpoint_from_path(Path(weights), task, image_size=image_size, framework=spec.framework)
         elif HUB_ID.fullmatch(weights) and not weights.startswith("."):
-            checkpoint = checkpoints.checkpoint_from_hub(weights, task, image_size=image_size, semantics=spec.framework)
+            checkpoint = checkpoints.checkpoint_from_hub(weights, task, image_size=image_size, framework=spec.framework)
         else:
             raise CheckpointError(
                 f"There is no checkpoint {weights}. Expected a folder, a file, or a hub id such as "
@@ -90,7 +90,7 @@ def checkpoint_from_request(spec: ExportSpec) -> Checkpoint:
             if wanted.version == 2:
                 pretrained = pretrained or wanted.pretrained_window_sizes
     if window_size or pretrained:
-        checkpoint = checkpoints.with_windows(
+        checkpoint = checkpoints.resize_windows(
             checkpoint, window_size=window_size, pretrained_window_sizes=pretrained, image_size=image_size
         )
     for note in checkpoint.notes:
@@ -108,12 +108,12 @@ def _from_hub(variant: Variant, task: TaskSpec, image_size: Size | None, framewo
             f"--random-weights."
         )
     _LOG.info("Looking for %s in the Hugging Face cache, then on the hub", hub_id)
-    return checkpoint_from_hub(hub_id, task, image_size=image_size, semantics=framework)
+    return checkpoint_from_hub(hub_id, task, image_size=image_size, framework=framework)
 
 
 def _same_windows(variant: Variant, config: SwinConfig) -> bool:
     """Return whether checkpoint and variant have the same windows at the image size of the variant."""
-    wanted = dataclasses.replace(variant.config(), semantics=config.semantics)
+    wanted = dataclasses.replace(variant.config(), framework=config.framework)
     return all(wanted.table_window(stage) == config.table_window(stage) for stage in range(len(config.depths)))
 
 

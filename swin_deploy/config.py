@@ -1,4 +1,4 @@
-"""SwinConfig: what a Swin V1 or V2 checkpoint says of itself, under Hugging Face's field names.
+"""SwinConfig: the architecture of a Swin V1 or V2, with the field names of Hugging Face.
 
 Reads and writes `config.json`. Source: transformers 5.23 configuration_swin.py and configuration_swinv2.py.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from swin_deploy.errors import CheckpointError, UsageError
 
-# Those of transformers that have no parameters of their own (models/activations.py).
+# The activations of transformers without parameters (models/activations.py).
 # fmt: off
 ACTIVATIONS = (
     "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh",
@@ -21,10 +21,10 @@ ACTIVATIONS = (
 )
 # fmt: on
 
-# Systems whose Swin differs where a feature map is not a multiple of the window, or not larger than it (models/windows.py).
-SEMANTICS = ("hf", "timm", "microsoft", "torchvision")
+# Source frameworks. They differ if a feature map is no multiple of the window, or not larger than it (models/windows.py).
+FRAMEWORKS = ("hf", "timm", "microsoft", "torchvision")
 
-# Names that look like Swin and are other networks, with what they are.
+# Model types that look like Swin, and what they are.
 OTHER_FAMILIES = {
     "swin2sr": "Swin2SR, an image super-resolution network",
     "maskformer-swin": "MaskFormer's own Swin, part of a segmentation network",
@@ -36,7 +36,7 @@ OTHER_FAMILIES = {
 
 @dataclass(frozen=True)
 class SwinConfig:
-    """One Swin architecture. `version` is 1 (model_type "swin") or 2 ("swinv2"); sizes are pixels, windows are tokens."""
+    """One Swin architecture. `version` is 1 (model_type "swin") or 2 ("swinv2"). Sizes are in pixels, windows in tokens."""
 
     version: int
     image_size: tuple[int, int] = (224, 224)
@@ -45,7 +45,7 @@ class SwinConfig:
     embed_dim: int = 96
     depths: tuple[int, ...] = (2, 2, 6, 2)
     num_heads: tuple[int, ...] = (3, 6, 12, 24)
-    window_size: tuple[int, ...] = (7, 7, 7, 7)  # one per stage; config.json holds a single number when all agree
+    window_size: tuple[int, ...] = (7, 7, 7, 7)  # one per stage; a single number in config.json if all are equal
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
     hidden_act: str = "gelu"
@@ -53,10 +53,10 @@ class SwinConfig:
     layer_norm_eps: float = 1e-5
     encoder_stride: int = 32
     pretrained_window_sizes: tuple[int, ...] = (0, 0, 0, 0)  # V2 only; 0 = trained at `window_size`
-    out_features: tuple[str, ...] = ()  # what a backbone gives; empty: its last stage
-    patch_norm: bool = True  # whether the patch embedding ends in a LayerNorm; Microsoft's code can leave it out
+    out_features: tuple[str, ...] = ()  # the feature maps of a backbone; empty: its last stage
+    patch_norm: bool = True  # whether the patch embedding ends in a LayerNorm; optional in Microsoft's code
     backbone_maps: bool = True  # whether a V1 backbone's hidden states are maps (transformers 5) or token lists (4)
-    semantics: str = "hf"  # whose rules for windows, shifts, padding and masks hold; see SEMANTICS
+    framework: str = "hf"  # source of the rules for windows, shifts, padding and masks; "semantics" in config.json
     id2label: Mapping[int, str] = field(default_factory=lambda: {0: "LABEL_0", 1: "LABEL_1"})
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class SwinConfig:
             self.hidden_act in ACTIVATIONS,
             f'hidden_act is "{self.hidden_act}", which is not supported; supported: {", ".join(ACTIVATIONS)}',
         )
-        _check(self.semantics in SEMANTICS, f'semantics is "{self.semantics}", expected one of {", ".join(SEMANTICS)}')
+        _check(self.framework in FRAMEWORKS, f'framework is "{self.framework}", expected one of {", ".join(FRAMEWORKS)}')
         positive = all(math.isfinite(value) and value > 0 for value in (self.mlp_ratio, self.layer_norm_eps))
         _check(positive, "mlp_ratio and layer_norm_eps must be positive numbers")
         if self.version == 2:
@@ -120,59 +120,56 @@ class SwinConfig:
         return int(self.mlp_ratio * self.width(stage))
 
     def grid(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
-        """Patches (rows, columns) of an image. A remainder counts as a whole patch, because it is zero-padded;
-        torchvision drops it instead.
-        """
+        """Return the patches (rows, columns) of an image. torchvision crops a remainder, all others pad it to a patch."""
         height, width = image_size or self.image_size
-        if self.semantics == "torchvision":
+        if self.framework == "torchvision":
             if height < self.patch_size[0] or width < self.patch_size[1]:
                 raise UsageError(
-                    f"An image of {height}x{width} pixels is smaller than a patch of {self.patch_size}, and torchvision's "
-                    f"rules leave nothing of it. Give a larger --image-size, or other --semantics."
+                    f"An image of {height}x{width} pixels is smaller than a patch of {self.patch_size}, and torchvision "
+                    f"crops it to nothing. Choose a larger --image-size or another --framework."
                 )
             return height // self.patch_size[0], width // self.patch_size[1]
         return math.ceil(height / self.patch_size[0]), math.ceil(width / self.patch_size[1])
 
     def table_window(self, stage: int) -> tuple[int, int]:
-        """Height and width of the window that the parameters of `stage` are made for.
+        """Return the window (height, width) of the parameters of `stage`.
 
-        Where the configured feature map is smaller than the window, every system has its own rule: Hugging Face V1 and
-        torchvision keep the window, Hugging Face V2 goes by the height for both axes, timm by each axis, Microsoft by the
-        shorter side.
+        If the configured feature map is smaller than the window, Hugging Face V1 and torchvision keep the window. Hugging
+        Face V2 reduces both axes to the height of the map, timm each axis to its own, Microsoft both to the shorter side.
         """
         window = self.window_size[stage]
-        if self.semantics == "torchvision" or (self.semantics == "hf" and self.version == 1):
+        if self.framework == "torchvision" or (self.framework == "hf" and self.version == 1):
             return window, window
         rows, columns = self.grid()
-        if self.semantics == "hf":
+        if self.framework == "hf":
             side = min(self.image_size[0] // self.patch_size[0] >> stage, window)
             return side, side
-        if self.semantics == "timm":
+        if self.framework == "timm":
             return min(-(-rows // 2**stage), window), min(-(-columns // 2**stage), window)
         side = min(rows >> stage, columns >> stage, window)
         return side, side
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> SwinConfig:
-        """The config that a Hugging Face `config.json` describes.
+        """Read a Hugging Face `config.json`. Unknown keys are ignored, as in transformers.
 
-        Keys that Swin does not have are ignored, as transformers ignores them. Raises CheckpointError for another model
-        family and for values that no Swin can have.
+        Raises:
+            CheckpointError: It describes another network, or a value is invalid.
         """
         if not isinstance(raw, Mapping):
-            raise CheckpointError("config.json does not hold a JSON object, so it is no Hugging Face config.")
+            raise CheckpointError("config.json does not hold a JSON object. Expected a Hugging Face config.")
         kind = raw.get("model_type")
         if kind not in ("swin", "swinv2"):
             named = OTHER_FAMILIES.get(str(kind))
             what = f"model_type {kind!r}" + (f" is {named}" if named else " is not a Swin")
-            raise CheckpointError(f'config.json: {what}. swin-deploy takes model_type "swin" and "swinv2".')
+            raise CheckpointError(f'config.json: {what}. swin-deploy supports model_type "swin" and "swinv2".')
         try:
             return cls(**_fields_from_json(raw, 1 if kind == "swin" else 2))
         except (TypeError, ValueError, KeyError, OverflowError) as error:
             raise CheckpointError(f"config.json: {error}. Expected the fields of a Hugging Face {kind} config.") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object that transformers writes for this architecture as an image classifier."""
+        """Return the JSON object that transformers writes for an image classifier of this architecture."""
         name = "Swin" if self.version == 1 else "Swinv2"
         windows = set(self.window_size)
         raw: dict[str, Any] = {
@@ -202,8 +199,8 @@ class SwinConfig:
         }
         if self.out_features:
             raw["out_features"] = list(self.out_features)
-        if self.semantics != "hf":
-            raw["semantics"] = self.semantics
+        if self.framework != "hf":
+            raw["semantics"] = self.framework
         if not self.patch_norm:
             raw["patch_norm"] = False
         if self.version == 2:
@@ -281,7 +278,7 @@ def _fields_from_json(raw: Mapping[str, Any], version: int) -> dict[str, Any]:
     values["id2label"] = _labels(raw)
     values["out_features"] = _out_features(raw, stages)
     values["backbone_maps"] = version == 1 and not str(raw.get("transformers_version", "")).startswith("4.")
-    values["semantics"] = str(raw.get("semantics", "hf"))
+    values["framework"] = str(raw.get("semantics", "hf"))
     values["patch_norm"] = bool(raw.get("patch_norm", True))
     return values
 
@@ -298,10 +295,10 @@ def _out_features(raw: Mapping[str, Any], stages: int) -> tuple[str, ...]:
     if raw.get("out_features") is not None and indices is not None:
         meant = tuple(names[index] if -len(names) <= index < len(names) else "" for index in _integers(indices))
         if meant != wanted:
-            raise ValueError(f"out_features names {', '.join(wanted)}, and out_indices {list(indices)} are other ones")
+            raise ValueError(f"out_features names {', '.join(wanted)}, but out_indices {list(indices)} name others")
     unknown = [name for name in wanted if name not in names]
     if unknown:
-        raise ValueError(f"out_features names {unknown[0]!r}, and this network has {', '.join(names)}")
+        raise ValueError(f"out_features names {unknown[0]!r}, but this network has {', '.join(names)}")
     return wanted
 
 

@@ -1,6 +1,6 @@
-"""TaskSpec: what a network is asked for, and the names, types and shapes of what goes in and comes out.
+"""TaskSpec: the task head of a network, and the names, types and shapes of its inputs and outputs.
 
-Names are those of the transformers classes; tuples are numbered outputs (`hidden_states.0`).
+Names are those of the transformers classes. Elements of tuples are numbered (`hidden_states.0`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from swin_deploy.config import SwinConfig
-from swin_deploy.errors import UsageError
+from swin_deploy.errors import UsageError, unknown
 from swin_deploy.specs import TensorSpec
 
 TASKS = ("image-classification", "feature-extraction", "backbone", "masked-image-modeling")
@@ -18,11 +18,15 @@ PIXELS, MASK = "pixel_values", "bool_masked_pos"
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A task and its options. `out_features` ("stem", "stage1", ..., or their numbers "0", "1", "-1") is for the backbone;
-    empty: its own.
+    """A task and its options.
 
-    `use_mask_token` adds the input `bool_masked_pos` to feature extraction; masked image modelling always has it.
-    `add_pooling_layer` is feature extraction's.
+    Args:
+        name: One of TASKS.
+        output_hidden_states: Add the hidden states to the outputs.
+        output_attentions: Add the attention probabilities to the outputs.
+        add_pooling_layer: Feature extraction only: add the pooled output.
+        use_mask_token: Feature extraction only: add the input `bool_masked_pos`. Masked image modelling always has it.
+        out_features: Backbone only: "stem", "stage1", ... or their numbers "0", "1", "-1". Default: those of the checkpoint.
     """
 
     name: str = "image-classification"
@@ -34,38 +38,42 @@ class TaskSpec:
 
     def __post_init__(self) -> None:
         if self.name not in TASKS:
-            raise UsageError(f'There is no task "{self.name}". There are: {", ".join(TASKS)}.')
+            raise unknown("task", self.name, TASKS)
         features: object = self.out_features
         if isinstance(features, str):
-            raise UsageError(f'out_features is the text "{features}"; expected a list of names, such as ["stage1"].')
+            raise UsageError(f'out_features is the text "{features}". Expected a list of names, such as ["stage1"].')
         if self.out_features and self.name != "backbone":
-            raise UsageError(f"Output features belong to the task backbone; {self.name} has none. Leave them out.")
+            raise UsageError(f"The task {self.name} has no output features. Omit them, or choose the task backbone.")
         if (self.use_mask_token or not self.add_pooling_layer) and self.name != "feature-extraction":
             raise UsageError(
-                f"A mask token or no pooling layer can be chosen for the task feature-extraction; {self.name} has its own."
+                f"The task {self.name} has no options for the mask token and the pooling layer. Omit them, or choose the task "
+                f"feature-extraction."
             )
 
     @property
     def masked(self) -> bool:
-        """Whether there is an input `bool_masked_pos`."""
+        """Whether the network has the input `bool_masked_pos`."""
         return self.name == "masked-image-modeling" or self.use_mask_token
 
     def features(self, config: SwinConfig) -> tuple[str, ...]:
-        """The stages whose feature maps a backbone gives, in the order of the network."""
+        """Return the stages whose feature maps a backbone outputs, in the order of the network."""
         known = stage_names(config)
         by_number = {str(i): known[i] for i in range(-len(known), len(known))}
         wanted = [by_number.get(name, name) for name in self.out_features or config.out_features or known[-1:]]
-        unknown = [name for name in wanted if name not in known]
-        if unknown:
-            raise UsageError(f'There is no feature "{unknown[0]}" in this network. There are: {", ".join(known)}.')
+        if missing := [name for name in wanted if name not in known]:
+            raise unknown("feature", missing[0], known)
         return tuple(name for name in known if name in wanted)
 
     def inputs(
         self, config: SwinConfig, image_size: tuple[int, int], frame_size: tuple[int, int] | None = None
     ) -> tuple[TensorSpec, ...]:
-        """pixel_values float32 [batch, channels, height, width], and bool_masked_pos bool [batch, patches] where masked.
+        """Return the inputs: pixel_values float32 [batch, channels, height, width], and bool_masked_pos bool [batch, patches].
 
-        With `frame_size`, of a graph that prepares frames itself, pixel_values are uint8 [batch, height, width, 3].
+        Args:
+            config: The architecture.
+            image_size: (height, width) of the prepared image in pixels.
+            frame_size: (height, width) of the frames that a graph with preprocessing accepts; pixel_values are then uint8
+                [batch, height, width, 3].
         """
         rows, columns = config.grid(image_size)
         pixels = TensorSpec(PIXELS, "float32", ("batch", config.num_channels, *image_size))
@@ -74,7 +82,7 @@ class TaskSpec:
         return (pixels, TensorSpec(MASK, "bool", ("batch", rows * columns))) if self.masked else (pixels,)
 
     def output_names(self, config: SwinConfig) -> tuple[str, ...]:
-        """The names of all outputs, in the order in which the network returns them."""
+        """Return the names of all outputs, in the order of the network."""
         stages = len(config.depths)
         names: list[str]
         if self.name == "image-classification":
@@ -102,5 +110,5 @@ class TaskSpec:
 
 
 def stage_names(config: SwinConfig) -> tuple[str, ...]:
-    """The features that a backbone can give: "stem", "stage1", ..."""
+    """Return the feature maps that a backbone can output: "stem", "stage1", ..."""
     return ("stem", *(f"stage{i + 1}" for i in range(len(config.depths))))

@@ -1,6 +1,6 @@
-"""The published Swin V1 and V2 checkpoints, one row each, and how the many names for them are understood.
+"""The table of published Swin V1 and V2 checkpoints, and the lookup by any of their names.
 
-Sources: MODELHUB.md of microsoft/Swin-Transformer (files, top-1), timm's swin_transformer.py and swin_transformer_v2.py
+Sources: MODELHUB.md of microsoft/Swin-Transformer (top-1), timm's swin_transformer.py and swin_transformer_v2.py
 (names, default tags) and its results/*.csv (parameters), the model pages under huggingface.co/microsoft.
 """
 
@@ -19,10 +19,10 @@ Task = Literal["image-classification", "masked-image-modeling"]
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One published checkpoint: its architecture, where it is published, how good it is, what its input looks like.
+    """One published checkpoint: architecture, names, accuracy and preprocessing.
 
-    `top1` is Microsoft's figure in percent. The preprocessing is what preprocessor_config.json on the hub states: the
-    whole image resized to `image_size`. Accuracy at 224 and 256 was published with a centre crop (timm's crop_pct 0.9).
+    `top1` is Microsoft's figure in percent. The preprocessing is that of preprocessor_config.json on the hub: the whole image
+    is resized to `image_size`. Accuracy at 224 and 256 was published with a centre crop (timm's crop_pct 0.9).
     """
 
     name: str
@@ -38,7 +38,6 @@ class Variant:
     pretrained_window_sizes: tuple[int, ...] = (0, 0, 0, 0)
     hub_id: str | None = None
     timm_name: str | None = None
-    microsoft_file: str | None = None  # below github.com/SwinTransformer/storage/releases/download, else a bare name
     top1: float | None = None
     params_millions: float | None = None  # None: no source gives two decimals
     resample: int = 3  # Pillow's number for bicubic
@@ -46,7 +45,7 @@ class Variant:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def config(self) -> SwinConfig:
-        """The architecture; the labels are LABEL_0 and so on, because only the checkpoint itself knows better ones."""
+        """Return the architecture, with the labels LABEL_0, LABEL_1 and so on."""
         window = self.window_size
         return SwinConfig(
             version=self.version,
@@ -60,29 +59,31 @@ class Variant:
         )
 
 
-class Size(NamedTuple):
+class ModelSize(NamedTuple):
+    """The dimensions that "tiny", "small", "base" and "large" stand for."""
+
     name: str
     embed_dim: int
     depths: tuple[int, ...]
     num_heads: tuple[int, ...]
 
     def shape(self) -> dict[str, Any]:
-        """The fields of a Variant that come with its size."""
+        """Return the fields of a Variant that follow from its size."""
         return {"embed_dim": self.embed_dim, "depths": self.depths, "num_heads": self.num_heads}
 
 
-T = Size("tiny", 96, (2, 2, 6, 2), (3, 6, 12, 24))
-S = Size("small", 96, (2, 2, 18, 2), (3, 6, 12, 24))
-B = Size("base", 128, (2, 2, 18, 2), (4, 8, 16, 32))
-L = Size("large", 192, (2, 2, 18, 2), (6, 12, 24, 48))
+T = ModelSize("tiny", 96, (2, 2, 6, 2), (3, 6, 12, 24))
+S = ModelSize("small", 96, (2, 2, 18, 2), (3, 6, 12, 24))
+B = ModelSize("base", 128, (2, 2, 18, 2), (4, 8, 16, 32))
+L = ModelSize("large", 192, (2, 2, 18, 2), (6, 12, 24, 48))
 
-# timm's tag -> classes. The tag says what the weights were trained on: ImageNet-1k, ImageNet-22k, or 22k and then 1k.
+# timm's tag -> classes. The tag is the training data: ImageNet-1k, ImageNet-22k, or 22k and then 1k.
 CLASSES = {"ms_in1k": 1000, "ms_in22k": 21841, "ms_in22k_ft_in1k": 1000}
 
 
 def _v1(
     name: str,
-    size: Size,
+    size: ModelSize,
     image: int,
     window: int,
     tag: str,
@@ -91,10 +92,6 @@ def _v1(
     *aliases: str,
     on_hub: bool = True,
 ) -> Variant:
-    timm = f"swin_{size.name}_patch4_window{window}_{image}"
-    # The files of tiny and small that saw ImageNet-22k came later, with another release and another ending.
-    late = size in (T, S) and tag != "ms_in1k"
-    ending = {"ms_in1k": "", "ms_in22k": "_22k", "ms_in22k_ft_in1k": "_22kto1k" + "_finetune" * late}[tag]
     return Variant(
         name=name,
         aliases=aliases,
@@ -104,14 +101,13 @@ def _v1(
         window_size=window,
         num_labels=CLASSES[tag],
         hub_id=f"microsoft/{name}" if on_hub else None,
-        timm_name=f"{timm}.{tag}",
-        microsoft_file=f"{'v1.0.8' if late else 'v1.0.0'}/{timm}{ending}.pth",
+        timm_name=f"swin_{size.name}_patch4_window{window}_{image}.{tag}",
         top1=top1,
         params_millions=params,
     )
 
 
-def _v2(name: str, size: Size, image: int, window: int, top1: float | None, params: float, *aliases: str) -> Variant:
+def _v2(name: str, size: ModelSize, image: int, window: int, top1: float | None, params: float, *aliases: str) -> Variant:
     stem = name.removesuffix("-22kto1k-ft").removesuffix("-22k").replace("-patch4", "").replace("-", "_")
     tag = {"22k": "ms_in22k", "ft": "ms_in22k_ft_in1k"}.get(name.rsplit("-", 1)[1], "ms_in1k")
     return Variant(
@@ -122,18 +118,17 @@ def _v2(name: str, size: Size, image: int, window: int, top1: float | None, para
         image_size=image,
         window_size=window,
         num_labels=CLASSES[tag],
-        # Fine-tuning with larger windows keeps the coordinates scaled to the windows of pre-training. That of the last
-        # stage was 6, because 192 pixels leave 6 tokens there (configs/swinv2/*_ft.yaml).
+        # Fine-tuning with larger windows keeps the coordinates scaled to the windows of pre-training. The window of the
+        # last stage was 6, because 192 pixels leave 6 tokens there (configs/swinv2/*_ft.yaml).
         pretrained_window_sizes=(12, 12, 12, 6) if tag == "ms_in22k_ft_in1k" else (0, 0, 0, 0),
         hub_id=f"microsoft/{name}",
         timm_name=f"{stem}.{tag}",
-        microsoft_file=f"v2.0.0/{name.replace('-', '_')}.pth",
         top1=top1,
         params_millions=params,
     )
 
 
-def _s3(size: Size, windows: tuple[int, ...], top1: float, params: float) -> Variant:
+def _s3(size: ModelSize, windows: tuple[int, ...], top1: float, params: float) -> Variant:
     name = f"swin-s3-{size.name}-224"
     return Variant(
         name=name,
@@ -149,7 +144,7 @@ def _s3(size: Size, windows: tuple[int, ...], top1: float, params: float) -> Var
     )
 
 
-def _simmim(name: str, size: Size, window: int, file: str) -> Variant:
+def _simmim(name: str, size: ModelSize, window: int) -> Variant:
     return Variant(
         name=name,
         version=1,
@@ -159,19 +154,18 @@ def _simmim(name: str, size: Size, window: int, file: str) -> Variant:
         window_size=window,
         num_labels=0,
         hub_id=f"microsoft/{name}",
-        microsoft_file=file,
     )
 
 
-# A name is that of the hub, without "microsoft/". A checkpoint that the hub lacks is named in the same style: its timm
-# architecture and, where that has several checkpoints, the tag ("in1k", "in22k", "in22k-ft-in1k").
+# A name is that of the hub, without "microsoft/". A checkpoint that is not on the hub is named in the same style: its timm
+# architecture and, if that has several checkpoints, the tag ("in1k", "in22k", "in22k-ft-in1k").
 #
-# The hub's base names do not say which weights they are. They were converted in January 2022 from what timm then loaded
-# by the same name, which was 22kto1k for base and large, and 1k for tiny and small (timm 656757d2,
-# swin_transformer.py:49-70). That is an inference from dates and code. It leaves base's 1k checkpoints without a name.
+# The base names on the hub do not identify the weights. They were converted in January 2022 from what timm then loaded by
+# the same name, which was 22kto1k for base and large, and 1k for tiny and small (timm 656757d2, swin_transformer.py:49-70).
+# That is an inference from dates and code. It leaves the 1k checkpoints of base without a name.
 #
-# Of the rows of one timm architecture, the first is timm's default (the order in its default_cfgs). For tiny that is
-# 1k: "tiny 22k pretrain is worse than 1k".
+# The first row of a timm architecture is timm's default (the order in its default_cfgs). For tiny that is 1k: "tiny 22k
+# pretrain is worse than 1k".
 VARIANTS: tuple[Variant, ...] = (
     # V1: name, size, image, window, timm's tag, top-1, million parameters, aliases
     _v1("swin-tiny-patch4-window7-224", T, 224, 7, "ms_in1k", 81.2, 28.29, "swin-tiny"),
@@ -198,17 +192,16 @@ VARIANTS: tuple[Variant, ...] = (
         image_size=256,
         window_size=8,
         num_labels=1000,
-        microsoft_file="v1.0.5/swin_tiny_c24_patch4_window8_256.pth",
         top1=81.6,
     ),
     # S3, the searched windows and depths of AutoFormerV2; top-1 from AutoFormerV2/README.md of microsoft/Cream
     _s3(T, (7, 7, 14, 7), 82.1, 28.33),
     _s3(S, (14, 14, 14, 7), 83.7, 49.74),
-    _s3(Size("base", 96, (2, 2, 30, 2), (3, 6, 12, 24)), (7, 7, 14, 7), 84.0, 71.13),
+    _s3(ModelSize("base", 96, (2, 2, 30, 2), (3, 6, 12, 24)), (7, 7, 14, 7), 84.0, 71.13),
     # SimMIM: encoders without a classifier. The hub's base is the one trained for 100 epochs, by the default of its
     # converter (transformers, convert_swin_simmim_to_pytorch.py); the published accuracies are of fine-tuned models.
-    _simmim("swin-base-simmim-window6-192", B, 6, "simmim_pretrain__swin_base__img192_window6__100ep.pth"),
-    _simmim("swin-large-simmim-window12-192", L, 12, "simmim_pretrain__swin_large__img192_window12__800ep.pth"),
+    _simmim("swin-base-simmim-window6-192", B, 6),
+    _simmim("swin-large-simmim-window12-192", L, 12),
     # V2: name, size, image, window, top-1, million parameters, aliases
     _v2("swinv2-tiny-patch4-window8-256", T, 256, 8, 81.8, 28.35, "swinv2-tiny"),
     _v2("swinv2-tiny-patch4-window16-256", T, 256, 16, 82.8, 28.35, "swinv2-tiny-w16"),
@@ -224,7 +217,7 @@ VARIANTS: tuple[Variant, ...] = (
     _v2("swinv2-large-patch4-window12to24-192to384-22kto1k-ft", L, 384, 24, 87.6, 196.74, "swinv2-large-384"),
 )
 
-# How the name of another family begins (without hyphens) -> what it is.
+# Start of another network's name (without hyphens) -> what it is.
 _FAMILIES = {name.replace("-", "").replace("_", ""): what for name, what in OTHER_FAMILIES.items()} | {
     "swinir": "SwinIR, an image restoration network",
     "swin3d": "Video Swin, a network for video with three-dimensional windows",
@@ -235,10 +228,13 @@ _FAMILIES = {name.replace("-", "").replace("_", ""): what for name, what in OTHE
 
 
 def find_variant(name: str) -> Variant:
-    """The variant that `name` means: one of ours, an alias, a name on the hub or in timm, in either case, with - or _.
+    """Find a variant by its name, an alias, or its name on the hub or in timm, in upper or lower case, with - or _.
 
-    "swin_small_patch4_window7_224" is a different checkpoint on the hub and in timm; alone it means the hub's, and with
-    "timm/" before it timm's. Raises UsageError, with the nearest names, when nothing is meant.
+    "swin_small_patch4_window7_224" is a different checkpoint on the hub and in timm. It means that of the hub, and with the
+    prefix "timm/" that of timm.
+
+    Raises:
+        UsageError: No variant has this name. The message lists the nearest ones.
     """
     key = _key(name)
     if key.startswith("hf-hub:"):  # timm's way to name a repository; without an owner it can only be its own
@@ -250,7 +246,7 @@ def find_variant(name: str) -> Variant:
     for start, what in _FAMILIES.items():
         if bare.replace("-", "").startswith(start):
             raise UsageError(
-                f'"{name}" is {what}. swin-deploy takes Swin V1 and V2; `swin-deploy variants` lists the checkpoints.'
+                f'"{name}" is {what}. swin-deploy supports Swin V1 and V2. `swin-deploy variants` lists the checkpoints.'
             )
     ours = [known for variant in VARIANTS for known in (variant.name, *variant.aliases)]
     near = difflib.get_close_matches(bare, ours, n=3)
@@ -263,7 +259,7 @@ def _key(name: str) -> str:
 
 
 def _names(variant: Variant) -> Iterator[str]:
-    """Each name that is this variant's alone."""
+    """All names that belong to this variant alone."""
     yield from (variant.name, *variant.aliases)
     if variant.hub_id:
         yield variant.hub_id
@@ -273,7 +269,7 @@ def _names(variant: Variant) -> Iterator[str]:
 
 def _by_name() -> dict[str, Variant]:
     found = {_key(name): variant for variant in VARIANTS for name in _names(variant)}
-    for variant in VARIANTS:  # timm's names without a tag mean its default, unless the hub has the name too
+    for variant in VARIANTS:  # timm's name without a tag means its default, unless the hub has the name, too
         if variant.timm_name:
             untagged = _key(variant.timm_name.split(".")[0])
             for name in (untagged, f"timm/{untagged}"):

@@ -263,7 +263,7 @@ class Others:
     def _transformers_has_it(self) -> bool:
         classifier = self.bundle.manifest["task"]["name"] == "image-classification" and self.config.num_labels > 0
         plain = classifier and self.bundle.manifest["task"]["output_hidden_states"] is False
-        return plain and self.config.semantics == "hf" and self.config.patch_norm and installed("transformers")
+        return plain and self.config.framework == "hf" and self.config.patch_norm and installed("transformers")
 
     def _transformers(self) -> tuple[torch.nn.Module, bool]:
         from swin_deploy.bench.baselines import transformers_folder, transformers_network

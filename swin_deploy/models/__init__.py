@@ -1,1 +1,1 @@
-"""The networks: the only folder with torch at module level (windows.py and the checkpoint table stay free of it)."""
+"""The Swin networks in PyTorch, and the loading of their checkpoints."""

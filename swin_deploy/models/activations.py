@@ -1,6 +1,6 @@
-"""The activations that transformers' ACT2FN names, as functions. Source: transformers 5.23 activations.py.
+"""The activations of transformers' ACT2FN as functions. Source: transformers 5.23 activations.py.
 
-`prelu` and `xielu` are not here: they have parameters of their own, which no Swin checkpoint is published with.
+`prelu` and `xielu` are missing: they have parameters, and no published Swin uses them.
 """
 
 from __future__ import annotations

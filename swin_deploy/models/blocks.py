@@ -1,9 +1,9 @@
-"""The parts of the Swin Transformer, V1 and V2, as an inference network written for export (swin.py joins them).
+"""The layers of the Swin Transformer, V1 and V2, written for inference and export. swin.py joins them.
 
-Everything that does not depend on the image is folded when the network is made: position bias (V2's MLP and 16 * sigmoid
-included), shift masks, the softmax scale of V1, exp(clamp(logit_scale)) of V2, and every token position. Tokens travel as
-[tokens * batch, channels], in the window order of the block at hand (windows.py), so that a linear layer is one Gemm; the
-batch, the only free axis, is inside, so that the windows of all images are one axis of equal steps (docs/engines.md).
+Everything that does not depend on the image is folded at construction: position bias (with V2's MLP and 16 * sigmoid), shift
+masks, the softmax scale of V1, exp(clamp(logit_scale)) of V2, and all token positions. Tokens have the shape
+[tokens * batch, channels] in the window order of the current block (windows.py), so a linear layer is one Gemm. The batch is
+the inner axis and the only dynamic one, so the windows of all images form one axis with a constant stride (docs/engines.md).
 """
 
 from __future__ import annotations
@@ -24,34 +24,9 @@ from swin_deploy.models.activations import ACTIVATIONS
 from swin_deploy.models.parameters import POSITIONS
 from swin_deploy.models.windows import WindowGrid
 
-
-def position_embeddings(config: SwinConfig, grid: tuple[int, int], tensors: Tensors) -> Tensor | None:
-    """[1, rows * columns, embed_dim], to be added to the embedded patches; None when the config has none.
-
-    A table of another grid is interpolated as transformers does it (bicubic, align_corners False). Tables that
-    transformers wrote in version 4, and V2's in every version, have one row too many, with which its own forward fails at
-    the configured size; its interpolation takes that first row for a class token, which Swin does not have, and so it is
-    left out here. An image that has exactly as many patches as the table has rows takes it as it is.
-    """
-    if not config.use_absolute_embeddings:
-        return None
-    table = tensors[POSITIONS]
-    wanted = grid[0] * grid[1]
-    if table.shape[1] == wanted and grid != config.grid() and table.shape[1] == math.prod(config.grid()) + 1:
-        return table
-    if table.shape[1] == math.prod(config.grid()) + 1:
-        table = table[:, 1:]
-    rows, columns = config.grid()
-    if grid == (rows, columns):
-        return table
-    square = table.reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
-    resized = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)
-    return resized.permute(0, 2, 3, 1).reshape(1, wanted, -1)
-
-
 Tensors = Mapping[str, Tensor]
 
-# Layers that transformers builds without config.layer_norm_eps: patch embedding and patch merging.
+# For the layers that transformers builds without config.layer_norm_eps: patch embedding and patch merging.
 DEFAULT_EPS = 1e-5
 
 
@@ -81,7 +56,7 @@ class LayerNorm(nn.Module):
 
 
 class Reorder(nn.Module):
-    """Tokens [source * batch, channels] -> [target * batch, channels], fetched by a constant index."""
+    """Tokens [source * batch, channels] -> [target * batch, channels], gathered by a constant index."""
 
     index: Tensor
 
@@ -95,11 +70,11 @@ class Reorder(nn.Module):
         return x.reshape(self.tokens, -1, channels).index_select(0, self.index).reshape(-1, channels)
 
 
-class Attention(nn.Module):
-    """Window attention over tokens in the order of `grid`, [places * batch, channels], with the position bias as a constant.
+class WindowAttention(nn.Module):
+    """Window attention over tokens in the order of `grid`, [places * batch, channels], with a constant position bias.
 
-    Returns the tokens, and the probabilities [batch * windows, heads, tokens, tokens]. Query, key and value are `joined` in
-    one projection for TensorRT, and three for a CPU.
+    Returns the tokens, and the probabilities [batch * windows, heads, tokens, tokens]. With `joined`, query, key and value
+    are one projection (for TensorRT); without, they are three (for CPUs).
     """
 
     bias: Tensor
@@ -144,8 +119,8 @@ class Attention(nn.Module):
         return split.permute(*((1, 2, 3, 0, 4) if self.tokens_first else (0, 2, 3, 1, 4)))
 
 
-class AttentionOfFourAxes(Attention):
-    """The same in the form that OpenVINO computes as one kernel: [windows, batch * heads, tokens, head width]."""
+class WindowAttention4D(WindowAttention):
+    """Window attention with four axes, [windows, batch * heads, tokens, head width], which OpenVINO fuses into one kernel."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -175,7 +150,7 @@ class AttentionOfFourAxes(Attention):
 
 
 class Block(nn.Module):
-    """One transformer block over tokens in its own window order; V1 normalises before, V2 after.
+    """One transformer block over tokens in its own window order. V1 has the norms before attention and MLP, V2 after.
 
     Returns the tokens and the attention probabilities.
     """
@@ -194,7 +169,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.version = config.version
-        kind = Attention if grid.tokens_first else AttentionOfFourAxes
+        kind = WindowAttention if grid.tokens_first else WindowAttention4D
         self.attention = kind(config, stage, grid, tensors, mask, joined)
         self.norm1 = LayerNorm(tensors, "layernorm_before", config.layer_norm_eps)
         self.norm2 = LayerNorm(tensors, "layernorm_after", config.layer_norm_eps)
@@ -216,12 +191,12 @@ class Block(nn.Module):
         return cast(Tensor, self.fc2(self.activation(self.fc1(x))))
 
     def zero_padding(self, x: Tensor) -> Tensor:
-        """Attention must see padding as zeros; whatever the gathers and residuals left there is dropped here."""
+        """Set padding to zero before attention. Gathers and residuals leave other values there."""
         return x if self.pad_keep is None else scale_tokens(x, self.pad_keep)
 
 
 class PatchMerging(nn.Module):
-    """Tokens of one stage -> tokens of the next, four neighbours joined and projected to twice the channels."""
+    """Tokens of one stage -> tokens of the next: four neighbours are concatenated and projected to twice the channels."""
 
     edge_keep: Tensor | None
 
@@ -250,7 +225,7 @@ class PatchMerging(nn.Module):
 
 
 def _qkv(config: SwinConfig, head_width: int, tensors: Tensors) -> list[Linear]:
-    """The projections to query, key and value; V1's softmax scale goes into the query's."""
+    """The projections to query, key and value. The softmax scale of V1 is folded into that of the query."""
     parts = []
     for part in ("query", "key", "value"):
         weight, bias = tensors[f"attention.self.{part}.weight"], tensors.get(f"attention.self.{part}.bias")
@@ -262,16 +237,16 @@ def _qkv(config: SwinConfig, head_width: int, tensors: Tensors) -> list[Linear]:
 
 
 def _joined(parts: list[Linear]) -> Linear:
-    """One projection to all of them; V2's absent key bias becomes 0."""
+    """One projection for all `parts`. V2 has no key bias; it becomes 0."""
     weights, biases = [part.weight.data for part in parts], [part.bias for part in parts]
     filled = [torch.zeros(len(w)) if b is None else b.data for w, b in zip(weights, biases, strict=True)]
     return Linear(torch.cat(weights), None if all(bias is None for bias in biases) else torch.cat(filled))
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x [..., head width], every vector divided by its length; zero stays zero."""
-    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / length.clamp_min(1e-12)
+    """x [..., head width], every vector divided by its L2 norm. Zero stays zero."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.clamp_min(1e-12)
 
 
 def _repeated(constant: Tensor, batch: int) -> Tensor:
@@ -282,8 +257,8 @@ def _repeated(constant: Tensor, batch: int) -> Tensor:
 def _position_bias(config: SwinConfig, stage: int, tensors: Tensors) -> Tensor:
     """[heads, tokens, tokens], added to the attention scores of every window.
 
-    The largest of each query is 0: softmax does not see what all its inputs have in common, and scores near 0 lose least when
-    they are rounded to fp16, which V2's bias of up to 16 would keep from them.
+    The maximum of each query is shifted to 0. Softmax does not change, and fp16 represents scores near 0 best; the bias of
+    V2 would be up to 16.
     """
     window, heads = config.table_window(stage), config.num_heads[stage]
     tokens = window[0] * window[1]
@@ -300,38 +275,63 @@ def _position_bias(config: SwinConfig, stage: int, tensors: Tensors) -> Tensor:
 
 
 def _cosine_scale(tensors: Tensors) -> Tensor:
-    """[heads, 1, 1]: what the cosines are multiplied by."""
+    """[heads, 1, 1]: the factor of the cosine similarities."""
     return tensors["attention.self.logit_scale"].clamp(max=math.log(100)).exp().reshape(-1, 1, 1)
 
 
-def shift_mask(config: SwinConfig, grid: WindowGrid) -> Tensor | None:
-    """[windows, 1, 1, tokens, tokens]. transformers adds V2's mask of -100 twice, and so its -200 is what it computes.
+def position_embeddings(config: SwinConfig, grid: tuple[int, int], tensors: Tensors) -> Tensor | None:
+    """Return [1, rows * columns, embed_dim], which is added to the patches of `grid`. None if the config has no table.
 
-    V1's is -100 everywhere; but exp(-100) is a denormal number, with which a CPU multiplies many times slower than with the 0
-    that exp(-1000) is. They differ only where a masked score is more than 80 above all others of its query.
+    A table of another grid is interpolated as in transformers (bicubic, align_corners=False). Tables of transformers 4, and
+    of V2 in every version, have one row too many. The forward pass of transformers then fails at the configured size, and its
+    interpolation takes the first row for a class token, which Swin does not have. That row is ignored here, unless an image
+    has exactly as many patches as the table has rows.
     """
-    value = -1000.0 if config.version == 1 else -200.0 if config.semantics == "hf" else -100.0
-    mask = tensor(grid.mask(value))
+    if not config.use_absolute_embeddings:
+        return None
+    table = tensors[POSITIONS]
+    wanted = grid[0] * grid[1]
+    if table.shape[1] == wanted and grid != config.grid() and table.shape[1] == math.prod(config.grid()) + 1:
+        return table
+    if table.shape[1] == math.prod(config.grid()) + 1:
+        table = table[:, 1:]
+    rows, columns = config.grid()
+    if grid == (rows, columns):
+        return table
+    square = table.reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)
+    return resized.permute(0, 2, 3, 1).reshape(1, wanted, -1)
+
+
+def shift_mask(config: SwinConfig, grid: WindowGrid) -> Tensor | None:
+    """Return the attention mask [windows, 1, 1, tokens, tokens], or None without a shift.
+
+    transformers adds V2's mask of -100 twice, hence -200. The mask of V1 is -100 in every framework, but exp(-100) is a
+    denormal number, which slows CPUs down, and exp(-1000) is 0. Results differ only if a masked score exceeds all others of
+    its query by more than 80.
+    """
+    value = -1000.0 if config.version == 1 else -200.0 if config.framework == "hf" else -100.0
+    mask = tensor_or_none(grid.mask(value))
     return None if mask is None else mask[:, None, None]
 
 
 def reorder(source: windows.Index, target: windows.Index) -> Reorder | None:
-    index = windows.gather(source, target)
+    index = windows.gather_index(source, target)
     return None if index is None else Reorder(index, len(source))
 
 
 def scale_tokens(x: Tensor, keep: Tensor) -> Tensor:
-    """x [tokens * batch, channels] times keep [tokens, 1, 1], which is 1 for real tokens and 0 for padding."""
+    """Multiply x [tokens * batch, channels] by keep [tokens, 1, 1], which is 1 for real tokens and 0 for padding."""
     tokens = x.reshape(keep.shape[0], -1, x.shape[-1])
     return (tokens * keep).reshape(-1, x.shape[-1])
 
 
-def tensor(array: NDArray[np.float32] | None) -> Tensor | None:
+def tensor_or_none(array: NDArray[np.float32] | None) -> Tensor | None:
     return None if array is None else torch.from_numpy(array)
 
 
-class Inside(Mapping[str, Tensor]):
-    """The tensors whose names start with `prefix`, under what follows it; nothing is read until it is asked for."""
+class PrefixedTensors(Mapping[str, Tensor]):
+    """View of the tensors whose names start with `prefix`, without it. A tensor is read when it is accessed."""
 
     def __init__(self, tensors: Tensors, prefix: str) -> None:
         self.tensors, self.prefix = tensors, prefix

@@ -1,8 +1,8 @@
-"""Preprocessing as part of the network: uint8 frames [batch, height, width, 3] instead of prepared pixels.
+"""Preprocessing as part of the network: it accepts uint8 frames [batch, height, width, 3] instead of prepared pixels.
 
-Rescaling and normalisation disappear in the patch embedding's convolution. Resizing is two products with constants, in whole
-numbers that float32 holds, so that every pixel is the one that Pillow makes; of a product with all pixels of an axis most
-factors would be 0, so it is done block by block, each with the pixels that it needs.
+Rescaling and normalization are folded into the convolution of the patch embedding. Resizing is two matmuls with constants, in
+integers that float32 represents exactly, so every pixel equals that of Pillow. Most factors of one large matmul would be 0, so
+each block of output lines is multiplied with the input pixels that it needs.
 """
 
 from __future__ import annotations
@@ -26,140 +26,23 @@ from swin_deploy.specs import Size
 
 Weights = NDArray[np.int64]
 
-PRECISION = 22  # bits behind the point
+PRECISION = 22  # fractional bits of Pillow's weights
 UNIT = 1 << PRECISION
 NEAREST = 0
+BLOCK = 8  # output rows or columns computed together
+GRANULES = (16, 8, 4, 2, 1)  # pixels of a row copied together
 
 
-def _box(x: float) -> float:
-    return 1.0 if -0.5 < x <= 0.5 else 0.0
+def accept_frames(network: SwinNetwork, image_size: Size, tensors: Tensors, frames: Frames) -> None:
+    """Replace the patch embedding of `network` by one that preprocesses uint8 frames.
 
+    GPU compilers support little more for uint8 than a cast, so the cast comes first there. Elsewhere bytes are moved before.
 
-def _bilinear(x: float) -> float:
-    return max(1.0 - abs(x), 0.0)
-
-
-def _hamming(x: float) -> float:
-    x = abs(x) * math.pi
-    if x == 0:
-        return 1.0
-    return 0.0 if x >= math.pi else math.sin(x) / x * (0.54 + 0.46 * math.cos(x))
-
-
-def _bicubic(x: float) -> float:
-    a, x = -0.5, abs(x)
-    if x < 1:
-        return ((a + 2) * x - (a + 3)) * x * x + 1
-    return (((x - 5) * x + 8) * x - 4) * a if x < 2 else 0.0
-
-
-def _lanczos(x: float) -> float:
-    def sinc(x: float) -> float:
-        return 1.0 if x == 0 else math.sin(x * math.pi) / (x * math.pi)
-
-    return sinc(x) * sinc(x / 3) if -3 <= x < 3 else 0.0
-
-
-# by Pillow's number: the filter, and how far it reaches
-FILTERS: dict[int, tuple[Callable[[float], float], float]] = {
-    1: (_lanczos, 3.0),
-    2: (_bilinear, 1.0),
-    3: (_bicubic, 2.0),
-    4: (_box, 0.5),
-    5: (_hamming, 1.0),
-}
-
-
-def axis_weights(length: int, target: int, resample: int) -> Weights:
-    """[target, length]: what each of `length` pixels adds to each of `target` ones, in units of 2^-22."""
-    result = np.zeros((target, length), dtype=np.int64)
-    if length == target:
-        np.fill_diagonal(result, UNIT)
-        return result
-    if resample == NEAREST:
-        result[np.arange(target), _nearest(length, target)] = UNIT
-        return result
-    function, support = FILTERS[resample]
-    scale = length / target
-    stretch = max(scale, 1.0)
-    support *= stretch
-    for row in range(target):
-        center = (row + 0.5) * scale
-        first, end = max(int(center - support + 0.5), 0), min(int(center + support + 0.5), length)
-        values = [function((place - center + 0.5) * (1.0 / stretch)) for place in range(first, end)]
-        total = sum(values)
-        for place, value in enumerate(values, start=first):
-            scaled = (value / total if total else value) * UNIT
-            result[row, place] = int(scaled - 0.5 if value < 0 else scaled + 0.5)
-    return result
-
-
-def frame_weights(preprocessor: Preprocessor, frame_size: Size) -> tuple[Weights, Weights]:
-    """Of the rows and of the columns of a frame, what `preprocessor` does to them: resize and crop (outside it is black)."""
-    resized = preprocessor.resized_to(*frame_size)
-    both = [axis_weights(length, target, preprocessor.resample) for length, target in zip(frame_size, resized, strict=True)]
-    if preprocessor.do_center_crop and preprocessor.crop_size is not None:
-        both = [_cropped(weights, side) for weights, side in zip(both, preprocessor.crop_size, strict=True)]
-    return both[0], both[1]
-
-
-def rows_first(preprocessor: Preprocessor, frame_size: Size) -> bool:
-    """Whether Pillow resizes such a frame along its height first; newer releases choose, so the installed one is asked."""
-    from PIL import Image
-
-    height, width = preprocessor.resized_to(*frame_size)
-    kind = Image.Resampling(preprocessor.resample)
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, frame_size, dtype=np.uint8))
-    made = noise.resize((width, height), kind)
-    columns_first = noise.resize((width, noise.height), kind).resize((width, height), kind)
-    return not np.array_equal(np.asarray(made), np.asarray(columns_first))
-
-
-def split_exactly(weights: Weights) -> tuple[NDArray[np.float32], NDArray[np.float32], int]:
-    """(high, low, shift) with weights = high * 2^shift + low, such that float32 sums them over pixels without rounding.
-
-    Their products with 8-bit pixels add up to whole numbers below 2^24 in any order; 11 bits hold each of them, so that TF32
-    is exact, too.
-    """
-    for shift in range(12, 0, -1):
-        half = 1 << (shift - 1)
-        low = (weights + half) % (2 * half) - half
-        high = (weights - low) >> shift
-        # Whatever is added first, a sum lies between those of all negative and of all positive terms.
-        signs = (np.clip(sign * part, 0, None) for part in (high, low) for sign in (1, -1))
-        if max(255 * int(part.sum(axis=1).max()) for part in signs) < 1 << 24 and int(np.abs(high).max()) <= 1 << 11:
-            return high.astype(np.float32), low.astype(np.float32), shift
-    raise UsageError(
-        f"A frame of {weights.shape[1]} pixels cannot be resized to {len(weights)} in float32. Make it smaller outside, and "
-        f"export without --embed-resize."
-    )
-
-
-def _nearest(length: int, target: int) -> list[int]:
-    step = length / target
-    place, places = step * 0.5, []
-    for _ in range(target):
-        places.append(min(int(place), length - 1))
-        place += step
-    return places
-
-
-def _cropped(weights: Weights, side: int) -> Weights:
-    first = (len(weights) - side) // 2
-    result = np.zeros((side, weights.shape[1]), dtype=np.int64)
-    inside = [row for row in range(side) if 0 <= first + row < len(weights)]
-    result[inside] = weights[[first + row for row in inside]]
-    return result
-
-
-BLOCK = 8  # new rows or columns that are computed together
-GRANULES = (16, 8, 4, 2, 1)  # pixels of a row that are copied together
-
-
-def take_frames(network: SwinNetwork, image_size: Size, tensors: Tensors, frames: Frames) -> None:
-    """Lets `network`, of these `tensors` and for images of `image_size`, take what `frames` makes, uint8, and prepare it.
-
-    Compilers for GPUs have little for uint8 but a cast, so for these it comes first; elsewhere bytes are moved, then cast.
+    Args:
+        network: The network; it is changed in place.
+        image_size: (height, width) of the prepared image in pixels.
+        tensors: The parameters of the network.
+        frames: The preprocessing, and the size of the frames.
     """
     network.embeddings = FrameEmbedding(
         network.config, image_size, tensors, network.task.masked, frames, cast_first=network.target == "tensorrt"
@@ -167,7 +50,7 @@ def take_frames(network: SwinNetwork, image_size: Size, tensors: Tensors, frames
 
 
 class FrameEmbedding(PatchEmbedding):
-    """uint8 frames [batch, height, width, 3] -> what the patch embedding makes of them once they are preprocessed."""
+    """uint8 frames [batch, height, width, 3] -> the patch embedding of the preprocessed frames."""
 
     of_black: Tensor | None
 
@@ -181,8 +64,8 @@ class FrameEmbedding(PatchEmbedding):
         rescale = inside.rescale_factor if inside.do_rescale else 1.0
         scale = torch.tensor([rescale / s for s in std], dtype=torch.float64).reshape(1, CHANNELS, 1, 1)
         black = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float64)
-        # The convolution is linear: of a frame it is that of a black frame and the pixels' part. Padding is no black pixel,
-        # so where images are no whole patches, the first differs from patch to patch.
+        # The convolution is linear: its result is that of a black frame plus that of the pixels. Padding is not black, so the
+        # former differs between patches if an image is not a whole number of patches.
         image = self.padded(black.reshape(1, CHANNELS, 1, 1).expand(1, CHANNELS, *image_size))
         of_black = F.conv2d(image, self.weight.double(), self.bias.double(), stride=self.patch).float()
         self.register_buffer("of_black", of_black if any(self.missing) else None)
@@ -210,17 +93,17 @@ class FrameEmbedding(PatchEmbedding):
 
 
 class AsFloat(nn.Module):
-    """Bytes as float32."""
+    """uint8 -> float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.float()
 
 
 class Resampling(nn.Module):
-    """Frames [batch, height, width, 3] -> the same with other rows or columns, whole numbers from 0 to 255 in float32.
+    """Resizes one axis of frames [batch, height, width, 3]; the result holds integers from 0 to 255 in float32.
 
-    `weights` [new, old] are those of Pillow. New lines are computed in blocks of equally many; `index` names the granules
-    of each block's window, one block behind the other, None where there is one block that needs all.
+    `weights` [new, old] are those of Pillow. Output lines are computed in blocks of equal size. `index` gathers the input
+    granules of all blocks; None if a single block needs all of them.
     """
 
     index: Tensor | None
@@ -253,19 +136,19 @@ class Resampling(nn.Module):
         self.parts = parts  # [blocks, high and low, lines, window]
 
     def rounded(self, high: Tensor, low: Tensor) -> Tensor:
-        """What Pillow makes of the sum: rounded, and cut to a byte."""
+        """Round and clamp the sum to 8 bits, as Pillow does."""
         carried = high + torch.floor(low * 2.0**-self.shift)
         return torch.clamp(torch.floor(carried * 2.0 ** (self.shift - PRECISION) + 0.5), 0.0, 255.0)
 
 
 class Columns(Resampling):
-    """[batch, height, width, 3], float32 or uint8 -> [batch, height, new width, 3]; colours stay side by side."""
+    """[batch, height, width, 3], float32 or uint8 -> [batch, height, new width, 3]."""
 
     factors: Tensor
 
     def __init__(self, weights: Weights) -> None:
         super().__init__(weights, GRANULES)
-        # A column of the product is one colour of one new pixel, and reads that colour only.
+        # A column of the matrix is one colour of one output pixel, and reads that colour only.
         factors = np.einsum("bhlw,cd->bwchld", self.parts, np.eye(CHANNELS, dtype=np.float32))
         shape = (self.blocks, self.window * CHANNELS, 2 * self.size * CHANNELS)
         self.register_buffer("factors", torch.from_numpy(factors.reshape(shape)))
@@ -298,6 +181,129 @@ class Rows(Resampling):
         x = torch.matmul(self.factors, x)
         x = self.rounded(x[:, :, : self.size], x[:, :, self.size :])
         return x.reshape(-1, self.blocks * self.size, width, CHANNELS)[:, : self.new]
+
+
+def _box(x: float) -> float:
+    return 1.0 if -0.5 < x <= 0.5 else 0.0
+
+
+def _bilinear(x: float) -> float:
+    return max(1.0 - abs(x), 0.0)
+
+
+def _hamming(x: float) -> float:
+    x = abs(x) * math.pi
+    if x == 0:
+        return 1.0
+    return 0.0 if x >= math.pi else math.sin(x) / x * (0.54 + 0.46 * math.cos(x))
+
+
+def _bicubic(x: float) -> float:
+    a, x = -0.5, abs(x)
+    if x < 1:
+        return ((a + 2) * x - (a + 3)) * x * x + 1
+    return (((x - 5) * x + 8) * x - 4) * a if x < 2 else 0.0
+
+
+def _lanczos(x: float) -> float:
+    def sinc(x: float) -> float:
+        return 1.0 if x == 0 else math.sin(x * math.pi) / (x * math.pi)
+
+    return sinc(x) * sinc(x / 3) if -3 <= x < 3 else 0.0
+
+
+# Pillow's number -> the filter and its support
+FILTERS: dict[int, tuple[Callable[[float], float], float]] = {
+    1: (_lanczos, 3.0),
+    2: (_bilinear, 1.0),
+    3: (_bicubic, 2.0),
+    4: (_box, 0.5),
+    5: (_hamming, 1.0),
+}
+
+
+def axis_weights(length: int, target: int, resample: int) -> Weights:
+    """Return [target, length]: the weight of each input pixel in each output pixel, in units of 2^-22, as Pillow has it."""
+    result = np.zeros((target, length), dtype=np.int64)
+    if length == target:
+        np.fill_diagonal(result, UNIT)
+        return result
+    if resample == NEAREST:
+        result[np.arange(target), _nearest(length, target)] = UNIT
+        return result
+    function, support = FILTERS[resample]
+    scale = length / target
+    stretch = max(scale, 1.0)
+    support *= stretch
+    for row in range(target):
+        center = (row + 0.5) * scale
+        first, end = max(int(center - support + 0.5), 0), min(int(center + support + 0.5), length)
+        values = [function((place - center + 0.5) * (1.0 / stretch)) for place in range(first, end)]
+        total = sum(values)
+        for place, value in enumerate(values, start=first):
+            scaled = (value / total if total else value) * UNIT
+            result[row, place] = int(scaled - 0.5 if value < 0 else scaled + 0.5)
+    return result
+
+
+def frame_weights(preprocessor: Preprocessor, frame_size: Size) -> tuple[Weights, Weights]:
+    """Return the weights of resize and crop for the rows and the columns of a frame. Outside the frame they are 0."""
+    resized = preprocessor.resized_to(*frame_size)
+    both = [axis_weights(length, target, preprocessor.resample) for length, target in zip(frame_size, resized, strict=True)]
+    if preprocessor.do_center_crop and preprocessor.crop_size is not None:
+        both = [_cropped(weights, side) for weights, side in zip(both, preprocessor.crop_size, strict=True)]
+    return both[0], both[1]
+
+
+def rows_first(preprocessor: Preprocessor, frame_size: Size) -> bool:
+    """Return whether the installed Pillow resizes such a frame along its height first. Newer releases choose the order."""
+    from PIL import Image
+
+    height, width = preprocessor.resized_to(*frame_size)
+    kind = Image.Resampling(preprocessor.resample)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, frame_size, dtype=np.uint8))
+    made = noise.resize((width, height), kind)
+    columns_first = noise.resize((width, noise.height), kind).resize((width, height), kind)
+    return not np.array_equal(np.asarray(made), np.asarray(columns_first))
+
+
+def split_exactly(weights: Weights) -> tuple[NDArray[np.float32], NDArray[np.float32], int]:
+    """Split weights = high * 2^shift + low so that float32 sums them over pixels without rounding.
+
+    Sums of products with 8-bit pixels stay below 2^24 in any order. Each weight fits into 11 bits, so TF32 is exact, too.
+
+    Raises:
+        UsageError: The frame is too large for an exact result.
+    """
+    for shift in range(12, 0, -1):
+        half = 1 << (shift - 1)
+        low = (weights + half) % (2 * half) - half
+        high = (weights - low) >> shift
+        # In any order of addition, a partial sum lies between the sums of all negative and of all positive terms.
+        signs = (np.clip(sign * part, 0, None) for part in (high, low) for sign in (1, -1))
+        if max(255 * int(part.sum(axis=1).max()) for part in signs) < 1 << 24 and int(np.abs(high).max()) <= 1 << 11:
+            return high.astype(np.float32), low.astype(np.float32), shift
+    raise UsageError(
+        f"Frames of {weights.shape[1]} pixels cannot be resized exactly to {len(weights)} in float32. Resize them before, and "
+        f"export without --embed-resize."
+    )
+
+
+def _nearest(length: int, target: int) -> list[int]:
+    step = length / target
+    place, places = step * 0.5, []
+    for _ in range(target):
+        places.append(min(int(place), length - 1))
+        place += step
+    return places
+
+
+def _cropped(weights: Weights, side: int) -> Weights:
+    first = (len(weights) - side) // 2
+    result = np.zeros((side, weights.shape[1]), dtype=np.int64)
+    inside = [row for row in range(side) if 0 <= first + row < len(weights)]
+    result[inside] = weights[[first + row for row in inside]]
+    return result
 
 
 def _is_identity(weights: Weights) -> bool:

@@ -1,6 +1,6 @@
-"""The parameters that each Swin has: canonical name -> shape. Random weights, loading and counting all read this table.
+"""The parameters of every Swin: canonical name -> shape, and random values for them.
 
-Canonical names are those of Hugging Face files on disk, without the `swin.` or `swinv2.` prefix.
+Canonical names are those of Hugging Face files on disk, without the prefix `swin.` or `swinv2.`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ POSITIONS = "embeddings.position_embeddings"
 
 
 def parameters(config: SwinConfig, task: TaskSpec | None = None) -> dict[str, Shape]:
-    """Name -> shape of every parameter that `task` uses (default: image classification), in the order of the network."""
+    """Return name -> shape of every parameter that `task` uses (default: image classification), in network order."""
     task = task or TaskSpec()
     c0 = config.embed_dim
     shapes: dict[str, Shape] = {
@@ -59,16 +59,11 @@ def _head(config: SwinConfig, task: TaskSpec) -> dict[str, Shape]:
     return shapes
 
 
-def parameter_count(config: SwinConfig) -> int:
-    """How many numbers the checkpoint holds."""
-    return sum(math.prod(shape) for shape in parameters(config).values())
-
-
 def random_parameter(name: str, shape: Shape, seed: int) -> NDArray[np.float32]:
-    """Random values for one parameter, the same for the same name and seed whatever else is drawn.
+    """Draw random values for one parameter. They depend on its name and `seed` only.
 
-    Nothing is left at zero or one, so that no part of the network hides from a comparison: biases, position tables and
-    norm scales are random too. Matrices keep the size of what passes through them (variance 1 / inputs).
+    No parameter stays at zero or one, so a comparison sees every part of the network: biases, position tables and norm
+    scales are random, too. Matrices preserve the variance of their inputs.
     """
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     values = rng.standard_normal(shape, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""The Swin Transformer, V1 and V2, for one image size and one task; its parts and its form are explained in blocks.py."""
+"""The Swin Transformer, V1 and V2, for one image size and one task. blocks.py explains its layers and its graph layout."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from swin_deploy.models import windows
 from swin_deploy.models.blocks import (
     DEFAULT_EPS,
     Block,
-    Inside,
     LayerNorm,
     Linear,
     PatchMerging,
+    PrefixedTensors,
     Tensors,
     position_embeddings,
     reorder,
     shift_mask,
-    tensor,
+    tensor_or_none,
 )
-from swin_deploy.models.losses import classification_loss, reconstruction_loss
 from swin_deploy.specs import TARGETS
 from swin_deploy.tasks import TaskSpec
 
@@ -32,7 +31,7 @@ from swin_deploy.tasks import TaskSpec
 class PatchEmbedding(nn.Module):
     """Pixels [batch, channels, height, width] -> row-major tokens [patches * batch, embed_dim].
 
-    A mask [batch, patches] (bool, true = hidden) puts the mask token in place of the patches it marks.
+    A mask [batch, patches] (bool, true = hidden) replaces patches by the mask token.
     """
 
     position: Tensor | None
@@ -58,19 +57,19 @@ class PatchEmbedding(nn.Module):
         return x.reshape(-1, x.shape[-1])
 
     def project(self, pixel_values: Tensor) -> Tensor:
-        """The convolution of patches: [batch, embed_dim, rows, columns]."""
+        """Convolve patches: [batch, embed_dim, rows, columns]."""
         return F.conv2d(self.padded(pixel_values), self.weight, self.bias, stride=self.patch)
 
     def padded(self, pixel_values: Tensor) -> Tensor:
-        """Images that are not whole patches are zero-padded right and bottom."""
+        """Pad images with zeros, right and bottom, to whole patches."""
         return F.pad(pixel_values, (0, self.missing[1], 0, self.missing[0])) if any(self.missing) else pixel_values
 
 
 class Stage(nn.Module):
-    """The blocks of one stage, each behind the gather into its window order; returns tokens and the last block's attention."""
+    """The blocks of one stage, each after the gather into its window order. Returns tokens and the last block's attention."""
 
     def __init__(
-        self, config: SwinConfig, number: int, stage: windows.Stage, order: windows.Index, tensors: Tensors, joined: bool
+        self, config: SwinConfig, number: int, stage: windows.StageGrids, order: windows.Index, tensors: Tensors, joined: bool
     ) -> None:
         super().__init__()
         self.steps = nn.Sequential()
@@ -80,8 +79,8 @@ class Stage(nn.Module):
             if (step := reorder(order, target)) is not None:
                 self.steps.add_module(f"reorder{j}", step)
             order = target
-            parts = Inside(tensors, f"encoder.layers.{number}.blocks.{j}.")
-            keep = tensor(windows.keep(order))
+            parts = PrefixedTensors(tensors, f"encoder.layers.{number}.blocks.{j}.")
+            keep = tensor_or_none(windows.padding_mask(order))
             self.steps.add_module(f"block{j}", Block(config, number, grid, parts, masks[grid.shift], keep, joined))
         self.order = order
 
@@ -116,9 +115,14 @@ class RowMajor(nn.Module):
 class SwinNetwork(nn.Module):
     """pixel_values [batch, channels, height, width] (and bool_masked_pos [batch, patches]) -> the outputs of `task`.
 
-    They come as a tuple in the order of `task.output_names(config)`; `named` makes a dict of it. `tensors` holds every
-    parameter of parameters.parameters(config, task) in float32. `target` is whose form the graph will have (specs.TARGETS);
-    all of them compute the same.
+    The outputs are a tuple in the order of `task.output_names(config)`; `named` returns them as a dict.
+
+    Args:
+        config: The architecture.
+        image_size: (height, width) in pixels.
+        tensors: Every parameter of `parameters(config, task)`, in float32.
+        task: Default: image classification.
+        target: The target runtime (one of specs.TARGETS), which selects the graph layout. All layouts compute the same.
     """
 
     def __init__(
@@ -135,7 +139,7 @@ class SwinNetwork(nn.Module):
         self.output_names = self.task.output_names(config)
         self.embeddings = PatchEmbedding(config, image_size, tensors, self.task.masked)
         backbone = self.task.name == "backbone"
-        plan = windows.stages(config, image_size, always_partition=backbone, tokens_first=target != "openvino")
+        plan = windows.stage_grids(config, image_size, always_partition=backbone, tokens_first=target != "openvino")
         order = np.arange(plan[0].height * plan[0].width)
         self.stem_rows = RowMajor(order, plan[0].height, plan[0].width)
         self.stages, self.merges = nn.ModuleList(), nn.ModuleList()
@@ -151,8 +155,8 @@ class SwinNetwork(nn.Module):
                 self.merges.append(merge)
                 self.rows_after.append(RowMajor(order, after.height, after.width))
         self.rows_after.append(self.rows_before[-1])
-        # The mean does not care for the order of tokens, but must not see padding.
-        self.tokens = None if windows.keep(order) is not None else len(order)
+        # The mean over tokens is independent of their order, but must not include padding.
+        self.tokens = None if windows.padding_mask(order) is not None else len(order)
         if backbone:
             self.norms = nn.ModuleDict(
                 {name: _stage_norm(tensors, name) for name in self.task.features(config)} if config.version == 1 else {}
@@ -188,26 +192,8 @@ class SwinNetwork(nn.Module):
         return tuple(outputs[name] for name in self.output_names)
 
     def named(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> dict[str, Tensor]:
-        """The outputs by name."""
+        """Return the outputs by name."""
         return dict(zip(self.output_names, self(pixel_values, bool_masked_pos), strict=True))
-
-    def with_loss(
-        self,
-        pixel_values: Tensor,
-        bool_masked_pos: Tensor | None = None,
-        labels: Tensor | None = None,
-        problem_type: str | None = None,
-    ) -> dict[str, Tensor]:
-        """The outputs by name and, where there are `labels` to classify or a mask to fill, the "loss" of transformers.
-
-        `problem_type` is as losses.classification_loss takes it.
-        """
-        outputs = self.named(pixel_values, bool_masked_pos)
-        if self.task.name == "image-classification" and labels is not None:
-            outputs["loss"] = classification_loss(self.config, outputs["logits"], labels, problem_type)
-        if self.task.name == "masked-image-modeling" and bool_masked_pos is not None:
-            outputs["loss"] = reconstruction_loss(self.config, pixel_values, outputs["reconstruction"], bool_masked_pos)
-        return outputs
 
     def _head(self, outputs: dict[str, Tensor], x: Tensor) -> None:
         rows = cast(RowMajor, self.rows_before[-1])
@@ -222,7 +208,7 @@ class SwinNetwork(nn.Module):
         outputs["pooler_output"] = outputs["last_hidden_state"].mean(1)
 
     def _reconstruct(self, tokens: Tensor, rows: RowMajor) -> Tensor:
-        """Tokens [batch, height * width, channels] -> pixels, each token a square of encoder_stride pixels a side."""
+        """Tokens [batch, height * width, channels] -> pixels; each token becomes encoder_stride x encoder_stride pixels."""
         side, channels = self.config.encoder_stride, self.config.num_channels
         x = self.decoder(tokens.reshape(-1, tokens.shape[-1]))
         x = x.reshape(-1, rows.height, rows.width, channels, side, side).permute(0, 3, 1, 4, 2, 5)
@@ -246,17 +232,22 @@ class SwinNetwork(nn.Module):
 
 
 def _merge(
-    config: SwinConfig, number: int, stage: windows.Stage, order: windows.Index, after: windows.Stage, tensors: Tensors
+    config: SwinConfig,
+    number: int,
+    stage: windows.StageGrids,
+    order: windows.Index,
+    after: windows.StageGrids,
+    tensors: Tensors,
 ) -> tuple[PatchMerging, windows.Index]:
-    """The merging behind stage `number`, and the order in which it leaves its tokens: that of the next stage's first block."""
+    """The merging after stage `number`, and the token order of its result: that of the first block of the next stage."""
     target = after.grids[0].order()
     neighbours = windows.merge_order(stage, target)
     beyond_edge = (neighbours == windows.PAD).any(axis=1) & (target != windows.PAD)
-    keep = windows.keep(neighbours.reshape(-1)) if beyond_edge.any() else None
-    parts = Inside(tensors, f"encoder.layers.{number}.downsample.")
-    return PatchMerging(config, len(target), parts, reorder(order, neighbours.reshape(-1)), tensor(keep)), target
+    keep = windows.padding_mask(neighbours.reshape(-1)) if beyond_edge.any() else None
+    parts = PrefixedTensors(tensors, f"encoder.layers.{number}.downsample.")
+    return PatchMerging(config, len(target), parts, reorder(order, neighbours.reshape(-1)), tensor_or_none(keep)), target
 
 
 def _stage_norm(tensors: Tensors, stage: str) -> LayerNorm:
-    """The norm of a V1 backbone's feature map; classifier checkpoints have none, for which transformers starts with 1 and 0."""
+    """The norm of a feature map of a V1 backbone."""
     return LayerNorm(tensors, f"hidden_states_norms.{stage}", DEFAULT_EPS)

@@ -1,4 +1,4 @@
-"""The torch network behind the interface that graphs are run through, so that both answer the same questions."""
+"""Runs a checkpoint in PyTorch through the interface of the exported graphs, to compare both."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from swin_deploy.tasks import TaskSpec
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how PyTorch runs a network: on "cpu" or "cuda:0", in "fp32" or with all weights in "fp16", by torch.compile."""
+    """Device ("cpu", "cuda:0"), precision ("fp32", or "fp16" for all weights) and compilation of a network in PyTorch."""
 
     device: str = "cpu"
     precision: str = "fp32"
     compiled: bool = False
 
     def placed(self, network: nn.Module) -> Callable[..., Any]:
-        """The network there, in evaluation mode."""
+        """Move the network there, in evaluation mode."""
         placed = network.to(self.device, torch.float16 if self.precision == "fp16" else torch.float32).eval()
         return torch.compile(placed) if self.compiled else placed
 
     def tensor(self, array: NDArray[Any]) -> Tensor:
-        """An input of the network."""
+        """Convert an input of the network."""
         tensor = torch.from_numpy(array).to(self.device)
         return tensor.half() if self.precision == "fp16" and tensor.is_floating_point() else tensor
 
     def array(self, tensor: Tensor) -> NDArray[Any]:
-        """An output in float32, once the device has computed it."""
+        """Wait for an output, and return it in float32."""
         array: NDArray[Any] = tensor.float().contiguous().cpu().numpy()
         return array
 
 
 class TorchNetwork:
-    """A checkpoint in PyTorch, for one image size; see reference.Runnable.
+    """A checkpoint in PyTorch for one image size. It implements `parity.Runnable`.
 
-    With `frames` it takes uint8 frames, and has them prepared by the image processor.
+    With `frames` it accepts uint8 frames and preprocesses them with the image processor.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class TorchNetwork:
 
 
 def refuse_other_network(weights: object, config: SwinConfig, bundle: Bundle) -> None:
-    """Raises UsageError where `config`, of the checkpoint `weights`, is not the architecture of `bundle`."""
+    """Raise UsageError if `config`, of the checkpoint `weights`, is not the architecture of `bundle`."""
     ours = SwinConfig.from_dict(bundle.read_json(CONFIG))
     names = ("version", "embed_dim", "depths", "num_heads", "window_size", "patch_size", "mlp_ratio", "qkv_bias", "num_labels")
     for name in names:
         if getattr(ours, name) != getattr(config, name):
             raise UsageError(
-                f"{weights} is another network than that of {bundle.path} ({name} {getattr(config, name)}, not "
-                f"{getattr(ours, name)}). Name the checkpoint that was exported."
+                f"{weights} is not the network in {bundle.path} ({name} {getattr(config, name)}, not {getattr(ours, name)}). "
+                f"Pass the checkpoint that was exported."
             )

@@ -1,10 +1,10 @@
-"""Where every token stands: window order, cyclic shift, padding and masks, as index arrays known before any image.
+"""The order of tokens in windows, with cyclic shift, padding and masks, as constant index arrays. Pure numpy.
 
-LayerNorm, linear layers and residual adds act on each token alone, so the network carries its tokens in the window order
-of the block at hand. Pad, roll and partition of one block and reverse, unroll and crop of the block before then collapse
-into one gather with a constant index, and into none when the order does not change. Pure numpy; no torch.
+LayerNorm, linear layers and residual additions act on single tokens, so the network keeps its tokens in the window order of
+the current block. The reverse, unroll and crop of one block and the pad, roll and partition of the next one then become a
+single gather with a constant index, or nothing if the order does not change.
 
-Positions: "row-major" numbers the real tokens of a feature map, row by row; -1 stands for a padding token.
+Positions are row-major numbers of the real tokens of a feature map; -1 is a padding token.
 """
 
 from __future__ import annotations
@@ -23,10 +23,15 @@ PAD = -1
 
 @dataclass(frozen=True)
 class WindowGrid:
-    """A feature map of `height` x `width` tokens, cut into windows after a cyclic shift; pairs are (height, width).
+    """A feature map, cut into windows after a cyclic shift. Sizes are in tokens, pairs are (height, width).
 
-    `roll_first`: the map is rolled and then padded (timm), not padded and then rolled (everyone else). `tokens_first`: the
-    stream has the first token of every window first, not all tokens of the first window.
+    Args:
+        height: Of the feature map.
+        width: Of the feature map.
+        window: Size of the window.
+        shift: Cyclic shift.
+        roll_first: Roll the map and then pad it (timm), instead of the other way round (all other frameworks).
+        tokens_first: Order tokens by their place in the window and then by window, instead of window by window.
     """
 
     height: int
@@ -38,7 +43,7 @@ class WindowGrid:
 
     @property
     def padded(self) -> tuple[int, int]:
-        """Height and width after padding right and bottom to whole windows."""
+        """(height, width) after padding right and bottom to whole windows."""
         return -(-self.height // self.window[0]) * self.window[0], -(-self.width // self.window[1]) * self.window[1]
 
     @property
@@ -51,9 +56,9 @@ class WindowGrid:
         return self.window[0] * self.window[1]
 
     def order(self) -> Index:
-        """[tokens_per_window * windows]: the row-major position of the token at each place, PAD where there is none.
+        """Return [tokens_per_window * windows]: the row-major position of the token at each place, PAD for padding.
 
-        `tokens_first` makes windows an axis of equal steps, which TensorRT likes; a CPU likes what it needs to be near.
+        `tokens_first` gives the windows axis a constant stride, which suits TensorRT. Window by window suits CPU caches.
         """
         tokens = np.arange(self.height * self.width).reshape(self.height, self.width)
         back = (-self.shift[0], -self.shift[1])
@@ -63,9 +68,9 @@ class WindowGrid:
         return np.asarray((windows.T if self.tokens_first else windows).reshape(-1))
 
     def mask(self, value: float) -> NDArray[np.float32] | None:
-        """[windows, tokens, tokens]: `value` between tokens that the roll brought together, 0 elsewhere; None unshifted.
+        """Return [windows, tokens, tokens]: `value` between tokens that the shift joined, else 0. None without a shift.
 
-        Regions are cut on the padded size; padding tokens are not masked (every implementation lets them be keys).
+        Regions refer to the padded size. Padding tokens are not masked; they are keys in every implementation.
         """
         if self.shift == (0, 0):
             return None
@@ -85,20 +90,24 @@ class WindowGrid:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """The grids of one stage's blocks, in order. `height` x `width` is its feature map, in tokens."""
+class StageGrids:
+    """The window grids of the blocks of one stage. `height` x `width` is its feature map, in tokens."""
 
     height: int
     width: int
     grids: tuple[WindowGrid, ...]
 
 
-def stages(
+def stage_grids(
     config: SwinConfig, image_size: tuple[int, int], always_partition: bool = False, tokens_first: bool = True
-) -> tuple[Stage, ...]:
-    """Every stage that an image of `image_size` (height, width in pixels) passes through.
+) -> tuple[StageGrids, ...]:
+    """Plan the windows of every stage.
 
-    `always_partition` is Hugging Face's Swin V1 backbone: windows are shifted even on a map no larger than one.
+    Args:
+        config: The architecture.
+        image_size: (height, width) in pixels.
+        always_partition: Shift windows even if the map is not larger than one, as Hugging Face's Swin V1 backbone does.
+        tokens_first: As in `WindowGrid`.
     """
     height, width = config.grid(image_size)
     result = []
@@ -107,8 +116,8 @@ def stages(
         grids = []
         for block in range(depth):
             shift = (0, 0) if block % 2 == 0 else _shift(config, index, (height, width), window, always_partition)
-            grids.append(WindowGrid(height, width, window, shift, config.semantics == "timm", tokens_first))
-        result.append(Stage(height, width, tuple(grids)))
+            grids.append(WindowGrid(height, width, window, shift, config.framework == "timm", tokens_first))
+        result.append(StageGrids(height, width, tuple(grids)))
         height, width = -(-height // 2), -(-width // 2)
     return tuple(result)
 
@@ -116,29 +125,29 @@ def stages(
 def _shift(
     config: SwinConfig, stage: int, grid: tuple[int, int], window: tuple[int, int], always_partition: bool
 ) -> tuple[int, int]:
-    """The cyclic shift of an odd block, by the rules of config.semantics (all read in the sources)."""
+    """The cyclic shift of an odd block, by the rules of config.framework (from the source of each)."""
     half = config.window_size[stage] // 2
-    if config.semantics == "timm":  # by each axis, decided from the configured image
+    if config.framework == "timm":  # each axis by the configured image
         rows, columns = (-(-side // 2**stage) for side in config.grid())
         return (0 if rows <= window[0] else half), (0 if columns <= window[1] else half)
-    if config.semantics == "torchvision":  # by each axis, on the padded map
+    if config.framework == "torchvision":  # each axis by the padded map
         down, right = (-(-side // part) * part for side, part in zip(grid, window, strict=True))
         return (0 if window[0] >= down else half), (0 if window[1] >= right else half)
-    if config.semantics == "hf" and config.version == 2:
-        # Decided from the height of the configured image, whatever the size at run time.
+    if config.framework == "hf" and config.version == 2:
+        # By the height of the configured image, regardless of the size at run time.
         return (0, 0) if config.image_size[0] // config.patch_size[0] >> stage <= window[0] else (half, half)
-    if config.semantics == "hf" and always_partition:
+    if config.framework == "hf" and always_partition:
         return half, half
-    # By the shorter side, for both axes. Where it is even shorter than the window, transformers' V1 fails, because its
-    # position table stays as large as the window; here the map is padded up to one window, as V2 and the backbone do it.
+    # Both axes by the shorter side. If that is shorter than the window, transformers' V1 fails, because its position table
+    # stays as large as the window. Here the map is padded to one window, as in V2 and the backbone.
     return (0, 0) if min(grid) <= min(window) else (half, half)
 
 
-def gather(source: Index, target: Index) -> Index | None:
-    """[len(target)]: where to fetch each place of `target` from, in a stream that stands in `source` order.
+def gather_index(source: Index, target: Index) -> Index | None:
+    """Return [len(target)]: the index that gathers tokens from `source` order into `target` order.
 
-    Both hold row-major positions. Padding places are fetched from place 0: what they hold does not matter, because
-    whoever reads padding zeroes it first (see `keep`). None when the stream already stands in that order.
+    Both hold row-major positions. Padding is gathered from place 0; its value does not matter, because it is zeroed before
+    use (see `padding_mask`). None if both orders are equal.
     """
     if np.array_equal(source, target):
         return None
@@ -148,18 +157,18 @@ def gather(source: Index, target: Index) -> Index | None:
     return np.where(target == PAD, 0, place[target])
 
 
-def keep(order: Index) -> NDArray[np.float32] | None:
-    """[len(order), 1, 1]: 1 for real tokens and 0 for padding; None when there is no padding."""
+def padding_mask(order: Index) -> NDArray[np.float32] | None:
+    """Return [len(order), 1, 1]: 1 for real tokens and 0 for padding. None without padding."""
     if (order != PAD).all():
         return None
     return np.asarray(order != PAD, dtype=np.float32)[:, None, None]
 
 
-def merge_order(stage: Stage, target: Index) -> Index:
-    """[len(target), 4]: the row-major positions in `stage` of the 2 x 2 neighbours behind each merged token.
+def merge_order(stage: StageGrids, target: Index) -> Index:
+    """Return [len(target), 4]: the row-major positions in `stage` of the 2 x 2 neighbours that become each merged token.
 
-    Their order is (row 0, column 0), (row 1, column 0), (row 0, column 1), (row 1, column 1), as in every
-    implementation; PAD beyond an odd edge, and for all four of a padding token.
+    Their order is (row 0, column 0), (row 1, column 0), (row 0, column 1), (row 1, column 1), as in every implementation.
+    PAD beyond an odd edge, and for all four of a padding token.
     """
     columns = -(-stage.width // 2)
     row, column = np.divmod(target, columns)
@@ -174,7 +183,7 @@ def merge_order(stage: Stage, target: Index) -> Index:
 
 
 def relative_position_index(window: tuple[int, int]) -> Index:
-    """[tokens, tokens]: the row of the relative position table for each query and key of a window."""
+    """Return [tokens, tokens]: the row of the relative position table for each query and key of a window."""
     row, column = np.divmod(np.arange(window[0] * window[1]), window[1])
     down = row[:, None] - row[None, :] + window[0] - 1
     right = column[:, None] - column[None, :] + window[1] - 1
@@ -182,7 +191,7 @@ def relative_position_index(window: tuple[int, int]) -> Index:
 
 
 def relative_coordinates(window: tuple[int, int], pretrained_window: int) -> NDArray[np.float32]:
-    """[(2 * height - 1) * (2 * width - 1), 2]: Swin V2's log-spaced coordinates, in float32 as the reference has them."""
+    """Return [(2 * height - 1) * (2 * width - 1), 2]: Swin V2's log-spaced coordinates, computed in float32 as elsewhere."""
     lines = [np.arange(-(side - 1), side, dtype=np.float32) for side in window]
     table = np.stack(np.meshgrid(*lines, indexing="ij"), axis=-1).reshape(-1, 2)
     for axis, side in enumerate(window):

@@ -24,7 +24,7 @@ from cli.exported import cli_here, contents, refused, result  # noqa: E402
 import swin_deploy  # noqa: E402
 from swin_deploy.bundle import Bundle  # noqa: E402
 from swin_deploy.exporters.quantization.qdq import linear_layers  # noqa: E402
-from swin_deploy.models.checkpoints.layouts import canonical_layers  # noqa: E402
+from swin_deploy.models.checkpoints.state_dict_names import CanonicalStateDict  # noqa: E402
 from swin_deploy.parity import sqnr  # noqa: E402
 from swin_deploy.qat_ranges import RANGES, Ranges, modules_of  # noqa: E402
 
@@ -77,7 +77,7 @@ def layer_of(model: Any, canonical: str) -> str:
     [name] = [
         name
         for name, module in model.named_modules()
-        if hasattr(module, "quant") and canonical_layers(name, "hf") == (canonical,)
+        if hasattr(module, "quant") and CanonicalStateDict("hf", {}, {}).layers(name) == (canonical,)
     ]
     return str(name)
 

@@ -13,23 +13,23 @@ import pytest
 import torch
 
 from swin_deploy.errors import CheckpointError
-from swin_deploy.models.checkpoints.base import LazyTensors, fitted
-from swin_deploy.models.checkpoints.recognise import Source, open_source
+from swin_deploy.models.checkpoints.base import LazyTensors, tensors_for_task
+from swin_deploy.models.checkpoints.recognise import RecognisedCheckpoint, recognise_checkpoint
 from swin_deploy.tasks import TaskSpec
 
 DATA = Path(__file__).parent / "data"
 
 
-def check(source: Source, task: str) -> LazyTensors:
+def check(source: RecognisedCheckpoint, task: str) -> LazyTensors:
     """The tensors of `source` that `task` needs; raises as an export does when they are not complete."""
     config = dataclasses.replace(source.config, patch_norm=source.patch_norm)
-    return fitted(config, TaskSpec(task), source.shapes, source.tensors, str(source.path))
+    return tensors_for_task(config, TaskSpec(task), source.shapes, source.tensors, str(source.path))
 
 
 class Case(NamedTuple):
     """What a checkpoint is recognised as. Every one has 4x4 patches and, if it classifies, 10 classes."""
 
-    system: str
+    writer: str
     task: str
     version: int
     image_size: tuple[int, int]
@@ -90,7 +90,7 @@ def state_dict(case: str) -> dict[str, Any]:
 def refused(path: Path, sentence: str, error: type[Exception] = CheckpointError) -> None:
     """Opening `path` ends in `error`, and its sentence matches."""
     with pytest.raises(error, match=sentence):
-        open_source(path)
+        recognise_checkpoint(path)
 
 
 def write_zip(path: Path, entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> None:

@@ -64,7 +64,7 @@ def test_no_pickle_runs_code(
 def test_no_plain_pickle_runs_code(protocol: int, tmp_path: Path) -> None:
     made = tmp_path / "ran"
     (tmp_path / "a.bin").write_bytes(pickle.dumps(Call(os.system, f"touch {made}"), protocol))
-    sentences = {0: "is no checkpoint: expected", 1: "is no checkpoint: expected", 2: "system, which weights do not need"}
+    sentences = {0: "is not a checkpoint. Expected", 1: "is not a checkpoint. Expected", 2: "system, which weights do not need"}
     refused(tmp_path / "a.bin", sentences.get(protocol, f"was saved with pickle protocol {protocol}, and torch loads only"))
     assert not made.exists()
     pickle.loads((tmp_path / "a.bin").read_bytes())  # which would have run it
@@ -104,7 +104,7 @@ def test_a_pickled_module_is_no_state_dict(tmp_path: Path) -> None:
         (b"\x80\x02Nr\xff\xff\xff\xff.", "holds no tensors by name"),  # C's unpickler would make room for 4 billion
         (b"\x80\x02X\xff\xff\xff\xffab.", "expected 4294967295 bytes in a unicodestring4"),
         (b"\x80\x02\x8d\xff\xff\xff\xff\xff\xff\xff\x7fab.", "is truncated or damaged"),
-        (b"\x80\x02" + b"(" * 100_000 + b"." + b"0" * 9, "is truncated or damaged"),
+        (b"\x80\x02" + b"(" * 20_000 + b"." + b"0" * 9, "is truncated or damaged"),
         (b"\x80\x02)" + b"\x862" * 60 + b"Ks.", "cannot be read as what torch.save writes"),
         (b"\x80\x02}K\x01" + b"2\x86" * 60 + b"Ns.", "Unsupported operand 50"),  # DUP: a key with 2**60 leaves
         (b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.", r"asks for builtins\.bytearray"),  # of 2 GiB
@@ -174,12 +174,12 @@ def test_hdf5_that_reaches_out_of_its_file(tmp_path: Path) -> None:
     secret.write_bytes(bytes(4096))
     with h5py.File(path, "w") as file:
         file.create_dataset("a", (1024,), "f4", external=[(str(secret), 0, 4096)])
-    refused(path, "a lies in another file")
+    refused(path, "a is stored in another file")
     with h5py.File(path, "w") as file:
         layout = h5py.VirtualLayout((16,), "f4")
         layout[:] = h5py.VirtualSource(str(secret), "a", (16,))
         file.create_virtual_dataset("a", layout)
-    refused(path, "a lies in another file")
+    refused(path, "a is stored in another file")
     with h5py.File(path, "w") as file:
         file.create_dataset("a", (1 << 40,), "f4", chunks=(1 << 20,))
     refused(path, r"a claims shape \[1099511627776\], and the file holds 0 bytes for it")

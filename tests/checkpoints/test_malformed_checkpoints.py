@@ -19,7 +19,7 @@ from checkpoint_cases import DATA, check, refused, state_dict, tensor_pickle, wr
 from safetensors.torch import load_file, save_file
 
 from swin_deploy.errors import CheckpointError, MissingDependencyError
-from swin_deploy.models.checkpoints.recognise import open_source
+from swin_deploy.models.checkpoints.recognise import recognise_checkpoint
 
 HF = DATA / "hf523__SwinForImageClassification__nonsquare_72x56"
 TF = DATA / "tf434__TFSwinForMaskedImageModeling__basic"
@@ -49,9 +49,9 @@ def test_truncated(name: str, kept: float, tmp_path: Path) -> None:
     data = bytes_of(name)
     (tmp_path / name).write_bytes(data[: int(kept if kept >= 1 else kept * len(data))])
     with pytest.raises(CheckpointError) as error:
-        open_source(tmp_path / name)
+        recognise_checkpoint(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
-    assert "fetch it again" in str(error.value).lower() or "is no checkpoint" in str(error.value)
+    assert "fetch it again" in str(error.value).lower() or "is not a checkpoint" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "zip.pth", "legacy.pth"])
@@ -68,7 +68,7 @@ def test_flipped_bytes_end_in_a_sentence_or_in_tensors(name: str, tmp_path: Path
             changed[at % len(data)] = rng.randrange(256)
         (tmp_path / name).write_bytes(changed)
         try:
-            source = open_source(tmp_path / name)
+            source = recognise_checkpoint(tmp_path / name)
             for key in source.tensors:
                 source.tensors[key]
         except CheckpointError:
@@ -103,7 +103,7 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
         path.write_bytes(content)
         refused(path, sentence)
     (tmp_path / "a.pth").write_bytes(b"\x08\x07onnx")
-    refused(tmp_path / "a.pth", "is no checkpoint: expected safetensors, a file that torch.save wrote, or HDF5")
+    refused(tmp_path / "a.pth", "is not a checkpoint. Expected safetensors, a file of torch.save, or HDF5")
     refused(tmp_path / "absent", "does not exist")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "holds no weights")
@@ -144,14 +144,14 @@ def test_missing_and_unexpected_tensors(tmp_path: Path) -> None:
         return folder
 
     some = {name: tensor for name, tensor in weights.items() if ".query." not in name}
-    source = open_source(saved(some))
+    source = recognise_checkpoint(saved(some))
     with pytest.raises(CheckpointError, match=r"lacks 8 of the 79 parameters that its config asks for: encoder\.layers\.0"):
         check(source, "image-classification")
     saved(weights | {"swin.encoder.layers.0.blocks.0.attention.self.query.gate": torch.zeros(1)})
     refused(folder, "holds 1 tensors that no Swin has: swin.encoder.layers.0.blocks.0.attention.self.query.gate")
     saved(weights | {"layernorm.weight": torch.zeros(32)})
     refused(folder, "holds layernorm.weight twice, as ")
-    source = open_source(saved(weights | {"swin.layernorm.weight": torch.zeros(33)}))
+    source = recognise_checkpoint(saved(weights | {"swin.layernorm.weight": torch.zeros(33)}))
     with pytest.raises(CheckpointError, match=r"layernorm.weight has shape \[33\], but the config asks for \[32\]"):
         check(source, "image-classification")
 
@@ -169,7 +169,7 @@ def test_numbers_that_are_none(value: float, tmp_path: Path) -> None:
     weights = state_dict(STRIP)
     weights["head.bias"][3] = value
     torch.save(weights, tmp_path / "a.pth")
-    source = open_source(tmp_path / "a.pth")
+    source = recognise_checkpoint(tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=r"head.bias holds NaN or infinity"):
         source.tensors["classifier.bias"]
 
@@ -185,7 +185,7 @@ def test_numbers_that_are_none(value: float, tmp_path: Path) -> None:
         ({"depths": [10**9, 2]}, "has 79 tensors for 1000000002 blocks in its config"),
         ({"depths": [1] * 100_000}, "100000 stages, which no Swin has"),
         ({"id2label": None, "num_labels": 10**12}, "1000000000000 labels"),
-        ({"out_features": ["stage2"], "out_indices": [1]}, "out_features names stage2, and out_indices .* are other ones"),
+        ({"out_features": ["stage2"], "out_indices": [1]}, "out_features names stage2, but out_indices .* name others"),
     ],
 )
 def test_configs_that_are_refused(config: dict[str, Any], sentence: str, tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_configs_that_are_refused(config: dict[str, Any], sentence: str, tmp_pat
 )
 def test_other_networks_are_named(name: str, shape: tuple[int, ...], what: str, tmp_path: Path) -> None:
     torch.save({"state_dict": state_dict(STRIP) | {name: torch.zeros(shape)}}, tmp_path / "a.pth")
-    refused(tmp_path / "a.pth", f"is {what}.* swin-deploy takes image encoders and classifiers of Swin V1 and V2")
+    refused(tmp_path / "a.pth", f"is {what}.* swin-deploy supports image encoders and classifiers of Swin V1 and V2")
 
 
 def test_a_network_that_nothing_names(tmp_path: Path) -> None:

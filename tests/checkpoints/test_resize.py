@@ -22,7 +22,7 @@ from swin_deploy.bundle import Bundle  # noqa: E402
 from swin_deploy.cli import cli  # noqa: E402
 from swin_deploy.errors import SwinDeployError, UsageError  # noqa: E402
 from swin_deploy.exporters.checkpoint_from_request import checkpoint_from_request  # noqa: E402
-from swin_deploy.models.checkpoints import Checkpoint, checkpoint_from_path, random_checkpoint, with_windows  # noqa: E402
+from swin_deploy.models.checkpoints import Checkpoint, checkpoint_from_path, random_checkpoint, resize_windows  # noqa: E402
 from swin_deploy.models.swin import SwinNetwork  # noqa: E402
 from swin_deploy.specs import ExportSpec  # noqa: E402
 from swin_deploy.tasks import PIXELS, TaskSpec  # noqa: E402
@@ -36,9 +36,9 @@ HF_V1 = DATA / "hf523__SwinForImageClassification__sharded"
 HF_V2 = DATA / "hf523__Swinv2ForImageClassification__pad_50x66"
 
 CASES = [
-    pytest.param(MICROSOFT, "microsoft/6", (6,), None, "by bicubic interpolation, as Microsoft's code does it", id="microsoft"),
+    pytest.param(MICROSOFT, "microsoft/6", (6,), None, "by bicubic interpolation, as in Microsoft's code", id="microsoft"),
     *(
-        pytest.param(TIMM_V1, f"timm_v1/{window}", (window,), None, "as timm does it", id=f"timm V1 window {window}")
+        pytest.param(TIMM_V1, f"timm_v1/{window}", (window,), None, "as in timm", id=f"timm V1 window {window}")
         for window in (3, 6, 8)
     ),
     pytest.param(TIMM_V2, "timm_v2/4", (4,), None, "divided by the new windows", id="timm V2 window 4"),
@@ -79,29 +79,18 @@ def test_as_its_own_system_does_it(
     assert distance(logits(checkpoint, pixels), wanted) < 1e-5
 
 
-@pytest.mark.parametrize(("path", "key", "windows", "pretrained", "said"), [CASES[number] for number in (0, 2, 6)])
-def test_so_does_its_exported_graph(
-    path: Path,
-    key: str,
-    windows: tuple[int, ...],
-    pretrained: tuple[int, ...] | None,
-    said: str,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """The whole chain: asked for in an export, said while it runs, kept in the bundle, and right in ONNX Runtime."""
+def test_exported_graph_computes_the_same(tmp_path: Path) -> None:
+    """Timm's V2 with other windows through the command line: printed, kept in the bundle, and right in ONNX Runtime."""
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    pixels, wanted = recorded(key)
-    caplog.set_level("INFO", "swin_deploy")
-    bundle = swin_deploy.export(
-        weights=path,
-        window_size=windows,
-        pretrained_window_sizes=pretrained,
-        image_sizes=[(pixels.shape[2], pixels.shape[3])],
-        output=tmp_path / "bundle",
-    )
-    assert any(re.search(said, line) for line in caplog.messages)
-    assert any(re.search(said, note) for note in bundle.manifest["notes"])
+    pixels, wanted = recorded("timm_v2/6_8")
+    ask = ["export", "--weights", str(TIMM_V2), "-o", str(tmp_path / "bundle"), "--image-size", "{2}x{3}".format(*pixels.shape)]
+    done = CliRunner().invoke(cli, [*ask, "--window-size", "6,6", "--pretrained-window-sizes", "8"])
+    assert done.exit_code == 0, done.output
+    assert "to window 6" in done.output
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert any("divided by the pretrained [8, 8]" in note for note in bundle.manifest["notes"])
+    config = bundle.read_json("config.json")
+    assert (config["window_size"], config["pretrained_window_sizes"]) == (6, [8, 8])
     with swin_deploy.load(bundle.path, precision="fp32") as model:
         assert distance(model.run({PIXELS: pixels})["logits"], wanted) < 1e-5
 
@@ -111,7 +100,7 @@ def test_v2_as_transformers_computes_it_anew(pretrained: tuple[int, ...] | None)
     transformers = pytest.importorskip("transformers", reason="transformers is the reference")
     changed = {"window_size": 8} | ({"pretrained_window_sizes": list(pretrained)} if pretrained else {})
     reference = transformers.Swinv2ForImageClassification.from_pretrained(HF_V2, **changed).eval()
-    checkpoint = with_windows(checkpoint_from_path(HF_V2, TaskSpec()), window_size=(8,), pretrained_window_sizes=pretrained)
+    checkpoint = resize_windows(checkpoint_from_path(HF_V2, TaskSpec()), window_size=(8,), pretrained_window_sizes=pretrained)
     pixels = np.random.default_rng(3).standard_normal((2, 3, 64, 64), dtype=np.float32)
     with torch.no_grad():
         wanted = reference(torch.from_numpy(pixels)).logits.numpy()
@@ -122,7 +111,7 @@ def test_v2_as_transformers_computes_it_anew(pretrained: tuple[int, ...] | None)
 
 def test_what_transformers_reads_of_a_resized_checkpoint_is_what_was_built() -> None:
     transformers = pytest.importorskip("transformers", reason="transformers reads the config")
-    checkpoint = with_windows(checkpoint_from_path(HF_V1, TaskSpec()), window_size=(8,), image_size=(64, 64))
+    checkpoint = resize_windows(checkpoint_from_path(HF_V1, TaskSpec()), window_size=(8,), image_size=(64, 64))
     assert checkpoint.raw_config is not None
     config = transformers.SwinConfig.from_dict(dict(checkpoint.raw_config))
     assert (config.window_size, config.image_size) == (8, 64)
@@ -134,15 +123,15 @@ def test_what_transformers_reads_of_a_resized_checkpoint_is_what_was_built() -> 
 
 def test_the_same_windows_change_nothing() -> None:
     checkpoint = checkpoint_from_path(HF_V1, TaskSpec())
-    assert with_windows(checkpoint, window_size=checkpoint.config.window_size) is checkpoint
+    assert resize_windows(checkpoint, window_size=checkpoint.config.window_size) is checkpoint
 
 
 def test_refusals() -> None:
     checkpoint = checkpoint_from_path(HF_V1, TaskSpec())
     with pytest.raises(UsageError, match="3 window sizes were given for 2 stages"):
-        with_windows(checkpoint, window_size=(4, 4, 4))
-    with pytest.raises(UsageError, match="are Swin V2's"):
-        with_windows(checkpoint, window_size=(4,), pretrained_window_sizes=(8,))
+        resize_windows(checkpoint, window_size=(4, 4, 4))
+    with pytest.raises(UsageError, match="only Swin V2 has pretrained window sizes"):
+        resize_windows(checkpoint, window_size=(4,), pretrained_window_sizes=(8,))
 
 
 def test_a_variant_by_name_resizes_the_weights_that_are_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -157,15 +146,6 @@ def test_a_variant_by_name_resizes_the_weights_that_are_given(tmp_path: Path, ca
     table = "encoder.layers.{}.blocks.0.attention.self.relative_position_bias_table"
     assert checkpoint.tensors[table.format(2)].shape == (27**2, 12)
     assert torch.equal(checkpoint.tensors[table.format(3)], small.tensors[table.format(3)])
-
-
-def test_command_line(tmp_path: Path) -> None:
-    ask = ["export", "--weights", str(HF_V2), "-o", str(tmp_path / "bundle")]
-    done = CliRunner().invoke(cli, [*ask, "--window-size", "8,8,4", "--pretrained-window-sizes", "4"])
-    assert done.exit_code == 0, done.output
-    assert "from window 4 to windows 8, 8, 4" in done.output
-    config = Bundle.open(tmp_path / "bundle").read_json("config.json")
-    assert (config["window_size"], config["pretrained_window_sizes"]) == ([8, 8, 4], [4, 4, 4])
 
 
 @pytest.mark.parametrize("windows", ["8x8", "8,", "0", "4,4"])

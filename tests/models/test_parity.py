@@ -420,7 +420,7 @@ def test_backbone_has_no_classifier(version: int, tmp_path: Path) -> None:
 def test_bare_model_has_no_classifier(folder: Path) -> None:
     transformers.SwinModel(transformers.SwinConfig(**TINY)).save_pretrained(folder)
     assert "has no classifier" in (message := refusal(folder))
-    assert "another --task may suit this one" in message
+    assert "Choose another --task for this one" in message
     assert "layernorm.weight" in checkpoint_from_path(folder, TaskSpec("feature-extraction")).tensors
 
 

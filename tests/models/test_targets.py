@@ -173,9 +173,9 @@ def test_openvino_computes_attention_as_one_kernel(version: int, tmp_path: Path)
 
 
 def test_masked_scores_leave_no_denormal_numbers() -> None:
-    for version, semantics in ((1, "hf"), (1, "timm"), (2, "hf")):
+    for version, framework in ((1, "hf"), (1, "timm"), (2, "hf")):
         mask = shift_mask(
-            SwinConfig(**{"version": version, **FIELDS, "semantics": semantics}), WindowGrid(8, 8, (4, 4), (2, 2))
+            SwinConfig(**{"version": version, **FIELDS, "framework": framework}), WindowGrid(8, 8, (4, 4), (2, 2))
         )
         assert mask is not None
         assert np.exp(mask.min().numpy()) == 0

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="the reference for window order is t
 from swin_deploy.config import SwinConfig  # noqa: E402
 from swin_deploy.errors import UsageError  # noqa: E402
 from swin_deploy.models import windows  # noqa: E402
-from swin_deploy.models.windows import PAD, Stage, WindowGrid  # noqa: E402
+from swin_deploy.models.windows import PAD, StageGrids, WindowGrid  # noqa: E402
 
 # height, width, window, shift: whole windows, padding on one side, on both, one window, wide and tall
 GRIDS = [
@@ -46,7 +46,7 @@ def test_order_is_pad_roll_partition(height: int, width: int, window: int, shift
     expected = partition(rolled, window) - 1
     assert grid.padded == tuple(padded.shape[1:3])
     assert (grid.windows, grid.tokens_per_window) == tuple(expected.shape[:2])
-    assert grid.order().tolist() == expected.T.flatten().tolist()  # token by token, not window by window
+    assert grid.order().tolist() == expected.permute(2, 1, 0).flatten().tolist()  # token by token, not window by window
 
 
 @pytest.mark.parametrize("version", ["swin", "swinv2"])
@@ -78,7 +78,7 @@ def test_merge_order_is_pad_slice_concatenate(height: int, width: int, window: i
     padded = torch.nn.functional.pad(merged, (0, 0, 0, -columns % window, 0, -rows % window))
     expected = partition(torch.roll(padded, (-shift, -shift), (1, 2)), window).transpose(0, 1).reshape(-1, 4) - 1
     target = square(rows, columns, window, shift).order()
-    assert windows.merge_order(Stage(height, width, ()), target).tolist() == expected.tolist()
+    assert windows.merge_order(StageGrids(height, width, ()), target).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 8, 12])
@@ -111,7 +111,7 @@ def attention(window: int, pretrained: int) -> SimpleNamespace:
 @pytest.mark.parametrize(("source", "target"), [(a, b) for a in GRIDS[:6] for b in GRIDS[:6] if a[:2] == b[:2]])
 def test_gather_fetches_every_real_token(source: tuple[int, int, int, int], target: tuple[int, int, int, int]) -> None:
     before, after = square(*source).order(), square(*target).order()
-    index = windows.gather(before, after)
+    index = windows.gather_index(before, after)
     if index is None:
         assert np.array_equal(before, after)
         return
@@ -123,14 +123,14 @@ def test_gather_fetches_every_real_token(source: tuple[int, int, int, int], targ
 
 def test_gather_is_none_where_nothing_moves() -> None:
     order = square(8, 8, 4, 2).order()
-    assert windows.gather(order, order.copy()) is None
-    assert windows.gather(np.arange(64), square(8, 8, 8, 0).order()) is None  # one window
+    assert windows.gather_index(order, order.copy()) is None
+    assert windows.gather_index(np.arange(64), square(8, 8, 8, 0).order()) is None  # one window
 
 
 def test_keep_marks_padding() -> None:
-    assert windows.keep(square(8, 8, 4, 2).order()) is None
+    assert windows.padding_mask(square(8, 8, 4, 2).order()) is None
     order = square(3, 5, 4, 0).order()
-    keep = windows.keep(order)
+    keep = windows.padding_mask(order)
     assert keep is not None
     assert keep.shape == (len(order), 1, 1)
     assert keep.sum() == 15
@@ -144,7 +144,7 @@ def config(version: int, **fields: Any) -> SwinConfig:
 
 
 def test_v1_shift_is_dropped_where_the_shorter_side_is_one_window() -> None:
-    first, second = windows.stages(config(1, image_size=(32, 64)), (32, 64))
+    first, second = windows.stage_grids(config(1, image_size=(32, 64)), (32, 64))
     assert [grid.shift for grid in first.grids] == [(0, 0), (2, 2)]
     assert (second.height, second.width) == (4, 8)
     assert [(grid.window, grid.shift) for grid in second.grids] == [((4, 4), (0, 0))] * 2
@@ -152,7 +152,7 @@ def test_v1_shift_is_dropped_where_the_shorter_side_is_one_window() -> None:
 
 def test_v1_map_below_its_window_is_padded_up_to_one() -> None:
     """transformers fails there, because its position table stays as large as the window."""
-    _, second = windows.stages(config(1, image_size=(64, 64)), (24, 64))
+    _, second = windows.stage_grids(config(1, image_size=(64, 64)), (24, 64))
     assert (second.height, second.width) == (3, 8)
     assert [(grid.window, grid.shift, grid.padded) for grid in second.grids] == [((4, 4), (0, 0), (4, 8))] * 2
 
@@ -177,23 +177,23 @@ def test_order_of_windows_with_two_sides(
     expected = split.permute(0, 2, 1, 3).reshape(-1, window[0] * window[1]) - 1
     assert grid.padded == (rows, columns)
     assert (grid.windows, grid.tokens_per_window) == tuple(expected.shape)
-    assert grid.order().tolist() == expected.T.flatten().tolist()
+    assert grid.order().tolist() == expected.permute(2, 1, 0).flatten().tolist()
 
 
 def test_v2_window_and_shift_come_from_the_configured_height() -> None:
     asked = config(2, image_size=(32, 64), window_size=(6, 6))
     for size in ((32, 64), (16, 16), (80, 80)):
-        first, second = windows.stages(asked, size)
+        first, second = windows.stage_grids(asked, size)
         assert [(grid.window, grid.shift) for grid in first.grids] == [((6, 6), (0, 0)), ((6, 6), (3, 3))]
         assert [(grid.window, grid.shift) for grid in second.grids] == [((4, 4), (0, 0))] * 2
 
 
 def test_odd_maps_grow_when_they_are_halved() -> None:
-    found = windows.stages(config(1, depths=(1, 1, 1), image_size=(52, 44), window_size=(2, 2, 2)), (52, 44))
+    found = windows.stage_grids(config(1, depths=(1, 1, 1), image_size=(52, 44), window_size=(2, 2, 2)), (52, 44))
     assert [(stage.height, stage.width) for stage in found] == [(13, 11), (7, 6), (4, 3)]
 
 
 def test_an_image_smaller_than_a_patch_is_nothing_to_torchvision() -> None:
     with pytest.raises(UsageError, match=r"1x64 pixels is smaller than a patch of \(4, 4\)"):
-        SwinConfig(version=1, semantics="torchvision").grid((1, 64))
+        SwinConfig(version=1, framework="torchvision").grid((1, 64))
     assert SwinConfig(version=1).grid((1, 64)) == (1, 16)

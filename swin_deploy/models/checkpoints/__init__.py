@@ -1,17 +1,18 @@
-"""Reads checkpoints: whatever wrote the weights, what comes out is one Checkpoint with canonical parameter names."""
+"""Loads checkpoints of any supported framework as one `Checkpoint` with canonical parameter names."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 
-from swin_deploy.models.checkpoints.base import Checkpoint as Checkpoint
-from swin_deploy.models.checkpoints.base import fitted
-from swin_deploy.models.checkpoints.base import random_checkpoint as random_checkpoint
-from swin_deploy.models.checkpoints.hub import folder_from_hub
-from swin_deploy.models.checkpoints.recognise import open_source
-from swin_deploy.models.checkpoints.resize import with_windows as with_windows
 from swin_deploy.tasks import TaskSpec
+
+from .base import Checkpoint as Checkpoint
+from .base import random_checkpoint as random_checkpoint
+from .base import tensors_for_task
+from .recognise import recognise_checkpoint
+from .resize import resize_windows as resize_windows
+from .weight_files import folder_from_hub
 
 
 def checkpoint_from_path(
@@ -19,30 +20,42 @@ def checkpoint_from_path(
     task: TaskSpec,
     *,
     image_size: tuple[int, int] | None = None,
-    semantics: str | None = None,
+    framework: str | None = None,
     source: str | None = None,
 ) -> Checkpoint:
-    """The checkpoint at `path`, a folder or a file, as `task` needs it; its tensors are read one by one.
+    """Open a checkpoint file or folder. Its tensors are read one by one, when they are used.
 
-    What wrote it is recognised. `image_size` (height, width in pixels) counts where the checkpoint itself does not tell for
-    which size it was made; `semantics` replaces the rules of the system that wrote it. Raises CheckpointError.
+    Args:
+        path: A folder or a weight file of transformers, timm, Microsoft's code, torchvision or TensorFlow.
+        task: The task whose parameters are needed.
+        image_size: (height, width) in pixels, used if the checkpoint does not contain its own.
+        framework: Use the window rules of this framework instead of those of the framework that wrote the checkpoint.
+        source: Where the checkpoint comes from, for the manifest. Default: `path`.
+
+    Raises:
+        CheckpointError: The files are damaged, hold another network, or lack parameters of the task.
     """
-    found = open_source(path, image_size)
-    config = dataclasses.replace(found.config, patch_norm=found.patch_norm, semantics=semantics or found.semantics)
+    found = recognise_checkpoint(path, image_size)
+    config = dataclasses.replace(found.config, patch_norm=found.patch_norm, framework=framework or found.framework)
     return Checkpoint(
         config=config,
-        tensors=fitted(config, task, found.shapes, found.tensors, str(path)),
+        tensors=tensors_for_task(config, task, found.shapes, found.tensors, str(path)),
         source=source or str(path),
-        raw_config=found.raw_config if found.system in ("hf", "tf") else None,
-        preprocessor=found.preprocessor if found.system in ("hf", "tf") else None,
+        raw_config=found.raw_config if found.writer in ("hf", "tf") else None,
+        preprocessor=found.preprocessor if found.writer in ("hf", "tf") else None,
         notes=found.notes,
         ranges=found.ranges,
     )
 
 
 def checkpoint_from_hub(
-    repo_id: str, task: TaskSpec, *, image_size: tuple[int, int] | None = None, semantics: str | None = None
+    repo_id: str, task: TaskSpec, *, image_size: tuple[int, int] | None = None, framework: str | None = None
 ) -> Checkpoint:
-    """The checkpoint of a Hugging Face repository, from the local cache when it is there, else downloaded into it."""
+    """Open a checkpoint of the Hugging Face hub. It is downloaded unless the local cache has it.
+
+    Args:
+        repo_id: Repository, such as "microsoft/swin-tiny-patch4-window7-224".
+        task: As in `checkpoint_from_path`, like the other arguments.
+    """
     folder = folder_from_hub(repo_id)
-    return checkpoint_from_path(folder, task, image_size=image_size, semantics=semantics, source=repo_id)
+    return checkpoint_from_path(folder, task, image_size=image_size, framework=framework, source=repo_id)

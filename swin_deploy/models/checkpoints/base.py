@@ -1,10 +1,11 @@
-"""Checkpoint: a config and its tensors under canonical names, read one by one when they are asked for."""
+"""The data types that checkpoint loading passes around: stored tensors, lazy state dicts and the final `Checkpoint`."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,22 +17,43 @@ from swin_deploy.models.parameters import POSITIONS, Shape, parameters, random_p
 from swin_deploy.qat_ranges import Ranges
 from swin_deploy.tasks import TaskSpec
 
+FLOATING = ("float32", "float16", "bfloat16", "float64")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, which `read` loads. `dtype` is its torch type without "torch."."""
+
+    shape: Shape
+    dtype: str
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """The tensors of one file or of all shards, under the names in the file."""
+
+    path: Path  # the file, or the folder of the shards
+    tensors: Mapping[str, Stored]
+    tensorflow: bool = False  # names and axes are those of TensorFlow
+    extras: Mapping[str, Any] = field(default_factory=dict)  # what a training script saved beside the weights
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a network is made from. `tensors` are float32, complete and of the right shapes; `source` says whence."""
+    """Everything needed to build a network. `tensors` are complete, in float32 and of the right shapes."""
 
     config: SwinConfig
     tensors: Mapping[str, Tensor]
-    source: str
+    source: str  # path, repository or description, for the manifest
     raw_config: Mapping[str, Any] | None = None  # config.json as found, kept so that nothing in it is lost
     preprocessor: Mapping[str, Any] | None = None  # preprocessor_config.json as found
-    notes: tuple[str, ...] = ()  # what the checkpoint does not tell and was assumed
-    ranges: Ranges | None = None  # its own quantisation ranges
+    notes: tuple[str, ...] = ()  # assumptions about what the checkpoint does not contain
+    ranges: Ranges | None = None  # QAT ranges
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by canonical name; `read(name)` fetches one, and only when it is asked for."""
+    """Tensors by canonical name. `read(name)` is called at each access."""
 
     def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
         self._names, self._read = dict.fromkeys(names), read
@@ -49,28 +71,38 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def random_checkpoint(config: SwinConfig, task: TaskSpec, seed: int = 0) -> Checkpoint:
-    """A checkpoint of random weights, reproducible from `seed`: for measuring and testing, not for predicting."""
+    """Create a checkpoint of random weights that `seed` reproduces. Use it for measurements and tests only."""
     shapes = parameters(config, task)
     tensors = LazyTensors(shapes, lambda name: torch.from_numpy(random_parameter(name, shapes[name], seed)))
     return Checkpoint(config, tensors, source=f"random weights, seed {seed}")
 
 
-def fitted(
+def tensors_for_task(
     config: SwinConfig, task: TaskSpec, found: Mapping[str, Shape], tensors: Mapping[str, Tensor], where: str
 ) -> LazyTensors:
-    """`tensors` as `task` needs them: exactly its parameters, of the right shapes.
+    """Select exactly the parameters that `task` uses, and check their shapes.
 
-    `found` holds canonical name -> shape of all that is in the file. The norms of a V1 backbone's feature maps, which only
-    backbones are saved with, start at 1 and 0 where they are absent, as in transformers. Raises CheckpointError.
+    The feature-map norms of a V1 backbone are saved only by backbones. If they are absent they become 1 and 0, as in
+    transformers.
+
+    Args:
+        config: The architecture.
+        task: The task.
+        found: Canonical name -> shape of every tensor in the file.
+        tensors: The tensors themselves.
+        where: The file, for error messages.
+
+    Raises:
+        CheckpointError: Parameters are missing, unexpected, or of another shape.
     """
     expected = parameters(config, task)
     absent = [name for name in expected if name not in found and name.startswith("hidden_states_norms.")]
     missing = [name for name in expected if name not in found and name not in absent]
     if missing and all(name.split(".")[0] in HEADS or name == "embeddings.mask_token" for name in missing):
-        part, remedy = HEADS.get(missing[-1].split(".")[0], ("mask token", "masked image modelling"))
+        part, purpose = HEADS.get(missing[-1].split(".")[0], ("mask token", "masked image modelling"))
         raise CheckpointError(
-            f"{where} has no {part}: it was saved by a class without one. The task {task.name} needs a checkpoint that was "
-            f"made for {remedy}; another --task may suit this one."
+            f"{where} has no {part}: it was saved by a class without one. The task {task.name} needs a checkpoint for "
+            f"{purpose}. Choose another --task for this one."
         )
     if missing:
         raise CheckpointError(
@@ -99,27 +131,27 @@ def fitted(
     return LazyTensors(expected, read)
 
 
-# first part of a parameter's name -> what it belongs to, and what a checkpoint with it was made for
+# First part of a parameter name -> what it belongs to, and what a checkpoint that has it was trained for.
 HEADS = {
     "classifier": ("classifier", "image classification"),
     "decoder": ("decoder", "masked image modelling"),
     "layernorm": ("final norm", "classification, feature extraction or masked image modelling"),
 }
 
-# Parameters of parts that the task at hand may not use.
+# Parameters that only some tasks use.
 OTHER_HEADS = re.compile(
     r"^(classifier|decoder\.0|layernorm|hidden_states_norms\.\w+)\.(weight|bias)$|^embeddings\.(mask_token|position_embeddings)$"
 )
 
 
 def _fits(name: str, found: Shape, expected: Shape) -> bool:
-    if name == POSITIONS:  # transformers writes one row too many in some versions; see positions.py
+    if name == POSITIONS:  # some transformers versions write one row too many; see blocks.position_embeddings
         return len(found) == 3 and found[0] == 1 and found[1] in (expected[1], expected[1] + 1) and found[2] == expected[2]
     return tuple(found) == tuple(expected)
 
 
-def usable(name: str, tensor: Tensor, where: str) -> Tensor:
-    """`tensor` in float32; raises CheckpointError when it is not of a floating type or holds NaN or infinity."""
+def as_float32(name: str, tensor: Tensor, where: str) -> Tensor:
+    """Convert a weight to float32. Raises CheckpointError for other than floating types, and for NaN and infinity."""
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise CheckpointError(f"{where}: {name} is of type {tensor.dtype}; expected a floating-point tensor.")
     tensor = tensor.to(torch.float32)

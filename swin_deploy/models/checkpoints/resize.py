@@ -1,4 +1,4 @@
-"""with_windows: the same weights for other windows, resized as the system that the checkpoint comes from does it."""
+"""Resizes position tables and embeddings for other window or image sizes, by the rules of the source framework."""
 
 from __future__ import annotations
 
@@ -17,38 +17,47 @@ from torch import Tensor
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import UsageError
 from swin_deploy.models.blocks import position_embeddings
-from swin_deploy.models.checkpoints.base import Checkpoint, LazyTensors
 from swin_deploy.models.parameters import POSITIONS
+
+from .base import Checkpoint, LazyTensors
 
 Window = tuple[int, int]
 
 TABLE = re.compile(r"encoder\.layers\.(\d+)\.blocks\.\d+\.attention\.self\.relative_position_bias_table")
 
-# How each system makes a Swin V1 position table for another window (timm's layers/pos_embed_rel.py; Microsoft's utils.py).
+# How each framework resizes a Swin V1 position table (timm's layers/pos_embed_rel.py; Microsoft's utils.py).
 V1_RULES = {
-    "timm": "linearly between geometrically spaced offsets, as timm does it",
-    "microsoft": "by bicubic interpolation, as Microsoft's code does it",
-    "hf": "by bicubic interpolation, as Microsoft's code does it; transformers has no rule of its own",
-    "torchvision": "by bicubic interpolation, as Microsoft's code does it; torchvision has no rule of its own",
+    "timm": "linearly between geometrically spaced offsets, as in timm",
+    "microsoft": "by bicubic interpolation, as in Microsoft's code",
+    "hf": "by bicubic interpolation, as in Microsoft's code; transformers has no rule of its own",
+    "torchvision": "by bicubic interpolation, as in Microsoft's code; torchvision has no rule of its own",
 }
 
 
-def with_windows(
+def resize_windows(
     checkpoint: Checkpoint,
     *,
     window_size: tuple[int, ...] | None = None,
     pretrained_window_sizes: tuple[int, ...] | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> Checkpoint:
-    """`checkpoint` for a network that is built with these windows (one, or one for each stage) and this image size.
+    """Adapt a checkpoint to other windows and another image size.
 
-    V1's position tables are interpolated, V2's position bias is computed anew, and so are absolute position embeddings for
-    another grid of patches. What was changed, and by whose rule, is in the notes of what is returned, and the checkpoint
-    itself is returned when nothing changes. Raises UsageError for a number of windows that is not the number of stages.
+    Position tables of V1 and absolute position embeddings are interpolated. The position bias of V2 is computed for the new
+    window. The notes of the result say what was changed, and by whose rule.
+
+    Args:
+        checkpoint: The checkpoint. It is returned as it is if nothing changes.
+        window_size: One window, or one per stage, in tokens.
+        pretrained_window_sizes: V2 only: one, or one per stage; 0 scales coordinates by the new window.
+        image_size: (height, width) in pixels.
+
+    Raises:
+        UsageError: The number of windows is not the number of stages, or the option is not available in V1.
     """
     old = checkpoint.config
     if pretrained_window_sizes is not None and old.version == 1:
-        raise UsageError("Pretrained window sizes are Swin V2's; this checkpoint is a Swin V1. Leave them out.")
+        raise UsageError("This checkpoint is a Swin V1, and only Swin V2 has pretrained window sizes. Omit the option.")
     new = dataclasses.replace(
         old,
         window_size=_per_stage(window_size, old, "window sizes") or old.window_size,
@@ -69,7 +78,7 @@ def with_windows(
             return resized
         match = TABLE.fullmatch(name)
         tensor = checkpoint.tensors[name]
-        return tensor if match is None else _resized_table(tensor, *windows[int(match[1])], old.semantics)
+        return tensor if match is None else _resized_table(tensor, *windows[int(match[1])], old.framework)
 
     return dataclasses.replace(
         checkpoint,
@@ -86,17 +95,17 @@ def _per_stage(values: tuple[int, ...] | None, config: SwinConfig, what: str) ->
         return None
     stages = len(config.depths)
     if len(values) not in (1, stages):
-        raise UsageError(f"{len(values)} {what} were given for {stages} stages. Give one, or one for each stage.")
+        raise UsageError(f"{len(values)} {what} were given for {stages} stages. Pass one, or one per stage.")
     return values * stages if len(values) == 1 else values
 
 
-def _resized_table(table: Tensor, old: Window, new: Window, semantics: str) -> Tensor:
+def _resized_table(table: Tensor, old: Window, new: Window, framework: str) -> Tensor:
     """[(2 * height - 1) * (2 * width - 1), heads] for the `new` window."""
     if old == new:
         return table
     shape, wanted = (tuple(2 * side - 1 for side in window) for window in (old, new))
     square = table.reshape(*shape, -1)
-    if semantics == "timm":
+    if framework == "timm":
         for axis in (0, 1):
             square = _along(square, axis, _geometric_offsets(old[axis], new[axis]), new[axis])
         return square.reshape(math.prod(wanted), -1)
@@ -105,9 +114,9 @@ def _resized_table(table: Tensor, old: Window, new: Window, semantics: str) -> T
 
 
 def _geometric_offsets(old: int, new: int) -> NDArray[np.float64]:
-    """[2 * old - 1]: where the offsets of the old window are put, so that they reach as far as those of the new one.
+    """[2 * old - 1]: the offsets of the old window, spread so that they reach as far as those of the new one.
 
-    The steps between them grow by a constant ratio, which timm (after BEiT) finds by halving the interval from 1.01 to 1.5.
+    The distances grow by a constant ratio, which timm (after BEiT) finds by bisection between 1.01 and 1.5.
     """
     low, high = 1.01, 1.5
     while high - low > 1e-6:
@@ -121,7 +130,7 @@ def _geometric_offsets(old: int, new: int) -> NDArray[np.float64]:
 
 
 def _along(values: Tensor, axis: int, offsets: NDArray[np.float64], window: int) -> Tensor:
-    """`values` interpolated linearly along `axis`, from `offsets` to those of `window`; constant beyond the last."""
+    """Interpolate linearly along `axis`, from `offsets` to those of `window`; constant beyond the last."""
     wanted = np.arange(-(window - 1), window, dtype=np.float64)
     lines = np.moveaxis(values.numpy(), axis, -1)
     result = np.apply_along_axis(lambda line: np.interp(wanted, offsets, line), -1, lines)
@@ -134,7 +143,7 @@ def _changed_fields(old: SwinConfig, new: SwinConfig) -> dict[str, Any]:
 
 
 def _preprocessor(raw: Mapping[str, Any] | None, size: tuple[int, int] | None) -> Mapping[str, Any] | None:
-    """preprocessor_config.json for images of `size`; None leaves it as it is."""
+    """preprocessor_config.json for images of `size`; unchanged if None."""
     if raw is None or size is None:
         return raw
     sides = {"height": size[0], "width": size[1]}
@@ -146,12 +155,12 @@ def _notes(old: SwinConfig, new: SwinConfig, windows: list[tuple[Window, Window]
     if any(before != after for before, after in windows):
         change = f"from {_listed([before for before, _ in windows])} to {_listed([after for _, after in windows])}"
         if old.version == 1:
-            notes.append(f"the position tables were resized {change}, {V1_RULES[old.semantics]}")
+            notes.append(f"the position tables were resized {change}, {V1_RULES[old.framework]}")
         else:
-            notes.append(f"the position bias was computed anew, {change}")
+            notes.append(f"the position bias was computed for new windows, {change}")
     if new.version == 2 and (notes or new.pretrained_window_sizes != old.pretrained_window_sizes):
         kept = any(new.pretrained_window_sizes)
-        by = f"the pretrained {list(new.pretrained_window_sizes)}" if kept else "the new windows, as every system does"
+        by = f"the pretrained {list(new.pretrained_window_sizes)}" if kept else "the new windows, as in every framework"
         hint = "" if kept else f"; --pretrained-window-sizes {','.join(str(w[0][0]) for w in windows)} keeps each offset's bias"
         notes.append(f"its coordinates are divided by {by}{hint}")
     if positions:
@@ -161,6 +170,6 @@ def _notes(old: SwinConfig, new: SwinConfig, windows: list[tuple[Window, Window]
 
 
 def _listed(windows: list[Window]) -> str:
-    """ "window 8" where all stages have it, else "windows 16, 16, 16, 8"."""
+    """ "window 8" if all stages have it, else "windows 16, 16, 16, 8"."""
     names = [str(rows) if rows == columns else f"{rows}x{columns}" for rows, columns in windows]
     return f"window {names[0]}" if len(set(names)) == 1 else f"windows {', '.join(names)}"

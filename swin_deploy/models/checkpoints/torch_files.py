@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
 from swin_deploy.errors import CheckpointError
-from swin_deploy.models.checkpoints.stored import Stored, StoredFile
+
+from .base import Stored, StoredFile
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # before torch 1.6: four pickles and the storages follow it
 NO_PROTOCOL_2 = re.compile(r"INST|OBJ|EXT\d|PERSID|NEWOBJ_EX|STACK_GLOBAL")  # other ways to name a class

@@ -20,7 +20,7 @@ from torch.ao import quantization as ao  # noqa: E402
 
 from swin_deploy.exporters.quantization.gptq import grid, quantized_activation  # noqa: E402
 from swin_deploy.exporters.quantization.qdq import ActivationScale  # noqa: E402
-from swin_deploy.models.checkpoints.recognise import Source, open_source  # noqa: E402
+from swin_deploy.models.checkpoints.recognise import RecognisedCheckpoint, recognise_checkpoint  # noqa: E402
 from swin_deploy.qat_ranges import Ranges  # noqa: E402
 
 TIMM, MICROSOFT = "timm__SwinTransformer__bin_only", "ms__SwinTransformer__strip_32x96"
@@ -58,7 +58,7 @@ def with_amax(state: dict[str, Any], library: str) -> dict[str, Any]:
 @pytest.mark.parametrize("case", SYSTEMS)
 def test_every_layer_gets_its_own(case: str, library: str, tmp_path: Path) -> None:
     """Whatever the layers are called: each one's steps are those of its own weights."""
-    source = open_source(written(tmp_path / "c", case, with_amax(state_dict(case), library)))
+    source = recognise_checkpoint(written(tmp_path / "c", case, with_amax(state_dict(case), library)))
     assert source.ranges is not None
     fused = 3 * sum(source.config.depths)
     assert len(source.ranges.layers) == len(linear(state_dict(case))) + fused * 2 // 3
@@ -72,7 +72,7 @@ def test_every_layer_gets_its_own(case: str, library: str, tmp_path: Path) -> No
         assert layer.input is not None
         assert layer.input.amplitude == pytest.approx(float(torch.cat(parts).abs().mean()), rel=1e-6)
         assert layer.input.zero_point == 128
-    assert set(source.tensors) == set(open_source(DATA / case).tensors)
+    assert set(source.tensors) == set(recognise_checkpoint(DATA / case).tensors)
     assert Ranges.from_dict(json.loads(source.ranges.to_json())) == source.ranges
 
 
@@ -101,12 +101,13 @@ MODULES = {
 }
 
 
-def read(path: Path) -> Source:
+def read(path: Path) -> RecognisedCheckpoint:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return open_source(path)
+        return recognise_checkpoint(path)
 
 
+@pytest.mark.filterwarnings("ignore:Please use quant_min:UserWarning")  # torch.ao warns of its own default
 @pytest.mark.parametrize("kind", MODULES)
 def test_codes_round_as_torch_does(kind: str, tmp_path: Path) -> None:
     """torch.ao's types, which a file does not tell: a QuantWrapper's input is rounded as its module rounds it."""
@@ -153,7 +154,7 @@ LEFT_OUT = {
     "4 bits": ("weight_fake_quant", {"quant_min": -8, "quant_max": 7}, "fewer than 6 bits"),
     "asymmetric": ("weight_fake_quant", {"qscheme": torch.per_tensor_affine}, "asymmetric"),
     "4 bits, input": ("quant.activation_post_process", {"quant_min": -8, "quant_max": 7}, "fewer than 6 bits"),
-    "no layer": ("activation_post_process_3", {}, "do not tell which layer"),
+    "no layer": ("activation_post_process_3", {}, "do not identify a layer"),
 }
 
 
@@ -164,7 +165,7 @@ def test_what_cannot_be_used_is_left_out_with_a_note(what: str, tmp_path: Path) 
     module = weight_module({f"{FC1}.weight": state[f"{FC1}.weight"] + 0.1}, **options)
     source = read(written(tmp_path / "c", MICROSOFT, with_layer(MICROSOFT, FC1, part, module)))
     assert source.ranges is None
-    [note] = [note for note in source.notes if "left out" in note]
+    [note] = [note for note in source.notes if "not used" in note]
     assert reason in note
     assert FC1 in note
 
@@ -172,7 +173,7 @@ def test_what_cannot_be_used_is_left_out_with_a_note(what: str, tmp_path: Path) 
 def test_switched_off_or_never_run(tmp_path: Path) -> None:
     off = weight_module(state_dict(MICROSOFT))
     off.disable_fake_quant()
-    for number, (module, reason) in enumerate(((off, "switched off"), (MODULES["int8"](), "never saw"))):
+    for number, (module, reason) in enumerate(((off, "disabled"), (MODULES["int8"](), "never saw"))):
         state = with_layer(MICROSOFT, FC1, "weight_fake_quant", module)
         source = read(written(tmp_path / str(number), MICROSOFT, state))
         assert source.ranges is None
@@ -194,7 +195,7 @@ def test_modelopt_tells_which_quantisers_are_off_or_of_other_bits(tmp_path: Path
     source = read(written(tmp_path / "c", MICROSOFT, state, modelopt_state=modelopt))
     assert source.ranges is not None
     assert CANONICAL not in source.ranges.layers
-    assert {"it is switched off", "it has 4 bits, and ranges of 8 are taken"} <= {n.rpartition(": ")[2] for n in source.notes}
+    assert {"it is disabled", "it has 4 bits, and only 8 are supported"} <= {n.rpartition(": ")[2] for n in source.notes}
     fc2 = source.ranges.layers["encoder.layers.0.blocks.0.output.dense"].input
     assert fc2 is not None
     assert fc2.zero_point == 0
@@ -205,7 +206,7 @@ def test_modelopt_tells_which_quantisers_are_off_or_of_other_bits(tmp_path: Path
     ("field", "value", "sentence"),
     [
         ("_amax", float("nan"), "fc1.input_quantizer._amax holds NaN"),
-        ("_amax", -1.0, "negative number, which is no quantisation range"),
+        ("_amax", -1.0, "a negative number. Expected a quantization range"),
         ("_pre_quant_scale", 2.0, "SmoothQuant or AWQ"),
     ],
 )

@@ -1,7 +1,7 @@
-"""SwinConfig from the tensors themselves, for systems that keep no config beside them: Microsoft and torchvision.
+"""Infers SwinConfig from tensors, for frameworks that save no config beside them: Microsoft's code and torchvision.
 
-Shapes tell almost everything. Windows and image sizes are told by buffers: relative_position_index and
-relative_coords_table have the window's size, and attn_mask has one row per window, split where the shift joined borders.
+Most of it follows from shapes. Window and image sizes follow from buffers: relative_position_index and relative_coords_table
+have the size of the window, and attn_mask has one row per window and masks the pairs that the cyclic shift joined.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError
-from swin_deploy.models.checkpoints.layouts import Layout
-from swin_deploy.models.checkpoints.stored import Stored
 from swin_deploy.models.parameters import Shape
+
+from .base import Stored
+from .state_dict_names import CanonicalStateDict
 
 Size = tuple[int, int]
 
@@ -26,19 +27,29 @@ DEFAULT_SIZE = {1: (224, 224), 2: (256, 256)}  # of the published checkpoints
 
 
 def infer_config(
-    layout: Layout, image_size: Size | None, extras: Mapping[str, Any], where: str
+    state_dict: CanonicalStateDict, image_size: Size | None, extras: Mapping[str, Any], where: str
 ) -> tuple[SwinConfig, tuple[str, ...]]:
-    """The architecture that the tensors have, and what had to be assumed. `image_size` counts where the file is silent.
+    """Infer the architecture from a state dict.
 
-    `extras` is what a training script saved beside the weights. Raises CheckpointError when shapes contradict each other.
+    Args:
+        state_dict: The tensors under canonical names.
+        image_size: (height, width) in pixels, used if the file does not determine it.
+        extras: What a training script saved beside the weights.
+        where: The file, for error messages.
+
+    Returns:
+        The config, and notes on what had to be assumed.
+
+    Raises:
+        CheckpointError: Shapes contradict each other, or the window size cannot be determined.
     """
-    return _Inference(layout, extras, where).config(image_size)
+    return _Inference(state_dict, extras, where).config(image_size)
 
 
 class _Inference:
-    def __init__(self, layout: Layout, extras: Mapping[str, Any], where: str) -> None:
-        self.shapes, self.buffers = layout.shapes, layout.buffers
-        self.system, self.where = layout.system, where
+    def __init__(self, state_dict: CanonicalStateDict, extras: Mapping[str, Any], where: str) -> None:
+        self.shapes, self.buffers = state_dict.shapes, state_dict.buffers
+        self.writer, self.where = state_dict.writer, where
         self.trained = _training_config(extras)
         self.version = 2 if any(name.endswith(".logit_scale") for name in self.shapes) else 1
         self.depths = self._depths()
@@ -70,7 +81,7 @@ class _Inference:
         shape = self.shapes.get(name)
         if shape is None:
             raise CheckpointError(
-                f"{self.where} lacks {name}, which tells the architecture. It is another network, or damaged."
+                f"{self.where} lacks {name}, which determines the architecture. It is another network, or damaged."
             )
         if len(shape) != axes or not all(shape):
             raise CheckpointError(f"{self.where}: {name} has shape {list(shape)}; expected {axes} sizes, none of them 0.")
@@ -103,7 +114,7 @@ class _Inference:
         return self.buffers.get(f"encoder.layers.{stage}.blocks.0.{name}")
 
     def _window(self, stage: int) -> int:
-        """The window's side, from a table with (2 * side - 1) ** 2 rows, or an index of side ** 4 numbers."""
+        """The side of the window: the table has (2 * side - 1) ** 2 rows, and the index side ** 4 numbers."""
         index, coordinates = self._buffer(stage, "relative_position_index"), self._buffer(stage, "relative_coords_table")
         if self.version == 1:
             rows = self._attention(stage, "relative_position_bias_table", 2)[0]
@@ -118,30 +129,34 @@ class _Inference:
             square = side**4 == math.prod(index.shape)
         else:
             raise CheckpointError(
-                f"{self.where} does not tell its window size: Swin V2's weights do not depend on it, and there are neither "
-                f"buffers nor a config.json. Give the folder with config.json, or the file with its buffers."
+                f"The window size of {self.where} is unknown: the weights of Swin V2 do not depend on it, and the file has no "
+                f"buffers. Pass the folder with config.json, or a file with buffers."
             )
         if not square:
             raise CheckpointError(
-                f"{self.where}: the position table of stage {stage} is not that of a square window, which is all that "
-                f"swin-deploy takes."
+                f"{self.where}: the position table of stage {stage} is not that of a square window. Only square windows are "
+                f"supported."
             )
         return side
 
     def _mlp_ratio(self) -> float:
-        """The ratio that gives every stage its hidden width, which is truncated to a whole number; the last tells most."""
+        """The ratio of hidden to stage width. Hidden widths are truncated to integers, so the last stage is most precise."""
         width = self._shape(PROJECTION, 4)[0]
         hidden = [self._shape(f"encoder.layers.{i}.blocks.0.intermediate.dense.weight", 2)[0] for i in range(len(self.depths))]
         ratio = hidden[-1] / (width << len(hidden) - 1)
         if [int(ratio * (width << stage)) for stage in range(len(hidden))] != hidden:
-            raise CheckpointError(f"{self.where}: the MLPs have widths {hidden}, which are no single multiple of the stages'.")
+            raise CheckpointError(
+                f"{self.where}: the MLPs have widths {hidden}. Expected one multiple of the widths of their stages."
+            )
         return ratio
 
     def _encoder_stride(self, channels: int) -> int:
         rows = self.shapes.get("decoder.0.weight", (0,))[0]
         stride = math.isqrt(rows // channels)
         if stride**2 * channels != rows:
-            raise CheckpointError(f"{self.where}: the decoder makes {rows} values, which are no square of {channels} channels.")
+            raise CheckpointError(
+                f"{self.where}: the decoder has {rows} outputs. Expected a square number for each of {channels} channels."
+            )
         return stride or 32
 
     def _pretrained_windows(self, windows: tuple[int, ...]) -> tuple[int, ...]:
@@ -150,21 +165,22 @@ class _Inference:
         return tuple(self._pretrained_window(stage, window) for stage, window in enumerate(windows))
 
     def _pretrained_window(self, stage: int, window: int) -> int:
-        """V2's pretrained window, from the largest number of the table: log2(8 * (window - 1) / (pretrained - 1) + 1) / 3."""
+        """V2's pretrained window. The maximum of the table is log2(8 * (window - 1) / (pretrained - 1) + 1) / 3."""
         table = self._buffer(stage, "relative_coords_table")
         if table is None or window == 1:
             return 0
         largest = float(table.read().to(torch.float32).max())
         exact = 8 * (window - 1) / (2 ** (3 * largest) - 1) + 1 if 0 < largest < 8 else 0.0
-        # A table kept in bfloat16 has 3 digits, which still tell windows apart.
+        # A table in bfloat16 has 3 digits, which are enough to distinguish windows.
         if abs(exact - round(exact)) > 0.3 or round(exact) < 2:
             raise CheckpointError(
-                f"{self.where}: relative_coords_table of stage {stage} is not one that Swin V2 computes. The file is damaged."
+                f"{self.where}: relative_coords_table of stage {stage} holds values that Swin V2 never computes. "
+                f"The file is damaged."
             )
         return 0 if round(exact) == window else round(exact)
 
     def _image_size(self, patch: Size, windows: tuple[int, ...], given: Size | None) -> tuple[Size, tuple[str, ...]]:
-        """The size that the file was made for, and a note when it was assumed."""
+        """The image size that the file was trained for, and a note if it had to be assumed."""
         exact = self._size_from_masks(patch, windows) or self._size_from_training()
         if exact:
             return exact, ()
@@ -174,11 +190,11 @@ class _Inference:
         if given and side in (None, min(given)):
             return given, ()
         size = (side, side * patch[1] // patch[0]) if side else DEFAULT_SIZE[self.version]
-        why = f"the file tells only that the shorter side is {side}" if side else "the file does not tell it"
+        why = f"the file shows only that the shorter side is {side}" if side else "the file does not contain it"
         return size, (f"image size {size[0]}x{size[1]} is assumed: {why}",)
 
     def _size_from_masks(self, patch: Size, windows: tuple[int, ...]) -> Size | None:
-        """From the first attn_mask [windows, tokens, tokens]. Only the last windows of a row or column have masked pairs."""
+        """From the first attn_mask [windows, tokens, tokens]. Only the last window of each row or column has masked pairs."""
         for name, mask in self.buffers.items():
             match = re.fullmatch(r"encoder\.layers\.(\d{1,4})\.blocks\.\d+\.attn_mask", name)
             if match is None or int(match[1]) >= len(windows):
@@ -188,20 +204,20 @@ class _Inference:
             count = mask.shape[0] if mask.shape else 0
             if count == 0 or mask.shape != (count, window**2, window**2):
                 raise CheckpointError(
-                    f"{self.where}: {name} has shape {list(mask.shape)}, for windows of {window} tokens a side."
+                    f"{self.where}: {name} has shape {list(mask.shape)}. Expected {window**2} tokens per window."
                 )
             joined = (mask.read() != 0).flatten(1).any(dim=1)
             columns = int(joined.to(torch.uint8).argmax()) + 1
             if not bool(joined.any()) or count % columns:
-                raise CheckpointError(f"{self.where}: {name} is not a mask that Swin computes. The file is damaged.")
+                raise CheckpointError(f"{self.where}: {name} holds a mask that Swin never computes. The file is damaged.")
             scale = window << stage
             return count // columns * scale * patch[0], columns * scale * patch[1]
         return None
 
     def _side_without_masks(self, patch: Size, windows: tuple[int, ...]) -> int | None:
-        """The shorter side of the image when no stage shifts: Microsoft then makes the window as large as the feature map."""
+        """The shorter side of the image if no stage shifts: Microsoft's code then uses windows as large as the feature map."""
         silent = [stage for stage, depth in enumerate(self.depths) if depth > 1]
-        if self.system != "microsoft" or not silent or not self._buffer(0, "relative_position_index"):
+        if self.writer != "microsoft" or not silent or not self._buffer(0, "relative_position_index"):
             return None
         sides = {(windows[stage] << stage) * patch[0] for stage in silent}
         return sides.pop() if len(sides) == 1 else None
@@ -217,15 +233,15 @@ class _Inference:
             return given, ()
         if side**2 != count:
             raise CheckpointError(
-                f"{self.where} has absolute position embeddings for {count} patches, which are no square"
+                f"{self.where} has absolute position embeddings for {count} patches, which do not form a square"
                 + (f", and an image of {given[0]}x{given[1]} has another number." if given else ".")
-                + " Give the image size that it was trained for."
+                + " Pass the image size that it was trained for."
             )
         size = (side * patch[0], side * patch[1])
-        return size, (f"image size {size[0]}x{size[1]} is assumed: the position embeddings tell only the number of patches",)
+        return size, (f"image size {size[0]}x{size[1]} is assumed: the position embeddings show only the number of patches",)
 
 
 def _training_config(extras: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config that Microsoft's training checkpoints hold (yacs); empty when there is none."""
+    """The yacs config in training checkpoints of Microsoft's code; empty if there is none."""
     config = extras.get("config")
     return config if isinstance(config, Mapping) else {}

@@ -1,4 +1,4 @@
-"""Weights on disk, one file or sharded: safetensors, torch.save's formats and HDF5, told apart by what the file begins with."""
+"""Finds and opens weight files: safetensors, torch.save and HDF5, single or sharded, in a local folder or from the hub."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from swin_deploy.dependencies import require
 from swin_deploy.errors import CheckpointError
-from swin_deploy.models.checkpoints.stored import Stored, StoredFile
-from swin_deploy.models.checkpoints.torch_files import open_torch
+
+from .base import Stored, StoredFile
+from .torch_files import open_torch
 
 # In the order in which transformers looks for them.
 STANDARD = ("model.safetensors", "pytorch_model.bin", "tf_model.h5")
@@ -34,10 +35,50 @@ SAFETENSORS_DTYPES = {
 }
 
 
-def open_weights(path: Path) -> StoredFile:
-    """The tensors in a file, or in the weights of a folder; shards are joined.
+# The files of a repository. Those of OTHER_FORMATS are downloaded only if it has no safetensors.
+CONFIGS = ["config.json", "preprocessor_config.json"]
+SAFETENSORS = ["*.safetensors", "model.safetensors.index.json"]
+OTHER_FORMATS = ["pytorch_model*.bin", "pytorch_model.bin.index.json", "tf_model*.h5", "tf_model.h5.index.json"]
+INSTEAD = "Pass a local checkpoint with --weights FOLDER, or try the pipeline with --random-weights."
 
-    Raises CheckpointError when there are none, or when a file is damaged.
+
+def folder_from_hub(repo_id: str) -> Path:
+    """Return the folder with the files of a Hugging Face repository, downloaded unless the local cache has them.
+
+    Raises:
+        CheckpointError: The repository is neither cached nor reachable.
+    """
+    hub = require("huggingface_hub", f"fetch {repo_id} from the Hugging Face hub")
+    try:
+        cached = Path(hub.snapshot_download(repo_id, allow_patterns=CONFIGS, local_files_only=True))
+        if (cached / "config.json").exists() and _has_weights(cached):
+            return cached
+    except (OSError, ValueError):
+        pass  # not in the cache
+    try:
+        folder = Path(hub.snapshot_download(repo_id, allow_patterns=CONFIGS + SAFETENSORS))
+        if not _has_weights(folder):
+            folder = Path(hub.snapshot_download(repo_id, allow_patterns=CONFIGS + OTHER_FORMATS))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        raise CheckpointError(
+            f"{repo_id} is not in the local Hugging Face cache and could not be fetched ({type(error).__name__}: {reason}). "
+            f"{INSTEAD}"
+        ) from error
+    if not ((folder / "config.json").exists() and _has_weights(folder)):  # offline, an incomplete cache is no error
+        raise CheckpointError(f"{repo_id} has no config.json with weights in the cache or on the hub. {INSTEAD}")
+    return folder
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) is not None for pattern in (*SAFETENSORS, *OTHER_FORMATS))
+
+
+def open_weights(path: Path) -> StoredFile:
+    """Open a weight file, a shard index, or the weights in a folder.
+
+    Raises:
+        CheckpointError: There are no weights, or a file is damaged.
     """
     if path.is_file():
         return _open_shards(path) if path.name.endswith(".index.json") else _open_file(path)
@@ -55,7 +96,7 @@ def open_weights(path: Path) -> StoredFile:
     if files:
         raise CheckpointError(
             f"{path} holds {len(files)} weight files ({', '.join(file.name for file in files[:4])}"
-            f"{', ...' if len(files) > 4 else ''}), and none is named {', '.join(STANDARD)}. Name the file itself."
+            f"{', ...' if len(files) > 4 else ''}), and none is named {', '.join(STANDARD)}. Pass the path of the file."
         )
     raise CheckpointError(
         f"{path} holds no weights. Expected {', '.join(STANDARD)}, their .index.json with shards, or one file that ends in "
@@ -64,7 +105,7 @@ def open_weights(path: Path) -> StoredFile:
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
-    """The JSON object in a file. Raises CheckpointError when it holds no such thing."""
+    """Read a JSON object. Raises CheckpointError if the file holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -109,12 +150,12 @@ def _open_file(path: Path) -> StoredFile:
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return _open_hdf5(path)
     if head[257:262] == b"ustar":
-        raise CheckpointError(f"{path} is a tar archive. Unpack it, or save the weights anew with a torch after 0.4.")
+        raise CheckpointError(f"{path} is a tar archive. Unpack it, or save the weights again with torch 1.0 or later.")
     if head.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", head):
         return open_torch(path)
     if head[8:9] == b"{" or path.suffix == ".safetensors":
         return _open_safetensors(path)
-    raise CheckpointError(f"{path} is no checkpoint: expected safetensors, a file that torch.save wrote, or HDF5.")
+    raise CheckpointError(f"{path} is not a checkpoint. Expected safetensors, a file of torch.save, or HDF5.")
 
 
 def _open_safetensors(path: Path) -> StoredFile:
@@ -130,7 +171,7 @@ def _open_safetensors(path: Path) -> StoredFile:
         ) from error
 
     def tensor(name: str) -> Tensor:
-        # Mapped anew for each tensor, so that the pages of one go with it; one mapping would hold all that were ever read.
+        # A new mapping for each tensor is freed with it. One mapping would keep all pages that were ever read.
         found: Tensor = safetensors.safe_open(str(path), framework="pt").get_tensor(name)
         return found
 
@@ -160,9 +201,9 @@ def _open_hdf5(path: Path) -> StoredFile:
 
 
 def _dataset(name: str, dataset: Any, path: Path) -> Stored:
-    # HDF5 can point into other files, and can declare numbers that it does not hold.
+    # HDF5 can refer to other files, and can declare data that it does not contain.
     if dataset.external or dataset.is_virtual:
-        raise CheckpointError(f"{path}: {name} lies in another file. Expected weights that are all in this one.")
+        raise CheckpointError(f"{path}: {name} is stored in another file. Expected all weights in this one.")
     if dataset.id.get_storage_size() < dataset.nbytes:
         raise CheckpointError(
             f"{path}: {name} claims shape {list(dataset.shape)}, and the file holds {dataset.id.get_storage_size()} bytes for "

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from swin_deploy.errors import CheckpointError
-from swin_deploy.models.checkpoints.formats import open_weights
-from swin_deploy.models.checkpoints.recognise import open_source
+from swin_deploy.models.checkpoints.recognise import recognise_checkpoint
+from swin_deploy.models.checkpoints.weight_files import open_weights
 
 HF = "hf523__SwinForImageClassification__nonsquare_72x56"
 MASKED = "hf523__SwinForMaskedImageModeling__basic"
@@ -39,11 +39,11 @@ def differing(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[
 
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_each_checkpoint_is_recognised(name: str) -> None:
-    source = open_source(DATA / name)
-    config = source.config
-    case = Case(
-        source.system,
-        source.task_hint,
+    source = recognise_checkpoint(DATA / name)
+    config, case = source.config, CASES[name]
+    assert case == Case(
+        source.writer,
+        case.task,
         config.version,
         config.image_size,
         config.window_size,
@@ -52,13 +52,12 @@ def test_each_checkpoint_is_recognised(name: str) -> None:
         config.num_labels,
         len(source.notes),
     )
-    assert case == CASES[name]
     stages = len(config.window_size)
     assert (config.patch_size, config.num_channels) == ((4, 4), 3)
     assert config.depths == (2,) * stages
     assert config.num_heads == tuple(2**stage for stage in range(stages))
-    assert config.encoder_stride == (8 if source.task_hint == "masked-image-modeling" else 32)
-    assert source.semantics == {"tf": "hf"}.get(source.system, source.system)
+    assert config.encoder_stride == (8 if case.task == "masked-image-modeling" else 32)
+    assert source.framework == {"tf": "hf"}.get(source.writer, source.writer)
     assert source.patch_norm == (name != "ms__SwinTransformer__no_patch_norm")
     assert {name: tuple(tensor.shape) for name, tensor in source.tensors.items()} == dict(source.shapes)
     assert {tensor.dtype for tensor in source.tensors.values()} == {torch.float32}
@@ -66,14 +65,14 @@ def test_each_checkpoint_is_recognised(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_each_checkpoint_is_complete(name: str) -> None:
-    source = open_source(DATA / name)
-    assert check(source, source.task_hint)
-    assert any("65 rows for 64 patches, a known fault" in n for n in source.notes) == name.endswith("abspos_broken")
+    source = recognise_checkpoint(DATA / name)
+    assert check(source, CASES[name].task)
+    assert any("65 rows for 64 patches, a known bug" in n for n in source.notes) == name.endswith("abspos_broken")
 
 
 @pytest.mark.parametrize(("first", "second"), SAME)
 def test_systems_agree_on_the_same_weights(first: str, second: str) -> None:
-    assert differing(open_source(DATA / first).tensors, open_source(DATA / second).tensors) == []
+    assert differing(recognise_checkpoint(DATA / first).tensors, recognise_checkpoint(DATA / second).tensors) == []
 
 
 @pytest.mark.parametrize("original_format", [False, True])
@@ -83,7 +82,7 @@ def test_transformers_loads_the_same(name: str, original_format: bool, tmp_path:
     raw = json.loads((DATA / name / "config.json").read_text())
     model = getattr(transformers, raw["architectures"][0]).from_pretrained(DATA / name)
     model.save_pretrained(tmp_path, save_original_format=original_format)
-    assert differing(open_source(tmp_path).tensors, open_source(DATA / name).tensors) == []
+    assert differing(recognise_checkpoint(tmp_path).tensors, recognise_checkpoint(DATA / name).tensors) == []
 
 
 TORCH_FILES = sorted(
@@ -214,7 +213,7 @@ def test_training_checkpoint_of_microsoft() -> None:
 
 
 def test_key_bias_of_torchvision_v2_is_left_out() -> None:
-    source = open_source(DATA / "tv__SwinTransformerV2__pad_52x68")
+    source = recognise_checkpoint(DATA / "tv__SwinTransformerV2__pad_52x68")
     raw = state_dict("tv__SwinTransformerV2__pad_52x68")
     rows = raw["features.1.0.attn.qkv.bias"]
     assert rows[8:16].abs().min() > 0  # in the file, and zeroed by torchvision whenever it runs
@@ -228,7 +227,7 @@ def test_half_precision_becomes_float32(tmp_path: Path) -> None:
     weights = load_file(DATA / HF / "model.safetensors")
     save_file({name: tensor.half() for name, tensor in weights.items()}, tmp_path / "model.safetensors")
     shutil.copy(DATA / HF / "config.json", tmp_path)
-    found = open_source(tmp_path).tensors["classifier.weight"]
+    found = recognise_checkpoint(tmp_path).tensors["classifier.weight"]
     assert torch.equal(found, weights["classifier.weight"].half().float())
 
 
@@ -246,9 +245,9 @@ def test_tensorflow_safetensors(name: str, tmp_path: Path) -> None:
         file.visititems(visit)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "tf"})
     shutil.copy(DATA / folder / "config.json", tmp_path)
-    source = open_source(tmp_path)
-    assert source.system == "tf"
-    assert differing(source.tensors, open_source(DATA / folder).tensors) == []
+    source = recognise_checkpoint(tmp_path)
+    assert source.writer == "tf"
+    assert differing(source.tensors, recognise_checkpoint(DATA / folder).tensors) == []
 
 
 def test_sharded_bin(tmp_path: Path) -> None:
@@ -258,45 +257,47 @@ def test_sharded_bin(tmp_path: Path) -> None:
         torch.save({name: weights[name] for name in weights if home[name] == file}, tmp_path / file)
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": home}))
     shutil.copy(DATA / HF / "config.json", tmp_path)
-    assert differing(open_source(tmp_path).tensors, open_source(DATA / HF).tensors) == []
+    assert differing(recognise_checkpoint(tmp_path).tensors, recognise_checkpoint(DATA / HF).tensors) == []
 
 
 def test_one_file_is_enough(tmp_path: Path) -> None:
     """A file beside its config.json uses it; alone it is read from its tensors; another system's config is not its own."""
     folder = DATA / HF
-    assert open_source(folder / "model.safetensors").config == open_source(folder).config
+    assert recognise_checkpoint(folder / "model.safetensors").config == recognise_checkpoint(folder).config
     shutil.copy(folder / "model.safetensors", tmp_path / "renamed.bin")
-    alone = open_source(tmp_path)
-    beside = dataclasses.replace(open_source(folder).config, out_features=())  # which stages a backbone gives is no tensor
+    alone = recognise_checkpoint(tmp_path)
+    beside = dataclasses.replace(
+        recognise_checkpoint(folder).config, out_features=()
+    )  # which stages a backbone gives is no tensor
     assert dataclasses.replace(alone.config, image_size=(64, 64)) == beside
     assert (alone.raw_config, len(alone.notes)) == (None, 2)
-    assert open_source(tmp_path, image_size=(64, 64)).config == beside
+    assert recognise_checkpoint(tmp_path, image_size=(64, 64)).config == beside
 
     shutil.copy(folder / "config.json", tmp_path)
     shutil.copy(DATA / "ms__SwinTransformer__strip_32x96" / "model.pth", tmp_path / "other.pth")
-    assert open_source(tmp_path / "other.pth").system == "microsoft"
-    with pytest.raises(CheckpointError, match=r"holds 2 weight files \(other.pth, renamed.bin\).* Name the file itself"):
-        open_source(tmp_path)
+    assert recognise_checkpoint(tmp_path / "other.pth").writer == "microsoft"
+    with pytest.raises(CheckpointError, match=r"holds 2 weight files \(other.pth, renamed.bin\).* Pass the path of the file"):
+        recognise_checkpoint(tmp_path)
     (tmp_path / "renamed.bin").unlink()
     with pytest.raises(
         CheckpointError, match=r"config\.json was written by transformers, and the weights have the names of Microsoft"
     ):
-        open_source(tmp_path)
+        recognise_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_prefixes_of_wrappers(prefix: str, tmp_path: Path) -> None:
     weights = state_dict("ms__SwinTransformer__strip_32x96")
     torch.save({"model": {prefix + name: tensor for name, tensor in weights.items()}}, tmp_path / "a.pth")
-    ours = open_source(tmp_path / "a.pth")
-    assert differing(ours.tensors, open_source(DATA / "ms__SwinTransformer__strip_32x96").tensors) == []
+    ours = recognise_checkpoint(tmp_path / "a.pth")
+    assert differing(ours.tensors, recognise_checkpoint(DATA / "ms__SwinTransformer__strip_32x96").tensors) == []
 
 
 def test_simmim_files_say_rpe_mlp(tmp_path: Path) -> None:
     weights = state_dict("ms__SwinTransformerV2__rect_h_eq_window")
     torch.save({name.replace("cpb_mlp", "rpe_mlp"): tensor for name, tensor in weights.items()}, tmp_path / "a.pth")
-    theirs = open_source(DATA / "ms__SwinTransformerV2__rect_h_eq_window").tensors
-    assert differing(open_source(tmp_path / "a.pth").tensors, theirs) == []
+    theirs = recognise_checkpoint(DATA / "ms__SwinTransformerV2__rect_h_eq_window").tensors
+    assert differing(recognise_checkpoint(tmp_path / "a.pth").tensors, theirs) == []
 
 
 def test_timm_inside_transformers(tmp_path: Path) -> None:
@@ -306,22 +307,22 @@ def test_timm_inside_transformers(tmp_path: Path) -> None:
     save_file({f"timm_model.{name}": tensor for name, tensor in weights.items()}, tmp_path / "model.safetensors")
     raw = json.loads((folder / "config.json").read_text()) | {"model_type": "timm_wrapper"}
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    source = open_source(tmp_path)
-    assert (source.system, source.config) == ("timm", open_source(folder).config)
+    source = recognise_checkpoint(tmp_path)
+    assert (source.writer, source.config) == ("timm", recognise_checkpoint(folder).config)
 
 
 def test_config_and_preprocessor_are_kept(tmp_path: Path) -> None:
     shutil.copytree(DATA / HF, tmp_path, dirs_exist_ok=True)
     (tmp_path / "preprocessor_config.json").write_text('{"size": 64}')
-    source = open_source(tmp_path)
+    source = recognise_checkpoint(tmp_path)
     assert source.preprocessor == {"size": 64}
     assert source.raw_config == json.loads((tmp_path / "config.json").read_text())
 
 
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(CheckpointError, match="has no classifier: it was saved by a class without one"):
-        check(open_source(DATA / MASKED), "image-classification")
-    source = open_source(DATA / HF)
+        check(recognise_checkpoint(DATA / MASKED), "image-classification")
+    source = recognise_checkpoint(DATA / HF)
     with pytest.raises(CheckpointError, match="has no decoder: it was saved by a class without one"):
         check(source, "masked-image-modeling")
     more = dataclasses.replace(source.config, id2label={i: str(i) for i in range(11)})

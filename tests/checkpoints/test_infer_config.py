@@ -17,9 +17,8 @@ from torch import Tensor
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError
-from swin_deploy.models.checkpoints.layouts import Layout
-from swin_deploy.models.checkpoints.recognise import open_source
-from swin_deploy.models.checkpoints.timm_config import config_from_timm
+from swin_deploy.models.checkpoints.recognise import config_from_timm, recognise_checkpoint
+from swin_deploy.models.checkpoints.state_dict_names import CanonicalStateDict
 from swin_deploy.models.windows import relative_coordinates
 from swin_deploy.variants import VARIANTS
 
@@ -28,7 +27,7 @@ V2_RECTANGLE, STRIP = "ms__SwinTransformerV2__rect_h_eq_window", "ms__SwinTransf
 
 def opened(weights: dict[str, Tensor], folder: Path, image_size: tuple[int, int] | None = None) -> Any:
     torch.save({"model": weights}, folder / "a.pth")
-    return open_source(folder / "a.pth", image_size)
+    return recognise_checkpoint(folder / "a.pth", image_size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -48,7 +47,7 @@ def test_pretrained_window_from_the_coordinates(window: int, pretrained: int, dt
 def test_coordinates_that_no_swin_computes(tmp_path: Path) -> None:
     weights = state_dict(V2_RECTANGLE)
     weights["layers.0.blocks.0.attn.relative_coords_table"] *= 3
-    with pytest.raises(CheckpointError, match="relative_coords_table of stage 0 is not one that Swin V2 computes"):
+    with pytest.raises(CheckpointError, match="relative_coords_table of stage 0 holds values that Swin V2 never computes"):
         opened(weights, tmp_path)
 
 
@@ -56,14 +55,14 @@ def test_window_from_the_index_alone(tmp_path: Path) -> None:
     weights = {name: t for name, t in state_dict(V2_RECTANGLE).items() if not name.endswith("coords_table")}
     assert opened(weights, tmp_path).config.window_size == (8, 4)
     weights = {name: t for name, t in weights.items() if not name.endswith("position_index")}
-    with pytest.raises(CheckpointError, match="does not tell its window size: Swin V2's weights do not depend on it"):
+    with pytest.raises(CheckpointError, match=r"The window size of .* is unknown: the weights of Swin V2 do not depend on it"):
         opened(weights, tmp_path)
 
 
 def test_timm_v2_file_without_its_config(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to(DATA / "timm__SwinTransformerV2__rect_h_eq_window" / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"Give the folder with config.json"):
-        open_source(tmp_path)
+    with pytest.raises(CheckpointError, match=r"Pass the folder with config.json"):
+        recognise_checkpoint(tmp_path)
 
 
 def test_rows_and_columns_from_a_mask(tmp_path: Path) -> None:
@@ -76,27 +75,27 @@ def test_rows_and_columns_from_a_mask(tmp_path: Path) -> None:
     weights["layers.0.blocks.1.attn_mask"] = turned
     assert opened(weights, tmp_path).config.image_size == (96, 32)
     weights["layers.0.blocks.1.attn_mask"] = torch.zeros(12, 16, 16)
-    with pytest.raises(CheckpointError, match="attn_mask is not a mask that Swin computes"):
+    with pytest.raises(CheckpointError, match="attn_mask holds a mask that Swin never computes"):
         opened(weights, tmp_path)
     weights["layers.0.blocks.1.attn_mask"] = mask[:, :9, :9]
-    with pytest.raises(CheckpointError, match=r"attn_mask has shape \[12, 9, 9\], for windows of 4 tokens a side"):
+    with pytest.raises(CheckpointError, match=r"attn_mask has shape \[12, 9, 9\]. Expected 16 tokens per window"):
         opened(weights, tmp_path)
 
 
 def test_image_size_that_only_one_side_is_known_of() -> None:
-    assert open_source(DATA / V2_RECTANGLE).notes == (
-        "image size 32x32 is assumed: the file tells only that the shorter side is 32",
+    assert recognise_checkpoint(DATA / V2_RECTANGLE).notes == (
+        "image size 32x32 is assumed: the file shows only that the shorter side is 32",
     )
-    source = open_source(DATA / V2_RECTANGLE, image_size=(32, 64))
+    source = recognise_checkpoint(DATA / V2_RECTANGLE, image_size=(32, 64))
     assert (source.config.image_size, source.notes) == ((32, 64), ())
-    assert open_source(DATA / V2_RECTANGLE, image_size=(64, 64)).config.image_size == (32, 32)
+    assert recognise_checkpoint(DATA / V2_RECTANGLE, image_size=(64, 64)).config.image_size == (32, 32)
 
 
 def test_image_size_that_nothing_tells(tmp_path: Path) -> None:
     weights = {n: t for n, t in state_dict(STRIP).items() if not n.endswith(("attn_mask", "position_index"))}
     source = opened(weights, tmp_path)
     assert source.config.image_size == (224, 224)
-    assert source.notes == ("image size 224x224 is assumed: the file does not tell it",)
+    assert source.notes == ("image size 224x224 is assumed: the file does not contain it",)
     assert opened(weights, tmp_path, (64, 128)).config.image_size == (64, 128)
 
 
@@ -116,7 +115,7 @@ def test_image_size_from_position_embeddings(tmp_path: Path) -> None:
     weights["absolute_pos_embed"] = torch.zeros(1, 32, 16)
     assert opened(weights, tmp_path, (16, 32)).config.image_size == (16, 32)
     for given in (None, (32, 32)):
-        with pytest.raises(CheckpointError, match=r"embeddings for 32 patches.* Give the image size"):
+        with pytest.raises(CheckpointError, match=r"embeddings for 32 patches.* Pass the image size"):
             opened(weights, tmp_path, given)
 
 
@@ -132,7 +131,7 @@ def test_image_size_from_a_training_config(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.undo()
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "a.pth", weights_only=True)
-    assert open_source(tmp_path / "a.pth").config.image_size == (160, 160)
+    assert recognise_checkpoint(tmp_path / "a.pth").config.image_size == (160, 160)
 
 
 def test_qkv_bias_and_patch_norm(tmp_path: Path) -> None:
@@ -162,14 +161,14 @@ def test_shapes_that_contradict_each_other(tmp_path: Path) -> None:
         ({"patch_embed.proj.weight": torch.zeros(16, 0, 4, 4)}, "none of them 0"),
         ({"layers.0.blocks.0.attn.qkv.weight": torch.zeros(47, 16)}, "expected rows for query, key and value"),
         ({"layers.7.blocks.0.norm1.weight": torch.zeros(16)}, "lacks a stage or a block before the last one"),
-        ({"decoder.0.weight": torch.zeros(17, 32, 1, 1)}, "no square of 3 channels"),
+        ({"decoder.0.weight": torch.zeros(17, 32, 1, 1)}, "Expected a square number for each of 3 channels"),
     ):
         with pytest.raises(CheckpointError, match=sentence):
             opened(state_dict(STRIP) | change, tmp_path)
 
 
 def timm(**raw: Any) -> SwinConfig:
-    return config_from_timm(raw, Layout("timm", {}, {}), "config.json")[0]
+    return config_from_timm(raw, CanonicalStateDict("timm", {}, {}), "config.json")[0]
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v.timm_name], ids=lambda v: v.timm_name)
@@ -222,9 +221,9 @@ def test_timm_window_that_is_as_small_as_its_feature_map(tmp_path: Path) -> None
     raw = json.loads((folder / "config.json").read_text())
     raw["model_args"] |= {"img_size": 16, "window_size": 7}
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    source = open_source(tmp_path)
+    source = recognise_checkpoint(tmp_path)
     assert source.config.window_size == (4, 2)
-    assert source.notes[0] == "the window of stage 0 is 4, as its bias table has it, and not 7"
+    assert source.notes[0] == "the window of stage 0 is 4, the size of its bias table, and not 7"
     check(source, "image-classification")
 
 
@@ -233,8 +232,8 @@ def test_timm_window_that_is_as_small_as_its_feature_map(tmp_path: Path) -> None
     [
         ({"architecture": "swinv2_cr_tiny_224"}, "timm's swinv2_cr, a different network from Swin V2"),
         ({"architecture": "resnet50"}, 'No Swin variant is named "timm/resnet50"'),
-        ({"model_args": {"window_size": [7, 8]}}, "a window of 7x8, and only square ones are supported"),
-        ({"model_args": {"always_partition": True}}, "always_partition = True, which swin-deploy does not support"),
+        ({"model_args": {"window_size": [7, 8]}}, "window 7x8 is not square, and only square windows are supported"),
+        ({"model_args": {"always_partition": True}}, "always_partition = True, which is not supported"),
         ({"model_args": {"head_dim": 16}}, "head_dim = 16"),
         ({"model_args": [1]}, "are not objects"),
         ({"model_args": {"depths": [2, 2, "x"]}}, "invalid literal"),

@@ -1,31 +1,30 @@
-"""Parameter names and axes of each system, turned into the canonical ones: Hugging Face's on disk, without a prefix.
+"""Maps the parameter names and axes of every framework to the canonical ones, and recognises who wrote a state dict.
 
-timm, Microsoft and torchvision keep query, key and value in one matrix (rows q, k, v), and downsample where they like:
-after the stage (Microsoft, timm up to 0.6), before the next one (timm), or as a layer of its own (torchvision).
-TensorFlow keeps (in, out) kernels and HWIO convolutions.
+Canonical names are those of Hugging Face files on disk, without the prefix. timm, Microsoft's code and torchvision store
+query, key and value in one matrix (rows q, k, v). They put the downsampling after the stage (Microsoft, timm up to 0.6),
+before the next stage (timm), or into a layer of its own (torchvision). TensorFlow has (in, out) kernels and HWIO convolutions.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
 from torch import Tensor
 
 from swin_deploy.errors import CheckpointError
-from swin_deploy.models.checkpoints.base import usable
-from swin_deploy.models.checkpoints.qat_state import Quantizer, separated
-from swin_deploy.models.checkpoints.stored import FLOATING, Stored, StoredFile
 from swin_deploy.models.parameters import Shape
 
-# What a parameter's name shows. The first that matches counts.
-MARKS = tuple(
+from .base import FLOATING, Stored, StoredFile, as_float32
+
+# Parameter names of other networks. The first match counts.
+OTHER_NETWORKS = tuple(
     (re.compile(pattern), what)
     for pattern, what in (
-        # OpenMMLab's downsample takes nn.Unfold's order of channels (mmdet/models/utils/ckpt_convert.py, swin_converter):
-        # the same names with other weights, which a loader that goes by names would take and get wrong.
+        # OpenMMLab's downsample has the channel order of nn.Unfold (mmdet/models/utils/ckpt_convert.py, swin_converter): a
+        # loader that goes by names would load these weights and compute wrong results.
         (
             r"\.w_msa\.|\.ffn\.layers\.",
             "OpenMMLab's Swin (mmdetection, mmsegmentation, mmpretrain), whose patch merging orders its channels otherwise",
@@ -48,26 +47,22 @@ MARKS = tuple(
 PATCH_WEIGHTS = ("patch_embed.proj.weight", "features.0.0.weight", "backbone.patch_embed.proj.weight")
 
 
-def refuse_other_families(shapes: Mapping[str, Shape], where: str) -> None:
-    """Raises CheckpointError, naming the network, when `shapes` (name -> shape) are those of another network than Swin."""
-    if any(len(shapes.get(name, ())) == 5 for name in PATCH_WEIGHTS):
-        raise refusal(where, "Video Swin, a network for video with three-dimensional windows")
-    for mark, what in MARKS:
-        if any(mark.search(name) for name in shapes):
-            raise refusal(where, what)
-
-
-def refusal(where: str, what: str) -> CheckpointError:
-    """The error that says that `where` holds `what`."""
-    return CheckpointError(f"{where} is {what}. swin-deploy takes image encoders and classifiers of Swin V1 and V2.")
-
-
-System = Literal["hf", "timm", "microsoft", "torchvision", "tf"]
+Writer = Literal["hf", "timm", "microsoft", "torchvision", "tf"]
 
 PARTS = ("query", "key", "value")
 
 # Written by nn.DataParallel, torch.compile, and transformers' TimmWrapper.
 PREFIXES = ("module.", "_orig_mod.", "timm_model.")
+
+# Tensors of fake-quantization modules: torch.ao, pytorch-quantization and NVIDIA ModelOpt (see qat_state.py).
+QUANTIZER_TENSOR = re.compile(
+    r"""(?:(?P<layer>.+?)\.)??
+    (?P<what>weight_fake_quant | (?:quant\.)?activation_post_process(?:_\d+)? | _?\w+_quantizer)
+    \.(?:activation_post_process\.)?(?P<field>[\w.]+)""",
+    re.VERBOSE,
+)
+ROLES = {"weight_fake_quant": "weight", "activation_post_process": "output", "quant.activation_post_process": "input"}
+ROLES |= {f"{sign}{role}_quantizer": role for sign in ("", "_") for role in ("input", "output", "weight")}
 
 BLOCK = r"encoder\.layers\.\d+\.blocks\.\d+"
 BUFFER = re.compile(rf"{BLOCK}\.(attn_mask|relative_position_index|relative_coords_table)")
@@ -103,7 +98,7 @@ TENSORFLOW = (
     (r"\.positional_embeddings$", ".position_embeddings"),
     *HUGGING_FACE,
 )
-# After torchvision's and timm's own steps below, these three systems have the same names.
+# After the renaming in _canonical, torchvision and timm have these names, too.
 MICROSOFT = (
     (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
     (r"^patch_embed\.norm\.", "embeddings.norm."),
@@ -126,12 +121,12 @@ MICROSOFT = (
 
 
 @dataclass(frozen=True)
-class Part:
-    """A canonical tensor: what is stored, and how it becomes that tensor."""
+class CanonicalTensor:
+    """A stored tensor, and how it becomes the canonical one."""
 
     stored: Stored
     name: str  # in the file
-    third: int | None = None  # which third of the rows: query, key or value
+    third: int | None = None  # the third of the rows to take: query, key or value
     axes: tuple[int, ...] | None = None  # the order of the stored axes
 
     @property
@@ -140,48 +135,69 @@ class Part:
         return shape if self.third is None else (shape[0] // 3, *shape[1:])
 
     def read(self, where: str) -> Tensor:
-        """The tensor in float32. Raises CheckpointError when it holds NaN or infinity."""
+        """Load the tensor in float32. Raises CheckpointError if it holds NaN or infinity."""
         tensor = self.stored.read()
         if self.third is not None:
             tensor = tensor.chunk(3)[self.third]
         if self.axes is not None:
             tensor = tensor.permute(self.axes)
-        return usable(self.name, tensor, where).contiguous()
+        return as_float32(self.name, tensor, where).contiguous()
+
+
+@dataclass
+class QuantizerState:
+    """The tensors of one fake-quantization module, observer or quantizer on `layer` (its name in the file)."""
+
+    layer: str
+    what: str
+    tensors: dict[str, Stored] = field(default_factory=dict)
+
+    @property
+    def role(self) -> str | None:
+        """What it quantizes: the "input", "output" or "weight" of its layer. None if its name does not determine that."""
+        return ROLES.get(self.what)
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer}.{self.what}" if self.layer else self.what
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A file's tensors under canonical names; `buffers` are what the system could compute anew, and tell sizes.
+class CanonicalStateDict:
+    """The tensors of a file under canonical names."""
 
-    `quantizers` are what quantisation-aware training left there, under the file's own names (see own_ranges.py).
-    """
-
-    system: System
-    parts: Mapping[str, Part]
-    buffers: Mapping[str, Stored]
-    quantizers: list[Quantizer] = field(default_factory=list)
+    writer: Writer
+    tensors: Mapping[str, CanonicalTensor]
+    buffers: Mapping[str, Stored]  # constants of the network; their shapes contain window and image sizes
+    quantizers: list[QuantizerState] = field(default_factory=list)  # of quantization-aware training, see qat_state.py
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        return {name: part.shape for name, part in self.parts.items()}
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def layers(self, layer: str) -> tuple[str, ...]:
+        """Canonical names of a layer in the file: three if it computes query, key and value together."""
+        name = _canonical(f"{layer}.weight", self.writer).removesuffix(".weight")
+        return tuple(f"{name.removesuffix('qkv')}{part}" for part in PARTS) if name.endswith(".self.qkv") else (name,)
 
 
-def layout_of(file: StoredFile) -> Layout:
-    """The canonical tensors in `file`, with the system that wrote it, which its names tell.
+def canonical_state_dict(file: StoredFile) -> CanonicalStateDict:
+    """Rename the tensors in `file` canonically, and recognise from their names what wrote it.
 
-    Raises CheckpointError for another network, for names that no Swin has, and for tensors of a type that weights never are.
+    Raises:
+        CheckpointError: It is another network, a name is unknown, or a weight is not of a floating type.
     """
     where = str(file.path)
-    tensors, quantizers = separated(_without_prefixes(file.tensors))
-    tensors = _without_prefixes(tensors, quantizers)
-    refuse_other_families({name: stored.shape for name, stored in tensors.items()}, where)
-    system = _system(tensors, file.tensorflow, where)
-    fused_v2 = system == "torchvision" and any(name.endswith(".logit_scale") for name in tensors)
-    parts: dict[str, Part] = {}
+    stored_tensors, quantizers = split_quantizers(_without_prefixes(file.tensors))
+    stored_tensors = _without_prefixes(stored_tensors, quantizers)
+    _refuse_other_networks({name: stored.shape for name, stored in stored_tensors.items()}, where)
+    writer = _writer(stored_tensors, file.tensorflow, where)
+    fused_v2 = writer == "torchvision" and any(name.endswith(".logit_scale") for name in stored_tensors)
+    tensors: dict[str, CanonicalTensor] = {}
     buffers: dict[str, Stored] = {}
     unknown = []
-    for name, stored in tensors.items():
-        canonical = _canonical(name, system)
+    for name, stored in stored_tensors.items():
+        canonical = _canonical(name, writer)
         if BUFFER.fullmatch(canonical):
             buffers[canonical] = stored
             continue
@@ -189,32 +205,34 @@ def layout_of(file: StoredFile) -> Layout:
             continue
         found = _split(canonical, name, stored, fused_v2, where) if ".self.qkv." in canonical else {}
         if not found and CANONICAL.fullmatch(canonical):
-            found = {canonical: Part(stored, name, axes=_axes(name, stored) if system == "tf" else None)}
+            found = {canonical: CanonicalTensor(stored, name, axes=_axes(name, stored) if writer == "tf" else None)}
         if not found:
             unknown.append(name)
-        for key, part in found.items():
-            if key in parts:
-                raise CheckpointError(f"{where} holds {key} twice, as {parts[key].name} and {name}. Expected it once.")
-            parts[key] = part
+        for key, tensor in found.items():
+            if key in tensors:
+                raise CheckpointError(f"{where} holds {key} twice, as {tensors[key].name} and {name}. Expected it once.")
+            tensors[key] = tensor
     if unknown:
         raise CheckpointError(
             f"{where} holds {len(unknown)} tensors that no Swin has: {', '.join(unknown[:3])}"
             f"{', ...' if len(unknown) > 3 else ''}. It is another network, or a damaged file."
         )
-    for part in parts.values():
-        if part.stored.dtype not in FLOATING:
-            raise CheckpointError(f"{where}: {part.name} is of type {part.stored.dtype}; expected a floating-point tensor.")
-    return Layout(system, parts, buffers, quantizers)
+    for tensor in tensors.values():
+        if tensor.stored.dtype not in FLOATING:
+            raise CheckpointError(f"{where}: {tensor.name} is of type {tensor.stored.dtype}; expected a floating-point tensor.")
+    return CanonicalStateDict(writer, tensors, buffers, quantizers)
 
 
-def canonical_layers(layer: str, system: System) -> tuple[str, ...]:
-    """The canonical names of a layer of that system's file: three for one that is query, key and value."""
-    name = _canonical(f"{layer}.weight", system).removesuffix(".weight")
-    return tuple(f"{name.removesuffix('qkv')}{part}" for part in PARTS) if name.endswith(".self.qkv") else (name,)
+def _refuse_other_networks(shapes: Mapping[str, Shape], where: str) -> None:
+    video = any(len(shapes.get(name, ())) == 5 for name in PATCH_WEIGHTS)
+    found = ["Video Swin, a network for video with three-dimensional windows"] if video else []
+    found += [what for pattern, what in OTHER_NETWORKS if any(pattern.search(name) for name in shapes)]
+    if found:
+        raise CheckpointError(f"{where} is {found[0]}. swin-deploy supports image encoders and classifiers of Swin V1 and V2.")
 
 
-def _without_prefixes(tensors: Mapping[str, Stored], quantizers: Iterable[Quantizer] = ()) -> Mapping[str, Stored]:
-    """The tensors without what all their names begin with, as their `quantizers`; SimMIM puts the network under encoder."""
+def _without_prefixes(tensors: Mapping[str, Stored], quantizers: Iterable[QuantizerState] = ()) -> Mapping[str, Stored]:
+    """Remove the prefix that all names share, from `quantizers` as well. SimMIM has the network under "encoder."."""
     for prefix in PREFIXES:
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = _without(prefix, tensors, quantizers)
@@ -223,13 +241,13 @@ def _without_prefixes(tensors: Mapping[str, Stored], quantizers: Iterable[Quanti
     return tensors
 
 
-def _without(prefix: str, tensors: Mapping[str, Stored], quantizers: Iterable[Quantizer]) -> Mapping[str, Stored]:
+def _without(prefix: str, tensors: Mapping[str, Stored], quantizers: Iterable[QuantizerState]) -> Mapping[str, Stored]:
     for one in quantizers:
         one.layer = one.layer.removeprefix(prefix)
     return {name.removeprefix(prefix): stored for name, stored in tensors.items()}
 
 
-def _system(tensors: Mapping[str, Stored], tensorflow: bool, where: str) -> System:
+def _writer(tensors: Mapping[str, Stored], tensorflow: bool, where: str) -> Writer:
     if tensorflow and any("/embeddings/patch_embeddings/" in name for name in tensors):
         return "tf"
     if "features.0.0.weight" in tensors and any(".attn.qkv." in name for name in tensors):
@@ -239,26 +257,26 @@ def _system(tensors: Mapping[str, Stored], tensorflow: bool, where: str) -> Syst
     if "patch_embed.proj.weight" in tensors and any(name.startswith("layers.0.blocks.0.attn.") for name in tensors):
         before = any(name.startswith("layers.1.downsample.") for name in tensors)
         after = any(name.startswith("layers.0.downsample.") for name in tensors)
-        # timm up to 0.6 has Microsoft's names; only the config.json beside it tells.
+        # timm up to 0.6 has the names of Microsoft's code. Only its config.json distinguishes it.
         return "timm" if "head.fc.weight" in tensors or (before and not after) else "microsoft"
     raise CheckpointError(
         f"{where} holds {len(tensors)} tensors, and not those of a Swin (the first is {next(iter(tensors), 'none')}). Expected "
-        f"a checkpoint of Swin V1 or V2 from transformers, timm, Microsoft or torchvision."
+        f"a checkpoint of Swin V1 or V2 from transformers, timm, Microsoft's code or torchvision."
     )
 
 
-def _canonical(name: str, system: System) -> str:
-    if system == "torchvision":
+def _canonical(name: str, writer: Writer) -> str:
+    if writer == "torchvision":
         name = _from_torchvision(name)
-    elif system == "timm":  # the downsample of stage i + 1 comes before it; here it is stage i's, after it
+    elif writer == "timm":  # it downsamples at the start of stage i + 1; the canonical place is the end of stage i
         name = re.sub(r"^layers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.", name)
-    for pattern, new in {"hf": HUGGING_FACE, "tf": TENSORFLOW}.get(system, MICROSOFT):
+    for pattern, new in {"hf": HUGGING_FACE, "tf": TENSORFLOW}.get(writer, MICROSOFT):
         name = re.sub(pattern, new, name)
     return name
 
 
 def _from_torchvision(name: str) -> str:
-    """Microsoft's name of a torchvision parameter: features.0 is the patch embedding, odd layers are stages."""
+    """Microsoft's name of a torchvision parameter. features.0 is the patch embedding, and odd layers are stages."""
     name = re.sub(r"^features\.0\.0\.", "patch_embed.proj.", name)
     name = re.sub(r"^features\.0\.2\.", "patch_embed.norm.", name)
     name = re.sub(r"\.mlp\.0\.", ".mlp.fc1.", name)
@@ -269,11 +287,13 @@ def _from_torchvision(name: str) -> str:
     return name
 
 
-def _split(canonical: str, name: str, stored: Stored, without_key_bias: bool, where: str) -> dict[str, Part]:
-    """Query, key and value from one matrix, or one bias. torchvision's V2 zeroes the key's bias whatever the file says."""
+def _split(canonical: str, name: str, stored: Stored, without_key_bias: bool, where: str) -> dict[str, CanonicalTensor]:
+    """Split one matrix or bias into query, key and value. torchvision's V2 ignores the key bias in its files."""
     if not stored.shape or stored.shape[0] % 3:
         raise CheckpointError(f"{where}: {name} has shape {list(stored.shape)}; expected rows for query, key and value.")
-    parts = {canonical.replace(".qkv.", f".{part}."): Part(stored, name, third=i) for i, part in enumerate(PARTS)}
+    parts = {
+        canonical.replace(".qkv.", f".{part}."): CanonicalTensor(stored, name, third=third) for third, part in enumerate(PARTS)
+    }
     if without_key_bias:
         parts.pop(canonical.replace(".qkv.bias", ".key.bias"), None)
     return parts if all(CANONICAL.fullmatch(key) for key in parts) else {}
@@ -283,3 +303,33 @@ def _axes(name: str, stored: Stored) -> tuple[int, ...] | None:
     if "/kernel:" not in name:
         return None
     return cast("dict[int, tuple[int, ...]]", {2: (1, 0), 4: (3, 2, 0, 1)}).get(len(stored.shape))
+
+
+def split_quantizers(tensors: Mapping[str, Stored]) -> tuple[Mapping[str, Stored], list[QuantizerState]]:
+    """Separate weights from the tensors of quantizers. The names of layers inside a QuantWrapper become the plain ones."""
+    found: dict[tuple[str, str], QuantizerState] = {}
+    weights: dict[str, Stored] = {}
+    for name, stored in tensors.items():
+        match = QUANTIZER_TENSOR.fullmatch(name)
+        if match is None:
+            weights[name] = stored
+            continue
+        key = (match["layer"] or "", match["what"])
+        found.setdefault(key, QuantizerState(*key)).tensors[match["field"]] = stored
+    wrapped = {one.layer for one in found.values() if one.what == "quant.activation_post_process"}
+    for one in found.values():
+        one.layer = _unwrapped(one.layer, wrapped)
+    return {_unwrapped(name, wrapped): stored for name, stored in weights.items()}, list(found.values())
+
+
+def _unwrapped(name: str, wrapped: set[str]) -> str:
+    for layer in _beginnings(name):
+        inside = f"{layer}.module" if layer else "module"
+        if layer in wrapped and (name == inside or name.startswith(f"{inside}.")):
+            return f"{layer}{name[len(inside) :]}".removeprefix(".")
+    return name
+
+
+def _beginnings(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[:count]) for count in range(len(parts)))
