@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from swin_deploy.errors import CheckpointError, UsageError
+from swin_deploy.specs import FRAMEWORKS
 
 # The activations of transformers without parameters (models/activations.py).
 # fmt: off
@@ -20,9 +21,6 @@ ACTIVATIONS = (
     "sqrtsoftplus", "swish", "tanh",
 )
 # fmt: on
-
-# Source frameworks. They differ if a feature map is no multiple of the window, or not larger than it (models/windows.py).
-FRAMEWORKS = ("hf", "timm", "microsoft", "torchvision")
 
 # Model types that look like Swin, and what they are.
 OTHER_FAMILIES = {
