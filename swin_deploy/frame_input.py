@@ -1,4 +1,4 @@
-"""Frames: what a graph takes that does the preprocessing itself, and which part of the preprocessing is left outside."""
+"""Frames: uint8 input of graphs that include a part of the preprocessing."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from swin_deploy.specs import Size, size_text
 if TYPE_CHECKING:
     from swin_deploy.preprocess import ImageLike
 
-CHANNELS = 3  # red, green and blue, as every image processor makes them
+CHANNELS = 3  # red, green and blue, the result of every image processor
 
 
 @dataclass(frozen=True)
 class Frames:
-    """A callable that makes frames of images: uint8 [batch, height, width, 3] in RGB, which the graph takes as they are.
+    """Turns images into frames, uint8 [batch, height, width, 3] in RGB, for a graph with embedded preprocessing.
 
-    `preprocessor` is the whole way from images to the network. Without `frame_size` the graph rescales and normalises, and
-    resizing and cropping are done here, by the same code as always; with it the graph does all of that to frames of this
-    size (height, width).
+    Attributes:
+        preprocessor: The complete preprocessing.
+        frame_size: (height, width) of frames that the graph resizes and crops itself. None: the graph only rescales and
+            normalizes, and images are resized and cropped by `preprocessor`.
     """
 
     preprocessor: Preprocessor
@@ -33,28 +34,28 @@ class Frames:
 
     @property
     def inside(self) -> Preprocessor:
-        """What the graph does with frames."""
-        return self.preprocessor.of_frames() if self.frame_size is None else self.preprocessor
+        """The part of the preprocessing in the graph."""
+        return self.preprocessor.for_frames() if self.frame_size is None else self.preprocessor
 
     def __call__(self, images: ImageLike | list[ImageLike] | tuple[ImageLike, ...]) -> NDArray[np.uint8]:
-        """The frames of `images` (see Preprocessor). Raises InputError for an image of another size than `frame_size`."""
+        """Return the frames of `images` (see Preprocessor). Raises InputError for a size other than `frame_size`."""
         if self.frame_size is None:
             return self.preprocessor.frames(images)
-        made = self.preprocessor.of_frames().frames(images)
+        made = self.preprocessor.for_frames().frames(images)
         if made.shape[1:3] != self.frame_size:
             height, width = made.shape[1:3]
             raise InputError(
-                f"The image has {height}x{width} pixels, and this graph takes frames of {size_text(self.frame_size)}. Give "
-                f"frames of that size, or export without --embed-resize to have any image resized."
+                f"The image has {height}x{width} pixels, but this graph accepts frames of {size_text(self.frame_size)} only. "
+                f"Pass frames of that size, or export without --embed-resize."
             )
         return made
 
     def to_dict(self) -> dict[str, Any]:
-        """How an image becomes the network's input, and what of that is in the graph; ready for JSON."""
+        """Return the complete preprocessing, and the part of it in the graph, as JSON values."""
         return {**self.preprocessor.to_dict(), "embedded": self.entry()}
 
     def entry(self) -> dict[str, Any]:
-        """What the manifest says of a graph: the size of frames (null: they are resized outside), and what is done to them."""
+        """Return the entry for the manifest: the frame size, null if the graph does not resize, and the steps in the graph."""
         inside = self.inside
         steps: dict[str, Any] = {}
         if self.frame_size is not None and inside.do_resize:
@@ -72,7 +73,7 @@ Preparation: TypeAlias = Preprocessor | Frames
 
 
 def preparation_for(preprocessor: Preprocessor, entry: Mapping[str, Any]) -> Preparation:
-    """How images become the input of the graph that `entry` of a manifest describes; `preprocessor` makes its image size."""
+    """Return the preprocessing before a graph, from its entry in the manifest; `preprocessor` is the complete one."""
     embedded = entry.get("preprocessing")
     if embedded is None:
         return preprocessor
@@ -81,10 +82,10 @@ def preparation_for(preprocessor: Preprocessor, entry: Mapping[str, Any]) -> Pre
 
 
 def refuse_misfit(frames: Frames, image_size: Size, channels: int) -> None:
-    """Raises UsageError where frames cannot become the input of a network for images of `image_size`."""
+    """Raise UsageError if `frames` cannot be turned into the input of a network for images of `image_size`."""
     if channels != CHANNELS:
         raise UsageError(
-            f"This network takes images of {channels} channels, and frames have {CHANNELS} (red, green, blue). Export it "
+            f"This network expects images with {channels} channels, but frames have {CHANNELS} (red, green, blue). Export it "
             f"without embedded preprocessing."
         )
     if frames.frame_size is None:
@@ -93,7 +94,7 @@ def refuse_misfit(frames: Frames, image_size: Size, channels: int) -> None:
     made = inside.crop_size if inside.do_center_crop else inside.resized_to(*frames.frame_size)
     if made != image_size:
         raise UsageError(
-            f"The image processor makes {size_text(made or frames.frame_size)} pixels of a frame of "
-            f"{size_text(frames.frame_size)}, and the graph is for {size_text(image_size)}. Export it for that size with "
-            f"--image-size, or leave --embed-resize out."
+            f"The image processor turns frames of {size_text(frames.frame_size)} into "
+            f"{size_text(made or frames.frame_size)}, but the graph is for {size_text(image_size)}. Export it for that size "
+            f"with --image-size, or leave out --embed-resize."
         )

@@ -1,15 +1,13 @@
-"""From images to the network's input array, bit for bit as the checkpoint's Hugging Face image processor does it.
+"""Image preprocessing, bit-identical to the checkpoint's Hugging Face image processor. Needs only numpy and Pillow.
 
-The reference is `ViTImageProcessor` with its Pillow back end (`ViTImageProcessorPil` in transformers 5), which is what
-Swin and Swin V2 checkpoints name in preprocessor_config.json. Only numpy and Pillow are needed.
+The reference is `ViTImageProcessor` with its Pillow back end (`ViTImageProcessorPil` in transformers 5), which Swin and
+Swin V2 checkpoints name in preprocessor_config.json. Where transformers fails or its result is undefined:
 
-What transformers leaves undefined, or does silently wrong, is settled here as follows:
-
-- A file is turned upright by its EXIF tag and its transparency is dropped, as `transformers.image_utils.load_image`
-  does. A PIL image or an array is not turned, and its transparency is laid on white, as `do_convert_rgb` does. A config
-  without `do_convert_rgb` makes transformers fail on anything but RGB; here such an image is converted all the same.
-- 16-bit greyscale keeps its high byte, as Pillow does with 16-bit colour; `convert("RGB")` would clip it to white.
-- 32-bit floating-point images are refused: their range is unknown.
+- A file is rotated by its EXIF tag and its alpha channel is dropped, as in `transformers.image_utils.load_image`. A PIL image
+  or an array is not rotated, and alpha is blended with white, as by `do_convert_rgb`. Without `do_convert_rgb`, transformers
+  fails on anything but RGB; this module converts the image to RGB.
+- 16-bit greyscale keeps its high byte, like 16-bit colour in Pillow; `convert("RGB")` would clip it to white.
+- 32-bit floating-point images are refused, because their range is unknown.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from swin_deploy.errors import InputError
+from swin_deploy.errors import InputError, sentence
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -38,11 +36,14 @@ SIDES = ("height", "width")
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """A callable that makes the network's input from images; immutable, comparable, and safe to share between threads.
+    """Turns images into the network's input. Immutable, and safe to share between threads.
 
     The fields have the names, meanings and defaults of transformers' `ViTImageProcessor`. Sizes are (height, width) in
-    pixels. `shortest_edge`, when set, is used instead of `size`: the shorter side becomes that long and the proportions
-    stay. `resample` is a Pillow filter number: 2 bilinear, 3 bicubic. InputError is raised for a value outside these.
+    pixels. `shortest_edge` replaces `size` if it is set: the shorter side is resized to it and the aspect ratio is kept.
+    `resample` is a Pillow filter number: 2 for bilinear, 3 for bicubic.
+
+    Raises:
+        InputError: A value is invalid.
     """
 
     do_resize: bool = True
@@ -62,8 +63,7 @@ class Preprocessor:
         for flag in FLAGS:
             value = getattr(self, flag)
             _check(isinstance(value, bool) or (value is None and flag in FLAGS[3:]), flag, value, "true or false")
-        filters = "a Pillow filter number from 0 to 5 (3 is bicubic)"
-        _check(self.resample in range(6), "resample", self.resample, filters)
+        _check(self.resample in range(6), "resample", self.resample, "a Pillow filter number from 0 to 5 (3 is bicubic)")
         _check(_is_number(self.rescale_factor), "rescale_factor", self.rescale_factor, "a finite number")
         if self.shortest_edge is not None:
             _check(_is_side(self.shortest_edge), "shortest_edge", self.shortest_edge, "a positive whole number")
@@ -76,7 +76,7 @@ class Preprocessor:
         ]
         if self.do_center_crop or self.crop_size is not None:
             several.append(("crop_size", 2, _is_side, sizes))
-        for name, count, fits, expected in several:  # JSON has lists, and single numbers that stand for all
+        for name, count, fits, expected in several:  # JSON has lists, or one number for all parts
             value = getattr(self, name)
             parts = (value,) * count if fits(value) else value
             whole = isinstance(parts, (list, tuple)) and len(parts) == count
@@ -85,25 +85,26 @@ class Preprocessor:
 
     @classmethod
     def imagenet(cls, size: int | tuple[int, int]) -> Preprocessor:
-        """The preprocessing of the published Swin and Swin V2 checkpoints, for `size` pixels.
+        """Return the preprocessing of microsoft/swin-* and microsoft/swinv2-*: bicubic resize, ImageNet normalization.
 
-        `size` is a square's side or (height, width). Images are squashed to it (bicubic, no crop) and normalised with
-        ImageNet's statistics. Source: preprocessor_config.json of microsoft/swin-* and microsoft/swinv2-*.
+        Args:
+            size: (height, width) in pixels, or one number for a square. The aspect ratio is not kept.
         """
         config = {"size": size, "resample": 3, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
         return cls.from_dict(config)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Preprocessor:
-        """The preprocessor that the contents of a preprocessor_config.json describe.
+        """Read the contents of preprocessor_config.json, of an image processor or an older feature extractor.
 
-        Both forms are read, the image processor's and the older feature extractor's (`"size": 224`). What is missing
-        takes transformers' class default; null is false for a flag and the default elsewhere; other keys are ignored.
-        Raises InputError for a value that cannot be meant, and for what is not supported (padding, longest_edge).
+        Missing keys have the defaults of transformers. null is false for a flag, and the default otherwise.
+
+        Raises:
+            InputError: A value is invalid or not supported (padding, longest_edge).
         """
-        _check(isinstance(config, Mapping), "The image processor's config", config, "a JSON object")
+        _check(isinstance(config, Mapping), "config", config, "a JSON object")
         given = {key: value for key, value in config.items() if value is not None}
-        _check(not given.get("do_pad"), "do_pad", given.get("do_pad"), "false, for padded batches are not supported")
+        _check(not given.get("do_pad"), "do_pad", given.get("do_pad"), "false: padded batches are not supported")
         values: dict[str, Any] = {flag: False for flag in FLAGS if flag in config}
         values.update({name: given[name] for name in KEYS if name in given})
         for name in ("size", "crop_size"):
@@ -117,7 +118,7 @@ class Preprocessor:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of preprocessor_config.json, as transformers writes it and reads it back; ready for JSON."""
+        """Return the contents of preprocessor_config.json as transformers writes it."""
         config: dict[str, Any] = {"image_processor_type": "ViTImageProcessor"}
         for name in KEYS:
             value = getattr(self, name)
@@ -128,24 +129,31 @@ class Preprocessor:
         return config if self.shortest_edge is None else {**config, "size": {"shortest_edge": self.shortest_edge}}
 
     def __call__(self, images: ImageLike | list[ImageLike] | tuple[ImageLike, ...]) -> NDArray[np.float32]:
-        """The network's input: float32 [B, 3, H, W], contiguous, in the order given.
+        """Prepare images for the network. They are read one at a time.
 
-        `images` is one image or a list of them, each a path, a PIL image, or a uint8 array that is HWC in RGB order
-        (3 channels, 4 with alpha, 1) or HW. Images are read one at a time. Raises InputError for one that cannot be
-        read, and for images that come out in different sizes.
+        Args:
+            images: One image or a list: paths, PIL images, or uint8 arrays [height, width, 3] in RGB order,
+                [height, width, 4] with alpha, [height, width, 1] or [height, width].
+
+        Returns:
+            float32 [batch, 3, height, width], contiguous.
+
+        Raises:
+            InputError: An image cannot be read, or the results have different sizes.
         """
         output = np.empty(0, dtype=np.float32)
         for index, count, pixels in self._each(images):
             if index == 0:
                 output = np.empty((count, 3, *pixels.shape[:2]), dtype=np.float32)
-            for channel in range(3):  # a uint8 index is always in range; "clip" spares numpy the check and a buffer
+            for channel in range(3):  # a uint8 index is always in range; "clip" saves the check and a buffer
                 np.take(self._table[channel], pixels[..., channel], out=output[index, channel], mode="clip")
         return output
 
     def frames(self, images: ImageLike | list[ImageLike] | tuple[ImageLike, ...]) -> NDArray[np.uint8]:
-        """The images read, resized and cropped, but neither rescaled nor normalised: uint8 [B, H, W, 3], contiguous.
+        """Read, resize and crop images (see __call__), without rescaling and normalization.
 
-        `images` and errors are those of a call.
+        Returns:
+            uint8 [batch, height, width, 3], contiguous.
         """
         output = np.empty(0, dtype=np.uint8)
         for index, count, pixels in self._each(images):
@@ -155,17 +163,17 @@ class Preprocessor:
         return output
 
     def with_size(self, size: tuple[int, int]) -> Preprocessor:
-        """The same preprocessing for another `size` (height, width) of the network: what it crops to, or squashes to."""
+        """Return the same preprocessing for another input size (height, width) of the network."""
         if self.do_center_crop:
             return replace(self, crop_size=size)
         return replace(self, size=size, shortest_edge=None)
 
-    def of_frames(self) -> Preprocessor:
-        """The part of it that is left to do on frames: neither resize nor crop."""
+    def for_frames(self) -> Preprocessor:
+        """Return the rest of the preprocessing for frames, which are already resized and cropped."""
         return replace(self, do_resize=False, do_center_crop=False)
 
     def resized_to(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) that an image of `height` and `width` is resized to, before it is cropped."""
+        """Return the (height, width) to which an image is resized before it is cropped."""
         if not self.do_resize:
             return height, width
         if (short := self.shortest_edge) is None:
@@ -174,26 +182,28 @@ class Preprocessor:
         return (long, short) if width <= height else (short, long)
 
     def _each(self, images: Any) -> Iterator[tuple[int, int, NDArray[np.uint8]]]:
-        """(number, how many there are, pixels uint8 HWC) of each image, all of one size."""
+        """Yield the number, the total and the pixels, uint8 [height, width, 3], of each image."""
         batch: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
         if not batch:
-            raise InputError("The list of images is empty, and at least one image is needed; give one.")
+            raise InputError("The list of images is empty. Expected at least one image.")
         shape: tuple[int, ...] = ()
         for index, image in enumerate(batch):
             label = _label(image, index, len(batch))
             pixels = self._pixels(image, label)
             shape = shape or pixels.shape
             if pixels.shape != shape:
-                sizes = f"{pixels.shape[:2]} pixels (height, width), and those before it {shape[:2]}"
-                raise InputError(f"{label} comes out {sizes}; a batch holds one size, so process them one by one.")
+                raise InputError(
+                    f"{label} has {pixels.shape[0]}x{pixels.shape[1]} pixels after preprocessing, and the first image has "
+                    f"{shape[0]}x{shape[1]}. A batch has one size: process the images one by one."
+                )
             yield index, len(batch), pixels
 
     @cached_property
     def _table(self) -> NDArray[np.float32]:
         """The output for each channel and 8-bit value [3, 256].
 
-        transformers rescales in float64, rounds to float32, then normalises in float32, each pixel by itself. So the
-        same steps on the 256 possible values give the same bits, at a fraction of the time.
+        transformers rescales in float64, rounds to float32 and normalizes in float32, pixel by pixel. The same steps on the
+        256 possible values give the same bits in a fraction of the time.
         """
         scale = self.rescale_factor if self.do_rescale else 1
         table = np.tile((np.arange(256, dtype=np.float64) * scale).astype(np.float32), (3, 1))
@@ -203,114 +213,132 @@ class Preprocessor:
         return table
 
     def _pixels(self, image: Any, label: str) -> NDArray[np.uint8]:
-        """One image, read, resized and cropped: uint8 HWC."""
+        """Read, resize and crop one image: uint8 [height, width, 3]."""
+        picture = _as_rgb(image, label, blend_rgb=bool(self.do_convert_rgb))
+        if self.do_resize:
+            picture = self._resized(picture, label)
+        if self.do_center_crop and self.crop_size is not None:
+            picture = self._cropped(picture, self.crop_size)
+        return np.asarray(picture)
+
+    def _resized(self, picture: PILImage.Image, label: str) -> PILImage.Image:
         from PIL import Image
 
-        if isinstance(image, (str, os.PathLike)):
-            picture = read_image(image)
-        elif isinstance(image, np.ndarray):
-            picture = Image.fromarray(_array_to_rgb(image, label))
-        elif isinstance(image, Image.Image):
-            picture = _pil_to_rgb(image, label, always=bool(self.do_convert_rgb))
-        else:
-            raise InputError(f"{label} is a {type(image).__name__}; give a path, a PIL image or a uint8 array.")
-        if self.do_resize:
-            width, height = picture.size
-            target_height, target_width = self.resized_to(height, width)
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and target_height * target_width > 2 * limit:  # where Pillow itself refuses a file
-                made = f"{label} ({width} wide, {height} high) becomes {target_width} wide and {target_height} high"
-                raise InputError(f"{made}, and at most {2 * limit} pixels are allowed; crop it, or set a smaller size.")
-            picture = picture.resize((target_width, target_height), Image.Resampling(self.resample))
-        if self.do_center_crop and self.crop_size is not None:
-            height, width = self.crop_size
-            left, top = (picture.width - width) // 2, (picture.height - height) // 2
-            picture = picture.crop((left, top, left + width, top + height))  # what lies outside comes out black
-        return np.asarray(picture)
+        height, width = self.resized_to(picture.height, picture.width)
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is not None and height * width > 2 * limit:  # Pillow refuses a file of this size
+            raise InputError(
+                f"{label} would be resized from {picture.height}x{picture.width} to {height}x{width} pixels, and the limit is "
+                f"{2 * limit} pixels. Crop the image, or set a smaller size."
+            )
+        return picture.resize((width, height), Image.Resampling(self.resample))
+
+    def _cropped(self, picture: PILImage.Image, size: tuple[int, int]) -> PILImage.Image:
+        """Crop the centre; pixels outside the image are black."""
+        left, top = (picture.width - size[1]) // 2, (picture.height - size[0]) // 2
+        return picture.crop((left, top, left + size[1], top + size[0]))
 
 
 def read_image(path: str | os.PathLike[str]) -> PILImage.Image:
-    """The image in a file as 8-bit RGB, turned upright by its EXIF tag, its transparency dropped.
+    """Read an image file as 8-bit RGB, rotated by its EXIF tag and without its alpha channel.
 
-    The same as `transformers.image_utils.load_image`, except for 16-bit greyscale (scaled, see the module) and 32-bit
-    float (refused). Of several frames, the first. Raises InputError, naming the file, where there is no image to read.
+    Equal to `transformers.image_utils.load_image`, except that 16-bit greyscale is scaled and 32-bit float is refused. Of an
+    animation, the first frame is read.
+
+    Raises:
+        InputError: The file is not a valid image.
     """
     from PIL import Image, ImageOps
 
     label = _label(path, 0, 1)
-    # Of os.path, which bears names that are too long. A pipe would never end.
+    # os.path accepts names that are too long. Reading from a pipe would never end.
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):  # noqa: PTH110, PTH112, PTH113
-        raise InputError(f"{label} is no file. Expected an image file, such as a JPEG or PNG.")
+        raise InputError(f"{label} is not a regular file. Expected an image file such as JPEG or PNG.")
     with _decoding(label), Image.open(path) as opened:
         return _eight_bit(ImageOps.exif_transpose(opened), label).convert("RGB")
 
 
 @contextmanager
 def _decoding(label: str) -> Iterator[None]:
-    """Turns whatever is raised while an image is opened and decoded into an InputError that says what to do."""
+    """Turn any error while an image is opened and decoded into an InputError."""
     from PIL import Image, UnidentifiedImageError
 
     known: dict[type[Exception], str] = {
-        FileNotFoundError: "does not exist; give the path of an existing image.",
-        IsADirectoryError: "is a folder, and an image is expected; give the files in it.",
-        PermissionError: "may not be read by this user; change its permissions.",
-        UnidentifiedImageError: "is not an image that Pillow can read; convert it to JPEG or PNG.",
-        Image.DecompressionBombError: "has more pixels than PIL.Image.MAX_IMAGE_PIXELS allows; make it smaller.",
+        FileNotFoundError: "does not exist. Pass the path of an existing image.",
+        IsADirectoryError: "is a folder. Pass the image files in it.",
+        PermissionError: "cannot be read. Change its permissions.",
+        UnidentifiedImageError: "is not a valid image. Expected a format that Pillow reads, such as JPEG or PNG.",
+        Image.DecompressionBombError: "has more pixels than PIL.Image.MAX_IMAGE_PIXELS allows. Make it smaller.",
     }
     try:
         yield
     except (InputError, MemoryError):
         raise
-    except Exception as error:  # Pillow's readers raise anything on damaged data: SyntaxError, struct.error, IndexError
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        damaged = f"is damaged or of an unknown kind ({reason}); save it again as JPEG or PNG."
+    except Exception as error:  # on damaged data Pillow raises SyntaxError, struct.error, IndexError and others
+        reason = sentence(str(error)) or type(error).__name__
+        damaged = f"is damaged or has an unknown format ({reason}). Save it again as JPEG or PNG."
         raise InputError(f"{label} {known.get(type(error), damaged)}") from error
 
 
-def _pil_to_rgb(image: PILImage.Image, label: str, *, always: bool) -> PILImage.Image:
-    """`image` as RGB with transparency laid on white, step for step as transformers' `convert_to_rgb` does it.
+def _as_rgb(image: Any, label: str, *, blend_rgb: bool) -> PILImage.Image:
+    """Return a path, PIL image or array as an RGB image with 8 bits per channel."""
+    from PIL import Image
 
-    Unless `always` (do_convert_rgb), RGB stays as it is, even with a colour declared to be transparent.
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(image)
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(_array_to_rgb(image, label))
+    if isinstance(image, Image.Image):
+        return _pil_to_rgb(image, label, blend_rgb=blend_rgb)
+    raise InputError(f"{label} has type {type(image).__name__}. Expected a path, a PIL image or a uint8 array.")
+
+
+def _pil_to_rgb(image: PILImage.Image, label: str, *, blend_rgb: bool) -> PILImage.Image:
+    """Blend transparency with white, with the same steps as `convert_to_rgb` in transformers.
+
+    Only with `blend_rgb` (do_convert_rgb), this includes the transparent colour of an RGB image.
     """
     from PIL import Image
 
     with _decoding(label):
         image = _eight_bit(image, label)
         transparent = "A" in image.getbands() or image.info.get("transparency") is not None
-        if transparent and (always or image.mode != "RGB"):
+        if transparent and (blend_rgb or image.mode != "RGB"):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
         return image.convert("RGB")
 
 
 def _eight_bit(image: PILImage.Image, label: str) -> PILImage.Image:
-    """`image` with 8 bits per channel and at least one pixel; of 16-bit greyscale (modes I;16 and I) the high byte."""
+    """Return `image` with 8 bits per channel: of 16-bit greyscale (modes I;16 and I) the high byte."""
     from PIL import Image
 
-    advice = "scale it to 0..255 and save it as 8-bit."
+    advice = "Scale it to 0..255 and save it with 8 bits."
     if 0 in image.size:
-        raise InputError(f"{label} has no pixels ({image.width} wide, {image.height} high); give another image.")
+        raise InputError(f"{label} has no pixels (height {image.height}, width {image.width}). Pass another image.")
     if image.mode == "F":
-        raise InputError(f"{label} holds 32-bit floats, whose range is unknown; {advice}")
+        raise InputError(f"{label} contains 32-bit floats, whose range is unknown. {advice}")
     if not image.mode.startswith("I"):
         return image
     wide = np.asarray(image)
     if wide.min() < 0 or wide.max() > 65535:
-        raise InputError(f"{label} holds values from {wide.min()} to {wide.max()}, and must hold 0..65535; {advice}")
+        raise InputError(f"{label} contains values from {wide.min()} to {wide.max()}. Expected 0..65535. {advice}")
     return Image.fromarray((wide >> 8).astype(np.uint8))
 
 
 def _array_to_rgb(array: NDArray[Any], label: str) -> NDArray[np.uint8]:
-    """`array` as uint8 HWC in RGB; alpha is laid on white with the float64 arithmetic of transformers."""
+    """Return `array` as uint8 [height, width, 3]; alpha is blended with white in float64, as in transformers."""
     channels = array.shape[2] if array.ndim == 3 else 1
     if array.ndim == 4:
         raise InputError(
-            f"{label} is an array of {len(array)} images, of shape {array.shape}, and one image is (height, width, 3). Give "
-            "them as a list: list(array)."
+            f"{label} is an array of {len(array)} images with shape {array.shape}. Pass a list of images [height, width, 3]: "
+            "list(array)."
         )
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in array.shape:
-        what = f"{label} is an array of {array.dtype} and shape {array.shape}, and must be uint8 (values 0..255)"
-        raise InputError(f"{what} and (height, width, 3) in RGB order, (height, width, 4) or (height, width); convert it.")
+        raise InputError(
+            f"{label} is an array of type {array.dtype} and shape {array.shape}. Expected uint8 [height, width, 3] in RGB "
+            f"order, [height, width, 4] or [height, width]."
+        )
     if channels == 1:
         return np.repeat(np.atleast_3d(array), 3, axis=2)
     if channels == 4:
@@ -325,10 +353,9 @@ def _label(image: Any, index: int, count: int) -> str:
     return "The image" if count == 1 else f"Image {index} of the list"
 
 
-def _check(meant: bool, name: str, value: object, expected: str) -> None:
-    """Raises InputError unless `meant`, which says whether `value` is one that `name` can have."""
-    if not meant:
-        raise InputError(f"{name} is {value!r}, and must be {expected}; correct preprocessor_config.json.")
+def _check(valid: bool, name: str, value: object, expected: str) -> None:
+    if not valid:
+        raise InputError(f"Invalid {name}: {value!r}. Expected {expected}. Correct preprocessor_config.json.")
 
 
 def _is_side(value: object) -> bool:
@@ -336,5 +363,5 @@ def _is_side(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    # NaN fails the comparison, and what passes fits float32
+    # NaN fails the comparison, and smaller numbers fit float32
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e38

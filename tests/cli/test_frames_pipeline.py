@@ -102,7 +102,7 @@ def test_frames_of_a_camera_are_resized_in_the_graph(tmp_path: Path) -> None:
         expected = plain.run({"pixel_values": plain.preprocessor(list(frames))})["logits"]
         assert distance(model.run({"pixel_values": frames})["logits"], expected) < 1e-5
         assert [one[0].index for one in model.classify([CHINA, FLOWER])] == list(expected.argmax(axis=1))
-        with pytest.raises(InputError, match=r"takes frames of 427x640"):
+        with pytest.raises(InputError, match=r"accepts frames of 427x640 only"):
             model.classify(THREE)
         with pytest.raises(InputError, match=r"float32; expected .*uint8 .*make them with model\.preparation\(images\)"):
             model.run({"pixel_values": frames.astype(np.float32)})
@@ -154,7 +154,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     twice = ("--embed-resize", "100x200", "--embed-resize", "200x100")
     refused(cli_here(*export, *twice, cwd=tmp_path), "--embed-resize was given 2 times", "Export one bundle for each")
     assert contents(tmp_path) == before
-    with pytest.raises(UsageError, match="takes images of 1 channels"):
+    with pytest.raises(UsageError, match="expects images with 1 channels"):
         swin_deploy.export(weights=_weights(tmp_path, TaskSpec(), 1), output=tmp_path / "grey", embed_preprocess=True)
 
 

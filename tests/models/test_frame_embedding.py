@@ -112,12 +112,12 @@ def test_halves_are_the_whole() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     preprocessor = Preprocessor.from_dict(BICUBIC)
     refuse_misfit(Frames(preprocessor, (1080, 1920)), (48, 40), 3)
-    with pytest.raises(UsageError, match="takes images of 4 channels"):
+    with pytest.raises(UsageError, match="expects images with 4 channels"):
         refuse_misfit(Frames(preprocessor), (48, 40), 4)
     edge = dataclasses.replace(preprocessor, shortest_edge=48)
-    with pytest.raises(UsageError, match=r"makes 48x96 pixels of a frame of 100x200, and the graph is for 48x40"):
+    with pytest.raises(UsageError, match=r"turns frames of 100x200 into 48x96, but the graph is for 48x40"):
         refuse_misfit(Frames(edge, (100, 200)), (48, 40), 3)
-    with pytest.raises(InputError, match=r"has 70x52 pixels, and this graph takes frames of 100x200"):
+    with pytest.raises(InputError, match=r"has 70x52 pixels, but this graph accepts frames of 100x200 only"):
         Frames(preprocessor, (100, 200))(list(noise(70, 52)))
 
 

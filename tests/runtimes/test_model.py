@@ -98,7 +98,9 @@ def test_what_is_no_image_is_named_itself_and_not_its_parts(model: Model) -> Non
     with THREE.open("rb") as file:
         for given, name in ((THREE.read_bytes(), "bytes"), (file, "BufferedReader"), (_Tensor(), "_Tensor")):
             for answers in (model.classify, lambda images: list(model.stream(images))):
-                with pytest.raises(InputError, match=f"^The image is a {name}; give a path, a PIL image or a uint8 array"):
+                with pytest.raises(
+                    InputError, match=f"^The image has type {name}. Expected a path, a PIL image or a uint8 array"
+                ):
                     answers(given)  # type: ignore[arg-type]
 
 
