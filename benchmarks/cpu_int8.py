@@ -32,7 +32,7 @@ def write_graphs(name: str, folder: str) -> None:
     """The graphs of cpu_forms.py, and INT8 ones for each target."""
     import onnx
 
-    from swin_deploy.exporters.quantization.for_cpu import quantized_for
+    from swin_deploy.exporters.quantization.for_cpu import quantize_for_cpu
 
     cpu_forms.write_graphs(name, folder)
     pixels = np.load(f"{folder}/image.npz")["pixels"]
@@ -42,7 +42,7 @@ def write_graphs(name: str, folder: str) -> None:
 
     for target in ("onnxruntime", "openvino"):
         model = onnx.load(f"{folder}/{target}.onnx")
-        graph = quantized_for(target, model, feeds, None, frozenset(), lambda line: None).graph()
+        graph = quantize_for_cpu(model, target, feeds).model()
         Path(folder, f"int8_{target}.onnx").write_bytes(graph.SerializeToString())
 
 

@@ -24,7 +24,7 @@ from swin_deploy.exporters.engines.layer_report import EngineReport
 from swin_deploy.exporters.external_data import embed_weights
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
 from swin_deploy.exporters.precision import typed_from_fp32
-from swin_deploy.exporters.quantization.for_tensorrt import quantized_from_fp32, quantized_inputs
+from swin_deploy.exporters.quantization.for_tensorrt import quantized_from_fp32, quantized_layers
 from swin_deploy.models.checkpoints import random_checkpoint
 from swin_deploy.models.swin import SwinNetwork
 from swin_deploy.specs import EngineSpec
@@ -78,7 +78,7 @@ def row(
     if title == "fp16":
         model = typed_from_fp32(wide, config, task, title).model
     else:
-        ranges = dict.fromkeys(quantized_inputs(wide, config, title), 4.0)
+        ranges = {name: 4.0 for layer in quantized_layers(wide, config, title) for name in layer.inputs}
         model, _ = quantized_from_fp32(wide, config, task, title, ranges)
     by_batch: list[str] = []
     if batches:

@@ -37,7 +37,7 @@ from quantization_networks import NETWORKS, write_network
 
 BATCH = 8
 PROCESSOR_LIMIT, MEMORY_LIMIT = 20 * 60, 12e9  # seconds, bytes
-LEFT_OUT = ("balance", "ranges", "least squares", "gptq", "everything")
+LEFT_OUT = ("equalization", "ranges", "least squares", "gptq", "everything")
 
 # Run by the Python of NNCF's environment, and of ModelOpt's: arguments are the folder, the result and the kind.
 NNCF = """
@@ -131,30 +131,28 @@ def by_us(folder: Path, kind: str, how: str, result: Path) -> None:
     if target == "tensorrt":
         result.write_bytes(for_tensorrt(model, folder, kind, pixels).SerializeToString())
         return
-    from swin_deploy.exporters.quantization import for_cpu as steps
-    from swin_deploy.exporters.quantization import gptq as rounding
-    from swin_deploy.exporters.quantization.gptq import scale_of_range
+    from swin_deploy.exporters.quantization import for_cpu, gptq
 
     batch = BATCH if len(pixels) < 64 else 32
 
     def feeds() -> Any:
         return ({"pixel_values": pixels[i : i + batch]} for i in range(0, len(pixels), batch))
 
-    def in_place(moments: rounding.Moments) -> Any:  # as if the input were the one that is meant
-        gram, _, seen, meant = centred(moments)
-        return gram, gram, seen, meant
+    def in_place(moments: gptq.CrossMoments) -> Any:  # as if the layer read the fp32 input
+        gram, _, seen, expected = centred(moments)
+        return gram, gram, seen, expected
 
-    centred = rounding.Moments.centred
+    centred = gptq.CrossMoments.centred
     patches = {
-        "balance": patch.object(steps, "balanced", lambda model, feeds, options: model),
-        "ranges": patch.object(steps, "best_activation_scale", lambda _, low, high, __, *how: scale_of_range(low, high, *how)),
-        "least squares": patch.object(rounding.Moments, "centred", in_place),
-        "gptq": patch.object(rounding, "gptq", lambda weight, _, scale, kind: kind.nearest(weight / scale[:, None])),
+        "equalization": patch.object(for_cpu, "equalized_for_cpu", lambda model, *_: model),
+        "ranges": patch.object(for_cpu, "best_activation_scale", lambda _, low, high, __: gptq.scale_of_range(low, high)),
+        "least squares": patch.object(gptq.CrossMoments, "centred", in_place),
+        "gptq": patch.object(gptq, "gptq", lambda weight, _, scale: gptq.int8_rounded(weight / scale[:, None])),
     }
     with contextlib.ExitStack() as stack:
         for name in patches if without == "everything" else [without] if without else []:
             stack.enter_context(patches[name])
-        made = steps.quantize(model, feeds, steps.Options(kind=kind, threads=1)).model
+        made = for_cpu.quantize_for_cpu(model, "onnxruntime", feeds).model()
     result.write_bytes(made.SerializeToString())
 
 
@@ -176,18 +174,19 @@ def for_tensorrt(model: Any, folder: Path, kind: str, pixels: Any) -> Any:
     """The graph with fp16 between."""
     from swin_deploy.calib.collect import collect
     from swin_deploy.config import SwinConfig
-    from swin_deploy.exporters.quantization.for_tensorrt import quantized_from_fp32, quantized_inputs, quantized_layers
-    from swin_deploy.exporters.quantization.gptq import Repaired, balanced, input_moments
+    from swin_deploy.exporters.quantization.equalization import equalized
+    from swin_deploy.exporters.quantization.for_tensorrt import quantized_from_fp32, quantized_layers
+    from swin_deploy.exporters.quantization.gptq import GptqRounding, input_moments
     from swin_deploy.exporters.quantization.qdq import linear_layers
     from swin_deploy.tasks import TaskSpec
 
     config = SwinConfig.from_dict(json.loads((folder / "config.json").read_text()))
-    names = {layer.name for layer in quantized_layers(model, config, kind)}
-    read = {layer.name: layer.input for layer in linear_layers(model) if layer.name in names}
-    model, moments = balanced(model, input_moments(model, read, Pixels(pixels).batches(BATCH), threads=1))
-    seen = collect(model, quantized_inputs(model, config, kind), Pixels(pixels), batch=BATCH, threads=1)
-    amplitudes = {name: one.compute_amax("mse", kind) for name, one in seen.items()}
-    return quantized_from_fp32(model, config, TaskSpec(), kind, amplitudes, rounding=Repaired(moments, kind))[0]
+    layers = {layer.name: layer.inputs for layer in quantized_layers(model, config, kind)}
+    read = {layer.name: layer.input for layer in linear_layers(model) if layer.name in layers}
+    model, moments = equalized(model, input_moments(model, read, Pixels(pixels).batches(BATCH), threads=1))
+    seen = collect(model, [name for inputs in layers.values() for name in inputs], Pixels(pixels), batch=BATCH, threads=1)
+    amax = {name: one.compute_amax("mse", kind) for name, one in seen.items()}
+    return quantized_from_fp32(model, config, TaskSpec(), kind, amax, rounding=GptqRounding(moments, kind))[0]
 
 
 def logits(path: Path, pixels: Any) -> Any:

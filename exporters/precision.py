@@ -1,9 +1,9 @@
-"""A fp32 graph -> the same in fp16 or bf16 types, for compilers that take precision from the graph (TensorRT 10, 11, RTX).
+"""Turn a fp32 graph into one with fp16 or bf16 types, for compilers that take the precision from the graph.
 
-Input and output stay float32, so that whoever feeds the fp32 graph feeds this one. Islands of fp32 stay where fp16 will
-not do. The cosine attention of Swin V2 is always one: it divides by the lengths of queries and keys, which for a padding
-token are 0, and no floor that fp16 can hold is below the lengths that occur (0/0; Hugging Face's half-precision Swin V2 is
-all NaN there). Others are where values measured on calibration samples come near the largest fp16 number.
+Inputs and outputs stay float32, so that the graph takes the same feeds as the fp32 one. Some nodes stay fp32, too (fallback
+nodes). The cosine attention of Swin V2 always does: it divides by the L2 norms of queries and keys, which are 0 for a padding
+token, and fp16 cannot hold a floor below the norms that occur (Hugging Face's half-precision Swin V2 gives NaN there). Other
+nodes stay fp32 if values measured on calibration samples come near the largest fp16 number.
 """
 
 from __future__ import annotations
@@ -21,27 +21,23 @@ from swin_deploy.errors import ExportError
 from swin_deploy.tasks import TaskSpec
 
 from .passes import ENGINE_PASSES, run_passes
-from .passes.base import Graph, Pass, PassRecord
-from .passes.cosine_after_matmul import islands
+from .passes.base import Graph, Pass, PassRecord, Tensor, add_node, redirect
+from .passes.cosine_attention import cosine_fallback
 
 if TYPE_CHECKING:
     import onnx
 
-
-Measure = Callable[[Any], Mapping[str, float]]
-
-BF16_OPSET = 22  # the first whose every operator takes bfloat16
-
-
-COSINE = "squared lengths of queries and keys: a padding token's are 0, and others are below what fp16 can hold"
-WHOLE = "pixels are resized in whole numbers, as Pillow does it, and float32 holds them"
+Measure = Callable[[Any], Mapping[str, float]]  # of a fp32 graph: the amax of each value, by name
+BF16_OPSET = 22  # the first with bfloat16 for every operator
+COSINE = "squared L2 norms of queries and keys: those of padding tokens are 0, and others are below the range of fp16"
+RESIZING = "pixels are resized in whole numbers, as Pillow does it, and float32 holds them"
 RESIZE = "embeddings.resize"
-LARGEST = float(np.finfo(np.float16).max)
-HEADROOM = 2.0  # measured values may be so many times larger on other images
+FP16_MAX = float(np.finfo(np.float16).max)
+HEADROOM = 2.0  # values of other images may be this many times larger than the measured ones
 
 
 @dataclass(frozen=True)
-class Island:
+class FallbackNodes:
     """Nodes that stay fp32: where (a module, or a node's name), how many, and why."""
 
     at: str
@@ -51,100 +47,130 @@ class Island:
 
 @dataclass(frozen=True)
 class TypedGraph:
-    """A graph in the types of a precision, what each rewrite did, and what of it is still fp32."""
+    """A graph in the types of a precision, the records of its rewrites, and its fp32 fallback nodes."""
 
     model: onnx.ModelProto
     records: tuple[PassRecord, ...]
-    islands: tuple[Island, ...]
+    fallbacks: tuple[FallbackNodes, ...]
 
 
 def typed_from_fp32(
     model: onnx.ModelProto, config: SwinConfig, task: TaskSpec, precision: str, measure: Measure | None = None
 ) -> TypedGraph:
-    """The graph in the types of `precision` ("fp16" or "bf16"), in the form that GPU compilers like.
+    """Make the graph in the types of `precision`, in the layout that GPU compilers execute fastest.
 
-    `measure`, for fp16, gives the largest absolute value of each value of a fp32 graph, by name, on calibration samples; what
-    comes near the largest number of fp16 stays fp32. Raises ExportError where a weight does not fit into the type.
+    Args:
+        model: The fp32 graph. It is not changed.
+        config: The network's configuration.
+        task: The task, which names the outputs.
+        precision: "fp16" or "bf16".
+        measure: For fp16, measures the amax of each value of a fp32 graph on calibration samples.
+
+    Returns:
+        The graph and what was done.
+
+    Raises:
+        ExportError: If a weight does not fit into the type.
     """
     gs = require("onnx_graphsurgeon", f"write the {precision} graph")
     graph = gs.import_onnx(model)
     records = run_passes(graph, config, ENGINE_PASSES)
-    wide = set(islands(graph))
-    found = [
-        Island(at, len(list(names)), COSINE) for at, names in groupby(sorted(wide), key=lambda name: name.rpartition("/")[0])
-    ]
-    if resized := resizing(graph):
-        found.append(Island(RESIZE, len(resized), WHOLE))
-        wide |= resized
+    fallback = set(cosine_fallback(graph))
+    by_module = groupby(sorted(fallback), key=lambda name: name.rpartition("/")[0])
+    found = [FallbackNodes(at, len(list(names)), COSINE) for at, names in by_module]
+    if resized := resize_nodes(graph):
+        found.append(FallbackNodes(RESIZE, len(resized), RESIZING))
+        fallback |= resized
     if measure is not None:
-        beyond = _beyond(graph, measure(gs.export_onnx(graph)))
-        found += [Island(name, 1, reason) for name, reason in beyond.items() if name not in wide]
-        wide |= beyond.keys()
-    records += run_passes(graph, config, (narrow_types(task, precision, wide, as_designed=measure is None),))
+        beyond = _beyond_fp16(graph, measure(gs.export_onnx(graph)))
+        found += [FallbackNodes(name, 1, reason) for name, reason in beyond.items() if name not in fallback]
+        fallback |= beyond.keys()
+    records += run_passes(graph, config, (types_pass(task, precision, fallback, counted=measure is None),))
     typed = gs.export_onnx(graph)
     if precision == "bf16":
-        for domain in typed.opset_import:
-            domain.version = max(domain.version, BF16_OPSET) if not domain.domain else domain.version
+        raise_opset(typed, BF16_OPSET)
     return TypedGraph(typed, records, tuple(found))
 
 
-def narrow_types(task: TaskSpec, precision: str, wide: Set[str], as_designed: bool = True) -> Pass:
-    """The pass; it inserts a Cast wherever a value crosses between fp32, in the nodes of `wide`, and the narrow type.
+def raise_opset(model: onnx.ModelProto, version: int) -> None:
+    """Raise the version of the standard operators of `model`, if it is lower."""
+    for domain in model.opset_import:
+        if not domain.domain:
+            domain.version = max(domain.version, version)
 
-    There is one behind the image, one before each output, and three at each island of the design: vectors in, products in,
-    cosines out. Frames have a Cast in the fp32 graph already. Where measured ranges decide, no number can be expected.
+
+def types_pass(
+    task: TaskSpec,
+    precision: str,
+    fallback: Set[str],
+    counted: bool = True,
+    more: Callable[[SwinConfig], int] = lambda config: 0,
+) -> Pass:
+    """Make the pass that assigns types and inserts a Cast wherever a value crosses between fp32 and `precision`.
+
+    Args:
+        task: The task, which names the outputs.
+        precision: "fp16" or "bf16".
+        fallback: Names of the nodes that stay fp32.
+        counted: Whether the number of Casts is known: one after the image, one before each output, and three at each cosine
+            attention (vectors in, matmul in, cosines out). Frames have a Cast in the fp32 graph already. Where measured ranges
+            decide, no number can be expected.
+        more: The number of further Casts to expect.
     """
     done: list[int] = []
-    behind_image: list[int] = []
+    after_image: list[int] = []
 
     def rewrite(graph: Graph) -> int:
-        behind_image.append(0 if graph.inputs[0].dtype == np.uint8 and not resizing(graph) else 1)
-        done.append(assign_types(graph, wide, narrow_type(precision)))
+        after_image.append(0 if graph.inputs[0].dtype == np.uint8 and not resize_nodes(graph) else 1)
+        done.append(assign_types(graph, fallback, low_precision(precision)))
         return done[0]
 
     def expected(config: SwinConfig) -> int:
-        in_islands = 3 * config.blocks if config.version == 2 else 0
-        return behind_image[0] + len(task.output_names(config)) + in_islands if as_designed else done[0]
+        in_attention = 3 * config.blocks if config.version == 2 else 0
+        return after_image[0] + len(task.output_names(config)) + in_attention + more(config) if counted else done[0]
 
     return Pass(f"{precision}_types", rewrite, expected)
 
 
-def _beyond(graph: Graph, largest: Mapping[str, float]) -> dict[str, str]:
-    """The nodes that read or write what fp16 may not hold, by name, and why."""
+def _beyond_fp16(graph: Graph, amax: Mapping[str, float]) -> dict[str, str]:
+    """The nodes that read or write values that fp16 may not hold, by name, and the reason."""
     found = {}
     for node in graph.nodes:
-        top = max((largest.get(tensor.name, 0.0) for tensor in (*node.inputs, *node.outputs)), default=0.0)
-        if top * HEADROOM > LARGEST:
-            found[str(node.name)] = f"reads or writes {top:.3g} on calibration samples, and fp16 ends at {LARGEST:.0f}"
+        top = max((amax.get(tensor.name, 0.0) for tensor in (*node.inputs, *node.outputs)), default=0.0)
+        if top * HEADROOM > FP16_MAX:
+            found[str(node.name)] = f"reads or writes {top:.3g} on calibration samples, and fp16 ends at {FP16_MAX:.0f}"
     return found
 
 
-def resizing(graph: Graph) -> set[str]:
-    """The names of the nodes that resize frames; they stay fp32 in every precision."""
+def resize_nodes(graph: Graph) -> set[str]:
+    """Return the names of the nodes that resize frames. They stay fp32 in every precision."""
     return {str(node.name) for node in graph.nodes if str(node.name).startswith(RESIZE)}
 
 
-def assign_types(graph: Graph, wide: Set[str], narrow: np.dtype[Any]) -> int:
-    """The number of Casts inserted to make every floating node `narrow`, except those named in `wide`, which stay fp32.
+def assign_types(graph: Graph, fallback: Set[str], low: np.dtype[Any]) -> int:
+    """Make every floating-point node `low`, except for those named in `fallback`, which stay fp32.
 
     The graph's inputs and outputs stay float32. A value that several nodes of the other type read is cast once.
+
+    Returns:
+        The number of Casts inserted.
     """
     import onnx_graphsurgeon as gs
 
+    fp32 = np.dtype(np.float32)
     constants: dict[str, Any] = {}
     casts: dict[tuple[str, bool], Any] = {}
     nodes = list(graph.nodes)
-    is_wide = {tensor.name: node.name in wide for node in nodes for tensor in node.outputs}
+    is_fp32 = {tensor.name: node.name in fallback for node in nodes for tensor in node.outputs}
     floating = {name for name, tensor in graph.tensors().items() if tensor.dtype == np.float32}
 
-    def cast(tensor: Any, to_wide: bool) -> Any:
-        key = (tensor.name, to_wide)
+    def cast(tensor: Tensor, to_fp32: bool) -> Tensor:
+        key = (tensor.name, to_fp32)
         if key not in casts:
-            dtype = np.dtype(np.float32) if to_wide else narrow
-            result = gs.Variable(f"{tensor.name}_{dtype.name}", dtype, tensor.shape)
-            node = gs.Node("Cast", f"{tensor.name}/Cast_{dtype.name}", {"to": _onnx_type(dtype)}, [tensor], [result])
-            graph.nodes.append(node)
-            casts[key] = result
+            dtype = fp32 if to_fp32 else low
+            name, output = f"{tensor.name}/Cast_{dtype.name}", f"{tensor.name}_{dtype.name}"
+            casts[key] = add_node(graph, name, "Cast", [tensor], output, dtype, to=_onnx_type(dtype))
+            casts[key].shape = tensor.shape
         return casts[key]
 
     for node in nodes:
@@ -152,33 +178,30 @@ def assign_types(graph: Graph, wide: Set[str], narrow: np.dtype[Any]) -> int:
             if tensor.name not in floating:
                 continue
             if isinstance(tensor, gs.Constant):
-                if node.name not in wide:
+                if node.name not in fallback:
                     if tensor.name not in constants:
-                        constants[tensor.name] = _narrow_constant(tensor, narrow)
+                        constants[tensor.name] = _low_constant(tensor, low)
                     node.inputs[position] = constants[tensor.name]
-            elif is_wide.get(tensor.name, True) != (node.name in wide):  # a graph input counts as wide
-                node.inputs[position] = cast(tensor, to_wide=node.name in wide)
+            elif is_fp32.get(tensor.name, True) != (node.name in fallback):  # a graph input counts as fp32
+                node.inputs[position] = cast(tensor, to_fp32=node.name in fallback)
     for position, output in enumerate(graph.outputs):
-        if output.name in floating and not is_wide[output.name]:
-            inner = gs.Variable(f"{output.name}_{narrow.name}", narrow, output.shape)
-            for consumer in list(output.outputs):
-                consumer.inputs = [inner if t is output else t for t in consumer.inputs]
-            output.inputs[0].outputs = [inner if t is output else t for t in output.inputs[0].outputs]
-            graph.nodes.append(
-                gs.Node("Cast", f"{output.name}/Cast_float32", {"to": _onnx_type(np.dtype(np.float32))}, [inner], [output])
-            )
+        if output.name in floating and not is_fp32[output.name]:
+            inner = gs.Variable(f"{output.name}_{low.name}", low, output.shape)
+            redirect(output.outputs, output, inner)
+            output.inputs[0].outputs = [inner if tensor is output else tensor for tensor in output.inputs[0].outputs]
+            graph.nodes.append(gs.Node("Cast", f"{output.name}/Cast_float32", {"to": _onnx_type(fp32)}, [inner], [output]))
             casts[(output.name, True)] = graph.outputs[position]
     for node in nodes:
         for tensor in node.outputs:
-            if tensor.name in floating and not is_wide[tensor.name]:
-                tensor.dtype = narrow
+            if tensor.name in floating and not is_fp32[tensor.name]:
+                tensor.dtype = low
                 if node.op == "Cast":  # of frames
-                    node.attrs["to"] = _onnx_type(narrow)
+                    node.attrs["to"] = _onnx_type(low)
     return len(casts)
 
 
-def narrow_type(precision: str) -> np.dtype[Any]:
-    """The numpy type of "fp16" or "bf16"."""
+def low_precision(precision: str) -> np.dtype[Any]:
+    """Return the numpy type of "fp16" or "bf16"."""
     if precision == "fp16":
         return np.dtype(np.float16)
     import ml_dtypes
@@ -187,17 +210,17 @@ def narrow_type(precision: str) -> np.dtype[Any]:
     return bfloat16
 
 
-def _narrow_constant(tensor: Any, narrow: np.dtype[Any]) -> Any:
+def _low_constant(tensor: Tensor, low: np.dtype[Any]) -> Tensor:
     import onnx_graphsurgeon as gs
 
     with np.errstate(over="ignore"):
-        values = tensor.values.astype(narrow)
+        values = tensor.values.astype(low)
     if not np.isfinite(values.astype(np.float32)).all():
         raise ExportError(
-            f"{tensor.name} holds {float(np.abs(tensor.values).max()):.3g}, which {narrow.name} cannot represent. "
+            f"{tensor.name} holds {float(np.abs(tensor.values).max()):.3g}, which {low.name} cannot represent. "
             f"Build the engine with --fp32."
         )
-    return gs.Constant(f"{tensor.name}_{narrow.name}", values)
+    return gs.Constant(f"{tensor.name}_{low.name}", values)
 
 
 def _onnx_type(dtype: np.dtype[Any]) -> int:

@@ -15,8 +15,8 @@ from swin_deploy.bundle import CONFIG, Bundle, disk_errors
 from swin_deploy.config import SwinConfig
 from swin_deploy.dependencies import require
 from swin_deploy.errors import MissingDependencyError, VerificationError
-from swin_deploy.files import scratch_beside
-from swin_deploy.parity import OpenGraph, Reference, check_graph
+from swin_deploy.files import scratch_beside, scratch_folder
+from swin_deploy.parity import OpenGraph, Reference, Runnable, check_graph
 from swin_deploy.specs import QUANTIZED, Size, graph_file, weights_file
 from swin_deploy.tasks import TaskSpec
 
@@ -68,7 +68,7 @@ def with_typed_graphs(bundle: Bundle, precision: str, open_graph: OpenGraph, cal
     def make(source: str, model: Any) -> NewGraph:
         measure = None if calibration is None else partial(calibration.amax, source)
         typed = typed_from_fp32(model, config, task, precision, measure)
-        return NewGraph(typed.model, typed.records, {"islands": [asdict(island) for island in typed.islands]})
+        return NewGraph(typed.model, typed.records, {"islands": [asdict(nodes) for nodes in typed.fallbacks]})
 
     return with_graphs(bundle, precision, make, asked, open_graph)
 
@@ -183,6 +183,22 @@ def _mover(made: Path) -> Callable[[Path], None]:
         made.replace(path)
 
     return write
+
+
+@contextlib.contextmanager
+def scratch_graph(model: Any) -> Iterator[Path]:
+    """Yield the path of a temporary file with the graph `model`."""
+    with scratch_folder("graph") as folder:
+        path = folder / "model.onnx"
+        path.write_bytes(model.SerializeToString())
+        yield path
+
+
+@contextlib.contextmanager
+def opened_graph(open_graph: OpenGraph, model: Any) -> Iterator[Runnable]:
+    """Yield a runtime with the graph `model`."""
+    with scratch_graph(model) as path, open_graph(path) as runtime:
+        yield runtime
 
 
 def _known(bundle: Bundle, file: str, parent: str, asked: Mapping[str, Any]) -> bool:

@@ -116,8 +116,8 @@ class GraphScorer:
     def score(self, labelled: bool, classes: int) -> Score:
         """Return the score of all batches added so far."""
         compared = bool(self.power)
-        decibels = {name: decibels(self.power[name], self.error[name]) for name in self.power}
-        worst = min(decibels, key=lambda name: decibels[name], default=self.runtime.outputs[0].name)
+        sqnr_db = {name: decibels(self.power[name], self.error[name]) for name in self.power}
+        worst = min(sqnr_db, key=lambda name: sqnr_db[name], default=self.runtime.outputs[0].name)
         return Score(
             self.file,
             self.precision,
@@ -128,7 +128,7 @@ class GraphScorer:
             top5=self.hits_in_five / self.samples if labelled and classes > 5 else None,
             top1_agreement=self.agreements / self.samples if compared and classes else None,
             relative_l2=self.distance[worst] / self.samples if compared else None,
-            sqnr_db=decibels[worst] if compared else None,
+            sqnr_db=sqnr_db[worst] if compared else None,
             output=worst,
             not_finite=self.not_finite,
         )

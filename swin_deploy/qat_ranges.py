@@ -1,4 +1,4 @@
-"""Quantisation ranges that a checkpoint brings along: the steps that its layers' inputs, outputs and weights were trained with.
+"""QAT ranges: the quantization ranges of inputs, outputs and weights with which a checkpoint was trained.
 
 Layers have canonical names, those of Hugging Face files on disk ("encoder.layers.0.blocks.0.intermediate.dense").
 """
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import UsageError
 
-RANGES = "ranges.json"  # where a bundle keeps them
-SMALLEST = np.float32(1e-30)  # what stands for the step of a channel whose weights are all 0
+RANGES = "ranges.json"  # their file in a bundle
+SMALLEST_SCALE = np.float32(1e-30)  # of a channel whose weights are all 0
 PARTS = ("query", "key", "value")
 MODULES = {
     "query": "attention.self.query",
@@ -33,9 +33,9 @@ MODULES = {
 
 @dataclass(frozen=True)
 class ActivationRange:
-    """Values are `(code - zero_point) * scale`, codes uint8; 128 is the zero point of symmetric signed codes.
+    """Values are `(quantized - zero_point) * scale`, uint8; symmetric signed INT8 has the zero point 128 here.
 
-    `amplitude` is the largest magnitude that they were trained to hold, which is what symmetric codes need to cover.
+    `amplitude` is amax, the largest magnitude of the trained range, which symmetric values need to cover.
     """
 
     scale: float
@@ -44,13 +44,13 @@ class ActivationRange:
 
     @classmethod
     def symmetric(cls, amplitude: float) -> ActivationRange:
-        """127 steps on either side of 0."""
+        """Return the symmetric INT8 range with this amax."""
         return cls(float(np.float32(amplitude / 127)), 128, float(amplitude))
 
 
 @dataclass(frozen=True)
 class LayerRanges:
-    """What is known of a layer. `weight` are steps of INT8 codes, one for all or one for each output channel."""
+    """The ranges of a layer. `weight` are INT8 scales, one for all or one for each output channel."""
 
     input: ActivationRange | None = None
     output: ActivationRange | None = None
@@ -58,8 +58,8 @@ class LayerRanges:
 
 
 @dataclass(frozen=True)
-class Ranges:
-    """By layer; `source` says where they came from."""
+class QatRanges:
+    """The ranges of layers, by canonical name; `source` is where they come from."""
 
     source: str
     layers: Mapping[str, LayerRanges] = field(default_factory=dict)
@@ -70,44 +70,45 @@ class Ranges:
         return f'{{"source": {json.dumps(self.source)}, "layers": {{\n{lines}\n}}}}\n'
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Ranges:
+    def from_dict(cls, values: Mapping[str, Any]) -> QatRanges:
         return cls(str(values["source"]), {name: _layer(layer) for name, layer in values["layers"].items()})
 
     def input_of(self, modules: Iterable[str]) -> ActivationRange | None:
-        """The range of the tensor that `modules` read: the largest that one of them has."""
+        """Return the range of the tensor that `modules` read: the largest that one of them has."""
         return largest(self.layers[name].input for name in modules if name in self.layers)
 
     def weight_of(self, layer: str, rows: int, config: SwinConfig) -> NDArray[np.float32] | None:
-        """The steps [rows] of the weight of a layer of the graph, by channel; None where a part of it has none."""
+        """Return the scales [rows] of a graph layer's weight, one a channel; None if a part of it has none."""
         found = [self.layers.get(name, LayerRanges()).weight for name in modules_of(layer)]
         parts = []
-        for name, steps in zip(modules_of(layer), found, strict=True):
-            if steps is None:
+        for name, scales in zip(modules_of(layer), found, strict=True):
+            if scales is None:
                 return None
-            part = np.broadcast_to(np.asarray(steps, np.float32), rows // len(found))
-            parts.append(np.maximum(part * np.float32(softmax_scale(name, config)), SMALLEST))
+            part = np.broadcast_to(np.asarray(scales, np.float32), rows // len(found))
+            parts.append(np.maximum(part * np.float32(softmax_scale(name, config)), SMALLEST_SCALE))
         return np.concatenate(parts) if parts else None
 
     def output_of(self, modules: Iterable[str]) -> ActivationRange | None:
-        """The range of what `modules` write: the largest that one of them has."""
+        """Return the range of what `modules` write: the largest that one of them has."""
         return largest(self.layers[name].output for name in modules if name in self.layers)
 
 
-def lacking(missing: list[str], source: str) -> UsageError:
-    """The error that says what there is no range of, with neither `source` nor samples."""
+def missing_ranges(missing: list[str], source: str) -> UsageError:
+    """Return the error for ranges that neither `source` has nor samples can give."""
     return UsageError(
-        f"There is no range of {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} ({len(missing)} in all) in "
-        f"{source or 'the bundle'}, and no samples to measure it on: name images like those of the application with --data."
+        f"{source or 'The bundle'} has no range of {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} "
+        f"({len(missing)} in all), and there are no samples to measure it on. Pass images like those of the application with "
+        f"--data."
     )
 
 
 def largest(ranges: Iterable[ActivationRange | None]) -> ActivationRange | None:
-    """The one with the largest amplitude; None where there is none."""
+    """Return the range with the largest amax; None if there is none."""
     return max((one for one in ranges if one is not None), key=lambda one: one.amplitude, default=None)
 
 
 def softmax_scale(module: str, config: SwinConfig) -> float:
-    """What the exported graph has multiplied the weight of a module by: Swin V1's query's by 1 / sqrt(head width)."""
+    """Return the factor that the export folded into the weight of a module: 1 / sqrt(head width) for Swin V1's query."""
     if config.version != 1 or not module.endswith(".query"):
         return 1.0
     stage = int(module.split(".")[2])
@@ -115,7 +116,7 @@ def softmax_scale(module: str, config: SwinConfig) -> float:
 
 
 def modules_of(layer: str) -> tuple[str, ...]:
-    """The canonical names of what a layer of the exported graph was made of: three for a joined projection.
+    """Return the canonical names of the modules in a layer of the exported graph: three for a joined projection.
 
     A layer of the graph has its module's name in swin.py ("stages.0.steps.block0.attention.qkv").
     """

@@ -1,8 +1,9 @@
-"""Channels of one size: what makes some channels of an activation large is moved into the weights that read it, exactly.
+"""Channel equalization: move what makes some channels of an activation large into the weights that read it.
 
 One scale for a whole activation serves its largest channels. Where a LayerNorm or a linear layer wrote it, directly or (the
-stream of Swin V2) by sums and gathers, each channel can be divided by a factor there, and the columns of every linear layer
-that reads it multiplied by it: the same network. Values do it through attention, whose probabilities mix tokens, not channels.
+residual stream of Swin V2) through sums and gathers, each channel can be divided by a factor there, and the columns of every
+linear layer that reads it multiplied by this factor: SmoothQuant and cross-layer equalization. The network computes the same.
+Values of attention are equalized through it, because probabilities mix tokens, not channels.
 """
 
 from __future__ import annotations
@@ -16,21 +17,28 @@ import numpy as np
 from swin_deploy.dependencies import require
 from swin_deploy.specs import Array
 
-from .qdq import LinearLayer, with_nodes
+from .qdq import LinearLayer, linear_layers, with_nodes
 
 if TYPE_CHECKING:
     import onnx
 
+    from .gptq import SecondMoments
+
 STRENGTHS = tuple((a, b) for a in np.linspace(0, 1, 11) for b in (0.0, 1.0 - a))
-MOST_INSERTED = 2  # Mul nodes, where something that cannot take a factor reads or writes the channels
+MAX_INSERTED = 2  # Mul nodes, where a node that cannot take a factor reads or writes the channels
 
 
 @dataclass
 class Channels:
-    """Tensors with the same `width` channels, or several of each side by side.
+    """Tensors that have the same channels, or several copies of these side by side, and so share factors.
 
-    `written` and `read` are (initialiser, axis, first, length) of what takes a factor, the ones to be divided and multiplied;
-    `after` and `before` are the names of tensors, and (tensor, node), where a Mul must be put.
+    Attributes:
+        width: Number of channels.
+        tensors: Names of the tensors.
+        written: What is divided: (initializer, axis, first channel, length).
+        read: What is multiplied: weights whose columns read the channels.
+        after: Tensors after which a Mul must be inserted.
+        before: (tensor, node) before which a Mul must be inserted.
     """
 
     width: int
@@ -43,21 +51,21 @@ class Channels:
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Of the channels of an activation: largest absolute value, and mean square; both [channels]."""
+    """Amax and mean square of the channels of an activation; both [channels]."""
 
-    largest: Array
+    amax: Array
     square: Array
 
 
-class Graph:
-    """An ONNX graph with what is asked of it here: who makes and who reads a tensor, and how wide it is."""
+class GraphIndex:
+    """Index of an ONNX graph: the writer, the readers and the number of channels of each tensor."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        onnx = require("onnx", "quantise a model")
+        onnx = require("onnx", "quantize a model")
         self.model, self.numpy = model, onnx.numpy_helper
         self.nodes = list(model.graph.node)
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.maker = {name: node for node in self.nodes for name in node.output}
+        self.writer = {name: node for node in self.nodes for name in node.output}
         self.readers: dict[str, list[Any]] = {}
         for node in self.nodes:
             for name in node.input:
@@ -74,7 +82,7 @@ class Graph:
         return next((list(a.ints) or a.i for a in node.attribute if a.name == name), None)
 
     def passes(self, node: Any) -> bool:
-        """Whether the node leaves every channel where it is, so that its first input and its output share factors."""
+        """Whether the node keeps the order of channels, so that its first input and its output share factors."""
         if node.op_type == "Transpose":
             order = self.attribute(node, "perm")
             return bool(order and order[-1] == len(order) - 1)
@@ -83,14 +91,14 @@ class Graph:
         return node.op_type == "Reshape" or (node.op_type == "Gather" and not self.attribute(node, "axis"))
 
 
-def channels_of(graph: Graph, layers: tuple[LinearLayer, ...]) -> list[Channels]:
-    """The sets of tensors that share their channels' factors; every layer's input is in at most one of them."""
+def channels_of(graph: GraphIndex, layers: tuple[LinearLayer, ...]) -> list[Channels]:
+    """Find the sets of tensors that share factors. The input of each layer is in at most one of them."""
     found: list[Channels] = []
     for layer in layers:
         if any(layer.input in one.tensors for one in found):
             continue
-        one = _values(graph, layer) or _flood(graph, layer)
-        if len(one.after) + len(one.before) <= MOST_INSERTED:
+        one = _values_of_attention(graph, layer) or _connected(graph, layer)
+        if len(one.after) + len(one.before) <= MAX_INSERTED:
             found.append(one)
     return found
 
@@ -101,10 +109,17 @@ def best_factors(
     statistics: Mapping[str, ChannelStatistics],
     powers_of_two: bool = False,
 ) -> Array | None:
-    """[width]: what each channel is divided by, or None where that gains less than 1 % of the expected error.
+    """Choose the factors that reduce the expected quantization error most.
 
-    It must gain half of it where a Mul has to be put in. `weights` are those of all layers, by initialiser: the name of the
-    layer's input, and [outputs, inputs].
+    Args:
+        one: The channels.
+        weights: By initializer, the name of the layer's input and the weight [outputs, inputs].
+        statistics: Statistics of activations, by name.
+        powers_of_two: Only consider powers of two, which round nothing.
+
+    Returns:
+        The divisor [width] of each channel, or None if it reduces the error by less than 1 %, or by less than half if a Mul
+        must be inserted.
     """
     groups: dict[str, list[Array]] = {}
     for name in sorted(one.read & weights.keys()):
@@ -114,12 +129,12 @@ def best_factors(
         return None
     tiny = 1e-12
 
-    def folded(values: Array) -> Array:  # the largest of the channels that share a factor
+    def shared(values: Array) -> Array:  # the largest of the channels that share a factor
         result: Array = values.reshape(-1, one.width).max(axis=0)
         return result
 
-    largest = np.max([folded(s.largest) / max(float(s.largest.mean()), tiny) for _, s in parts], axis=0) + 1e-6
-    columns = np.max([folded(np.abs(w).max(axis=0)) / max(float(np.abs(w).max()), tiny) for w, _ in parts], axis=0) + 1e-6
+    amax = np.max([shared(s.amax) / max(float(s.amax.mean()), tiny) for _, s in parts], axis=0) + 1e-6
+    columns = np.max([shared(np.abs(w).max(axis=0)) / max(float(np.abs(w).max()), tiny) for w, _ in parts], axis=0) + 1e-6
 
     def damage(factors: Array) -> float:
         total = 0.0
@@ -127,11 +142,11 @@ def best_factors(
             f = np.tile(factors, matrix.shape[1] // one.width)
             scaled, square = matrix * f, s.square / (f * f)
             energy = float((np.square(matrix) @ s.square).sum()) + tiny
-            rounding = (2 * float((s.largest / f).max()) / 255) ** 2 * float(np.square(scaled).sum())
+            rounding = (2 * float((s.amax / f).max()) / 255) ** 2 * float(np.square(scaled).sum())
             total += (rounding + float(np.square(np.abs(scaled).max(axis=1) / 127).sum() * square.sum())) / energy
         return total
 
-    candidates = [largest**a / columns**b for a, b in STRENGTHS]
+    candidates = [amax**a / columns**b for a, b in STRENGTHS]
     candidates = [factors / np.exp(np.log(factors).mean()) for factors in candidates]
     if powers_of_two:
         candidates = [np.exp2(np.rint(np.log2(factors))) for factors in candidates]
@@ -142,9 +157,9 @@ def best_factors(
     return rounded
 
 
-def fold(model: onnx.ModelProto, one: Channels, factors: Array) -> None:
-    """Divides the channels of `model`, in place, by `factors` [width]: the network stays what it was."""
-    onnx = require("onnx", "quantise a model")
+def equalize(model: onnx.ModelProto, one: Channels, factors: Array) -> None:
+    """Divide channels of `model`, in place, by `factors` [width]. The network computes the same as before."""
+    onnx = require("onnx", "quantize a model")
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
 
     def change(name: str, axis: int, first: int, length: int, by: Array) -> None:
@@ -163,14 +178,45 @@ def fold(model: onnx.ModelProto, one: Channels, factors: Array) -> None:
     for node in model.graph.node:
         for position, name in enumerate(node.input):
             if (name, node.name) in one.before:
-                nodes.append(_mul(onnx, model, name, f"{name}/unfolded", factors))
-                node.input[position] = f"{name}/unfolded"
+                nodes.append(_mul(onnx, model, name, f"{name}/unequalized", factors))
+                node.input[position] = f"{name}/unequalized"
         nodes.append(node)
         for position, name in enumerate(node.output):
             if name in one.after:
-                node.output[position] = f"{name}/unfolded"
-                nodes.append(_mul(onnx, model, f"{name}/unfolded", name, 1 / factors))
+                node.output[position] = f"{name}/unequalized"
+                nodes.append(_mul(onnx, model, f"{name}/unequalized", name, 1 / factors))
     model.CopyFrom(with_nodes(model, nodes, []))
+
+
+def equalized(model: onnx.ModelProto, moments: Mapping[str, SecondMoments]) -> tuple[onnx.ModelProto, dict[str, SecondMoments]]:
+    """Equalize the channels that layers read, where all factors can go into weights, and by powers of two.
+
+    Nothing is rounded, so that the network computes the same to the bit.
+
+    Args:
+        model: The fp32 graph, with its weights inside. It is not changed.
+        moments: Second moments of what the layers to equalize read, by layer.
+
+    Returns:
+        The equalized graph, and the moments there.
+    """
+    from onnx import numpy_helper
+
+    layers = tuple(layer for layer in linear_layers(model) if layer.name in moments)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    statistics = {layer.input: moments[layer.name].statistics for layer in layers}
+    read = {layer.weight: (layer.input, numpy_helper.to_array(weights[layer.weight])) for layer in layers}
+    result, found = type(model)(), dict(moments)
+    result.CopyFrom(model)
+    for one in channels_of(GraphIndex(model), layers):
+        factors = None if one.after or one.before else best_factors(one, read, statistics, powers_of_two=True)
+        if factors is None:
+            continue
+        equalize(result, one, factors)
+        for layer in layers:
+            if layer.weight in one.read:
+                found[layer.name] = found[layer.name].divided(np.tile(factors, len(found[layer.name].total) // one.width))
+    return result, found
 
 
 def _mul(onnx: Any, model: onnx.ModelProto, source: str, target: str, factors: Array) -> Any:
@@ -178,8 +224,8 @@ def _mul(onnx: Any, model: onnx.ModelProto, source: str, target: str, factors: A
     return onnx.helper.make_node("Mul", [source, f"{target}/factors"], [target], f"{target}/Mul")
 
 
-def _flood(graph: Graph, layer: LinearLayer) -> Channels:
-    """Everything that shares the channels of the layer's input by way of sums, gathers and reshapes."""
+def _connected(graph: GraphIndex, layer: LinearLayer) -> Channels:
+    """Everything that shares the channels of the layer's input through sums, gathers and reshapes."""
     width = graph.constants[layer.weight].dims[1]
     one = Channels(width)
     todo = [layer.input]
@@ -203,13 +249,10 @@ def _flood(graph: Graph, layer: LinearLayer) -> Channels:
     return one
 
 
-def _written(graph: Graph, one: Channels, name: str) -> list[str]:
-    """Takes in what makes the tensor `name`; returns the tensors that it is made of and that share its channels."""
-    node, length = graph.maker.get(name), graph.widths.get(name, one.width)
-    if node is not None and node.op_type == "LayerNormalization" and all(n in graph.constants for n in node.input[1:]):
-        one.written |= {(constant, 0, 0, length) for constant in node.input[1:]}
-        return []
-    if node is not None and node.op_type == "Gemm" and all(n in graph.constants for n in node.input[1:]):
+def _written(graph: GraphIndex, one: Channels, name: str) -> list[str]:
+    """Add the writer of the tensor `name` to `one`; returns the tensors that it reads and that share its channels."""
+    node, length = graph.writer.get(name), graph.widths.get(name, one.width)
+    if node is not None and node.op_type in ("LayerNormalization", "Gemm") and not set(node.input[1:]) - graph.constants.keys():
         one.written |= {(constant, 0, 0, length) for constant in node.input[1:]}
         return []
     if node is not None and node.op_type == "Add" and not set(node.input) & graph.constants.keys():
@@ -220,21 +263,21 @@ def _written(graph: Graph, one: Channels, name: str) -> list[str]:
     return []
 
 
-def _fits(graph: Graph, one: Channels, name: str) -> bool:
+def _fits(graph: GraphIndex, one: Channels, name: str) -> bool:
     return graph.widths.get(name, 1) % one.width == 0
 
 
-def _values(graph: Graph, layer: LinearLayer) -> Channels | None:
-    """The projection behind attention: its input's channels are those of the values, which a linear layer wrote."""
+def _values_of_attention(graph: GraphIndex, layer: LinearLayer) -> Channels | None:
+    """For the projection after attention: the channels of its input are those of the values, which a linear layer wrote."""
     width, name, steps = graph.constants[layer.weight].dims[1], layer.input, []
     for _ in range(6):
-        node = graph.maker.get(name)
+        node = graph.writer.get(name)
         if node is None or node.op_type not in ("Reshape", "Transpose", "MatMul", "Split"):
             break
         steps.append(node.op_type)
         if node.op_type == "Split":
             first = list(node.output).index(name) * width
-            node = graph.maker.get(node.input[0])
+            node = graph.writer.get(node.input[0])
             break
         first, name = 0, node.input[1 if node.op_type == "MatMul" else 0]
     if node is None or node.op_type != "Gemm" or steps[:5] != ["Reshape", "Transpose", "MatMul", "Transpose", "Reshape"]:
@@ -247,7 +290,7 @@ def _values(graph: Graph, layer: LinearLayer) -> Channels | None:
 
 
 def without_values(onnx: Any, model: onnx.ModelProto) -> Any:
-    """`model` for shape inference: its large constants only declared."""
+    """Return `model` for shape inference, with its large constants declared as inputs."""
     light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
     light.graph.name = "shapes"
     light.graph.node.extend(model.graph.node)

@@ -1,385 +1,482 @@
-"""A fp32 graph and the ranges of its activations -> the same graph in INT8 or FP8 (E4M3), with fp16 or bf16 between.
+"""Make the INT8 or FP8 (E4M3) graph for TensorRT, with fp16 or bf16 between the quantized layers.
 
-The form is the one that TensorRT compiles to the fewest kernels that move the fewest bytes; docs/engines.md has the
-experiments. In short: a product of quantised numbers is a kernel that can scale by one number and do nothing else, so what
-comes behind it must fit into the kernel after it, and fc1, whose GELU would not, stays narrow and writes quantised numbers.
+TensorRT compiles this layout to the fewest kernels that move the fewest bytes; docs/engines.md has the experiments. In short:
+a matmul of quantized values is a kernel that can scale by one number and do nothing else. What follows it must fit into the
+next kernel. fc1 stays in low precision, because its GELU would not fit, and writes quantized values.
 
-    projection to q, k, v   quantised; V1: one scale for all three, written narrow; V2: one for each row
-    attention products      V2: quantised, because the kernel that adds the biases may as well write quantised numbers
-    projection behind       quantised, and what it writes as well; V1 in INT8: narrow, or where that saves bytes its weight only
-    fc1                     narrow, GELU and quantisation in one kernel; V1: the LayerNorm in front divides behind the product
-    fc2                     quantised; and what it writes as well, except for V1 in FP8
-    merging                 quantised
+    projection to q, k, v   quantized; V1: one scale for all three, output in low precision; V2: one scale for each row
+    attention matmuls       V2: quantized, because the kernel that adds the biases can write quantized values
+    output projection       quantized, and its output as well; V1 in INT8: low precision, or only its weight if that saves bytes
+    fc1                     low precision, GELU and quantization in one kernel; V1: the division of the LayerNorm is after fc1
+    fc2                     quantized, and its output as well, except for V1 in FP8
+    merging                 quantized
     classifier              its weight only
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from swin_deploy.calib.calibrators import TYPE_MAX
 from swin_deploy.config import SwinConfig
 from swin_deploy.dependencies import require
-from swin_deploy.errors import ExportError, UsageError
+from swin_deploy.errors import ExportError, UsageError, unknown
 from swin_deploy.exporters.passes import run_passes
-from swin_deploy.exporters.passes.attention import Attention, attentions, constant
-from swin_deploy.exporters.passes.base import Graph, Pass, PassRecord
-from swin_deploy.exporters.passes.cosine_after_matmul import COSINE_AFTER_PRODUCT, islands
-from swin_deploy.exporters.passes.equalized_attention import balanced_attention, query_bias_in_channel
-from swin_deploy.exporters.passes.gather_before_norm import GATHER_BEFORE_NORM
-from swin_deploy.exporters.passes.norm_after_matmul import norm_behind_product
-from swin_deploy.exporters.passes.qkv_without_bias import VALUE_BIAS_IN_PROJECTION
-from swin_deploy.exporters.precision import BF16_OPSET, narrow_type, narrow_types, resizing
+from swin_deploy.exporters.passes.attention import (
+    VALUE_BIAS_IN_PROJECTION,
+    AttentionNodes,
+    attentions,
+    equalized_attention,
+    query_bias_in_channel,
+)
+from swin_deploy.exporters.passes.base import Graph, Node, Pass, PassRecord, Tensor, blocks, constant
+from swin_deploy.exporters.passes.cosine_attention import COSINE_AFTER_MATMUL, cosine_fallback
+from swin_deploy.exporters.passes.layer_norms import GATHER_BEFORE_NORM, norm_after_matmul
+from swin_deploy.exporters.precision import BF16_OPSET, low_precision, raise_opset, resize_nodes, types_pass
+from swin_deploy.exporters.typed_graphs import NewGraph, config_and_task, scratch_graph
+from swin_deploy.specs import QUANTIZED, Array
 from swin_deploy.tasks import TaskSpec
 
-from .qdq import FORMATS, Quantizer
+from .equalization import equalized
+from .gptq import GptqRounding, InputChange, input_moments
+from .qdq import TensorRTWriter, linear_layers
 
 if TYPE_CHECKING:
     import onnx
 
-OPSET = 21  # the first whose QuantizeLinear is the one that every compiler and runtime here reads
+    from swin_deploy.bundle import Bundle
+    from swin_deploy.calib.accuracy_gate import SpeedComparison
+    from swin_deploy.calib.data import Samples
+    from swin_deploy.qat_ranges import QatRanges
+    from swin_deploy.specs import QuantSpec
+
+OPSET = 21  # the first with the QuantizeLinear that all supported compilers and runtimes read
 HEAD = "classifier"
-ATTENDED = {"int8": range(513), "fp8": range(32, 1 << 30)}  # tokens of a window for which quantised attention is one kernel
+ATTENDED = {"int8": range(513), "fp8": range(32, 1 << 30)}  # tokens of a window for which quantized attention is one kernel
+GPTQ_SAMPLES = 512  # more samples change the rounding of a weight little
 
 
 @dataclass(frozen=True)
-class Layer:
-    """What may be quantised, and the tensors of the fp32 graph whose ranges that takes; `name` is the module's.
+class LayerTensors:
+    """A layer that can be quantized, and the tensors of the fp32 graph whose ranges that needs; `name` is the module's.
 
-    An attention's two products are one such layer, with the name of the attention.
+    The two matmuls of an attention are one such layer, with the name of the attention.
     """
 
     name: str
     inputs: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Changed:
-    """What rewrites made of a layer's input x [rows, channels]: (x - shift) * factor, and some channels constant."""
-
-    shift: Any = 0.0
-    factor: Any = 1.0
-    constants: Mapping[int, float] = field(default_factory=dict)
+# (layer, weight [outputs, channels], scale [outputs], its input) -> quantized values, or None for the nearest ones
+RoundingOfChanged = Callable[[str, Array, Array, InputChange], Array | None]
 
 
-# (layer, weight [outputs, channels], step of each output [outputs], its input) -> the weight as numbers of the 8-bit type, or
-# None for the nearest ones.
-Rounding = Callable[[str, Any, Any, Changed], Any]
+class TensorRTLayout:
+    """One calibrated fp32 graph, from which quantized graphs are made.
+
+    Args:
+        bundle: The bundle; calibration results are cached in it.
+        source: The fp32 graph's file in the bundle.
+        model: The fp32 graph, with its weights inside.
+        spec: The precision, the method, the batch and the layers to keep.
+        feeds: The samples; None if `ranges` has every range.
+        ranges: QAT ranges.
+
+    Raises:
+        UsageError: If a layer of `spec.keep` does not exist, or a range is missing and there are no samples.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        source: str,
+        model: Any,
+        spec: QuantSpec,
+        feeds: Samples | None,
+        ranges: QatRanges | None,
+    ) -> None:
+        from swin_deploy.calib.collect import CACHE, collect
+        from swin_deploy.calib.data import evenly_spread
+
+        self._model, self._precision = model, spec.precision
+        self._rounding: GptqRounding | None = None
+        self._config, self._task = config_and_task(bundle)
+        layers = quantized_layers(model, self._config, spec.precision)
+        refuse_unknown(layers, frozenset(spec.keep))
+        self._layers = [layer for layer in layers if layer.name not in spec.keep]
+        self.names = tuple(layer.name for layer in self._layers)
+        self._qat_source = ""
+        self._weight_scales: dict[str, Array] = {}
+        self._amax: dict[str, float] = {}
+        if ranges is not None:
+            self._take(ranges, layers)
+        trained = dict.fromkeys(self._amax, self._qat_source)
+        self._origins = {name: trained.get(name, "samples") for layer in layers for name in layer.inputs}
+        # With samples, the tensors of all layers are measured: it is one pass, and serves other options as well.
+        missing = [name for layer in self._layers for name in layer.inputs if name not in self._amax]
+        if not missing:
+            return
+        if feeds is None:
+            from swin_deploy.qat_ranges import missing_ranges
+
+            raise missing_ranges(missing, self._qat_source)
+        file = bundle.path / source
+        if ranges is None:  # QAT weights were trained with rounding to nearest, and with the channels as they are
+            read = {layer.name: layer.input for layer in linear_layers(model) if layer.name in self.names}
+            few = replace(feeds, chosen=evenly_spread(feeds.chosen, GPTQ_SAMPLES))
+            self._model, moments = equalized(model, input_moments(file, read, _reported(few, spec)))
+            self._rounding = GptqRounding(moments, spec.precision)
+        seen = collect(
+            file if ranges is not None else self._model,
+            [name for layer in layers for name in layer.inputs],
+            feeds,
+            batch=spec.batch,
+            cache=bundle.path / CACHE,
+            progress=spec.progress,
+        )
+        measured = {name: one.compute_amax(spec.method or "mse", spec.precision) for name, one in seen.items()}
+        self._amax = {**measured, **self._amax}
+
+    def _take(self, ranges: QatRanges, layers: Iterable[LayerTensors]) -> None:
+        """Use QAT ranges, except for the scales of V1's attention, whose weights are equalized (`equalized_attention`)."""
+        from .qat_layers import qat_layers
+
+        found = qat_layers(ranges, self._model, self._config, {layer.name: layer.inputs for layer in layers})
+        self._qat_source = found.source
+        self._amax = {tensor: one.amplitude for tensor, one in found.activations.items()}
+        factor = np.float32(TYPE_MAX["int8"] / TYPE_MAX[self._precision])
+        unused = (".qkv", ".proj") if self._config.version == 1 else ()
+        self._weight_scales = {name: scale * factor for name, scale in found.weights.items() if not name.endswith(unused)}
+
+    def graph(self, keep: Set[str]) -> NewGraph:
+        """Return the quantized graph, in which the layers `keep` stay in low precision."""
+        scales = {name: scale for name, scale in self._weight_scales.items() if name not in keep}
+        made, records = quantized_from_fp32(
+            _copy(self._model), self._config, self._task, self._precision, self._amax,
+            weight_scales=scales, keep=keep, rounding=self._rounding,
+        )  # fmt: skip
+        layers = [
+            {
+                "name": layer.name,
+                "ranges_from": {name: self._origins[name] for name in layer.inputs},
+                "weight_from": self._qat_source if layer.name in self._weight_scales else "weights",
+            }
+            for layer in self._layers
+            if layer.name not in keep
+        ]
+        return NewGraph(made, records, {"amplitudes": self._amax, "layers": layers})
+
+    def speed(self, model: Any, gpu: str | None) -> SpeedComparison:
+        """Compare `model` with the fp16 graph by the roofline of `gpu`, from the compiler's reports of both."""
+        from swin_deploy.calib.accuracy_gate import SpeedComparison
+        from swin_deploy.exporters.inspection.costs import inspect_onnx
+        from swin_deploy.exporters.precision import typed_from_fp32
+
+        fp16 = typed_from_fp32(_copy(self._model), self._config, self._task, "fp16").model
+        seconds, where = [], ""
+        for graph in (fp16, model):
+            with scratch_graph(graph) as path:
+                cost = inspect_onnx(path, gpu, 1, "auto").engines[0]
+            if cost.roofline is None:
+                raise UsageError(
+                    f"The published peaks of a {cost.gpu} GPU are not known, so the gain of {self._precision} cannot be "
+                    f"estimated. Name another one with --gpu, such as rtx-4090, or leave out --min-speedup."
+                )
+            where = f"roofline of {cost.roofline.gpu}, from the compiler's report"
+            seconds.append(cost.roofline.seconds)
+        before, after = seconds
+        return SpeedComparison(where, "fp16", before, after, before / after)
 
 
-def quantized_layers(model: onnx.ModelProto, config: SwinConfig, quantization: str) -> tuple[Layer, ...]:
-    """Everything in the graph that is quantised where nothing is kept, in the order of the network."""
-    if quantization not in FORMATS:
-        raise UsageError(f'There is no quantisation "{quantization}". There are: {", ".join(FORMATS)}.')
-    gs = require("onnx_graphsurgeon", f"write the {quantization} graph")
+def _reported(samples: Samples, spec: QuantSpec) -> Iterator[dict[str, Any]]:
+    done = 0
+    for feeds in samples.batches(spec.batch):
+        yield feeds
+        done += len(next(iter(feeds.values())))
+        spec.progress("Measuring channels", done, len(samples))
+
+
+def _copy(model: Any) -> Any:
+    copy = type(model)()
+    copy.CopyFrom(model)
+    return copy
+
+
+def quantized_layers(model: onnx.ModelProto, config: SwinConfig, precision: str) -> tuple[LayerTensors, ...]:
+    """List all that "int8" or "fp8" quantizes if nothing is kept, in the order of the network."""
+    if precision not in QUANTIZED:
+        raise unknown("quantized precision", precision, QUANTIZED)
+    gs = require("onnx_graphsurgeon", f"write the {precision} graph")
     graph = gs.import_onnx(model)
-    products = {}
+    attended = {}
     for attention in attentions(graph):
-        if config.version == 2 and attention.query.outputs[0].shape[3] in ATTENDED[quantization]:
-            products[attention.qkv.name] = Layer(attention.scope, tuple(_attended(attention).values()))
+        if config.version == 2 and attention.query.outputs[0].shape[3] in ATTENDED[precision]:
+            tensors = [node.outputs[0].name for node in (attention.query, attention.key, attention.value, attention.softmax)]
+            attended[attention.qkv.name] = LayerTensors(attention.scope, tuple(map(str, tensors)))
     layers = []
     for node in [node for node in graph.nodes if node.op == "Gemm"]:
         name, kind, (read, written) = _name(node), _kind(node), (node.inputs[0].name, node.outputs[0].name)
         if kind == "qkv" or kind == "reduction":
-            layers.append(Layer(name, (read,)))
+            layers.append(LayerTensors(name, (read,)))
         elif kind == "fc2":
-            layers.append(Layer(name, (read,) if config.version == 1 and quantization == "fp8" else (read, written)))
-        elif kind == "proj" and not (config.version == 1 and quantization == "int8"):
-            layers.append(Layer(name, (read, written)))
+            layers.append(LayerTensors(name, (read,) if config.version == 1 and precision == "fp8" else (read, written)))
+        elif kind == "proj" and not (config.version == 1 and precision == "int8"):
+            layers.append(LayerTensors(name, (read, written)))
         elif name == HEAD or kind == "proj":
-            layers.append(Layer(name, ()))
-        if node.name in products:
-            layers.append(products[node.name])
+            layers.append(LayerTensors(name, ()))
+        if node.name in attended:
+            layers.append(attended[node.name])
     return tuple(layers)
 
 
-def quantized_inputs(model: onnx.ModelProto, config: SwinConfig, quantization: str) -> list[str]:
-    """The tensors of the fp32 graph whose ranges `quantized_from_fp32` needs, each once."""
-    return list(dict.fromkeys(name for layer in quantized_layers(model, config, quantization) for name in layer.inputs))
-
-
-def refuse_unknown(layers: Iterable[Layer], names: Set[str]) -> None:
-    """Raises UsageError for a name that none of `layers` has."""
+def refuse_unknown(layers: Iterable[LayerTensors], names: Set[str]) -> None:
+    """Raise UsageError for a name that none of `layers` has."""
     known = {layer.name for layer in layers}
-    if unknown := sorted(names - known):
-        raise UsageError(f'There is no layer "{unknown[0]}" to quantise. There are: {", ".join(sorted(known))}.')
+    for name in sorted(names - known):
+        raise unknown("layer", name, sorted(known))
 
 
 def quantized_from_fp32(
     model: onnx.ModelProto,
     config: SwinConfig,
     task: TaskSpec,
-    quantization: str,
-    amplitudes: Mapping[str, float],
-    narrow: str = "fp16",
+    precision: str,
+    amax: Mapping[str, float],
+    low: str = "fp16",
     weight_scales: Mapping[str, Any] | None = None,
     keep: Set[str] = frozenset(),
-    rounding: Rounding | None = None,
+    rounding: RoundingOfChanged | None = None,
 ) -> tuple[onnx.ModelProto, tuple[PassRecord, ...]]:
-    """The graph in INT8 or FP8, narrow elsewhere, and the rewrites' record. Input and output stay float32.
+    """Make the INT8 or FP8 graph. Its inputs and outputs stay float32.
 
-    `amplitudes` has the largest magnitude to represent of each tensor that `quantized_inputs` names; `weight_scales` may have,
-    by layer, the steps of a weight (one, or one for each output channel; not for V1's projections to query, key and value,
-    which are brought to one size); `keep` names the layers of `quantized_layers` that stay narrow; `rounding` chooses the
-    numbers of a weight, instead of the nearest ones. Raises ExportError where a range is missing or no positive number, and
-    where a weight does not fit into the narrow type.
+    Args:
+        model: The fp32 graph, with its weights inside.
+        config: The network's configuration.
+        task: The task, which names the outputs.
+        precision: "int8" or "fp8".
+        amax: The largest magnitude of each tensor that `quantized_layers` names.
+        low: The type of what is not quantized, "fp16" or "bf16".
+        weight_scales: By layer, the scale of a weight, or one for each output (not for V1's projections to query, key and
+            value, whose weights are equalized).
+        keep: Names of layers that stay in low precision.
+        rounding: Chooses the quantized values of weights. Default: the nearest ones.
+
+    Returns:
+        The graph, and the records of the rewrites.
+
+    Raises:
+        ExportError: If an amax is missing or not a positive number, or a weight does not fit into the low-precision type.
     """
-    layers = quantized_layers(model, config, quantization)
+    layers = quantized_layers(model, config, precision)
     for given in (keep, set(weight_scales or ())):
         refuse_unknown(layers, given)
     used = [layer for layer in layers if layer.name not in keep]
-    ranges = {name: _range(amplitudes, name) for layer in used for name in layer.inputs}
-    graph = require("onnx_graphsurgeon", f"write the {quantization} graph").import_onnx(model)
-    plan = _Plan(config, graph, {layer.name: [ranges[name] for name in layer.inputs] for layer in used})
-    quantizer = Quantizer(graph, quantization, narrow_type(narrow), dict(weight_scales or {}))
+    ranges = {layer.name: [_checked_amax(amax, name) for name in layer.inputs] for layer in used}
+    graph = require("onnx_graphsurgeon", f"write the {precision} graph").import_onnx(model)
+    plan = _Plan(config, graph, ranges, TensorRTWriter(graph, precision, low_precision(low), dict(weight_scales or {})))
+    writer = plan.writer
     if rounding is not None:
-        quantizer.rounding = plan.rounding(rounding)
+        writer.rounding = plan.rounding(rounding)
+    qkv_amax = {f"{name}/Gemm": ranges[0] for name, ranges in plan.ranges.items() if name.endswith(".qkv")}
     steps = (
-        *((Pass("balanced_attention", plan.balance(quantization), _blocks(1)),) if config.version == 1 else ()),
+        *((Pass("equalized_attention", plan.equalize, blocks(1)),) if config.version == 1 else ()),
         VALUE_BIAS_IN_PROJECTION,
-        Pass("query_bias_in_channel", lambda graph: query_bias_in_channel(graph, plan.constants), _blocks(1)),
-        COSINE_AFTER_PRODUCT,
+        Pass("query_bias_in_channel", lambda graph: query_bias_in_channel(graph, qkv_amax), blocks(1)),
+        COSINE_AFTER_MATMUL,
         GATHER_BEFORE_NORM,
-        Pass("norm_behind_product", lambda graph: norm_behind_product(graph, quantizer), _blocks(1)),
-        Pass(f"{quantization}_layers", lambda graph: plan.quantize(graph, quantizer), lambda config: len(used)),
-        _narrow_types(quantizer, narrow, task, plan),
+        Pass("norm_after_matmul", lambda graph: norm_after_matmul(graph, writer.fallback), blocks(1)),
+        Pass(f"{precision}_layers", plan.quantize, lambda config: len(used)),
+        types_pass(task, low, writer.fallback, more=plan.further_casts),
     )
     records = run_passes(graph, config, steps)
     typed = require("onnx_graphsurgeon", "write the graph").export_onnx(graph)
-    for domain in typed.opset_import:
-        if not domain.domain:
-            domain.version = max(domain.version, BF16_OPSET if narrow == "bf16" else OPSET)
-    typed.ir_version = max(typed.ir_version, 10)  # what opset 21 belongs to
+    raise_opset(typed, BF16_OPSET if low == "bf16" else OPSET)
+    typed.ir_version = max(typed.ir_version, 10)  # that of opset 21
     return typed, records
 
 
 class _Plan:
-    """What is done to each layer: `ranges` has, by layer, those of its inputs; a layer that is kept has none.
+    """What is done to each layer: `ranges` has the amax of its tensors, by layer; a layer that is kept has none."""
 
-    `moved` is by how much, at most, values and what is made of them shift as the value's bias goes into the next layer.
-    """
-
-    def __init__(self, config: SwinConfig, graph: Graph, ranges: Mapping[str, list[float]]) -> None:
-        self.version, self.ranges = config.version, ranges
+    def __init__(self, config: SwinConfig, graph: Graph, ranges: Mapping[str, list[float]], writer: TensorRTWriter) -> None:
+        self.version, self.ranges, self.writer = config.version, ranges, writer
         self.grown: Mapping[str, float] = {}
-        self.moved = {attention.scope: _largest_value_bias(attention) for attention in attentions(graph)}
-        self.changed: dict[str, Changed] = {}
-        self.projections = {attention.scope: _projected(attention) for attention in attentions(graph)}
+        self.changes: dict[str, InputChange] = {}
         self.epilogues = 0
+        # By attention: how far values shift at most as their bias moves into the next layer, and the original projection.
+        self.moved: dict[str, float] = {}
+        self.projections: dict[str, tuple[Any, Any]] = {}
+        for attention in attentions(graph):
+            bias = attention.value_bias()
+            self.moved[attention.scope] = 0.0 if bias is None else float(np.abs(bias).max())
+            self.projections[attention.scope] = attention.projection.inputs[1].values, 0.0 if bias is None else bias
 
-    @property
-    def constants(self) -> dict[str, float]:
-        return {f"{name}/Gemm": ranges[0] for name, ranges in self.ranges.items() if name.endswith(".qkv")}
+    def equalize(self, graph: Graph) -> int:
+        self.grown = equalized_attention(graph, values_by_row=self.writer.format == "int8")
+        return len(self.grown)
 
-    def balance(self, quantization: str) -> Callable[[Graph], int]:
-        def rewrite(graph: Graph) -> int:
-            self.grown = balanced_attention(graph, values_by_row=quantization == "int8")
-            return len(self.grown)
+    def rounding(self, given: RoundingOfChanged) -> Callable[[str, Array, Array], Array | None]:
+        """Return `given` with what the layer reads now; a third of a projection reads what the whole does."""
 
-        return rewrite
-
-    def rounding(self, given: Rounding) -> Callable[[str, Any, Any], Any]:
-        """`given`, told what the layer reads now; a third of a projection reads what the whole does."""
-
-        def rounded(layer: str, weight: Any, steps: Any) -> Any:
+        def rounded(layer: str, weight: Array, scale: Array) -> Array | None:
             module = layer[:-2] if layer.endswith((".q", ".k", ".v")) else layer
-            return given(module, weight, steps, self.changed.get(module, Changed()))
+            return given(module, weight, scale, self.changes.get(module, InputChange()))
 
         return rounded
 
-    def quantize(self, graph: Graph, quantizer: Quantizer) -> int:
+    def further_casts(self, config: SwinConfig) -> int:
+        """The number of Casts around each deviation (V1) and before each rounding in an epilogue (INT8)."""
+        return (2 * config.blocks if self.version == 1 else 0) + (self.epilogues if self.writer.format == "int8" else 0)
+
+    def quantize(self, graph: Graph) -> int:
         done = 0
-        quantizer.wide |= islands(graph) | resizing(graph)
+        self.writer.fallback |= cosine_fallback(graph) | resize_nodes(graph)
         found = list(attentions(graph))
-        products = [node for node in graph.nodes if node.op == "Gemm"]
+        gemms = [node for node in graph.nodes if node.op == "Gemm"]
         for attention in found:
-            self._look(attention)
-            done += self._attention(attention, quantizer) + self._qkv(attention, quantizer)
-            done += self._projection(attention, quantizer)
-        for node in products:
+            self._record_changes(attention)
+            done += self._attention(attention) + self._qkv(attention) + self._projection(attention)
+        for node in gemms:
             name, kind = _name(node), _kind(node)
             if name not in self.ranges:
                 continue
             if kind == "fc2":
-                amplitude, *written = self.ranges[name]
+                read, *written = self.ranges[name]
                 self.epilogues += 1
-                node.inputs[0] = quantizer.in_epilogue(node.inputs[0], amplitude)
-                _quantize_weight(quantizer, node, not written)
+                node.inputs[0] = self.writer.in_epilogue(node.inputs[0], read)
+                self._weight(node, not written)
                 if written:
-                    _quantize_result(quantizer, node, written[0])
+                    self._output(node, written[0])
                 done += 1
             elif kind == "reduction":
-                node.inputs[0] = quantizer.activation(node.inputs[0], self.ranges[name][0])
-                _quantize_weight(quantizer, node, self.version == 2)
+                node.inputs[0] = self.writer.activation(node.inputs[0], self.ranges[name][0])
+                self._weight(node, self.version == 2)
                 done += 1
             elif name == HEAD:
-                _as_sum(quantizer, node)
+                self._head(node)
                 done += 1
         return done
 
-    def _look(self, attention: Attention) -> None:
-        """Takes down what the passes before did to what the attention's two linear layers read."""
+    def _record_changes(self, attention: AttentionNodes) -> None:
+        """Note what the passes before did to the inputs of the attention's two linear layers."""
         weight, shift = self.projections[attention.scope]
-        lengths = [np.linalg.norm(np.asarray(w, np.float64), axis=0) for w in (weight, attention.projection.inputs[1].values)]
-        factor = np.divide(lengths[0], lengths[1], out=np.ones_like(lengths[0]), where=lengths[1] > 0)
-        self.changed[_name(attention.projection)] = Changed(shift, factor)
+        norms = [np.linalg.norm(np.asarray(w, np.float64), axis=0) for w in (weight, attention.projection.inputs[1].values)]
+        factor = np.divide(norms[0], norms[1], out=np.ones_like(norms[0]), where=norms[1] > 0)
+        self.changes[_name(attention.projection)] = InputChange(shift, factor)
         norm = attention.qkv.i()
         norm = norm.i().i().i() if norm.op == "Reshape" and self.version == 1 else norm
         if self.version == 1 and len(norm.inputs) == 3:
             scale, bias = (tensor.values for tensor in norm.inputs[1:])
             constants = {int(one): float(bias[one]) for one in np.flatnonzero(scale == 0)}
-            self.changed[_name(attention.qkv)] = Changed(constants=constants)
+            self.changes[_name(attention.qkv)] = InputChange(constants=constants)
 
-    def _attention(self, attention: Attention, quantizer: Quantizer) -> int:
-        """V2's queries, keys and values, biases added, and the probabilities."""
+    def _attention(self, attention: AttentionNodes) -> int:
+        """Quantize V2's queries, keys and values, biases added, and the probabilities."""
         ranges = self.ranges.get(attention.scope)
         if ranges is None:
             return 0
-        values = _values(attention)
         shifts = (0.0, 0.0, self.moved[attention.scope])
-        for vectors, amplitude, shift in zip((attention.query, attention.key, values), ranges, shifts, strict=False):
-            reader = vectors.outputs[0].outputs[0]
-            last = reader if len(vectors.outputs[0].outputs) == 1 and reader.op == "Add" else vectors
-            quantizer.behind(last.outputs[0], amplitude + shift)
+        vectors = (attention.query, attention.key, attention.value)
+        for node, amax, shift in zip(vectors, ranges, shifts, strict=False):
+            reader = node.outputs[0].outputs[0]
+            last = reader if len(node.outputs[0].outputs) == 1 and reader.op == "Add" else node
+            self.writer.after(last.outputs[0], amax + shift)
         weighted = [node for node in attention.softmax.outputs[0].outputs if node.op == "MatMul"]
-        quantizer.behind(attention.softmax.outputs[0], ranges[3], weighted)
+        self.writer.after(attention.softmax.outputs[0], ranges[3], weighted)
         return 1
 
-    def _qkv(self, attention: Attention, quantizer: Quantizer) -> int:
+    def _qkv(self, attention: AttentionNodes) -> int:
         name, node = _name(attention.qkv), attention.qkv
         if name not in self.ranges:
             return 0
-        node.inputs[0] = quantizer.activation(node.inputs[0], self.ranges[name][0])
+        node.inputs[0] = self.writer.activation(node.inputs[0], self.ranges[name][0])
         if self.version == 2:
-            _quantize_weight(quantizer, node, by_channel=True)
+            self._weight(node, per_channel=True)
         else:
-            _split(quantizer, node)
+            self._split(node)
         return 1
 
-    def _projection(self, attention: Attention, quantizer: Quantizer) -> int:
+    def _projection(self, attention: AttentionNodes) -> int:
         name, node = _name(attention.projection), attention.projection
         if name not in self.ranges:
             return 0
-        if quantizer.format == "fp8" or attention.scope in self.ranges:
+        if self.writer.format == "fp8" or attention.scope in self.ranges:
             read, written = self.ranges[name]
             read = (read + self.moved[attention.scope]) * self.grown.get(attention.scope, 1.0)
-            node.inputs[0] = quantizer.activation(node.inputs[0], read)
-            _quantize_weight(quantizer, node, by_channel=False)
-            _quantize_result(quantizer, node, written)
+            node.inputs[0] = self.writer.activation(node.inputs[0], read)
+            self._weight(node, per_channel=False)
+            self._output(node, written)
             return 1
-        # Attention of fp16 that writes INT8 does not write it where a product can read it.
+        # INT8 that fp16 attention writes is not in the layout that a matmul reads.
         windows, _, _, tokens, _ = attention.query.outputs[0].shape
         if self.version == 2 or len(node.inputs[1].values) > 2 * windows * tokens:  # else the residual in its kernel saves more
-            _quantize_weight(quantizer, node, by_channel=True)
+            self._weight(node, per_channel=True)
         return 1
 
+    def _weight(self, node: Node, per_channel: bool) -> None:
+        node.inputs[1] = self.writer.weight(_name(node), node.inputs[1].values, per_channel)
 
-def _quantize_weight(quantizer: Quantizer, node: Any, by_channel: bool) -> None:
-    node.inputs[1] = quantizer.weight(_name(node), node.inputs[1].values, by_channel)
+    def _output(self, node: Node, amax: float) -> None:
+        """Quantize the output of a matmul before its bias, which is added after."""
+        import onnx_graphsurgeon as gs
 
+        result, biases = node.outputs[0], node.inputs[2:]
+        matmul = gs.Variable(f"{node.name}_matmul", np.dtype(np.float32))
+        node.inputs, node.outputs = node.inputs[:2], [matmul]
+        back = self.writer.activation(matmul, amax + sum(float(np.abs(bias.values).max()) for bias in biases))
+        if biases:
+            back = self.writer.node(f"{node.name}/Add", "Add", [back, biases[0]])
+        back.inputs[0].outputs = [result]
 
-def _quantize_result(quantizer: Quantizer, node: Any, amplitude: float) -> None:
-    """Quantises what the product writes, before its bias, which is added behind."""
-    import onnx_graphsurgeon as gs
+    def _split(self, node: Node) -> None:
+        """Replace a matmul whose output is split into three by three with one scale, which the compiler joins its own way."""
+        import onnx_graphsurgeon as gs
 
-    result, product, biases = node.outputs[0], gs.Variable(f"{node.name}_product", np.dtype(np.float32)), node.inputs[2:]
-    node.inputs, node.outputs = node.inputs[:2], [product]
-    back = quantizer.activation(product, amplitude + sum(float(np.abs(bias.values).max()) for bias in biases))
-    if biases:
-        back = quantizer.node(f"{node.name}/Add", "Add", [back, biases[0]])
-    back.inputs[0].outputs = [result]
+        (split,) = node.outputs[0].outputs
+        results, weight = list(split.outputs), np.asarray(node.inputs[1].values)
+        for part, (result, values) in enumerate(zip(results, np.split(weight, 3), strict=True)):
+            name = f"{_name(node)}.{'qkv'[part]}"
+            inputs = [node.inputs[0], self.writer.weight(name, values, False, shared_amax=float(np.abs(weight).max()))]
+            if node.inputs[2:]:
+                inputs.append(constant(f"{name}.bias", np.split(np.asarray(node.inputs[2].values), 3)[part]))
+            result.inputs.clear()
+            self.writer.graph.nodes.append(gs.Node("Gemm", f"{name}/Gemm", {"transB": 1}, inputs, [result]))
+        node.inputs.clear()
 
-
-def _split(quantizer: Quantizer, node: Any) -> None:
-    """One product whose result is split into three -> three products with one scale, which the compiler joins its own way."""
-    import onnx_graphsurgeon as gs
-
-    (split,) = node.outputs[0].outputs
-    results, weight = list(split.outputs), np.asarray(node.inputs[1].values)
-    for part, (result, values) in enumerate(zip(results, np.split(weight, 3), strict=True)):
-        name = f"{_name(node)}.{'qkv'[part]}"
-        inputs = [node.inputs[0], quantizer.weight(name, values, by_channel=False, shared=float(np.abs(weight).max()))]
-        biases = (
-            [constant(f"{name}.bias", half) for half in np.split(np.asarray(node.inputs[2].values), 3)]
-            if node.inputs[2:]
-            else []
-        )
-        result.inputs.clear()
-        quantizer.graph.nodes.append(gs.Node("Gemm", f"{name}/Gemm", {"transB": 1}, inputs + biases[part : part + 1], [result]))
-    node.inputs.clear()
-
-
-def _as_sum(quantizer: Quantizer, node: Any) -> None:
-    """A product with few rows as sums in fp32: a form that reads quantised weights in the kernel that adds the bias."""
-    weight = quantizer.weight(HEAD, node.inputs[1].values, by_channel=True)
-    shape = Quantizer.constant(f"{node.name}/shape", np.array([-1, 1, node.inputs[1].values.shape[1]]))
-    rows = quantizer.node(f"{node.name}/Reshape", "Reshape", [node.inputs[0], shape])
-    result, biases, axis = node.outputs[0], node.inputs[2:], Quantizer.constant(f"{node.name}/axis", np.array([2]))
-    scaled = quantizer.node(f"{node.name}/Mul", "Mul", [rows, weight])
-    total = quantizer.node(f"{node.name}/ReduceSum", "ReduceSum", [scaled, axis], keepdims=0)
-    if biases:
-        total = quantizer.node(f"{node.name}/Add", "Add", [total, biases[0]])
-    quantizer.wide |= {weight.inputs[0].name, *(f"{node.name}/{op}" for op in ("Mul", "ReduceSum", "Add"))}
-    node.inputs.clear()
-    node.outputs.clear()
-    total.inputs[0].outputs = [result]
+    def _head(self, node: Node) -> None:
+        """Write a matmul with few rows as sums in fp32: the kernel that adds the bias then reads the quantized weights."""
+        writer, columns = self.writer, node.inputs[1].values.shape[1]
+        weight = writer.weight(HEAD, node.inputs[1].values, per_channel=True)
+        shape, axis = (constant(f"{node.name}/{n}", v, np.int64) for n, v in (("shape", [-1, 1, columns]), ("axis", [2])))
+        rows = writer.node(f"{node.name}/Reshape", "Reshape", [node.inputs[0], shape])
+        result, biases = node.outputs[0], node.inputs[2:]
+        scaled = writer.node(f"{node.name}/Mul", "Mul", [rows, weight])
+        total: Tensor = writer.node(f"{node.name}/ReduceSum", "ReduceSum", [scaled, axis], keepdims=0)
+        if biases:
+            total = writer.node(f"{node.name}/Add", "Add", [total, biases[0]])
+        writer.fallback |= {weight.inputs[0].name, *(f"{node.name}/{op}" for op in ("Mul", "ReduceSum", "Add"))}
+        node.inputs.clear()
+        node.outputs.clear()
+        total.inputs[0].outputs = [result]
 
 
-def _narrow_types(quantizer: Quantizer, narrow: str, task: TaskSpec, plan: _Plan) -> Pass:
-    """As in every narrow graph, and a Cast in front of each deviation and behind it, and in front of each rounding."""
-    plain = narrow_types(task, narrow, quantizer.wide)
-    rounding = quantizer.format == "int8"
-    return Pass(
-        plain.name,
-        plain.rewrite,
-        lambda config: plain.expected(config) + (2 * config.blocks if config.version == 1 else 0) + rounding * plan.epilogues,
-    )
-
-
-def _attended(attention: Attention) -> dict[str, str]:
-    """The names of the tensors that the two products of an attention read: query, key, value and probabilities."""
-    vectors = {"query": attention.query, "key": attention.key, "value": _values(attention)}
-    found = {part: str(node.outputs[0].name) for part, node in vectors.items()}
-    return {**found, "probabilities": str(attention.softmax.outputs[0].name)}
-
-
-def _largest_value_bias(attention: Attention) -> float:
-    bias = attention.bias()
-    return 0.0 if bias is None else float(np.abs(bias[2 * len(bias) // 3 :]).max())
-
-
-def _projected(attention: Attention) -> tuple[Any, Any]:
-    """The weight of the projection, and the part of its input that is the values' bias."""
-    bias = attention.bias()
-    return attention.projection.inputs[1].values, 0.0 if bias is None else bias[2 * len(bias) // 3 :]
-
-
-def _values(attention: Attention) -> Any:
-    """The Transpose of the values."""
-    return next(node.i(1) for node in attention.softmax.outputs[0].outputs if node.op == "MatMul")
-
-
-def _name(node: Any) -> str:
+def _name(node: Node) -> str:
     return str(node.name).rpartition("/")[0]
 
 
-def _kind(node: Any) -> str:
+def _kind(node: Node) -> str:
     return _name(node).rpartition(".")[2]
 
 
-def _blocks(version: int) -> Callable[[SwinConfig], int]:
-    return lambda config: config.blocks if config.version == version else 0
-
-
-def _range(amplitudes: Mapping[str, float], name: str) -> float:
-    """The amplitude of a tensor, checked."""
-    amplitude = float(amplitudes.get(name, np.nan))
-    if not (np.isfinite(amplitude) and amplitude > 0):
+def _checked_amax(amax: Mapping[str, float], name: str) -> float:
+    value = float(amax.get(name, np.nan))
+    if not (np.isfinite(value) and value > 0):
         raise ExportError(
-            f'The amplitude of "{name}" is {amplitudes.get(name, "missing")}. Expected a positive number for each tensor that '
-            f"`quantized_inputs` names; measure the ranges on images that the network is meant for."
+            f'The amax of "{name}" is {amax.get(name, "missing")}. Expected a positive number for each tensor that '
+            f"`quantized_layers` names. Measure the ranges on images like those of the application."
         )
-    return amplitude
+    return value

@@ -1,6 +1,6 @@
-"""Runs a network from one linear layer to the next over all samples, whatever their number in bounded memory.
+"""Run a network from one linear layer to the next over all samples, in bounded memory.
 
-Between two steps the values that later nodes still need lie in files, one for each batch.
+Between two steps, the values that later nodes need are kept in files, one for each batch.
 """
 
 from __future__ import annotations
@@ -10,32 +10,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from swin_deploy.dependencies import EXACT_QDQ, onnxruntime_session, require
 from swin_deploy.errors import InputError
+from swin_deploy.specs import Array
 
 from .equalization import without_values
 
 if TYPE_CHECKING:
     import onnx
 
-Feeds = Mapping[str, NDArray[Any]]
+Feeds = Mapping[str, Array]
 
 
-class Stream:
-    """`model` over the batches of `feeds`, advanced tensor by tensor; `folder` holds what is between.
+class LayerwiseRun:
+    """A run of `model` over the batches of `feeds`, advanced tensor by tensor.
 
-    What has not run yet of `nodes` and `constants` (by name) may be changed on the way.
+    `nodes` and `constants` (by name) may be changed as long as they have not run.
+
+    Args:
+        model: The graph, with its weights inside.
+        feeds: The samples, batch by batch.
+        folder: Where values are kept between steps.
+
+    Raises:
+        InputError: If there are no samples.
     """
 
-    def __init__(self, model: onnx.ModelProto, feeds: Iterable[Feeds], folder: Path, threads: int = 0) -> None:
-        self.onnx = require("onnx", "quantise a model")
-        self.model, self.folder, self.threads = model, folder, threads
+    def __init__(self, model: onnx.ModelProto, feeds: Iterable[Feeds], folder: Path) -> None:
+        self.onnx = require("onnx", "quantize a model")
+        self.model, self.folder = model, folder
         self.nodes = list(model.graph.node)
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
         shapes = self.onnx.shape_inference.infer_shapes(without_values(self.onnx, model)).graph.value_info
-        self.types = {value.name: value.type.tensor_type.elem_type for value in shapes}  # of what is in the model now
+        self.types = {value.name: value.type.tensor_type.elem_type for value in shapes}  # of the tensors of the original model
         self.done: set[str] = {value.name for value in model.graph.input}
         self.batches = 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,10 +51,10 @@ class Stream:
             self._save(self.batches, feed)
             self.batches += 1
         if not self.batches:
-            raise InputError("There are no samples to calibrate with; expected one batch or more.")
+            raise InputError("There are no samples to calibrate with. Expected at least one batch.")
 
-    def advance(self, target: str) -> Iterator[NDArray[Any]]:
-        """The tensor `target` of every batch; taken to the end, it may be asked for again until another one is."""
+    def advance(self, target: str) -> Iterator[Array]:
+        """Yield the tensor `target` of every batch. It can be asked for again until another one is."""
         nodes = self._missing(target)
         produced = {name for node in nodes for name in node.output}
         after = self.done | produced
@@ -66,7 +74,7 @@ class Stream:
         self.done = after
 
     def _missing(self, target: str) -> list[Any]:
-        """The nodes that lead to `target` and have not run, in order."""
+        """The nodes that `target` needs and that have not run, in order."""
         wanted, nodes = {target}, []
         for node in reversed(self.nodes):
             if wanted & set(node.output) and not set(node.output) <= self.done:
@@ -86,7 +94,7 @@ class Stream:
             [tensor for name, tensor in self.constants.items() if name in used],
         )
         step = helper.make_model(graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
-        return session(step, self.threads)
+        return onnxruntime_session(step.SerializeToString(), config=EXACT_QDQ)
 
     def _save(self, batch: int, values: Feeds) -> None:
         with (self.folder / str(batch)).open("wb") as file:
@@ -94,7 +102,7 @@ class Stream:
                 np.save(file, np.array(name))
                 np.save(file, array)
 
-    def _load(self, batch: int) -> dict[str, NDArray[Any]]:
+    def _load(self, batch: int) -> dict[str, Array]:
         values, path = {}, self.folder / str(batch)
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -102,8 +110,3 @@ class Stream:
                 name = str(np.load(file))
                 values[name] = np.load(file)
         return values
-
-
-def session(model: onnx.ModelProto, threads: int) -> Any:
-    """An ONNX Runtime session on the CPU that computes what Q/DQ say in fp32: it has kernels of some 8-bit types only."""
-    return onnxruntime_session(model.SerializeToString(), threads=threads, config=EXACT_QDQ)

@@ -1,12 +1,14 @@
-"""Where a network is quantised, and the graph that says so: the input and the weights of its linear layers, nothing else.
+"""Write QuantizeLinear and DequantizeLinear (Q/DQ) nodes into graphs.
 
-Attention products, softmax, mask and position bias, LayerNorm and residual adds stay as they are. The graph is standard ONNX:
-QuantizeLinear and DequantizeLinear before each Gemm, none behind it, so that ONNX Runtime makes an 8-bit product with its
-bias and float results of it, and OpenVINO an 8-bit FullyConnected.
+`QdqWriter` is the one writer. `TensorRTWriter` writes into onnx-graphsurgeon graphs with symmetric scales, as TensorRT needs
+them; `qdq_nodes` writes ONNX nodes for CPU back ends: Q/DQ before each Gemm, none after it, so that ONNX Runtime makes it an
+8-bit matmul with bias and float results, and OpenVINO an 8-bit FullyConnected. Attention, softmax, LayerNorm and residual
+additions stay fp32 there.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,31 +16,69 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from swin_deploy.calib.calibrators import TYPE_MAX
 from swin_deploy.dependencies import require
-from swin_deploy.exporters.passes.attention import Node
-from swin_deploy.exporters.passes.base import Graph
+from swin_deploy.exporters.passes.base import Graph, Node, Tensor, add_node, constant, redirect
 from swin_deploy.specs import Array
 
 if TYPE_CHECKING:
     import onnx
 
+# (layer, weight [outputs, inputs], scale [outputs]) -> quantized values, or None for the nearest ones
+Rounding = Callable[[str, Array, Array], Array | None]
+INT32, INT8 = 6, 3  # onnx.TensorProto
 
-FORMATS = ("int8", "fp8")
-TOP = {"int8": 127.0, "fp8": 448.0}  # the largest number of each
-Rounds = Callable[[str, NDArray[Any], NDArray[Any]], NDArray[Any] | None]  # (layer, weight, steps) -> numbers, or the nearest
-FLOAT, INT32, INT8 = 1, 6, 3  # onnx.TensorProto
+
+class QdqWriter(ABC):
+    """Writes Q/DQ nodes; a subclass adds nodes and constants to its kind of graph."""
+
+    @abstractmethod
+    def constant(self, name: str, values: Any) -> Any:
+        """Add a constant and return what a node takes as its input."""
+
+    @abstractmethod
+    def node(self, name: str, op: str, inputs: list[Any], output: str, dtype: Any = np.float32, **attributes: Any) -> Any:
+        """Add a node and return its output."""
+
+    def quantize_dequantize(self, name: str, tensor: Any, scale: Any, zero_point: Any) -> Any:
+        """Write Q/DQ for an activation, `tensor`; `name` is the prefix of what is added."""
+        parameters = [self.constant(f"{name}/scale", scale), self.constant(f"{name}/zero", zero_point)]
+        inputs = [tensor, *parameters]
+        quantized = self.node(f"{name}/QuantizeLinear", "QuantizeLinear", inputs, f"{name}/quantized", zero_point.dtype)
+        return self.dequantize(name, quantized, parameters)
+
+    def dequantize_constant(self, name: str, values: Array, scale: Any) -> Any:
+        """Write DQ for quantized values; a scale with one axis is per channel of their first."""
+        zero = np.zeros(np.shape(scale), values.dtype)
+        parameters = [self.constant(f"{name}/scale", scale), self.constant(f"{name}/zero", zero)]
+        attributes = {"axis": 0} if np.ndim(scale) else {}
+        return self.dequantize(name, self.constant(f"{name}/quantized", values), parameters, **attributes)
+
+    def dequantize(self, name: str, quantized: Any, parameters: list[Any], **attributes: Any) -> Any:
+        """Write DQ for `quantized`; `parameters` are its scale and its zero point."""
+        inputs = [quantized, *parameters]
+        return self.node(f"{name}/DequantizeLinear", "DequantizeLinear", inputs, f"{name}/dequantized", **attributes)
 
 
 @dataclass
-class Quantizer:
-    """Writes quantised tensors into `graph`. `narrow` is the type that scales will have; `wide` names nodes that stay fp32."""
+class TensorRTWriter(QdqWriter):
+    """Writes symmetric Q/DQ into an onnx-graphsurgeon graph.
+
+    Attributes:
+        graph: The graph to write into.
+        format: "int8" or "fp8".
+        low: The low-precision type around the quantized layers, which scales will have.
+        scales: QAT scales of weights, by layer.
+        rounding: Chooses the quantized values of a weight.
+        fallback: Receives the names of nodes that must stay fp32.
+    """
 
     graph: Graph
     format: str
-    narrow: np.dtype[Any]
-    scales: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    rounding: Rounds = lambda *_: None
-    wide: set[str] = field(default_factory=set)
+    low: np.dtype[Any]
+    scales: Mapping[str, Array] = field(default_factory=dict)
+    rounding: Rounding = lambda *_: None
+    fallback: set[str] = field(default_factory=set)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -49,87 +89,85 @@ class Quantizer:
         float8: np.dtype[Any] = np.dtype(ml_dtypes.float8_e4m3fn)
         return float8
 
-    def node(self, name: str, op: str, inputs: list[Any], dtype: Any = np.float32, **attributes: Any) -> Any:
-        """The variable that a new node of this name writes."""
-        import onnx_graphsurgeon as gs
+    @property
+    def largest(self) -> float:
+        """The largest quantized value."""
+        return TYPE_MAX[self.format]
 
-        made = gs.Variable(f"{name}_output", np.dtype(dtype))
-        self.graph.nodes.append(gs.Node(op, name, attributes, inputs, [made]))
-        return made
+    def constant(self, name: str, values: Any) -> Tensor:
+        return constant(name, values, values.dtype)
 
-    def scale(self, amplitude: NDArray[Any] | float) -> NDArray[np.float32]:
-        """What one step stands for, such that it is exact in the narrow type and no subnormal number there."""
-        steps = np.maximum(np.asarray(amplitude, np.float32) / TOP[self.format], 2.0**-14)
-        return np.asarray(steps.astype(self.narrow), np.float32)
+    def node(
+        self, name: str, op: str, inputs: list[Any], output: str = "", dtype: Any = np.float32, **attributes: Any
+    ) -> Tensor:
+        return add_node(self.graph, name, op, inputs, output, dtype, **attributes)
 
-    def activation(self, tensor: Any, amplitude: float) -> Any:
-        """`tensor`, quantised to the range of +-`amplitude` and back."""
-        scale, zero = self._parameters(tensor.name, self.scale(amplitude))
-        quantized = self.node(f"{tensor.name}/QuantizeLinear", "QuantizeLinear", [tensor, scale, zero], self.dtype)
-        return self.node(f"{tensor.name}/DequantizeLinear", "DequantizeLinear", [quantized, scale, zero])
+    def scale(self, amax: Array | float) -> NDArray[np.float32]:
+        """Return the scale for `amax`, exact in the low-precision type and not subnormal there."""
+        scale = np.maximum(np.asarray(amax, np.float32) / self.largest, 2.0**-14)
+        return np.asarray(scale.astype(self.low), np.float32)
 
-    def behind(self, tensor: Any, amplitude: float, readers: list[Node] | None = None) -> None:
-        """Quantises `tensor` for `readers`, or for all who read it."""
+    def activation(self, tensor: Tensor, amax: float) -> Tensor:
+        """Write Q/DQ for `tensor` with the range +-`amax`."""
+        return self.quantize_dequantize(tensor.name, tensor, self.scale(amax), np.zeros((), self.dtype))
+
+    def after(self, tensor: Tensor, amax: float, readers: list[Node] | None = None) -> None:
+        """Quantize `tensor` for `readers`, or for all its readers."""
         readers = list(tensor.outputs) if readers is None else readers
-        quantized = self.activation(tensor, amplitude)
-        for reader in readers:
-            reader.inputs = [quantized if read is tensor else read for read in reader.inputs]
+        redirect(readers, tensor, self.activation(tensor, amax))
 
-    def in_epilogue(self, tensor: Any, amplitude: float) -> Any:
-        """The same, in operators that the compiler can compute in the kernel of the product in front of `tensor`.
+    def in_epilogue(self, tensor: Tensor, amax: float) -> Tensor:
+        """Same as `activation`, written with operators that TensorRT fuses into the epilogue of the preceding GEMM.
 
-        It has none that rounds, so the rounding is that of a conversion to integers, which cuts off, of a positive number.
+        No such operator rounds. So the values are made positive and rounded by a conversion to integers, which truncates.
         """
         if self.format != "int8":
-            return self.activation(tensor, amplitude)
-        scale, zero = self._parameters(tensor.name, self.scale(amplitude))
+            return self.activation(tensor, amax)
+        scale = self.scale(amax)
 
-        def step(op: str, *inputs: Any, dtype: Any = np.float32, **attributes: Any) -> Any:
+        def step(op: str, *inputs: Tensor, dtype: Any = np.float32, **attributes: Any) -> Tensor:
             name = f"{tensor.name}/Quantize{op}{len(self.graph.nodes)}"
-            self.wide.add(name)
-            return self.node(name, op, list(inputs), dtype, **attributes)
+            self.fallback.add(name)
+            return self.node(name, op, list(inputs), dtype=dtype, **attributes)
 
-        def number(name: str, value: float) -> Any:
-            return self.constant(f"{tensor.name}/{name}", np.array(value, np.float32))
+        def number(name: str, value: float, dtype: Any = np.float32) -> Tensor:
+            return constant(f"{tensor.name}/{name}", value, dtype)
 
-        steps = step("Mul", tensor, number("inverse", 1 / float(scale.values)))
-        limited = step("Clip", steps, number("least", -TOP["int8"]), number("largest", TOP["int8"]))
+        scaled = step("Mul", tensor, number("inverse", 1 / float(scale)))
+        limited = step("Clip", scaled, number("least", -self.largest), number("largest", self.largest))
         whole = step("Cast", step("Add", limited, number("half", 128.5)), dtype=np.int32, to=INT32)
-        shift = self.constant(f"{tensor.name}/shift", np.array(128, np.int32))
-        quantized = step("Cast", step("Sub", whole, shift, dtype=np.int32), dtype=np.int8, to=INT8)
-        return self.node(f"{tensor.name}/DequantizeLinear", "DequantizeLinear", [quantized, scale, zero])
+        shifted = step("Sub", whole, number("shift", 128, np.int32), dtype=np.int32)
+        quantized = step("Cast", shifted, dtype=np.int8, to=INT8)
+        zero = self.constant(f"{tensor.name}/zero", np.zeros((), self.dtype))
+        return self.dequantize(tensor.name, quantized, [self.constant(f"{tensor.name}/scale", scale), zero])
 
-    def weight(self, layer: str, values: NDArray[Any], by_channel: bool, shared: float | None = None) -> Any:
-        """A weight [outputs, inputs], stored quantised; `shared` is the amplitude of several weights with one scale."""
+    def weight(self, layer: str, values: Array, per_channel: bool, shared_amax: float | None = None) -> Tensor:
+        """Write a weight [outputs, inputs] in 8 bits.
+
+        Args:
+            layer: Name of the layer.
+            values: The weight.
+            per_channel: Whether each output has a scale of its own.
+            shared_amax: The amax of several weights with one scale.
+        """
         values = np.asarray(values, np.float32)
-        own = self.scales.get(layer) if shared is None else None
-        needed = (shared or np.abs(values).max(axis=1)) if own is None else np.broadcast_to(np.ravel(own), len(values))
-        scale = self.scale(needed if own is None else needed * TOP[self.format])
-        scale = scale if by_channel else scale.max()
-        lowest = -128.0 if own is not None and self.format == "int8" else -TOP[self.format]  # trained weights use it
-        found = self.rounding(layer, values, np.broadcast_to(scale, values.shape[:1])) if own is None else None
-        steps = values / (scale[:, None] if by_channel else scale) if found is None else found
-        limited = np.clip(steps, lowest, TOP[self.format])
+        trained = self.scales.get(layer) if shared_amax is None else None
+        lowest = -self.largest
+        if trained is None:
+            scale = self.scale(shared_amax or np.abs(values).max(axis=1))
+        else:
+            scale = self.scale(np.broadcast_to(np.ravel(trained), len(values)) * self.largest)
+            lowest = -128.0 if self.format == "int8" else lowest  # trained weights use it
+        scale = scale if per_channel else scale.max()
+        found = self.rounding(layer, values, np.broadcast_to(scale, values.shape[:1])) if trained is None else None
+        limited = np.clip(values / (scale[:, None] if per_channel else scale) if found is None else found, lowest, self.largest)
         quantized = (np.rint(limited) if self.format == "int8" else limited).astype(self.dtype)
-        number, zero = self._parameters(f"{layer}.weight", scale)
-        stored = self.constant(f"{layer}.weight_{self.format}", quantized)
-        attributes = {"axis": 0} if by_channel else {}
-        return self.node(f"{layer}.weight/DequantizeLinear", "DequantizeLinear", [stored, number, zero], **attributes)
-
-    def _parameters(self, name: str, scale: NDArray[Any]) -> tuple[Any, Any]:
-        zero = self.constant(f"{name}_zero{len(self.graph.nodes)}", np.zeros(np.shape(scale), self.dtype))
-        return self.constant(f"{name}_scale{len(self.graph.nodes)}", np.asarray(scale, np.float32)), zero
-
-    @staticmethod
-    def constant(name: str, values: NDArray[Any]) -> Any:
-        import onnx_graphsurgeon as gs
-
-        return gs.Constant(name, np.asarray(values, order="C"))  # of rank 0 where `values` is
+        return self.dequantize_constant(f"{layer}.weight", quantized, scale)
 
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """A Gemm: `output = input @ weight.T + bias`; tensors by name, `weight` [outputs, inputs] and `bias` are initialisers."""
+    """A Gemm: `output = input @ weight.T + bias`. All are names; `weight` [outputs, inputs] and `bias` are initializers."""
 
     name: str
     input: str
@@ -140,7 +178,7 @@ class LinearLayer:
 
 @dataclass(frozen=True)
 class ActivationScale:
-    """An activation is `(code - zero_point) * scale`; codes are uint8 (INT8) or E4M3 (FP8, whose zero point is 0)."""
+    """An activation is `(quantized - zero_point) * scale` with uint8 values."""
 
     scale: float
     zero_point: int = 0
@@ -148,23 +186,23 @@ class ActivationScale:
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """What a linear layer becomes: `weight = codes * scale[:, None]`, `codes` int8 or E4M3 [outputs, inputs]."""
+    """A linear layer in 8 bits: `weight = values * scale[:, None]`, `values` int8 [outputs, inputs]."""
 
     layer: LinearLayer
-    codes: Array
+    values: Array
     scale: NDArray[np.float32]
     bias: NDArray[np.float32] | None
     activation: ActivationScale
 
     @property
     def weight(self) -> NDArray[np.float32]:
-        """[outputs, inputs], on the grid."""
-        values: NDArray[np.float32] = self.codes.astype(np.float32) * self.scale[:, None]
-        return values
+        """The dequantized weight [outputs, inputs]."""
+        weight: NDArray[np.float32] = self.values.astype(np.float32) * self.scale[:, None]
+        return weight
 
 
 def linear_layers(model: onnx.ModelProto) -> tuple[LinearLayer, ...]:
-    """Every linear layer, in the order in which they are computed; its name is the module's ("stages.0.steps.block0.fc1")."""
+    """List the linear layers in the order of computation, named as their modules ("stages.0.steps.block0.fc1")."""
     constants = {tensor.name for tensor in model.graph.initializer}
     found = []
     for node in model.graph.node:
@@ -178,36 +216,58 @@ def linear_layers(model: onnx.ModelProto) -> tuple[LinearLayer, ...]:
     return tuple(found)
 
 
-def qdq_from_fp32(model: onnx.ModelProto, quantized: Iterable[QuantizedLinear]) -> onnx.ModelProto:
-    """`model` with the layers of `quantized` in 8 bits; the others are as they were.
+class _NodeWriter(QdqWriter):
+    """Collects ONNX nodes and constants."""
 
-    Layers that read the same tensor must agree on its scale: it is quantised once.
-    """
-    nodes, constants = qdq_nodes(model.graph.node, quantized)
-    return with_nodes(model, nodes, constants.values())
+    def __init__(self) -> None:
+        self.onnx = require("onnx", "write the quantized graph")
+        self.nodes: list[Any] = []
+        self.constants: dict[str, Any] = {}
+
+    def constant(self, name: str, values: Any) -> str:
+        self.constants[name] = self.onnx.numpy_helper.from_array(np.ascontiguousarray(values), name)
+        return name
+
+    def node(self, name: str, op: str, inputs: list[Any], output: str, dtype: Any = np.float32, **attributes: Any) -> str:
+        self.nodes.append(self.onnx.helper.make_node(op, inputs, [output], name, **attributes))
+        return output
 
 
 def qdq_nodes(nodes: Iterable[Any], quantized: Iterable[QuantizedLinear]) -> tuple[list[Any], dict[str, Any]]:
-    """`nodes` with Q/DQ before the layers of `quantized`, and the constants that these need, by name."""
-    onnx = require("onnx", "write the quantised graph")
+    """Write Q/DQ before the layers of `quantized`.
+
+    Layers that read one tensor must have one scale for it: it is quantized once.
+
+    Returns:
+        All nodes, and the constants that they need in addition, by name.
+    """
+    writer, scales = _NodeWriter(), dict[str, ActivationScale]()
     by_output = {layer.layer.output: layer for layer in quantized}
-    writer, result = _Writer(onnx), list[Any]()
     for node in nodes:
         layer = by_output.get(node.output[0]) if node.op_type == "Gemm" else None
-        if layer is not None:
-            result += writer.activation(layer) + writer.weights(layer)
-            names = [f"{layer.layer.input}/dequantized", f"{layer.layer.weight}/dequantized"]
-            if layer.bias is not None:
-                names.append(f"{layer.layer.name}/bias")
-            node = onnx.NodeProto.FromString(node.SerializeToString())
-            del node.input[:]
-            node.input.extend(names)
-        result.append(node)
-    return result, {tensor.name: tensor for tensor in writer.constants}
+        if layer is None:
+            writer.nodes.append(node)
+            continue
+        name, activation = layer.layer.input, layer.activation
+        if scales.get(name, activation) != activation:
+            raise ValueError(f"{name} has two scales")
+        if name not in scales:
+            scales[name] = activation
+            writer.quantize_dequantize(name, name, np.float32(activation.scale), np.uint8(activation.zero_point))
+        inputs = [f"{name}/dequantized", writer.dequantize_constant(layer.layer.weight, layer.values, layer.scale)]
+        if layer.bias is not None:
+            scale = (np.float32(activation.scale) * layer.scale).astype(np.float32)
+            values = np.clip(np.rint(layer.bias.astype(np.float64) / scale), -(2**31), 2**31 - 1).astype(np.int32)
+            inputs.append(writer.dequantize_constant(f"{layer.layer.name}/bias", values, scale))
+        node = type(node).FromString(node.SerializeToString())
+        del node.input[:]
+        node.input.extend(inputs)
+        writer.nodes.append(node)
+    return writer.nodes, writer.constants
 
 
 def with_nodes(model: onnx.ModelProto, nodes: Iterable[Any], constants: Iterable[Any]) -> onnx.ModelProto:
-    """`model` with other nodes and further constants; constants that no node reads are left out."""
+    """Return `model` with other nodes and further constants, without the constants that no node reads."""
     nodes = list(nodes)
     result = type(model)(ir_version=model.ir_version, producer_name=model.producer_name)
     result.opset_import.extend(model.opset_import)
@@ -219,49 +279,3 @@ def with_nodes(model: onnx.ModelProto, nodes: Iterable[Any], constants: Iterable
     used = {name for node in nodes for name in node.input}
     graph.initializer.extend(tensor for tensor in (*model.graph.initializer, *constants) if tensor.name in used)
     return result
-
-
-class _Writer:
-    """Makes the nodes and constants of quantised layers; an activation that several layers read is quantised once."""
-
-    def __init__(self, onnx: Any) -> None:
-        self.onnx, self.constants, self.seen = onnx, list[Any](), dict[str, ActivationScale]()
-
-    def activation(self, layer: QuantizedLinear) -> list[Any]:
-        name, scale = layer.layer.input, layer.activation
-        if name in self.seen:
-            if self.seen[name] != scale:
-                raise ValueError(f"{name} is given two scales")
-            return []
-        self.seen[name] = scale
-        zero = np.array(scale.zero_point, np.uint8 if layer.codes.dtype == np.int8 else layer.codes.dtype)
-        scales = [self.constant(f"{name}/scale", np.array(scale.scale, np.float32)), self.constant(f"{name}/zero", zero)]
-        make = self.onnx.helper.make_node
-        return [
-            make("QuantizeLinear", [name, *scales], [f"{name}/quantized"], f"{name}/QuantizeLinear"),
-            make("DequantizeLinear", [f"{name}/quantized", *scales], [f"{name}/dequantized"], f"{name}/DequantizeLinear"),
-        ]
-
-    def weights(self, layer: QuantizedLinear) -> list[Any]:
-        name, make = layer.layer.weight, self.onnx.helper.make_node
-        inputs = [
-            self.constant(f"{name}/quantized", layer.codes),
-            self.constant(f"{name}/scale", layer.scale),
-            self.constant(f"{name}/zero", np.zeros(len(layer.scale), layer.codes.dtype)),
-        ]
-        nodes = [make("DequantizeLinear", inputs, [f"{name}/dequantized"], f"{name}/DequantizeLinear", axis=0)]
-        if layer.bias is None:
-            return nodes
-        name = f"{layer.layer.name}/bias"
-        if layer.codes.dtype != np.int8:
-            self.constant(name, layer.bias)
-            return nodes
-        step = (np.float32(layer.activation.scale) * layer.scale).astype(np.float32)
-        codes = np.clip(np.rint(layer.bias.astype(np.float64) / step), -(2**31), 2**31 - 1).astype(np.int32)
-        inputs = [self.constant(f"{name}/quantized", codes), self.constant(f"{name}/scale", step)]
-        inputs.append(self.constant(f"{name}/zero", np.zeros(len(step), np.int32)))
-        return nodes + [make("DequantizeLinear", inputs, [name], f"{name}/DequantizeLinear", axis=0)]
-
-    def constant(self, name: str, array: Array) -> str:
-        self.constants.append(self.onnx.numpy_helper.from_array(np.ascontiguousarray(array), name))
-        return name

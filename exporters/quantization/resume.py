@@ -1,4 +1,4 @@
-"""The layers that a quantisation had done when it was stopped, kept in files, for the next one to go on behind them."""
+"""On-disk state of an interrupted quantization run. The next run resumes after the last finished layer."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     import onnx
 
 
-class Stopped:
-    """Files in `folder`, one for each layer; those of another `key` are not found."""
+class ResumeState:
+    """Files in `folder`, one for each finished layer. Those of another `key` are not found."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self._folder, self._key = folder / f"layers-{key[:32]}", key
 
     @classmethod
-    def of(cls, folder: Path, model: onnx.ModelProto, *facts: Any) -> Stopped:
-        """For the quantisation of `model` that `facts` tell from any other."""
+    def for_run(cls, folder: Path, model: onnx.ModelProto, *facts: Any) -> ResumeState:
+        """Return the state of the quantization of `model` with the options and data that `facts` identify."""
         digest = hashlib.sha256(repr(facts).encode())
         digest.update(model.SerializeToString(deterministic=True))
         return cls(folder, digest.hexdigest())
 
     def read(self, layers: Iterable[LinearLayer]) -> list[QuantizedLinear] | None:
-        """Those layers as they were left; None where one of them is missing or damaged."""
+        """Load finished layers; None if one of them is missing or damaged."""
         found = []
         for layer in layers:
             try:
@@ -43,14 +43,14 @@ class Stopped:
                 if str(kept["key"]) != self._key:
                     return None
                 scale = ActivationScale(float(kept["activation"]), int(kept["zero_point"]))
-                found.append(QuantizedLinear(layer, kept["codes"], kept["scale"], kept.get("bias"), scale))
+                found.append(QuantizedLinear(layer, kept["values"], kept["scale"], kept.get("bias"), scale))
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
                 return None
         return found
 
-    def keep(self, done: QuantizedLinear) -> None:
-        """Writes a layer, whole or not at all. Raises BundleError where that cannot be."""
-        arrays: dict[str, Any] = {"codes": done.codes, "scale": done.scale}
+    def save(self, done: QuantizedLinear) -> None:
+        """Save a finished layer, atomically. Raises BundleError if that fails."""
+        arrays: dict[str, Any] = {"values": done.values, "scale": done.scale}
         arrays |= {} if done.bias is None else {"bias": done.bias}
 
         def write(scratch: Path) -> None:
@@ -63,7 +63,7 @@ class Stopped:
         write_whole(self._file(done.layer), write)
 
     def clear(self) -> None:
-        """Removes all of them: the quantisation is finished."""
+        """Remove all files: the run is finished."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _file(self, layer: LinearLayer) -> Path:

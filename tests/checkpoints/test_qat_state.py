@@ -1,4 +1,4 @@
-"""Ranges that checkpoints bring along: each system's names, each library's entries, and what is left out or refused."""
+"""QatRanges that checkpoints bring along: each system's names, each library's entries, and what is left out or refused."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ torch = pytest.importorskip("torch", reason="checkpoints are read with torch")
 from checkpoint_cases import DATA, refused, state_dict  # noqa: E402
 from torch.ao import quantization as ao  # noqa: E402
 
-from swin_deploy.exporters.quantization.gptq import grid, quantized_activation  # noqa: E402
+from swin_deploy.exporters.quantization.gptq import quantized_activation  # noqa: E402
 from swin_deploy.exporters.quantization.qdq import ActivationScale  # noqa: E402
 from swin_deploy.models.checkpoints.recognise import RecognisedCheckpoint, recognise_checkpoint  # noqa: E402
-from swin_deploy.qat_ranges import Ranges  # noqa: E402
+from swin_deploy.qat_ranges import QatRanges  # noqa: E402
 
 TIMM, MICROSOFT = "timm__SwinTransformer__bin_only", "ms__SwinTransformer__strip_32x96"
 SYSTEMS = [TIMM, MICROSOFT, "tv__SwinTransformer__pad_52x68", "tv__SwinTransformerV2__pad_52x68", "ms__SimMIM__v1"]
@@ -73,7 +73,7 @@ def test_every_layer_gets_its_own(case: str, library: str, tmp_path: Path) -> No
         assert layer.input.amplitude == pytest.approx(float(torch.cat(parts).abs().mean()), rel=1e-6)
         assert layer.input.zero_point == 128
     assert set(source.tensors) == set(recognise_checkpoint(DATA / case).tensors)
-    assert Ranges.from_dict(json.loads(source.ranges.to_json())) == source.ranges
+    assert QatRanges.from_dict(json.loads(source.ranges.to_json())) == source.ranges
 
 
 def quantised(module: Any) -> Any:
@@ -123,7 +123,7 @@ def test_codes_round_as_torch_does(kind: str, tmp_path: Path) -> None:
     values = np.linspace(low, high, 4001, dtype=np.float32)
     module.eval().apply(ao.disable_observer)
     wanted = module(torch.from_numpy(values)).numpy()
-    ours = quantized_activation(values, ActivationScale(found.scale, found.zero_point), grid("int8"))
+    ours = quantized_activation(values, ActivationScale(found.scale, found.zero_point))
     np.testing.assert_allclose(ours, wanted, atol=1e-6)
     assert found.amplitude == pytest.approx(float(np.abs(wanted).max()), rel=0.01)
     assert f"{CANONICAL}.weight" in source.tensors

@@ -13,7 +13,7 @@ onnx = pytest.importorskip("onnx", reason="graphs are ONNX graphs")
 pytest.importorskip("onnxscript", reason="the exporter needs onnxscript")
 
 from onnx import TensorProto  # noqa: E402
-from test_precision import PADDED, TASK, WHOLE, config, fp32, islands  # noqa: E402
+from test_precision import PADDED, TASK, WHOLE, config, fallback_nodes, fp32  # noqa: E402
 from traced import answers_of_torch  # noqa: E402
 
 import swin_deploy  # noqa: E402
@@ -40,10 +40,10 @@ def pixels(size: tuple[int, int]) -> dict[str, np.ndarray[Any, Any]]:
     return {"pixel_values": np.random.default_rng(5).standard_normal((3, 3, *size), dtype=np.float32)}
 
 
-def test_graph_is_valid_and_bf16_outside_the_islands(graphs: Any) -> None:
+def test_graph_is_valid_and_bf16_outside_fallback_nodes(graphs: Any) -> None:
     *_, narrow = graphs
     onnx.checker.check_model(narrow, full_check=True)
-    kept = islands(narrow)
+    kept = fallback_nodes(narrow)
     inside = {name for node in narrow.graph.node if node.name in kept for name in node.input}
     types = {t.name: t.data_type for t in narrow.graph.initializer if t.data_type in (TensorProto.FLOAT, TensorProto.BFLOAT16)}
     assert len(types) > 40

@@ -25,8 +25,7 @@ from swin_deploy.exporters.external_data import embed_weights  # noqa: E402
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch  # noqa: E402
 from swin_deploy.exporters.passes import ENGINE_PASSES, PASSES, Pass, PassRecord, run_passes  # noqa: E402
 from swin_deploy.exporters.passes.attention import attentions  # noqa: E402
-from swin_deploy.exporters.passes.cosine_after_matmul import LONGEST  # noqa: E402
-from swin_deploy.exporters.passes.row_l2_norms import row_lengths  # noqa: E402
+from swin_deploy.exporters.passes.cosine_attention import MAX_L2_NORM, l2_norm_bounds  # noqa: E402
 from swin_deploy.models.checkpoints import random_checkpoint  # noqa: E402
 from swin_deploy.models.swin import SwinNetwork  # noqa: E402
 from swin_deploy.parity import compare  # noqa: E402
@@ -130,7 +129,7 @@ def test_no_bias_is_left_in_the_projection(case: Any) -> None:
         assert set(found) <= set(inputs)
 
 
-def test_nothing_is_gathered_behind_a_norm(case: Any) -> None:
+def test_nothing_is_gathered_after_a_norm(case: Any) -> None:
     """Except where the tokens are also an output, or a constant is added, and where padding is left out in the end."""
     config, _, _, after = case
     if len(after.graph.output) > 1 or config.use_absolute_embeddings:
@@ -143,7 +142,7 @@ def test_nothing_is_gathered_behind_a_norm(case: Any) -> None:
 
 
 def test_queries_and_keys_are_in_range(case: Any) -> None:
-    """No query or key of V2 is longer than LONGEST, and so no product is beyond fp16."""
+    """No query or key of V2 has an L2 norm above MAX_L2_NORM, so that no matmul is beyond fp16."""
     config, size, _, after = case
     if config.version == 1:
         return
@@ -153,7 +152,7 @@ def test_queries_and_keys_are_in_range(case: Any) -> None:
     extended = gs.import_onnx(after)
     extended.outputs = [*extended.outputs, *(extended.tensors()[name] for name in names)]
     for found in answers(gs.export_onnx(extended), size, names).values():
-        assert np.linalg.norm(found, axis=-1).max() <= LONGEST * (1 + 1e-5)
+        assert np.linalg.norm(found, axis=-1).max() <= MAX_L2_NORM * (1 + 1e-5)
 
 
 def test_weights_of_heads_are_multiplied_by_powers_of_two() -> None:
@@ -167,9 +166,9 @@ def test_weights_of_heads_are_multiplied_by_powers_of_two() -> None:
         assert (factor[len(factor) * 2 // 3 :] == 1).all()
 
 
-def test_row_lengths_are_not_exceeded(case: Any) -> None:
+def test_l2_norm_bounds_hold(case: Any) -> None:
     config, size, before, _ = case
-    bounds = row_lengths(gs.import_onnx(before))
+    bounds = l2_norm_bounds(gs.import_onnx(before))
     graph = gs.import_onnx(before)
     names = [a.qkv.inputs[0].name for a in attentions(graph) if a.qkv.inputs[0].name in bounds]
     if config.version == 2:

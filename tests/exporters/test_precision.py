@@ -19,7 +19,7 @@ from swin_deploy.calib.collect import amax_of_values  # noqa: E402
 from swin_deploy.config import SwinConfig  # noqa: E402
 from swin_deploy.errors import ExportError, PassError  # noqa: E402
 from swin_deploy.exporters.passes import ENGINE_PASSES, PassRecord  # noqa: E402
-from swin_deploy.exporters.passes.cosine_after_matmul import islands as found_islands  # noqa: E402
+from swin_deploy.exporters.passes.cosine_attention import cosine_fallback  # noqa: E402
 from swin_deploy.exporters.precision import assign_types, typed_from_fp32  # noqa: E402
 from swin_deploy.parity import compare  # noqa: E402
 from swin_deploy.tasks import TaskSpec  # noqa: E402
@@ -58,7 +58,7 @@ def answers(model: Any, size: tuple[int, int], batch: int = 3) -> Any:
 
 
 def test_answers_stay_close(graphs: Any) -> None:
-    """Padded windows of V2 included, where half precision without the island is 0 / 0."""
+    """Padded windows of V2 included, where half precision without the fp32 fallback is 0 / 0."""
     _, size, wide, narrow, _ = graphs
     for batch in (1, 4):
         agreement = compare(answers(narrow, size, batch), answers(wide, size, batch))
@@ -68,7 +68,7 @@ def test_answers_stay_close(graphs: Any) -> None:
 
 def test_without_the_island_padding_is_not_a_number() -> None:
     imported = gs.import_onnx(fp32(2, PADDED))
-    assign_types(imported, wide=set(), narrow=HALF)
+    assign_types(imported, fallback=set(), low=HALF)
     model = gs.export_onnx(imported.cleanup().toposort())
     assert np.isnan(answers(model, PADDED)).all()
 
@@ -85,7 +85,7 @@ def test_input_and_output_stay_float32(graphs: Any) -> None:
     assert list(narrow.graph.output) == list(wide.graph.output)
 
 
-def islands(model: Any) -> set[str]:
+def fallback_nodes(model: Any) -> set[str]:
     """The nodes from the squares to the scaled cosines, found without the code under test."""
     return {node.name for node in model.graph.node if "/Cosine" in node.name} - {
         node.name for node in model.graph.node if node.op_type in ("Concat", "MatMul") or _swaps_keys(node)
@@ -97,9 +97,9 @@ def _swaps_keys(node: Any) -> bool:
     return node.op_type == "Transpose" and "Split" not in node.input[0]
 
 
-def test_every_weight_outside_the_islands_is_half(graphs: Any) -> None:
+def test_every_weight_outside_the_fallback_nodes_is_half(graphs: Any) -> None:
     asked, _, _, narrow, _ = graphs
-    kept = islands(narrow)
+    kept = fallback_nodes(narrow)
     assert len(kept) == (9 * asked.blocks if asked.version == 2 else 0)
     inside = {name for node in narrow.graph.node if node.name in kept for name in node.input}
     types = {
@@ -111,9 +111,9 @@ def test_every_weight_outside_the_islands_is_half(graphs: Any) -> None:
     assert {name for name, kind in types.items() if kind == TensorProto.FLOAT} == inside & types.keys()
 
 
-def test_every_value_outside_the_islands_is_half(graphs: Any) -> None:
+def test_every_value_outside_the_fallback_nodes_is_half(graphs: Any) -> None:
     *_, narrow, _ = graphs
-    kept = islands(narrow)
+    kept = fallback_nodes(narrow)
     inferred = onnx.shape_inference.infer_shapes(narrow, strict_mode=True)
     types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
     for node in narrow.graph.node:
@@ -134,10 +134,10 @@ def test_casts_are_counted(graphs: Any) -> None:
     assert len(set(names)) == len(names)
 
 
-def test_islands_are_found_in_v2_alone(graphs: Any) -> None:
+def test_fallback_nodes_are_found_in_v2_alone(graphs: Any) -> None:
     asked, _, _, narrow, _ = graphs
-    kept = islands(narrow)
-    assert {name for name in found_islands(gs.import_onnx(narrow)) if "/Cosine" in name and "Cast" not in name} == kept
+    kept = fallback_nodes(narrow)
+    assert {name for name in cosine_fallback(gs.import_onnx(narrow)) if "/Cosine" in name and "Cast" not in name} == kept
     assert len(kept) == (9 * asked.blocks if asked.version == 2 else 0)
 
 
@@ -185,15 +185,15 @@ def run(model: Any, values: list[float]) -> list[Any]:
 
 def test_a_value_that_two_nodes_read_is_cast_once() -> None:
     nodes = [
-        helper.make_node("Mul", [INPUT, "c"], ["a"], "wide_1"),
-        helper.make_node("Add", ["a", "c"], ["b"], "narrow_1"),
-        helper.make_node("Mul", ["a", "b"], ["d"], "narrow_2"),
-        helper.make_node("Add", ["d", "a"], ["e"], "wide_2"),
-        helper.make_node("Add", ["e", "d"], ["logits"], "wide_3"),
+        helper.make_node("Mul", [INPUT, "c"], ["a"], "fp32_1"),
+        helper.make_node("Add", ["a", "c"], ["b"], "low_1"),
+        helper.make_node("Mul", ["a", "b"], ["d"], "low_2"),
+        helper.make_node("Add", ["d", "a"], ["e"], "fp32_2"),
+        helper.make_node("Add", ["e", "d"], ["logits"], "fp32_3"),
     ]
     imported = gs.import_onnx(small(nodes, ["logits"]))
     # a is cast down for two readers, d up for two; the input is float32 already, and the output still is
-    assert assign_types(imported, wide={"wide_1", "wide_2", "wide_3"}, narrow=HALF) == 2
+    assert assign_types(imported, fallback={"fp32_1", "fp32_2", "fp32_3"}, low=HALF) == 2
     model = gs.export_onnx(imported.cleanup().toposort())
     onnx.checker.check_model(model, full_check=True)
     assert [node.op_type for node in model.graph.node].count("Cast") == 2
@@ -231,11 +231,11 @@ def test_values_beyond_half_precision_on_samples_stay_fp32(version: int) -> None
 
     typed = typed_from_fp32(model, config(version), TASK, "fp16", lambda wide: amax_of_values(wide, Images(), batch=2))
     assert compare(answers_of_torch(typed.model, pixels)[OUTPUT], wanted).within(1e-2)
-    measured = {island.at: island.reason for island in typed.islands if "calibration samples" in island.reason}
+    measured = {fallback.at: fallback.reason for fallback in typed.fallbacks if "calibration samples" in fallback.reason}
     assert any("stages.0" in name for name in measured)
     assert not any("stages.1" in name for name in measured), "behind the merging's norm all is small again"
     assert all("and fp16 ends at 65504" in reason for reason in measured.values())
-    cosine = {island.at: island.nodes for island in typed.islands if island.at not in measured}
+    cosine = {fallback.at: fallback.nodes for fallback in typed.fallbacks if fallback.at not in measured}
     names = [f"stages.{stage}.steps.block{block}.attention" for stage in (0, 1) for block in (0, 1)]
     assert cosine == (dict.fromkeys(names, 9) if version == 2 else {})
 

@@ -106,7 +106,7 @@ def test_exported(version: int, task: str, size: tuple[int, int], target: str, t
 
     feeds, wanted = answers(network(version, task, size, TARGETS[0]), size)
     file, records = exported(network(version, task, size, target), size, target, tmp_path)
-    assert records == ({"length_as_rms_norm": 12 if version == 2 else 0} if target == "openvino" else {})
+    assert records == ({"l2_norm_as_rms_norm": 12 if version == 2 else 0} if target == "openvino" else {})
     with runtime_from_onnx(file, target, threads=1) as runtime:
         assert_agree(runtime.run(feeds), wanted)
         single = runtime.run({name: feed[:1] for name, feed in feeds.items()})
@@ -122,7 +122,7 @@ def test_vectors_of_length_zero_stay_zero(tmp_path: Path) -> None:
     from swin_deploy.runtimes.openvino import openvino_core
 
     gs = pytest.importorskip("onnx_graphsurgeon", reason="writes the graph")
-    from swin_deploy.exporters.passes.l2_norm_as_rms_norm import length_as_rms_norm
+    from swin_deploy.exporters.passes.cosine_attention import l2_norm_as_rms_norm
 
     def normalised(rms: bool) -> Any:
         x, out = (gs.Variable(name, np.dtype(np.float32), (6, 8)) for name in "xy")
@@ -134,7 +134,7 @@ def test_vectors_of_length_zero_stay_zero(tmp_path: Path) -> None:
             gs.Node("Div", "div", {}, [x, held], [out]),
         ]
         made = gs.Graph(nodes, [x], [out], opset=20)
-        assert not rms or length_as_rms_norm(made) == 1
+        assert not rms or l2_norm_as_rms_norm(made) == 1
         return gs.export_onnx(made.cleanup().toposort())
 
     x = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32) * np.float32([[1], [1e4], [1e-4], [1e-9], [0], [3]])

@@ -27,7 +27,7 @@ from swin_deploy.errors import BackendError, MissingDependencyError, UsageError 
 from swin_deploy.exporters.onnx_from_torch import OF_OPENVINO  # noqa: E402
 from swin_deploy.exporters.onnx_from_torch import OPERATORS as EXPORTED  # noqa: E402
 from swin_deploy.exporters.precision import typed_from_fp32  # noqa: E402
-from swin_deploy.exporters.quantization.for_tensorrt import quantized_from_fp32, quantized_inputs  # noqa: E402
+from swin_deploy.exporters.quantization.for_tensorrt import quantized_from_fp32, quantized_layers  # noqa: E402
 from swin_deploy.parity import TOLERANCES, compare, sample_inputs  # noqa: E402
 from swin_deploy.runtimes.backends import runtime_from_onnx  # noqa: E402
 from swin_deploy.runtimes.torch_operators import OPERATORS  # noqa: E402
@@ -215,7 +215,7 @@ def test_low_precision_graphs_are_computed_in_their_types(version: int, precisio
     feeds = sample_inputs(task.inputs(shape, SIZE))
     exact = answers(fp32, tmp_path / "fp32.onnx", feeds)["logits"]
     if precision in ("int8", "fp8"):
-        inputs = quantized_inputs(fp32, shape, precision)
+        inputs = [name for layer in quantized_layers(fp32, shape, precision) for name in layer.inputs]
         model, _ = quantized_from_fp32(fp32, shape, task, precision, dict.fromkeys(inputs, 6.0))
     else:
         model = typed_from_fp32(fp32, shape, task, precision).model

@@ -14,7 +14,7 @@ from torch import Tensor
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError
 from swin_deploy.models.parameters import POSITIONS, Shape, parameters, random_parameter
-from swin_deploy.qat_ranges import Ranges
+from swin_deploy.qat_ranges import QatRanges
 from swin_deploy.tasks import TaskSpec
 
 FLOATING = ("float32", "float16", "bfloat16", "float64")
@@ -49,7 +49,7 @@ class Checkpoint:
     raw_config: Mapping[str, Any] | None = None  # config.json as found, kept so that nothing in it is lost
     preprocessor: Mapping[str, Any] | None = None  # preprocessor_config.json as found
     notes: tuple[str, ...] = ()  # assumptions about what the checkpoint does not contain
-    ranges: Ranges | None = None  # QAT ranges
+    ranges: QatRanges | None = None  # QAT ranges
 
 
 class LazyTensors(Mapping[str, Tensor]):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from swin_deploy.errors import CheckpointError
-from swin_deploy.qat_ranges import PARTS, ActivationRange, LayerRanges, Ranges, largest
+from swin_deploy.qat_ranges import PARTS, ActivationRange, LayerRanges, QatRanges, largest
 from swin_deploy.specs import Array
 
 from .base import FLOATING
@@ -42,7 +42,7 @@ LAYER = re.compile(
 
 def qat_ranges_from_state(
     state_dict: CanonicalStateDict, extras: Mapping[str, Any], where: str
-) -> tuple[Ranges | None, tuple[str, ...]]:
+) -> tuple[QatRanges | None, tuple[str, ...]]:
     """Read the QAT ranges of a checkpoint.
 
     Args:
@@ -68,7 +68,7 @@ def qat_ranges_from_state(
     if not kept:
         return None, notes
     inputs, weights = (sum(getattr(one, role) is not None for one in kept.values()) for role in ("input", "weight"))
-    return Ranges("checkpoint", kept), (
+    return QatRanges("checkpoint", kept), (
         f"the QAT ranges of the checkpoint are used, of {inputs} inputs and {weights} weights of linear layers",
         *notes,
     )

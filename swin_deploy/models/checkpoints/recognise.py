@@ -13,7 +13,7 @@ from torch import Tensor
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError, UsageError
 from swin_deploy.models.parameters import Shape
-from swin_deploy.qat_ranges import Ranges
+from swin_deploy.qat_ranges import QatRanges
 from swin_deploy.variants import find_variant
 
 from .base import LazyTensors
@@ -54,7 +54,7 @@ class RecognisedCheckpoint:
     raw_config: Mapping[str, Any] | None = None  # config.json as found
     preprocessor: Mapping[str, Any] | None = None  # preprocessor_config.json as found
     notes: tuple[str, ...] = ()  # assumptions about what the checkpoint does not contain
-    ranges: Ranges | None = None  # QAT ranges
+    ranges: QatRanges | None = None  # QAT ranges
 
     @property
     def framework(self) -> str:

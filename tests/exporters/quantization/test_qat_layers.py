@@ -1,4 +1,4 @@
-"""Networks trained with fake quantisation: their quantised graphs are the networks that were trained, with their own scales."""
+"""Networks trained with fake quantization: their quantized graphs compute what was trained, with the trained scales."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ pytest.importorskip("onnxscript", reason="torch exports through onnxscript")
 pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with onnx-graphsurgeon")
 ort = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the graphs")
 
-from aware import answers, pixels, saved, trained, without_rounding  # noqa: E402
 from cli.exported import cli_here, contents, refused, result  # noqa: E402
+from qat_networks import answers, pixels, saved, trained, without_rounding  # noqa: E402
 
 import swin_deploy  # noqa: E402
 from swin_deploy.bundle import Bundle  # noqa: E402
 from swin_deploy.exporters.quantization.qdq import linear_layers  # noqa: E402
 from swin_deploy.models.checkpoints.state_dict_names import CanonicalStateDict  # noqa: E402
 from swin_deploy.parity import sqnr  # noqa: E402
-from swin_deploy.qat_ranges import RANGES, Ranges, modules_of  # noqa: E402
+from swin_deploy.qat_ranges import RANGES, QatRanges, modules_of  # noqa: E402
 
 INT8 = "onnx/model_int8.onnx"
 
@@ -186,7 +186,7 @@ def test_what_is_missing_is_measured(tmp_path: Path) -> None:
     measured = layers.pop("stages.0.steps.block0.fc1")
     assert (measured["range_from"], measured["weight_from"]) == ("samples", "checkpoint")
     assert {layer["range_from"] for layer in layers.values()} == {"checkpoint"}
-    ranges = Ranges.from_dict(json.loads((tmp_path / "b" / RANGES).read_text()))
+    ranges = QatRanges.from_dict(json.loads((tmp_path / "b" / RANGES).read_text()))
     for name, layer in layers.items():
         own = ranges.layers[modules_of(name)[0]].input
         assert own is not None
@@ -196,18 +196,18 @@ def test_what_is_missing_is_measured(tmp_path: Path) -> None:
         wanted, answers(without_rounding(model), pixels(32, 99))
     )
     assert printed["graphs"][0]["samples"] == 8  # type: ignore[index]
-    result(cli_here("quantize", "b", "--data", "images.npy", "--ranges", "none", "--json", cwd=tmp_path))
+    result(cli_here("quantize", "b", "--data", "images.npy", "--ignore-ranges", "--json", cwd=tmp_path))
     assert {layer["range_from"] for layer in Bundle.open(tmp_path / "b").graphs[INT8]["layers"]} == {"samples"}
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_for_tensorrt(version: int, tmp_path: Path) -> None:
-    """Ranges of what layers read and write are the checkpoint's; torch.ao observes outputs as well."""
+    """QatRanges of what layers read and write are the checkpoint's; torch.ao observes outputs as well."""
     model, path = trained(version, outputs=True), copied(bundle(version, "tensorrt", outputs=True), tmp_path)
     feed = pixels(32, 99)
     swin_deploy.quantize(path, feed.numpy())
     entry = Bundle.open(path).graphs[INT8]
-    ranges = Ranges.from_dict(Bundle.open(path).read_json(RANGES))
+    ranges = QatRanges.from_dict(Bundle.open(path).read_json(RANGES))
     checked = 0
     for layer in entry["layers"]:
         modules = modules_of(layer["name"])

@@ -1,4 +1,4 @@
-"""Tiny graphs for the tests of quantisation, made by hand: no exporter has to run."""
+"""A tiny MLP for the tests of quantization, made by hand: no exporter has to run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import helper, numpy_helper
+
+from swin_deploy.dependencies import EXACT_QDQ, onnxruntime_session
 
 Array = np.ndarray[Any, Any]
 WIDTH = 16
@@ -42,16 +43,13 @@ def mlp_model(large: float = 1) -> onnx.ModelProto:
 
 
 def samples(count: int = 4, rows: int = 64) -> Callable[[], Iterator[dict[str, Array]]]:
-    """What yields the same `count` batches of inputs each time."""
+    """A function that yields the same `count` batches of inputs each time."""
     arrays = [np.random.default_rng(n).standard_normal((rows, WIDTH)).astype(np.float32) for n in range(count)]
     return lambda: ({"x": array} for array in arrays)
 
 
-def run(model: onnx.ModelProto, feeds: dict[str, Array], exact: bool = False) -> Array:
-    """The first output; `exact` keeps ONNX Runtime from its own 8-bit kernels."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_quant_qdq", "1" if exact else "0")
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    found: Array = session.run(None, feeds)[0]
+def run(model: onnx.ModelProto, feeds: dict[str, Array], exact: bool = False, output: str | None = None) -> Array:
+    """One output, by default the first; `exact` computes Q/DQ without ONNX Runtime's own 8-bit kernels."""
+    session = onnxruntime_session(model.SerializeToString(), config=EXACT_QDQ if exact else {})
+    found: Array = session.run(None if output is None else [output], feeds)[0]
     return found

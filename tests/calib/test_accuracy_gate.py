@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from plotted import bar_widths
-from tiny_graphs import mlp_model, run, samples
 
 from swin_deploy.calib.accuracy_gate import (
     LayerSensitivity,
@@ -21,28 +20,6 @@ from swin_deploy.calib.accuracy_gate import (
     sensitivity_svg,
 )
 from swin_deploy.errors import GateError
-from swin_deploy.exporters.quantization.for_cpu import Options, quantize, quantized_for
-from swin_deploy.parity import sqnr
-
-
-def test_layers_are_ranked_by_damage() -> None:
-    form = quantized_for("onnxruntime", mlp_model(), samples(), None, frozenset(), lambda line: None)
-    feed = next(iter(samples(1)()))
-    ranking = rank_layers(form.names, lambda keep: run(form.graph(keep), feed, exact=True))
-    assert {layer.name for layer in ranking} == {"fc1", "fc2"}
-    assert ranking[0].sqnr_db <= ranking[1].sqnr_db
-    alone = quantize(mlp_model(), samples(), Options(keep={"fc2"})).model
-    by_name = {layer.name: layer.sqnr_db for layer in ranking}
-    assert by_name["fc1"] == pytest.approx(sqnr(run(mlp_model(), feed), run(alone, feed, exact=True)), abs=0.5)
-
-
-def test_a_form_without_all_its_layers_is_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swin_deploy.exporters.quantization.for_cpu.SMALL", 0)
-    form = quantized_for("openvino", mlp_model(), samples(), None, frozenset(), lambda line: None)
-    assert set(form.names) == {"fc1", "fc2"}
-    feed = next(iter(samples(1)()))
-    assert sqnr(run(mlp_model(), feed), run(form.graph(frozenset(form.names)), feed)) > 100
-    assert form.records(frozenset(form.names)) == []
 
 
 @pytest.mark.parametrize("layers", range(1, 12))

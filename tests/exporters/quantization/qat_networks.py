@@ -1,4 +1,4 @@
-"""Tiny networks of transformers, trained for some steps with torch.ao's fake quantisation around their linear layers."""
+"""Tiny networks of transformers, trained for some steps with torch.ao's fake quantization around their linear layers."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def wrapped(model: Any, activation: Any, weight: Any, outputs: bool) -> Any:
 
 @functools.cache
 def trained(version: int, symmetric: bool = False, by_channel: bool = True, outputs: bool = False) -> Any:
-    """A network after a few steps of training with fake quantisation, ready to answer."""
+    """A network after a few steps of training with fake quantization, in eval mode."""
     model = wrapped(network(version), SYMMETRIC if symmetric else ASYMMETRIC, BY_CHANNEL if by_channel else SYMMETRIC, outputs)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     for step in range(6):

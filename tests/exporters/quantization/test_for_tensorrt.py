@@ -1,4 +1,4 @@
-"""INT8 and FP8 graphs: what the rewrites change, how far the answers are from fp32, and what the compiler makes of them."""
+"""INT8 and FP8 graphs for TensorRT: what the rewrites change, the distance from fp32, and what the compiler makes of them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ from swin_deploy.errors import EngineError, ExportError, UsageError  # noqa: E40
 from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx  # noqa: E402
 from swin_deploy.exporters.external_data import embed_weights  # noqa: E402
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch  # noqa: E402
-from swin_deploy.exporters.passes.equalized_attention import balanced_attention, query_bias_in_channel  # noqa: E402
-from swin_deploy.exporters.passes.norm_after_matmul import norm_behind_product  # noqa: E402
-from swin_deploy.exporters.passes.qkv_without_bias import value_bias_in_projection  # noqa: E402
+from swin_deploy.exporters.passes.attention import (  # noqa: E402
+    equalized_attention,
+    query_bias_in_channel,
+    value_bias_in_projection,
+)
+from swin_deploy.exporters.passes.layer_norms import norm_after_matmul  # noqa: E402
 from swin_deploy.exporters.precision import typed_from_fp32  # noqa: E402
-from swin_deploy.exporters.quantization.for_tensorrt import quantized_from_fp32, quantized_inputs, quantized_layers  # noqa: E402
-from swin_deploy.exporters.quantization.qdq import Quantizer  # noqa: E402
+from swin_deploy.exporters.quantization.for_tensorrt import quantized_from_fp32, quantized_layers  # noqa: E402
+from swin_deploy.exporters.quantization.qdq import TensorRTWriter  # noqa: E402
 from swin_deploy.models.checkpoints import checkpoint_from_path, random_checkpoint  # noqa: E402
 from swin_deploy.models.swin import SwinNetwork  # noqa: E402
 from swin_deploy.preprocess import Preprocessor  # noqa: E402
@@ -46,7 +49,7 @@ V1 = SwinConfig(
 )  # fmt: skip
 CONFIGS = {1: V1, 2: replace(V1, version=2)}
 BOTH = pytest.mark.parametrize("version", [1, 2])
-FORMATS = pytest.mark.parametrize("quantization", ["int8", "fp8"])
+FORMATS = pytest.mark.parametrize("precision", ["int8", "fp8"])
 
 
 def remembered(function: Any) -> Any:
@@ -108,16 +111,21 @@ def watched(model: Any, names: list[str], pixels: Any) -> dict[str, Any]:
     return answers(copy, pixels, names)
 
 
+def quantized_inputs(model: Any, config: SwinConfig, precision: str) -> list[str]:
+    """The tensors whose amax is needed, each once."""
+    return list(dict.fromkeys(name for layer in quantized_layers(model, config, precision) for name in layer.inputs))
+
+
 @remembered
-def amplitudes(config: SwinConfig, quantization: str, size: tuple[int, int] = WHOLE) -> dict[str, float]:
+def amax(config: SwinConfig, precision: str, size: tuple[int, int] = WHOLE) -> dict[str, float]:
     model = fp32(config, size)
-    return extremes(model, quantized_inputs(model, config, quantization), noise(size))
+    return extremes(model, quantized_inputs(model, config, precision), noise(size))
 
 
 @remembered
-def quantized(config: SwinConfig, quantization: str, narrow: str = "fp16", size: tuple[int, int] = WHOLE) -> Any:
-    ranges = amplitudes(config, quantization, size)
-    return quantized_from_fp32(fp32(config, size), config, LOGITS, quantization, ranges, narrow)[0]
+def quantized(config: SwinConfig, precision: str, low: str = "fp16", size: tuple[int, int] = WHOLE) -> Any:
+    ranges = amax(config, precision, size)
+    return quantized_from_fp32(fp32(config, size), config, LOGITS, precision, ranges, low)[0]
 
 
 def sqnr(found: Any, wanted: Any) -> float:
@@ -131,69 +139,69 @@ def relative(found: Any, wanted: Any) -> float:
 
 @FORMATS
 @BOTH
-def test_trained_networks_stay_close_to_fp32(version: int, quantization: str) -> None:
+def test_trained_networks_stay_close_to_fp32(version: int, precision: str) -> None:
     """The digits' networks on ten drawn digits. Random networks, which the tests below run, are 10 dB and more worse."""
     config, model, pixels = trained(version)
     wanted = answers(model, pixels)["logits"]
-    names = quantized_inputs(model, config, quantization)
-    made, _ = quantized_from_fp32(model, config, LOGITS, quantization, extremes(model, names, pixels))
+    names = quantized_inputs(model, config, precision)
+    made, _ = quantized_from_fp32(model, config, LOGITS, precision, extremes(model, names, pixels))
     for graph in (emulated(made), made):  # every node rounded, and by the runtime's own half-precision kernels
         found = answers(graph, pixels)["logits"]
-        print(f"V{version} {quantization}: {sqnr(found, wanted):.1f} dB")
-        assert sqnr(found, wanted) >= {"int8": 36, "fp8": 27}[quantization]
+        print(f"V{version} {precision}: {sqnr(found, wanted):.1f} dB")
+        assert sqnr(found, wanted) >= {"int8": 36, "fp8": 27}[precision]
         assert np.array_equal(found.argmax(axis=1), wanted.argmax(axis=1))
 
 
 @FORMATS
 @BOTH
-def test_padding_costs_nothing(version: int, quantization: str) -> None:
+def test_padding_costs_nothing(version: int, precision: str) -> None:
     config, found = CONFIGS[version], []
     for size in (WHOLE, PADDED):
         wanted = answers(fp32(config, size), noise(size))["logits"]
-        found.append(sqnr(answers(emulated(quantized(config, quantization, size=size)), noise(size))["logits"], wanted))
+        found.append(sqnr(answers(emulated(quantized(config, precision, size=size)), noise(size))["logits"], wanted))
     assert found[1] >= found[0] - 3
 
 
 @FORMATS
 @BOTH
-def test_what_is_kept_is_not_quantised(version: int, quantization: str) -> None:
+def test_what_is_kept_is_not_quantized(version: int, precision: str) -> None:
     config = CONFIGS[version]
     model, wanted = fp32(config), answers(fp32(config))["logits"]
-    layers = {layer.name for layer in quantized_layers(model, config, quantization)}
-    none, _ = quantized_from_fp32(model, config, LOGITS, quantization, {}, keep=layers)
+    layers = {layer.name for layer in quantized_layers(model, config, precision)}
+    none, _ = quantized_from_fp32(model, config, LOGITS, precision, {}, keep=layers)
     assert not {"QuantizeLinear", "DequantizeLinear"} & {node.op_type for node in none.graph.node}
     assert relative(answers(emulated(none))["logits"], wanted) < 1e-2
     kept = {name for name in layers if name.endswith((".qkv", "attention"))}
-    some, _ = quantized_from_fp32(model, config, LOGITS, quantization, amplitudes(config, quantization), keep=kept)
+    some, _ = quantized_from_fp32(model, config, LOGITS, precision, amax(config, precision), keep=kept)
     assert sqnr(answers(emulated(some))["logits"], wanted) > sqnr(
-        answers(emulated(quantized(config, quantization)))["logits"], wanted
+        answers(emulated(quantized(config, precision)))["logits"], wanted
     )
 
 
 @FORMATS
 @BOTH
-def test_layers_and_the_tensors_that_they_need(version: int, quantization: str) -> None:
+def test_layers_and_the_tensors_that_they_need(version: int, precision: str) -> None:
     config, model = CONFIGS[version], fp32(CONFIGS[version])
-    layers = quantized_layers(model, config, quantization)
-    names = quantized_inputs(model, config, quantization)
+    layers = quantized_layers(model, config, precision)
+    names = quantized_inputs(model, config, precision)
     assert len(names) == len(set(names))
     assert set(names) <= {name for node in model.graph.node for name in node.output}
     kinds = [layer.name.rpartition(".")[2] for layer in layers]
     for kind, count in {"qkv": 3, "proj": 3, "fc2": 3, "reduction": 1, "classifier": 1, "fc1": 0}.items():
         assert kinds.count(kind) == count, kind
     assert kinds.count("attention") == (3 if version == 2 else 0)
-    stored = [node for node in quantized(config, quantization).graph.node if node.op_type == "DequantizeLinear"]
+    stored = [node for node in quantized(config, precision).graph.node if node.op_type == "DequantizeLinear"]
     weights = [node for node in stored if ".weight" in node.input[0]]
-    unquantised = 3 if (version, quantization) == (1, "int8") else 0  # projections, whose residual saves more bytes
-    assert len(weights) == 11 + (6 if version == 1 else 0) - unquantised
+    unquantized = 3 if (version, precision) == (1, "int8") else 0  # projections, whose residual saves more bytes
+    assert len(weights) == 11 + (6 if version == 1 else 0) - unquantized
 
 
 @FORMATS
 @BOTH
-def test_the_graph_is_valid_and_the_fp32_one_left_alone(version: int, quantization: str) -> None:
+def test_the_graph_is_valid_and_the_fp32_one_left_alone(version: int, precision: str) -> None:
     wide = fp32(CONFIGS[version])
     before = wide.SerializeToString(deterministic=True)
-    model = quantized(CONFIGS[version], quantization)
+    model = quantized(CONFIGS[version], precision)
     assert wide.SerializeToString(deterministic=True) == before
     onnx.checker.check_model(model, full_check=True)
     assert (list(model.graph.input), list(model.graph.output)) == (list(wide.graph.input), list(wide.graph.output))
@@ -206,10 +214,10 @@ def test_rewrites_of_v1_change_no_answer(case: str, by_row: bool) -> None:
     config = replace(V1, qkv_bias=False) if case == "no bias" else V1
     size, task = (WHOLE if case == "whole" else PADDED), (EVERYTHING if case == "every output" else LOGITS)
     graph = gs.import_onnx(fp32(config, size, task))
-    assert len(balanced_attention(graph, by_row)) == 3
+    assert len(equalized_attention(graph, by_row)) == 3
     assert value_bias_in_projection(graph) == 3
     assert query_bias_in_channel(graph, {node.name: 5.0 for node in graph.nodes}) == 3
-    assert norm_behind_product(graph, Quantizer(graph, "int8", np.dtype(np.float16))) == 3
+    assert norm_after_matmul(graph, set()) == 3
     rewritten = gs.export_onnx(graph.cleanup().toposort())
     wanted, found = (answers(model, noise(size)) for model in (fp32(config, size, task), rewritten))
     for name in wanted:
@@ -223,7 +231,7 @@ def test_rewrites_of_v1_change_no_answer(case: str, by_row: bool) -> None:
 
 def test_rows_are_brought_to_one_size() -> None:
     graph = gs.import_onnx(fp32(V1))
-    balanced_attention(graph, values_by_row=True)
+    equalized_attention(graph, values_by_row=True)
     rows = [np.abs(n.inputs[1].values).max(axis=1).reshape(3, -1) for n in graph.nodes if n.name.endswith("qkv/Gemm")]
     assert len(rows) == 3
     for query, key, value in rows:
@@ -231,29 +239,29 @@ def test_rows_are_brought_to_one_size() -> None:
         np.testing.assert_allclose(value, max(query.max(), key.max()), rtol=1e-5)
 
 
-def test_the_quantisation_in_an_epilogue_is_that_of_onnx() -> None:
+def test_the_quantization_in_an_epilogue_is_that_of_onnx() -> None:
     """Against ONNX Runtime's QuantizeLinear, values beyond the range included; ties, which it rounds to even, left out."""
     values = np.random.default_rng(0).uniform(-5, 5, 10000).astype(np.float32)
-    amplitude = 127 / 32.0
+    limit = 127 / 32.0
     values = values[np.abs(np.abs(values * 32) % 1 - 0.5) > 1e-4]
     found = []
     for method in ("in_epilogue", "activation"):
         read = gs.Variable("x", np.float32, values.shape)
         graph = gs.Graph([], [read], [], opset=21, ir_version=10)
-        written = getattr(Quantizer(graph, "int8", np.dtype(np.float16)), method)(read, amplitude)
+        written = getattr(TensorRTWriter(graph, "int8", np.dtype(np.float16)), method)(read, limit)
         written.shape = values.shape
         graph.outputs = [written]
         session = ort.InferenceSession(gs.export_onnx(graph.toposort()).SerializeToString(), providers=["CPUExecutionProvider"])
         found.append(session.run(None, {"x": values})[0])
-    found[1] = np.maximum(found[1], -amplitude)  # ONNX has one more negative number, which a symmetric range leaves out
+    found[1] = np.maximum(found[1], -limit)  # ONNX has one more negative number, which a symmetric range leaves out
     np.testing.assert_array_equal(*found)
-    assert (np.abs(found[0]).max(), len(np.unique(found[0]))) == (amplitude, 255)
+    assert (np.abs(found[0]).max(), len(np.unique(found[0]))) == (limit, 255)
 
 
 def test_scales_of_weights_that_are_given_are_used() -> None:
     layer, step = "stages.0.steps.block0.fc2", 2.0**-9
     given = {layer: step}
-    model, _ = quantized_from_fp32(fp32(V1), V1, LOGITS, "int8", amplitudes(V1, "int8"), weight_scales=given)
+    model, _ = quantized_from_fp32(fp32(V1), V1, LOGITS, "int8", amax(V1, "int8"), weight_scales=given)
     (node,) = [n for n in model.graph.node if n.name == f"{layer}.weight/DequantizeLinear"]
     tables = {table.name: onnx.numpy_helper.to_array(table) for table in model.graph.initializer}
     assert np.all(tables[node.input[1]] == np.float16(step))
@@ -261,20 +269,20 @@ def test_scales_of_weights_that_are_given_are_used() -> None:
     np.testing.assert_array_equal(tables[node.input[0]], np.clip(np.rint(wanted / step), -128, 127))
 
 
-@pytest.mark.parametrize("amplitude", [None, 0.0, -1.0, float("nan"), float("inf")])
-def test_a_range_that_is_none_is_refused(amplitude: float | None) -> None:
-    ranges = dict(amplitudes(V1, "int8"))
+@pytest.mark.parametrize("value", [None, 0.0, -1.0, float("nan"), float("inf")])
+def test_an_invalid_amax_is_refused(value: float | None) -> None:
+    ranges = dict(amax(V1, "int8"))
     name = next(iter(ranges))
     del ranges[name]
-    if amplitude is not None:
-        ranges[name] = amplitude
-    with pytest.raises(ExportError, match=rf'amplitude of "{name}" is .*Expected a positive number'):
+    if value is not None:
+        ranges[name] = value
+    with pytest.raises(ExportError, match=rf'amax of "{name}" is .*Expected a positive number'):
         quantized_from_fp32(fp32(V1), V1, LOGITS, "int8", ranges)
 
 
 @BOTH
 @FORMATS
-def test_a_rounding_is_told_what_each_layer_reads(version: int, quantization: str) -> None:
+def test_a_rounding_is_told_what_each_layer_reads(version: int, precision: str) -> None:
     """The inputs of the linear layers of the new graph are those of the fp32 graph, changed as the rounding was told."""
     config, model, images = trained(version)
     told: dict[str, Any] = {}
@@ -283,9 +291,9 @@ def test_a_rounding_is_told_what_each_layer_reads(version: int, quantization: st
         assert len(steps) == len(weight)
         told[layer] = change
 
-    ranges = extremes(model, quantized_inputs(model, config, quantization), images)
-    made, _ = quantized_from_fp32(model, config, LOGITS, quantization, ranges, rounding=rounding)
-    layers = quantized_layers(model, config, quantization)
+    ranges = extremes(model, quantized_inputs(model, config, precision), images)
+    made, _ = quantized_from_fp32(model, config, LOGITS, precision, ranges, rounding=rounding)
+    layers = quantized_layers(model, config, precision)
     assert {layer.name for layer in layers if layer.inputs and not layer.name.endswith("attention")} <= told.keys()
     told.pop("classifier")
     before, after = (
@@ -302,12 +310,12 @@ def test_a_rounding_is_told_what_each_layer_reads(version: int, quantization: st
 
 
 def test_names_that_do_not_exist_are_refused() -> None:
-    with pytest.raises(UsageError, match=r'no quantisation "int4". There are: int8, fp8'):
+    with pytest.raises(UsageError, match=r'Unknown quantized precision "int4". Choose one of: int8, fp8'):
         quantized_layers(fp32(V1), V1, "int4")
-    with pytest.raises(UsageError, match=r'no layer "head" to quantise. There are: classifier,'):
-        quantized_from_fp32(fp32(V1), V1, LOGITS, "int8", amplitudes(V1, "int8"), keep={"head"})
-    with pytest.raises(UsageError, match='no layer "fc9"'):
-        quantized_from_fp32(fp32(V1), V1, LOGITS, "int8", amplitudes(V1, "int8"), weight_scales={"fc9": 1.0})
+    with pytest.raises(UsageError, match=r'Unknown layer "head". Choose one of: classifier,'):
+        quantized_from_fp32(fp32(V1), V1, LOGITS, "int8", amax(V1, "int8"), keep={"head"})
+    with pytest.raises(UsageError, match='Unknown layer "fc9"'):
+        quantized_from_fp32(fp32(V1), V1, LOGITS, "int8", amax(V1, "int8"), weight_scales={"fc9": 1.0})
 
 
 def compiled(model: Any, gpu: str = "sm_89") -> Any:
@@ -324,12 +332,12 @@ def compiled(model: Any, gpu: str = "sm_89") -> Any:
 def test_the_compiler_makes_no_more_kernels_than_in_fp16_and_moves_less(version: int) -> None:
     config = CONFIGS[version]
     half = compiled(typed_from_fp32(fp32(config), config, LOGITS, "fp16").model)
-    for quantization in ("int8", "fp8"):
-        report = compiled(quantized(config, quantization))
+    for precision in ("int8", "fp8"):
+        report = compiled(quantized(config, precision))
         assert report.kernels <= half.kernels
         assert report.fused_attention == half.fused_attention == config.blocks
         assert report.bytes_moved < 0.85 * half.bytes_moved  # a small network: a third of it is the image
-        written = {"int8": "Int8", "fp8": "FP8"}[quantization]
+        written = {"int8": "Int8", "fp8": "FP8"}[precision]
         assert report.types[written] >= 2 * config.blocks
     assert compiled(quantized(config, "int8", "bf16")).kernels <= half.kernels
     assert compiled(quantized(config, "int8"), "sm_86").kernels <= half.kernels
@@ -340,17 +348,17 @@ def test_fp8_is_refused_for_a_gpu_without_it() -> None:
         compiled(quantized(V1, "fp8"), "sm_86")
 
 
-@pytest.mark.parametrize(("quantization", "window"), [("fp8", 5), ("int8", 24)])
-def test_windows_without_a_quantised_attention_keep_it_narrow(quantization: str, window: int) -> None:
+@pytest.mark.parametrize(("precision", "window"), [("fp8", 5), ("int8", 24)])
+def test_windows_without_a_quantized_attention_keep_it_narrow(precision: str, window: int) -> None:
     size = (4 * window, 4 * window)
     config = replace(
         CONFIGS[2], image_size=size, depths=(1,), num_heads=(2,), window_size=(window,), pretrained_window_sizes=(0,)
     )
     model = fp32(config, size)
-    layers = quantized_layers(model, config, quantization)
+    layers = quantized_layers(model, config, precision)
     assert not [layer for layer in layers if layer.name.endswith("attention")]
-    ranges = dict.fromkeys(quantized_inputs(model, config, quantization), 4.0)
-    report = compiled(quantized_from_fp32(model, config, LOGITS, quantization, ranges)[0])
+    ranges = dict.fromkeys(quantized_inputs(model, config, precision), 4.0)
+    report = compiled(quantized_from_fp32(model, config, LOGITS, precision, ranges)[0])
     assert report.fused_attention == 1
 
 

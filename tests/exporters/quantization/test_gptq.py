@@ -1,0 +1,166 @@
+"""Rounding of weights, against every possible rounding, PyTorch's casts and ONNX Runtime's operators."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from tiny_mlp import run
+
+from swin_deploy.errors import InputError
+from swin_deploy.exporters.quantization.gptq import (
+    NEAREST,
+    CrossMoments,
+    GptqRounding,
+    InputChange,
+    SecondMoments,
+    best_activation_scale,
+    gptq,
+    input_moments,
+    quantized_activation,
+    rounded_linear,
+    scale_of_range,
+    weight_scales,
+)
+from swin_deploy.exporters.quantization.qdq import ActivationScale
+
+RNG = np.random.default_rng(0)
+
+
+def test_e4m3_is_that_of_torch() -> None:
+    values = (RNG.standard_normal(4096) * np.exp(RNG.uniform(-8, 6, 4096))).astype(np.float32)
+    wanted = torch.from_numpy(values).clamp(-448, 448).to(torch.float8_e4m3fn).float().numpy()
+    np.testing.assert_array_equal(NEAREST["fp8"](values), wanted)
+
+
+def test_activations_are_those_of_onnx_runtime() -> None:
+    scale, values = ActivationScale(0.013, 77), (RNG.standard_normal((64, 8)) * 2).astype(np.float32)
+    constants = [
+        helper.make_tensor("scale", TensorProto.FLOAT, [], [scale.scale]),
+        helper.make_tensor("zero", TensorProto.UINT8, [], [scale.zero_point]),
+    ]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"]),
+    ]
+    ends = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, [64, 8])] for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "q", *ends, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    np.testing.assert_allclose(quantized_activation(values, scale), run(model, {"x": values}), rtol=1e-6)
+
+
+def test_gptq_is_near_the_best_of_all_roundings() -> None:
+    """Ten inputs that are mixtures of five: of all roundings up or down, GPTQ's is close to the best, the nearest is not."""
+    inputs = RNG.standard_normal((500, 5)) @ RNG.standard_normal((5, 10)) + 0.1 * RNG.standard_normal((500, 10))
+    gram = inputs.T @ inputs / 500
+    ratios = []
+    for _ in range(20):
+        weight = RNG.uniform(-9, 9, (1, 10))
+        choices = np.array(list(itertools.product(*((np.floor(w), np.ceil(w)) for w in weight[0]))))
+
+        def damage(values: np.ndarray, weight: np.ndarray = weight) -> np.ndarray:
+            return np.einsum("ni,ij,nj->n", values - weight, gram, values - weight)
+
+        found = damage(gptq(weight, gram, np.ones(1)))[0]
+        ratios.append((found / damage(choices).min(), found / damage(np.rint(weight))[0]))
+    best, nearest = np.exp(np.log(ratios).mean(axis=0))
+    assert best < 2.5
+    assert nearest < 0.35
+
+
+def test_gptq_of_uncorrelated_inputs_is_the_nearest() -> None:
+    weight = RNG.uniform(-100, 100, (5, 200))
+    np.testing.assert_array_equal(gptq(weight, np.eye(200), np.ones(5)), np.rint(weight))
+
+
+def test_a_layer_gives_the_fp32_output_from_a_damaged_input() -> None:
+    """Half of the input is damaged; the other half has the same information, and the layer learns to use that."""
+    half = RNG.standard_normal((2000, 8)).astype(np.float32)
+    expected = np.concatenate([half, half], axis=1)
+    seen = expected.copy()
+    seen[:, :8] = seen[:, :8] * 0.8 + 0.3
+    weight, bias = RNG.standard_normal((4, 16)).astype(np.float32), RNG.standard_normal(4).astype(np.float32)
+    moments = CrossMoments.empty(16)
+    for part in range(0, 2000, 500):
+        moments.add(seen[part : part + 500], expected[part : part + 500])
+    values, scale, found = rounded_linear(weight, bias, moments)
+    wanted = expected @ weight.T + bias
+    output = seen @ (values.astype(np.float32) * scale[:, None]).T + found
+    untouched = np.linalg.norm(seen @ weight.T + bias - wanted)
+    assert np.linalg.norm(output - wanted) < 0.05 * untouched
+    np.testing.assert_allclose(output.mean(axis=0), wanted.mean(axis=0), atol=1e-4)
+
+
+def test_dead_channels_are_no_obstacle() -> None:
+    seen = RNG.standard_normal((100, 6)).astype(np.float32)
+    seen[:, 2] = 0
+    moments = CrossMoments.empty(6)
+    moments.add(seen, seen)
+    values, scale, bias = rounded_linear(np.ones((3, 6), np.float32), None, moments)
+    assert np.isfinite(scale).all()
+    np.testing.assert_allclose(values * scale[:, None], np.ones((3, 6)), atol=0.01)
+    np.testing.assert_allclose(bias, 0, atol=1e-6)
+
+
+def test_one_sided_values_use_the_whole_range_and_outliers_are_clipped() -> None:
+    values = np.abs(RNG.standard_normal((5000, 4))).astype(np.float32) - 0.17
+    assert scale_of_range(-0.17, 4.0).zero_point == 10
+    values[0, 0] = 40
+    ignored, counted = (
+        best_activation_scale(values, float(values.min()), 40.0, np.array([weight, 1, 1, 1])) for weight in (0, 1)
+    )
+    assert ignored.scale < 0.35 * counted.scale
+    assert counted.scale * 255 > 0.9 * 40
+
+
+def test_a_row_of_zeros_has_a_scale() -> None:
+    scales = weight_scales(np.array([[0.0, 0.0], [1.0, -2.0]]))
+    assert scales[0] > 0
+    assert scales[1] == pytest.approx(2 / 127)
+
+
+def moments_of(x: np.ndarray) -> SecondMoments:
+    found = SecondMoments.empty(x.shape[1])
+    for part in np.array_split(x, 3):
+        found.add(part.reshape(2, -1, x.shape[1]))
+    return found
+
+
+def test_the_hessian_of_a_changed_input_is_that_of_the_input_changed() -> None:
+    x = (RNG.standard_normal((60, 6)) + [0, 1, 2, 0, 0, 0]).astype(np.float32)
+    change = InputChange(RNG.standard_normal(6), RNG.uniform(0.5, 2, 6), {4: 1.5})
+    changed = (x - change.shift) * change.factor
+    changed[:, 4] = 1.5
+    np.testing.assert_allclose(change.hessian(moments_of(x)), changed.T @ changed / len(x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(InputChange().hessian(moments_of(x)), x.T @ x / len(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "largest"), [("int8", 127), ("fp8", 448)])
+def test_a_weight_is_rounded_such_that_its_output_changes_less(precision: str, largest: float) -> None:
+    x = RNG.standard_normal((420, 6)) @ RNG.standard_normal((6, 24)) + 0.1 * RNG.standard_normal((420, 24)) + 1
+    weight = RNG.standard_normal((16, 24)).astype(np.float32)
+    scale = (np.abs(weight).max(axis=1) / largest).astype(np.float32)
+    rounding, nearest = GptqRounding({"fc2": moments_of(x)}, precision), NEAREST[precision]
+    values = rounding("fc2", weight, scale, InputChange())
+    assert values is not None
+    np.testing.assert_array_equal(values, nearest(values))
+    errors = [np.linalg.norm(x @ (one * scale[:, None] - weight).T) for one in (values, nearest(weight / scale[:, None]))]
+    assert errors[0] < 0.7 * errors[1]
+    assert rounding("fc1", weight, scale, InputChange()) is None
+
+
+def test_one_pass_measures_what_layers_read_and_refuses_what_is_not_finite() -> None:
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Log", ["x"], ["y"])], "g", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.checker.check_model(model)
+    x = RNG.uniform(1, 2, (10, 4)).astype(np.float32)
+    found = input_moments(model, {"a": "y", "b": "y"}, [{"x": x[:7]}, {"x": x[7:]}], 1)
+    np.testing.assert_allclose(found["a"].gram, np.log(x).T @ np.log(x), rtol=1e-5)
+    assert found["b"].rows == 10
+    with pytest.raises(InputError, match=r"y that is not finite\. Look for damaged images"):
+        input_moments(model, {"a": "y"}, [{"x": x * 0}], 1)
