@@ -11,6 +11,7 @@ that need them.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,3 +41,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+def _find_top_folders() -> None:
+    """Make exporters, runtimes and calib importable from a checkout, where they are beside this package and not in it."""
+    package = os.path.dirname(__file__)
+    root = os.path.dirname(package)
+    if not os.path.isdir(package + "/runtimes") and os.path.isfile(root + "/runtimes/__init__.py"):
+        __path__.append(root)
+
+
+_find_top_folders()

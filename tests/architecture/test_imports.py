@@ -1,4 +1,4 @@
-"""An edge device imports this package without torch or onnx, and importing anything in it does nothing else."""
+"""Which module may import which, what an edge device imports, and that names are unique."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cli.exported import digits
 
 import swin_deploy
 
@@ -38,7 +39,7 @@ MODULES = sorted(name for name in SOURCES if not name.endswith(".__main__"))
 
 
 def run(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """`code` in a fresh interpreter, away from the checkout, so that only what is installed is found."""
+    """Run code in a fresh interpreter outside the checkout, so that it finds only what is installed."""
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
 
 
@@ -66,7 +67,7 @@ def test_bare_import_is_light(tmp_path: Path) -> None:
 
 
 def test_each_module_imports_first_and_quietly(tmp_path: Path) -> None:
-    """Each in turn with none of the package loaded before it: no import needs another to have come first."""
+    """Each module is imported before all others of the package: none depends on the order of imports."""
     code = f"""
 import importlib, logging, os, sys
 for module in {MODULES!r}:
@@ -84,17 +85,19 @@ def test_public_names_resolve_and_are_sorted() -> None:
     assert [name for name in swin_deploy.__all__ if not hasattr(swin_deploy, name)] == []
 
 
-def imports(node: ast.AST, inside: bool = False) -> Iterator[tuple[int, str, bool]]:
-    """(line, absolute module, whether inside a function or a TYPE_CHECKING block) of each import below `node`."""
+def imports(node: ast.AST, package: str, inside: bool = False) -> Iterator[tuple[int, str, bool]]:
+    """Yield (line, absolute module, whether in a function or TYPE_CHECKING block) of each import below a node."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
             yield from ((child.lineno, alias.name, inside) for alias in child.names)
-        elif isinstance(child, ast.ImportFrom) and child.level == 0:
-            yield from ((child.lineno, f"{child.module}.{alias.name}", inside) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - child.level + 1] if child.level else []
+            module = ".".join([*parents, *([child.module] if child.module else [])])
+            yield from ((child.lineno, f"{module}.{alias.name}", inside) for alias in child.names)
         deferred = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) or (
             isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")
         )
-        yield from imports(child, inside or deferred)
+        yield from imports(child, package, inside or deferred)
 
 
 # Which of the three top folders a folder may import at all. api/, cli/, bench/ and doctor/ put them together.
@@ -106,15 +109,30 @@ COMPOSE = ("api", "cli", "bench", "doctor")
 def test_imports_point_one_way(module: str) -> None:
     """exporters may import calib; runtimes and calib import neither of the others; the core imports none of them."""
     folder = (module.split(".") + [""])[1]
-    compose = folder in COMPOSE
     allowed = (*MAY_IMPORT.get(folder, ()), folder)
-    wrong = [
-        f"line {line}: {name}"
-        for line, name, inside in imports(ast.parse(SOURCES[module].read_text(encoding="utf-8")))
-        if (top := (name.split(".") + [""])[1]) in TOP_FOLDERS and name.startswith("swin_deploy.")
-        if top not in allowed and not (compose and inside)
-    ]
+    path = SOURCES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    wrong = []
+    for line, name, inside in imports(ast.parse(path.read_text(encoding="utf-8")), package):
+        parts = [*name.split("."), ""]
+        forbidden = parts[0] == "swin_deploy" and parts[1] in TOP_FOLDERS and parts[1] not in allowed
+        if parts[0] in TOP_FOLDERS or (forbidden and not (folder in COMPOSE and inside)):
+            wrong.append(f"line {line}: {name}")
     assert wrong == []
+
+
+def test_a_cpu_load_imports_little(tmp_path: Path) -> None:
+    """Loading and running a bundle on a CPU imports nothing that makes graphs, and nothing for GPUs."""
+    image = ROOT / "examples/digits/images/3.png"
+    code = f"""
+import sys, swin_deploy
+with swin_deploy.load({str(digits(2))!r}, backend="onnxruntime", device="cpu") as model:
+    model.classify({str(image)!r})
+unwanted = ("swin_deploy.exporters", "swin_deploy.runtimes.gpu", "torch", "onnx", "onnxscript", "onnx_graphsurgeon")
+print([name for name in sys.modules if any(name == one or name.startswith(one + ".") for one in unwanted)])
+"""
+    done = run(code, tmp_path)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 def test_base_names_are_unique() -> None:

@@ -1,8 +1,9 @@
-"""What pyproject.toml says is what is there, and what is there is what a wheel brings."""
+"""pyproject.toml matches the folders, and a wheel contains exactly the package and runs."""
 
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ FOLDERS = {
 
 
 def installed_files(pattern: str) -> set[str]:
-    """The path inside the installed package of every file that matches `pattern` in the four folders."""
+    """Return the installed path of every file in the four folders that matches a pattern."""
     return {
         f"{target}/{path.relative_to(ROOT / folder).as_posix()}"
         for target, folder in FOLDERS.items()
@@ -70,8 +71,8 @@ def test_command_resolves() -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The files of the wheel. It is built from a copy: a build/ folder left in the checkout would add what is gone."""
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel, built from a copy of the checkout: a build/ folder left in the checkout would add removed files."""
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -83,16 +84,43 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = out.iterdir()
-    with zipfile.ZipFile(built) as archive:
+    return built
+
+
+def files_of(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
         return set(archive.namelist())
 
 
-def test_wheel_holds_every_module_and_nothing_else(wheel: set[str]) -> None:
+def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     data = {f"swin_deploy/data/{path.name}" for path in (ROOT / "swin_deploy" / "data").glob("[!_]*") if path.is_file()}
     expected = installed_files("*.py") | data | {"swin_deploy/py.typed"}
-    assert {name for name in wheel if ".dist-info/" not in name} == expected
+    assert {name for name in files_of(wheel) if ".dist-info/" not in name} == expected
 
 
-def test_wheel_installs_one_top_level_name(wheel: set[str]) -> None:
-    tops = {name.partition("/")[0] for name in wheel}
+def test_wheel_installs_one_top_level_name(wheel: Path) -> None:
+    tops = {name.partition("/")[0] for name in files_of(wheel)}
     assert tops == {"swin_deploy", f"swin_deploy-{PYPROJECT['project']['version']}.dist-info"}
+
+
+@pytest.mark.parametrize("place", ["checkout", "elsewhere"])
+def test_wheel_runs_in_and_outside_a_checkout(place: str, wheel: Path, tmp_path: Path) -> None:
+    """In the root of a checkout, its folder swin_deploy comes before the installed package and lacks the top folders."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    there = tmp_path / place
+    there.mkdir()
+    if place == "checkout":
+        for folder in FOLDERS.values():
+            shutil.copytree(ROOT / folder, there / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    code = "import swin_deploy.runtimes.model as model, swin_deploy.calib; print(model.__file__)"
+    # -S leaves out the editable install of this very checkout; the libraries are found by PYTHONPATH.
+    path = os.pathsep.join([str(tmp_path / "installed"), *(folder for folder in sys.path if folder.endswith("-packages"))])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=there, env=environment, capture_output=True, text=True)
+    expected = there / "runtimes" if place == "checkout" else tmp_path / "installed/swin_deploy/runtimes"
+    assert (done.stdout.strip(), done.stderr) == (str(expected / "model.py"), "")
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "swin_deploy", "--version"], cwd=there, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.endswith(f"version {PYPROJECT['project']['version']}\n"), done.stderr
