@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -257,82 +256,70 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(part.strip() for one in given for part in one.split(",") if part.strip())
 
 
-def many(parse: Parser) -> Parser:
-    """Return a parser of several values, or of a single one."""
+def _whole_numbers(value: Any, separator: str) -> tuple[int, ...]:
+    """Return the whole numbers in `value`: a number, a sequence, or text with separators; empty if it is anything else."""
+    value = plain(value)
+    if isinstance(value, str):
+        parts = [part.strip() for part in re.split(separator, value)]
+        value = tuple(int(part) if re.fullmatch(r"\d{1,10}", part) else None for part in parts)
+    found = value if isinstance(value, tuple) else (value,)
+    return found if all(type(one) is int for one in found) else ()
 
-    def parse_many(name: str, value: Any) -> tuple[Any, ...]:
-        value = plain(value)
-        given = value if isinstance(value, list | tuple) else (value,)
-        return tuple(parse(name, one) for one in given)
 
-    return parse_many
+def _shown(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
 def image_size(name: str, value: Any) -> tuple[int, int]:
     """Accept (height, width) in pixels, one number for a square, or text such as "256x320"."""
-    value = plain(value)
-    if isinstance(value, str):
-        match = re.fullmatch(r"([1-9]\d{0,5})(?:[xX]([1-9]\d{0,5}))?", value.strip())
-        sizes = (int(match[1]), int(match[2] or match[1])) if match else None
-    else:
-        sizes = (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
-    whole_numbers = (
-        isinstance(sizes, tuple) and len(sizes) == 2 and all(type(side) is int and 1 <= side < 10**6 for side in sizes)
-    )
-    if not whole_numbers:
-        shown = f'"{value}"' if isinstance(value, str) else repr(value)
+    found = _whole_numbers(value, "[xX]")
+    height, width = found * 2 if len(found) == 1 else found if len(found) == 2 else (0, 0)
+    if not (1 <= height < 10**6 and 1 <= width < 10**6):
         raise UsageError(
-            f"Invalid image size {shown}. Expected HEIGHTxWIDTH in pixels, for example 256x320, or 256 for a square."
+            f"Invalid image size {_shown(value)}. Expected HEIGHTxWIDTH in pixels, for example 256x320, or 256 for a square."
         )
-    return sizes  # type: ignore[return-value]
+    return height, width
 
 
 def image_sizes(name: str, value: Any) -> tuple[tuple[int, int], ...]:
-    """Accept several image sizes. A tuple of two numbers is one size in each of two squares only when written as a list."""
-    if isinstance(value, tuple) and len(value) == 2 and all(isinstance(side, Integral) for side in value):
+    """Accept several image sizes. A bare tuple of two numbers is refused: it could be one size or two squares."""
+    if isinstance(value, tuple) and len(value) == 2 and _whole_numbers(value, "x"):
         raise UsageError(f"Invalid {name}: {value!r}. Expected a list of sizes, for example [{value!r}] or [256, 320].")
-    found: tuple[tuple[int, int], ...] = many(image_size)(name, value)
-    return found
+    return tuple(image_size(name, one) for one in _several(value))
 
 
 def per_stage(name: str, value: Any) -> tuple[int, ...]:
     """Accept one whole number, one for each stage, or text such as "8,8,8,4"."""
-    value = plain(value)
-    if isinstance(value, str):
-        value = tuple(int(part) if re.fullmatch(r"\s*\d{1,4}\s*", part) else -1 for part in value.split(","))
-    found = value if isinstance(value, tuple) else (value,)
-    if not found or not all(type(one) is int and 0 <= one <= 9999 for one in found):
+    found = _whole_numbers(value, ",")
+    if not found or not all(0 <= one <= 9999 for one in found):
         raise _refuse(name, value, "a whole number such as 8, or one for each stage such as 8,8,8,4")
     return found
 
 
 def batch(name: str, value: Any) -> tuple[int, int, int]:
     """Accept (smallest, optimal, largest) batch size, one number for all three, or text such as "1:8:32"."""
-    value = plain(value)
-    shown = ":".join(map(str, value)) if isinstance(value, tuple) else value
-    if isinstance(value, str):
-        match = re.fullmatch(r"(\d{1,10})(?::(\d{1,10}):(\d{1,10}))?", value.strip())
-        found = (int(match[1]), int(match[2] or match[1]), int(match[3] or match[1])) if match else None
-    else:
-        found = (value,) * 3 if isinstance(value, int) and not isinstance(value, bool) else value
-    valid = isinstance(found, tuple) and len(found) == 3 and all(type(size) is int for size in found)
-    if not valid or not 1 <= found[0] <= found[1] <= found[2]:  # type: ignore[index]
+    found = _whole_numbers(value, ":")
+    low, best, high = found * 3 if len(found) == 1 else found if len(found) == 3 else (0, 0, 0)
+    if not 1 <= low <= best <= high < 1 << 31:
         raise UsageError(
-            f"Invalid batch range {shown}. Expected MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX, for example 1:8:32, or one size."
+            f"Invalid batch range {_shown(value)}. Expected MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX < 2^31, for example 1:8:32 "
+            f"or 8."
         )
-    if found[2] >= 1 << 31:  # type: ignore[index]
-        raise UsageError(f"Invalid batch range {shown}. TensorRT limits a batch to {(1 << 31) - 1}.")
-    return found  # type: ignore[return-value]
+    return low, best, high
 
 
 def batches(name: str, value: Any) -> tuple[tuple[int, int, int], ...]:
-    """Accept several batch ranges. A tuple of three numbers is refused, because it could be one range or three sizes."""
-    if isinstance(value, tuple) and len(value) == 3 and all(isinstance(size, Integral) for size in value):
+    """Accept several batch ranges. A bare tuple of three numbers is refused: it could be one range or three sizes."""
+    if isinstance(value, tuple) and len(value) == 3 and _whole_numbers(value, ":"):
         raise UsageError(f"Invalid {name}: {value!r}. Expected a list of ranges, for example [{value!r}] or [1, 8, 32].")
-    found: tuple[tuple[int, int, int], ...] = many(batch)(name, value)
+    found = tuple(batch(name, one) for one in _several(value))
     if not found or len(set(found)) != len(found):
         raise UsageError(f"Invalid {name}: {value!r}. Expected one or more batch ranges, each of them once.")
     return found
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def memory(name: str, value: Any) -> int:
