@@ -1,5 +1,6 @@
 # make demo    export, compile, verify and run two models, into demo/
 # make test    ruff, mypy, pytest in as many processes as there are processors, four at most
+# make docs    the documentation as a site, into site/
 # make clean   remove everything that these made, the environment included
 #
 # Needs make, bash and Python 3.10 or newer; another interpreter: make test PYTHON=python3.12
@@ -10,7 +11,7 @@ EXTRAS := export,hub,tensorflow,onnxruntime,openvino,tensorrt-rtx,plots,bench,te
 DIGITS := examples/digits
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test lint clean venv
+.PHONY: demo test lint docs clean venv
 
 demo: venv
 	rm -rf demo
@@ -32,8 +33,11 @@ lint: venv
 	ruff format --check
 	python tests/architecture/typecheck.py
 
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+
 clean:
-	rm -rf .venv demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv demo site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find $(wildcard swin_deploy exporters runtimes calib tests examples) -name __pycache__ -prune -exec rm -rf {} +
 
 venv: .venv/installed
@@ -46,4 +50,8 @@ venv: .venv/installed
 	@echo "Installing into .venv; the first time this takes some minutes."
 	@$(PYTHON) -m venv .venv
 	@python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+.venv/installed-docs: .venv/installed
+	@python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	@touch $@

@@ -1,8 +1,9 @@
 """Make the INT8 or FP8 (E4M3) graph for TensorRT, with fp16 or bf16 between the quantized layers.
 
-TensorRT compiles this layout to the fewest kernels that move the fewest bytes; docs/engines.md has the experiments. In short:
-a matmul of quantized values is a kernel that can scale by one number and do nothing else. What follows it must fit into the
-next kernel. fc1 stays in low precision, because its GELU would not fit, and writes quantized values.
+TensorRT compiles this layout to the fewest kernels that move the fewest bytes (docs/design/engine-graphs.md has the
+experiments). In short: a matmul of quantized values is a kernel that can scale by one number and do nothing else. What
+follows it must fit into the next kernel. fc1 stays in low precision, because its GELU would not fit, and writes quantized
+values.
 
     projection to q, k, v   quantized; V1: one scale for all three, output in low precision; V2: one scale for each row
     attention matmuls       V2: quantized, because the kernel that adds the biases can write quantized values

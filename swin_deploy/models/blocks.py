@@ -3,7 +3,8 @@
 Everything that does not depend on the image is folded at construction: position bias (with V2's MLP and 16 * sigmoid), shift
 masks, the softmax scale of V1, exp(clamp(logit_scale)) of V2, and all token positions. Tokens have the shape
 [tokens * batch, channels] in the window order of the current block (windows.py), so a linear layer is one Gemm. The batch is
-the inner axis and the only dynamic one, so the windows of all images form one axis with a constant stride (docs/engines.md).
+the inner axis and the only dynamic one, so the windows of all images form one axis with a constant stride
+(docs/design/engine-graphs.md).
 """
 
 from __future__ import annotations
