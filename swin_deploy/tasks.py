@@ -10,9 +10,9 @@ from typing import Any
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import UsageError, unknown
+from swin_deploy.specs import TASKS as TASKS
 from swin_deploy.specs import TensorSpec
 
-TASKS = ("image-classification", "feature-extraction", "backbone", "masked-image-modeling")
 PIXELS, MASK = "pixel_values", "bool_masked_pos"
 
 

@@ -36,13 +36,8 @@ GRANULES = (16, 8, 4, 2, 1)  # pixels of a row copied together
 def accept_frames(network: SwinNetwork, image_size: Size, tensors: Tensors, frames: Frames) -> None:
     """Replace the patch embedding of `network` by one that preprocesses uint8 frames.
 
-    GPU compilers support little more for uint8 than a cast, so the cast comes first there. Elsewhere bytes are moved before.
-
-    Args:
-        network: The network; it is changed in place.
-        image_size: (height, width) of the prepared image in pixels.
-        tensors: The parameters of the network.
-        frames: The preprocessing, and the size of the frames.
+    `image_size` is that of the prepared image. GPU compilers support little more for uint8 than a cast, so the cast comes
+    first there. Elsewhere bytes are moved before.
     """
     network.embeddings = FrameEmbedding(
         network.config, image_size, tensors, network.task.masked, frames, cast_first=network.target == "tensorrt"

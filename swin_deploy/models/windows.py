@@ -25,13 +25,8 @@ PAD = -1
 class WindowGrid:
     """A feature map, cut into windows after a cyclic shift. Sizes are in tokens, pairs are (height, width).
 
-    Args:
-        height: Of the feature map.
-        width: Of the feature map.
-        window: Size of the window.
-        shift: Cyclic shift.
-        roll_first: Roll the map and then pad it (timm), instead of the other way round (all other frameworks).
-        tokens_first: Order tokens by their place in the window and then by window, instead of window by window.
+    `roll_first` rolls the map and then pads it (timm), instead of the other way round (all other frameworks). `tokens_first`
+    orders tokens by their place in the window and then by window, instead of window by window.
     """
 
     height: int

@@ -62,7 +62,7 @@ def test_flipped_bytes_end_in_a_sentence_or_in_tensors(name: str, tmp_path: Path
     )
     rng = random.Random(0)
     sentences = 0
-    for _ in range(150):
+    for _ in range(75):
         changed = bytearray(data)
         for at in rng.choices(names, k=rng.choice((1, 1, 1, 8))):
             changed[at % len(data)] = rng.randrange(256)
@@ -73,7 +73,7 @@ def test_flipped_bytes_end_in_a_sentence_or_in_tensors(name: str, tmp_path: Path
                 source.tensors[key]
         except CheckpointError:
             sentences += 1
-    assert sentences > 20
+    assert sentences > 10
 
 
 def test_archives_that_torch_did_not_save(tmp_path: Path) -> None:
@@ -82,8 +82,9 @@ def test_archives_that_torch_did_not_save(tmp_path: Path) -> None:
     refused(path, "is compressed or cut off")
     write_zip(path, good | {"a/constants.pkl": b""})
     refused(path, "is a TorchScript program")
-    write_zip(path, {"weights.npy": b""})
-    refused(path, "is a zip archive, and not one that torch.save wrote")
+    for entries in ({"weights.npy": b""}, good | {"a/DATA.pkl": b""}, good | {"b/data.pkl": b""}):
+        write_zip(path, entries)
+        refused(path, "is a zip archive, and not one that torch.save wrote")
     path.write_bytes(pickle.dumps({"a": 1}, 2))
     refused(path, "is a pickle, and not one that torch.save wrote")
     torch.save({"epoch": 3}, path)
@@ -127,7 +128,8 @@ def test_shards(tmp_path: Path) -> None:
     refused(folder, f"lacks {first}, which model.safetensors.index.json lists")
     shutil.copy(folder / "model-00002-of-00004.safetensors", folder / first)
     refused(folder, "in two shards. Expected each tensor once")
-    for weight_map in ({}, [], {"a": 3}, {"a": "../../secret"}, {"a": "..\\secret"}, {"a": "/etc/passwd"}, {"a": ""}):
+    names = (3, "b/c", "..", "../../secret", "..\\secret", "/etc/passwd", "")
+    for weight_map in ({}, [], *({"a": name} for name in names)):
         index.write_text(json.dumps(whole | {"weight_map": weight_map}))
         refused(folder, "does not list the shards' file names")
     for text in ("{", "[]", "[" * 100_000):
@@ -181,6 +183,7 @@ def test_numbers_that_are_none(value: float, tmp_path: Path) -> None:
         ({"model_type": "maskformer-swin"}, "MaskFormer's own Swin"),
         ({"model_type": "donut-swin"}, "Donut's Swin"),
         ({"model_type": "upernet"}, "is not a Swin"),
+        ({"model_type": "vit"}, "model_type 'vit' is a Vision Transformer"),
         ({"architecture": "swinv2_cr_tiny_224"}, "config.json was written by timm, and the weights have the names of transf"),
         ({"depths": [10**9, 2]}, "has 79 tensors for 1000000002 blocks in its config"),
         ({"depths": [1] * 100_000}, "100000 stages, which no Swin has"),

@@ -6,7 +6,6 @@ A model of transformers is made anew for every image size, because its Swin V1 k
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="the networks are torch networks")
 transformers = pytest.importorskip("transformers", reason="transformers is the reference for the networks")
 safetensors = pytest.importorskip("safetensors.torch", reason="checkpoints are safetensors files")
+
+from models.random_weights import randomize  # noqa: E402
 
 import swin_deploy  # noqa: E402
 from swin_deploy.errors import CheckpointError  # noqa: E402
@@ -94,29 +95,12 @@ def _one_thread() -> Iterator[None]:
 
 
 def reference_model(version: int, fields: dict[str, Any], seed: int = 0) -> Any:
-    """A model of transformers in which nothing is zero or one; one attention scale is above its clamp of ln(100)."""
+    """A model of transformers with random weights."""
     fields = dict(fields)
     if version == 2:
         fields.setdefault("pretrained_window_sizes", [0] * len(fields["depths"]))
     make_config, make_model = FAMILIES[version]
-    model = make_model(make_config(**fields)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    clamped = False
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            values = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("logit_scale"):
-                values = 2.3 + 0.5 * values
-                if not clamped:
-                    values[-1], clamped = math.log(100) + 0.7, True
-            elif "norm" in name:
-                values = 0.3 * values + float(name.endswith("weight"))
-            elif name.endswith("bias"):
-                values = 0.3 * values
-            elif not name.endswith(("table", "position_embeddings")):
-                values = values / values[0].numel() ** 0.5
-            parameter.copy_(values)
-    return model
+    return randomize(make_model(make_config(**fields)).eval(), seed)
 
 
 def images(model: Any, batch: int, size: tuple[int, int] | None = None) -> Any:
@@ -293,31 +277,6 @@ def test_intact_checkpoint_is_read_whole(folder: Path) -> None:
         checkpoint.tensors["no.such.tensor"]
 
 
-@pytest.mark.parametrize("length", [0, 4, 100, -1])
-def test_truncated_weights(folder: Path, length: int) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:length])
-    message = refusal(folder)
-    if length == 0:
-        assert "model.safetensors is empty. Fetch it again." in message
-    else:
-        assert "model.safetensors cannot be read as safetensors" in message
-        assert "truncated or damaged; fetch it again" in message
-
-
-def test_missing_parameter(folder: Path) -> None:
-    edit_tensors(folder, lambda tensors: tensors.pop("swin.encoder.layers.1.blocks.0.output.dense.bias"))
-    message = refusal(folder)
-    assert "lacks 1 of the" in message
-    assert "encoder.layers.1.blocks.0.output.dense.bias" in message
-    assert "Check that config.json belongs to these weights" in message
-
-
-def test_unexpected_parameter(folder: Path) -> None:
-    edit_tensors(folder, lambda tensors: tensors.update({"swin.encoder.adapter.weight": torch.ones(2)}))
-    assert "holds 1 tensors that no Swin has: swin.encoder.adapter.weight" in refusal(folder)
-
-
 def test_wrong_shape(folder: Path) -> None:
     edit_config(folder, mlp_ratio=3.0)
     assert "intermediate.dense.weight has shape [64, 16], but the config asks for [48, 16] (" in (message := refusal(folder))
@@ -327,65 +286,6 @@ def test_wrong_shape(folder: Path) -> None:
 def test_weights_of_the_other_version(folder: Path) -> None:
     edit_config(folder, model_type="swinv2", pretrained_window_sizes=[0, 0])
     assert "attention.self.logit_scale" in refusal(folder)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_not_a_number(folder: Path, value: float) -> None:
-    edit_tensors(folder, lambda tensors: tensors["swin.layernorm.weight"].__setitem__(3, value))
-    assert "swin.layernorm.weight holds NaN or infinity" in refusal(folder)
-
-
-def test_integers(folder: Path) -> None:
-    edit_tensors(folder, lambda tensors: tensors.update({"swin.layernorm.bias": torch.ones(32, dtype=torch.int8)}))
-    assert "swin.layernorm.bias is of type int8; expected a floating-point tensor" in refusal(folder)
-
-
-def test_parameter_under_two_names(folder: Path) -> None:
-    name = "swin.encoder.layers.0.blocks.0.%s.weight"
-    edit_tensors(folder, lambda tensors: tensors.update({name % "mlp.fc1": tensors[name % "intermediate.dense"].clone()}))
-    assert "holds encoder.layers.0.blocks.0.intermediate.dense.weight twice" in refusal(folder)
-
-
-def test_no_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    assert "holds no weights. Expected model.safetensors, " in refusal(folder)
-
-
-@pytest.fixture
-def sharded(tmp_path: Path) -> Path:
-    reference_model(1, TINY).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
-    return tmp_path / "sharded"
-
-
-def test_missing_shard(sharded: Path) -> None:
-    lost = sorted(sharded.glob("model-*.safetensors"))[1]
-    lost.unlink()
-    assert f"lacks {lost.name}, which model.safetensors.index.json lists" in refusal(sharded)
-
-
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors", "a/b.safetensors", "..", "", 7])
-def test_shards_outside_the_folder(sharded: Path, name: Any) -> None:
-    shutil.copy(next(sharded.glob("model-*.safetensors")), sharded.parent / "outside.safetensors")
-    index = sharded / "model.safetensors.index.json"
-    listed = json.loads(index.read_text())
-    listed["weight_map"]["swin.layernorm.weight"] = name
-    index.write_text(json.dumps(listed))
-    assert "does not list the shards' file names" in refusal(sharded)
-
-
-@pytest.mark.parametrize("text", ["{}", '{"weight_map": {}}', '{"weight_map": []}'])
-def test_empty_shard_index(sharded: Path, text: str) -> None:
-    (sharded / "model.safetensors.index.json").write_text(text)
-    assert "does not list the shards' file names" in refusal(sharded)
-
-
-@pytest.mark.parametrize(
-    ("kind", "what"), [("vit", "is a Vision Transformer"), ("swin2sr", "super-resolution"), ("bert", "is not a Swin")]
-)
-def test_other_family(folder: Path, kind: str, what: str) -> None:
-    edit_config(folder, model_type=kind)
-    assert f"model_type '{kind}'" in (message := refusal(folder))
-    assert what in message
 
 
 def test_no_config(folder: Path) -> None:
@@ -406,22 +306,6 @@ def test_config_that_is_no_json_object(folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)
     assert "config.json " in (message := refusal(folder))
     assert "cannot be read as JSON" in message or "does not hold a JSON object" in message
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_backbone_has_no_classifier(version: int, tmp_path: Path) -> None:
-    make_config, _ = FAMILIES[version]
-    kind = transformers.SwinBackbone if version == 1 else transformers.Swinv2Backbone
-    fields = TINY if version == 1 else {**TINY, "pretrained_window_sizes": [0, 0]}
-    kind(make_config(**fields)).save_pretrained(tmp_path)
-    assert "has no classifier: it was saved by a class without one" in refusal(tmp_path)
-
-
-def test_bare_model_has_no_classifier(folder: Path) -> None:
-    transformers.SwinModel(transformers.SwinConfig(**TINY)).save_pretrained(folder)
-    assert "has no classifier" in (message := refusal(folder))
-    assert "Choose another --task for this one" in message
-    assert "layernorm.weight" in checkpoint_from_path(folder, TaskSpec("feature-extraction")).tensors
 
 
 # The cache of the hub, laid out as huggingface_hub lays it out; nothing here may reach for the network.
@@ -470,7 +354,7 @@ def test_hub_without_cache_and_network(cache: Path, pristine: Path, cached: str)
 
 
 def test_variant_given_weights_of_another_architecture(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"not a swin-tiny-patch4-window7-224: its embed_dim is 16, .* is 96"):
+    with pytest.raises(CheckpointError, match=r"not a swin-tiny-patch4-window7-224: its embed_dim is 16, not 96"):
         swin_deploy.export("swin-tiny", weights=folder, output=tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
 

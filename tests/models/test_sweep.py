@@ -19,6 +19,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="the networks are torch networks")
 transformers = pytest.importorskip("transformers", reason="transformers is the reference for the networks")
 
+from models.random_weights import randomize  # noqa: E402
+
 import swin_deploy  # noqa: E402
 from swin_deploy.exporters.external_data import embed_weights  # noqa: E402
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch  # noqa: E402
@@ -87,9 +89,7 @@ def _one_thread() -> Iterator[None]:
 
 @cache
 def pristine(version: int, task: str, patch: int, clamped_head: bool = True) -> Any:
-    """A model of transformers in which nothing is zero or one; with `clamped_head`, one attention scale is above its clamp
-    of ln(100), else all are as trained ones are, near 10.
-    """
+    """A model of transformers with random weights. Without `clamped_head`, attention scales are near 10, as in trained ones."""
     family = "Swin" if version == 1 else "Swinv2"
     fields = {**(FIELDS if patch == 4 else PATCHES_OF_2)}
     if version == 2:
@@ -97,24 +97,7 @@ def pristine(version: int, task: str, patch: int, clamped_head: bool = True) -> 
     if task == "backbone":
         fields["out_features"] = ["stem", "stage1", "stage2", "stage3"]
     config = getattr(transformers, f"{family}Config")(**fields, attn_implementation="eager")
-    model = getattr(transformers, family + CLASSES[task])(config).eval()
-    generator = torch.Generator().manual_seed(version)
-    clamped = not clamped_head
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            values = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("logit_scale"):
-                values = 2.3 + 0.5 * values
-                if not clamped:
-                    values[-1], clamped = math.log(100) + 0.7, True
-            elif "norm" in name:
-                values = 0.3 * values + float(name.endswith("weight"))
-            elif name.endswith("bias"):
-                values = 0.3 * values
-            elif not name.endswith(("table", "mask_token")):
-                values = values / values[0].numel() ** 0.5
-            parameter.copy_(values)
-    return model
+    return randomize(getattr(transformers, family + CLASSES[task])(config).eval(), version, clamped_head)
 
 
 @pytest.fixture(scope="session")

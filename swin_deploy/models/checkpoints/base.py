@@ -82,15 +82,8 @@ def tensors_for_task(
 ) -> LazyTensors:
     """Select exactly the parameters that `task` uses, and check their shapes.
 
-    The feature-map norms of a V1 backbone are saved only by backbones. If they are absent they become 1 and 0, as in
-    transformers.
-
-    Args:
-        config: The architecture.
-        task: The task.
-        found: Canonical name -> shape of every tensor in the file.
-        tensors: The tensors themselves.
-        where: The file, for error messages.
+    `found` maps the canonical names of all tensors in the file to their shapes. The feature-map norms of a V1 backbone are
+    saved only by backbones. If they are absent they become 1 and 0, as in transformers.
 
     Raises:
         CheckpointError: Parameters are missing, unexpected, or of another shape.

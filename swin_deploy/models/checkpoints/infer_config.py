@@ -29,13 +29,7 @@ DEFAULT_SIZE = {1: (224, 224), 2: (256, 256)}  # of the published checkpoints
 def infer_config(
     state_dict: CanonicalStateDict, image_size: Size | None, extras: Mapping[str, Any], where: str
 ) -> tuple[SwinConfig, tuple[str, ...]]:
-    """Infer the architecture from a state dict.
-
-    Args:
-        state_dict: The tensors under canonical names.
-        image_size: (height, width) in pixels, used if the file does not determine it.
-        extras: What a training script saved beside the weights.
-        where: The file, for error messages.
+    """Infer the architecture from a state dict. `image_size` (height, width) is used if the file does not determine it.
 
     Returns:
         The config, and notes on what had to be assumed.

@@ -43,12 +43,7 @@ LAYER = re.compile(
 def qat_ranges_from_state(
     state_dict: CanonicalStateDict, extras: Mapping[str, Any], where: str
 ) -> tuple[QatRanges | None, tuple[str, ...]]:
-    """Read the QAT ranges of a checkpoint.
-
-    Args:
-        state_dict: The tensors, with at least one quantizer.
-        extras: What was saved beside the weights; ModelOpt keeps the settings of its quantizers there.
-        where: The file, for error messages.
+    """Read the QAT ranges of a checkpoint. `extras`, saved beside the weights, hold the settings of ModelOpt's quantizers.
 
     Returns:
         The ranges (None if no quantizer can be used), and notes on what is used and what is not.
@@ -138,15 +133,10 @@ class _Collector:
 
 
 def activation_range(quantizer: QuantizerState, settings: Mapping[str, Any], where: str) -> ActivationRange:
-    """Return the range of an input or output.
-
-    Args:
-        quantizer: Its tensors.
-        settings: ModelOpt's settings of it; empty if unknown.
-        where: The file, for error messages.
+    """Return the range of an input or output. `settings` are those of ModelOpt, if any.
 
     Raises:
-        NotUsable: The range cannot be used here.
+        NotUsable: The range cannot be used.
         CheckpointError: The range is NaN, infinite or negative.
     """
     values = _values(quantizer, settings, where)

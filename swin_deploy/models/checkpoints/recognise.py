@@ -28,12 +28,8 @@ MOST_LABELS = 1_000_000  # a name is created for each
 FIX = "Check that config.json belongs to these weights."
 
 # timm's name of an activation -> that of transformers
-TIMM_ACTIVATIONS = {
-    "gelu": "gelu",
+TIMM_ACTIVATIONS = {name: name for name in ("gelu", "quick_gelu", "relu", "silu")} | {
     "gelu_tanh": "gelu_pytorch_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "silu": "silu",
     "swish": "silu",
 }
 

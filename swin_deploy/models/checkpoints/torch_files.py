@@ -24,12 +24,12 @@ from swin_deploy.errors import CheckpointError
 from .base import Stored, StoredFile
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # before torch 1.6: four pickles and the storages follow it
-NO_PROTOCOL_2 = re.compile(r"INST|OBJ|EXT\d|PERSID|NEWOBJ_EX|STACK_GLOBAL")  # other ways to name a class
+OTHER_CALLS = re.compile(r"INST|OBJ|EXT\d|PERSID|NEWOBJ_EX|STACK_GLOBAL")  # instructions that torch.save does not use
 
-# Under which key training scripts keep the weights: Microsoft and transformers' trainers "model", timm "state_dict".
+# Keys under which training scripts keep the weights: "model" in Microsoft's code and trainers, "state_dict" in timm.
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "net")
 
-# What torch restores itself. It allows more, some of which can be told to fill all memory, such as bytearray.
+# Names that torch itself restores. It accepts more, but some of them can allocate any amount of memory, such as bytearray.
 RESTORED = re.compile(
     r"""collections\.(OrderedDict|Counter) | builtins\.(set|complex) | _codecs\.encode
     | torch\.(Size|device|bool|(b?float|complex|u?int)\d+\w*) | torch\.(storage\.)?(?!Q)\w+Storage
@@ -37,19 +37,19 @@ RESTORED = re.compile(
     | torch\._utils\._rebuild_(tensor(_v[23])?|parameter(_with_state)?)""",
     re.VERBOSE,
 )
-# Names of the standard library and of torch that training scripts save. All other packages' names are accepted, too.
+# Names of the standard library and of torch that become placeholders, as those of all other packages do.
 HARMLESS = re.compile(
     r"""(argparse|collections|datetime|decimal|enum|fractions|pathlib|uuid)\..+ | types\.SimpleNamespace | functools\.partial
     | copyreg\._reconstructor | builtins\.(object|frozenset|list|dict|tuple|slice|range|int|float|bool|str|bytes)
     | torch\.(nn|optim|torch_version)\..+""",
     re.VERBOSE,
 )
-DICTIONARIES = re.compile(r"(.+\.)?(\w*([Dd]ict|CfgNode)|Munch|Box)")  # subclasses of dict, by their usual names
-_LOCK = threading.Lock()  # torch's table of placeholders belongs to the process
+DICTIONARIES = re.compile(r"(.+\.)?(\w*([Dd]ict|CfgNode)|Munch|Box)")  # usual names of dict subclasses
+_LOCK = threading.Lock()  # torch has one table of accepted classes per process
 
 
 class Placeholder:
-    """An object of a class that is never imported. Holds what it would have been made from, and does nothing."""
+    """An object of a class that is never imported: it holds the arguments and the state, and does nothing."""
 
     def __init__(self, *args: Any) -> None:
         self.args, self.state = args, None
@@ -58,7 +58,7 @@ class Placeholder:
         self.state = state
 
 
-class _Dictionary:
+class _Dictionary:  # torch fills only dict, OrderedDict and Counter
     def __new__(cls, *_: Any) -> Any:
         return OrderedDict()
 
@@ -94,12 +94,12 @@ def open_torch(path: Path) -> StoredFile:
 
 
 def _scan_zip(file: IO[bytes], path: Path) -> tuple[set[int], set[str]]:
-    """The sizes of the storages in a zip file, and the names that its pickle refers to."""
+    """The sizes of the records in a zip file, and the names in its pickle."""
     with zipfile.ZipFile(file) as archive:
-        entries = {info.filename: info for info in archive.infolist()}
+        entries = {info.filename.lower(): info for info in archive.infolist()}  # torch ignores case, too
         pickles = [name for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
-        if len(pickles) != 1:
-            raise CheckpointError(f"{path} is a zip archive, and not one that torch.save wrote: it has no data.pkl.")
+        if len(pickles) != 1 or len(entries) != len(archive.infolist()):
+            raise CheckpointError(f"{path} is a zip archive, and not one that torch.save wrote.")
         if pickles[0].replace("data.pkl", "constants.pkl") in entries:
             raise CheckpointError(
                 f"{path} is a TorchScript program. Expected weights: save them with torch.save(model.state_dict(), ...)."
@@ -113,7 +113,7 @@ def _scan_zip(file: IO[bytes], path: Path) -> tuple[set[int], set[str]]:
 
 
 def _scan_legacy(file: IO[bytes], path: Path) -> tuple[None, set[str]]:
-    """None, as torch itself compares the sizes of storages in a legacy file; and the names that its pickles refer to."""
+    """None, because torch itself checks the sizes of storages in legacy files; and the names in its pickles."""
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         names = _names(cast("IO[bytes]", data), path)
         if LEGACY_MAGIC.to_bytes(10, "little") not in data[:32]:
@@ -122,7 +122,7 @@ def _scan_legacy(file: IO[bytes], path: Path) -> tuple[None, set[str]]:
 
 
 def _names(file: IO[bytes], path: Path) -> set[str]:
-    """The classes and functions that the next pickle refers to, as torch looks them up. Refuses those that are not weights'."""
+    """The classes and functions in the next pickle, under the names that torch looks up. Refuses what could run code."""
     names = set()
     for op, argument, _ in pickletools.genops(file):
         if op.name == "PROTO" and cast(int, argument) > 2:
@@ -134,7 +134,7 @@ def _names(file: IO[bytes], path: Path) -> set[str]:
             module, name = str(argument).split(" ", 1)
             module, name = NAME_MAPPING.get((module, name)) or (IMPORT_MAPPING.get(module, module), name)
             names.add(f"{module}.{name}")
-        elif NO_PROTOCOL_2.fullmatch(op.name):
+        elif OTHER_CALLS.fullmatch(op.name):
             raise _refusal(f"the instruction {op.name}", path)
     for name in names:
         top = name.split(".")[0]
@@ -151,7 +151,7 @@ def _placeholder(name: str) -> type:
 
 
 def _load(path: Path, placeholders: Mapping[str, type], zipped: bool) -> Any:
-    """What torch.save was given, where `placeholders` are the only classes that torch knows beside its own."""
+    """Load the file with `placeholders` as the only classes that torch accepts beside its own."""
     with _LOCK:
         before = get_safe_globals()
         clear_safe_globals()
@@ -164,7 +164,7 @@ def _load(path: Path, placeholders: Mapping[str, type], zipped: bool) -> Any:
 
 
 def _weights(top: Any, path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """The tensors by name, from the state dict itself or from where a training script put it, and what lies beside it."""
+    """The tensors of the state dict, and what a training script saved beside it."""
     if isinstance(top, dict):
         for wrapper in (*WRAPPERS, None):  # None: `top` is the state dict itself
             inside = top if wrapper is None else top.get(wrapper)
@@ -180,8 +180,8 @@ def _weights(top: Any, path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]
 
 def _stored(name: str, tensor: Tensor, sizes: set[int] | None, path: Path) -> Stored:
     held = tensor.untyped_storage().nbytes()
-    numbers = held // tensor.itemsize if tensor.numel() else 1 << 20  # an empty tensor can have a long axis, too
-    # A stride of 0 would repeat one number without end; a storage of another size than its record would read the next one.
+    numbers = held // tensor.itemsize if tensor.numel() else 1 << 20  # an empty tensor can have a huge axis
+    # A stride of 0 repeats one number without end. A storage larger than its record contains other records.
     if max(tensor.numel(), *tensor.shape, 0) > numbers or (held and sizes is not None and held not in sizes):
         raise CheckpointError(
             f"{path}: {name} claims shape {list(tensor.shape)}, and the file holds {held // tensor.itemsize} numbers for it. "
