@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
 from swin_deploy import options as parse
-from swin_deploy.errors import EngineError, UsageError
+from swin_deploy.errors import EngineError, UsageError, unknown
 from swin_deploy.options import Progress as Progress
 from swin_deploy.options import Spec, option, progress_option
 from swin_deploy.options import no_progress as no_progress
@@ -332,6 +332,50 @@ class LoadSpec(Spec):
             raise UsageError(
                 f"rebuild compiles an engine again and needs its back end, not {self.backend}. Name {' or '.join(COMPILERS)}."
             )
+
+
+@dataclass(frozen=True)
+class VerifySpec(Spec):
+    """Options of `swin_deploy.verify` and `swin-deploy verify`."""
+
+    _: KW_ONLY
+    backend: str = option("onnxruntime", parse.choice("back end", BACKEND_NAMES), "Back end to run the graphs or engines.")
+    device: str = option("cpu", device, "Device: cpu, cuda or cuda:1.")
+
+
+@dataclass(frozen=True)
+class EvaluateSpec(Spec):
+    """Options of `swin_deploy.evaluate` and `swin-deploy evaluate`."""
+
+    data: Any = option(MISSING, parse.images, "Images with or without labels: a folder, an .npz or .npy file, or any iterable.")
+    _: KW_ONLY
+    labels: PathLike | None = option(
+        None, parse.path, "File with lines `image,class`. Default: the folders of the images are their classes."
+    )
+    ignore_labels: bool = option(False, parse.flag, "Compare with fp32 only, although the images have labels.")
+    samples: int | None = option(None, parse.whole(1), "Number of images to use, evenly spaced, the same number per class.")
+    batch: int = option(8, parse.whole(1), "Images to run at a time.")
+    precisions: Any = option(
+        (),
+        parse.texts,
+        "Precision to evaluate besides fp32. Default: every graph of the bundle.",
+        flags=("--precision",),
+        choices=PRECISIONS,
+        many=True,
+    )
+    backend: str = option("onnxruntime", parse.choice("back end", BACKEND_NAMES), "Back end to run the graphs or engines.")
+    weights: PathLike | None = option(
+        None,
+        parse.location,
+        "The exported checkpoint: a folder, a file, or a hub id. The reference is then PyTorch, not the fp32 graph.",
+        metavar="PATH|ID",
+    )
+    progress: Progress = progress_option()
+
+    def check(self) -> None:
+        for precision in self.precisions:
+            if precision not in PRECISIONS:
+                raise unknown("precision", precision, PRECISIONS)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swin_deploy.api.evaluate import evaluate, wanted_classes
+from swin_deploy.api.evaluate import class_labels, evaluate_samples
 from swin_deploy.options import BundlePath, bundle_keywords
-from swin_deploy.specs import TARGETS, QuantSpec
+from swin_deploy.specs import TARGETS, EvaluateSpec, QuantSpec
 
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
@@ -74,14 +74,10 @@ def quantize(bundle: BundlePath, spec: QuantSpec) -> Evaluation:
         if data is None:
             return Evaluation(0, None, "the fp32 graph", ())
         _LOG.info("Comparing with fp32 on the samples")
-        result = evaluate(
-            found.path,
-            data,
-            labels="none",
-            batch=spec.batch,
-            precisions=[spec.precision],
-            progress=spec.progress,
+        options = EvaluateSpec(
+            spec.data, ignore_labels=True, batch=spec.batch, precisions=spec.precision, progress=spec.progress
         )
+        result = evaluate_samples(found, data, options)
         for score in result.scores:
             if score.precision == spec.precision:
                 found = found.with_entry(score.file, {"on_samples": score.to_dict()})
@@ -139,7 +135,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.classes, self.expected = 0, None
         if self.data is not None and self.spec.max_drop is not None:
-            self.classes, self.expected, _ = wanted_classes(self.bundle, self.data, "none" if self.spec.ignore_labels else None)
+            self.classes, self.expected, _ = class_labels(self.bundle, self.data, self.spec.ignore_labels)
 
     @property
     def title(self) -> str:

@@ -1,59 +1,33 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from swin_deploy.cli.output import json_option, print_json, print_table, teller
+from swin_deploy.cli.options import given, spec_options
+from swin_deploy.cli.output import console, json_option, print_json, print_table
+from swin_deploy.specs import EvaluateSpec
 
 
 @click.command("evaluate", short_help="Measure the accuracy of a bundle's graphs on images.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--data", required=True, help="A folder of images (class folders, or flat), or an .npz or .npy file.")
-@click.option("--labels", help='A file with lines "image,class", where folders are not classes; "none" for no classes at all.')
-@click.option("--samples", type=click.IntRange(1), help="Only so many, evenly spread, equally many of each class.")
-@click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Images at a time.")
-@click.option("--precision", "precisions", multiple=True, help="Repeatable; without it every graph of the bundle.")
-@click.option("--backend", default="onnxruntime", show_default=True, help="Or openvino, torch, tensorrt, tensorrt-rtx.")
-@click.option("--weights", help="The checkpoint that was exported; graphs are then compared with PyTorch itself.")
+@spec_options(EvaluateSpec)
 @json_option
-def command(
-    bundle: Path,
-    data: str,
-    labels: str | None,
-    samples: int | None,
-    batch: int,
-    precisions: tuple[str, ...],
-    backend: str,
-    weights: str | None,
-    as_json: bool,
-) -> None:
-    """Run the images of --data through every graph of BUNDLE, in one pass, and print how often each is right.
+def command(bundle: Path, as_json: bool, **options: Any) -> None:
+    """Run images through every graph of BUNDLE in one pass, and print the accuracy of each.
 
-    Class folders are matched to the network's classes by name or by number, or in sorted order where there are as many (so
-    ImageNet's 1000). Every graph is also compared with the fp32 graph, which was compared with PyTorch when it was made; or,
-    given --weights, with PyTorch.
+    Class folders are matched to the classes of the network by name or by number, or in sorted order if there are as many, as
+    for the 1000 classes of ImageNet. Every graph is also compared with the fp32 graph, or with PyTorch if --weights is set.
     """
     import swin_deploy
     from swin_deploy.bundle import Bundle
     from swin_deploy.parity import verdict_text
     from swin_deploy.specs import is_verified
 
-    say = teller()
-    try:
-        found = swin_deploy.evaluate(
-            bundle,
-            data,
-            labels=labels,
-            samples=samples,
-            batch=batch,
-            precisions=precisions,
-            backend=backend,
-            weights=weights,
-            progress=say.follow,
-        )
-    finally:
-        say.clear()
+    keywords = given(EvaluateSpec, options)
+    with console() as show:
+        found = swin_deploy.evaluate(bundle, **keywords, progress=show)
     held = Bundle.open(bundle)
     run = {score.file for score in found.scores}
     engines = [file for file in held.files if file.endswith(".engine") and file not in run]
@@ -63,7 +37,7 @@ def command(
         print_json(
             {
                 "bundle": str(bundle),
-                "data": data,
+                "data": keywords["data"],
                 "samples": found.samples,
                 "labels": found.rule,
                 "against": found.against,
@@ -73,12 +47,12 @@ def command(
             }
         )
         return
-    labelled = f"classes by {found.rule}" if found.rule else "no classes given"
-    say(f"{found.samples} samples; {labelled}; compared with {found.against}")
-    for file, words in torch.items():
-        say(f"{file} against PyTorch: {words}")
+    labelled = f"labels matched by {found.rule}" if found.rule else "no labels"
+    show.say(f"{found.samples} samples; {labelled}; compared with {found.against}")
+    for file, verdict in torch.items():
+        show.say(f"{file} compared with PyTorch: {verdict}")
     print_table(
-        ("graph", "precision", "top-1", "top-5", "agrees", "relative L2", "SQNR dB", "not finite", "run by"),
+        ("graph", "precision", "top-1", "top-5", "agreement", "relative L2", "SQNR dB", "not finite", "back end"),
         [
             (
                 score.file or "(PyTorch)",

@@ -45,7 +45,7 @@ def _decorators(name: str, one: Option, default: Any) -> list[Callable[..., Any]
     shown = f"  [default: {default}]" if isinstance(default, str | int) else ""
     metavar = one.metavar or ("|".join(one.choices) if one.choices else None)
     text = one.help + " Repeatable." * one.many + shown
-    made = [click.option(*flags, name, multiple=True, metavar=metavar, help=text)]
+    made = [click.option(*flags, name, multiple=True, required=default is dataclasses.MISSING, metavar=metavar, help=text)]
     return made + [click.option(old, f"{name}__former", multiple=True, hidden=True) for old in one.hidden_flags]
 
 

@@ -1,28 +1,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from swin_deploy.cli.output import json_option, print_json, print_table, teller
+from swin_deploy.cli.options import given, spec_options
+from swin_deploy.cli.output import console, json_option, print_json, print_table
+from swin_deploy.specs import VerifySpec
 
 
-@click.command("verify", short_help="Check a bundle's files, and its graphs against PyTorch's answers.")
+@click.command("verify", short_help="Check the files of a bundle, and compare its graphs with PyTorch.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--backend", default="onnxruntime", show_default=True, help="Or openvino, torch, tensorrt, tensorrt-rtx.")
-@click.option("--device", default="cpu", show_default=True, help="Where: cpu, cuda, cuda:1.")
+@spec_options(VerifySpec)
 @json_option
-def command(bundle: Path, backend: str, device: str, as_json: bool) -> None:
-    """Check the sha256 of every file of BUNDLE, and run its ONNX graphs against the answers that PyTorch gave at export.
+def command(bundle: Path, as_json: bool, **options: Any) -> None:
+    """Check the sha256 of every file of BUNDLE, and compare its ONNX graphs with the recorded outputs of PyTorch.
 
-    With --backend tensorrt or tensorrt-rtx, and --device cuda, the engines that fit this machine are run instead of the graphs;
-    others are listed as not verified, and so is with OpenVINO a quantised graph for TensorRT, of which it makes other answers.
-    Exits with 1 when one disagrees.
+    With --backend tensorrt or tensorrt-rtx and --device cuda, the engines that fit this machine are compared instead. Graphs
+    and engines that cannot be run, or would give wrong results in the back end, are listed as not verified. The exit code is 1
+    if one disagrees.
     """
     import swin_deploy
     from swin_deploy.bundle import Bundle
 
-    verdicts = swin_deploy.verify(bundle, backend=backend, device=device, say=teller())
+    with console():
+        verdicts = swin_deploy.verify(bundle, **given(VerifySpec, options))
     run = {verdict.file for verdict in verdicts}
     kinds = (".engine", ".onnx") if any(file.endswith(".onnx") for file in run) else ".engine"
     others = [file for file in Bundle.open(bundle).files if file.endswith(kinds) and file not in run]
@@ -31,7 +34,7 @@ def command(bundle: Path, backend: str, device: str, as_json: bool) -> None:
         print_json({"bundle": str(bundle), "files_intact": True, "graphs": rows, "not_verified": others})
     else:
         print_table(
-            ("file", "verdict", "relative L2", "allowed", "max abs", "top-1 equal", "run by"),
+            ("file", "verdict", "relative L2", "tolerance", "max abs", "top-1 agreement", "back end"),
             [
                 (
                     v.file,
@@ -45,7 +48,7 @@ def command(bundle: Path, backend: str, device: str, as_json: bool) -> None:
                 for v in verdicts
             ]
             + [
-                (file, "not verified", "-", "-", "-", "-", "(for TensorRT)" if file.endswith(".onnx") else "(needs its GPU)")
+                (file, "not verified", *"----", "(built for TensorRT)" if file.endswith(".onnx") else "(needs its GPU)")
                 for file in others
             ],
         )

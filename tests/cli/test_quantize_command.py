@@ -164,7 +164,7 @@ def test_images_that_come_only_once(tmp_path: Path) -> None:
         (["--method", "minmax"], ["--method is about"]),
         (["--data", IMAGES, "--min-speedup", "1", "--gpu", "gtx-1"], ["'gtx-1'", "rtx-4090 (sm_89)"]),
         (["--fp8", "--data", IMAGES, "--min-speedup", "1", "--gpu", "rtx-3090"], ["rtx-3090 has no FP8"]),
-        (["--data", IMAGES, "--max-drop", "1", "--labels", "labels.csv"], ['"dog" is no class']),
+        (["--data", IMAGES, "--max-drop", "1", "--labels", "labels.csv"], ['"dog" is not a class']),
     ],
     ids=[
         "absent",

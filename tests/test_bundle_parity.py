@@ -1,7 +1,10 @@
-"""The certificate in a bundle: kept without loss, and merciless with a graph that answers something else."""
+"""Agreement figures, the reference outputs in a bundle, and the comparison of graphs with them."""
 
 from __future__ import annotations
 
+import json
+import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,70 @@ from cli.exported import copied, digits
 import swin_deploy
 from swin_deploy.bundle import Bundle
 from swin_deploy.errors import BackendError, BundleError, MissingDependencyError, UsageError
-from swin_deploy.parity import TOLERANCES, Reference, check_graph, sample_inputs, verdict_text, verify_bundle
+from swin_deploy.parity import (
+    TOLERANCES,
+    Agreement,
+    Reference,
+    check_graph,
+    compare,
+    sample_inputs,
+    verdict_text,
+    verify_bundle,
+)
 from swin_deploy.runtimes.base import Runtime
 from swin_deploy.specs import TensorSpec, reference_file
 
 REFERENCE = reference_file()
+
+
+def test_equal_arrays_agree_exactly() -> None:
+    logits = np.random.default_rng(0).standard_normal((4, 10)).astype(np.float32)
+    assert compare(logits, logits.copy()) == Agreement(4, True, 0.0, 0.0, pytest.approx(1.0), 1.0)
+
+
+def test_figures_are_those_of_the_worst_sample() -> None:
+    reference = np.array([[3.0, 4.0], [3.0, 4.0]])
+    found = compare(np.array([[3.0, 4.0], [4.0, 3.0]]), reference)
+    assert found.max_abs == 1
+    assert found.relative_l2 == pytest.approx(math.sqrt(2) / 5)
+    assert found.cosine == pytest.approx(24 / 25)
+    assert found.top1 == 0.5
+    assert found.within(0.3)
+    assert not found.within(0.28)
+
+
+def test_one_bad_sample_does_not_hide_among_many_good_ones() -> None:
+    reference = np.random.default_rng(0).standard_normal((1000, 10))
+    test = reference.copy()
+    test[500] *= 1.1
+    assert compare(test, reference).relative_l2 == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", ["test", "reference"])
+def test_nan_and_infinity_never_agree(value: float, side: str) -> None:
+    arrays = {name: np.ones((2, 3)) for name in ("test", "reference")}
+    arrays[side][1, 2] = value
+    found = compare(**arrays)
+    assert not found.finite
+    assert not found.within(math.inf)
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["relative_l2"] is None
+
+
+def test_a_reference_of_zeros_divides_by_nothing() -> None:
+    zeros = np.zeros((1, 3))
+    assert compare(zeros, zeros).within(0)
+    assert not compare(zeros + 1e-6, zeros).within(1)
+
+
+def test_half_precision_does_not_overflow() -> None:
+    large = np.full((1, 1000), 60000, np.float16)
+    assert compare(large, large).relative_l2 == 0
+
+
+def test_shapes_must_be_equal() -> None:
+    with pytest.raises(ValueError, match="shape"):
+        compare(np.zeros((2, 3)), np.zeros((3, 2)))
 
 
 def inputs_for(height: int, width: int) -> dict[str, Any]:
@@ -128,23 +190,25 @@ def test_a_graph_of_other_weights_is_not_verified(tmp_path: Path) -> None:
     assert [v.verified for v in swin_deploy.verify(bundle.path)] == [False, False]
 
 
-def test_a_verdict_that_cannot_be_entered_is_given_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_that_cannot_be_updated_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     path = copied(2, tmp_path / "b")
     Bundle.open(path).with_entry("onnx/model.onnx", {"agreement": "not verified"})
 
     def refuse(folder: Path, manifest: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    said: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr("swin_deploy.bundle._write_manifest", refuse)
-        assert all(verdict.verified for verdict in swin_deploy.verify(path, say=said.append))
-    [line] = said
-    assert line.startswith("That onnx/model.onnx is verified is not entered into the manifest. ")
-    assert "Read-only file system" in line
-    swin_deploy.verify(path, say=said.append)
+        assert all(verdict.verified for verdict in swin_deploy.verify(path))
+    [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert record.getMessage().startswith("onnx/model.onnx is verified, but the manifest cannot be updated. ")
+    assert "Read-only file system" in record.getMessage()
+    caplog.clear()
+    swin_deploy.verify(path)
     assert Bundle.open(path).files["onnx/model.onnx"]["agreement"]["verified"]
-    assert len(said) == 1
+    assert not caplog.records
 
 
 def test_verify_checks_every_file_before_it_runs_any(tmp_path: Path) -> None:
