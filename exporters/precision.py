@@ -57,17 +57,9 @@ class TypedGraph:
 def typed_from_fp32(
     model: onnx.ModelProto, config: SwinConfig, task: TaskSpec, precision: str, measure: Measure | None = None
 ) -> TypedGraph:
-    """Make the graph in the types of `precision`, in the layout that GPU compilers execute fastest.
+    """Make the graph in the types of `precision` ("fp16" or "bf16"), in the layout that GPU compilers execute fastest.
 
-    Args:
-        model: The fp32 graph. It is not changed.
-        config: The network's configuration.
-        task: The task, which names the outputs.
-        precision: "fp16" or "bf16".
-        measure: For fp16, measures the amax of each value of a fp32 graph on calibration samples.
-
-    Returns:
-        The graph and what was done.
+    `measure`, for fp16, returns the amax of each value of a fp32 graph on calibration samples.
 
     Raises:
         ExportError: If a weight does not fit into the type.
@@ -108,14 +100,9 @@ def types_pass(
 ) -> Pass:
     """Make the pass that assigns types and inserts a Cast wherever a value crosses between fp32 and `precision`.
 
-    Args:
-        task: The task, which names the outputs.
-        precision: "fp16" or "bf16".
-        fallback: Names of the nodes that stay fp32.
-        counted: Whether the number of Casts is known: one after the image, one before each output, and three at each cosine
-            attention (vectors in, matmul in, cosines out). Frames have a Cast in the fp32 graph already. Where measured ranges
-            decide, no number can be expected.
-        more: The number of further Casts to expect.
+    The nodes `fallback` stay fp32. If `counted`, the number of Casts is known: one after the image (frames have one in the fp32
+    graph already), one before each output, three at each cosine attention (vectors in, matmul in, cosines out), and `more`.
+    Where measured ranges decide, no number can be expected.
     """
     done: list[int] = []
     after_image: list[int] = []
@@ -148,12 +135,9 @@ def resize_nodes(graph: Graph) -> set[str]:
 
 
 def assign_types(graph: Graph, fallback: Set[str], low: np.dtype[Any]) -> int:
-    """Make every floating-point node `low`, except for those named in `fallback`, which stay fp32.
+    """Make every floating-point node `low`, except for those named in `fallback`. Returns the number of Casts inserted.
 
     The graph's inputs and outputs stay float32. A value that several nodes of the other type read is cast once.
-
-    Returns:
-        The number of Casts inserted.
     """
     import onnx_graphsurgeon as gs
 

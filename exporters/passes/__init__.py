@@ -12,9 +12,4 @@ from .cosine_attention import COSINE_AFTER_MATMUL, L2_NORM_AS_RMS_NORM
 from .layer_norms import GATHER_BEFORE_NORM
 
 PASSES: dict[str, tuple[Pass, ...]] = {"tensorrt": (ATTENTIONS,), "onnxruntime": (), "openvino": (L2_NORM_AS_RMS_NORM,)}
-ENGINE_PASSES: tuple[Pass, ...] = (
-    VALUE_BIAS_IN_PROJECTION,
-    QUERY_BIAS_IN_NORM,
-    COSINE_AFTER_MATMUL,
-    GATHER_BEFORE_NORM,
-)
+ENGINE_PASSES: tuple[Pass, ...] = (VALUE_BIAS_IN_PROJECTION, QUERY_BIAS_IN_NORM, COSINE_AFTER_MATMUL, GATHER_BEFORE_NORM)

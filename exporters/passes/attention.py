@@ -144,15 +144,9 @@ def query_bias_in_norm(graph: Graph) -> int:
 def query_bias_in_channel(graph: Graph, amax: Mapping[str, float]) -> int:
     """Move the query bias of each V1 attention into a constant channel with the value of the input's amax.
 
-    The other channels keep the norm's weight and bias, for which their range was measured. A constant as large as the range
-    keeps the rounding error of its weights small.
-
-    Args:
-        graph: The graph to change. The value's bias is moved already (`value_bias_in_projection`).
-        amax: Amax of each projection's input, by the name of the projection's node; 1 if absent.
-
-    Returns:
-        The number of attentions.
+    `amax` is by the name of the projection's node. The other channels keep the norm's weight and bias, for which their range
+    was measured. A constant as large as the range keeps the rounding error of its weights small. The value's bias must be
+    moved already. Returns the number of attentions.
     """
 
     def fold(weight: Array, bias: Array, scale: Array, shift: Array, name: str) -> tuple[Array, Array, Array]:
@@ -206,14 +200,9 @@ def _restore_padding(graph: Graph, attention: AttentionNodes, bias: Array, keep:
 
 
 def equalized_attention(graph: Graph, values_by_row: bool) -> dict[str, float]:
-    """Scale the rows of each V1 projection to one amax.
+    """Scale the rows of each V1 projection to one amax; with `values_by_row` each row of the values by a factor of its own.
 
-    Args:
-        graph: The graph to change.
-        values_by_row: Give each row of the values a factor of its own, instead of one for all.
-
-    Returns:
-        By attention (its `scope`), the factor by which the input of its output projection grew; 1 with `values_by_row`.
+    Returns by attention (its `scope`) the factor by which the input of its output projection grew; 1 with `values_by_row`.
     """
     factors: dict[str, float] = {}
     for attention in attentions(graph):

@@ -39,10 +39,7 @@ class PassRecord:
 
 
 def run_passes(graph: Graph, config: SwinConfig, passes: Sequence[Pass]) -> tuple[PassRecord, ...]:
-    """Run `passes` on `graph` in order.
-
-    Returns:
-        The record of every pass.
+    """Run `passes` on `graph` in order and return their records.
 
     Raises:
         PassError: If a pass rewrote more or fewer places than the architecture has.

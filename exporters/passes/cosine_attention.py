@@ -103,11 +103,7 @@ def _last(transpose: Node) -> Node:
 
 
 def l2_norm_bounds(graph: Graph) -> dict[str, float]:
-    """Bound the L2 norms of tokens, whatever the image, from the weights and the arithmetic of LayerNorm.
-
-    Returns:
-        For tensors of tokens [..., channels], by name, a bound on the L2 norm of their rows. Others are left out.
-    """
+    """Bound the L2 norm of the rows of tensors of tokens, by name, whatever the image: weights and LayerNorm limit it."""
     found: dict[str, float] = {}
     for node in graph.nodes:  # in topological order
         bound = _l2_norm_bound(node, [_known_bound(tensor, found) for tensor in node.inputs])
@@ -145,10 +141,8 @@ def _known_bound(tensor: Tensor, found: dict[str, float]) -> float | None:
 def l2_norm_as_rms_norm(graph: Graph) -> int:
     """Turn divisions by the L2 norm (ReduceL2, Clip, Div) into divisions by the root mean square.
 
-    Where Clip kept the L2 norm from zero, a number of that size is added to the mean square, and zero stays zero.
-
-    Returns:
-        The number of divisions.
+    Where Clip kept the L2 norm from zero, a number of that size is added to the mean square, and zero stays zero. Returns the
+    number of divisions.
     """
     count = 0
     for divide in [node for node in graph.nodes if node.op == "Div"]:

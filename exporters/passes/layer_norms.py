@@ -18,8 +18,7 @@ from .base import Graph, Node, Pass, Tensor, add_node, constant, redirect
 def gather_before_norm(graph: Graph) -> int:
     """Move gathers of tokens before the norm (and, in Swin V2, before the addition to the tokens).
 
-    Returns:
-        The number of norms of patches and of V2's branches; no gather that could move is left after any of them.
+    Returns the number of norms of patches and of V2's branches. No gather that could move is left after any of them.
     """
     count = 0
     for norm in [node for node in graph.nodes if node.op == "LayerNormalization"]:
@@ -90,14 +89,8 @@ def norm_after_matmul(graph: Graph, fallback: set[str]) -> int:
 
     The norm's kernel then writes one number for each token instead of all channels. Subtracting the mean and multiplying by
     the norm's weight become part of fc1's weight. The matmul fits into fp16: the weight and the deviation are shrunk by one
-    power of two, such that no row of the weight has an L2 norm above 1.
-
-    Args:
-        graph: The graph to change.
-        fallback: Receives the names of the nodes that compute deviations and must stay fp32.
-
-    Returns:
-        The number of norms.
+    power of two, such that no row of the weight has an L2 norm above 1. `fallback` receives the names of the nodes that compute
+    deviations and must stay fp32. Returns the number of norms.
     """
     count = 0
     for matmul in [node for node in graph.nodes if node.op == "Gemm" and node.name.endswith("fc1/Gemm")]:

@@ -32,13 +32,8 @@ MAX_INSERTED = 2  # Mul nodes, where a node that cannot take a factor reads or w
 class Channels:
     """Tensors that have the same channels, or several copies of these side by side, and so share factors.
 
-    Attributes:
-        width: Number of channels.
-        tensors: Names of the tensors.
-        written: What is divided: (initializer, axis, first channel, length).
-        read: What is multiplied: weights whose columns read the channels.
-        after: Tensors after which a Mul must be inserted.
-        before: (tensor, node) before which a Mul must be inserted.
+    `written` is what is divided: (initializer, axis, first channel, length); `read` are the weights to multiply.
+    A Mul must be inserted after the tensors `after`, and before the (tensor, node) `before`.
     """
 
     width: int
@@ -109,17 +104,10 @@ def best_factors(
     statistics: Mapping[str, ChannelStatistics],
     powers_of_two: bool = False,
 ) -> Array | None:
-    """Choose the factors that reduce the expected quantization error most.
+    """Choose the divisors [width] of channels that reduce the expected quantization error most.
 
-    Args:
-        one: The channels.
-        weights: By initializer, the name of the layer's input and the weight [outputs, inputs].
-        statistics: Statistics of activations, by name.
-        powers_of_two: Only consider powers of two, which round nothing.
-
-    Returns:
-        The divisor [width] of each channel, or None if it reduces the error by less than 1 %, or by less than half if a Mul
-        must be inserted.
+    `weights` has by initializer the name of the layer's input and the weight [outputs, inputs]. Powers of two round nothing.
+    Returns None if the error shrinks by less than 1 %, or by less than half if a Mul must be inserted.
     """
     groups: dict[str, list[Array]] = {}
     for name in sorted(one.read & weights.keys()):
@@ -189,16 +177,9 @@ def equalize(model: onnx.ModelProto, one: Channels, factors: Array) -> None:
 
 
 def equalized(model: onnx.ModelProto, moments: Mapping[str, SecondMoments]) -> tuple[onnx.ModelProto, dict[str, SecondMoments]]:
-    """Equalize the channels that layers read, where all factors can go into weights, and by powers of two.
+    """Equalize the channels that the layers of `moments` read, where all factors can go into weights, by powers of two.
 
-    Nothing is rounded, so that the network computes the same to the bit.
-
-    Args:
-        model: The fp32 graph, with its weights inside. It is not changed.
-        moments: Second moments of what the layers to equalize read, by layer.
-
-    Returns:
-        The equalized graph, and the moments there.
+    Returns the graph and the moments there. Nothing is rounded: the network computes the same to the bit.
     """
     from onnx import numpy_helper
 

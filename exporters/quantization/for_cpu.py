@@ -49,13 +49,8 @@ SMALL = 1 << 16  # weights of one layer: 192 x 192 is small, 192 x 768 is not
 class CpuLayout:
     """One fp32 graph, quantized once, from which graphs with fewer quantized layers are made.
 
-    Args:
-        bundle: The bundle. Finished layers are kept in it until all are, unless the network has QAT ranges.
-        model: The fp32 graph, with its weights inside.
-        spec: The target, the method, the batch and the layers to keep.
-        feeds: The samples; None if `ranges` has every range.
-        ranges: QAT ranges.
-        open_graph: Opens a graph file in the target runtime.
+    Without `feeds`, `ranges` must have every range. Without `ranges`, finished layers are kept in the bundle until all are, so
+    that an interrupted run resumes. `open_graph` opens a graph file in the target runtime.
     """
 
     def __init__(
@@ -104,14 +99,7 @@ class CpuLayout:
 
 @dataclass(frozen=True)
 class CpuGraphs:
-    """A quantized network.
-
-    Attributes:
-        target: "onnxruntime" or "openvino".
-        base: The fp32 graph with equalized channels.
-        layers: The layers in INT8, by name.
-        records: The manifest's entry of each layer: its name, type, scales, and the SQNR of its weight.
-    """
+    """A quantized network: the fp32 graph with equalized channels, its layers in INT8, and their entries in the manifest."""
 
     target: str
     base: onnx.ModelProto
@@ -143,7 +131,7 @@ def quantize_for_cpu(
         model: The fp32 graph, with its weights inside. It is not changed.
         target: "onnxruntime" or "openvino".
         feeds: The samples; None if `qat` has every range.
-        method: How ranges are chosen, one of calibrators.METHODS. Default: the least error in the next layer's output.
+        method: How ranges are chosen. Default: the least error in the next layer's output.
         keep: Names of layers that stay fp32.
         qat: QAT ranges, which are used as they are, with weights rounded to nearest.
         resume: Finished layers of an interrupted run; receives those of this run, and is cleared in the end.

@@ -79,44 +79,31 @@ RoundingOfChanged = Callable[[str, Array, Array, InputChange], Array | None]
 class TensorRTLayout:
     """One calibrated fp32 graph, from which quantized graphs are made.
 
-    Args:
-        bundle: The bundle; calibration results are cached in it.
-        source: The fp32 graph's file in the bundle.
-        model: The fp32 graph, with its weights inside.
-        spec: The precision, the method, the batch and the layers to keep.
-        feeds: The samples; None if `ranges` has every range.
-        ranges: QAT ranges.
+    `source` is the file in the bundle of the graph `model`. Without `feeds`, `ranges` must have every range. Observations are
+    cached in the bundle.
 
     Raises:
         UsageError: If a layer of `spec.keep` does not exist, or a range is missing and there are no samples.
     """
 
     def __init__(
-        self,
-        bundle: Bundle,
-        source: str,
-        model: Any,
-        spec: QuantSpec,
-        feeds: Samples | None,
-        ranges: QatRanges | None,
+        self, bundle: Bundle, source: str, model: Any, spec: QuantSpec, feeds: Samples | None, ranges: QatRanges | None
     ) -> None:
         from swin_deploy.calib.collect import CACHE, collect
         from swin_deploy.calib.data import evenly_spread
 
-        self._model, self._precision = model, spec.precision
-        self._rounding: GptqRounding | None = None
+        self._model, self._precision, self._keep = model, spec.precision, frozenset(spec.keep)
         self._config, self._task = config_and_task(bundle)
         layers = quantized_layers(model, self._config, spec.precision)
-        refuse_unknown(layers, frozenset(spec.keep))
-        self._layers = [layer for layer in layers if layer.name not in spec.keep]
+        refuse_unknown(layers, self._keep)
+        self._layers = [layer for layer in layers if layer.name not in self._keep]
         self.names = tuple(layer.name for layer in self._layers)
-        self._qat_source = ""
-        self._weight_scales: dict[str, Array] = {}
-        self._amax: dict[str, float] = {}
+        self._rounding: GptqRounding | None = None
+        self._source, self._qat_amax, self._weight_scales = "", dict[str, float](), dict[str, Array]()
         if ranges is not None:
-            self._take(ranges, layers)
-        trained = dict.fromkeys(self._amax, self._qat_source)
-        self._origins = {name: trained.get(name, "samples") for layer in layers for name in layer.inputs}
+            self._source = ranges.source
+            self._qat_amax, self._weight_scales = _qat(ranges, model, self._config, spec.precision, layers)
+        self._amax = self._qat_amax
         # With samples, the tensors of all layers are measured: it is one pass, and serves other options as well.
         missing = [name for layer in self._layers for name in layer.inputs if name not in self._amax]
         if not missing:
@@ -124,7 +111,7 @@ class TensorRTLayout:
         if feeds is None:
             from swin_deploy.qat_ranges import missing_ranges
 
-            raise missing_ranges(missing, self._qat_source)
+            raise missing_ranges(missing, self._source)
         file = bundle.path / source
         if ranges is None:  # QAT weights were trained with rounding to nearest, and with the channels as they are
             read = {layer.name: layer.input for layer in linear_layers(model) if layer.name in self.names}
@@ -132,39 +119,24 @@ class TensorRTLayout:
             self._model, moments = equalized(model, input_moments(file, read, _reported(few, spec)))
             self._rounding = GptqRounding(moments, spec.precision)
         seen = collect(
-            file if ranges is not None else self._model,
-            [name for layer in layers for name in layer.inputs],
-            feeds,
-            batch=spec.batch,
-            cache=bundle.path / CACHE,
-            progress=spec.progress,
-        )
+            file if ranges is not None else self._model, [name for layer in layers for name in layer.inputs], feeds,
+            batch=spec.batch, cache=bundle.path / CACHE, progress=spec.progress,
+        )  # fmt: skip
         measured = {name: one.compute_amax(spec.method or "mse", spec.precision) for name, one in seen.items()}
-        self._amax = {**measured, **self._amax}
-
-    def _take(self, ranges: QatRanges, layers: Iterable[LayerTensors]) -> None:
-        """Use QAT ranges, except for the scales of V1's attention, whose weights are equalized (`equalized_attention`)."""
-        from .qat_layers import qat_layers
-
-        found = qat_layers(ranges, self._model, self._config, {layer.name: layer.inputs for layer in layers})
-        self._qat_source = found.source
-        self._amax = {tensor: one.amplitude for tensor, one in found.activations.items()}
-        factor = np.float32(TYPE_MAX["int8"] / TYPE_MAX[self._precision])
-        unused = (".qkv", ".proj") if self._config.version == 1 else ()
-        self._weight_scales = {name: scale * factor for name, scale in found.weights.items() if not name.endswith(unused)}
+        self._amax = {**measured, **self._qat_amax}
 
     def graph(self, keep: Set[str]) -> NewGraph:
-        """Return the quantized graph, in which the layers `keep` stay in low precision."""
+        """Return the quantized graph; the layers `keep` and those of the spec stay in low precision."""
+        keep = keep | self._keep
         scales = {name: scale for name, scale in self._weight_scales.items() if name not in keep}
         made, records = quantized_from_fp32(
-            _copy(self._model), self._config, self._task, self._precision, self._amax,
-            weight_scales=scales, keep=keep, rounding=self._rounding,
-        )  # fmt: skip
+            self._model, self._config, self._task, self._precision, self._amax, "fp16", scales, keep, self._rounding
+        )
         layers = [
             {
                 "name": layer.name,
-                "ranges_from": {name: self._origins[name] for name in layer.inputs},
-                "weight_from": self._qat_source if layer.name in self._weight_scales else "weights",
+                "ranges_from": {name: self._source if name in self._qat_amax else "samples" for name in layer.inputs},
+                "weight_from": self._source if layer.name in self._weight_scales else "weights",
             }
             for layer in self._layers
             if layer.name not in keep
@@ -177,7 +149,7 @@ class TensorRTLayout:
         from swin_deploy.exporters.inspection.costs import inspect_onnx
         from swin_deploy.exporters.precision import typed_from_fp32
 
-        fp16 = typed_from_fp32(_copy(self._model), self._config, self._task, "fp16").model
+        fp16 = typed_from_fp32(self._model, self._config, self._task, "fp16").model
         seconds, where = [], ""
         for graph in (fp16, model):
             with scratch_graph(graph) as path:
@@ -193,18 +165,24 @@ class TensorRTLayout:
         return SpeedComparison(where, "fp16", before, after, before / after)
 
 
+def _qat(
+    ranges: QatRanges, model: Any, config: SwinConfig, precision: str, layers: Iterable[LayerTensors]
+) -> tuple[dict[str, float], dict[str, Array]]:
+    """Amax by tensor and weight scales by layer, without those of V1's attention, whose weights are equalized."""
+    from .qat_layers import qat_layers
+
+    found = qat_layers(ranges, model, config, {layer.name: layer.inputs for layer in layers})
+    amax = {tensor: one.amplitude for tensor, one in found.activations.items()}
+    factor, unused = np.float32(TYPE_MAX["int8"] / TYPE_MAX[precision]), (".qkv", ".proj") if config.version == 1 else ()
+    return amax, {name: scale * factor for name, scale in found.weights.items() if not name.endswith(unused)}
+
+
 def _reported(samples: Samples, spec: QuantSpec) -> Iterator[dict[str, Any]]:
     done = 0
     for feeds in samples.batches(spec.batch):
         yield feeds
         done += len(next(iter(feeds.values())))
         spec.progress("Measuring channels", done, len(samples))
-
-
-def _copy(model: Any) -> Any:
-    copy = type(model)()
-    copy.CopyFrom(model)
-    return copy
 
 
 def quantized_layers(model: onnx.ModelProto, config: SwinConfig, precision: str) -> tuple[LayerTensors, ...]:
@@ -255,19 +233,15 @@ def quantized_from_fp32(
     """Make the INT8 or FP8 graph. Its inputs and outputs stay float32.
 
     Args:
-        model: The fp32 graph, with its weights inside.
+        model: The fp32 graph, with its weights inside. It is not changed.
         config: The network's configuration.
         task: The task, which names the outputs.
         precision: "int8" or "fp8".
         amax: The largest magnitude of each tensor that `quantized_layers` names.
         low: The type of what is not quantized, "fp16" or "bf16".
-        weight_scales: By layer, the scale of a weight, or one for each output (not for V1's projections to query, key and
-            value, whose weights are equalized).
+        weight_scales: By layer, the scale of a weight, or one for each output. V1's attention has none.
         keep: Names of layers that stay in low precision.
         rounding: Chooses the quantized values of weights. Default: the nearest ones.
-
-    Returns:
-        The graph, and the records of the rewrites.
 
     Raises:
         ExportError: If an amax is missing or not a positive number, or a weight does not fit into the low-precision type.

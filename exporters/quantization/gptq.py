@@ -8,9 +8,9 @@ TensorRT it reads the fp32 activations, changed as the rewrites of the graph cha
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,16 +41,9 @@ NEAREST: dict[str, Callable[[Array], Array]] = {"int8": int8_rounded, "fp8": rou
 
 
 def gptq(weight: Array, hessian: Array, scale: Array, nearest: Callable[[Array], Array] = int8_rounded) -> Array:
-    """Quantize a weight by GPTQ.
+    """Quantize `weight` [outputs, inputs] with `scale` [outputs] and a positive definite `hessian` [inputs, inputs].
 
-    Args:
-        weight: [outputs, inputs].
-        hessian: [inputs, inputs], positive definite.
-        scale: [outputs].
-        nearest: Rounds to quantized values.
-
-    Returns:
-        Quantized values [outputs, inputs], in floating point.
+    Returns the quantized values in floating point; `nearest` rounds single ones.
     """
     order = np.argsort(-np.diag(hessian), kind="stable")
     work = (weight / scale[:, None])[:, order]
@@ -78,8 +71,7 @@ def damping(gram: Array) -> float:
 
 @dataclass
 class SecondMoments:
-    """Sums over `rows` rows x of a tensor: of x [channels], of the outer products of x with itself [channels, channels]; and
-    amax [channels]."""
+    """Over `rows` rows x of a tensor: sums of x and of its outer products [channels, channels], and amax."""
 
     total: Array
     gram: Array
@@ -130,23 +122,11 @@ class InputChange:
 
 
 def input_moments(
-    model: str | os.PathLike[str] | onnx.ModelProto,
-    inputs: Mapping[str, str],
-    feeds: Iterable[Mapping[str, Array]],
-    threads: int = 0,
+    model: Path | onnx.ModelProto, inputs: Mapping[str, str], feeds: Iterable[Mapping[str, Array]], threads: int = 0
 ) -> dict[str, SecondMoments]:
-    """Measure the second moments of what layers read, in one pass.
+    """Measure the second moments of the tensors that layers read (`inputs`, by layer), in one pass over `feeds`.
 
     Memory is that of the model, one batch, and 4 bytes times the square of each tensor's channels.
-
-    Args:
-        model: The fp32 graph, a file or a loaded one.
-        inputs: The tensor that each layer reads, by layer.
-        feeds: The samples, batch by batch.
-        threads: Threads of ONNX Runtime; 0 lets it choose.
-
-    Returns:
-        The moments, by layer.
 
     Raises:
         InputError: If samples make a value that is not finite.
@@ -225,22 +205,15 @@ class CrossMoments:
 def rounded_linear(weight: Array, bias: Array | None, moments: CrossMoments) -> tuple[Array, Array, Array]:
     """Quantize a linear layer to INT8 such that it gives the fp32 output from the input that it really reads.
 
-    The bias takes the mean error of every output, so that a layer without one gets one.
-
-    Args:
-        weight: [outputs, inputs].
-        bias: [outputs].
-        moments: Moments of the input.
-
-    Returns:
-        Quantized values [outputs, inputs], scale [outputs] and bias [outputs].
+    Returns the quantized values [outputs, inputs], the scale [outputs] and the bias [outputs]. The bias takes the mean error of
+    every output, so that a layer without one gets one.
     """
     gram, cross, seen, expected = moments.centred()
     wanted = weight.astype(np.float64)
     damped = gram + np.eye(len(gram)) * damping(gram)
     # The weights that make of `seen` what `weight` makes of `expected`; the damping draws them towards `weight`.
     target = np.linalg.solve(damped, (cross + damped - gram) @ wanted.T).T
-    scale = weight_scales(target)
+    scale = int8_scales(target)
     values = gptq(target, damped, scale)
     found = wanted @ expected - (values * scale[:, None]) @ seen
     if bias is not None:
@@ -248,7 +221,7 @@ def rounded_linear(weight: Array, bias: Array | None, moments: CrossMoments) -> 
     return int8_rounded(values).astype(np.int8), scale.astype(np.float32), found.astype(np.float32)
 
 
-def weight_scales(weight: Array) -> Array:
+def int8_scales(weight: Array) -> Array:
     """Return the INT8 scale [outputs] that spans each row of `weight` [outputs, inputs]."""
     amax = np.maximum(np.abs(weight).max(axis=1), SMALLEST)
     scales: Array = (amax / 127.0).astype(np.float32).astype(np.float64)
@@ -272,11 +245,8 @@ def scale_of_range(low: float, high: float) -> ActivationScale:
 def best_activation_scale(rows: Array, low: float, high: float, importance: Array) -> ActivationScale:
     """Search the scale with the least squared error in the next layer's output.
 
-    Args:
-        rows: Some values of the activation, [rows, channels].
-        low: The least of all its values.
-        high: The largest of all its values.
-        importance: How much of a channel's squared error arrives in the output, [channels].
+    `rows` [rows, channels] are some values of the activation, `low` and `high` the extremes of all, and `importance` [channels]
+    is how much of a channel's squared error arrives in the output.
     """
 
     def damage(scale: ActivationScale) -> float:

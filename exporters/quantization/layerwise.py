@@ -24,17 +24,9 @@ Feeds = Mapping[str, Array]
 
 
 class LayerwiseRun:
-    """A run of `model` over the batches of `feeds`, advanced tensor by tensor.
+    """A run of `model` over the batches of `feeds`, advanced tensor by tensor; `folder` holds the values between.
 
     `nodes` and `constants` (by name) may be changed as long as they have not run.
-
-    Args:
-        model: The graph, with its weights inside.
-        feeds: The samples, batch by batch.
-        folder: Where values are kept between steps.
-
-    Raises:
-        InputError: If there are no samples.
     """
 
     def __init__(self, model: onnx.ModelProto, feeds: Iterable[Feeds], folder: Path) -> None:

@@ -20,13 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QatLayers:
-    """QAT ranges by the names of a graph.
-
-    Attributes:
-        activations: QatRanges, by tensor.
-        weights: INT8 scales [outputs] of weights, by layer.
-        source: Where they come from, for the manifest.
-    """
+    """QAT ranges by tensor, INT8 scales [outputs] of weights by layer, and where they come from, for the manifest."""
 
     activations: Mapping[str, ActivationRange] = field(default_factory=dict)
     weights: Mapping[str, Array] = field(default_factory=dict)
@@ -76,16 +70,10 @@ class QatLayers:
 def qat_layers(
     ranges: QatRanges, model: onnx.ModelProto, config: SwinConfig, tensors: Mapping[str, Sequence[str]]
 ) -> QatLayers:
-    """Look up the ranges of a graph's layers.
+    """Look up the ranges of the layers of `model`, an fp32 graph.
 
-    Args:
-        ranges: The QAT ranges.
-        model: The fp32 graph.
-        config: The network's configuration.
-        tensors: By layer, the tensors that it reads and writes, or query, key, value and probabilities of an attention.
-
-    Returns:
-        QatRanges of the tensors (of one that several layers share, the largest), and scales of the layers' weights.
+    `tensors` has by layer the tensors that it reads and writes, or query, key and value of an attention. A tensor that several
+    layers share gets the largest range.
     """
     weights = {node.name.removesuffix("/Gemm"): node.input[1] for node in model.graph.node if node.op_type == "Gemm"}
     rows = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if tensor.dims}

@@ -62,15 +62,10 @@ class QdqWriter(ABC):
 
 @dataclass
 class TensorRTWriter(QdqWriter):
-    """Writes symmetric Q/DQ into an onnx-graphsurgeon graph.
+    """Writes symmetric Q/DQ ("int8" or "fp8") into an onnx-graphsurgeon graph.
 
-    Attributes:
-        graph: The graph to write into.
-        format: "int8" or "fp8".
-        low: The low-precision type around the quantized layers, which scales will have.
-        scales: QAT scales of weights, by layer.
-        rounding: Chooses the quantized values of a weight.
-        fallback: Receives the names of nodes that must stay fp32.
+    `low` is the low-precision type that scales will have; `scales` are QAT scales of weights, by layer; `fallback` receives the
+    names of nodes that must stay fp32.
     """
 
     graph: Graph
@@ -142,14 +137,7 @@ class TensorRTWriter(QdqWriter):
         return self.dequantize(tensor.name, quantized, [self.constant(f"{tensor.name}/scale", scale), zero])
 
     def weight(self, layer: str, values: Array, per_channel: bool, shared_amax: float | None = None) -> Tensor:
-        """Write a weight [outputs, inputs] in 8 bits.
-
-        Args:
-            layer: Name of the layer.
-            values: The weight.
-            per_channel: Whether each output has a scale of its own.
-            shared_amax: The amax of several weights with one scale.
-        """
+        """Write a weight [outputs, inputs] in 8 bits; `shared_amax` is the amax of several weights with one scale."""
         values = np.asarray(values, np.float32)
         trained = self.scales.get(layer) if shared_amax is None else None
         lowest = -self.largest
@@ -234,12 +222,9 @@ class _NodeWriter(QdqWriter):
 
 
 def qdq_nodes(nodes: Iterable[Any], quantized: Iterable[QuantizedLinear]) -> tuple[list[Any], dict[str, Any]]:
-    """Write Q/DQ before the layers of `quantized`.
+    """Write Q/DQ before the layers of `quantized`. Returns all nodes, and the additional constants by name.
 
     Layers that read one tensor must have one scale for it: it is quantized once.
-
-    Returns:
-        All nodes, and the constants that they need in addition, by name.
     """
     writer, scales = _NodeWriter(), dict[str, ActivationScale]()
     by_output = {layer.layer.output: layer for layer in quantized}

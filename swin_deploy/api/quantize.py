@@ -5,25 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swin_deploy.api.evaluate import class_labels, evaluate_samples
+from swin_deploy.bundle import Bundle, sha256_of
+from swin_deploy.errors import UsageError
 from swin_deploy.options import BundlePath, bundle_keywords
+from swin_deploy.qat_ranges import RANGES, QatRanges
 from swin_deploy.specs import TARGETS, EvaluateSpec, QuantSpec
 
 if TYPE_CHECKING:
-    from swin_deploy.bundle import Bundle
     from swin_deploy.calib.accuracy_gate import GateResult
     from swin_deploy.calib.data import Samples
     from swin_deploy.evaluation import Evaluation
     from swin_deploy.exporters.quantization.for_cpu import CpuLayout
     from swin_deploy.exporters.quantization.for_tensorrt import TensorRTLayout
     from swin_deploy.exporters.typed_graphs import NewGraph
-    from swin_deploy.qat_ranges import QatRanges
 
 _LOG = logging.getLogger(__name__)
 
@@ -51,9 +51,7 @@ def quantize(bundle: BundlePath, spec: QuantSpec) -> Evaluation:
     Example:
         >>> swin_deploy.quantize("swinv2-tiny", "calibration-images", precision="int8", max_drop=0.5)
     """
-    from swin_deploy.bundle import Bundle
     from swin_deploy.calib.data import samples_for
-    from swin_deploy.errors import UsageError
     from swin_deploy.evaluation import Evaluation
     from swin_deploy.exporters.typed_graphs import with_graphs
     from swin_deploy.runtimes.backends import runtime_to_check
@@ -86,10 +84,6 @@ def quantize(bundle: BundlePath, spec: QuantSpec) -> Evaluation:
 
 def _resolved(bundle: Bundle, spec: QuantSpec) -> QuantSpec:
     """`spec` with the target of `bundle` if it names none. Raises UsageError for what the bundle or a GPU does not support."""
-    from swin_deploy.errors import UsageError
-    from swin_deploy.exporters.engines.targets import has_fp8
-    from swin_deploy.exporters.inspection.roofline import find_gpu
-
     exported_for = str(bundle.manifest.get("target", TARGETS[0]))
     spec = replace(spec, target=spec.target or exported_for)
     if spec.target == TARGETS[0] != exported_for:
@@ -98,6 +92,9 @@ def _resolved(bundle: Bundle, spec: QuantSpec) -> QuantSpec:
             f"with --target tensorrt, or quantize it for {exported_for}."
         )
     if spec.gpu is not None:
+        from swin_deploy.exporters.engines.targets import has_fp8
+        from swin_deploy.exporters.inspection.roofline import find_gpu
+
         if spec.target != TARGETS[0]:
             raise UsageError(f"--gpu is for bundles for TensorRT, and this one is quantized for {spec.target}. Leave it out.")
         if not has_fp8(find_gpu(spec.gpu).capability) and spec.precision == "fp8":
@@ -107,17 +104,12 @@ def _resolved(bundle: Bundle, spec: QuantSpec) -> QuantSpec:
 
 def _qat_ranges(bundle: Bundle, spec: QuantSpec) -> tuple[QatRanges | None, str | None]:
     """The QAT ranges to use, and the sha256 of their file; None if all ranges are to be measured."""
-    from swin_deploy.qat_ranges import RANGES
-
     if spec.ranges is not None:
-        from swin_deploy.bundle import sha256_of
         from swin_deploy.exporters.quantization.qat_ranges_from_onnx import ranges_from_onnx
 
         return ranges_from_onnx(bundle, Path(spec.ranges)), sha256_of(Path(spec.ranges))
     if spec.ignore_ranges or RANGES not in bundle.files:
         return None, None
-    from swin_deploy.qat_ranges import QatRanges
-
     return QatRanges.from_dict(bundle.read_json(RANGES)), str(bundle.files[RANGES]["sha256"])
 
 
@@ -133,59 +125,50 @@ class _Run:
     gates: dict[str, GateResult] = field(default_factory=dict)  # by the file of the fp32 graph
 
     def __post_init__(self) -> None:
-        self.classes, self.expected = 0, None
+        self.title = self.spec.precision.upper()
+        self.classes, self.labels = 0, None
         if self.data is not None and self.spec.max_drop is not None:
-            self.classes, self.expected, _ = class_labels(self.bundle, self.data, self.spec.ignore_labels)
-
-    @property
-    def title(self) -> str:
-        return self.spec.precision.upper()
+            self.classes, self.labels, _ = class_labels(self.bundle, self.data, self.spec.ignore_labels)
 
     def request(self) -> dict[str, Any]:
         """The manifest entry by which a later call finds out whether it asks for the same graphs."""
         spec, data = self.spec, self.data
-        count, data_sum = (0, None) if data is None else (len(data), data.fingerprint)
-        asked: dict[str, Any] = {
-            "target": spec.target,
-            "samples": count,
-            "data": data_sum,
-            "method": spec.method,
-            "keep": sorted(set(spec.keep)),
-        }
+        asked: dict[str, Any] = {"target": spec.target, "method": spec.method, "keep": sorted(set(spec.keep))}
+        asked |= {"samples": 0, "data": None} if data is None else {"samples": len(data), "data": data.fingerprint}
         if self.ranges_sha256 is not None:
             asked["ranges"] = self.ranges_sha256
         if (spec.max_drop, spec.min_speedup) != (None, None):
-            labels = None if self.expected is None else hashlib.sha256(json.dumps(self.expected).encode()).hexdigest()
+            labels = None if self.labels is None else hashlib.sha256(json.dumps(self.labels).encode()).hexdigest()
             asked |= {"max_drop": spec.max_drop, "min_speedup": spec.min_speedup, "labels": labels, "gpu": spec.gpu}
         return asked
 
     def make(self, source: str, model: Any) -> NewGraph:
         """Make the quantized graph of the fp32 graph `model`, the file `source` of the bundle."""
-        from swin_deploy.errors import UsageError
+        from swin_deploy.calib.data import preparation_and_inputs
 
         spec = self.spec
-        layout = self._layout(source, model)
+        feeds = None if self.data is None else self.data.with_size(*preparation_and_inputs(self.bundle, source))
+        layout = self._layout(source, model, feeds)
         if not layout.names:
             small = ", or too small to be faster in 8 bits" if spec.target == "openvino" else ""
             raise UsageError(
                 f"Nothing is left to quantize for {spec.target}: all layers are kept{small}. Use the fp32 graph instead."
             )
-        keep: Set[str] = frozenset(spec.keep)
+        keep: frozenset[str] = frozenset()
         facts: dict[str, Any] = {}
-        if spec.max_drop is not None:
-            self.gates[source] = gate = self._gate(source, model, layout)
-            facts, keep = gate.to_dict(), keep | gate.kept
+        if feeds is not None and spec.max_drop is not None:
+            self.gates[source] = gate = self._gate(model, layout, feeds, spec.max_drop)
+            facts, keep = gate.to_dict(), gate.kept
         made = layout.graph(keep)
         if spec.min_speedup is not None:
             _LOG.info("Comparing the speed")
             speed = layout.speed(made.model, spec.gpu)
-            speed.require(spec.min_speedup, self.title, len(set(layout.names) & keep), len(layout.names))
+            speed.require(spec.min_speedup, self.title, len(keep), len(layout.names))
             _LOG.info("%.2f times as fast as %s (%s)", speed.ratio, speed.baseline, speed.where)
             facts["speed"] = speed.to_dict()
         return replace(made, facts={**made.facts, **facts})
 
-    def _layout(self, source: str, model: Any) -> TensorRTLayout | CpuLayout:
-        feeds = self._feeds(source)
+    def _layout(self, source: str, model: Any, feeds: Samples | None) -> TensorRTLayout | CpuLayout:
         if self.spec.target == TARGETS[0]:
             from swin_deploy.exporters.quantization.for_tensorrt import TensorRTLayout
 
@@ -196,25 +179,15 @@ class _Run:
         open_graph = partial(runtime_from_onnx, backend=str(self.spec.target))
         return CpuLayout(self.bundle, model, self.spec, feeds, self.ranges, open_graph)
 
-    def _feeds(self, source: str) -> Samples | None:
-        from swin_deploy.calib.data import preparation_and_inputs
-
-        return None if self.data is None else self.data.with_size(*preparation_and_inputs(self.bundle, source))
-
-    def _gate(self, source: str, model: Any, layout: TensorRTLayout | CpuLayout) -> GateResult:
+    def _gate(self, model: Any, layout: TensorRTLayout | CpuLayout, feeds: Samples, max_drop: float) -> GateResult:
         from swin_deploy.calib.accuracy_gate import AccuracyGate
         from swin_deploy.exporters.typed_graphs import opened_graph
         from swin_deploy.runtimes.backends import runtime_to_check
 
-        spec, feeds = self.spec, self._feeds(source)
-        assert feeds is not None  # the spec demands data with max_drop
-        assert spec.max_drop is not None
-        gate = AccuracyGate(
-            model, lambda: feeds.batches(spec.batch), len(feeds), feeds.image_size, self.expected, self.classes,
-            partial(opened_graph, runtime_to_check), spec.progress,
-        )  # fmt: skip
-        keep: Set[str] = frozenset(spec.keep)
-        return gate.select_layers(self.title, layout.names, lambda more: layout.graph(keep | more).model, spec.max_drop)
+        batches, open_model = partial(feeds.batches, self.spec.batch), partial(opened_graph, runtime_to_check)
+        size, progress = feeds.image_size, self.spec.progress
+        gate = AccuracyGate(model, batches, len(feeds), size, self.labels, self.classes, open_model, progress)
+        return gate.select_layers(self.title, layout.names, lambda keep: layout.graph(keep).model, max_drop)
 
     def with_plots(self, bundle: Bundle) -> Bundle:
         """`bundle` with a plot of the sensitivity of the layers beside each graph, and without those of earlier graphs."""

@@ -45,11 +45,7 @@ def test_the_fewest_layers_are_put_back(layers: int) -> None:
 
 
 def test_the_picture_has_a_bar_for_each_layer() -> None:
-    ranking = (
-        LayerSensitivity("stages.0.<fc1>", 12.0),
-        LayerSensitivity("fc2", 30.0),
-        LayerSensitivity("head", math.inf),
-    )
+    ranking = (LayerSensitivity("stages.0.<fc1>", 12.0), LayerSensitivity("fc2", 30.0), LayerSensitivity("head", math.inf))
     picture = sensitivity_svg("a & b", ranking, {"stages.0.<fc1>"})
     assert picture is not None
     assert picture.count(b"#ee6677") == 1 + 2  # one bar, and fill and stroke in the legend

@@ -1,4 +1,4 @@
-"""QatRanges that checkpoints bring along: each system's names, each library's entries, and what is left out or refused."""
+"""QAT ranges that checkpoints bring along: each system's names, each library's entries, and what is left out or refused."""
 
 from __future__ import annotations
 

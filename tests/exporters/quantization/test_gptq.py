@@ -21,10 +21,10 @@ from swin_deploy.exporters.quantization.gptq import (
     best_activation_scale,
     gptq,
     input_moments,
+    int8_scales,
     quantized_activation,
     rounded_linear,
     scale_of_range,
-    weight_scales,
 )
 from swin_deploy.exporters.quantization.qdq import ActivationScale
 
@@ -118,7 +118,7 @@ def test_one_sided_values_use_the_whole_range_and_outliers_are_clipped() -> None
 
 
 def test_a_row_of_zeros_has_a_scale() -> None:
-    scales = weight_scales(np.array([[0.0, 0.0], [1.0, -2.0]]))
+    scales = int8_scales(np.array([[0.0, 0.0], [1.0, -2.0]]))
     assert scales[0] > 0
     assert scales[1] == pytest.approx(2 / 127)
 

@@ -202,7 +202,7 @@ def test_what_is_missing_is_measured(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_for_tensorrt(version: int, tmp_path: Path) -> None:
-    """QatRanges of what layers read and write are the checkpoint's; torch.ao observes outputs as well."""
+    """Ranges of what layers read and write are the checkpoint's; torch.ao observes outputs as well."""
     model, path = trained(version, outputs=True), copied(bundle(version, "tensorrt", outputs=True), tmp_path)
     feed = pixels(32, 99)
     swin_deploy.quantize(path, feed.numpy())
