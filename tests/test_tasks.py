@@ -1,4 +1,4 @@
-"""What an export can be asked for: tasks and their options, image sizes, semantics; and bundles that hold several sizes."""
+"""What an export can be asked for: tasks and their options, image sizes, frameworks; and bundles that hold several sizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from swin_deploy.exporters.typed_graphs import with_typed_graphs  # noqa: E402
 from swin_deploy.models.checkpoints import checkpoint_from_path, random_checkpoint  # noqa: E402
 from swin_deploy.models.swin import SwinNetwork  # noqa: E402
 from swin_deploy.runtimes.backends import runtime_from_onnx  # noqa: E402
-from swin_deploy.specs import size_from_text  # noqa: E402
+from swin_deploy.specs import ExportSpec  # noqa: E402
 from swin_deploy.tasks import MASK, PIXELS, TASKS, TaskSpec  # noqa: E402
 
 FIELDS: dict[str, Any] = {"image_size": 32, "embed_dim": 16, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4,
@@ -117,13 +117,14 @@ def test_names_of_the_outputs(task: TaskSpec, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0", "0x32", "-32", "32x", "x32", "32*32", "32x32x3", "32.5", "abc", "1000000x1"])
-def test_what_no_image_size_is(text: str) -> None:
-    with pytest.raises(UsageError, match="is no image size; expected HEIGHTxWIDTH"):
-        size_from_text(text)
+def test_invalid_image_sizes(text: str) -> None:
+    with pytest.raises(UsageError, match=r"Invalid image size .* Expected HEIGHTxWIDTH"):
+        ExportSpec(image_sizes=[text])
 
 
 def test_image_sizes() -> None:
-    assert [size_from_text(text) for text in ("256x320", "256X320", " 32 ")] == [(256, 320), (256, 320), (32, 32)]
+    sizes = ExportSpec(image_sizes=["256x320", "256X320", " 32 "]).image_sizes
+    assert sizes == ((256, 320), (256, 320), (32, 32))
 
 
 def test_features_that_the_config_names(checkpoint: Path, tmp_path: Path) -> None:
@@ -272,7 +273,7 @@ def test_options_of_the_command(checkpoint: Path, tmp_path: Path) -> None:
 def test_other_options_of_the_command(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "features"
     done = run("export", "--weights", checkpoint, "--task", "feature-extraction", "--no-pooling-layer", "--output-attentions",
-               "--semantics", "timm", "-o", out)  # fmt: skip
+               "--framework", "timm", "-o", out)  # fmt: skip
     assert done.exit_code == 0, done.output
     with swin_deploy.load(out, precision="fp32") as model:
         assert [spec.name for spec in model.outputs] == ["last_hidden_state", "attentions.0", "attentions.1"]
@@ -282,13 +283,13 @@ def test_other_options_of_the_command(checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--image-size", "0x32"], '"0x32" is no image size'),
-        (["--image-size", "32", "--image-size", "wide"], '"wide" is no image size'),
+        (["--image-size", "0x32"], 'Invalid image size "0x32"'),
+        (["--image-size", "32", "--image-size", "wide"], 'Invalid image size "wide"'),
         (["--image-size", "32x5000"], "image side of 5000 pixels"),
-        (["--out-features", "stem"], "belong to the task backbone"),
-        (["--task", "backbone", "--out-features", "stage9"], 'no feature "stage9"'),
+        (["--out-features", "stem"], "has no output features"),
+        (["--task", "backbone", "--out-features", "stage9"], 'Unknown feature "stage9". Choose one of: stem, stage1'),
         (["--task", MASKED], "has no decoder"),
-        (["--use-mask-token"], "can be chosen for the task feature-extraction"),
+        (["--use-mask-token"], "has no options for the mask token"),
     ],
 )
 def test_refusals_are_one_sentence(checkpoint: Path, tmp_path: Path, arguments: list[str], sentence: str) -> None:
@@ -300,11 +301,11 @@ def test_refusals_are_one_sentence(checkpoint: Path, tmp_path: Path, arguments: 
     assert not (tmp_path / "out").exists()
 
 
-def test_tasks_and_semantics_are_listed_by_the_command(checkpoint: Path) -> None:
-    for option in ("--task", "--semantics"):
-        done = run("export", "--weights", checkpoint, option, "other")
-        assert done.exit_code == 2
-        assert "is not one of" in done.output
+def test_tasks_and_frameworks_are_listed_by_the_command(checkpoint: Path) -> None:
+    for option in ("--task", "--framework"):
+        error = run("export", "--weights", checkpoint, option, "other").exception
+        assert isinstance(error, UsageError)
+        assert f'Unknown {option[2:]} "other". Choose one of: ' in str(error)
     assert all(task in run("export", "--help").output.replace("\n", "") for task in TASKS)
 
 

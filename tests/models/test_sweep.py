@@ -182,7 +182,7 @@ def test_network(version: int, task: str, patch: int, size: Size, folders: dict[
 @pytest.mark.parametrize(
     ("version", "task", "size"),
     [
-        (1, "image-classification", (50, 66)),
+        pytest.param(1, "image-classification", (50, 66), marks=pytest.mark.slow),
         (1, "backbone", (33, 47)),
         pytest.param(1, "masked-image-modeling", (56, 56), marks=pytest.mark.slow),
         (2, "image-classification", (50, 66)),
