@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,7 @@ class QatRanges:
     layers: Mapping[str, LayerRanges] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        layers = {name: _described(layer) for name, layer in self.layers.items()}
+        layers = {name: {k: v for k, v in asdict(layer).items() if v is not None} for name, layer in self.layers.items()}
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(layer)}" for name, layer in layers.items())
         return f'{{"source": {json.dumps(self.source)}, "layers": {{\n{lines}\n}}}}\n'
 
@@ -127,14 +127,6 @@ def modules_of(layer: str) -> tuple[str, ...]:
     if match := re.fullmatch(r"merges\.(\d+)\.reduction", layer):
         return (f"encoder.layers.{match[1]}.downsample.reduction",)
     return {"classifier": ("classifier",), "decoder": ("decoder.0",)}.get(layer, ())
-
-
-def _described(layer: LayerRanges) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, one in (("input", layer.input), ("output", layer.output)):
-        if one is not None:
-            found[name] = {"scale": one.scale, "zero_point": one.zero_point, "amplitude": one.amplitude}
-    return found if layer.weight is None else {**found, "weight": list(layer.weight)}
 
 
 def _layer(values: Mapping[str, Any]) -> LayerRanges:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,7 +54,7 @@ class ChannelStatistics:
 
 
 class GraphIndex:
-    """Index of an ONNX graph: the writer, the readers and the number of channels of each tensor."""
+    """Index of an ONNX graph: constants, and the writer, the readers and the number of channels of each tensor."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         onnx = require("onnx", "quantize a model")
@@ -66,15 +67,17 @@ class GraphIndex:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
         self.outputs = {value.name for value in model.graph.output}
-        self.widths: dict[str, int] = {}
-        inferred = onnx.shape_inference.infer_shapes(without_values(onnx, model)).graph
-        for value in (*inferred.value_info, *inferred.input, *inferred.output):
-            dims = value.type.tensor_type.shape.dim
-            if len(dims) and dims[-1].HasField("dim_value"):
-                self.widths[value.name] = dims[-1].dim_value
 
-    def attribute(self, node: Any, name: str) -> Any:
-        return next((list(a.ints) or a.i for a in node.attribute if a.name == name), None)
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        dims = {value.name: value.type.tensor_type.shape.dim for value in inferred_values(self.model)}
+        return {name: dim[-1].dim_value for name, dim in dims.items() if len(dim) and dim[-1].HasField("dim_value")}
+
+    def attribute(self, node: Any, name: str, default: Any = None) -> Any:
+        return next((tuple(a.ints) or a.i for a in node.attribute if a.name == name), default)
+
+    def constant(self, name: str) -> Array:
+        return np.asarray(self.numpy.to_array(self.constants[name]))
 
     def passes(self, node: Any) -> bool:
         """Whether the node keeps the order of channels, so that its first input and its output share factors."""
@@ -270,8 +273,9 @@ def _values_of_attention(graph: GraphIndex, layer: LinearLayer) -> Channels | No
     return Channels(width, {layer.input}, written, {layer.weight})
 
 
-def without_values(onnx: Any, model: onnx.ModelProto) -> Any:
-    """Return `model` for shape inference, with its large constants declared as inputs."""
+def inferred_values(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """Infer the types and shapes of all tensors of `model`. Large constants are declared as inputs: they would not fit."""
+    onnx = require("onnx", "quantize a model")
     light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
     light.graph.name = "shapes"
     light.graph.node.extend(model.graph.node)
@@ -282,4 +286,5 @@ def without_values(onnx: Any, model: onnx.ModelProto) -> Any:
             light.graph.initializer.append(tensor)
         else:
             light.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
-    return light
+    inferred = onnx.shape_inference.infer_shapes(light).graph
+    return [*inferred.value_info, *inferred.input, *inferred.output]

@@ -15,7 +15,7 @@ from swin_deploy.dependencies import EXACT_QDQ, onnxruntime_session, require
 from swin_deploy.errors import InputError
 from swin_deploy.specs import Array
 
-from .equalization import without_values
+from .equalization import inferred_values
 
 if TYPE_CHECKING:
     import onnx
@@ -34,8 +34,9 @@ class LayerwiseRun:
         self.model, self.folder = model, folder
         self.nodes = list(model.graph.node)
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        shapes = self.onnx.shape_inference.infer_shapes(without_values(self.onnx, model)).graph.value_info
-        self.types = {value.name: value.type.tensor_type.elem_type for value in shapes}  # of the tensors of the original model
+        self.types = {
+            value.name: value.type.tensor_type.elem_type for value in inferred_values(model)
+        }  # of the tensors of the original model
         self.done: set[str] = {value.name for value in model.graph.input}
         self.batches = 0
         folder.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,8 @@ from swin_deploy.exporters.typed_graphs import config_and_task
 from swin_deploy.qat_ranges import PARTS, ActivationRange, LayerRanges, QatRanges, largest, modules_of, softmax_scale
 from swin_deploy.specs import Array
 
+from .equalization import GraphIndex
+
 if TYPE_CHECKING:
     import onnx
 
@@ -138,16 +140,10 @@ def _equal(linear: _Linear, weights: list[Array]) -> bool:
     return True
 
 
-class _QdqGraph:
-    """The graph to read."""
-
+class _QdqGraph(GraphIndex):
     def __init__(self, model: onnx.ModelProto, path: str) -> None:
-        import onnx
-
-        self.path, self.numpy = path, onnx.numpy_helper
-        self.nodes = list(model.graph.node)
-        self.writer = {name: node for node in self.nodes for name in node.output}
-        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        super().__init__(model)
+        self.path = path
         for node in self.nodes:
             values = [a.t for a in node.attribute if a.name == "value"]
             if node.op_type == "Constant" and values:
@@ -165,7 +161,7 @@ class _QdqGraph:
                 continue
             if node.op_type == "Conv" and np.prod(found.values.shape[2:]) != 1:  # the patch embedding, which is not quantized
                 continue
-            transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not self._attribute(node, "transB"))
+            transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not self.attribute(node, "transB"))
             if not transposed:  # a convolution's has further axes of length 1
                 found = found.each(lambda array: array.reshape(array.shape[:2]))
             if found.values.ndim != 2:
@@ -185,7 +181,7 @@ class _QdqGraph:
     def _weight(self, name: str) -> _Weight | None:
         """The weight `name`; None for a tensor that is not constant."""
         if name in self.constants:
-            return _Weight(self._constant(name).astype(np.float64), None, False)
+            return _Weight(self.constant(name).astype(np.float64), None, False)
         node = self.writer.get(name)
         if node is None:
             return None
@@ -194,7 +190,7 @@ class _QdqGraph:
         inner = self._weight(node.input[0]) if node.op_type in ("Cast", "Identity", "Transpose") else None
         if inner is None or node.op_type != "Transpose":
             return inner
-        order = self._attribute(node, "perm") or tuple(reversed(range(inner.values.ndim)))
+        order = self.attribute(node, "perm") or tuple(reversed(range(inner.values.ndim)))
         return inner.each(lambda array: array.transpose(order))
 
     def _dequantized(self, node: Any) -> _Weight | None:
@@ -206,7 +202,7 @@ class _QdqGraph:
         scale = self._scale(node)
         shape = [1] * inner.values.ndim
         if scale.size > 1:
-            axis = self._attribute(node, "axis", 1)
+            axis = self.attribute(node, "axis", 1)
             if inner.values.shape[axis] != scale.size:
                 raise InputError(
                     f"{self.path}: {node.name} has a scale for each block of a weight. Expected one scale, or one for each "
@@ -242,7 +238,7 @@ class _QdqGraph:
         lowest, highest = INTEGERS[kind]
         clip = self.writer.get(node.input[0])
         if clip is not None and clip.op_type == "Clip":
-            limits = [int(self._constant(bound)) for bound in clip.input[1:3] if bound in self.constants]
+            limits = [int(self.constant(bound)) for bound in clip.input[1:3] if bound in self.constants]
             lowest, highest = limits if len(limits) == 2 else (lowest, highest)
         amplitude = (highest - zero if 2 * zero == lowest + highest + 1 else max(zero - lowest, highest - zero)) * step
         return ActivationRange(step, zero + (128 if kind == "int8" else 0), amplitude)
@@ -258,21 +254,15 @@ class _QdqGraph:
         """The numpy name of the quantized type, and the zero point."""
         zeros = [n.input[2] for n in (node, quantizer) if n is not None and len(n.input) > 2 and n.input[2] in self.constants]
         if zeros:
-            zero = self._constant(zeros[0])
+            zero = self.constant(zeros[0])
             return str(zero.dtype), zero.astype(np.int64) if zero.dtype.kind in "iu" else np.zeros(zero.shape)
         values = node.input[0]
-        return (str(self._constant(values).dtype) if values in self.constants else "uint8"), np.zeros(1, np.int64)
+        return (str(self.constant(values).dtype) if values in self.constants else "uint8"), np.zeros(1, np.int64)
 
     def _scale(self, node: Any) -> Array:
-        scale = self._constant(node.input[1]).astype(np.float64)
+        scale = self.constant(node.input[1]).astype(np.float64)
         if not (np.isfinite(scale).all() and (scale >= 0).all()):
             raise InputError(
                 f"{self.path}: the scale of {node.name} holds NaN, infinity or a negative number. Expected positive numbers."
             )
         return scale
-
-    def _constant(self, name: str) -> Array:
-        return np.asarray(self.numpy.to_array(self.constants[name]))
-
-    def _attribute(self, node: Any, name: str, default: Any = None) -> Any:
-        return next((tuple(a.ints) or a.i for a in node.attribute if a.name == name), default)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import wraps
 from typing import Any
@@ -10,31 +9,27 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="graphs are traced from torch")
+pytest.importorskip("torch", reason="graphs are traced from torch")
 onnx = pytest.importorskip("onnx", reason="graphs are ONNX graphs")
 pytest.importorskip("onnxscript", reason="torch exports through onnxscript")
 gs = pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with onnx-graphsurgeon")
 ort = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the graphs")
 
-from cli.exported import EXAMPLES, WEIGHTS  # noqa: E402
+from cli.exported import EXAMPLES, digits  # noqa: E402
 from onnx import TensorProto, helper  # noqa: E402
+from traced import traced_once  # noqa: E402
 
+from swin_deploy.bundle import PREPROCESSOR, Bundle  # noqa: E402
 from swin_deploy.config import SwinConfig  # noqa: E402
+from swin_deploy.dependencies import onnxruntime_session  # noqa: E402
 from swin_deploy.errors import EngineError, ExportError, UsageError  # noqa: E402
 from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx  # noqa: E402
-from swin_deploy.exporters.external_data import embed_weights  # noqa: E402
-from swin_deploy.exporters.onnx_from_torch import onnx_from_torch  # noqa: E402
-from swin_deploy.exporters.passes.attention import (  # noqa: E402
-    equalized_attention,
-    query_bias_in_channel,
-    value_bias_in_projection,
-)
+from swin_deploy.exporters.passes import attention  # noqa: E402
 from swin_deploy.exporters.passes.layer_norms import norm_after_matmul  # noqa: E402
 from swin_deploy.exporters.precision import typed_from_fp32  # noqa: E402
 from swin_deploy.exporters.quantization.for_tensorrt import quantized_from_fp32, quantized_layers  # noqa: E402
 from swin_deploy.exporters.quantization.qdq import TensorRTWriter  # noqa: E402
-from swin_deploy.models.checkpoints import checkpoint_from_path, random_checkpoint  # noqa: E402
-from swin_deploy.models.swin import SwinNetwork  # noqa: E402
+from swin_deploy.exporters.typed_graphs import config_and_task  # noqa: E402
 from swin_deploy.preprocess import Preprocessor  # noqa: E402
 from swin_deploy.runtimes.emulate import emulated  # noqa: E402
 from swin_deploy.specs import EngineSpec  # noqa: E402
@@ -66,23 +61,21 @@ def remembered(function: Any) -> Any:
     return call
 
 
-@remembered
 def fp32(config: SwinConfig, size: tuple[int, int] = WHOLE, task: TaskSpec = LOGITS) -> Any:
-    traced = onnx_from_torch(SwinNetwork(config, size, random_checkpoint(config, task).tensors, task).eval(), size)
-    embed_weights(traced.model, traced.weights)
-    return traced.model
+    return traced_once(config, size, task)
 
 
 @remembered
 def trained(version: int) -> tuple[SwinConfig, Any, Any]:
     """Of the network in `examples/`: its config, its fp32 graph, and ten images."""
-    folder = WEIGHTS[version]
-    checkpoint = checkpoint_from_path(folder, LOGITS)
-    config = checkpoint.config
-    traced = onnx_from_torch(SwinNetwork(config, config.image_size, checkpoint.tensors, LOGITS).eval(), config.image_size)
-    embed_weights(traced.model, traced.weights)
-    prepare = Preprocessor.from_dict(json.loads((folder / "preprocessor_config.json").read_text()))
-    return config, traced.model, prepare([str(file) for file in sorted((EXAMPLES / "digits/images").glob("*.png"))])
+    bundle = Bundle.open(digits(version))
+    model = onnx.shape_inference.infer_shapes(onnx.load(bundle.path / "onnx/model.onnx"))
+    prepare = Preprocessor.from_dict(bundle.read_json(PREPROCESSOR))
+    return (
+        config_and_task(bundle)[0],
+        model,
+        prepare([str(file) for file in sorted((EXAMPLES / "digits/images").glob("*.png"))]),
+    )
 
 
 def noise(size: tuple[int, int]) -> Any:
@@ -90,10 +83,8 @@ def noise(size: tuple[int, int]) -> Any:
 
 
 def answers(model: Any, pixels: Any = None, names: list[str] | None = None) -> dict[str, Any]:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    off = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime_session(model.SerializeToString(), threads=1, graph_optimization_level=off)
     names = names or [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, {"pixel_values": noise(WHOLE) if pixels is None else pixels}), strict=True))
 
@@ -214,9 +205,9 @@ def test_rewrites_of_v1_change_no_answer(case: str, by_row: bool) -> None:
     config = replace(V1, qkv_bias=False) if case == "no bias" else V1
     size, task = (WHOLE if case == "whole" else PADDED), (EVERYTHING if case == "every output" else LOGITS)
     graph = gs.import_onnx(fp32(config, size, task))
-    assert len(equalized_attention(graph, by_row)) == 3
-    assert value_bias_in_projection(graph) == 3
-    assert query_bias_in_channel(graph, {node.name: 5.0 for node in graph.nodes}) == 3
+    assert len(attention.equalized_attention(graph, by_row)) == 3
+    assert attention.value_bias_in_projection(graph) == 3
+    assert attention.query_bias_in_channel(graph, {node.name: 5.0 for node in graph.nodes}) == 3
     assert norm_after_matmul(graph, set()) == 3
     rewritten = gs.export_onnx(graph.cleanup().toposort())
     wanted, found = (answers(model, noise(size)) for model in (fp32(config, size, task), rewritten))
@@ -231,7 +222,7 @@ def test_rewrites_of_v1_change_no_answer(case: str, by_row: bool) -> None:
 
 def test_rows_are_brought_to_one_size() -> None:
     graph = gs.import_onnx(fp32(V1))
-    equalized_attention(graph, values_by_row=True)
+    attention.equalized_attention(graph, values_by_row=True)
     rows = [np.abs(n.inputs[1].values).max(axis=1).reshape(3, -1) for n in graph.nodes if n.name.endswith("qkv/Gemm")]
     assert len(rows) == 3
     for query, key, value in rows:
