@@ -26,10 +26,7 @@ ROUNDS, SECONDS = 7, 0.6  # of a speed comparison: how often the graphs alternat
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """SQNR of the outputs in dB if only the layer `name` is quantized.
-
-    It is infinite if nothing changes, and minus infinity if the outputs are not finite.
-    """
+    """SQNR of the outputs in dB if only the layer `name` is quantized (see parity.sqnr)."""
 
     name: str
     sqnr_db: float
@@ -44,10 +41,7 @@ def rank_layers(
 ) -> tuple[LayerSensitivity, ...]:
     """Quantize each layer alone and sort the layers by the resulting SQNR, most sensitive first.
 
-    Args:
-        names: The layers that can be quantized.
-        outputs: Returns all outputs on a few samples as one vector, given the layers that stay in fp32.
-        progress: Called after each layer.
+    `outputs` returns all outputs on a few samples as one vector, given the layers that stay in fp32.
     """
     everything = frozenset(names)
     reference = outputs(everything)
@@ -110,14 +104,7 @@ def sensitivity_svg(title: str, ranking: Sequence[LayerSensitivity], kept: Set[s
 
 @dataclass(frozen=True)
 class GateResult:
-    """What the accuracy gate decided.
-
-    Attributes:
-        kept: Layers that stay in fp32.
-        ranking: Sensitivity of all layers, most sensitive first.
-        loss: Loss of the accepted graph, in `unit`.
-        unit: See AccuracyGate.unit.
-    """
+    """Layers that stay in fp32, the sensitivity of all layers, and the loss of the accepted graph in `unit`."""
 
     kept: frozenset[str]
     ranking: tuple[LayerSensitivity, ...]
@@ -134,17 +121,9 @@ class GateResult:
 
 @dataclass(frozen=True)
 class AccuracyGate:
-    """Measures how much accuracy quantized graphs lose against an fp32 graph on all samples.
+    """Measures how much accuracy quantized graphs lose against the fp32 graph `reference` on all samples.
 
-    Attributes:
-        reference: The fp32 graph.
-        batches: Returns an iterator over feeds.
-        samples: Number of samples.
-        image_size: (height, width) in pixels.
-        labels: Class number of each sample; None if unknown.
-        classes: Number of classes; 0 if the outputs are not logits.
-        open_model: Opens a graph in memory as a runtime.
-        progress: Called after each batch.
+    `labels` are the class numbers of the samples, None if unknown; `classes` is 0 if the outputs are not logits.
     """
 
     reference: Any
@@ -187,16 +166,10 @@ class AccuracyGate:
         return np.concatenate([np.asarray(output).reshape(-1) for output in outputs])
 
     def select_layers(self, title: str, names: Sequence[str], graph: Callable[[Set[str]], Any], max_drop: float) -> GateResult:
-        """Choose the layers to keep in fp32 so that the graph loses at most `max_drop`.
-
-        Args:
-            title: Name of the precision, for messages.
-            names: Layers that can be quantized.
-            graph: Builds the graph, given the layers that stay in fp32.
-            max_drop: Largest loss to accept, in `unit`.
+        """Choose the layers to keep in fp32 so that the loss is at most `max_drop`; `graph` builds a graph with these kept.
 
         Raises:
-            GateError: Even with a single quantized layer the loss is larger.
+            GateError: Even with a single quantized layer the loss is larger. `title` names the precision.
         """
         _LOG.info("Ranking the layers by sensitivity")
         ranking = rank_layers(names, lambda keep: self.outputs(graph(keep)), self.progress)
@@ -224,15 +197,7 @@ def _loss(reference: Score, test: Score) -> float:
 
 @dataclass(frozen=True)
 class SpeedComparison:
-    """Time of a quantized graph and of the graph that it replaces.
-
-    Attributes:
-        where: What was measured or computed, and where.
-        baseline: Name of the graph that it replaces.
-        before: Seconds per call of the baseline.
-        after: Seconds per call of the quantized graph.
-        ratio: Speedup.
-    """
+    """Seconds per call before and after quantization, the name of the graph before, and how they were obtained."""
 
     where: str
     baseline: str

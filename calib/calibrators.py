@@ -23,14 +23,7 @@ COARSE, FINE = 12, 8  # steps of a search per octave, and between two of these
 
 
 def compute_amax(counts: Array, width: float, amax: float, method: str, kind: str) -> float:
-    """Choose the amax of a symmetric type.
-
-    Args:
-        counts: Histogram.
-        width: Bin width.
-        amax: Largest absolute value seen; the result is at most this.
-        method: One of METHODS.
-        kind: "int8" or "fp8".
+    """Choose the amax of the symmetric type "int8" or "fp8", at most `amax`, the largest absolute value seen.
 
     Raises:
         UsageError: The method or type is unknown.
@@ -57,14 +50,7 @@ def compute_amax(counts: Array, width: float, amax: float, method: str, kind: st
 
 
 def compute_range(counts: Array, width: float, low: float, high: float, method: str) -> tuple[float, float]:
-    """Choose the (lowest, highest) value of uint8 with a zero point, which includes 0.
-
-    Args:
-        counts: Histogram.
-        width: Bin width.
-        low: Smallest value seen.
-        high: Largest value seen.
-        method: One of METHODS.
+    """Choose the (lowest, highest) value of uint8 with a zero point, within those seen, `low` and `high`, and 0.
 
     Raises:
         UsageError: The method is unknown.
@@ -126,10 +112,7 @@ def _quantile(counts: Array, share: float) -> float:
 
 
 def _squares(centres: Array, top: float, kind: str, width: float) -> Array:
-    """Return the squared quantization error of the bins at `centres` if `top` is the amax.
-
-    Where the steps of the type are finer than the bins, values are assumed to be uniform within a bin.
-    """
+    """Return the squared error of the bins at `centres` for the amax `top`; values are uniform within a bin."""
     scale = top / TYPE_MAX[kind]
     kept = np.minimum(centres, top)
     steps = scale * (_fp8_steps(kept / scale) if kind == "fp8" else np.ones_like(kept))

@@ -1,7 +1,6 @@
 """Run calibration data through a graph in ONNX Runtime and observe its tensors.
 
-Observations are immutable, so what is written to disk never contains half a batch. An interrupted pass resumes after the last
-batch written and gives the same bits as an uninterrupted one.
+An interrupted pass resumes after the last batch saved and gives the same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _FORMAT = 2  # of the cache files; files of another format are ignored
 
 
 class CalibrationData(Protocol):
-    """Samples for a calibration pass, such as calib.data.Samples."""
+    """The part of calib.data.Samples that a pass needs."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -104,9 +103,7 @@ def collect(
 def amax_of_values(
     model: onnx.ModelProto, data: CalibrationData, *, batch: int = 1, progress: Progress = no_progress, threads: int = 0
 ) -> dict[str, float]:
-    """Return the amax of every float32 value in a graph over all of `data`.
-
-    The maximum is computed in the graph, so memory use is that of running it.
+    """Return the amax of every float32 value in a graph over all of `data`. It is computed in the graph to save memory.
 
     Args:
         model: A graph with its weights and the types of its values in value_info. It is not changed.

@@ -23,20 +23,12 @@ from swin_deploy.specs import Array, Size, TensorSpec
 from .labels import labels_from_file
 from .readers import ImageFolder, NumpyFile, SampleSequence, SampleSource, spool
 
-Feeds = dict[str, Array]
 CHECKED_SAMPLES = 16  # are read before any work, to refuse a data set in which nothing varies
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Selected samples of a source, prepared for one graph. Only the current batch is in memory.
-
-    Attributes:
-        source: Where samples are read from.
-        preprocessor: Turns an image into an input of the graph.
-        inputs: Inputs of the graph.
-        chosen: Numbers of the selected samples in `source`.
-    """
+    """The samples with the numbers `chosen` of a source, prepared for one graph. Only the current batch is in memory."""
 
     source: SampleSource
     preprocessor: Preparation
@@ -65,11 +57,6 @@ class Samples:
         sample = next(self.source.read(self.chosen[:1]))
         return isinstance(sample, np.ndarray) and sample.dtype.kind == "f"
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Name of each sample, such as the path of a file in its folder."""
-        return tuple(self.source.name(index) for index in self.chosen)
-
     @cached_property
     def fingerprint(self) -> str:
         """Hexadecimal sha256 of the samples (names and contents) and their preparation."""
@@ -79,26 +66,17 @@ class Samples:
             digest.update(self.source.digest(index, sample))
         return digest.hexdigest()
 
-    def batches(self, size: int, start: int = 0) -> Iterator[Feeds]:
-        """Yield feeds for the graph.
-
-        "pixel_values" is float32 [size, 3, height, width], or uint8 [size, height, width, 3] if the graph accepts frames. A
-        mask, if the graph has one, hides nothing.
-
-        Args:
-            size: Largest number of samples per batch.
-            start: First sample.
+    def batches(self, size: int, start: int = 0) -> Iterator[dict[str, Array]]:
+        """Yield feeds for the graph, at most `size` samples each, from sample `start` on. A mask hides nothing.
 
         Raises:
             InputError: A sample cannot be read, has another shape, or contains NaN or infinity.
         """
-        if size < 1:
-            raise UsageError(f"Invalid batch size {size}. Expected at least 1.")
         chosen = self.chosen[start:]
         stream = zip(chosen, self.source.read(chosen), strict=True)
         for first in range(0, len(chosen), size):
             count = min(size, len(chosen) - first)
-            pixels = np.empty((count, *_shape(self.inputs)), dtype=self.inputs[0].dtype)
+            pixels = np.empty((count, *_shape(self.inputs[0])), dtype=self.inputs[0].dtype)
             for row, (index, sample) in zip(pixels, stream, strict=False):
                 as_is = isinstance(self.source, NumpyFile) and self.source.prepared
                 if as_is and sample.shape != row.shape:
@@ -107,13 +85,8 @@ class Samples:
                         f"but a graph expects another ({list(row.shape)}). Pass a list instead."
                     )
                 row[:] = sample if as_is else prepared(sample, self.source.name(index), self.preprocessor, self.inputs)
-            yield self._feeds(pixels)
-
-    def _feeds(self, pixels: Array) -> Feeds:
-        feeds: Feeds = {self.inputs[0].name: pixels}
-        for spec in self.inputs[1:]:
-            feeds[spec.name] = np.zeros((len(pixels), *(int(n) for n in spec.shape[1:])), dtype=spec.dtype)
-        return feeds
+            masks = {spec.name: np.zeros((count, *_shape(spec)), dtype=spec.dtype) for spec in self.inputs[1:]}
+            yield {self.inputs[0].name: pixels, **masks}
 
     def with_size(self, preprocessor: Preparation, inputs: tuple[TensorSpec, ...]) -> Samples:
         """Return the same samples for another graph, such as one with another image size."""
@@ -141,8 +114,6 @@ def samples_from(
     Raises:
         InputError: There are no samples, or all are the same.
     """
-    if samples is not None and samples < 1:
-        raise UsageError(f"Invalid number of samples {samples}. Expected at least 1.")
     found = _source(source, preprocessor, inputs, samples)
     if labels is not None:
         if not isinstance(found, ImageFolder):
@@ -182,14 +153,10 @@ def preparation_and_inputs(bundle: Bundle, file: str) -> tuple[Preparation, tupl
 
 
 def prepared(sample: Any, name: str, preprocessor: Preparation, inputs: tuple[TensorSpec, ...]) -> Array:
-    """Prepare one sample for the graph: float32 [3, height, width] or uint8 [height, width, 3].
-
-    Raises:
-        InputError: The sample `name` does not fit the graph.
-    """
+    """Prepare one sample for the graph. Raises InputError if it does not fit."""
     from PIL import Image
 
-    shape = _shape(inputs)
+    shape = _shape(inputs[0])
     if hasattr(sample, "__array__") and not isinstance(sample, np.ndarray | Image.Image):
         sample = np.asarray(sample)  # a tensor of another library
     if isinstance(sample, np.ndarray) and sample.dtype.kind == "f":
@@ -264,7 +231,7 @@ def _source(source: Any, preprocessor: Preparation, inputs: tuple[TensorSpec, ..
 
 def _fitting(found: NumpyFile, inputs: tuple[TensorSpec, ...]) -> NumpyFile:
     """Return `found` if its samples have a valid shape; raise InputError otherwise."""
-    shape = _shape(inputs)
+    shape = _shape(inputs[0])
     images = found.dtype == np.uint8 and (len(found.shape) == 3 or (len(found.shape) == 4 and found.shape[3] in (1, 3, 4)))
     sides = ", ".join(map(str, shape))
     if inputs[0].dtype == "uint8" and not images:
@@ -297,5 +264,5 @@ def _refuse_uniform(samples: Samples) -> None:
     raise InputError(f"In {samples.source.title}, {which} {fault}. Expected real images.")
 
 
-def _shape(inputs: tuple[TensorSpec, ...]) -> tuple[int, ...]:
-    return tuple(int(size) for size in inputs[0].shape[1:])
+def _shape(spec: TensorSpec) -> tuple[int, ...]:
+    return tuple(int(size) for size in spec.shape[1:])

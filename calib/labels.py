@@ -18,11 +18,9 @@ EXPECTED = "a line with file and class for each image, such as cat/1.jpg,cat"
 
 
 def labels_from_file(path: Path, names: Sequence[str]) -> tuple[str, ...]:
-    """Read the class of each of `names` from lines "file,class" or "file class".
+    """Read the class of each of `names`, which are paths, from lines "file,class" or "file class".
 
-    Args:
-        path: The label file, in UTF-8. A heading is ignored.
-        names: Paths of images; a line contains such a path or only its last part.
+    `file` is a path or only its last part; a heading is ignored.
 
     Raises:
         InputError: The file cannot be read, or a name has no class.
@@ -54,10 +52,6 @@ def class_numbers(labels: Sequence[Any], id2label: Mapping[int, str]) -> tuple[d
     The first rule that fits is used: labels are integers; labels are class names of the network (ignoring case, "_" and "-";
     one of several names separated by commas suffices); labels are numbers as text; there are as many labels as classes, and
     the classes are the sorted labels, as in ImageNet.
-
-    Args:
-        labels: Label of each sample.
-        id2label: Class names of the network by number.
 
     Returns:
         The class number of each distinct label, and the name of the rule.

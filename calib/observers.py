@@ -25,16 +25,7 @@ PIECE = 1 << 17  # values counted at a time, so that they stay in the processor'
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """What is known of the values of a tensor.
-
-    Attributes:
-        counts: Histogram, int64 [2 * HALF]; bin HALF starts at zero.
-        exponent: Bins are 2**exponent wide.
-        low: Smallest value.
-        high: Largest value.
-        samples: Number of samples.
-        values: Number of values.
-    """
+    """Extremes, number and histogram of values: `counts` int64 [2 * HALF] of bins 2**exponent wide, bin HALF from zero on."""
 
     counts: Array
     exponent: int
@@ -45,11 +36,7 @@ class Observation:
 
     @classmethod
     def of(cls, values: Array, samples: int, name: str = "the tensor") -> Observation:
-        """Observe one batch of `samples` samples.
-
-        Raises:
-            InputError: A value is NaN or infinite.
-        """
+        """Observe one batch of `samples` samples. Raises InputError if a value is NaN or infinite."""
         flat = np.ascontiguousarray(values, dtype=np.float32).reshape(-1)
         low, high = float(flat.min()), float(flat.max())
         if not (math.isfinite(low) and math.isfinite(high)):  # NaN anywhere makes the minimum NaN

@@ -32,21 +32,12 @@ class SampleSource(Protocol):
 
     @property
     def title(self) -> str: ...
-
     @property
-    def labels(self) -> Sequence[Any] | None:
-        """Class name or number of each sample."""
-
+    def labels(self) -> Sequence[Any] | None: ...
     def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """Return the name of a sample for messages."""
-
-    def read(self, wanted: Sequence[int]) -> Iterator[Any]:
-        """Yield the samples with these numbers, in ascending order."""
-
-    def digest(self, index: int, sample: Any) -> bytes:
-        """Hash the name and contents of a sample."""
+    def name(self, index: int) -> str: ...
+    def read(self, wanted: Sequence[int]) -> Iterator[Any]: ...
+    def digest(self, index: int, sample: Any) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -80,11 +71,8 @@ class ImageFolder:
     def at(cls, path: Path) -> ImageFolder:
         """List the images of a folder. Its subfolders are classes if there is no image beside them.
 
-        A folder that contains only one folder of class folders is replaced by that folder. Hidden files, and files whose
-        suffix is not that of an image, are ignored.
-
-        Raises:
-            InputError: There is no image, or a folder cannot be read.
+        A folder that contains only one folder of class folders is replaced by that folder. Hidden files, and files without
+        the suffix of an image, are ignored. Raises InputError if there is no image or a folder cannot be read.
         """
         known = _suffixes()
         found: list[Path] = []
@@ -141,12 +129,7 @@ class NumpyFile:
 
     @classmethod
     def at(cls, path: Path) -> NumpyFile:
-        """Open an .npy file, or an .npz file with `pixel_values` float [n, 3, height, width] or `images` uint8
-        [n, height, width, 3], and optionally `labels` [n].
-
-        Raises:
-            InputError: The file is none of these.
-        """
+        """Open an .npy file, or an .npz file with `pixel_values` or `images`, and optionally `labels`."""
         if path.suffix.lower() == ".npy":
             return cls(str(path), lambda: path.open("rb"))
         names = _members(path)

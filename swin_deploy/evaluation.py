@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from swin_deploy.parity import Runnable, decibels
+from swin_deploy.parity import Runnable, decibels, json_figures
 from swin_deploy.specs import Array, Size
 
 LOGITS = "logits"
@@ -21,10 +20,6 @@ class Score:
 
     Attributes:
         file: The graph's file in the bundle; empty for PyTorch.
-        precision: "fp32", "fp16", "bf16", "int8" or "fp8".
-        image_size: (height, width) in pixels.
-        backend: Title of the runtime that executed the graph.
-        samples: Number of samples.
         top1: Fraction of samples whose best class is the labelled one.
         top5: Fraction of samples whose labelled class is among the best five.
         top1_agreement: Fraction of samples with the same best class as the reference.
@@ -49,7 +44,7 @@ class Score:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values; infinity becomes None."""
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+        return json_figures(self)
 
 
 @dataclass(frozen=True)
@@ -57,10 +52,8 @@ class Evaluation:
     """Scores of a bundle's graphs.
 
     Attributes:
-        samples: Number of samples.
         rule: How labels were matched to class numbers; None without labels.
         against: The reference: "the fp32 graph", or "PyTorch fp32", which is then the first score of each image size.
-        scores: One score per graph, fp32 first.
         left_out: Graphs that were not run, with the reason.
     """
 
@@ -144,14 +137,11 @@ def evaluate_graphs(
     """Run all graphs in one pass over the data and score them against the first fp32 graph of their image size.
 
     Args:
-        graphs: The graphs, an fp32 one first for each image size.
-        batches: Batches of feeds by image size.
+        graphs: The graphs; for each image size, an fp32 one comes first.
+        batches: Feeds by image size.
         labels: Class number of each sample, or None.
         classes: Number of classes; 0 if the outputs are not logits, which limits the scores to distances.
         progress: Called with the number of samples done after each batch.
-
-    Returns:
-        One score per graph, in the same order.
     """
     done = 0
     for feeds in batches:

@@ -1,8 +1,4 @@
-"""Numerical agreement of graphs with PyTorch.
-
-A bundle contains the outputs of fp32 PyTorch for fixed inputs (reference.npz, one per image size), so any machine can repeat
-the comparison without torch and without the checkpoint.
-"""
+"""Numerical agreement of graphs with the outputs of fp32 PyTorch, which a bundle contains for fixed inputs."""
 
 from __future__ import annotations
 
@@ -44,13 +40,8 @@ OpenGraph = Callable[[Path], AbstractContextManager[Runnable]]
 class Agreement:
     """Distance of a test array from a reference.
 
-    Attributes:
-        samples: Number of samples.
-        finite: Whether neither array holds NaN or infinity.
-        max_abs: Largest absolute difference.
-        relative_l2: |test - reference| / |reference| of the worst sample.
-        cosine: Cosine similarity of the worst sample.
-        top1: Fraction of samples with the same largest element.
+    `relative_l2` is |test - reference| / |reference| and, like `cosine`, that of the worst sample. `top1` is the fraction of
+    samples with the same largest element.
     """
 
     samples: int
@@ -66,15 +57,16 @@ class Agreement:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values; infinity becomes None."""
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+        return json_figures(self)
+
+
+def json_figures(value: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass as JSON values; infinity becomes None."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(value).items()}
 
 
 def compare(test: Array, reference: Array) -> Agreement:
-    """Compare two arrays [samples, ...].
-
-    Raises:
-        ValueError: The shapes differ.
-    """
+    """Compare two arrays [samples, ...]. Raises ValueError if their shapes differ."""
     if test.shape != reference.shape:
         raise ValueError(f"cannot compare shape {test.shape} with {reference.shape}")
     if not (np.isfinite(test).all() and np.isfinite(reference).all()):
@@ -110,12 +102,9 @@ def decibels(signal: float, noise: float) -> float:
 
 @dataclass(frozen=True)
 class Reference:
-    """Inputs and PyTorch's outputs for them, by name, samples first.
+    """Inputs and the outputs of fp32 PyTorch for them, by name, samples first.
 
-    Attributes:
-        feeds: Inputs.
-        outputs: Outputs of fp32 PyTorch, float32.
-        noise: Relative L2 distance of fp32 PyTorch from float64 PyTorch, by output; empty if it was not measured.
+    `noise` is the relative L2 distance of fp32 from float64 PyTorch by output; empty if it was not measured.
     """
 
     feeds: Mapping[str, Array]
@@ -142,11 +131,7 @@ class Reference:
 
     @classmethod
     def load(cls, bundle: Bundle, file: str) -> Reference:
-        """Read `file` of `bundle` after checking its sha256.
-
-        Raises:
-            BundleError: The file is damaged or not a reference.
-        """
+        """Read `file` of `bundle` after checking its sha256. Raises BundleError if it is damaged."""
         try:
             with np.load(bundle.verified_path(file), allow_pickle=False) as arrays:
                 parts: dict[str, dict[str, Array]] = {"input": {}, "output": {}, "noise": {}}
@@ -161,14 +146,9 @@ class Reference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Agreement of one graph with PyTorch, by output, over a batch of all samples and over each sample alone.
+    """Agreement of one graph with PyTorch and relative L2 tolerance, by output.
 
-    Attributes:
-        file: The graph's file in the bundle.
-        precision: "fp32", "fp16", "bf16", "int8" or "fp8".
-        backend: Title of the runtime that executed the graph.
-        agreements: Agreement of each output.
-        tolerances: Relative L2 tolerance of each output.
+    All samples were run as one batch and each sample alone. `backend` is the title of the runtime.
     """
 
     file: str

@@ -60,36 +60,31 @@ class Preprocessor:
     do_convert_rgb: bool | None = None
 
     def __post_init__(self) -> None:
-        for flag in FLAGS:
-            value = getattr(self, flag)
-            _check(isinstance(value, bool) or (value is None and flag in FLAGS[3:]), flag, value, "true or false")
-        _check(self.resample in range(6), "resample", self.resample, "a Pillow filter number from 0 to 5 (3 is bicubic)")
-        _check(_is_number(self.rescale_factor), "rescale_factor", self.rescale_factor, "a finite number")
-        if self.shortest_edge is not None:
-            _check(_is_side(self.shortest_edge), "shortest_edge", self.shortest_edge, "a positive whole number")
         sizes = 'a positive whole number, [height, width] or {"height": ..., "width": ...}'
         numbers = "three finite numbers, for red, green and blue"
-        several: list[tuple[str, int, Callable[[Any], bool], str]] = [
-            ("size", 2, _is_side, sizes + ' or {"shortest_edge": ...}'),
-            ("image_mean", 3, _is_number, numbers),
-            ("image_std", 3, lambda part: _is_number(part) and np.float32(part) > 0, numbers + ", above 0"),
-        ]
+        for flag in FLAGS:
+            self._check(flag, _is_flag if flag in FLAGS[:3] else _is_flag_or_none, "true or false")
+        self._check("resample", lambda one: one in range(6), "a Pillow filter number from 0 to 5 (3 is bicubic)")
+        self._check("rescale_factor", _is_number, "a finite number")
+        self._check("shortest_edge", lambda one: one is None or _is_side(one), "a positive whole number")
+        self._check("size", _is_side, sizes + ' or {"shortest_edge": ...}', 2)
+        self._check("image_mean", _is_number, numbers, 3)
+        self._check("image_std", lambda one: _is_number(one) and np.float32(one) > 0, numbers + ", above 0", 3)
         if self.do_center_crop or self.crop_size is not None:
-            several.append(("crop_size", 2, _is_side, sizes))
-        for name, count, fits, expected in several:  # JSON has lists, or one number for all parts
-            value = getattr(self, name)
-            parts = (value,) * count if fits(value) else value
-            whole = isinstance(parts, (list, tuple)) and len(parts) == count
-            _check(whole and all(map(fits, parts)), name, value, expected)
-            object.__setattr__(self, name, tuple(parts))
+            self._check("crop_size", _is_side, sizes, 2)
+
+    def _check(self, name: str, fits: Callable[[Any], bool], expected: str, parts: int = 0) -> None:
+        """Raise InputError for an invalid field. A field of several parts becomes a tuple; one value stands for all parts."""
+        value = getattr(self, name)
+        several = [value] * parts if fits(value) else value
+        if parts and isinstance(several, (list, tuple)) and len(several) == parts and all(map(fits, several)):
+            object.__setattr__(self, name, tuple(several))
+        elif parts or not fits(value):
+            raise _invalid(name, value, expected)
 
     @classmethod
     def imagenet(cls, size: int | tuple[int, int]) -> Preprocessor:
-        """Return the preprocessing of microsoft/swin-* and microsoft/swinv2-*: bicubic resize, ImageNet normalization.
-
-        Args:
-            size: (height, width) in pixels, or one number for a square. The aspect ratio is not kept.
-        """
+        """Return the preprocessing of microsoft/swin-* and microsoft/swinv2-*: bicubic resize, ImageNet normalization."""
         config = {"size": size, "resample": 3, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
         return cls.from_dict(config)
 
@@ -102,9 +97,11 @@ class Preprocessor:
         Raises:
             InputError: A value is invalid or not supported (padding, longest_edge).
         """
-        _check(isinstance(config, Mapping), "config", config, "a JSON object")
+        if not isinstance(config, Mapping):
+            raise _invalid("config", config, "a JSON object")
         given = {key: value for key, value in config.items() if value is not None}
-        _check(not given.get("do_pad"), "do_pad", given.get("do_pad"), "false: padded batches are not supported")
+        if given.get("do_pad"):
+            raise _invalid("do_pad", given["do_pad"], "false: padded batches are not supported")
         values: dict[str, Any] = {flag: False for flag in FLAGS if flag in config}
         values.update({name: given[name] for name in KEYS if name in given})
         for name in ("size", "crop_size"):
@@ -150,11 +147,7 @@ class Preprocessor:
         return output
 
     def frames(self, images: ImageLike | list[ImageLike] | tuple[ImageLike, ...]) -> NDArray[np.uint8]:
-        """Read, resize and crop images (see __call__), without rescaling and normalization.
-
-        Returns:
-            uint8 [batch, height, width, 3], contiguous.
-        """
+        """Read, resize and crop images (see __call__), without the rest: uint8 [batch, height, width, 3], contiguous."""
         output = np.empty(0, dtype=np.uint8)
         for index, count, pixels in self._each(images):
             if index == 0:
@@ -240,10 +233,7 @@ class Preprocessor:
 
 
 def read_image(path: str | os.PathLike[str]) -> PILImage.Image:
-    """Read an image file as 8-bit RGB, rotated by its EXIF tag and without its alpha channel.
-
-    Equal to `transformers.image_utils.load_image`, except that 16-bit greyscale is scaled and 32-bit float is refused. Of an
-    animation, the first frame is read.
+    """Read an image file, or the first frame of an animation, as 8-bit RGB (see the module for rotation and alpha).
 
     Raises:
         InputError: The file is not a valid image.
@@ -353,9 +343,16 @@ def _label(image: Any, index: int, count: int) -> str:
     return "The image" if count == 1 else f"Image {index} of the list"
 
 
-def _check(valid: bool, name: str, value: object, expected: str) -> None:
-    if not valid:
-        raise InputError(f"Invalid {name}: {value!r}. Expected {expected}. Correct preprocessor_config.json.")
+def _invalid(name: str, value: object, expected: str) -> InputError:
+    return InputError(f"Invalid {name}: {value!r}. Expected {expected}. Correct preprocessor_config.json.")
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_flag_or_none(value: object) -> bool:
+    return value is None or isinstance(value, bool)
 
 
 def _is_side(value: object) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from swin_deploy.options import BundlePath, bundle_keywords
@@ -119,7 +118,7 @@ def evaluate(bundle: BundlePath, spec: EvaluateSpec) -> Evaluation:
     from swin_deploy.calib.data import samples_for
 
     found = Bundle.open(bundle)
-    _Selection.of(found, spec)  # refuses invalid options before any image is read
+    _selected(found, spec)  # refuses invalid options before any image is read
     return evaluate_samples(found, samples_for(found, spec.data, spec.samples, spec.labels), spec)
 
 
@@ -130,13 +129,12 @@ def evaluate_samples(bundle: Bundle, samples: Samples, spec: EvaluateSpec) -> Ev
     from swin_deploy.runtimes.backends import runtime_to_check
     from swin_deploy.runtimes.gpu.engines import open_engine
 
-    selection = _Selection.of(bundle, spec)
+    entries, backend, left_out = _selected(bundle, spec)
     classes, labels, rule = class_labels(bundle, samples, spec.ignore_labels)
-    left_out = dict(selection.left_out)
     prepared: dict[Size, Samples] = {}
     graphs: list[GraphScorer] = []
     with contextlib.ExitStack() as stack:
-        for file, entry in selection.entries.items():
+        for file, entry in entries.items():
             size = (int(entry["image_size"][0]), int(entry["image_size"][1]))
             if samples.ready and size != samples.image_size:
                 left_out[file] = "the data has another image size"
@@ -148,9 +146,7 @@ def evaluate_samples(bundle: Bundle, samples: Samples, spec: EvaluateSpec) -> Ev
             if spec.weights is not None and size not in prepared:
                 graphs.append(GraphScorer("", "fp32", size, _torch_network(spec.weights, bundle, size, preparation)))
             runtime: Any = (
-                open_engine(bundle, file, "cuda:0")
-                if engine
-                else runtime_to_check(bundle.verified_path(file), selection.backend)
+                open_engine(bundle, file, "cuda:0") if engine else runtime_to_check(bundle.verified_path(file), backend)
             )
             stack.enter_context(runtime)
             graphs.append(GraphScorer(file, str(entry["precision"]), size, runtime))
@@ -162,32 +158,24 @@ def evaluate_samples(bundle: Bundle, samples: Samples, spec: EvaluateSpec) -> Ev
     return Evaluation(len(samples), rule, against, scores, left_out)
 
 
-@dataclass(frozen=True)
-class _Selection:
-    """Entries of graphs and engines that can be run, fp32 first; the back end for graphs; and why others are left out."""
+def _selected(bundle: Bundle, spec: EvaluateSpec) -> tuple[dict[str, Any], str, dict[str, str]]:
+    """Return the graphs and engines that can be run, fp32 first; the back end for graphs; and why others are left out."""
+    from swin_deploy.errors import UsageError
+    from swin_deploy.runtimes.backends import misread
 
-    entries: Mapping[str, Any]
-    backend: str
-    left_out: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, bundle: Bundle, spec: EvaluateSpec) -> _Selection:
-        from swin_deploy.errors import UsageError
-        from swin_deploy.runtimes.backends import misread
-
-        entries, backend, kind = dict(bundle.graphs), spec.backend, "graph"
-        if (engines := _engines(bundle, spec.backend, "cuda")) is not None:
-            backend, kind = "onnxruntime", "engine that runs on this machine"
-            entries = {file: entry for file, entry in entries.items() if entry["precision"] == "fp32"} | dict(engines)
-        held = dict.fromkeys(str(entry["precision"]) for entry in entries.values())
-        if missing := [precision for precision in spec.precisions if precision not in held]:
-            raise UsageError(f"The bundle {bundle.path} has no {missing[0]} {kind}. Choose one of: {', '.join(held)}.")
-        wrong = {file: why for file in entries if (why := misread(bundle, file, backend)) is not None}
-        for file, why in wrong.items():
-            if entries[file]["precision"] in spec.precisions:
-                raise UsageError(why)
-        entries = dict(sorted(entries.items(), key=lambda item: (item[1]["precision"] != "fp32", "graph" in item[1])))
-        return cls(entries, backend, {} if spec.precisions else dict.fromkeys(wrong, "it was built for TensorRT"))
+    entries, backend, kind = dict(bundle.graphs), spec.backend, "graph"
+    if (engines := _engines(bundle, spec.backend, "cuda")) is not None:
+        backend, kind = "onnxruntime", "engine that runs on this machine"
+        entries = {file: entry for file, entry in entries.items() if entry["precision"] == "fp32"} | dict(engines)
+    held = dict.fromkeys(str(entry["precision"]) for entry in entries.values())
+    if missing := [precision for precision in spec.precisions if precision not in held]:
+        raise UsageError(f"The bundle {bundle.path} has no {missing[0]} {kind}. Choose one of: {', '.join(held)}.")
+    wrong = {file: why for file in entries if (why := misread(bundle, file, backend)) is not None}
+    for file, why in wrong.items():
+        if entries[file]["precision"] in spec.precisions:
+            raise UsageError(why)
+    entries = dict(sorted(entries.items(), key=lambda item: (item[1]["precision"] != "fp32", "graph" in item[1])))
+    return entries, backend, {} if spec.precisions else dict.fromkeys(wrong, "it was built for TensorRT")
 
 
 def class_labels(bundle: Bundle, samples: Samples, ignore: bool = False) -> tuple[int, list[int] | None, str | None]:
