@@ -113,7 +113,7 @@ def write_graphs(name: str, folder: str) -> None:
     """Every graph of the variant in `folder`, an image, and PyTorch's answer to it."""
     import torch
 
-    from swin_deploy.bench.baselines import exported_by_its_user, transformers_folder, transformers_network
+    from swin_deploy.bench.baselines import torchscript_export, transformers_folder, transformers_network
     from swin_deploy.exporters.external_data import embed_weights
     from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
     from swin_deploy.models.checkpoints import random_checkpoint
@@ -129,7 +129,7 @@ def write_graphs(name: str, folder: str) -> None:
     pixels = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     with torch.no_grad():
         np.savez(f"{folder}/image.npz", pixels=pixels, logits=network(torch.from_numpy(pixels)).numpy())
-    Path(folder, "transformers.onnx").write_bytes(exported_by_its_user(network, shape))
+    Path(folder, "transformers.onnx").write_bytes(torchscript_export(network, shape))
     for target in TARGETS:
         size = checkpoint.config.image_size
         traced = onnx_from_torch(SwinNetwork(checkpoint.config, size, checkpoint.tensors, TaskSpec(), target).eval(), size)

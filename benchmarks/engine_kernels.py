@@ -20,7 +20,7 @@ import onnx
 import torch
 import transformers
 
-from swin_deploy.bench.baselines import Logits, exported_by_its_user
+from swin_deploy.bench.baselines import logits_network, torchscript_export
 from swin_deploy.exporters.engines.engine_from_onnx import Engine, engine_from_onnx
 from swin_deploy.exporters.external_data import embed_weights
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
@@ -92,7 +92,7 @@ def ours(variant: Variant) -> onnx.ModelProto:
 
 def of_transformers(variant: Variant) -> torch.nn.Module:
     kind = transformers.SwinForImageClassification if variant.version == 1 else transformers.Swinv2ForImageClassification
-    return Logits(kind(kind.config_class.from_dict(variant.config().to_dict())))
+    return logits_network(kind(kind.config_class.from_dict(variant.config().to_dict())))
 
 
 def of_timm(variant: Variant) -> torch.nn.Module:
@@ -110,7 +110,7 @@ def of_torchvision(variant: Variant) -> torch.nn.Module:
 
 def theirs(network: torch.nn.Module, image_size: int) -> onnx.ModelProto:
     """A network in half precision, for one image, by torch's TorchScript exporter."""
-    return onnx.load_from_string(exported_by_its_user(network, (1, 3, image_size, image_size), half=True))
+    return onnx.load_from_string(torchscript_export(network, (1, 3, image_size, image_size), half=True))
 
 
 if __name__ == "__main__":

@@ -318,6 +318,11 @@ def batches(name: str, value: Any) -> tuple[tuple[int, int, int], ...]:
     return found
 
 
+def many(parse: Parser) -> Parser:
+    """Return a parser of several values, or of a single one."""
+    return lambda name, value: tuple(parse(name, one) for one in _several(value))
+
+
 def _several(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 

@@ -379,6 +379,64 @@ class EvaluateSpec(Spec):
 
 
 @dataclass(frozen=True)
+class InspectSpec(Spec):
+    """Options of `swin_deploy.inspect` and `swin-deploy inspect`."""
+
+    _: KW_ONLY
+    gpu: str | None = option(
+        None,
+        parse.text,
+        "GPU of the roofline, such as rtx-4090, l4 or sm_89; an ONNX file is compiled for it. Default: that of the engine.",
+        metavar="NAME",
+    )
+    batch: int = option(1, parse.whole(1), "Batch size to compile an ONNX file for.")
+    backend: str = option("auto", parse.choice("compiler", ("auto", *COMPILERS)), "TensorRT compiler for an ONNX file.")
+    progress: Progress = progress_option()
+
+
+@dataclass(frozen=True)
+class BenchSpec(Spec):
+    """Options of `swin-deploy bench`."""
+
+    _: KW_ONLY
+    backends: Any = option(
+        (),
+        parse.many(parse.choice("back end", BACKEND_NAMES)),
+        "Back end to measure. Default: all that are installed, except torch.",
+        flags=("--backend",),
+        metavar="NAME",
+        many=True,
+    )
+    precisions: Any = option(
+        (),
+        parse.many(parse.choice("precision", PRECISIONS)),
+        "Precision to measure. Default: all that the bundle and the back end have.",
+        flags=("--precision",),
+        metavar="NAME",
+        many=True,
+    )
+    batches: Any = option(
+        (),
+        parse.many(parse.whole(1)),
+        "Batch size to measure. Default: 1 and 8.",
+        flags=("--batch",),
+        metavar="N",
+        many=True,
+    )
+    device: str = option("auto", device, "Device: cpu, cuda or cuda:1. auto: the CPU and the first GPU.")
+    weights: str | None = option(
+        None, parse.location, "The exported checkpoint. Adds PyTorch, with which the others are compared.", metavar="PATH|ID"
+    )
+    baselines: bool = option(
+        False, parse.flag, "Add the ONNX exports of transformers and timm, if they are installed.", hidden_flags=("--peers",)
+    )
+    threads: int = option(0, parse.whole(0, MOST_THREADS), "CPU threads. 0: the back end chooses.")
+    seconds: float = option(6.0, parse.number(0.1, 86_400), "Seconds to measure each candidate, over all rounds.", metavar="S")
+    rounds: int = option(10, parse.whole(1), "Measurement rounds; candidates are interleaved within each.")
+    progress: Progress = progress_option()
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """A named input or output: numpy dtype name, and a shape whose free axes are names (`("batch", 3, 224, 224)`)."""
 

@@ -39,7 +39,7 @@ from swin_deploy.exporters.passes.cosine_attention import COSINE_AFTER_MATMUL, c
 from swin_deploy.exporters.passes.layer_norms import GATHER_BEFORE_NORM, norm_after_matmul
 from swin_deploy.exporters.precision import BF16_OPSET, low_precision, raise_opset, resize_nodes, types_pass
 from swin_deploy.exporters.typed_graphs import NewGraph, config_and_task, scratch_graph
-from swin_deploy.specs import QUANTIZED, Array
+from swin_deploy.specs import QUANTIZED, Array, InspectSpec
 from swin_deploy.tasks import TaskSpec
 
 from .equalization import equalized
@@ -153,7 +153,7 @@ class TensorRTLayout:
         seconds, where = [], ""
         for graph in (fp16, model):
             with scratch_graph(graph) as path:
-                cost = inspect_onnx(path, gpu, 1, "auto").engines[0]
+                cost = inspect_onnx(path, InspectSpec(gpu=gpu)).engines[0]
             if cost.roofline is None:
                 raise UsageError(
                     f"The published peaks of a {cost.gpu} GPU are not known, so the gain of {self._precision} cannot be "

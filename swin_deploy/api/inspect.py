@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from swin_deploy.options import BundlePath, Progress, no_progress
+from swin_deploy.options import BundlePath, bundle_keywords
+from swin_deploy.specs import InspectSpec
 
 if TYPE_CHECKING:
     from swin_deploy.exporters.inspection.costs import Inspection
 
 
-def inspect(
-    path: BundlePath, *, gpu: str | None = None, batch: int = 1, backend: str = "auto", progress: Progress = no_progress
-) -> Inspection:
+@bundle_keywords(InspectSpec)
+def inspect(bundle: BundlePath, spec: InspectSpec) -> Inspection:
     """Describe the graphs and engines of a bundle, or any ONNX file.
 
+    Engines of a bundle are described from what the compiler reported when it built them. A file is compiled for its figures,
+    and the engine is not kept.
+
     Args:
-        path: A bundle, whose engines are described from what the compiler reported, or an ONNX file, which is compiled.
-        gpu: GPU whose published peaks give the roofline, such as "rtx-4090" or "sm_89". A file is compiled for it.
-        batch: Batch size to compile a file for.
-        backend: Compiler of a file: "auto", "tensorrt" or "tensorrt-rtx".
-        progress: Called with a phase, the steps done and the steps in all.
+        bundle: Folder of the bundle, or an ONNX file.
+        {options}
 
     Returns:
         Nodes, parameters and FLOPs of graphs; kernels, bytes and roofline of engines.
 
     Raises:
         UsageError: The file is not an ONNX graph, or an option is invalid.
+        EngineError: The compiler refused the graph.
     """
-    from swin_deploy.exporters.inspection.costs import inspect_path
+    from swin_deploy.bundle import Bundle
+    from swin_deploy.errors import UsageError
+    from swin_deploy.exporters.inspection.costs import inspect_bundle, inspect_onnx
 
-    return inspect_path(Path(path), gpu, batch, backend, progress)
+    path = Path(bundle)
+    is_file = os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises for a name that is too long
+    if path.suffix == ".onnx" or is_file:
+        if not is_file:
+            raise UsageError(f"There is no ONNX file {path}. Expected an ONNX file, or the folder of a bundle.")
+        return inspect_onnx(path, spec)
+    found = Bundle.open(path)
+    if spec.batch != 1:
+        raise UsageError(
+            f"--batch applies to ONNX files only. The engines in bundle {path} have fixed batch ranges; build others with "
+            f"`swin-deploy build-engine {path} --batch {spec.batch}`."
+        )
+    return inspect_bundle(found, spec.gpu)

@@ -1,43 +1,165 @@
-"""The same networks as others have them, and their own export to ONNX, to be compared with.
+"""Baselines of `bench`: PyTorch, and the ONNX exports of transformers and timm.
 
-transformers gets the very weights of a checkpoint; timm has random ones.
+transformers gets the weights of the checkpoint if it has the architecture; otherwise weights are random.
 """
 
 from __future__ import annotations
 
-import importlib
 import io
+import itertools
 import json
+import logging
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from numpy.typing import NDArray
-
+from swin_deploy.bundle import CONFIG, Bundle
 from swin_deploy.config import SwinConfig
-from swin_deploy.dependencies import require
-from swin_deploy.models.checkpoints import Checkpoint
-from swin_deploy.models.torch_runtime import Placement
-from swin_deploy.specs import Size, TensorSpec
-from swin_deploy.tasks import PIXELS
+from swin_deploy.dependencies import installed, require
+from swin_deploy.specs import Array, BenchSpec, ExportSpec, Size, TensorSpec
+from swin_deploy.tasks import PIXELS, TaskSpec
+
+from .race import BenchCase, Request
+
+if TYPE_CHECKING:
+    import torch
+
+    from swin_deploy.models.checkpoints import Checkpoint
+    from swin_deploy.models.torch_runtime import Placement
+
+COMPILED = "torch.compile"
+_LOG = logging.getLogger(__name__)
 
 
-class Logits(torch.nn.Module):
-    """A model of transformers, for an exporter that takes tensors and no output objects."""
+@dataclass(frozen=True)
+class Baselines:
+    """Plans the rows beside those of the bundle. The files that they need are written to `scratch`."""
 
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
+    bundle: Bundle
+    config: SwinConfig
+    size: Size
+    spec: BenchSpec
+    scratch: Path
 
-    def forward(self, pixel_values: torch.Tensor) -> Any:
-        return self.model(pixel_values).logits
+    def pytorch(self, batches: Sequence[int], devices: Sequence[str]) -> dict[BenchCase, Request]:
+        """Plan PyTorch on each device, which is the reference; on a GPU also in fp16 and with torch.compile.
+
+        Empty if the exported checkpoint is unknown.
+        """
+        weights, seed = self.spec.weights, re.fullmatch(r"random weights, seed (\d+)", str(self.bundle.manifest["source"]))
+        if weights is not None:
+            require("torch", "measure PyTorch")
+        elif seed is None or self.bundle.manifest["notes"] or not installed("torch"):
+            why = "torch is not installed" if seed else "pass the checkpoint that was exported as --weights"
+            _LOG.info("No rows of PyTorch: %s", why)
+            return {}
+        number = int(seed[1]) if seed else 0
+        checkpoint, model = bundle_checkpoint(self.bundle, weights, number), "swin-deploy"
+        request: dict[str, Any] = {"torch": str(self.bundle.path), "weights": weights, "seed": number}
+        if self._transformers_fits():
+            model, request = "transformers", {"transformers": str(self.scratch / "same")}
+            transformers_folder(checkpoint, self.scratch / "same")
+        found: dict[BenchCase, Request] = {}
+        for device in devices:
+            ways = [("pytorch", "fp32")]
+            if device != "cpu":
+                if not require("torch", "measure PyTorch").cuda.is_available():
+                    _LOG.info("No rows of PyTorch on %s: torch is installed without CUDA", device)
+                    continue
+                ways += [("pytorch", "fp16"), (COMPILED, "fp16")]
+            for (backend, precision), batch in itertools.product(ways, batches):
+                placed = {
+                    "size": self.size,
+                    "placement": (device, precision, backend == COMPILED),
+                    "threads": self.spec.threads,
+                }
+                found[BenchCase(model, backend, precision, batch, device=device)] = {**request, **placed}
+        return found
+
+    def exports(self, ours: Iterable[BenchCase]) -> dict[BenchCase, Request]:
+        """Plan the exports of transformers and timm for this architecture, in the back ends of `ours`."""
+        found: dict[BenchCase, Request] = {}
+        for model, make in (("transformers", self._transformers), ("timm", self._timm)):
+            if not installed(model) or not installed("torch"):
+                _LOG.info("No rows of %s: it is not installed (pip install %s)", model, model)
+                continue
+            if self.bundle.manifest["task"]["name"] != "image-classification":
+                _LOG.info("No rows of %s: only image classifiers are compared with it", model)
+                continue
+            try:
+                network, same = make()
+                for one in ours:
+                    if one.backend in ("onnxruntime", "openvino"):
+                        bf16 = (one.backend, one.precision) == ("openvino", "bf16")
+                        theirs = BenchCase(model, one.backend, "bf16" if bf16 else "fp32", one.batch, same, one.device)
+                        file = str(self._exported(model, network, one.batch))
+                        request = {"onnx": file, "backend": one.backend, "bf16": bf16, "device": one.device}
+                        found[theirs] = {**request, "threads": self.spec.threads}
+            except Exception as error:  # noqa: BLE001 - a failure in a baseline only ends its rows
+                _LOG.info("No rows of %s: its export failed (%s)", model, " ".join(str(error).split())[:300])
+        return found
+
+    def _transformers_fits(self) -> bool:
+        task = self.bundle.manifest["task"]
+        plain = task["name"] == "image-classification" and task["output_hidden_states"] is False and self.config.num_labels > 0
+        return plain and self.config.framework == "hf" and self.config.patch_norm and installed("transformers")
+
+    def _transformers(self) -> tuple[torch.nn.Module, bool]:
+        from swin_deploy.models.checkpoints import random_checkpoint
+
+        folder = self.scratch / "same"
+        if same := folder.exists():
+            return transformers_network(folder), same
+        transformers_folder(random_checkpoint(self.config, TaskSpec()), self.scratch / "random")
+        return transformers_network(self.scratch / "random"), same
+
+    def _timm(self) -> tuple[torch.nn.Module, bool]:
+        return timm_network(self.config, self.size), False
+
+    def _exported(self, model: str, network: torch.nn.Module, batch: int) -> Path:
+        file = self.scratch / f"{model}-{batch}.onnx"
+        if not file.exists():
+            _LOG.info("Exporting the network of %s for batch size %d", model, batch)
+            file.write_bytes(torchscript_export(network, (batch, self.config.num_channels, *self.size)))
+        return file
+
+
+def bundle_checkpoint(bundle: Bundle, weights: str | None, seed: int) -> Checkpoint:
+    """Return the checkpoint that was exported: the one at `weights`, or else random weights."""
+    from swin_deploy.exporters.checkpoint_from_request import checkpoint_from_request
+    from swin_deploy.models.checkpoints import random_checkpoint
+    from swin_deploy.models.torch_runtime import refuse_other_network
+
+    task = TaskSpec.from_dict(bundle.manifest["task"])
+    if weights is None:
+        return random_checkpoint(SwinConfig.from_dict(bundle.read_json(CONFIG)), task, seed)
+    size, framework = next(iter(bundle.graphs.values()))["image_size"], str(bundle.manifest["semantics"])
+    checkpoint = checkpoint_from_request(ExportSpec(weights=weights, task=task, image_sizes=[size], framework=framework))
+    refuse_other_network(weights, checkpoint.config, bundle)
+    return checkpoint
+
+
+def open_pytorch(request: dict[str, Any]) -> Any:
+    """Load the network that a request of `Baselines.pytorch` names."""
+    from swin_deploy.models.torch_runtime import Placement, TorchNetwork
+
+    if request["threads"]:
+        require("torch", "measure PyTorch").set_num_threads(request["threads"])
+    (height, width), placement = request["size"], Placement(*request["placement"])
+    if "transformers" in request:
+        return TransformersNetwork(Path(request["transformers"]), (height, width), placement)
+    bundle = Bundle.open(request["torch"])
+    checkpoint = bundle_checkpoint(bundle, request["weights"], request["seed"])
+    return TorchNetwork(checkpoint, TaskSpec.from_dict(bundle.manifest["task"]), (height, width), placement=placement)
 
 
 def transformers_folder(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes `folder` as transformers does, so that its classes read the checkpoint of an image classifier from there."""
+    """Write an image classifier to `folder` such that transformers loads it from there."""
     save_file = require("safetensors.torch", "write a checkpoint").save_file
     prefix = "swin." if checkpoint.config.version == 1 else "swinv2."
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,33 +169,47 @@ def transformers_folder(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def transformers_network(folder: Path) -> torch.nn.Module:
-    """What transformers makes of the image classifier in `folder`, ready to run: pixels [batch, 3, height, width] -> logits."""
-    transformers = importlib.import_module("transformers")
+    """Load the image classifier in `folder` with transformers: pixels [batch, 3, height, width] -> logits."""
+    transformers = import_module("transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     name = {"swin": "SwinForImageClassification", "swinv2": "Swinv2ForImageClassification"}[model_type]
-    kind = getattr(transformers, name)
-    return Logits(kind.from_pretrained(folder, dtype=torch.float32)).eval()
+    return logits_network(getattr(transformers, name).from_pretrained(folder, dtype="float32"))
+
+
+def logits_network(model: Any) -> torch.nn.Module:
+    """Wrap a classifier of transformers in a network that returns its logits as a tensor."""
+    import torch
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixel_values: torch.Tensor) -> Any:
+            return self.model(pixel_values).logits
+
+    return Logits().eval()
 
 
 class TransformersNetwork:
-    """The same behind the interface that graphs are run through; see reference.Runnable."""
+    """The network of transformers with the interface of a runtime; see parity.Runnable."""
 
     def __init__(self, folder: Path, size: Size, placement: Placement) -> None:
         self._placement, self._network = placement, placement.placed(transformers_network(folder))
         channels = int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_channels"])
-        self.title = f"PyTorch {torch.__version__}, transformers {version('transformers')}"
+        self.title = f"PyTorch {version('torch')}, transformers {version('transformers')}"
         self.inputs = (TensorSpec(PIXELS, "float32", ("batch", channels, *size)),)
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        with torch.inference_mode():
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        with require("torch", "measure PyTorch").inference_mode():
             return {"logits": self._placement.array(self._network(self._placement.tensor(feeds[PIXELS])))}
 
 
 def timm_network(config: SwinConfig, size: Size) -> torch.nn.Module:
-    """timm's network of that architecture, with random weights: pixels [batch, 3, height, width] -> logits."""
-    models = importlib.import_module("timm.models")
+    """Build the architecture in timm with random weights: pixels [batch, 3, height, width] -> logits."""
+    models = import_module("timm.models")
     options: dict[str, Any] = {
         "img_size": size,
         "patch_size": config.patch_size,
@@ -88,22 +224,18 @@ def timm_network(config: SwinConfig, size: Size) -> torch.nn.Module:
     if config.version == 1:
         network: torch.nn.Module = models.swin_transformer.SwinTransformer(**options)
     else:
-        network = models.swin_transformer_v2.SwinTransformerV2(
-            **options, pretrained_window_sizes=config.pretrained_window_sizes
-        )
+        pretrained = config.pretrained_window_sizes
+        network = models.swin_transformer_v2.SwinTransformerV2(**options, pretrained_window_sizes=pretrained)
     return network.eval()
 
 
-def exported_by_its_user(network: torch.nn.Module, shape: tuple[int, int, int, int], half: bool = False) -> bytes:
-    """The ONNX graph of `network` for pixels of that shape by torch's TorchScript exporter, as optimum has long done."""
-    written: Any = io.BytesIO()
+def torchscript_export(network: torch.nn.Module, shape: tuple[int, int, int, int], half: bool = False) -> bytes:
+    """Export `network` for pixels of `shape` with the TorchScript exporter of torch, as optimum does."""
+    torch, written = require("torch", "export a baseline"), io.BytesIO()
     network = network.eval().half() if half else network.eval()
     pixels = torch.zeros(shape, dtype=torch.float16 if half else torch.float32)
+    names = {"input_names": ["pixel_values"], "output_names": ["logits"]}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            network, (pixels,), written, input_names=["pixel_values"], output_names=["logits"], opset_version=17,
-            dynamo=False,
-        )  # fmt: skip
-    graph: bytes = written.getvalue()
-    return graph
+        torch.onnx.export(network, (pixels,), written, **names, opset_version=17, dynamo=False)
+    return written.getvalue()

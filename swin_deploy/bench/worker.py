@@ -1,4 +1,4 @@
-"""A measuring process, seen from both sides: Child starts one and asks it, `answering` is what it does."""
+"""Both sides of a measuring process: `Child` starts one and asks it, `serve` is what it runs."""
 
 from __future__ import annotations
 
@@ -9,39 +9,44 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError
-from swin_deploy.specs import TensorSpec
+from swin_deploy.specs import Array, TensorSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Not with -m: the folder it is started in would come first in the search for modules, a checkout of this very package.
-START = "import sys; sys.path[:] = filter(None, sys.path); from swin_deploy.bench.run import serve; serve()"
+# Not with -m, which would search the current folder for modules first, and that may be a checkout of this package.
+START = "import sys; sys.path[:] = filter(None, sys.path); from swin_deploy.bench.worker import serve; serve()"
 
 
 class Child:
-    """A process that has loaded what `request` says and has run it once; use it as a context manager, which ends it.
+    """A process that has loaded a model and has run it once. Use it as a context manager, which ends the process.
 
-    `title` is what it runs with, `inputs` the types of what it takes by name, `cold_start` the seconds from its start to its
-    first answer, `peak_memory` the most bytes it has held so far. Raises BackendError, with the child's own
-    reason, where it cannot load.
+    Attributes:
+        title: Name and version of what runs the model.
+        inputs: Name of each input -> its type.
+        cold_start: Seconds from the start of the process to its first result.
+        peak_memory: The most bytes that the process has held.
+
+    Raises:
+        BackendError: The model cannot be loaded; the message is that of the process.
     """
 
     def __init__(self, request: Mapping[str, Any]) -> None:
         begin = time.perf_counter()
         self.peak_memory = 0
-        self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - close() does
-        # A session of its own: Ctrl-C on the terminal reaches this process alone, which then ends the others.
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - close() does
+        # In a session of its own, so that Ctrl-C on the terminal only reaches this process, which then ends the others.
         self._process = subprocess.Popen(
-            [sys.executable, "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True,
+            [sys.executable, "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True,
             start_new_session=True,
         )  # fmt: skip
         try:
@@ -52,16 +57,21 @@ class Child:
             raise
         self.cold_start = time.perf_counter() - begin
 
+    @property
+    def pid(self) -> int:
+        """Number of the process."""
+        return self._process.pid
+
     def milliseconds(self, seconds: float) -> list[float]:
-        """How long each call took while it ran for so many seconds: one call at least, after one that does not count."""
+        """Run the model for `seconds`, at least once after a warm-up, and return the time of each call."""
         times: list[float] = self._ask({"seconds": seconds})["ms"]
         return times
 
     def close(self) -> None:
-        """Ends the process, whatever it does."""
+        """End the process, whatever it does."""
         self._process.kill()
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._said):
+        for stream in (self._process.stdin, self._process.stdout, self._stderr):
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()
@@ -69,7 +79,7 @@ class Child:
     def _ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it is dead, and reading tells
+        with contextlib.suppress(BrokenPipeError):  # the process has ended; reading shows that
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
         line = self._process.stdout.readline()
@@ -85,9 +95,9 @@ class Child:
         code = self._process.wait()
         if code == -9:  # SIGKILL
             return "was killed by the system, most likely because memory ran out"
-        self._said.seek(0)
-        lines = self._said.read().decode("utf-8", "replace").splitlines()
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode("utf-8", "replace").splitlines()
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
         return f"died (exit code {code}): {last}"
 
     def __enter__(self) -> Self:
@@ -97,36 +107,61 @@ class Child:
         self.close()
 
 
-def answering(open_model: Callable[[dict[str, Any]], Any]) -> None:
-    """The measuring process: the first line on stdin is its request, each further one the seconds to run for.
+def serve() -> None:
+    """Run the measuring process: the first line on stdin is its request, each further one the seconds to run for.
 
-    `open_model` makes of the request what has `title`, `inputs` and `run`. Every line is answered with one. What libraries
-    print goes to stderr.
+    Every line is answered with one on stdout. What libraries print goes to stderr.
     """
-    answers = os.fdopen(os.dup(1), "w")
+    stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def say(**answer: Any) -> None:
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+    def answer(**values: Any) -> None:
+        stdout.write(json.dumps(values) + "\n")
+        stdout.flush()
 
     try:
         request = json.loads(sys.stdin.readline())
-        model = open_model(request)
+        model = open_request(request)
         feeds = _feeds(model.inputs, int(request["batch"]))
         np.savez(request["answer"], **model.run(feeds))
         inputs = {spec.name: spec.dtype for spec in model.inputs}
-        say(title=model.title, inputs=inputs, peak_memory=peak_memory())
+        answer(title=model.title, inputs=inputs, peak_memory=peak_memory())
         while line := sys.stdin.readline():
-            say(ms=_timed(model, feeds, float(json.loads(line)["seconds"])), peak_memory=peak_memory())
+            answer(ms=_timed(model, feeds, float(json.loads(line)["seconds"])), peak_memory=peak_memory())
     except MemoryError:
-        say(error="Memory ran out. Take a smaller batch.")
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the process that asked
-        say(error=" ".join(str(error).split()) or type(error).__name__)
+        answer(error="Memory ran out. Use a smaller batch.")
+    except Exception as error:  # noqa: BLE001 - the process that asked reports it
+        answer(error=" ".join(str(error).split()) or type(error).__name__)
 
 
-def _timed(model: Any, feeds: Mapping[str, NDArray[Any]], seconds: float) -> list[float]:
-    model.run(feeds)  # the caches are another candidate's
+def open_request(request: dict[str, Any]) -> Any:
+    """Load what a request of `bench` or `doctor` names; the result has `title`, `inputs` and `run`."""
+    from swin_deploy.bundle import Bundle
+
+    if "placement" in request:
+        from .baselines import open_pytorch
+
+        return open_pytorch(request)
+    if "engine" in request:
+        from swin_deploy.runtimes.gpu.engines import open_engine
+
+        return open_engine(Bundle.open(request["bundle"]), request["engine"], request["device"])
+    from swin_deploy.runtimes.backends import BACKENDS, runtime_from_onnx
+
+    backend, threads = request["backend"], request["threads"]
+    device = request.get("device", BACKENDS[backend].devices[0])
+    if "onnx" in request:
+        return runtime_from_onnx(Path(request["onnx"]), backend, threads, request["bf16"], device)
+    if backend == "torch" and threads:
+        require("torch", "measure PyTorch").set_num_threads(threads)
+    from swin_deploy.api.load import load
+
+    model = load(request["bundle"], precision=request["precision"], backend=backend, device=device, threads=threads)
+    return SimpleNamespace(title=f"{backend} {model.describe().version}", inputs=model.inputs, run=model.run)
+
+
+def _timed(model: Any, feeds: Mapping[str, Array], seconds: float) -> list[float]:
+    model.run(feeds)  # other candidates have used the caches of the processor
     times: list[float] = []
     end = time.perf_counter() + seconds
     while not times or time.perf_counter() < end:
@@ -136,10 +171,10 @@ def _timed(model: Any, feeds: Mapping[str, NDArray[Any]], seconds: float) -> lis
     return times
 
 
-def _feeds(inputs: Sequence[TensorSpec], batch: int) -> dict[str, NDArray[Any]]:
-    """The same arrays in every process: noise for pixels, a mask that hides nothing."""
+def _feeds(inputs: Sequence[TensorSpec], batch: int) -> dict[str, Array]:
+    """The same inputs in every process: noise for pixels, and a mask that hides nothing."""
     rng = np.random.default_rng(0)
-    feeds: dict[str, NDArray[Any]] = {}
+    feeds: dict[str, Array] = {}
     for spec in inputs:
         shape = (batch, *(size if isinstance(size, int) else 256 for size in spec.shape[1:]))
         if spec.dtype == "uint8":
@@ -152,13 +187,11 @@ def _feeds(inputs: Sequence[TensorSpec], batch: int) -> dict[str, NDArray[Any]]:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held at once; 0 where the system does not tell."""
-    try:
-        # Not getrusage: on Linux its peak starts at what the process that started this one held at that moment.
+    """Return the most bytes that this process has held at once; 0 if the system does not report it."""
+    with contextlib.suppress(OSError, StopIteration):
+        # Neither psutil, which knows no peak on Linux, nor getrusage, which starts at the memory of the parent process.
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) * 1024
-    except (OSError, StopIteration):
-        pass
     try:
         import resource
     except ImportError:  # Windows

@@ -5,52 +5,43 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
 
-from swin_deploy.cli.output import json_option, print_json, print_table, teller
+from swin_deploy.cli.options import given, spec_options
+from swin_deploy.cli.output import console, json_option, print_json, print_table
 from swin_deploy.plots import BLUE, GREY, YELLOW, Bar, bar_chart, check_plot, write_plot
+from swin_deploy.specs import BenchSpec
 
 if TYPE_CHECKING:
-    from swin_deploy.bench.race import LeftOut, Measurement
+    from swin_deploy.bench.race import Measurement
 
 
 @click.command("bench", short_help="Measure latency, throughput, memory and cold start on this machine.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--backend", "backends", multiple=True, help="Repeatable. Default: all that are installed, but torch.")
-@click.option(
-    "--precision", "precisions", multiple=True, help="Repeatable. Default: all that the bundle and the back end have."
-)
-@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), help="Repeatable. Default: 1 and 8.")
-@click.option("--device", default="auto", show_default=True, help="Where: cpu, cuda, cuda:1; auto is all that is here.")
-@click.option("--weights", help="The checkpoint that was exported: adds rows of PyTorch, which the others are compared with.")
-@click.option("--peers", is_flag=True, help="Add the exports of transformers and timm, where they are installed.")
-@click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="0 lets the back end choose.")
-@click.option("--seconds", default=6.0, show_default=True, type=float, help="For each candidate, in all.")
-@click.option("--rounds", default=10, show_default=True, type=click.IntRange(1), help="Candidates take turns so often.")
-@click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw the result into a .svg, .png or .pdf file.")
+@spec_options(BenchSpec)
+@click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw the result: .svg, .png or .pdf.")
 @json_option
 def command(bundle: Path, plot: Path | None, as_json: bool, **options: Any) -> None:
-    """Measure BUNDLE here: every back end, device, precision and batch size, each in a process of its own, taking turns.
+    """Measure BUNDLE on this machine: every back end, device, precision and batch size, each in its own process.
 
-    The ratio is the time relative to the reference, the first row of the same batch and device: PyTorch where --weights names
-    the checkpoint, or where the bundle has random weights. Its interval spans the quartiles of the rounds.
+    The ratio is the time relative to the reference, the first row of the same batch and device: PyTorch if --weights names the
+    checkpoint, or if the bundle has random weights. Its interval spans the quartiles of the rounds.
     """
     from swin_deploy.bench.run import bench
 
     if plot is not None:
         check_plot(plot)
-    say = teller()
-    try:
-        found = bench(bundle, say=say, progress=say.follow, **options)
-    finally:
-        say.clear()
-    machine = "; ".join([str(found.machine), *(f"{device}: {name}" for device, name in found.gpus.items())])
-    if plot is not None:
-        write_plot(plot, _chart(found.rows, machine, found.reference, plot.suffix[1:]))
-        say(f"Wrote {plot}")
-    for line in _lines(found.left_out):
-        say(f"Left out: {line}")
-    say(f"On {machine}; ratios are to {found.reference}")
+    with console() as show:
+        found = bench(bundle, **given(BenchSpec, options), progress=show)
+        machine = "; ".join([str(found.machine), *(f"{device}: {name}" for device, name in found.gpus.items())])
+        if plot is not None:
+            write_plot(plot, _chart(found.rows, machine, found.reference, plot.suffix[1:]))
+            show.say(f"Wrote {plot}")
+        reasons: dict[str, list[str]] = {}
+        for one in found.skipped:
+            reasons.setdefault(one.reason, []).append(str(one.case))
+        for reason, names in reasons.items():
+            show.say(f"Skipped {'; '.join(names)}: {reason}")
+        show.say(f"On {machine}; ratios to {found.reference}")
     if as_json:
         print_json({"bundle": str(bundle), **found.to_dict()})
     else:
@@ -58,14 +49,16 @@ def command(bundle: Path, plot: Path | None, as_json: bool, **options: Any) -> N
 
 
 def _chart(rows: Sequence[Measurement], machine: str, reference: str, file_format: str) -> bytes:
-    """Draw the median time of one image for each row; the line across the end of a bar spans the quartiles of the rounds."""
+    """Draw the median time of one image for each row, with the quartiles of the rounds."""
+    import numpy as np
+
     colours = {"swin-deploy": BLUE, "pytorch": GREY}
     bars = []
     for row in rows:
-        low, median, high = (float(ms) / row.candidate.batch for ms in np.quantile(row.round_ms, (0.25, 0.5, 0.75)))
-        kind = "pytorch" if row.candidate.backend in ("pytorch", "torch.compile") else row.candidate.model
+        low, median, high = (float(ms) / row.case.batch for ms in np.quantile(row.round_ms, (0.25, 0.5, 0.75)))
+        kind = "pytorch" if row.case.backend in ("pytorch", "torch.compile") else row.case.model
         note = f"{median:.2f} ms, x {row.ratio.median:.2f}, {row.images_per_second:.1f} images/s, {row.peak_memory_mb:.0f} MB"
-        bars.append(Bar(str(row.candidate), [(median, colours.get(kind, YELLOW))], note, (low, high)))
+        bars.append(Bar(str(row.case), [(median, colours.get(kind, YELLOW))], note, (low, high)))
     title = f"Time per image (less is better)\n{machine}\nRatios to {reference}"
     return bar_chart(bars, title, "Milliseconds per image", file_format=file_format)
 
@@ -76,11 +69,11 @@ def _print_rows(rows: Sequence[Measurement]) -> None:
          "cold s", "ratio", "quartiles", "distance"),
         [
             (
-                row.candidate.model,
-                row.candidate.backend,
-                row.candidate.device,
-                row.candidate.precision,
-                row.candidate.batch,
+                row.case.model,
+                row.case.backend,
+                row.case.device,
+                row.case.precision,
+                row.case.batch,
                 row.runs,
                 *(f"{row.percentiles_ms[p]:.2f}".rjust(7) for p in (50, 90, 99)),
                 f"{row.images_per_second:.1f}".rjust(8),
@@ -93,11 +86,3 @@ def _print_rows(rows: Sequence[Measurement]) -> None:
             for row in rows
         ],
     )  # fmt: skip
-
-
-def _lines(left_out: Sequence[LeftOut]) -> list[str]:
-    """A line for each reason, with all that it holds for."""
-    reasons: dict[str, list[str]] = {}
-    for one in left_out:
-        reasons.setdefault(one.reason, []).append(str(one.candidate))
-    return [f"{'; '.join(names)}: {reason}" for reason, names in reasons.items()]

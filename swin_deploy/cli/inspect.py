@@ -6,81 +6,60 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from swin_deploy.cli.output import (
-    json_option,
-    print_json,
-    print_table,
-    stdout_kept_clean,
-    teller,
-)
+from swin_deploy.cli.options import given, spec_options
+from swin_deploy.cli.output import console, json_option, print_json, print_table, stdout_kept_clean, verbose_option
 from swin_deploy.plots import BLUE, CYAN, RED, YELLOW, Bar, bar_chart, check_plot, write_plot
+from swin_deploy.specs import InspectSpec
 
 if TYPE_CHECKING:
     from swin_deploy.exporters.inspection.costs import EngineCost, Inspection
 
 
-@click.command("inspect", short_help="Count what graphs and engines hold, compute and move.")
+@click.command("inspect", short_help="Count what graphs and engines contain, compute and move.")
 @click.argument("path", metavar="BUNDLE|FILE.onnx", type=click.Path(path_type=Path))
-@click.option("--compare", metavar="BUNDLE|FILE.onnx", type=click.Path(path_type=Path), help="Another one, side by side.")
-@click.option("--gpu", metavar="NAME", help="GPU of the roofline: rtx-4090, l4, h100, sm_89, ... Default: the engine's kind.")
-@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="What a FILE.onnx is compiled for.")
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
-    default="auto",
-    show_default=True,
-    help="What compiles a FILE.onnx.",
-)
-@click.option(
-    "--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw the engines into a .svg, .png or .pdf file."
-)
-@click.option("-v", "--verbose", is_flag=True, help="Show all of TensorRT's own messages, not only its warnings.")
+@click.option("--compare", metavar="BUNDLE|FILE.onnx", type=click.Path(path_type=Path), help="Print a second one side by side.")
+@spec_options(InspectSpec)
+@click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw the engines: .svg, .png or .pdf.")
+@verbose_option
 @json_option
-def command(
-    path: Path,
-    compare: Path | None,
-    gpu: str | None,
-    batch: int,
-    backend: str,
-    plot: Path | None,
-    verbose: bool,
-    as_json: bool,
-) -> None:
-    """Count the nodes, parameters and operations of graphs, and the kernels and bytes of engines.
+def command(path: Path, compare: Path | None, plot: Path | None, verbose: bool, as_json: bool, **options: Any) -> None:
+    """Count the nodes, parameters and FLOPs of graphs, and the kernels and bytes of engines.
 
-    The engines of a bundle are described from what the compiler said when it made them. Any other ONNX file is compiled for
-    its figures, and the engine is not kept. The roofline is the time that bytes, operations and launches need at the GPU's
-    published peaks: a bound to compare with, and no measurement.
+    Engines of a bundle are described from what the compiler reported when it built them. Any other ONNX file is compiled for
+    its figures, and the engine is not kept. The roofline is a lower bound for the latency, from bytes, FLOPs and launches at
+    the published peaks of the GPU. It is not a measurement.
     """
     import swin_deploy
 
     if plot is not None:
         check_plot(plot)
-    say = teller()
-    found = []
-    try:
+    keywords = given(InspectSpec, options)
+    both = [path, *([compare] if compare is not None else [])]
+    with console(verbose) as show:
         with stdout_kept_clean():
-            both = [path, *([compare] if compare is not None else [])]
-            # A bundle beside a file has engines for batches of its own.
-            batches = [1 if one.is_dir() and any(map(Path.is_file, both)) else batch for one in both]
-            for one, size in zip(both, batches, strict=True):
-                found.append(swin_deploy.inspect(one, gpu=gpu, batch=size, backend=backend, progress=say.follow))
-    finally:
-        say.clear()
-    if plot is not None:
-        titled = [(_shown(one, engine.name), engine) for one in found for engine in one.engines]
-        write_plot(plot, engine_chart(titled, plot.suffix[1:]))
-        say(f"Wrote {plot}")
-    if as_json:
-        print_json([one.to_dict() for one in found] if compare is not None else found[0].to_dict())
-        return
+            found = []
+            for one in both:
+                own_batches = one.is_dir() and any(map(Path.is_file, both))  # --batch is for the file beside the bundle
+                asked = {name: value for name, value in keywords.items() if not (own_batches and name == "batch")}
+                found.append(swin_deploy.inspect(one, **asked, progress=show))
+        if plot is not None:
+            titled = [(_shown(one, engine.name), engine) for one in found for engine in one.engines]
+            write_plot(plot, engine_chart(titled, plot.suffix[1:]))
+            show.say(f"Wrote {plot}")
+        if as_json:
+            print_json([one.to_dict() for one in found] if compare is not None else found[0].to_dict())
+        else:
+            _print(found)
+            _explain(found, show.say)
+
+
+def _print(found: Sequence[Inspection]) -> None:
     _print_graphs(found)
     if any(one.engines for one in found):
         click.echo()
         _print_engines(found)
-    if compare is not None:
+    if len(found) > 1:
         _print_comparison(found[0], found[1])
-    _explain(found, say)
 
 
 ROLE_COLOURS = {"attention": BLUE, "product": CYAN, "move": RED, "other": YELLOW}
@@ -154,7 +133,7 @@ def _print_engines(found: Sequence[Inspection]) -> None:
 
 
 def _print_comparison(left: Inspection, right: Inspection) -> None:
-    """For each engine of the one that has a counterpart in the other: every figure of both, and their ratio."""
+    """Print every figure of both and their ratio, for each pair of engines that can be compared."""
     pairs = [(a, next((b for b in right.engines if b.matches(a)), None)) for a in left.engines]
     matched = [(a, b) for a, b in {a.key: (a, b) for a, b in reversed(pairs)}.values() if b is not None]
     for a, b in reversed(matched):
@@ -166,7 +145,7 @@ def _print_comparison(left: Inspection, right: Inspection) -> None:
             rows.append((name, _known(one), _known(other), f"{other / one:.2f}" if one and other is not None else "-"))
         print_table((f"{a.precision}, {a.gpu}, batch {batch}", left.path.name, right.path.name, "ratio"), rows)
     if not matched:
-        click.echo("\nNo engine of the one has a counterpart in the other, of the same precision, GPU and batch.")
+        click.echo("\nThe two have no engines of the same precision, GPU and batch.")
 
 
 def _explain(found: Sequence[Inspection], say: Callable[[str], None]) -> None:
@@ -175,9 +154,9 @@ def _explain(found: Sequence[Inspection], say: Callable[[str], None]) -> None:
     for name in dict.fromkeys(cost.roofline.gpu for one in found for cost in one.engines if cost.roofline is not None):
         gpu = find_gpu(name)
         say(
-            f"Roofline on {name}: the larger of memory ({gpu.bandwidth / 1e9:.0f} GB/s) and compute (TFLOPS: fp32 "
+            f"Roofline of {name}: the larger of memory ({gpu.bandwidth / 1e9:.0f} GB/s) and compute (TFLOPS: fp32 "
             f"{gpu.fp32 / 1e12:g}, fp16 {gpu.fp16 / 1e12:g}, int8 {gpu.int8 / 1e12:g}; {gpu.source}), and "
-            f"{LAUNCH * 1e6:g} us for each launch. Not measured."
+            f"{LAUNCH * 1e6:g} us for each kernel launch. This is not a measurement."
         )
 
 

@@ -41,8 +41,9 @@ def _decorators(name: str, one: Option, default: Any) -> list[Callable[..., Any]
         ]
     if isinstance(default, bool):
         text = one.help if default is False else f"Leave out: {one.help[0].lower()}{one.help[1:]}"
-        return [click.option(*flags, name, is_flag=True, help=text)]
-    shown = f"  [default: {default}]" if isinstance(default, str | int) else ""
+        hidden = [click.option(old, f"{name}__former", is_flag=True, hidden=True) for old in one.hidden_flags]
+        return [click.option(*flags, name, is_flag=True, help=text), *hidden]
+    shown = f"  [default: {default}]" if isinstance(default, str | int | float) else ""
     metavar = one.metavar or ("|".join(one.choices) if one.choices else None)
     text = one.help + " Repeatable." * one.many + shown
     made = [click.option(*flags, name, multiple=True, required=default is dataclasses.MISSING, metavar=metavar, help=text)]
@@ -62,7 +63,7 @@ def given(spec: type[Any], options: dict[str, Any]) -> dict[str, Any]:
             value = only_flag({choice: options.get(f"{name}__{choice}", False) for choice in one.choices})
             found |= {} if value is None else {name: value}
         elif isinstance(value := options.get(name), bool):
-            if value:
+            if value or options.get(f"{name}__former"):
                 found[name] = flag[:5] != "--no-"
         elif values := (*(value or ()), *options.get(f"{name}__former", ())):
             if len(values) > 1 and not one.many:

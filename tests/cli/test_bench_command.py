@@ -1,4 +1,4 @@
-"""`swin-deploy bench`: rows, figures that agree with each other, the drawing, and an end of all its processes."""
+"""`swin-deploy bench`: its rows, consistent figures, the plot, and the end of all its processes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ import pytest
 from cli.exported import SCRIPT, cli, cli_here, exported, one_block, refused, result, stopped
 from plotted import bar_widths
 
-from swin_deploy.bench.race import Candidate, reference_of
-from swin_deploy.bench.run import COMPILED, Others, planned
+from swin_deploy.bench.baselines import COMPILED, Baselines
+from swin_deploy.bench.race import BenchCase, reference_of
+from swin_deploy.bench.run import plan_cases
 from swin_deploy.bundle import Bundle
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import UsageError
 from swin_deploy.gpus import CudaDevice, cuda_devices
-from swin_deploy.runtimes import model_from_bundle as opening
+from swin_deploy.runtimes import model_from_bundle
+from swin_deploy.specs import BenchSpec
 
 QUICK = ("--seconds", 0.1, "--rounds", 2, "--json")
 FIGURES = {
     "model": str, "backend": str, "device": str, "precision": str, "batch": int, "same_weights": bool, "run_by": str,
-    "runs": int, "min_ms": float, "mean_ms": float, "percentiles_ms": dict, "round_ms": list, "images_per_second": float,
+    "runs": int, "percentiles_ms": dict, "round_ms": list, "images_per_second": float,
     "cold_start_seconds": float, "peak_memory_mb": float, "ratio": dict, "relative_l2": (float, type(None)),
 }  # fmt: skip
 
@@ -35,12 +37,12 @@ def bundle() -> Path:
 
 
 def consistent(rows: Any) -> None:
-    """Every figure is of its type, and those that follow from others do."""
+    """Every figure has its type, and is consistent with the others."""
     for row in rows:
         assert {name: isinstance(row[name], kind) for name, kind in FIGURES.items()} == dict.fromkeys(FIGURES, True)
         assert row.keys() == FIGURES.keys()
         percentiles = [row["percentiles_ms"][p] for p in ("50", "90", "95", "99")]
-        assert 0 < row["min_ms"] <= percentiles[0] <= percentiles[1] <= percentiles[2] <= percentiles[3]
+        assert 0 < percentiles[0] <= percentiles[1] <= percentiles[2] <= percentiles[3]
         assert row["images_per_second"] == pytest.approx(row["batch"] * 1000 / percentiles[0])
         assert row["runs"] >= len(row["round_ms"]) == 2
         assert 0 < row["cold_start_seconds"] < 600
@@ -52,18 +54,18 @@ def consistent(rows: Any) -> None:
         )
 
 
-def test_all_that_this_machine_has_is_measured(tmp_path: Path) -> None:
-    # A checkout's own folder, or any module of the directory one stands in, must not take the installed one's place.
+def test_everything_on_this_machine_is_measured(tmp_path: Path) -> None:
+    # A module in the current directory must not replace the installed one.
     (tmp_path / "swin_deploy").mkdir()
     (tmp_path / "swin_deploy/__init__.py").write_text("raise SystemExit('the wrong swin_deploy')")
     done = cli("bench", bundle(), *QUICK, cwd=tmp_path)
     found: Any = result(done)
-    assert "--weights" in done.stderr  # why there is no row of PyTorch
+    assert "--weights" in done.stderr  # the reason why there is no row of PyTorch
     rows = [(row["backend"], row["precision"], row["batch"]) for row in found["rows"]]
-    left_out = [(one["backend"], one["precision"], one["batch"]) for one in found["left_out"]]
+    skipped = [(one["backend"], one["precision"], one["batch"]) for one in found["skipped"]]
     wanted = [(backend, "fp32", batch) for backend in ("onnxruntime", "openvino") for batch in (1, 8)]
     assert [row for row in rows if row[1] == "fp32"] == wanted
-    assert set(rows) | set(left_out) == {*wanted, ("openvino", "bf16", 1), ("openvino", "bf16", 8)}  # as the processor has it
+    assert set(rows) | set(skipped) == {*wanted, ("openvino", "bf16", 1), ("openvino", "bf16", 8)}  # if the processor has it
     assert found["reference"].startswith("onnxruntime")
     if not cuda_devices():
         assert ({row["device"] for row in found["rows"]}, found["gpus"]) == ({"cpu"}, {})
@@ -72,9 +74,9 @@ def test_all_that_this_machine_has_is_measured(tmp_path: Path) -> None:
     assert all(row["relative_l2"] < 1e-5 for row in found["rows"] if row["precision"] == "fp32")
 
 
-def test_pytorch_is_the_reference_and_transformers_exports_beside(tmp_path: Path) -> None:
+def test_pytorch_is_the_reference_and_transformers_a_baseline(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    options = ("--weights", one_block(), "--peers", "--backend", "onnxruntime", "--batch", 2, "--plot", "a.svg")
+    options = ("--weights", one_block(), "--baselines", "--backend", "onnxruntime", "--batch", 2, "--plot", "a.svg")
     done = cli_here("bench", bundle(), *options, *QUICK, cwd=tmp_path)
     found: Any = result(done)
     rows = found["rows"]
@@ -86,7 +88,7 @@ def test_pytorch_is_the_reference_and_transformers_exports_beside(tmp_path: Path
     assert "transformers" in found["reference"]
     consistent(rows)
     assert rows[0]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
-    assert all(row["relative_l2"] < 1e-5 for row in rows if row["same_weights"])  # all three ran the same network
+    assert all(row["relative_l2"] < 1e-5 for row in rows if row["same_weights"])  # all three run the same network
     drawn(tmp_path / "a.svg", rows)
 
 
@@ -98,13 +100,13 @@ def drawn(file: Path, rows: Any) -> None:
     assert file.read_text().count('id="interval-') == len(rows)
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="/proc tells the environment of a process on Linux alone")
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="only Linux has /proc/self/environ")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_it_ends_what_it_started(signum: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_it_ends_its_processes(signum: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mark = f"bench-{os.getpid()}-{signum}-{time.monotonic_ns()}"
     monkeypatch.setenv("BENCH_MARK", mark)
     command = (SCRIPT, "bench", str(bundle()), "--backend", "onnxruntime", "--seconds", "600")
-    code, said = stopped(command, tmp_path, "Measuring 2 rows", 2.0, signum)
+    code, said = stopped(command, tmp_path, "Measuring 2 candidates", 2.0, signum)
     assert code == 128 + signum
     assert len(said) == 1
     left = [path for path in Path("/proc").glob("[0-9]*/environ") if mark.encode() in contents_of(path)]
@@ -114,11 +116,11 @@ def test_stopped_it_ends_what_it_started(signum: signal.Signals, tmp_path: Path,
 def contents_of(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError:  # it has ended, or is somebody else's
+    except OSError:  # it has ended, or belongs to another user
         return b""
 
 
-def test_answers_to_frames_are_not_compared_with_answers_to_pixels(tmp_path: Path) -> None:
+def test_results_of_frames_are_not_compared_with_results_of_pixels(tmp_path: Path) -> None:
     weights = str(one_block())
     frames = next(path for path in exported("--weights", weights, "--embed-preprocess").iterdir() if path.is_dir())
     options = ("--weights", weights, "--backend", "onnxruntime", "--batch", 1)
@@ -128,20 +130,20 @@ def test_answers_to_frames_are_not_compared_with_answers_to_pixels(tmp_path: Pat
 
 @pytest.fixture
 def with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this machine would plan if it had a GPU and the libraries for it."""
+    """This machine as if it had a GPU and the libraries for it."""
     ort, torch = pytest.importorskip("onnxruntime"), pytest.importorskip("torch")
-    monkeypatch.setattr(opening, "cuda_devices", lambda: (CudaDevice("NVIDIA L4", "sm_89"),))
+    monkeypatch.setattr(model_from_bundle, "cuda_devices", lambda: (CudaDevice("NVIDIA L4", "sm_89"),))
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
-def plan(backends: tuple[str, ...] = (), device: str = "auto") -> dict[Candidate, Any]:
-    return dict(planned(Bundle.open(bundle()), backends, ("fp32",), (1,), 0, device))
+def plan(backends: tuple[str, ...] = (), device: str = "auto") -> dict[BenchCase, Any]:
+    return dict(plan_cases(Bundle.open(bundle()), BenchSpec(backends=backends, precisions="fp32", batches=1, device=device)))
 
 
 @pytest.mark.usefixtures("with_a_gpu")
-def test_on_a_gpu_every_back_end_has_rows_wherever_it_runs() -> None:
-    pytest.importorskip("openvino", reason="one that runs on the CPU alone")
+def test_on_a_gpu_every_back_end_has_rows_on_its_devices() -> None:
+    pytest.importorskip("openvino", reason="a back end that only runs on the CPU")
     found = plan()
     assert [(one.backend, one.device) for one in found] == [
         ("onnxruntime", "cpu"), ("onnxruntime", "cuda:0"), ("openvino", "cpu"), ("onnxruntime-tensorrt", "cuda:0"),
@@ -151,18 +153,18 @@ def test_on_a_gpu_every_back_end_has_rows_wherever_it_runs() -> None:
     on_second = {(one.backend, one.device) for one in plan(device="cuda:1")}
     assert on_second == {("onnxruntime", "cuda:1"), ("onnxruntime-tensorrt", "cuda:1")}
     assert [(one.backend, one.device) for one in plan(("torch",))] == [("torch", "cpu"), ("torch", "cuda:0")]
-    # What is named is planned where it was asked for, and loading it says why it does not run there.
+    # A named back end is planned in any case, and loading it reports why it does not run there.
     assert [(one.backend, one.device) for one in plan(("openvino",), "cuda:0")] == [("openvino", "cuda:0")]
-    with pytest.raises(UsageError, match='no device "gpu"'):
+    with pytest.raises(UsageError, match='Unknown device "gpu"'):
         plan(device="gpu")
 
 
 @pytest.mark.usefixtures("with_a_gpu")
-def test_on_a_gpu_pytorch_is_the_reference_there(tmp_path: Path) -> None:
+def test_on_a_gpu_pytorch_is_the_reference(tmp_path: Path) -> None:
     found = Bundle.open(bundle())
     config = SwinConfig.from_dict(found.read_json("config.json"))
-    others = Others(found, config, (32, 32), 0, tmp_path, lambda line: None)
-    rows = {**others.pytorch(one_block(), (1, 8), ("cpu", "cuda:0")), **plan()}
+    baselines = Baselines(found, config, (32, 32), BenchSpec(weights=one_block()), tmp_path)
+    rows = {**baselines.pytorch((1, 8), ("cpu", "cuda:0")), **plan()}
     on_gpu = [(one.backend, one.precision) for one in rows if one.device == "cuda:0" and one.batch == 8]
     assert on_gpu == [("pytorch", "fp32"), ("pytorch", "fp16"), (COMPILED, "fp16")]
     for one in rows:
@@ -170,16 +172,16 @@ def test_on_a_gpu_pytorch_is_the_reference_there(tmp_path: Path) -> None:
         assert (reference.backend, reference.precision, reference.device) == ("pytorch", "fp32", one.device)
 
 
-def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_device(tmp_path: Path) -> None:
     if cuda_devices():
         pytest.skip("this machine has a GPU")
     done = cli_here("bench", bundle(), "--device", "cuda", "--backend", "onnxruntime", *QUICK, cwd=tmp_path)
     refused(done, "There is no cuda:0 here: this machine has no usable NVIDIA GPU")
-    refused(cli_here("bench", bundle(), "--device", "tpu", *QUICK, cwd=tmp_path), 'no device "tpu"')
+    refused(cli_here("bench", bundle(), "--device", "tpu", *QUICK, cwd=tmp_path), 'Unknown device "tpu"')
 
 
 def test_pytorch_in_half_precision() -> None:
-    """As it is measured on a GPU, here on the CPU."""
+    """As it is measured on a GPU, but on the CPU."""
     from swin_deploy.models.checkpoints import checkpoint_from_path
     from swin_deploy.models.torch_runtime import Placement, TorchNetwork
     from swin_deploy.parity import compare

@@ -58,8 +58,8 @@ def test_a_bundle_in_a_table(place: Path) -> None:
     [_, row] = engines.splitlines()
     assert row.startswith("b/engines/fp32-sm_89-tensorrt-rtx-")
     assert "unknown" not in row
-    assert "Roofline on rtx-4090" in done.stderr
-    assert "Not measured." in done.stderr
+    assert "Roofline of rtx-4090" in done.stderr
+    assert "not a measurement" in done.stderr
     assert contents(place) == before
 
 
@@ -75,7 +75,7 @@ def test_a_peer_beside_ours(place: Path) -> None:
     rows = {line.split("  ")[0]: line.split() for line in table.stdout.split("\n\n")[2].splitlines()}
     assert rows["kernels"][-3:-1] == [str(mine["kernels"]), str(other["kernels"])]
     assert float(rows["kernels"][-1]) == pytest.approx(other["kernels"] / mine["kernels"], abs=0.01)
-    assert "Roofline on l4" in table.stderr
+    assert "Roofline of l4" in table.stderr
     assert contents(place) == before
 
 
@@ -93,7 +93,7 @@ def test_a_bundle_without_engines_is_its_graphs(tmp_path: Path) -> None:
     assert (len(found["graphs"]), found["engines"]) == (2, [])
     assert "engine" not in cli("inspect", digits(1), cwd=tmp_path).stdout
     done = cli("inspect", digits(1), "--compare", digits(2), cwd=tmp_path)
-    assert "No engine of the one has a counterpart" in done.stdout
+    assert "The two have no engines of the same" in done.stdout
 
 
 def foreign(operator: str, domain: str, shape: list[int | str]) -> onnx.ModelProto:
@@ -116,11 +116,11 @@ def test_what_cannot_be_inspected_is_refused_in_one_sentence(tmp_path: Path) -> 
         (["absent"], ["no bundle at absent"]),
         (["absent.onnx"], ["no ONNX file absent.onnx"]),
         (["text.onnx"], ["text.onnx is not an ONNX graph"]),
-        (["free.onnx"], ["only the first axis, the batch, to be free"]),
+        (["free.onnx"], ["only the first axis, the batch, to be dynamic"]),
         (["four.onnx"], ["fixed batch of 4", "(4, 4, 4)"]),
         (["four.onnx", "--gpu", "rtx4090"], ['Unknown GPU "rtx4090"', "rtx-4090"]),
-        (["four.onnx", "--gpu", "h100", "--backend", "tensorrt-rtx"], ["no SM90"]),
-        (["four.onnx", "--batch", "0"], ["--batch"]),
+        (["four.onnx", "--gpu", "h100", "--backend", "tensorrt-rtx"], ["does not support SM90"]),
+        (["four.onnx", "--batch", "0"], ["Invalid batch"]),
     ):
         refused(cli("inspect", *arguments, cwd=tmp_path), *parts)
     done = cli("inspect", "unknown.onnx", cwd=tmp_path)

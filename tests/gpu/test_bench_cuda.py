@@ -19,11 +19,11 @@ def test_pytorch_and_every_back_end_have_rows_on_the_gpu() -> None:
         pytest.skip("this PyTorch has no CUDA")
     found = bench(digits(2), batches=(2,), precisions=("fp32",), weights=WEIGHTS[2], seconds=1.0, rounds=2)
     assert found.gpus == {"cuda:0": cuda_devices()[0].name}
-    of_torch = [(row.candidate.backend, row.candidate.precision) for row in found.rows if row.candidate.device == "cuda:0"]
+    of_torch = [(row.case.backend, row.case.precision) for row in found.rows if row.case.device == "cuda:0"]
     assert of_torch[:3] == [("pytorch", "fp32"), ("pytorch", "fp16"), ("torch.compile", "fp16")]
     for row in found.rows:
         assert all(np.isfinite(row.round_ms))
         assert row.relative_l2 is not None
         assert row.relative_l2 < 1e-2  # PyTorch computes the patch embedding in TF32 by itself
-    assert {one.candidate.device for one in found.left_out} <= {"cuda:0"}
+    assert {one.case.device for one in found.skipped} <= {"cuda:0"}
     assert "on cuda:0" in found.reference

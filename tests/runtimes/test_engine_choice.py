@@ -21,12 +21,14 @@ from once import once
 from simulated import RELEASES, simulated, with_engines
 
 import swin_deploy
-from swin_deploy.bench.run import _opened, planned
+from swin_deploy.bench.run import plan_cases
+from swin_deploy.bench.worker import open_request
 from swin_deploy.bundle import Bundle
 from swin_deploy.doctor.checks import InstalledGpu, run_engine
 from swin_deploy.errors import BackendError, EngineError, MissingDependencyError, SwinDeployError, UsageError
 from swin_deploy.exporters.engines.targets import target_gpu
 from swin_deploy.runtimes.gpu.engines import engines_here, fitting_engines, misfit, rebuild_command
+from swin_deploy.specs import BenchSpec
 
 BATCHES = ((1, 1, 1), (1, 4, 8))
 
@@ -386,18 +388,18 @@ def test_verify_evaluate_predict_and_bench_run_engines(monkeypatch: pytest.Monke
         refused(
             cli_here("evaluate", *on, "--data", str(images), "--precision", "bf16", cwd=tmp_path), "no bf16 engine that runs"
         )
-        requests = planned(Bundle.open(path), (), (), (1,), 0, "auto")
+        requests = plan_cases(Bundle.open(path), BenchSpec(batches=1))
         assert {(c.backend, c.precision) for c in requests if c.backend == "tensorrt"} == {
             ("tensorrt", "fp16"),
             ("tensorrt", "fp32"),
         }
         assert not [c for c in requests if c.backend == "tensorrt-rtx"]  # no engine for it
-        in_bf16 = planned(Bundle.open(path), (), ("bf16",), (1,), 0, "auto")
+        in_bf16 = plan_cases(Bundle.open(path), BenchSpec(precisions="bf16", batches=1))
         assert not [c for c in in_bf16 if c.backend.startswith("tensorrt")]  # nor one in that precision
         assert [c.device for c in requests if c.backend == "tensorrt"] == ["cuda:0"] * 2
         with pytest.raises(SwinDeployError, match="holds no engine for tensorrt-rtx"):
-            planned(Bundle.open(path), ("tensorrt-rtx",), (), (1,), 0, "auto")
-        with _opened({"bundle": str(path), "engine": files[0], "device": "cuda:0"}) as runtime:  # as doctor's process does
+            plan_cases(Bundle.open(path), BenchSpec(backends="tensorrt-rtx"))
+        with open_request({"bundle": str(path), "engine": files[0], "device": "cuda:0"}) as runtime:  # as doctor's process does
             assert runtime.run({"pixel_values": np.zeros((3, 3, 32, 32), np.float32)})["logits"].shape == (3, 10)
 
 
