@@ -62,7 +62,7 @@ def several(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with three image sizes, and the fp16 graphs of them. Copy it before changing it."""
     path = tmp_path_factory.mktemp("bundles") / "several"
     bundle = swin_deploy.export(weights=checkpoint, image_sizes=SIZES, output=path)
-    with_typed_graphs(bundle, "fp16", runtime_from_onnx, lambda line: None)
+    with_typed_graphs(bundle, "fp16", runtime_from_onnx)
     return path
 
 

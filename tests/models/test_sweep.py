@@ -197,7 +197,7 @@ def test_exported_graphs(
     model = copy.deepcopy(pristine(version, task, 4))
     spec = TaskSpec(task, output_hidden_states=True)
     bundle = swin_deploy.export(weights=folders[version, task, 4], task=spec, image_sizes=[size], output=tmp_path / "bundle")
-    with_typed_graphs(bundle, "fp16", runtime_from_onnx, lambda line: None)
+    with_typed_graphs(bundle, "fp16", runtime_from_onnx)
     batches = [feeds_of(task, size, 4, batch) for batch in (1, 3)]
     with swin_deploy.load(bundle.path, precision="fp32") as wide, swin_deploy.load(bundle.path, precision="fp16") as narrow:
         for feeds in batches:
