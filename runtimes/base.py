@@ -64,6 +64,7 @@ class Runtime(ABC):
 
     calls_to_warm = 1
     calls_at_once = 1
+    device_tensor: Callable[[Any, str], DeviceTensor] | None = None  # views a tensor on this runtime's GPU; None on the CPU
 
     def __init__(
         self, title: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], device: str = "cpu"
@@ -148,7 +149,7 @@ class Runtime(ABC):
                 raise InputError(f'The input "{spec.name}" is missing. The model takes {_listed(self.inputs)}.')
             array = feeds[spec.name]
             if not isinstance(array, np.ndarray | DeviceTensor):
-                array = from_dlpack(spec, array, self.device)
+                array = from_dlpack(spec, array, self.device, self.device_tensor)
             _check_array(spec, array, f'The input "{spec.name}"')
             for axis, size in zip(spec.shape, array.shape, strict=True):
                 if isinstance(axis, str) and free.setdefault(axis, size) != size:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError, MissingDependencyError, UsageError, sentence
 from swin_deploy.gpus import refuse_without_gpu
@@ -121,7 +123,6 @@ class PyTorch(Runtime):
 
     def _tensor(self, initializer: onnx.TensorProto, folder: Path) -> Tensor:
         """Copy the values of an initializer, from the external data in `folder` if they are there."""
-        import numpy as np
         from onnx import TensorProto, external_data_helper, numpy_helper
 
         from .torch_operators import torch_type
@@ -134,6 +135,13 @@ class PyTorch(Runtime):
         values = numpy_helper.to_array(initializer).copy()
         as_bytes: Tensor = self._torch.from_numpy(values.reshape(-1).view(np.uint8))  # numpy lacks some of the types
         return as_bytes.view(torch_type(initializer.data_type)).reshape(values.shape)
+
+    def device_tensor(self, value: Any, device: str) -> DeviceTensor:
+        """View a tensor of another library on this runtime's GPU; its pending work is ordered before the default stream."""
+        with self._torch.cuda.device(device):
+            tensor = self._torch.from_dlpack(value.__dlpack__(stream=1))  # 1: the legacy default stream
+        dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
+        return DeviceTensor(device, dtype, tuple(tensor.shape), tensor.data_ptr(), tensor)
 
     def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
         try:
@@ -154,7 +162,7 @@ class PyTorch(Runtime):
 
     def _fed(self, feed: Array | DeviceTensor) -> Tensor:
         if isinstance(feed, DeviceTensor):
-            tensor: Tensor = self._torch.from_dlpack(feed.owner)
+            tensor: Tensor = feed.owner
             return tensor
         # from_numpy warns about read-only memory.
         return self._shared(feed if feed.flags.writeable else feed.copy()).to(self.device)

@@ -1,7 +1,4 @@
-"""Which NVIDIA GPUs this machine has.
-
-The driver itself is asked, so that neither torch nor a CUDA toolkit has to be installed.
-"""
+"""Find the NVIDIA GPUs of this machine by asking the driver through ctypes, so that no package has to be installed."""
 
 from __future__ import annotations
 
@@ -12,21 +9,21 @@ from dataclasses import dataclass
 
 from swin_deploy.errors import UsageError
 
-# CUdevice_attribute values of cuda.h; they are part of the driver's stable ABI.
+# CUdevice_attribute values of cuda.h, part of the driver's stable ABI.
 _CAPABILITY_MAJOR = 75
 _CAPABILITY_MINOR = 76
 
 
 @dataclass(frozen=True)
 class CudaDevice:
-    """One GPU: its marketing name, and its compute capability written as "sm_89"."""
+    """A GPU: its marketing name and its compute capability, such as "sm_89"."""
 
     name: str
     capability: str
 
 
 def cuda_driver() -> ctypes.CDLL | None:
-    """The driver's own library, with functions that nobody has given argument types yet; None where it is not installed."""
+    """Load the driver's library; None if it is not installed."""
     try:
         return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -34,16 +31,15 @@ def cuda_driver() -> ctypes.CDLL | None:
 
 
 def cuda_version() -> int | None:
-    """The newest CUDA that the driver knows, 13000 for 13.0; None without a driver."""
+    """Return the newest CUDA version that the driver supports, such as 13000 for 13.0; None without a driver."""
     driver, version = cuda_driver(), ctypes.c_int()
     return version.value if driver is not None and driver.cuDriverGetVersion(ctypes.byref(version)) == 0 else None
 
 
 def cuda_devices() -> tuple[CudaDevice, ...]:
-    """The CUDA GPUs that this process may use, in CUDA's own order; empty without a driver or without a GPU.
+    """Return the GPUs that this process may use, in CUDA's order; the driver applies CUDA_VISIBLE_DEVICES.
 
-    CUDA_VISIBLE_DEVICES applies, because the driver applies it. A driver that is present and refuses to start (no
-    permission, or a kernel module of another version) reads as no GPU: nothing could be run on it either.
+    A driver that fails to start, for want of permission or because its kernel module is of another version, counts as no GPU.
     """
     driver = cuda_driver()
     if driver is None:
@@ -67,17 +63,20 @@ def cuda_devices() -> tuple[CudaDevice, ...]:
 
 
 def refuse_without_gpu(device: str) -> None:
-    """Raises UsageError where this machine has no GPU that `device` ("cuda:0") could be."""
+    """Raise UsageError for a device such as "cuda:0" if this machine has no GPU."""
     if not cuda_devices():
-        raise UsageError(f"There is no {device} here: this machine has no usable NVIDIA GPU. Take the device cpu.")
+        raise UsageError(f"Device {device} is not available: this machine has no usable NVIDIA GPU. Use the device cpu.")
 
 
 def seen_first(capability: str) -> list[str]:
-    """What to put before a command that works with the first GPU that it sees, so that this is one of that compute capability;
-    nothing where it is already, or where this machine has none."""
-    here = [device.capability for device in cuda_devices()]
-    if capability not in here or capability == here[0]:
+    """Return what to put before a command that uses the first visible GPU, so that it is one of that compute capability.
+
+    Returns:
+        An assignment of CUDA_VISIBLE_DEVICES; nothing if the first GPU is of it already, or none is.
+    """
+    capabilities = [device.capability for device in cuda_devices()]
+    if capability not in capabilities or capability == capabilities[0]:
         return []
-    number = here.index(capability)
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    return [f"CUDA_VISIBLE_DEVICES={seen[number].strip() if number < len(seen) else number}"]
+    number = capabilities.index(capability)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return [f"CUDA_VISIBLE_DEVICES={visible[number].strip() if number < len(visible) else number}"]

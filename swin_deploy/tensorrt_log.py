@@ -1,11 +1,12 @@
-"""The one logger of this process for each of TensorRT's modules, and who hears what it says.
+"""Route TensorRT's messages: to the caller that compiles, into the error that a failed call raises, and to Python's logging.
 
-TensorRT keeps the first logger that it is given for whatever is made later: compilers, runtimes, refitters. It holds a lock
-while it logs, which it also takes to make and to free things; so nothing here waits for anybody.
+TensorRT keeps the first logger of a process for everything that is created later, so there is one logger for each of its
+Python modules. It calls the logger while it holds a lock that it also takes to create and free objects; nothing here may block.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,66 +14,73 @@ from typing import Any
 
 from swin_deploy.errors import sentence
 
-Hear = Callable[[str, str], None]  # severity ("verbose", "info", "warning", "error", "internal_error"), message
+LogCallback = Callable[[str, str], None]  # severity ("verbose", "info", "warning", "error", "internal_error"), message
+
+_LOG = logging.getLogger("swin_deploy.tensorrt")
+_LEVELS = {"verbose": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
+_KEPT_ERRORS = 8
 
 
-class Said(threading.local):
-    """What TensorRT complained of in this thread since `clear`, outside of `heard`."""
+class ErrorLog(threading.local):
+    """TensorRT's errors in the current thread since `clear`, outside of `log_callback`."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
-        self.hear: Hear | None = None
-        self.known = False  # whether this thread uses TensorRT, and is none of TensorRT's own
+        self.callback: LogCallback | None = None
+        self.is_ours = False  # False in the threads that TensorRT starts itself
 
     def clear(self) -> None:
         self.errors.clear()
-        self.known = True
+        self.is_ours = True
 
     def sentence(self) -> str:
+        """Return the errors in one line, for the middle of a sentence."""
         return "; ".join(dict.fromkeys(map(sentence, self.errors))) or "it gave no reason"
 
 
-_LOGGERS: dict[Any, tuple[Any, Said]] = {}
-_MAKING = threading.Lock()
-_HEARING: list[Hear] = []
+_LOGGERS: dict[Any, tuple[Any, ErrorLog]] = {}
+_CREATING = threading.Lock()
+_CALLBACKS: list[LogCallback] = []
 
 
-def logger_of(trt: Any) -> tuple[Any, Said]:
-    """The logger to give to whatever is made of the module `trt`, and what was said to it."""
-    with _MAKING:
+def logger_of(trt: Any) -> tuple[Any, ErrorLog]:
+    """Return the logger to pass to every object of the module `trt`, and the errors that it receives."""
+    with _CREATING:
         if trt not in _LOGGERS:
-            said = Said()
+            errors = ErrorLog()
 
-            # The base class comes from a module that may not be installed, so the class can only be made here.
+            # The base class comes from a module that may not be installed.
             class Logger(trt.ILogger):  # type: ignore[misc]
                 def log(self, severity: Any, message: str) -> None:
-                    _dispatch(said, severity.name.lower(), message)
+                    _dispatch(errors, severity.name.lower(), message)
 
-            _LOGGERS[trt] = (Logger(), said)
+            _LOGGERS[trt] = (Logger(), errors)
         return _LOGGERS[trt]
 
 
 @contextmanager
-def heard(trt: Any, hear: Hear) -> Iterator[Any]:
-    """The logger for the module `trt`; while inside, `hear(severity, message)` gets what TensorRT says in this thread, and
-    what it says in threads of its own."""
-    logger, said = logger_of(trt)
-    before, said.hear = said.hear, hear
-    _HEARING.append(hear)
+def log_callback(trt: Any, callback: LogCallback) -> Iterator[Any]:
+    """Yield the logger of the module `trt`; inside, `callback` receives the messages of this thread and of TensorRT's own."""
+    logger, errors = logger_of(trt)
+    before, errors.callback = errors.callback, callback
+    _CALLBACKS.append(callback)
     try:
         yield logger
     finally:
-        _HEARING.remove(hear)
-        said.hear = before
+        _CALLBACKS.remove(callback)
+        errors.callback = before
 
 
-def _dispatch(said: Said, severity: str, message: str) -> None:
-    if said.hear is not None:
-        said.hear(severity, message)
-    elif said.known:
-        if severity in ("error", "internal_error"):
-            said.errors.append(message)
-            del said.errors[:-8]
+def _dispatch(errors: ErrorLog, severity: str, message: str) -> None:
+    callbacks = tuple(_CALLBACKS)
+    if errors.callback is not None:
+        errors.callback(severity, message)
+    elif callbacks and not errors.is_ours:
+        for callback in callbacks:
+            callback(severity, message)
     else:
-        for hear in tuple(_HEARING):
-            hear(severity, message)
+        level = _LEVELS.get(severity, logging.DEBUG)  # the caller gets errors in the exception
+        if level == logging.DEBUG and severity != "verbose":
+            errors.errors.append(message)
+            del errors.errors[:-_KEPT_ERRORS]
+        _LOG.log(level, "%s", message)

@@ -1,7 +1,7 @@
-"""What needs a device is skipped with its reason where there is none, and every skip is told at the end.
+"""Tests that need a device are skipped where there is none, and every skip is listed at the end with its reason.
 
-SWIN_DEPLOY_REQUIRE=cuda,tensorrt turns the skips of tests with these markers into failures: for a machine that is meant
-to run them all.
+SWIN_DEPLOY_REQUIRE=cuda,tensorrt turns the skips of tests with these markers into failures, on a machine that is meant to run
+them all. A test that cannot apply to the machine at all (`not_applicable`) is listed as well, and never fails.
 
 `pytest -n auto` runs the tests in several processes. What is expensive to make and only read they make once (once.py).
 """
@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import once
 import pytest
+from applicable import NOT_APPLICABLE
 
 
 @functools.cache
@@ -88,7 +89,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     markers = sorted(name for name in required() if item.get_closest_marker(name))
-    if markers and report.skipped and not hasattr(report, "wasxfail"):
+    skipped = report.skipped and not hasattr(report, "wasxfail") and not skip_reason(report).startswith(NOT_APPLICABLE)
+    if markers and skipped:
         report.outcome = "failed"
         report.longrepr = f"SWIN_DEPLOY_REQUIRE={','.join(markers)}, and this test was skipped: {skip_reason(report)}"
     return report

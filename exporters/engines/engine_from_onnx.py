@@ -21,7 +21,7 @@ from swin_deploy.dependencies import require
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError, unknown
 from swin_deploy.gpus import cuda_devices
 from swin_deploy.specs import Batch, EngineSpec, Progress, no_progress
-from swin_deploy.tensorrt_log import heard
+from swin_deploy.tensorrt_log import log_callback
 
 from .layer_report import EngineReport, report_from_inspector, report_from_log, reports_by_profile
 from .targets import COMPILERS, target_gpu
@@ -104,7 +104,7 @@ def engine_from_onnx(onnx: bytes | Path, spec: EngineSpec) -> Engine:
     trt, gpu = load_compiler(spec.backend), target_gpu(spec.backend, spec.gpu)
     watch = Watch(spec.progress)
     begun = time.perf_counter()
-    with _interrupts_kept_for(watch), heard(trt, watch.hear) as logger, natives_freed():
+    with _interrupts_kept_for(watch), log_callback(trt, watch.hear) as logger, natives_freed():
         plan, reports = _compile(trt, onnx, spec, gpu, watch, logger)
         watch.check()  # the compiler may also log while it is destroyed
     return Engine(plan, reports, spec.backend, str(trt.__version__), gpu, time.perf_counter() - begun)

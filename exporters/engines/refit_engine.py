@@ -14,7 +14,7 @@ from swin_deploy.bundle import Bundle
 from swin_deploy.errors import EngineError, UsageError
 from swin_deploy.files import bytes_writer
 from swin_deploy.gpus import cuda_devices, seen_first
-from swin_deploy.tensorrt_log import heard
+from swin_deploy.tensorrt_log import log_callback
 
 from .build import Built
 from .engine_from_onnx import Watch, joined, load_compiler, natives_freed
@@ -81,7 +81,7 @@ def refitted_plan(backend: str, release: str, gpu: str, file: Path, graph: Path)
     if str(trt.__version__) != release:
         raise EngineError(f"{file} was compiled by release {release}, and {title} is installed here. Install that release.")
     watch = Watch()
-    with heard(trt, watch.hear) as logger:
+    with log_callback(trt, watch.hear) as logger:
         return _refitted(trt, title, file, graph, watch, logger)
 
 

@@ -1,4 +1,4 @@
-"""Which engines of a bundle can run here, and of each other one why not, with the command that puts it right."""
+"""Select the engines of a bundle that this machine can run, and explain why it cannot run the others."""
 
 from __future__ import annotations
 
@@ -9,65 +9,73 @@ from typing import Any
 
 from swin_deploy.bundle import Bundle
 from swin_deploy.dependencies import require
-from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
+from swin_deploy.errors import EngineError, MissingDependencyError, UsageError, unknown
 from swin_deploy.gpus import cuda_devices, seen_first
 from swin_deploy.runtimes.backends import BACKENDS, runtime_from_engine
 from swin_deploy.runtimes.base import EngineFile, Runtime
 from swin_deploy.runtimes.user_cache import cache_folder
 from swin_deploy.specs import QUANTIZED, TARGETS, Size, TensorSpec, size_text, target_of
 
+from .cuda_context import device_number
+
 
 def engines_of(bundle: Bundle, backend: str, precision: str | None = None) -> dict[str, Mapping[str, Any]]:
-    """The engines of a bundle for a back end, and for a precision where one is named, the one added last first."""
+    """Return the engines of a bundle for a back end and, if given, a precision; the last added comes first."""
     found = [(file, entry) for file, entry in bundle.files.items() if file.endswith(".engine") and entry["backend"] == backend]
     return {file: entry for file, entry in reversed(found) if precision in (None, entry["precision"])}
 
 
-def misfit(bundle: Bundle, file: str, gpus: Sequence[str], release: str | None) -> str | None:
-    """Why that engine does not run on any of `gpus` ("sm_89", ...) with that release of its back end; None where it does.
+def incompatibility(bundle: Bundle, file: str, gpus: Sequence[str], release: str | None) -> str | None:
+    """Explain why an engine cannot run, and which command fixes it.
 
-    The reason is a sentence with the command that puts it right. No `release`: the library is not installed.
+    Args:
+        gpus: Compute capabilities of the GPUs, such as "sm_89".
+        release: Installed release of its back end; None if it is not installed.
+
+    Returns:
+        The explanation; None if the engine runs on one of the GPUs.
     """
     entry = bundle.files[file]
     options, backend = entry.get("options", {}), str(entry["backend"])
     again = rebuild_command(bundle, file, gpus)
     graph = bundle.files.get(entry["graph"])
     if graph is None or graph["sha256"] != entry["parent"]:
-        first = "Compile"
+        changed = f"{file} was compiled from another version of {entry['graph']}."
         if entry["precision"] in QUANTIZED and (graph is None or target_of(graph) != TARGETS[0]):
             quantize = ["quantize", str(bundle.path), f"--{entry['precision']}", "--target", TARGETS[0], "--data", "DIR"]
-            first = f'Make that for TensorRT with "{shlex.join(["swin-deploy", *quantize])}", then compile'
-        return f'{file} was compiled from another {entry["graph"]} than the one that is here. {first} it again with "{again}".'
+            command = shlex.join(["swin-deploy", *quantize])
+            return f'{changed} Create the graph for TensorRT with "{command}", then compile it with "{again}".'
+        return f'{changed} Compile it again with "{again}".'
     if not gpus:
-        return (
-            f"{file} was compiled for {entry['gpu']}, and this machine has no usable NVIDIA GPU. Run it on a machine with one."
-        )
+        return f"{file} was compiled for {entry['gpu']}, and this machine has no usable NVIDIA GPU. Use a machine with one."
     if not any(_runs_on(entry, gpu) for gpu in gpus):
-        return f'{file} was compiled for {_gpus(entry)}, and the GPU here is {", ".join(gpus)}. Compile it with "{again}".'
+        made_for = "sm_80 and newer" if options.get("hardware_compatible") else entry["gpu"]
+        return f'{file} was compiled for {made_for}, and this machine has {", ".join(gpus)}. Compile it with "{again}".'
     if release is None or not _runs_with(entry, release):
-        here = f"{release} is installed here" if release else "it is not installed here"
-        newer = " or a newer one it is compatible with" if options.get("version_compatible") else ""
+        newer = " or a newer compatible release" if options.get("version_compatible") else ""
         return (
-            f"{file} needs {backend} {entry['backend_version']}{newer}, and {here}. "
-            f'Install that release, or compile it with "{again}".'
+            f"{file} needs {backend} {entry['backend_version']}{newer}; installed: {release or 'none'}. Install that release, "
+            f'or compile the engine with "{again}".'
         )
     kind = BACKENDS[backend]
     if kind.found == kind.lean and not options.get("version_compatible"):
         lean = rebuild_command(bundle, file, gpus, version_compatible=True)
         return (
-            f"{file} needs {kind.library} itself, and only {kind.lean} is installed here, which runs version-compatible "
-            f'engines. Install the former, or compile it with "{lean}".'
+            f"{file} needs {kind.library}. Only {kind.lean} is installed, which runs version-compatible engines. Install "
+            f'{kind.library}, or compile the engine with "{lean}".'
         )
     if options.get("strip_weights"):
         refit = shlex.join([*seen_first(gpus[0]), "swin-deploy", "refit", str(bundle.path)])
-        return f'{file} was compiled without its weights. Put them back with "{refit}".'
+        return f'{file} was compiled without its weights. Add them with "{refit}".'
     return None
 
 
 def fitting_engines(bundle: Bundle, backend: str, precision: str, device: str) -> dict[Size, str]:
-    """The engine for each image size, of those that run on `device` ("cuda:0") the one that was added last.
+    """Return for each image size the last added engine that runs on `device`, such as "cuda:0".
 
-    Raises UsageError or EngineError where there is none for an image size, and says why.
+    Raises:
+        UsageError: The bundle has no such engine, or the machine has no such device.
+        EngineError: The engines of an image size cannot run.
     """
     gpu = gpu_of(device, backend)
     held = _held(bundle, backend, gpu, precision)
@@ -77,22 +85,24 @@ def fitting_engines(bundle: Bundle, backend: str, precision: str, device: str) -
         of_size = {file: entry for file, entry in held.items() if _size(entry) == size}
         if not of_size:
             again = rebuild_command(bundle, next(iter(held)), [gpu])
-            raise EngineError(f'{bundle.path} holds no {precision} engine for {size_text(size)}. Make it with "{again}".')
+            raise EngineError(f'{bundle.path} has no {precision} engine for {size_text(size)}. Build it with "{again}".')
         chosen[size] = next(iter(_fitting(bundle, of_size, gpu, _release(backend))))
     return chosen
 
 
 def runnable_engines(bundle: Bundle, backend: str, device: str) -> dict[str, Mapping[str, Any]]:
-    """All engines of a back end that run on `device`, in the order of the manifest.
+    """Return all engines of a back end that run on `device`, in the order of the manifest.
 
-    Raises UsageError or EngineError where there is none, and says why.
+    Raises:
+        UsageError: The bundle has no engine for the back end, or the machine has no such device.
+        EngineError: None of them can run.
     """
     gpu = gpu_of(device, backend)
     return dict(reversed(_fitting(bundle, _held(bundle, backend, gpu), gpu, _release(backend)).items()))
 
 
 def engines_here(bundle: Bundle, backend: str, device: str) -> dict[str, Mapping[str, Any]]:
-    """As runnable_engines; empty where there is none, for any reason."""
+    """Return the same as `runnable_engines`, or nothing where that raises."""
     try:
         return runnable_engines(bundle, backend, device)
     except (EngineError, MissingDependencyError, UsageError):
@@ -102,27 +112,27 @@ def engines_here(bundle: Bundle, backend: str, device: str) -> dict[str, Mapping
 def _held(bundle: Bundle, backend: str, gpu: str, precision: str | None = None) -> dict[str, Mapping[str, Any]]:
     found = engines_of(bundle, backend, precision)
     if not found:
-        held = dict.fromkeys(str(entry["precision"]) for entry in engines_of(bundle, backend).values())
-        others = f"; it holds engines in {', '.join(held)}" if held else ""
+        others = dict.fromkeys(str(entry["precision"]) for entry in engines_of(bundle, backend).values())
+        only = f", only {', '.join(others)}" if others else ""
         kind = f"{precision} engine" if precision else "engine"
-        made = shlex.join(_build_command(bundle, precision or "fp16", backend, gpu))
-        raise UsageError(f'The bundle {bundle.path} holds no {kind} for {backend}{others}. Make it with "{made}".')
+        command = shlex.join(_build_command(bundle, precision or "fp16", backend, gpu))
+        raise UsageError(f'The bundle {bundle.path} has no {kind} for {backend}{only}. Build it with "{command}".')
     return found
 
 
 def _fitting(bundle: Bundle, held: Mapping[str, Mapping[str, Any]], gpu: str, release: str) -> dict[str, Mapping[str, Any]]:
-    """Those of `held` that run here. Raises EngineError where none does: of the one for this GPU, or else the first, why."""
-    reasons = {file: misfit(bundle, file, [gpu], release) for file in held}
+    """Return the engines of `held` that run; otherwise raise EngineError for the one for this GPU, or else the first."""
+    reasons = {file: incompatibility(bundle, file, [gpu], release) for file in held}
     if None not in reasons.values():
         raise EngineError(reasons[next((file for file in held if _runs_on(held[file], gpu)), next(iter(held)))])
     return {file: entry for file, entry in held.items() if reasons[file] is None}
 
 
 def open_engine(bundle: Bundle, file: str, device: str) -> Runtime:
-    """That engine of the bundle, loaded on `device`; its sha256 is checked before it is read."""
+    """Load an engine of the bundle on `device`; its sha256 is checked before it is read."""
     entry = bundle.files[file]
     graph, backend = bundle.files[entry["graph"]], str(entry["backend"])
-    gpu, folder = cuda_devices()[int(device.partition(":")[2] or 0)], cache_folder(backend)
+    gpu, folder = cuda_devices()[device_number(device)], cache_folder(backend)
     again = rebuild_command(bundle, file, [gpu.capability])
     name = re.sub(r"\W+", "-", f"{entry['sha256'][:32]} {gpu.name}")
     engine = EngineFile(
@@ -137,25 +147,24 @@ def open_engine(bundle: Bundle, file: str, device: str) -> Runtime:
 
 
 def gpu_of(device: str, backend: str) -> str:
-    """The compute capability of `device`. Raises UsageError where this machine does not have it."""
-    gpus, number = cuda_devices(), int(device.partition(":")[2] or 0)
+    """Return the compute capability of `device`; raise UsageError if this machine has no such device."""
+    gpus, number = cuda_devices(), device_number(device)
     if not gpus:
-        raise UsageError(f"The back end {backend} runs on an NVIDIA GPU, and this machine has none that is usable.")
+        raise UsageError(f"The back end {backend} needs an NVIDIA GPU, and this machine has no usable one.")
     if number >= len(gpus):
-        here = ", ".join(f"cuda:{i} ({gpu.name})" for i, gpu in enumerate(gpus))
-        raise UsageError(f"There is no {device} here. Expected one of: {here}.")
+        raise unknown("device", device, [f"cuda:{index} ({gpu.name})" for index, gpu in enumerate(gpus)])
     return gpus[number].capability
 
 
 def rebuild_options(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What build_engine is to be told to compile an engine again as it is in the manifest, for the GPU that is here."""
+    """Return the options of build_engine that compile an engine of the manifest again."""
     kept = {name: value for name, value in entry["options"].items() if name not in ("strip_weights", "refitted")}
     batches = [tuple(profile["batch"]) for profile in entry["profiles"]]
     return {"precision": entry["precision"], "backend": entry["backend"], "batches": batches, **kept}
 
 
 def rebuild_command(bundle: Bundle, file: str, gpus: Sequence[str], **changes: Any) -> str:
-    """The command that compiles an engine again for the first of `gpus`, or, without one, for the GPU that it was for."""
+    """Return the command that compiles an engine again, for the first of `gpus` or, without one, for its previous GPU."""
     options = {**rebuild_options(bundle.files[file]), **changes}
     gpu = gpus[0] if gpus else str(bundle.files[file]["gpu"])
     command = _build_command(bundle, options.pop("precision"), options.pop("backend"), gpu)
@@ -177,12 +186,8 @@ def _runs_on(entry: Mapping[str, Any], gpu: str) -> bool:
     return bool(entry["gpu"] == gpu)
 
 
-def _gpus(entry: Mapping[str, Any]) -> str:
-    return "sm_80 and newer" if entry.get("options", {}).get("hardware_compatible") else str(entry["gpu"])
-
-
 def _runs_with(entry: Mapping[str, Any], release: str) -> bool:
-    """Only with its own release; a version-compatible one with newer ones of the same major version, and one of 10 with 11."""
+    """Version-compatible engines run with newer releases of the same major version, and those of 10 with 11 as well."""
     if not entry.get("options", {}).get("version_compatible"):
         return bool(entry["backend_version"] == release)
     made, here = (tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (str(entry["backend_version"]), release))

@@ -1,7 +1,8 @@
-"""ONNX Runtime on a GPU, with CUDA graphs, pinned memory and streams of our own; or with its TensorRT provider."""
+"""Run ONNX Runtime on a GPU, with CUDA graphs, pinned buffers and streams of our own, or with its TensorRT provider."""
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import functools
 import io
@@ -9,6 +10,7 @@ import logging
 import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,334 +23,336 @@ from swin_deploy.runtimes.dlpack import DeviceTensor
 from swin_deploy.runtimes.onnxruntime import failed, opened, specs_of
 from swin_deploy.specs import Array, TensorSpec
 
-from .driver import CAPTURING, LEGACY_STREAM, Gpu
-from .gpu_thread import Worker
-from .memory import Layout, Memory
+from .capture_lock import CAPTURE_LOCK
+from .cuda_context import CudaContext, device_number
+from .io_buffers import BufferLayout, IoBuffer, StreamBuffers, device_tensor
 
-MOST_CALLS = 4  # at a time: while one is computed, others come and go over the bus
-MOST_GRAPHS = 16  # batch sizes that have a CUDA graph; ONNX Runtime keeps each until the session ends
-SAFE_GRAPHS = 1, 31  # older releases free or reuse what a graph reads when another batch size comes
-NO_GRAPH = -1  # the `gpu_graph_id` of a run that is none
-_LOG = logging.getLogger("swin_deploy")
+MAX_TRANSFERS = 4  # concurrent calls: while one is computed, others copy their inputs and outputs
+MAX_GRAPHS = 16  # batch sizes with a CUDA graph, which ONNX Runtime keeps until the session ends
+FIRST_SAFE_RELEASE = 1, 31  # in older releases, another batch size frees or reuses memory that a graph reads
+NO_GRAPH = -1  # the `gpu_graph_id` of a run without a CUDA graph
+_LOG = logging.getLogger(__name__)
 
 Options = dict[str, str]
 
 
 class OnnxRuntimeCuda(Runtime):
-    """The ONNX model in the file `path` on `device` ("cuda:0"). `threads` is for what runs on the CPU; 0 leaves it open.
+    """An ONNX model in ONNX Runtime's CUDA provider.
 
-    Any number of threads may run it. One thread of its own computes, because ONNX Runtime keeps CUDA graphs, and the handles
-    of CUDA's libraries, for each thread that does; up to MOST_CALLS calls carry their inputs and outputs meanwhile, each with
-    a stream and memory of its own. Raises BackendError when ONNX Runtime does not take the model or cannot start the
-    provider, MissingDependencyError where it was built without, UsageError where there is no GPU either.
+    Any number of threads may call it. One thread computes, because ONNX Runtime keeps CUDA graphs and the handles of CUDA's
+    libraries per thread. Up to MAX_TRANSFERS calls copy their inputs and outputs meanwhile, each with a stream and buffers.
+
+    Args:
+        path: The ONNX file.
+        threads: Threads for nodes that run on the CPU; 0 lets ONNX Runtime choose.
+        device: A GPU such as "cuda:0".
+
+    Raises:
+        BackendError: ONNX Runtime refuses the model or cannot start the provider.
+        MissingDependencyError: ONNX Runtime was built without the provider, or cuda-bindings is not installed.
+        UsageError: This machine has no GPU.
     """
 
     calls_at_once = 2
     provider = "CUDAExecutionProvider"
-    providers: tuple[tuple[str, Options], ...] = ((provider, {"use_tf32": "0"}),)  # TF32 would not be fp32
+    providers: tuple[tuple[str, Options], ...] = ((provider, {"use_tf32": "0"}),)  # TF32 is less precise than fp32
     graphs = True
+    device_tensor = staticmethod(device_tensor)
 
     def __init__(self, path: Path, threads: int = 0, device: str = "cuda:0") -> None:
         ort = require("onnxruntime", "run ONNX models")
         if self.provider not in ort.get_available_providers():
             refuse_without_gpu(device)
             raise MissingDependencyError(
-                f"ONNX Runtime {ort.__version__} as it is installed has no {self.provider}, so it cannot run on {device}. "
+                f"The installed ONNX Runtime {ort.__version__} has no {self.provider}, so it cannot run on {device}. "
                 'Run: pip uninstall onnxruntime, then pip install "swin-deploy[gpu]"'
             )
-        with CAPTURING.shared():
-            gpu = Gpu(int(device.partition(":")[2] or 0))
-        self._thread = Worker("swin_deploy-onnxruntime")
-        opening = partial(_opened, ort, path, threads, self.providers)  # not a method: the runtime would keep itself alive
-        graphs = self.graphs and tuple(map(int, re.findall(r"\d+", ort.__version__)[:2])) >= SAFE_GRAPHS
-        self._computing = computing = _Computing(gpu, opening, ort.RunOptions, graphs)
-        self._release = weakref.finalize(self, self._thread.leave, computing.end)
+        with CAPTURE_LOCK.shared():
+            cuda = CudaContext(device_number(device))
+        create = partial(_create_session, ort, path, threads, self.providers)  # a bound method would keep the runtime alive
+        graphs = self.graphs and tuple(map(int, re.findall(r"\d+", ort.__version__)[:2])) >= FIRST_SAFE_RELEASE
+        self._executor = ThreadPoolExecutor(1, "swin-deploy-onnxruntime")
+        self._session = session = _GraphSession(cuda, create, ort.RunOptions, graphs)
+        # The garbage collector may run anywhere, also while an executor holds its lock: the finalizer must not submit.
+        self._release = weakref.finalize(self, _thread.start_new_thread, _shut_down, (self._executor, session))
         self._release.atexit = False
         try:
-            inputs, outputs = self._thread.start(computing.begin).result()
+            inputs, outputs = self._executor.submit(session.open).result()
         except BaseException:
             self._close()
             raise
         super().__init__(f"onnxruntime {ort.__version__}", inputs, outputs, device)
-        layouts = [[Layout.of(spec) for spec in side] for side in (inputs, outputs)]
-        self._carriers = computing.carriers = Pool(partial(_Carrier, gpu, *layouts), MOST_CALLS)
+        self._transfers = session.transfers = Pool(partial(_create_transfer, cuda, session.layouts), MAX_TRANSFERS)
 
     def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
-        assert out is not None  # Layout.of saw to it that the size of every output is known
+        assert out is not None  # BufferLayout checked that the size of every output is known
         batch = int(feeds[self.inputs[0].name].shape[0])
+        session = self._session
         try:
-            with self._computing.gpu.current(), self._carriers.taken() as carrier:
+            with session.cuda.current(), self._transfers.taken() as transfer:
                 try:
-                    with CAPTURING.shared():
-                        carrier.bring(feeds, batch)
-                    self._thread.start(partial(self._computing.compute, carrier, batch)).result()
-                    with CAPTURING.shared():
-                        carrier.take(out)
+                    with CAPTURE_LOCK.shared():
+                        transfer.send(feeds, batch)
+                    self._executor.submit(session.compute, transfer, batch).result()
+                    with CAPTURE_LOCK.shared():
+                        transfer.receive(out)
                 except BaseException:
-                    self._thread.start(partial(self._computing.drop, carrier))  # after what may still be using it
+                    self._executor.submit(session.discard, transfer)  # queued after the work that may still use it
                     raise
         except Exception as error:
             raise failed(error) from error
         return out
 
     def _close(self) -> None:
-        self._release()
-        self._thread.join()
+        if self._release.detach():
+            _shut_down(self._executor, self._session)
 
 
 class OnnxRuntimeTensorRt(OnnxRuntimeCuda):
-    """The same with ONNX Runtime's TensorRT provider, which compiles the graph while it is loaded."""
+    """An ONNX model in ONNX Runtime's TensorRT provider, which compiles the graph while it is loaded."""
 
     provider = "TensorrtExecutionProvider"
-    providers = ((provider, {}), *OnnxRuntimeCuda.providers)  # what the first does not take is the second's
+    providers = ((provider, {}), *OnnxRuntimeCuda.providers)  # the second runs what the first does not support
     graphs = False
 
 
-def _opened(ort: Any, path: Path, threads: int, known: Sequence[tuple[str, Options]], here: Options, graphs: bool) -> Any:
-    """A session with those providers on the GPU and the stream that `here` names."""
-    said = preloaded(ort)
-    options = here | ({"enable_cuda_graph": "1"} if graphs else {})
-    providers = [(name, {**chosen, **options}) for name, chosen in known]
-    session = opened(ort, path, threads, [*providers, "CPUExecutionProvider"], "GPU")
-    if known[0][0] not in session.get_providers():
-        # It warns and goes on with the CPU when CUDA's libraries are missing or of another release.
+def _shut_down(executor: ThreadPoolExecutor, session: _GraphSession) -> None:
+    executor.submit(session.close)
+    executor.shutdown()
+
+
+def _create_session(
+    ort: Any, path: Path, threads: int, providers: Sequence[tuple[str, Options]], device: Options, graphs: bool
+) -> Any:
+    """Create a session on the GPU and the stream that the provider options `device` name."""
+    warnings = preloaded(ort)
+    options = device | ({"enable_cuda_graph": "1"} if graphs else {})
+    on_gpu = [(name, {**chosen, **options}) for name, chosen in providers]
+    session = opened(ort, path, threads, [*on_gpu, "CPUExecutionProvider"], "GPU")
+    if providers[0][0] not in session.get_providers():
+        # ONNX Runtime only warns, and continues on the CPU, if CUDA's libraries are missing or of another release.
         raise BackendError(
-            f"ONNX Runtime {ort.__version__} could not start its {known[0][0]}, mostly because CUDA or cuDNN is missing "
-            f'or of another release than it was built for{said}. Run: pip install "onnxruntime-gpu[cuda,cudnn]"'
+            f"ONNX Runtime {ort.__version__} could not start its {providers[0][0]}. The usual cause is that CUDA or cuDNN is "
+            f'missing or of another release than it was built for{warnings}. Run: pip install "onnxruntime-gpu[cuda,cudnn]"'
         )
     return session
 
 
-class _Carrier:
-    """What one call needs to carry its inputs to the GPU and its outputs from there: a stream, and memory on both sides."""
+class _Transfer(StreamBuffers):
+    """Copies the inputs of one call to the GPU and its outputs back."""
 
-    def __init__(self, gpu: Gpu, inputs: Sequence[Layout], outputs: Sequence[Layout]) -> None:
-        self._gpu = gpu
-        self.inputs = [Memory(gpu, layout) for layout in inputs]
-        self.outputs = [Memory(gpu, layout) for layout in outputs]
-        self.sources = [0] * len(inputs)  # where each input is on the GPU: here, or where the caller has it
-        self._batch = self.stream = self.event = 0
+    def __init__(self, cuda: CudaContext, layouts: Sequence[Sequence[BufferLayout]]) -> None:
+        super().__init__(cuda, layouts)
+        self.sources = [0] * len(self.inputs)  # device addresses of the inputs: a buffer's, or the caller's tensor
+        self._batch = 0
 
-    def bring(self, feeds: Feeds, batch: int) -> None:
-        """The inputs, on their way to the GPU."""
-        if not self.event:
-            self.stream = self._gpu.stream()
-            self.event = self._gpu.event()
+    def send(self, feeds: Feeds, batch: int) -> None:
+        """Start to copy the inputs to the GPU."""
         if batch != self._batch:
             self._batch = 0
-            for memory in self.inputs + self.outputs:
-                memory.hold(batch)
+            for buffer in self.inputs + self.outputs:
+                buffer.resize(batch)
             self._batch = batch
-        if any(isinstance(feed, DeviceTensor) for feed in feeds.values()):
-            self._gpu.follow(self.stream, LEGACY_STREAM, self.event)
-        for number, memory in enumerate(self.inputs):
-            feed = feeds[memory.layout.name]
+        self.wait_for(feeds)
+        for number, buffer in enumerate(self.inputs):
+            feed = feeds[buffer.layout.name]
             if isinstance(feed, DeviceTensor):
                 self.sources[number] = feed.pointer
             else:
-                memory.view[...] = feed
-                self._gpu.to_device(memory.device, memory.host, memory.size, self.stream)
-                self.sources[number] = memory.device
+                buffer.view[...] = feed
+                self._cuda.copy(buffer.device, buffer.host, buffer.size, self.stream)
+                self.sources[number] = buffer.device
 
-    def take(self, out: Mapping[str, Array]) -> None:
-        """The outputs, once they are here."""
-        for memory in self.outputs:
-            self._gpu.to_host(memory.host, memory.device, memory.size, self.stream)
-        self._gpu.wait(self.stream)
-        for memory in self.outputs:
-            out[memory.layout.name][...] = memory.view
-
-    def free(self) -> None:
-        """Frees everything, whatever state it is in; a second time does nothing."""
-        stream, event, self.stream, self.event = self.stream, self.event, 0, 0
-        steps: list[Callable[[], None]] = [memory.free for memory in self.inputs + self.outputs]
-        if stream:
-            steps = [partial(self._gpu.wait, stream), *steps, partial(self._gpu.end_stream, stream)]
-        if event:
-            steps.append(partial(self._gpu.end_event, event))
-        for step in steps:
-            with contextlib.suppress(BackendError):  # a GPU that failed refuses this, too, and what failed has been told
-                step()
+    def receive(self, out: Mapping[str, Array]) -> None:
+        """Copy the outputs to the host and wait for them."""
+        for buffer in self.outputs:
+            self._cuda.copy(buffer.host, buffer.device, buffer.size, self.stream)
+        self._cuda.synchronize(self.stream)
+        for buffer in self.outputs:
+            out[buffer.layout.name][...] = buffer.view
 
 
-class _Room:
-    """The memory that the session reads and writes for a batch size; a CUDA graph is of these addresses."""
+def _create_transfer(cuda: CudaContext, layouts: Sequence[Sequence[BufferLayout]]) -> _Transfer:
+    with CAPTURE_LOCK.shared():
+        return _Transfer(cuda, layouts)
 
-    def __init__(self, gpu: Gpu, layouts: Sequence[Sequence[Layout]], binding: Any, options: Any) -> None:
-        self.inputs, self.outputs = ([Memory(gpu, layout, pinned=False) for layout in side] for side in layouts)
+
+class _BoundBuffers:
+    """I/O binding: the device buffers that the session reads and writes; a CUDA graph is valid for these addresses only."""
+
+    def __init__(self, cuda: CudaContext, layouts: Sequence[Sequence[BufferLayout]], binding: Any, options: Any) -> None:
+        self.inputs, self.outputs = ([IoBuffer(cuda, layout, pinned=False) for layout in side] for side in layouts)
         self.binding, self.options = binding, options
-        self._ordinal, self._batch = gpu.ordinal, 0
+        self._ordinal, self._batch = cuda.ordinal, 0
 
-    def hold(self, batch: int) -> None:
+    def resize(self, batch: int) -> None:
         if batch == self._batch:
             return
         self._batch = 0
         for side, bind in ((self.inputs, self.binding.bind_input), (self.outputs, self.binding.bind_output)):
-            for memory in side:
-                memory.hold(batch)
-                layout = memory.layout
-                bind(layout.name, "cuda", self._ordinal, layout.dtype.type, layout.shape(batch), memory.device)
+            for buffer in side:
+                buffer.resize(batch)
+                layout = buffer.layout
+                bind(layout.name, "cuda", self._ordinal, layout.dtype.type, layout.shape(batch), buffer.device)
         self._batch = batch
 
     def free(self) -> None:
         self.binding = None
-        for memory in self.inputs + self.outputs:
+        for buffer in self.inputs + self.outputs:
             with contextlib.suppress(BackendError):
-                memory.free()
+                buffer.free()
 
 
-class _Computing:
-    """The session, with its stream and memory. `begin`, `compute` and `end` are to be called in one and the same thread."""
+class _GraphSession:
+    """The session with its stream, buffers and CUDA graphs. Call all methods in one and the same thread."""
 
     def __init__(
-        self, gpu: Gpu, open_session: Callable[[Options, bool], Any], new_options: Callable[[], Any], graphs: bool
+        self, cuda: CudaContext, create: Callable[[Options, bool], Any], new_options: Callable[[], Any], graphs: bool
     ) -> None:
-        self.gpu, self._open, self._new_options, self._graphs = gpu, open_session, new_options, graphs
-        self.carriers: Pool[_Carrier] | None = None
+        self.cuda, self._create, self._new_options, self._graphs = cuda, create, new_options, graphs
+        self.transfers: Pool[_Transfer] | None = None
+        self.layouts: list[list[BufferLayout]] = []
         self._session: Any = None
         self._stream = 0
-        self._layouts: list[list[Layout]] = []
-        self._rooms: dict[int, _Room] = {}  # of each batch size that has a CUDA graph
-        self._common: _Room | None = None  # of all others
+        self._captured: dict[int, _BoundBuffers] = {}  # of each batch size that has a CUDA graph
+        self._shared: _BoundBuffers | None = None  # of all others
 
-    def begin(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-        """Opens the session; its inputs and outputs."""
-        with self.gpu.current():
-            self._begin()
+    def open(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        """Create the session; return the specifications of its inputs and outputs."""
+        with self.cuda.current():
+            self._open()
             inputs, outputs = specs_of(self._session)
-            self._layouts = [[Layout.of(spec) for spec in side] for side in (inputs, outputs)]
+            self.layouts = [[BufferLayout.from_spec(spec) for spec in side] for side in (inputs, outputs)]
             return inputs, outputs
 
-    def compute(self, carrier: _Carrier, batch: int) -> None:
-        """Puts the network into the stream: from the inputs of `carrier` to its outputs, for which its stream then waits."""
-        with self.gpu.current():
-            if self._session is None:  # it was to be opened again, and could not be
-                self._begin()
-            room = self._rooms.get(batch) or self._with_graph(batch, carrier)
-            with CAPTURING.shared():
+    def compute(self, transfer: _Transfer, batch: int) -> None:
+        """Queue the network, from the inputs of `transfer` to its outputs; its stream then waits for them."""
+        with self.cuda.current():
+            if self._session is None:  # it could not be created again after a failed capture
+                self._open()
+            buffers = self._captured.get(batch) or self._capture(batch, transfer)
+            with CAPTURE_LOCK.shared():
                 try:
-                    if room is None:
-                        room = self._common = self._common or self._room(NO_GRAPH)
-                        self.gpu.wait(self._stream)  # until nothing uses the memory that is about to be another
-                        room.hold(batch)
-                    self._enter(room, carrier)
+                    if buffers is None:
+                        buffers = self._shared = self._shared or self._bind(NO_GRAPH)
+                        self.cuda.synchronize(self._stream)  # until no earlier call uses memory that may be replaced
+                        buffers.resize(batch)
+                    self._copy_inputs(buffers, transfer)
                     if not self._graphs:
-                        self.gpu.wait(self._stream)  # nodes on the CPU read an input without waiting for our stream
-                    self._session.run_with_iobinding(room.binding, room.options)
-                    for memory, computed in zip(carrier.outputs, room.outputs, strict=True):
-                        self.gpu.on_device(memory.device, computed.device, memory.size, self._stream)
-                    self.gpu.follow(carrier.stream, self._stream, carrier.event)
+                        self.cuda.synchronize(self._stream)  # nodes on the CPU read inputs without waiting for our stream
+                    self._session.run_with_iobinding(buffers.binding, buffers.options)
+                    for target, source in zip(transfer.outputs, buffers.outputs, strict=True):
+                        self.cuda.copy(target.device, source.device, target.size, self._stream)
+                    self.cuda.wait_for_stream(transfer.stream, self._stream, transfer.event)
                 except BaseException:
                     with contextlib.suppress(BackendError):
-                        self.gpu.wait(self._stream)  # until nothing reads the carrier's memory any more
+                        self.cuda.synchronize(self._stream)  # until nothing reads the buffers of `transfer` any more
                     raise
 
-    def drop(self, carrier: _Carrier) -> None:
-        """Frees what a call that failed was carried with."""
-        with contextlib.suppress(BackendError), self.gpu.current(), CAPTURING.shared():
-            carrier.free()
+    def discard(self, transfer: _Transfer) -> None:
+        """Free the buffers of a failed call."""
+        with contextlib.suppress(BackendError), self.cuda.current(), CAPTURE_LOCK.shared():
+            transfer.free()
 
-    def end(self) -> None:
-        """Frees everything; a GPU that has failed may refuse, which changes nothing any more."""
-        with contextlib.suppress(BackendError), self.gpu.current(), CAPTURING.shared(long=True):
-            for carrier in self.carriers.drain() if self.carriers is not None else ():
-                carrier.free()
-            self._end()
+    def close(self) -> None:
+        """Free everything; after a failure the GPU may refuse, which is ignored."""
+        with contextlib.suppress(BackendError), self.cuda.current(), CAPTURE_LOCK.shared(long=True):
+            for transfer in self.transfers.drain() if self.transfers is not None else ():
+                transfer.free()
+            self._close()
         self._session = None
-        with contextlib.suppress(BackendError), CAPTURING.shared():
-            self.gpu.close()
+        with contextlib.suppress(BackendError), CAPTURE_LOCK.shared():
+            self.cuda.close()
 
-    def _begin(self) -> None:
-        with CAPTURING.shared(long=True):
-            self._stream = self.gpu.stream()
-            here = {"device_id": str(self.gpu.ordinal), "user_compute_stream": str(self._stream)}
+    def _open(self) -> None:
+        with CAPTURE_LOCK.shared(long=True):
+            self._stream = self.cuda.create_stream()
+            device = {"device_id": str(self.cuda.ordinal), "user_compute_stream": str(self._stream)}
             try:
-                self._session = self._with_or_without_graphs(here)
+                try:
+                    self._session = self._create(device, self._graphs)
+                except BackendError as error:
+                    if not self._graphs or "graph capture feature" not in str(error):
+                        raise
+                    self._session = self._create(device, False)
+                    self._graphs = False
+                    _LOG.info("ONNX Runtime cannot use CUDA graphs for this network: %s", error)
             except BaseException:
-                self._end()
+                self._close()
                 raise
 
-    def _with_or_without_graphs(self, here: Options) -> Any:
-        if self._graphs:
-            try:
-                return self._open(here, True)
-            except BackendError as error:
-                if "graph capture feature" not in str(error):
-                    raise
-                session = self._open(here, False)
-                _LOG.info("ONNX Runtime makes no CUDA graphs of this network: %s", str(error))
-                self._graphs = False
-                return session
-        return self._open(here, False)
-
-    def _end(self) -> None:
-        for room in (*self._rooms.values(), *([self._common] if self._common else [])):
-            room.free()
-        self._rooms, self._common = {}, None
+    def _close(self) -> None:
+        for buffers in (*self._captured.values(), *([self._shared] if self._shared else [])):
+            buffers.free()
+        self._captured, self._shared = {}, None
         self._session = None
         stream, self._stream = self._stream, 0
         if stream:
             with contextlib.suppress(BackendError):
-                self.gpu.end_stream(stream)
+                self.cuda.destroy_stream(stream)
 
-    def _room(self, graph: int) -> _Room:
+    def _bind(self, graph: int) -> _BoundBuffers:
         options = self._new_options()
-        options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # the stream is ours
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # we synchronise our stream
         if self._graphs:
             options.add_run_config_entry("gpu_graph_id", str(graph))
-        return _Room(self.gpu, self._layouts, self._session.io_binding(), options)
+        return _BoundBuffers(self.cuda, self.layouts, self._session.io_binding(), options)
 
-    def _enter(self, room: _Room, carrier: _Carrier) -> None:
-        self.gpu.follow(self._stream, carrier.stream, carrier.event)
-        for memory, source in zip(room.inputs, carrier.sources, strict=True):
-            self.gpu.on_device(memory.device, source, memory.size, self._stream)
+    def _copy_inputs(self, buffers: _BoundBuffers, transfer: _Transfer) -> None:
+        self.cuda.wait_for_stream(self._stream, transfer.stream, transfer.event)
+        for buffer, source in zip(buffers.inputs, transfer.sources, strict=True):
+            self.cuda.copy(buffer.device, source, buffer.size, self._stream)
 
-    def _with_graph(self, batch: int, carrier: _Carrier) -> _Room | None:
-        """The room for `batch` images with a CUDA graph that answers, to the bit, as the session does without; None where
-        there is to be none, or not now. A session in which capturing goes wrong is opened again, to go on without."""
-        if not self._graphs or len(self._rooms) == MOST_GRAPHS:
+    def _capture(self, batch: int, transfer: _Transfer) -> _BoundBuffers | None:
+        """Capture a CUDA graph for `batch` images and check that its outputs are those of a run without one, to the bit.
+
+        Returns:
+            The graph's buffers; None if there is no graph, or not now. After a failed capture the session is created again
+            without CUDA graphs.
+        """
+        if not self._graphs or len(self._captured) == MAX_GRAPHS:
             return None
-        with CAPTURING.alone() as alone:
-            if not alone:
-                return None  # this time
-            room, plain = self._room(len(self._rooms) + 1), self._room(NO_GRAPH).options
+        with CAPTURE_LOCK.exclusive() as exclusive:
+            if not exclusive:
+                return None
+            buffers, without_graph = self._bind(len(self._captured) + 1), self._bind(NO_GRAPH).options
             try:
-                room.hold(batch)
-                self._enter(room, carrier)
-                wanted = self._answer(room, plain, carrier)
+                buffers.resize(batch)
+                self._copy_inputs(buffers, transfer)
+                expected = self._outputs(buffers, without_graph, transfer)
             except BaseException:
                 with contextlib.suppress(BackendError):
-                    self.gpu.wait(self._stream)
-                room.free()
+                    self.cuda.synchronize(self._stream)
+                buffers.free()
                 raise
-            try:  # the first of them runs it as often as it takes, and captures it
-                if all(self._answer(room, room.options, carrier) == wanted for _ in range(2)):
-                    self._rooms[batch] = room
-                    return room
-                reason = "the graph gave other answers"
-            except Exception as error:  # noqa: BLE001 - whatever it is, without graphs it may be well
+            try:  # the first run captures, after as many plain runs as ONNX Runtime needs
+                if all(self._outputs(buffers, buffers.options, transfer) == expected for _ in range(2)):
+                    self._captured[batch] = buffers
+                    return buffers
+                reason = "the graph gave different outputs"
+            except Exception as error:  # noqa: BLE001 - whatever the cause, a run without a graph may succeed
                 reason = str(error)
-            self.gpu.abandon_capture(self._stream)  # a session that ends in the middle of one takes the process with it
-            room.free()
-            self._end()
-        _LOG.warning("ONNX Runtime's CUDA graph of this network is of no use (%s); it goes on without.", reason)
+            self.cuda.abandon_capture(self._stream)  # a session that is destroyed during a capture aborts the process
+            buffers.free()
+            self._close()
+        _LOG.warning("ONNX Runtime runs this network without CUDA graphs from now on: %s", reason)
         self._graphs = False
-        self._begin()
+        self._open()
         return None
 
-    def _answer(self, room: _Room, options: Any, carrier: _Carrier) -> list[bytes]:
-        self._session.run_with_iobinding(room.binding, options)
-        for memory, computed in zip(carrier.outputs, room.outputs, strict=True):
-            self.gpu.to_host(memory.host, computed.device, memory.size, self._stream)
-        self.gpu.wait(self._stream)
-        return [memory.view.tobytes() for memory in carrier.outputs]
+    def _outputs(self, buffers: _BoundBuffers, options: Any, transfer: _Transfer) -> list[bytes]:
+        self._session.run_with_iobinding(buffers.binding, options)
+        for target, source in zip(transfer.outputs, buffers.outputs, strict=True):
+            self.cuda.copy(target.host, source.device, target.size, self._stream)
+        self.cuda.synchronize(self._stream)
+        return [target.view.tobytes() for target in transfer.outputs]
 
 
-@functools.cache  # for what it prints, standard output of the whole process is held
+@functools.cache  # it redirects standard output of the whole process while it runs
 def preloaded(ort: Any) -> str:
-    """Lets ONNX Runtime load CUDA and cuDNN from where pip puts them; what it complains of, in brackets."""
-    said = io.StringIO()
+    """Let ONNX Runtime load CUDA and cuDNN from their pip packages; return its complaints in brackets."""
+    printed = io.StringIO()
     if hasattr(ort, "preload_dlls"):
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(printed):
             ort.preload_dlls()
-    return f" ({sentence(said.getvalue())})" if said.getvalue() else ""
+    return f" ({sentence(printed.getvalue())})" if printed.getvalue() else ""

@@ -1,14 +1,12 @@
-"""TensorRT and TensorRT for RTX: engines that build-engine compiled, on the GPU that they were compiled for."""
+"""Run TensorRT and TensorRT for RTX engines on the GPU that they were compiled for."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from swin_deploy.dependencies import require
@@ -17,261 +15,253 @@ from swin_deploy.runtimes.backends import BACKENDS
 from swin_deploy.runtimes.base import EngineFile, Feeds, Runtime
 from swin_deploy.runtimes.user_cache import read_cached, write_cached
 from swin_deploy.specs import Array, Batch
-from swin_deploy.tensorrt_log import Said, logger_of
+from swin_deploy.tensorrt_log import ErrorLog, logger_of
 
-from .contexts import Lane, Lanes
-from .driver import CAPTURING, Gpu
-from .memory import Layout
+from .capture_lock import CAPTURE_LOCK
+from .contexts import ContextPool, ContextSlot
+from .cuda_context import CudaContext, device_number
+from .io_buffers import BufferLayout, device_tensor
 
-_LOG = logging.getLogger("swin_deploy")
-MOST_LANES = 8  # calls at a time, and batch sizes whose CUDA graphs are kept; each has its own memory for activations
+_LOG = logging.getLogger(__name__)
+MAX_CONTEXTS = 8  # concurrent calls, and batch sizes whose CUDA graphs are kept; each has its own activation memory
 
-# TensorRT's names for the types of inputs and outputs.
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BOOL": "bool", "UINT8": "uint8"}
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BOOL": "bool", "UINT8": "uint8"}  # of inputs and outputs
 
 
 class TensorRt(Runtime):
-    """The engine `file` on `device` ("cuda:0"). Raises BackendError where TensorRT or the driver does not take it,
-    MissingDependencyError where TensorRT is not installed.
+    """An engine that TensorRT compiled.
 
-    Any number of threads may run it; up to MOST_LANES calls are on the GPU at a time, each with an execution context, a
-    stream and memory of its own. A batch that no profile holds is split over the largest one; one smaller than each of
-    them, or between two, is filled up with its last image, which is cut from the answers.
+    Any number of threads may call it. Up to MAX_CONTEXTS calls run at a time, each with its own execution context, stream
+    and buffers. A batch larger than every optimisation profile is split; one smaller than a profile's minimum is padded with
+    its last image, and the padding is cut from the outputs.
+
+    Args:
+        file: The engine, whose sha256 was checked.
+        device: A GPU such as "cuda:0".
+
+    Raises:
+        MissingDependencyError: TensorRT or cuda-bindings is not installed.
+        BackendError: TensorRT or the driver refuses the engine.
     """
 
     backend, name = "tensorrt", "TensorRT"
-    own_graphs = False  # whether it captures CUDA graphs by itself
-    calls_to_warm = 2  # the second is captured
+    own_graphs = False  # whether the library captures CUDA graphs by itself
+    calls_to_warm = 2  # the second call is captured
     calls_at_once = 2
+    device_tensor = staticmethod(device_tensor)
 
     def __init__(self, file: EngineFile, device: str = "cuda:0") -> None:
         trt = require(BACKENDS[self.backend].found, "run engines")
-        logger, said = logger_of(trt)
-        self._said, self._file = said, file
-        title = f"{self.name} {trt.__version__}"
-        layouts = [Layout.of(spec) for spec in file.inputs], [Layout.of(spec) for spec in file.outputs]
-        self._natives = natives = _Natives(Gpu(int(device.partition(":")[2] or 0)))
-        said.clear()
+        logger, self._errors = logger_of(trt)
+        self._resources = resources = _EngineResources(file, device, self._errors, self.own_graphs)
+        self._errors.clear()
         try:
-            with natives.gpu.current():
-                natives.runtime = trt.Runtime(logger)
+            with resources.cuda.current():
+                resources.runtime = trt.Runtime(logger)
                 if file.host_code:
-                    natives.runtime.engine_host_code_allowed = True
+                    resources.runtime.engine_host_code_allowed = True
                 plan = file.path.read_bytes()
-                self._check_plan(trt, natives, plan)
-                with CAPTURING.shared(long=True):
-                    natives.engine = natives.runtime.deserialize_cuda_engine(plan)
-                if natives.engine is None:
-                    raise BackendError(said.sentence())
-                _check_tensors(trt, natives, file)
-                self._profiles = _profiles(natives, file.inputs[0].name)
-                self._configure(trt, natives)
-                make = partial(_lane, self._new_context(trt), natives, *layouts, self.own_graphs, said)
-                natives.lanes = Lanes(make, MOST_LANES)
-                with natives.lanes.taken(0, self._profiles[0][0]):
-                    pass  # the first lane: what it lacks is missed now, and not in the first call
+                self._check_plan(trt, resources, plan)
+                with CAPTURE_LOCK.shared(long=True):
+                    resources.engine = resources.runtime.deserialize_cuda_engine(plan)
+                if resources.engine is None:
+                    raise BackendError(self._errors.sentence())
+                _check_tensors(trt, resources, file)
+                self._profiles = _profiles(resources, file.inputs[0].name)
+                self._configure(trt, resources)
+                resources.pool = ContextPool(resources.create_slot, MAX_CONTEXTS)
+                with resources.pool.acquire(0, self._profiles[0][0]):
+                    pass  # create the first slot, so that what is missing fails here and not in the first call
         except BaseException as error:
-            reason = _reason(error, said)  # before anything is freed, which may say more
-            natives.free()
+            reason = _reason(error, self._errors)  # before anything is freed, which may log more
+            resources.free()
             if not isinstance(error, Exception):
                 raise
             raise BackendError(
-                f"{title} cannot run {file.path.name}: {reason}. Where the engine is the reason, compile it "
+                f"{self.name} {trt.__version__} cannot run {file.path.name}: {reason}. If the engine is the cause, compile it "
                 f'again with "{file.again}".'
             ) from error
-        self._release = weakref.finalize(self, natives.free)
+        self._release = weakref.finalize(self, resources.free)
         self._release.atexit = False
         super().__init__(f"{self.backend} {trt.__version__}", file.inputs, file.outputs, device)
 
-    def _check_plan(self, trt: Any, natives: _Natives, plan: bytes) -> None:
-        """Raises BackendError where the engine's header says that it cannot be run here."""
+    def _check_plan(self, trt: Any, resources: _EngineResources, plan: bytes) -> None:
+        """Raise BackendError if the engine's header says that it cannot run on this machine."""
 
-    def _configure(self, trt: Any, natives: _Natives) -> None:
-        """Makes what execution contexts are made with."""
-
-    def _new_context(self, trt: Any) -> Callable[[_Natives], Any]:
-        """What makes an execution context that has memory for one profile at a time."""
-        strategy = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
-        return lambda natives: natives.engine.create_execution_context(strategy)
+    def _configure(self, trt: Any, resources: _EngineResources) -> None:
+        """Set `resources.config`, the argument of create_execution_context."""
+        resources.config = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
 
     def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
-        assert out is not None  # Layout.of saw to it that the size of every output is known
-        natives = self._natives
+        assert out is not None  # BufferLayout checked that the size of every output is known
+        resources = self._resources
         batch = int(feeds[self.inputs[0].name].shape[0])
-        self._said.clear()
+        self._errors.clear()
         try:
-            with natives.gpu.current():
-                for start, count, profile, size in planned(batch, self._profiles):
-                    self._run_part(natives, profile, size, feeds, out, start, count)
-                    if (profile, size) not in natives.ran:
-                        natives.ran.add((profile, size))
-                        self._keep(natives)
+            with resources.cuda.current():
+                for start, count, profile, size in split_batch(batch, self._profiles):
+                    self._run_part(resources, profile, size, feeds, out, start, count)
+                    if (profile, size) not in resources.finished:
+                        resources.finished.add((profile, size))
+                        self._save_kernels(resources)
         except Exception as error:
-            raise BackendError(f"{self.name} failed while running the model: {_reason(error, self._said)}") from error
+            raise BackendError(f"{self.name} failed while running the model: {_reason(error, self._errors)}") from error
         return out
 
-    def _run_part(self, natives: _Natives, profile: int, size: int, *part: Any) -> None:
-        assert natives.lanes is not None
-        with natives.lanes.taken(profile, size) as lane:
-            lane.run(*part)
+    def _run_part(self, resources: _EngineResources, profile: int, size: int, *part: Any) -> None:
+        assert resources.pool is not None
+        with resources.pool.acquire(profile, size) as slot:
+            slot.run(*part)
 
-    def _keep(self, natives: _Natives) -> None:
-        """Keeps what was compiled for a batch size that has just run for the first time."""
+    def _save_kernels(self, resources: _EngineResources) -> None:
+        """Save what was compiled for a batch size, after its first call."""
 
     def _close(self) -> None:
         self._release()
 
 
 class TensorRtRtx(TensorRt):
-    """The same with TensorRT for RTX, which compiles the last part on the GPU itself, and keeps that in the user's cache."""
+    """An engine of TensorRT for RTX, which compiles the kernels on the target GPU; they are kept in the user's cache."""
 
     backend, name = "tensorrt-rtx", "TensorRT for RTX"
     own_graphs = True
 
-    def _check_plan(self, trt: Any, natives: _Natives, plan: bytes) -> None:
-        validity, flags = natives.runtime.get_engine_validity(plan)
+    def _check_plan(self, trt: Any, resources: _EngineResources, plan: bytes) -> None:
+        validity, flags = resources.runtime.get_engine_validity(plan)
         if validity == trt.EngineValidity.INVALID:
             kinds = trt.EngineInvalidityDiagnostics.__members__.items()
-            why = [name.lower().replace("_", " ") for name, flag in kinds if int(flag) & int(flags)]
-            raise BackendError(", ".join(why) or self._said.sentence())
+            reasons = [name.lower().replace("_", " ") for name, flag in kinds if int(flag) & int(flags)]
+            raise BackendError(", ".join(reasons) or self._errors.sentence())
 
-    def _configure(self, trt: Any, natives: _Natives) -> None:
-        natives.config = natives.engine.create_runtime_config()
-        # It only captures with memory that is there beforehand, of which STATIC is the documentation's example. With several
-        # profiles that would be as much as the largest takes in every lane.
-        strategy = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
-        if natives.engine.num_optimization_profiles == 1:
-            strategy = trt.ExecutionContextAllocationStrategy.STATIC
-        natives.config.set_execution_context_allocation_strategy(strategy)
-        self._strategies = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE, trt.CudaGraphStrategy.DISABLED
-        self._set_graphs(natives, without=False)
-        # Not LAZY, which answers with other kernels until the right ones are compiled: the same input, other last bits.
-        natives.config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        natives.cache, natives.cache_file = natives.config.create_runtime_cache(), self._file.cache
-        content = read_cached(natives.cache_file)
-        if content and natives.cache.deserialize(content):  # it refuses what is damaged, or of another release, GPU or driver
-            natives.kept = content
-        natives.config.set_runtime_cache(natives.cache)
+    def _configure(self, trt: Any, resources: _EngineResources) -> None:
+        resources.config = resources.engine.create_runtime_config()
+        # It captures only with memory that is allocated beforehand (STATIC in its documentation). With several profiles, every
+        # context would take as much as the largest profile.
+        static = resources.engine.num_optimization_profiles == 1
+        strategies = trt.ExecutionContextAllocationStrategy
+        resources.config.set_execution_context_allocation_strategy(
+            strategies.STATIC if static else strategies.ON_PROFILE_CHANGE
+        )
+        resources.graph_strategies = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE, trt.CudaGraphStrategy.DISABLED
+        resources.disable_graphs(False)
+        # LAZY answers with other kernels until the specialised ones are compiled: the same input, different last bits.
+        resources.config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        resources.cache = resources.config.create_runtime_cache()
+        content = read_cached(resources.file.cache)
+        if content and resources.cache.deserialize(content):  # False if damaged, or of another release, GPU or driver
+            resources.cached = content
+        resources.config.set_runtime_cache(resources.cache)
 
-    def _new_context(self, trt: Any) -> Callable[[_Natives], Any]:
-        return lambda natives: natives.engine.create_execution_context(natives.config)
-
-    def _run_part(self, natives: _Natives, profile: int, size: int, *part: Any) -> None:
-        """What fails in the first calls of a context may be its capture: that is tried once more without, and, where that does
-        it, all contexts of the engine are without from then on."""
-        assert natives.lanes is not None
-        lane = None
+    def _run_part(self, resources: _EngineResources, profile: int, size: int, *part: Any) -> None:
+        """Retry a failed first call without CUDA graphs; if that succeeds, all later contexts are without them."""
+        assert resources.pool is not None
+        slot = None
         try:
-            with natives.lanes.taken(profile, size) as lane:
-                lane.run(*part)
+            with resources.pool.acquire(profile, size) as slot:
+                slot.run(*part)
             return
         except Exception as error:
-            if lane is None or lane.without_graphs or lane.calls >= self.calls_to_warm:
+            if slot is None or slot.graphs_disabled or slot.calls >= self.calls_to_warm:
                 raise
             reason = str(error)
-        with natives.retrying:
-            before = natives.without_graphs
-            self._set_graphs(natives, without=True)
-            for other in natives.lanes.drain():
+        with resources.retry_lock:
+            before = resources.graphs_disabled
+            resources.disable_graphs(True)
+            for other in resources.pool.drain():
                 other.free()
             try:
-                super()._run_part(natives, profile, size, *part)
+                super()._run_part(resources, profile, size, *part)
             except BaseException:
-                self._set_graphs(natives, without=before)  # they are not what fails
+                resources.disable_graphs(before)  # graphs are not the cause
                 raise
         if not before:
-            _LOG.warning("TensorRT for RTX captures no CUDA graph of %s any more: %s", self._file.path.name, reason)
+            _LOG.warning("TensorRT for RTX runs %s without CUDA graphs from now on: %s", resources.file.path.name, reason)
 
-    def _set_graphs(self, natives: _Natives, without: bool) -> None:
-        """Says how execution contexts are made from now on."""
-        with natives.making:
-            natives.without_graphs = without
-            natives.config.cuda_graph_strategy = self._strategies[without]
-
-    def _keep(self, natives: _Natives) -> None:
-        with suppress(Exception):  # the answers are there; what is not kept is compiled again
-            natives.keep_cache()
+    def _save_kernels(self, resources: _EngineResources) -> None:
+        with suppress(Exception):  # the outputs are valid; kernels that are not saved are compiled again
+            resources.save_cache()
 
 
-class _Natives:
-    """What TensorRT and the driver made, freed in order, once, and at a time of our choosing.
+class _EngineResources:
+    """The objects of TensorRT and the driver, freed once, in order, and never by the garbage collector.
 
-    TensorRT holds a lock while it logs and takes it to free things. Were one left to the garbage collector, which may run
-    inside the function that hears another's log, that thread would wait for itself.
+    TensorRT holds a lock while it logs and takes it to free objects. The garbage collector may run inside the function that
+    receives a log message, and that thread would wait for itself. So functions take these resources and no single object of
+    TensorRT, which the traceback of an error would keep alive.
     """
 
-    def __init__(self, gpu: Gpu) -> None:
-        self.gpu = gpu
+    def __init__(self, file: EngineFile, device: str, errors: ErrorLog, own_graphs: bool) -> None:
+        self.file, self._errors, self._own_graphs = file, errors, own_graphs
+        self._layouts = [[BufferLayout.from_spec(spec) for spec in side] for side in (file.inputs, file.outputs)]
         self.runtime: Any = None
         self.engine: Any = None
         self.config: Any = None
         self.cache: Any = None
-        self.lanes: Lanes | None = None
-        self.cache_file: Path | None = None
-        self.kept = b""  # the cache as it is in the file
-        self.ran: set[tuple[int, int]] = set()  # profile and batch of what has run
-        self.making = threading.Lock()
-        self.retrying = threading.Lock()
-        self.without_graphs = False  # whether contexts of TensorRT for RTX do not capture
+        self.pool: ContextPool | None = None
+        self.cached = b""  # the content of the cache file
+        self.finished: set[tuple[int, int]] = set()  # profile and batch of every call so far
+        self.retry_lock = threading.Lock()
+        self.graphs_disabled = False  # whether new contexts of TensorRT for RTX do not capture
+        self.graph_strategies: Any = ()
+        self._config_lock = threading.Lock()
+        self.cuda = CudaContext(device_number(device))
 
-    def keep_cache(self) -> None:
-        """Writes what was compiled for this GPU."""
-        if self.cache_file is None:
-            return
-        with self.making:
-            content = bytes(self.cache.serialize())
-            if content != self.kept:
-                write_cached(self.cache_file, content)
-                self.kept = content
+    def create_slot(self) -> ContextSlot:
+        self._errors.clear()
+        with self._config_lock:
+            context = [self.engine.create_execution_context(self.config)]  # a list, see ContextSlot
+            graphs_disabled = self.graphs_disabled
+        if context == [None]:
+            raise BackendError(f"it created no execution context: {self._errors.sentence()}")
+        slot = ContextSlot(self.cuda, context, self._layouts, self._own_graphs, self._errors)
+        slot.graphs_disabled = graphs_disabled
+        return slot
+
+    def disable_graphs(self, disabled: bool) -> None:
+        """Set whether contexts that are created from now on capture CUDA graphs by themselves."""
+        with self._config_lock:
+            self.graphs_disabled = disabled
+            self.config.cuda_graph_strategy = self.graph_strategies[disabled]
+
+    def save_cache(self) -> None:
+        with self._config_lock:
+            content = bytes(self.cache.serialize()) if self.file.cache else b""
+            if content != self.cached:
+                write_cached(self.file.cache, content)
+                self.cached = content
 
     def free(self) -> None:
-        """Frees all of it; a GPU that has failed may refuse, which changes nothing any more."""
-        with suppress(BackendError), self.gpu.current():
-            self._let_go()
-        self._let_go()
+        """Free everything; after a failure the GPU may refuse, which is ignored."""
+        with suppress(BackendError), self.cuda.current():
+            self._free()
+        self._free()
         with suppress(BackendError):
-            self.gpu.close()
+            self.cuda.close()
 
-    def _let_go(self) -> None:
-        if self.lanes is not None:
-            for lane in self.lanes.drain():
-                lane.free()
-        self.lanes = None  # and with it the last way from here to here
+    def _free(self) -> None:
+        if self.pool is not None:
+            for slot in self.pool.drain():
+                slot.free()
+        self.pool = None  # it refers back to this object
         self.cache = None
         self.config = None
         self.engine = None
         self.runtime = None
 
 
-def _lane(
-    new_context: Callable[[_Natives], Any],
-    natives: _Natives,
-    inputs: Sequence[Layout],
-    outputs: Sequence[Layout],
-    own_graphs: bool,
-    said: Said,
-) -> Lane:
-    said.clear()
-    with natives.making:
-        made = [new_context(natives)]  # in a list, so that no frame of an error's traceback keeps it
-        without_graphs = natives.without_graphs
-    if made == [None]:
-        raise BackendError(f"it made no execution context: {said.sentence()}")
-    lane = Lane(natives.gpu, made, inputs, outputs, own_graphs, said)
-    lane.without_graphs = without_graphs
-    return lane
+def _reason(error: BaseException, errors: ErrorLog) -> str:
+    """Return the logged reason where the bindings raise an exception without one."""
+    return errors.sentence() if isinstance(error, RuntimeError | TypeError) and errors.errors else sentence(str(error))
 
 
-def _reason(error: BaseException, said: Said) -> str:
-    """Why it failed: of what the bindings raise, which says little, what the log says."""
-    return said.sentence() if isinstance(error, RuntimeError | TypeError) and said.errors else sentence(str(error))
+def split_batch(batch: int, profiles: Sequence[Batch]) -> Iterator[tuple[int, int, int, int]]:
+    """Split a batch into calls that the optimisation profiles allow.
 
+    Each call uses the profile whose optimal size is nearest to the remaining images; of equal ones, the smaller. A batch
+    above every maximum is split over the largest profile. One below or between the profiles is padded to the next minimum.
 
-def planned(batch: int, profiles: Sequence[Batch]) -> Iterator[tuple[int, int, int, int]]:
-    """How `batch` images are run: (first image, how many, profile, batch size to run them as), one after the other.
-
-    Of the profiles that hold what is left the one tuned for a size nearest to it, and of equal ones the smaller. What is
-    larger than all is split over the largest; what falls below or between them is filled up to the next smallest size.
+    Returns:
+        Tuples (first image, number of images, profile index, batch size to run).
     """
     start = 0
     while left := batch - start:
@@ -291,28 +281,28 @@ def planned(batch: int, profiles: Sequence[Batch]) -> Iterator[tuple[int, int, i
         start += count
 
 
-def _profiles(natives: _Natives, name: str) -> tuple[Batch, ...]:
+def _profiles(resources: _EngineResources, name: str) -> tuple[Batch, ...]:
     found = []
-    for index in range(natives.engine.num_optimization_profiles):
-        low, best, high = (int(dims[0]) for dims in natives.engine.get_tensor_profile_shape(name, index))
+    for index in range(resources.engine.num_optimization_profiles):
+        low, best, high = (int(dims[0]) for dims in resources.engine.get_tensor_profile_shape(name, index))
         found.append((low, best, high))
     return tuple(found)
 
 
-def _check_tensors(trt: Any, natives: _Natives, file: EngineFile) -> None:
-    """Raises BackendError where the engine's inputs and outputs are not its graph's: nothing may be read past its end."""
-    wanted = {spec.name: (spec, trt.TensorIOMode.INPUT) for spec in file.inputs}
-    wanted |= {spec.name: (spec, trt.TensorIOMode.OUTPUT) for spec in file.outputs}
-    names = [natives.engine.get_tensor_name(index) for index in range(natives.engine.num_io_tensors)]
-    if set(names) != set(wanted):
-        raise BackendError(f"its inputs and outputs are {', '.join(names)}, and those of its graph {', '.join(wanted)}")
-    for name, (spec, mode) in wanted.items():
-        kind = natives.engine.get_tensor_dtype(name).name
-        shape = tuple(natives.engine.get_tensor_shape(name))
+def _check_tensors(trt: Any, resources: _EngineResources, file: EngineFile) -> None:
+    """Raise BackendError if the engine's inputs and outputs are not its graph's: buffers must never be read past their end."""
+    expected = {spec.name: (spec, trt.TensorIOMode.INPUT) for spec in file.inputs}
+    expected |= {spec.name: (spec, trt.TensorIOMode.OUTPUT) for spec in file.outputs}
+    names = [resources.engine.get_tensor_name(index) for index in range(resources.engine.num_io_tensors)]
+    if set(names) != set(expected):
+        raise BackendError(f"its inputs and outputs are {', '.join(names)}; expected those of its graph, {', '.join(expected)}")
+    for name, (spec, mode) in expected.items():
+        kind = resources.engine.get_tensor_dtype(name).name
+        shape = tuple(resources.engine.get_tensor_shape(name))
         if (
-            natives.engine.get_tensor_mode(name) != mode
-            or natives.engine.get_tensor_location(name) != trt.TensorLocation.DEVICE
+            resources.engine.get_tensor_mode(name) != mode
+            or resources.engine.get_tensor_location(name) != trt.TensorLocation.DEVICE
             or _DTYPES.get(kind) != spec.dtype
             or shape[1:] != spec.shape[1:]
         ):
-            raise BackendError(f"its {name} is {kind} {list(shape)}, and in its graph {spec}")
+            raise BackendError(f"its {name} is {kind} {list(shape)}; expected {spec}, as in its graph")

@@ -365,16 +365,16 @@ def _runs(bundle: Bundle, backends: Sequence[str], gpus: Sequence[InstalledGpu])
 def run_engine(bundle: Bundle, file: str, entry: Mapping[str, Any], gpus: Sequence[InstalledGpu]) -> BundleRun:
     """Run an engine of the bundle on the first GPU that it fits, or report why it fits none."""
     from swin_deploy.runtimes.backends import BACKENDS
-    from swin_deploy.runtimes.gpu.engines import misfit
+    from swin_deploy.runtimes.gpu.engines import incompatibility
 
     backend, precision, library = str(entry["backend"]), str(entry["precision"]), BACKENDS[entry["backend"]].found
     release = None
     if installed(library):
         with contextlib.suppress(MissingDependencyError, OSError):
             release = str(require(library, "run engines").__version__)
-    if (why := misfit(bundle, file, [gpu.capability for gpu in gpus], release)) is not None:
+    if (why := incompatibility(bundle, file, [gpu.capability for gpu in gpus], release)) is not None:
         return BundleRun(file, backend, precision, False, why)
-    fitting = (i for i, gpu in enumerate(gpus) if misfit(bundle, file, [gpu.capability], release) is None)
+    fitting = (i for i, gpu in enumerate(gpus) if incompatibility(bundle, file, [gpu.capability], release) is None)
     request = {"bundle": str(bundle.path), "engine": file, "device": f"cuda:{next(fitting)}"}
     return _tried(file, backend, precision, request)
 

@@ -176,7 +176,7 @@ def test_a_missing_device(tmp_path: Path) -> None:
     if cuda_devices():
         pytest.skip("this machine has a GPU")
     done = cli_here("bench", bundle(), "--device", "cuda", "--backend", "onnxruntime", *QUICK, cwd=tmp_path)
-    refused(done, "There is no cuda:0 here: this machine has no usable NVIDIA GPU")
+    refused(done, "Device cuda:0 is not available: this machine has no usable NVIDIA GPU")
     refused(cli_here("bench", bundle(), "--device", "tpu", *QUICK, cwd=tmp_path), 'Unknown device "tpu"')
 
 

@@ -19,8 +19,7 @@ from swin_deploy import tensorrt_log
 from swin_deploy.exporters.engines import engine_from_onnx
 from swin_deploy.exporters.engines import refit_engine as refit
 from swin_deploy.exporters.engines import targets as gpu
-from swin_deploy.runtimes.gpu import contexts as lanes
-from swin_deploy.runtimes.gpu import tensorrt
+from swin_deploy.runtimes.gpu import contexts, tensorrt
 
 LISTS = Path(__file__).parent / "bindings"
 
@@ -41,11 +40,13 @@ OBJECTS = {
     "refitter": "Refitter",
     "weights": "OnnxParserRefitter",
     "serialization": "ISerializationConfig",
-    "natives.runtime": "Runtime",
-    "natives.engine": "ICudaEngine",
-    "natives.config": "IRuntimeConfig",
-    "natives.cache": "IRuntimeCache",
+    "resources.runtime": "Runtime",
+    "resources.engine": "ICudaEngine",
+    "resources.config": "IRuntimeConfig",
+    "resources.cache": "IRuntimeCache",
     "self.cache": "IRuntimeCache",
+    "self.config": "IRuntimeConfig",
+    "self.engine": "ICudaEngine",
     "self._context": "IExecutionContext",
 }
 # What one back end has alone. The source asks for the back end before it uses one of these.
@@ -73,7 +74,7 @@ ONLY_IN_FULL_TENSORRT: set[str] = set()
 def used_names() -> set[str]:
     """ "Class.attribute", or the name of a class, for each that our source uses."""
     used: set[str] = set()
-    for module in (engine_from_onnx, gpu, refit, lanes, tensorrt, tensorrt_log):
+    for module in (engine_from_onnx, gpu, refit, contexts, tensorrt, tensorrt_log):
         tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
         inner = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         for node in ast.walk(tree):
@@ -137,7 +138,7 @@ def test_no_other_file_talks_to_the_bindings() -> None:
     folders = [Path(str(module.__file__)).parent for module in (engine_from_onnx, tensorrt)]
     files = [path for folder in folders for path in folder.glob("*.py")] + [Path(str(tensorrt_log.__file__))]
     speakers = {path.name for path in files if "trt." in path.read_text(encoding="utf-8")}
-    assert speakers == {"engine_from_onnx.py", "gpu.py", "refit.py", "tensorrt.py", "tensorrt_log.py"}
+    assert speakers == {"engine_from_onnx.py", "targets.py", "refit_engine.py", "tensorrt.py", "tensorrt_log.py"}
 
 
 def test_every_name_is_in_tensorrt_for_rtx() -> None:
@@ -175,4 +176,4 @@ def test_the_lists_hold_what_the_releases_differ_in() -> None:
 
 def test_the_oldest_release_is_the_one_that_is_checked() -> None:
     assert ".".join(map(str, engine_from_onnx.OLDEST_TENSORRT)) == "10.12"
-    assert importlib.import_module("swin_deploy.exporters.engines.targets").BACKENDS["tensorrt"][0] == "tensorrt"
+    assert importlib.import_module("swin_deploy.exporters.engines.targets").COMPILERS["tensorrt"][0] == "tensorrt"

@@ -13,7 +13,7 @@ from test_engine_from_onnx import python
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is what speaks")
 
 from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx  # noqa: E402
-from swin_deploy.tensorrt_log import heard, logger_of  # noqa: E402
+from swin_deploy.tensorrt_log import log_callback, logger_of  # noqa: E402
 
 ONE_AFTER_THE_OTHER = """
 from engine_graphs import SM89, compiler_messages, linear
@@ -75,7 +75,7 @@ def test_a_thread_of_tensorrts_own_is_heard_by_who_works() -> None:
     logger, said = logger_of(trt)
     words: list[tuple[str, str]] = []
     said.clear()
-    with heard(trt, lambda *both: words.append(both)) as same:
+    with log_callback(trt, lambda *both: words.append(both)) as same:
         assert same is logger
         native = threading.Thread(target=logger.log, args=(trt.ILogger.Severity.ERROR, "from elsewhere"))
         native.start()

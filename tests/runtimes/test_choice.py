@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cli.exported import EXAMPLES, copied, digits
-from fake_driver import FakeDriver
+from fake_gpu import FakeDriver
 
 import swin_deploy
 import swin_deploy.gpus
@@ -275,7 +275,7 @@ def test_without_a_gpu_nothing_is_to_be_installed(backend: str, monkeypatch: pyt
     if library.version.cuda if backend == "torch" else "CUDAExecutionProvider" in library.get_available_providers():
         pytest.skip(f"this {library.__name__} is built for CUDA, and says itself what is missing")
     monkeypatch.setattr(swin_deploy.gpus, "cuda_driver", lambda: None)
-    with pytest.raises(UsageError, match=r"^There is no cuda:1 here: .* no usable NVIDIA GPU\. Take the device cpu\.$"):
+    with pytest.raises(UsageError, match=r"^Device cuda:1 is not available: .* no usable NVIDIA GPU\. Use the device cpu\.$"):
         swin_deploy.load(digits(2), backend=backend, device="cuda:1", precision="fp32")
 
 

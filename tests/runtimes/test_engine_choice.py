@@ -16,18 +16,19 @@ import pytest
 pytest.importorskip("onnxruntime", reason="the simulated TensorRT computes with it")
 
 from cli.exported import THREE, cli_here, copied, digits, refused, result
-from fake_driver import FakeDriver
+from engine_bundles import with_engines
+from fake_gpu import RELEASES, install, simulated
 from once import once
-from simulated import RELEASES, simulated, with_engines
 
 import swin_deploy
+import swin_deploy.gpus
 from swin_deploy.bench.run import plan_cases
 from swin_deploy.bench.worker import open_request
 from swin_deploy.bundle import Bundle
 from swin_deploy.doctor.checks import InstalledGpu, run_engine
 from swin_deploy.errors import BackendError, EngineError, MissingDependencyError, SwinDeployError, UsageError
 from swin_deploy.exporters.engines.targets import target_gpu
-from swin_deploy.runtimes.gpu.engines import engines_here, fitting_engines, misfit, rebuild_command
+from swin_deploy.runtimes.gpu.engines import engines_here, fitting_engines, incompatibility, rebuild_command
 from swin_deploy.specs import BenchSpec
 
 BATCHES = ((1, 1, 1), (1, 4, 8))
@@ -46,9 +47,10 @@ def compiled() -> Path:
 
 def on_gpus(patch: pytest.MonkeyPatch, *gpus: str) -> None:
     """A machine with these GPUs, as far as the driver is asked what there is; without any it has no driver."""
-    driver = FakeDriver(*gpus) if gpus else None
-    for place in ("swin_deploy.gpus", "swin_deploy.runtimes.gpu.driver"):
-        patch.setattr(sys.modules[place], "cuda_driver", lambda: driver)
+    if gpus:
+        install(patch, *gpus)
+    else:
+        patch.setattr(swin_deploy.gpus, "cuda_driver", lambda: None)
 
 
 def engine_of(path: Path) -> str:
@@ -57,7 +59,7 @@ def engine_of(path: Path) -> str:
 
 
 def no_gpu_sentence(backend: str) -> str:
-    return f"The back end {backend} runs on an NVIDIA GPU, and this machine has none that is usable."
+    return f"The back end {backend} needs an NVIDIA GPU, and this machine has no usable one."
 
 
 def again(path: Path, gpu: str) -> str:
@@ -72,9 +74,9 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             call(path, backend="tensorrt-rtx", **({"precision": "fp16"} if call is swin_deploy.load else {"device": "cuda"}))
     arguments = ("b", "--backend", "tensorrt-rtx")
     refused(cli_here("verify", *arguments, "--device", "cuda", cwd=tmp_path), no_gpu_sentence("tensorrt-rtx"))
-    refused(cli_here("verify", *arguments, cwd=tmp_path), "The back end tensorrt-rtx runs on cuda, not on cpu.")
+    refused(cli_here("verify", *arguments, cwd=tmp_path), "The back end tensorrt-rtx runs on cuda, not on cpu")
     refused(cli_here("predict", *arguments, str(THREE), cwd=tmp_path), no_gpu_sentence("tensorrt-rtx"))
-    refused(cli_here("predict", *arguments, "--device", "cpu", str(THREE), cwd=tmp_path), "runs on cuda, not on cpu")
+    refused(cli_here("predict", *arguments, "--device", "cpu", str(THREE), cwd=tmp_path), "cannot run on cpu")
     refused(cli_here("bench", *arguments, cwd=tmp_path), no_gpu_sentence("tensorrt-rtx"))
     images = str(THREE.parent)
     refused(cli_here("evaluate", *arguments, "--data", images, cwd=tmp_path), no_gpu_sentence("tensorrt-rtx"))
@@ -101,27 +103,26 @@ def test_each_way_not_to_fit_and_the_command_that_puts_it_right(monkeypatch: pyt
 
     here = ["sm_86"]
     on_gpus(monkeypatch, *here)
-    assert sentence() == f'{file} was compiled for sm_89, and the GPU here is sm_86. Compile it with "{again(path, "sm_86")}".'
+    assert sentence() == f'{file} was compiled for sm_89, and this machine has sm_86. Compile it with "{again(path, "sm_86")}".'
     here = ["sm_89"]
     on_gpus(monkeypatch, *here)
     assert sentence(backend_version="1.6.0.42") == (
-        f"{file} needs tensorrt-rtx 1.6.0.42, and {release} is installed here. Install that release, or compile it with "
+        f"{file} needs tensorrt-rtx 1.6.0.42; installed: {release}. Install that release, or compile the engine with "
         f'"{again(path, "sm_89")}".'
     )
     assert sentence(options={"strip_weights": True}) == (
-        f'{file} was compiled without its weights. Put them back with "swin-deploy refit {path}".'
+        f'{file} was compiled without its weights. Add them with "swin-deploy refit {path}".'
     )
     assert sentence(parent="0" * 64) == (
-        f"{file} was compiled from another onnx/model_fp16.onnx than the one that is here. Compile it again with "
-        f'"{again(path, "sm_89")}".'
+        f'{file} was compiled from another version of onnx/model_fp16.onnx. Compile it again with "{again(path, "sm_89")}".'
     )
     Bundle.open(path).with_entry(file, entry)
-    with pytest.raises(UsageError, match=r"There is no cuda:2 here. Expected one of: cuda:0 \(Simulated GPU\)"):
+    with pytest.raises(UsageError, match=r"Unknown device \"cuda:2\". Choose one of: cuda:0 \(Simulated GPU\)"):
         swin_deploy.load(path, backend="tensorrt-rtx", precision="fp16", device="cuda:2")
-    with pytest.raises(UsageError, match=r"holds no int8 engine for tensorrt-rtx; it holds engines in fp16. Make it with"):
+    with pytest.raises(UsageError, match=r"has no int8 engine for tensorrt-rtx, only fp16. Build it with"):
         swin_deploy.load(path, backend="tensorrt-rtx", precision="int8")
     monkeypatch.setitem(sys.modules, "tensorrt", sys.modules["tensorrt_rtx"])
-    with pytest.raises(UsageError, match=rf'holds no fp16 engine for tensorrt. Make it .*{path} --fp16 --backend tensorrt"'):
+    with pytest.raises(UsageError, match=rf'has no fp16 engine for tensorrt. Build it .*{path} --fp16 --backend tensorrt"'):
         swin_deploy.load(path, backend="tensorrt", precision="fp16")
     with swin_deploy.load(path, backend="onnxruntime", precision="fp16") as model:  # the graph beside it
         assert model.run({"pixel_values": np.zeros((1, 3, 32, 32), np.float32)})["logits"].shape == (1, 10)
@@ -133,7 +134,7 @@ def test_a_graph_that_was_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     graph = (path / "onnx/model_fp16.onnx").read_bytes() + b"\x08\x08"  # its ir_version once more: another file, the same graph
     bundle.with_file("onnx/model_fp16.onnx", dict(bundle.files["onnx/model_fp16.onnx"]), lambda place: place.write_bytes(graph))
     on_gpus(monkeypatch, "sm_89")
-    with pytest.raises(EngineError, match=f"{file} was compiled from another onnx/model_fp16.onnx than the one that is here"):
+    with pytest.raises(EngineError, match=f"{file} was compiled from another version of onnx/model_fp16.onnx"):
         swin_deploy.load(path, backend="tensorrt-rtx", precision="fp16")
 
 
@@ -146,14 +147,14 @@ def test_a_quantised_graph_that_was_made_again_for_another_target(tmp_path: Path
     assert cli_here(*quantize, cwd=tmp_path).returncode == 0
     [built] = swin_deploy.build_engine(path, precision="int8", backend="tensorrt-rtx", gpus=("sm_89",))
     release = str(built.entry["backend_version"])
-    assert misfit(Bundle.open(path), built.file, ["sm_89"], release) is None
+    assert incompatibility(Bundle.open(path), built.file, ["sm_89"], release) is None
     assert cli_here(*quantize, "--target", "onnxruntime", cwd=tmp_path).returncode == 0
-    said = str(misfit(Bundle.open(path), built.file, ["sm_89"], release))
-    assert "Make that for TensorRT with" in said
+    said = str(incompatibility(Bundle.open(path), built.file, ["sm_89"], release))
+    assert "Create the graph for TensorRT with" in said
     for command in re.findall(r'"(.*?)"', said):
         done = cli_here(*shlex.split(command.replace(" DIR", f" {shlex.quote(str(images))}"))[1:], cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    assert misfit(Bundle.open(path), built.file, ["sm_89"], release) is None
+    assert incompatibility(Bundle.open(path), built.file, ["sm_89"], release) is None
 
 
 def test_the_command_makes_an_engine_that_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -185,13 +186,13 @@ def test_rebuilt_when_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         assert [tuple(profile["batch"]) for profile in made["profiles"]] == list(BATCHES)
         times.append((path / file).stat().st_mtime_ns)
     assert times[0] == times[1]  # it fits now, and is not compiled again
-    with pytest.raises(UsageError, match=r"rebuild compiles an engine again, and the back end is auto\. Name the engine's"):
+    with pytest.raises(UsageError, match="rebuild compiles an engine again and needs its back end, not auto"):
         swin_deploy.load(path, precision="fp16", rebuild=True)
     with pytest.raises(UsageError, match='no precision "fp99"'):
         swin_deploy.load(path, backend="tensorrt-rtx", precision="fp99", rebuild=True)
-    with pytest.raises(UsageError, match="holds no int8 engine"):
+    with pytest.raises(UsageError, match="has no int8 engine"):
         swin_deploy.load(path, backend="tensorrt-rtx", precision="int8", rebuild=True)
-    with pytest.raises(UsageError, match="runs on cuda, not on cpu"):
+    with pytest.raises(UsageError, match="cannot run on cpu"):
         swin_deploy.load(path, backend="tensorrt-rtx", precision="fp16", device="cpu", rebuild=True)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(MissingDependencyError, match=r'"swin-deploy\[tensorrt-rtx\]"'):
@@ -221,9 +222,11 @@ FITS = [
 def test_what_options_allow(options: dict[str, bool], gpu: str, release: str | None, fits: bool, tmp_path: Path) -> None:
     path = copied(1, tmp_path / "b")
     [file] = with_engines(path, "tensorrt", options=options)
-    assert (misfit(Bundle.open(path), file, [gpu], release) is None) == fits
+    assert (incompatibility(Bundle.open(path), file, [gpu], release) is None) == fits
     assert (
-        misfit(Bundle.open(path), file, ["sm_75", gpu], release) == misfit(Bundle.open(path), file, [gpu], release) or not fits
+        incompatibility(Bundle.open(path), file, ["sm_75", gpu], release)
+        == incompatibility(Bundle.open(path), file, [gpu], release)
+        or not fits
     )
 
 
@@ -231,10 +234,10 @@ def test_an_engine_of_10_runs_with_11_where_it_is_version_compatible(tmp_path: P
     path = copied(1, tmp_path / "b")
     [file] = with_engines(path, "tensorrt", options={"version_compatible": True}, backend_version="10.12.0.36")
     bundle = Bundle.open(path)
-    assert misfit(bundle, file, ["sm_89"], "11.0.0.1") is None
-    assert "or a newer one" in str(misfit(bundle, file, ["sm_89"], "10.11.0.33"))
+    assert incompatibility(bundle, file, ["sm_89"], "11.0.0.1") is None
+    assert "or a newer compatible release" in str(incompatibility(bundle, file, ["sm_89"], "10.11.0.33"))
     bundle = bundle.with_entry(file, {"options": {}})
-    assert misfit(bundle, file, ["sm_89"], "11.0.0.1") is not None
+    assert incompatibility(bundle, file, ["sm_89"], "11.0.0.1") is not None
 
 
 def test_the_command_repeats_every_option(tmp_path: Path) -> None:
@@ -258,15 +261,15 @@ def test_the_command_for_another_gpu_than_the_first(monkeypatch: pytest.MonkeyPa
             swin_deploy.load(path, backend="tensorrt-rtx", precision="fp16", device="cuda:1")
         [first] = with_engines(path, "tensorrt")
         command = f'"CUDA_VISIBLE_DEVICES=1 swin-deploy build-engine {path} --fp32 --backend tensorrt --batch 1 --batch 1:4:8"'
-        said = f"{first} was compiled for sm_89, and the GPU here is sm_86. Compile it with {command}."
+        said = f"{first} was compiled for sm_89, and this machine has sm_86. Compile it with {command}."
         for rebuild in (False, True):
             with pytest.raises(EngineError) as caught:
                 swin_deploy.load(path, backend="tensorrt", precision="fp32", device="cuda:1", rebuild=rebuild)
             assert str(caught.value) == said
         [stripped] = with_engines(path, "tensorrt", gpu="sm_86", options={"strip_weights": True}, seconds=1.0)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5e")
-        assert str(misfit(Bundle.open(path), stripped, ["sm_86"], RELEASES["tensorrt"])).endswith(
-            f'Put them back with "CUDA_VISIBLE_DEVICES=GPU-5e swin-deploy refit {path}".'
+        assert str(incompatibility(Bundle.open(path), stripped, ["sm_86"], RELEASES["tensorrt"])).endswith(
+            f'Add them with "CUDA_VISIBLE_DEVICES=GPU-5e swin-deploy refit {path}".'
         )
         with pytest.raises(EngineError, match=r"must be refitted.*Run this with CUDA_VISIBLE_DEVICES=GPU-5e before it\."):
             swin_deploy.refit(path)
@@ -291,8 +294,8 @@ def test_of_several_engines_the_last_one_that_fits(monkeypatch: pytest.MonkeyPat
         with_engines(path, "tensorrt", profiles=((1, 1, 1),))  # made again
         with swin_deploy.load(path, backend="tensorrt", precision="fp32") as model:
             assert model.describe().graphs == {(32, 32): one}
-            assert model.describe().reason == "there is nothing else to choose from here"
-        assert misfit(Bundle.open(path), elsewhere, ["sm_86"], RELEASES["tensorrt"]) is None
+            assert model.describe().reason == "the only candidate on this machine"
+        assert incompatibility(Bundle.open(path), elsewhere, ["sm_86"], RELEASES["tensorrt"]) is None
 
 
 def test_auto_takes_engines_that_fit_and_are_correct(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -325,7 +328,7 @@ def test_auto_names_what_was_never_verified_and_the_command_for_it(monkeypatch: 
             swin_deploy.load(path)
         with pytest.raises(UsageError, match=r"never compared with PyTorch: onnx/model_fp16.onnx\.") as caught:
             swin_deploy.load(path, backend="tensorrt")
-        match = re.search(r'Do that with "(.*)", or name a precision\.$', str(caught.value))
+        match = re.search(r'Run "(.*)", or name a precision\.$', str(caught.value))
         assert match is not None
         with swin_deploy.load(path, backend="tensorrt", precision="fp16") as model:  # named, it is taken
             assert model.precision == "fp16"
@@ -357,7 +360,7 @@ def test_no_provider_for_the_gpu_that_was_named(monkeypatch: pytest.MonkeyPatch,
     path = copied(2, tmp_path / "b")
     on_gpus(monkeypatch, "sm_89")
     with pytest.raises(
-        MissingDependencyError, match=r'Nothing that is installed runs .* on cuda:0\. Run: pip .*"swin-deploy\[gpu\]"'
+        MissingDependencyError, match=r'No installed back end runs graphs on cuda:0\. Run: pip .*"swin-deploy\[gpu\]"'
     ):
         swin_deploy.load(path, device="cuda")
 
@@ -397,7 +400,7 @@ def test_verify_evaluate_predict_and_bench_run_engines(monkeypatch: pytest.Monke
         in_bf16 = plan_cases(Bundle.open(path), BenchSpec(precisions="bf16", batches=1))
         assert not [c for c in in_bf16 if c.backend.startswith("tensorrt")]  # nor one in that precision
         assert [c.device for c in requests if c.backend == "tensorrt"] == ["cuda:0"] * 2
-        with pytest.raises(SwinDeployError, match="holds no engine for tensorrt-rtx"):
+        with pytest.raises(SwinDeployError, match="has no engine for tensorrt-rtx"):
             plan_cases(Bundle.open(path), BenchSpec(backends="tensorrt-rtx"))
         with open_request({"bundle": str(path), "engine": files[0], "device": "cuda:0"}) as runtime:  # as doctor's process does
             assert runtime.run({"pixel_values": np.zeros((3, 3, 32, 32), np.float32)})["logits"].shape == (3, 10)

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="the back end under test")
 onnx = pytest.importorskip("onnx", reason="it reads the graphs")
 ort = pytest.importorskip("onnxruntime", reason="what it is compared with")
 
-from fake_driver import FakeDriver  # noqa: E402
+from fake_gpu import FakeDriver  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from traced import traced_once  # noqa: E402
 
@@ -319,14 +319,14 @@ def test_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_tensor_on_the_device_is_not_copied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As on a GPU, with the CPU as the device."""
-    from swin_deploy.runtimes.dlpack import device_tensor
+    from swin_deploy.runtimes.dlpack import DeviceTensor
 
     given: list[Any] = []
     monkeypatch.setitem(OPERATORS, "Relu", lambda numbers: lambda x: given.append(x.data_ptr()) or torch.relu(x))
     (tmp_path / "one.onnx").write_bytes(single("Relu", {}, [X]).SerializeToString())
     values = torch.from_numpy(X)
     with runtime_from_onnx(tmp_path / "one.onnx", "torch") as runtime:
-        found = runtime.run({"x0": device_tensor(values.__dlpack__(), "cpu")})["y0"]
+        found = runtime.run({"x0": DeviceTensor("cpu", X.dtype, X.shape, values.data_ptr(), values)})["y0"]
     assert given == [values.data_ptr()]
     assert found.tobytes() == np.maximum(X, 0).tobytes()
 
