@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,14 +35,6 @@ MOST_THREADS = 1024  # back ends start as many as they are asked for, until memo
 Size = tuple[int, int]
 Batch = tuple[int, int, int]  # smallest, optimal, largest
 PathLike = str | os.PathLike[str]
-
-
-# Shims until the last caller of a `say` callback is gone.
-Say = Callable[[str], None]
-
-
-def silent(line: str) -> None:
-    """Report nothing."""
 
 
 def target_of(entry: Mapping[str, Any]) -> str:

@@ -121,24 +121,6 @@ def console(verbose: bool = False) -> Iterator[Console]:
         tensorrt.setLevel(before[1])
 
 
-class Teller(Console):  # a shim until its last caller uses `console`
-    def __call__(self, line: str) -> None:  # type: ignore[override]
-        self.say(line)
-
-    def follow(self, phase: str, done: int, total: int) -> None:
-        super().__call__(phase, done, total)
-
-
-def teller() -> Teller:
-    return Teller()
-
-
-@contextlib.contextmanager
-def log_told(say: Teller) -> Iterator[None]:
-    with console():
-        yield
-
-
 @contextlib.contextmanager
 def stdout_kept_clean() -> Iterator[None]:
     """Redirect what native libraries print on file descriptor 1 to stderr, so that stdout holds only the result."""
