@@ -1,4 +1,4 @@
-"""How far exported graphs are from what the system that wrote a checkpoint computed with it, as a table.
+"""Compare exported graphs with the outputs of the framework that wrote each checkpoint, as a table.
 
     python benchmarks/checkpoints.py FOLDER
 
@@ -136,7 +136,7 @@ def task_of(runs: Mapping[str, Arrays]) -> TaskSpec:
 
 
 def ignores_pretrained_windows(source: RecognisedCheckpoint) -> bool:
-    """Whether transformers 4 wrote this: its Swin V2 takes pretrained_window_sizes for zeros, whatever config.json says."""
+    """Return whether transformers 4 wrote this. Its Swin V2 ignores pretrained_window_sizes."""
     written = str((source.raw_config or {}).get("transformers_version", ""))
     return source.config.version == 2 and written.startswith("4.") and any(source.config.pretrained_window_sizes)
 

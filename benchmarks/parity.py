@@ -1,4 +1,4 @@
-"""How far the exported graphs are from transformers, for the architecture of every published classifier, as a table.
+"""Compare exported graphs with transformers for the architecture of every published classifier, as a table.
 
     python benchmarks/parity.py [--variants swin-tiny,swinv2-tiny]
 

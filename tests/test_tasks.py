@@ -1,4 +1,4 @@
-"""What an export can be asked for: tasks and their options, image sizes, frameworks; and bundles that hold several sizes."""
+"""Options of an export: tasks, image sizes and frameworks; and bundles with several sizes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def pixels(*shape: int) -> Any:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier that transformers wrote."""
+    """A classifier saved by transformers."""
     folder = tmp_path_factory.mktemp("classifier")
     torch.manual_seed(0)
     transformers.SwinForImageClassification(transformers.SwinConfig(**FIELDS)).save_pretrained(folder)
@@ -59,7 +59,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def several(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with three image sizes, and the fp16 graphs of them. Copy it before changing it."""
+    """A bundle with fp32 and fp16 graphs of three image sizes. Copy it before changing it."""
     path = tmp_path_factory.mktemp("bundles") / "several"
     bundle = swin_deploy.export(weights=checkpoint, image_sizes=SIZES, output=path)
     with_typed_graphs(bundle, "fp16", runtime_from_onnx)
@@ -171,7 +171,7 @@ def test_the_mask_token(tmp_path: Path) -> None:
 
 
 def test_masked_image_modelling_of_images_that_are_not_square() -> None:
-    """transformers takes every map for a square and fails; ours gives the image's own height and width."""
+    """transformers assumes square maps and fails. Ours keeps height and width of the image."""
     mask = torch.zeros(2, 128, dtype=torch.bool)
     mask[:, :10] = True
     ours = network(TaskSpec(MASKED), (32, 64))
@@ -251,7 +251,7 @@ def test_one_size_keeps_its_weights_inside(tmp_path: Path) -> None:
 
 
 def run(*arguments: object) -> Any:
-    """`swin-deploy *arguments`, in this process; what it refuses is the result's exception."""
+    """`swin-deploy *arguments`, in this process. An error is the exception of the result."""
     return CliRunner().invoke(cli, [*map(str, arguments)])
 
 
@@ -310,7 +310,7 @@ def test_tasks_and_frameworks_are_listed_by_the_command(checkpoint: Path) -> Non
 
 
 def test_frameworks_compute_different_results(checkpoint: Path) -> None:
-    """At a size that is no multiple of the window, the systems shift and pad in another order."""
+    """If a map is no multiple of the window, frameworks shift and pad in different orders."""
     answers = {}
     for framework in ("hf", "timm"):
         read = checkpoint_from_path(checkpoint, TaskSpec(), framework=framework)

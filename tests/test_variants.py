@@ -1,4 +1,4 @@
-"""The table of published checkpoints: complete, free of contradictions, and true to what others publish."""
+"""The table of published checkpoints is complete, consistent, and agrees with the published sources."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_the_parameters_are_as_many_as_published(variant: Variant) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
 def test_a_row_agrees_with_its_own_names(variant: Variant) -> None:
-    """What a name says of image, window and classes is what the fields say."""
+    """Image size, window and classes in the name are those of the fields."""
     config = variant.config()
     assert config.image_size == (variant.image_size,) * 2
     assert str(variant.image_size) in variant.name
@@ -197,7 +197,7 @@ def test_a_name_like_no_other_is_sent_to_the_list() -> None:
 
 @pytest.mark.parametrize("name", ["", "swin", "swin-base-1k", "microsoft/swin-base-patch4-window7-224-in1k"])
 def test_nothing_is_guessed(name: str) -> None:
-    """The last is our name for a checkpoint that the hub lacks, so no repository can be meant."""
+    """The last is our name for a checkpoint that is not on the hub."""
     with pytest.raises(UsageError):
         find_variant(name)
 

@@ -1,4 +1,4 @@
-"""The checkpoints in data/, and what the tests say of them. Each was written by the system that it is named after."""
+"""The checkpoints in data/ and their expected properties. Each was saved by the framework that it is named after."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ DATA = Path(__file__).parent / "data"
 
 
 def check(source: RecognisedCheckpoint, task: str) -> LazyTensors:
-    """The tensors of `source` that `task` needs; raises as an export does when they are not complete."""
+    """Select the tensors that `task` needs. Raises CheckpointError if some are missing, as an export does."""
     config = dataclasses.replace(source.config, patch_norm=source.patch_norm)
     return tensors_for_task(config, TaskSpec(task), source.shapes, source.tensors, str(source.path))
 
 
 class Case(NamedTuple):
-    """What a checkpoint is recognised as. Every one has 4x4 patches and, if it classifies, 10 classes."""
+    """The expected result. Every checkpoint has 4x4 patches and, if it classifies, 10 classes."""
 
     writer: str
     task: str
@@ -81,14 +81,14 @@ SAME = (
 
 
 def state_dict(case: str) -> dict[str, Any]:
-    """The tensors of a case in data/ that torch.save wrote, under the names in its file, as torch reads them."""
+    """Load a torch.save file in data/ with torch.load."""
     (file,) = (f for f in (DATA / case).iterdir() if f.suffix in (".pth", ".bin"))
     loaded = torch.load(file, weights_only=True)
     return dict(loaded.get("model", loaded))
 
 
 def refused(path: Path, sentence: str, error: type[Exception] = CheckpointError) -> None:
-    """Opening `path` ends in `error`, and its sentence matches."""
+    """Assert that opening `path` raises `error` with a matching message."""
     with pytest.raises(error, match=sentence):
         recognise_checkpoint(path)
 
@@ -109,7 +109,7 @@ def write_legacy(path: Path, code: bytes, numbers: bytes) -> None:
 def tensor_pickle(
     shape: tuple[int, ...], stride: tuple[int, ...], key: str = "0", storage: str = "FloatStorage", view: bytes = b""
 ) -> bytes:
-    """What torch.save writes for {"patch_embed.proj.weight": one tensor}, with any sizes; `view` follows the count."""
+    """Return the pickle of torch.save for {"patch_embed.proj.weight": one tensor}, with any sizes; `view` follows the count."""
 
     def integers(values: tuple[int, ...]) -> bytes:
         return b"(" + b"".join(pickle.dumps(v, 2)[2:-1] for v in values) + b"t"

@@ -1,4 +1,4 @@
-"""Files made to do harm: to run code, to take all memory, to read other files. Each ends in a sentence."""
+"""Hostile files that try to run code, to fill the memory or to read other files. Each is refused with one sentence."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STRIP = "ms__SwinTransformer__strip_32x96"
 
 
 class Call:
-    """An object whose pickle asks for `function` to be called."""
+    """An object whose pickle calls `function`."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.how = (function, arguments)
@@ -168,7 +168,7 @@ def test_storages_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_hdf5_that_reaches_out_of_its_file(tmp_path: Path) -> None:
-    """HDF5 can keep numbers in other files, link to them, and declare numbers that were never written."""
+    """HDF5 can store data in other files, link to them, and declare data that was never written."""
     path = tmp_path / "tf_model.h5"
     secret = tmp_path / "secret"
     secret.write_bytes(bytes(4096))

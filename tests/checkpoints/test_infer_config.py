@@ -1,4 +1,4 @@
-"""The architecture of files that keep no config.json, and of timm's, which says little: from shapes, buffers and names."""
+"""The architecture of files without config.json, and of timm's short one, from shapes, buffers and names."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_timm_v2_file_without_its_config(tmp_path: Path) -> None:
 
 
 def test_rows_and_columns_from_a_mask(tmp_path: Path) -> None:
-    """Which side of a rectangle is the longer one is told by where the first masked window stands."""
+    """The position of the first masked window determines which side of a rectangle is longer."""
     weights = state_dict(STRIP)
     assert opened(weights, tmp_path).config.image_size == (32, 96)
     mask = weights["layers.0.blocks.1.attn_mask"]
@@ -100,7 +100,7 @@ def test_image_size_that_nothing_tells(tmp_path: Path) -> None:
 
 
 def test_index_of_transformers_tells_no_image_size(tmp_path: Path) -> None:
-    """Version 4 kept the index, and no masks: where Microsoft's file would say that no stage shifts, it says nothing."""
+    """transformers 4 saved the index but no masks, so missing masks do not mean that no stage shifts."""
     weights = state_dict("hf434__SwinForImageClassification__abspos_broken")
     assert any(name.endswith("relative_position_index") for name in weights)
     del weights["swin.embeddings.position_embeddings"]
@@ -120,7 +120,7 @@ def test_image_size_from_position_embeddings(tmp_path: Path) -> None:
 
 
 def test_image_size_from_a_training_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Microsoft's training checkpoints hold a yacs CfgNode, a subclass of dict, which torch.load refuses."""
+    """Microsoft's training checkpoints contain a yacs CfgNode, a subclass of dict."""
     yacs = types.ModuleType("yacs.config")
     yacs.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
@@ -211,7 +211,7 @@ def test_timm_arguments() -> None:
 
 
 def test_timm_window_that_is_as_small_as_its_feature_map(tmp_path: Path) -> None:
-    """timm makes V1's window, and its table, no larger than the map: a window of 7 is 4 and 2 on 4x4 and 2x2 patches."""
+    """timm reduces V1's window and table to the map: a window of 7 becomes 4 and 2 on 4x4 and 2x2 patches."""
     folder = DATA / "timm__SwinTransformer__bin_only"
     weights = state_dict(folder.name)
     for name in weights:

@@ -1,4 +1,4 @@
-"""Files that are damaged, or hold another network: each is refused with its own sentence."""
+"""Files that are damaged or hold another network. Each is refused with its own sentence."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
 
 
 def copied(folder: Path, target: Path, **config: Any) -> Path:
-    """A copy of `folder` in `target`, with some entries of its config.json changed."""
+    """Copy `folder` to `target` and change entries of its config.json."""
     shutil.copytree(folder, target, dirs_exist_ok=True)
     if config:
         raw = json.loads((target / "config.json").read_text()) | config

@@ -1,6 +1,6 @@
-"""What other systems computed with their own checkpoints, and what ours computes with them: the network, and the whole chain.
+"""Outputs of every framework with its own checkpoints, compared with the network and with exported graphs.
 
-Each case's reference.npz holds the inputs and outputs of the system that wrote it. Plain names are its main run, `name/...`
+Each case's reference.npz holds the inputs and outputs of the framework that wrote it. Plain names are its main run, `name/...`
 further runs.
 """
 
@@ -37,7 +37,7 @@ EXPORTED_AS = {
 
 @cache
 def runs(name: str) -> Mapping[str, Arrays]:
-    """Run -> what went in and came out. The network's size belongs to the run, whatever the checkpoint was made for."""
+    """Run -> its inputs and outputs. The image size is that of the run, not of the checkpoint."""
     with np.load(DATA / name / "reference.npz") as file:
         arrays = {key: file[key] for key in file}
     found: dict[str, Arrays] = {}
@@ -51,13 +51,13 @@ def runs(name: str) -> Mapping[str, Arrays]:
 
 
 def weights(name: str) -> Path:
-    """What a user gives to --weights: the folder where there is a config.json, else the file."""
+    """What a user passes to --weights: the folder if it has a config.json, else the file."""
     folder = DATA / name
     return folder if (folder / "config.json").is_file() else folder / "model.pth"
 
 
 def task_of(name: str) -> TaskSpec:
-    """The task that the checkpoint was saved for, with all that transformers can give for it."""
+    """The task of the checkpoint, with all optional outputs."""
     return TaskSpec(CASES[name].task, output_hidden_states=True, output_attentions=True)
 
 
@@ -69,14 +69,14 @@ def feeds_of(task: TaskSpec, arrays: Arrays, patches: int) -> Arrays:
 
 
 def distance(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
-    """Relative L2."""
+    """Return the relative L2 distance."""
     assert found.shape == wanted.shape
     a, b = found.astype(np.float64), wanted.astype(np.float64)
     return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
 
 
 def agree(found: Mapping[str, np.ndarray[Any, Any]], wanted: Arrays) -> None:
-    """Every output that the other system recorded under a name of ours is there, and the same."""
+    """Assert that every recorded output agrees with ours."""
     compared = [name for name in wanted if name in found]
     assert compared
     # Other systems name their intermediate results otherwise; those of transformers must all be among ours.
@@ -101,7 +101,7 @@ def test_the_network_computes_what_the_system_that_wrote_it_computed(name: str, 
 
 @pytest.mark.parametrize(("name", "other"), EXPORTED_AS.items())
 def test_the_same_network_is_exported_only_once(name: str, other: str) -> None:
-    """Whatever file it was read from: the same config, tensors, task and size make the same graph."""
+    """The same config, tensors, task and size make the same graph, whatever the file format."""
     size = runs(name)[""][PIXELS].shape[2:]
     assert size == runs(other)[""][PIXELS].shape[2:]
     assert task_of(name) == task_of(other)

@@ -30,7 +30,7 @@ NAMES = {"pytorch-quantization": "_{}_quantizer._amax", "modelopt": "{}_quantize
 
 
 def written(folder: Path, case: str, state: dict[str, Any], **extras: Any) -> Path:
-    """A checkpoint of `case` with `state` in place of its own."""
+    """Write a checkpoint of `case` with another state dict."""
     folder.mkdir()
     if (DATA / case / "config.json").exists():
         shutil.copy(DATA / case / "config.json", folder)
@@ -39,13 +39,13 @@ def written(folder: Path, case: str, state: dict[str, Any], **extras: Any) -> Pa
 
 
 def linear(state: dict[str, Any]) -> list[str]:
-    """Its layers with a weight matrix that are quantised; V2's small network that makes the position bias is not."""
+    """The linear layers that are quantized: all but V2's position bias MLP."""
     matches = [LINEAR.fullmatch(name) for name, tensor in state.items() if tensor.ndim == 2 or name == "decoder.0.weight"]
     return [match[1] for match in matches if match and "cpb_mlp" not in match[1]]
 
 
 def with_amax(state: dict[str, Any], library: str) -> dict[str, Any]:
-    """As the library's max calibration: for each output channel the largest weight. Inputs: something that the layer tells."""
+    """Add amax values like those of max calibration: per output channel for weights, distinct values for inputs."""
     found = dict(state)
     for layer in linear(state):
         weight = state[f"{layer}.weight"]
@@ -57,7 +57,7 @@ def with_amax(state: dict[str, Any], library: str) -> dict[str, Any]:
 @pytest.mark.parametrize("library", NAMES)
 @pytest.mark.parametrize("case", SYSTEMS)
 def test_every_layer_gets_its_own(case: str, library: str, tmp_path: Path) -> None:
-    """Whatever the layers are called: each one's steps are those of its own weights."""
+    """Under every framework's names, the scales of a layer are those of its own weights."""
     source = recognise_checkpoint(written(tmp_path / "c", case, with_amax(state_dict(case), library)))
     assert source.ranges is not None
     fused = 3 * sum(source.config.depths)
@@ -77,7 +77,7 @@ def test_every_layer_gets_its_own(case: str, library: str, tmp_path: Path) -> No
 
 
 def quantised(module: Any) -> Any:
-    """The state of a fake-quant module after some data, and the module."""
+    """Run a fake-quant module on some data."""
     torch.manual_seed(0)
     for _ in range(3):
         module(torch.randn(64, 16) * 2 + 0.7)
@@ -85,7 +85,7 @@ def quantised(module: Any) -> Any:
 
 
 def with_layer(case: str, layer: str, part: str, module: Any) -> dict[str, Any]:
-    """The state dict of `case`, with `module` in the layer."""
+    """Return the state dict of `case` with the tensors of `module` in a layer."""
     return {**state_dict(case), **{f"{layer}.{part}.{name}": tensor for name, tensor in module.state_dict().items()}}
 
 
@@ -110,7 +110,7 @@ def read(path: Path) -> RecognisedCheckpoint:
 @pytest.mark.filterwarnings("ignore:Please use quant_min:UserWarning")  # torch.ao warns of its own default
 @pytest.mark.parametrize("kind", MODULES)
 def test_codes_round_as_torch_does(kind: str, tmp_path: Path) -> None:
-    """torch.ao's types, which a file does not tell: a QuantWrapper's input is rounded as its module rounds it."""
+    """The integer type is not stored in the file, and still the input of a QuantWrapper is rounded as in torch.ao."""
     module = quantised(MODULES[kind]())
     state = with_layer(MICROSOFT, FC1, "quant.activation_post_process", module)
     state = {name.replace(f"{FC1}.weight", f"{FC1}.module.weight").replace(f"{FC1}.bias", f"{FC1}.module.bias"): tensor
@@ -130,7 +130,7 @@ def test_codes_round_as_torch_does(kind: str, tmp_path: Path) -> None:
 
 
 def test_what_a_norm_writes_is_what_the_next_layer_reads(tmp_path: Path) -> None:
-    """torch.ao observes outputs: V1's norm is in front of fc1; fc1's own output is kept as that."""
+    """torch.ao observes outputs. The norm of V1 comes before fc1, so its output is the input of fc1."""
     norm, fc1 = quantised(MODULES["int8 symmetric"]()), quantised(MODULES["uint8"]())
     state = with_layer(MICROSOFT, "layers.0.blocks.0.norm2", "activation_post_process", norm)
     state |= with_layer(MICROSOFT, FC1, "activation_post_process", fc1)

@@ -1,4 +1,4 @@
-"""Checkpoints that transformers, timm, Microsoft's code, torchvision and TensorFlow wrote: recognised, and read the same."""
+"""Checkpoints of transformers, timm, Microsoft's code, torchvision and TensorFlow are recognised and read correctly."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_systems_agree_on_the_same_weights(first: str, second: str) -> None:
 @pytest.mark.parametrize("original_format", [False, True])
 @pytest.mark.parametrize("name", sorted(name for name in CASES if name.startswith("hf523")))
 def test_transformers_loads_the_same(name: str, original_format: bool, tmp_path: Path) -> None:
-    """What transformers has in memory, saved under its older names or under those of version 5."""
+    """transformers saves the same model under its older names, and under those of version 5."""
     raw = json.loads((DATA / name / "config.json").read_text())
     model = getattr(transformers, raw["architectures"][0]).from_pretrained(DATA / name)
     model.save_pretrained(tmp_path, save_original_format=original_format)
@@ -127,7 +127,7 @@ def test_tensors_that_share_or_transpose_their_storage(legacy: bool, tmp_path: P
 
 
 def test_views_of_storages_from_before_torch_1_6(tmp_path: Path) -> None:
-    """They name the storage, and say where in it they begin and how long they are: here at 2, for 2."""
+    """A view names its storage, its offset and its length: here both are 2."""
     code = tensor_pickle((2,), (1,), view=b"(X\x01\x00\x00\x001K\x02K\x02t")
     write_legacy(tmp_path / "a.pth", code, torch.arange(4.0).numpy().tobytes())
     assert open_weights(tmp_path / "a.pth").tensors["patch_embed.proj.weight"].read().tolist() == [2.0, 3.0]
@@ -205,7 +205,7 @@ def test_what_training_scripts_save_beside_the_weights(legacy: bool, tmp_path: P
 
 
 def test_training_checkpoint_of_microsoft() -> None:
-    """What lies beside the weights is read as plain values, the pickled yacs CfgNode too."""
+    """Everything beside the weights is read as plain values, including the yacs CfgNode."""
     file = open_weights(DATA / "ms__SwinTransformer__train_ckpt")
     assert sorted(file.extras) == ["config", "epoch", "lr_scheduler", "max_accuracy", "optimizer", "scaler"]
     assert file.extras["config"]["DATA"] == {"IMG_SIZE": 32}
@@ -261,7 +261,7 @@ def test_sharded_bin(tmp_path: Path) -> None:
 
 
 def test_one_file_is_enough(tmp_path: Path) -> None:
-    """A file beside its config.json uses it; alone it is read from its tensors; another system's config is not its own."""
+    """A weight file uses the config.json beside it, unless that is of another framework."""
     folder = DATA / HF
     assert recognise_checkpoint(folder / "model.safetensors").config == recognise_checkpoint(folder).config
     shutil.copy(folder / "model.safetensors", tmp_path / "renamed.bin")
@@ -301,7 +301,7 @@ def test_simmim_files_say_rpe_mlp(tmp_path: Path) -> None:
 
 
 def test_timm_inside_transformers(tmp_path: Path) -> None:
-    """transformers' TimmWrapper keeps timm's config beside its own, and its names behind timm_model."""
+    """transformers' TimmWrapper stores timm's config with its own, and prefixes names with timm_model."""
     folder = DATA / "timm__SwinTransformer__dynamic_72x56"
     weights = load_file(folder / "model.safetensors")
     save_file({f"timm_model.{name}": tensor for name, tensor in weights.items()}, tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Weights in a network built with other windows: each against the system that the checkpoint comes from."""
+"""Weights resized to other windows, compared with the framework that wrote the checkpoint."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CASES = [
 
 
 def recorded(key: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """What went into the other system, and its logits."""
+    """The inputs and logits of the source framework."""
     with np.load(RESIZED / "reference.npz") as file:
         return file[f"{key}/pixel_values"], file[f"{key}/logits"]
 
@@ -68,7 +68,7 @@ def test_as_its_own_system_does_it(
     said: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The network that is to be exported; an export compares its graph with it."""
+    """Compare the PyTorch network; an export compares its graph with that."""
     pixels, wanted = recorded(key)
     size = (pixels.shape[2], pixels.shape[3])
     caplog.set_level("INFO", "swin_deploy")

@@ -1,4 +1,4 @@
-"""Every activation that transformers' config can name is reproduced, or refused by name."""
+"""Every activation of transformers is reproduced, or refused by name."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_refused_by_name(name: str) -> None:
     ],
 )
 def test_exported(name: str, tmp_path: Path) -> None:
-    """Through torch's exporter, whose operators for these differ, and ONNX Runtime; the export itself compares."""
+    """The exporter writes these with different operators; the export compares the graph with PyTorch."""
     from swin_deploy.exporters.bundle_from_checkpoint import bundle_from_checkpoint
     from swin_deploy.runtimes.backends import runtime_from_onnx
     from swin_deploy.specs import ExportSpec

@@ -58,7 +58,7 @@ def noise(height: int, width: int, extreme: bool = False) -> np.ndarray[Any, Any
     ],
 )
 def test_pixels_are_those_of_pillow(frame: tuple[int, int], size: tuple[int, int], resample: int, cast_first: bool) -> None:
-    """To the bit: whole numbers are summed that float32 holds."""
+    """Bit for bit: float32 represents all sums of integers exactly."""
     preprocessor = Preprocessor(size=size, resample=resample)
     _, module = embedding(preprocessor, size, frame, cast_first)
     for extreme in (False, True):

@@ -87,7 +87,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Networks this small only lose by more."""
+    """More threads slow such small networks down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -111,7 +111,7 @@ def images(model: Any, batch: int, size: tuple[int, int] | None = None) -> Any:
 
 
 def assert_equal_logits(model: Any, folder: Path, size: tuple[int, int] | None = None) -> None:
-    """Asserts that the network made from the checkpoint in `folder` answers as `model` does."""
+    """Assert that the network of the checkpoint in `folder` computes the same as `model`."""
     checkpoint = checkpoint_from_path(folder, TASK)
     network = SwinNetwork(checkpoint.config, tuple(images(model, 1, size).shape[2:]), checkpoint.tensors)
     for batch in BATCHES:
@@ -130,7 +130,7 @@ def test_network(version: int, fields: dict[str, Any], size: tuple[int, int] | N
 
 
 def test_what_transformers_cannot_run_is_padded_up_to_a_window(tmp_path: Path) -> None:
-    """Swin V1 below its window, where the table does not fit the window that is left: as a backbone of transformers pads."""
+    """Swin V1 below its window, where the table does not fit the reduced window."""
     model = reference_model(1, TINY)
     model.save_pretrained(tmp_path)
     pixels = images(model, 1, (12, 32))
@@ -187,7 +187,7 @@ def test_stored_types(version: int, dtype: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_buffers_of_older_files_are_ignored(version: int, tmp_path: Path) -> None:
-    """transformers 4 and the converters before it also stored what follows from the config."""
+    """transformers 4 also stored buffers that follow from the config."""
     model = reference_model(version, TINY)
     model.save_pretrained(tmp_path)
     prefix = f"{model.config.model_type}.encoder.layers.0.blocks.1"
@@ -258,7 +258,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def refusal(folder: Path) -> str:
-    """The sentence with which the checkpoint is refused, at the latest when its tensors are read."""
+    """Return the error message for a checkpoint, raised at the latest when its tensors are read."""
     with pytest.raises(CheckpointError) as caught:
         dict(checkpoint_from_path(folder, TASK).tensors)
     message = str(caught.value)
@@ -289,7 +289,7 @@ def test_weights_of_the_other_version(folder: Path) -> None:
 
 
 def test_no_config(folder: Path) -> None:
-    """The tensors tell most of it; what they do not tell is noted."""
+    """Most of the config follows from the tensors. Assumptions are noted."""
     asked = checkpoint_from_path(folder, TASK).config
     (folder / "config.json").unlink()
     checkpoint = checkpoint_from_path(folder, TASK, image_size=(32, 32))
@@ -360,7 +360,7 @@ def test_variant_given_weights_of_another_architecture(folder: Path, tmp_path: P
 
 
 def test_reference_has_no_parameter_at_rest() -> None:
-    """What is zero or one would not be compared."""
+    """A comparison would not see parameters that are 0 or 1."""
     for version in FAMILIES:
         for name, parameter in reference_model(version, TINY).named_parameters():
             values = parameter.detach().numpy()

@@ -63,7 +63,7 @@ OF_2 = [(32, 32), (31, 33), (25, 48)]
 
 
 def sizes_of(version: int, task: str) -> list[tuple[int, Size]]:
-    """(patch size, image size) for a task; masked image modelling only runs on squares in transformers."""
+    """(patch size, image size) for a task; transformers runs masked image modelling on squares only."""
     if task == "masked-image-modeling":
         return [(4, size) for size in SQUARE] + [(2, (31, 31))]
     small = SMALLER if version == 2 or task == "backbone" else []
@@ -80,7 +80,7 @@ SWEEP = [
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Networks this small only lose by more."""
+    """More threads slow such small networks down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -125,7 +125,7 @@ def feeds_of(task: str, size: Size, patch: int, batch: int) -> Arrays:
 
 
 def answers(model: Any, task: str, feeds: Arrays) -> Arrays:
-    """What a model of transformers answers, under our names."""
+    """Return the outputs of a model of transformers under our names."""
     dtype = next(model.parameters()).dtype
     pixels = torch.from_numpy(feeds[PIXELS]).to(dtype)
     asked = {"output_hidden_states": True, "output_attentions": True}
@@ -146,7 +146,7 @@ def answers(model: Any, task: str, feeds: Arrays) -> Arrays:
 
 
 def relative(found: Arrays, wanted: Arrays) -> dict[str, float]:
-    """The relative L2 distance of each output."""
+    """Return the relative L2 distance of each output."""
     assert sorted(found) == sorted(wanted)
     result = {}
     for name, reference in wanted.items():
@@ -157,7 +157,7 @@ def relative(found: Arrays, wanted: Arrays) -> dict[str, float]:
 
 
 def assert_agree(found: Arrays, model: Any, task: str, feeds: Arrays, wanted: Arrays) -> None:
-    """Every output is within 1e-5 of transformers, or within 4 times what float32 itself costs transformers there."""
+    """Every output is within 1e-5 of transformers, or within 4 times the float32 error of transformers itself."""
     distances = relative(found, wanted)
     far = {name: value for name, value in distances.items() if not value <= TOLERANCES["fp32"]}
     if far:
@@ -192,7 +192,7 @@ def test_network(version: int, task: str, patch: int, size: Size, folders: dict[
 def test_exported_graphs(
     version: int, task: str, size: Size, folders: dict[tuple[int, str, int], Path], tmp_path: Path
 ) -> None:
-    """The same through ONNX Runtime, in fp32 and in fp16, where transformers' own Swin V2 is all NaN once it pads."""
+    """The same in ONNX Runtime, in fp32 and fp16. In fp16, Swin V2 of transformers is NaN if it pads."""
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     model = copy.deepcopy(pristine(version, task, 4))
     spec = TaskSpec(task, output_hidden_states=True)
@@ -252,7 +252,7 @@ def test_half_precision_sweep(
 
 
 def test_half_precision_of_transformers_is_nan_in_padded_windows() -> None:
-    """Why ours keeps the cosine attention in fp32: the norm of a padding token is 0, and its floor of 1e-12 is 0 in fp16."""
+    """The reason to keep cosine attention in fp32: the norm of a padding token is 0, and its floor of 1e-12 is 0 in fp16."""
     model = copy.deepcopy(pristine(2, "image-classification", 4)).half()
     assert np.isnan(answers(model, "image-classification", feeds_of("image-classification", (50, 66), 4, 1))["logits"]).all()
 
@@ -261,7 +261,7 @@ def test_half_precision_of_transformers_is_nan_in_padded_windows() -> None:
 def test_maps_smaller_than_the_window_are_padded_where_transformers_fails(
     size: Size, folders: dict[tuple[int, str, int], Path]
 ) -> None:
-    """Swin V1: its position table stays as large as the window, which it shrinks. Ours pads the map up to one window."""
+    """In Swin V1 the window shrinks but its position table does not. Ours pads the map to one window."""
     task = "feature-extraction"
     feeds = feeds_of(task, size, 4, 2)
     with pytest.raises(RuntimeError):
@@ -273,7 +273,7 @@ def test_maps_smaller_than_the_window_are_padded_where_transformers_fails(
 
 
 def test_a_used_model_of_transformers_answers_otherwise() -> None:
-    """Why every model here is fresh: its Swin V1 goes on without shifts where a smaller image had none."""
+    """The reason for a fresh model each time: Swin V1 stays without shifts after a smaller image had none."""
     task = "image-classification"
     feeds, smaller = feeds_of(task, (128, 128), 4, 1), feeds_of(task, (64, 64), 4, 1)
     used = copy.deepcopy(pristine(1, task, 4))

@@ -33,14 +33,14 @@ CPU = TARGETS[1:]
 
 
 def network(version: int, task: str, size: tuple[int, int], target: str, between: bool = True, **changes: Any) -> Any:
-    """With what is `between` as outputs: hidden states and attentions."""
+    """With `between`, hidden states and attentions are outputs, too."""
     config = SwinConfig(**{"version": version, **FIELDS, **changes})
     spec = TaskSpec(task, output_hidden_states=between, output_attentions=between)
     return SwinNetwork(config, size, random_checkpoint(config, spec).tensors, spec, target).eval()
 
 
 def answers(made: Any, size: tuple[int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What goes in, and what comes out."""
+    """Return the inputs and the outputs."""
     feeds = sample_inputs(made.task.inputs(made.config, size))
     with torch.no_grad():
         outputs = made.named(*map(torch.from_numpy, feeds.values()))
@@ -48,7 +48,7 @@ def answers(made: Any, size: tuple[int, int]) -> tuple[dict[str, Any], dict[str,
 
 
 def exported(made: Any, size: tuple[int, int], target: str, folder: Path) -> tuple[Path, dict[str, int]]:
-    """The file of a network's graph, and how often each rewrite found its place."""
+    """Export a network. Return the file, and how often each pass matched."""
     from swin_deploy.exporters.external_data import embed_weights
     from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
 
@@ -68,7 +68,7 @@ def assert_agree(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 def limit(name: str) -> float:
-    """Random weights make sharp attention, which amplifies rounding; in every layout."""
+    """Random weights make sharp attention, which amplifies rounding in every layout."""
     return 5e-5 if name.startswith("attentions.") else 1e-5
 
 
@@ -152,7 +152,7 @@ def test_vectors_of_length_zero_stay_zero(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_openvino_computes_attention_as_one_kernel(version: int, tmp_path: Path) -> None:
-    """By its own account of the compiled model; in the layout for ONNX Runtime every block has its own softmax."""
+    """As OpenVINO reports for the compiled model. In the layout for ONNX Runtime every block has its own softmax."""
     pytest.importorskip("openvino", reason="runs the graph")
     from swin_deploy.runtimes.openvino import openvino_core
 

@@ -34,7 +34,7 @@ def square(height: int, width: int, window: int, shift: int) -> WindowGrid:
 
 
 def numbered(height: int, width: int) -> Any:
-    """[1, height, width, 1], numbered row by row from 1, so that padding with zeros tells itself apart."""
+    """[1, height, width, 1], numbered row by row from 1, to distinguish tokens from zero padding."""
     return torch.arange(1, height * width + 1).reshape(1, height, width, 1)
 
 
@@ -100,7 +100,7 @@ def test_relative_coordinates_are_those_of_transformers(window: int, pretrained:
 
 
 def attention(window: int, pretrained: int) -> SimpleNamespace:
-    """As much of transformers' attention as its method reads."""
+    """The attributes of transformers' attention that its method reads."""
     return SimpleNamespace(
         window_size=(window, window),
         pretrained_window_size=(pretrained, pretrained),
@@ -163,7 +163,7 @@ def test_v1_map_below_its_window_is_padded_up_to_one() -> None:
 def test_order_of_windows_with_two_sides(
     what: str, height: int, width: int, window: tuple[int, int], shift: tuple[int, int]
 ) -> None:
-    """A map that is rolled before it is padded is timm's; every other system pads first."""
+    """timm rolls the map before it pads it. Every other framework pads first."""
     first = what == "before it is padded"
     grid = WindowGrid(height, width, window, shift, roll_first=first)
     tokens, back = numbered(height, width), (-shift[0], -shift[1])

@@ -1,4 +1,4 @@
-"""Recognises a Swin checkpoint by its files, and reads the config of whatever wrote it: transformers, timm or tensors alone."""
+"""Recognises a Swin checkpoint by its files, and reads the config of transformers or timm, or infers it."""
 
 from __future__ import annotations
 
