@@ -1,12 +1,12 @@
-"""Memory of a calibration pass, whatever the number of images, and the same ranges to the bit after a kill.
+"""Peak memory of a calibration pass by number of images, and bit-identical ranges after a killed pass resumes.
 
     python benchmarks/calibration_memory.py                          # the digits (Swin V2): 100 and 10,000 images
     python benchmarks/calibration_memory.py --bundle my-swin --images 32 --images 128 --side 300
 
-Writes so many PNG files of shifted, noisy digits, exports the digits' checkpoint unless a bundle is given, and observes the
-inputs of every linear layer and attention product of its fp32 graph: each number of images in a process of its own, whose
-peak resident memory is read from /proc (Linux), and the largest number once more, killed (SIGKILL) half-way and resumed.
-Prints a markdown table, and fails when the largest number takes 1.2 times the memory of the smallest or ranges differ.
+Writes PNG files of shifted, noisy digits, exports the digits checkpoint unless a bundle is given, and observes the inputs of
+every linear layer and attention matmul of its fp32 graph. Each number of images runs in its own process, whose peak resident
+memory is read from /proc (Linux). The largest number runs again, is killed (SIGKILL) half-way, and resumes. Prints a markdown
+table. Fails if the largest number needs 1.2 times the memory of the smallest, or if ranges differ.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LIMIT = 1.2
 
 
 def write_images(folder: Path, count: int, side: int) -> None:
-    """`count` PNG files, side x side: digits of scikit-learn, shifted and with noise, in ten class folders."""
+    """Write `count` PNG files, side x side: digits of scikit-learn, shifted and with noise, in ten class folders."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -46,7 +46,7 @@ def write_images(folder: Path, count: int, side: int) -> None:
 
 
 def observed(bundle: Path, data: Path, samples: int, cache: Path, batch: int, slow: bool) -> dict[str, object]:
-    """Runs in a process of its own: what one pass costs, and a sha256 of all that it found."""
+    """Run one pass in this process and return its cost and a sha256 of all observations."""
     import onnx
 
     from swin_deploy.bundle import Bundle
@@ -63,10 +63,10 @@ def observed(bundle: Path, data: Path, samples: int, cache: Path, batch: int, sl
     ]
     begin = time.process_time()
 
-    def told(done: int, total: int) -> None:
+    def report(phase: str, done: int, total: int) -> None:
         print(done, flush=True)
         if slow and done >= total // 2:
-            sys.stdin.read()  # wait to be killed
+            sys.stdin.read()  # wait for the kill
 
     found = collect(
         path,
@@ -74,7 +74,7 @@ def observed(bundle: Path, data: Path, samples: int, cache: Path, batch: int, sl
         samples_for(opened, data, samples),
         batch=batch,
         cache=cache,
-        progress=told,
+        progress=report,
         threads=1,
         every=0.2 if slow else 10,
     )
@@ -85,29 +85,29 @@ def observed(bundle: Path, data: Path, samples: int, cache: Path, batch: int, sl
 
 
 def in_own_process(request: dict[str, object], kill: bool = False) -> dict[str, object]:
-    """What `observed` says; with `kill`, how far it was when it was killed."""
+    """Run `observed` in another process and return its result; with `kill`, the number of batches before the kill."""
     command = [sys.executable, str(Path(__file__).resolve()), "--request", json.dumps({**request, "slow": kill})]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
-    for told, line in enumerate(process.stdout):
+    for batches, line in enumerate(process.stdout):
         if line.startswith("{"):
             process.communicate()
-            return {**json.loads(line), "told": told}
+            return {**json.loads(line), "batches": batches}
         if kill and int(line) >= int(str(request["samples"])) // 2:
             process.kill()
             process.communicate()
             assert process.returncode == -signal.SIGKILL
-            return {"batches": told + 1}
+            return {"batches": batches + 1}
     process.communicate()
     sys.exit(f"The measuring process failed with exit code {process.returncode}.")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, help="an exported bundle; without it the digits' Swin V2 is exported")
-    parser.add_argument("--images", type=int, action="append", help="how many; repeatable (100 and 10000)")
-    parser.add_argument("--side", type=int, default=32, help="of the images that are written, in pixels")
+    parser.add_argument("--bundle", type=Path, help="an exported bundle. Default: the digits Swin V2 is exported")
+    parser.add_argument("--images", type=int, action="append", help="number of images; repeatable. Default: 100 and 10000")
+    parser.add_argument("--side", type=int, default=32, help="side of the images in pixels")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--request", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -141,8 +141,8 @@ def main() -> int:
         print(f"| {count} | {row['peak_mb']:.0f} | {ratio:.3f} | {row['cpu_s']:.1f} |")
     same = resumed["sha256"] == rows[-1]["sha256"]
     print(
-        f"\nKilled after {killed['batches']} of {rows[-1]['told']} batches, resumed for {resumed['told']} more: "
-        f"{'the same ranges to the bit' if same else 'OTHER RANGES'}"
+        f"\nKilled after {killed['batches']} of {rows[-1]['batches']} batches, resumed for {resumed['batches']} more: "
+        f"{'bit-identical ranges' if same else 'DIFFERENT RANGES'}"
     )
     return 0 if same and ratio < LIMIT else 1
 

@@ -1,10 +1,9 @@
-"""What preprocessing costs on this CPU, outside and in the graph: one frame, from uint8 array to logits, as a table.
+"""Time from one uint8 frame to logits on this CPU, with the preprocessing before and in the graph.
 
     python benchmarks/embed_preprocess.py [--frame 1080x1920] [--rounds 20] [--threads 0]
 
-Swin-T with random weights in ONNX Runtime. The candidates take turns, one call each, in processes of their own that live as
-long as the benchmark. What the processors spent is disturbed less by other programs than the clock. Needs the extras "export"
-and "onnxruntime", and no network.
+Runs Swin-T with random weights in ONNX Runtime. Each candidate has its own process; the candidates are called alternately.
+Processor time is less sensitive to other load than wall-clock time. Needs the extras "export" and "onnxruntime".
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-CANDIDATES = {  # what is exported, and whether the image processor runs outside
+CANDIDATES = {  # options of the export
     "outside: Pillow, then float32": (),
     "--embed-preprocess: Pillow, then uint8": ("--embed-preprocess",),
     "--embed-resize: the frame itself": ("--embed-resize",),
 }
-# Answers each line with the milliseconds of one call: by the clock, of the processors, and of these before the graph.
+# Replies to each line with the milliseconds of one call: wall clock, processors, and processors before the graph.
 WORKER = """
 import sys, time
 import numpy as np
@@ -45,7 +44,7 @@ def main() -> int:
     parser.add_argument("--frame", default="1080x1920")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="Where the bundles are made, and found again. Default: temporary.")
+    parser.add_argument("--folder", type=Path, help="Folder for the bundles, which are reused. Default: temporary.")
     given = parser.parse_args()
     height, width = given.frame.split("x")
     photo = Path(__file__).resolve().parents[1] / "examples/photos/china.jpg"
@@ -68,7 +67,7 @@ def main() -> int:
                     times[name].append(taken)
         for worker in workers.values():
             worker.communicate()
-    print(f"| a frame of {given.frame} | best ms | median ms | processor ms, best and median | of these before the graph |")
+    print(f"| a frame of {given.frame} | best ms | median ms | processor ms, best and median | before the graph |")
     print("|---|---|---|---|---|")
     for name, taken in times.items():
         clock, spent, before = zip(*taken, strict=True)
@@ -78,7 +77,7 @@ def main() -> int:
 
 
 def exported(folder: Path, frame: str, options: tuple[str, ...]) -> Path:
-    """A bundle of Swin-T with random weights, with these options."""
+    """Export Swin-T with random weights and these options, unless the bundle exists."""
     target = folder / f"swin-tiny{''.join(options)}{frame if '--embed-resize' in options else ''}"
     if not target.exists():
         command = "import sys; from swin_deploy.cli import main; main()"

@@ -1,10 +1,10 @@
-"""Logits and stage features of the typed graphs against fp32 PyTorch, every node rounded to its type, as a table.
+"""Distance of logits and stage features of typed graphs from fp32 PyTorch, with every node rounded to its type.
 
     python benchmarks/typed_parity.py [--variants swin-tiny,swinv2-tiny]
 
-Detectors and segmenters read stage features, which averaging over tokens does not smooth as it does logits. Each graph runs
-twice: in ONNX Runtime, with types emulated (runtimes/emulate.py), and in PyTorch in the graph's own types
-(runtimes/pytorch.py). Weights are those of parity.py. Needs the extras "export", "onnxruntime" and "test", and no network.
+Detectors and segmenters read stage features, which unlike logits are not smoothed by averaging over tokens. Each graph runs
+in ONNX Runtime with emulated types (runtimes/emulate.py) and in PyTorch with the types of the graph (runtimes/pytorch.py).
+The weights are those of parity.py. Needs the extras "export", "onnxruntime" and "test", and no network.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ IMAGES = Cases(seeds=1, batches=(2,))
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--variants", default="swin-tiny,swinv2-tiny", help="names with commas between")
+    parser.add_argument("--variants", default="swin-tiny,swinv2-tiny", help="names, separated by commas")
     given = parser.parse_args(arguments)
     print(", ".join(f"{p} {version(p)}" for p in ("swin-deploy", "torch", "transformers", "onnxruntime")))
     print(
-        "\n| variant | precision | run by | logits | stem | stage 1 | stage 2 | stage 3 | stage 4 |\n|---|---|---|" + "--:|" * 6
+        "\n| variant | precision | runtime | logits | stem | stage 1 | stage 2 | stage 3 | stage 4 |\n|---|---|---|"
+        + "--:|" * 6
     )
     for name in given.variants.split(","):
         variant = find_variant(name)
@@ -60,7 +61,7 @@ def tasks(variant: Variant) -> tuple[TaskSpec, ...]:
 
 
 def both(variant: Variant, folder: Path, task: TaskSpec) -> dict[tuple[str, str], list[float]]:
-    """The relative L2 distance of every output from fp32 PyTorch, by precision and by what ran the graph."""
+    """Return the relative L2 distance of every output from fp32 PyTorch, by precision and runtime."""
     checkpoint = checkpoint_from_path(folder / CHECKPOINT, task)
     config = checkpoint.config
     network = SwinNetwork(config, config.image_size, checkpoint.tensors, task).eval()

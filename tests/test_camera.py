@@ -1,4 +1,4 @@
-"""examples/camera.py as a user runs it."""
+"""examples/camera.py, run as a user runs it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def test_a_folder_of_frames(batch: int, tmp_path: Path) -> None:
     assert "onnxruntime" in done.stderr
 
 
-def test_an_end_of_those_who_read(tmp_path: Path) -> None:
-    """As `| head -1` does it: no word about it, and the frames that are left are not read."""
+def test_stdout_that_is_closed(tmp_path: Path) -> None:
+    """As with `| head -1`: no error message, and the remaining frames are not read."""
     reads, writes = os.pipe()
     os.close(reads)
     command = [sys.executable, EXAMPLES / "camera.py", digits(2), EXAMPLES / "digits/images", "--backend", "onnxruntime"]
@@ -42,18 +42,18 @@ def test_it_is_short() -> None:
     assert len((EXAMPLES / "camera.py").read_text(encoding="utf-8").splitlines()) <= 60
 
 
-@pytest.mark.parametrize(("source", "said"), [("absent.mp4", "absent.mp4 is not there."), ("empty", "empty holds no image.")])
-def test_what_is_no_source(source: str, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("source", "said"), [("absent.mp4", "absent.mp4 does not exist."), ("empty", "empty has no images.")])
+def test_invalid_sources(source: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     done = camera(digits(2), tmp_path / source, "--backend", "onnxruntime", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[-1].endswith(f"{said} Give images or a video.")
+    assert done.stderr.splitlines()[-1].endswith(f"{said} Pass images or a video.")
     assert "Traceback" not in done.stderr
 
 
-def test_a_bundle_that_names_nothing(tmp_path: Path) -> None:
+def test_a_bundle_for_another_task(tmp_path: Path) -> None:
     options = ("--weights", str(one_block()), "--task", "feature-extraction", "--output-attentions")
     [path] = [path for path in exported(*options).iterdir() if path.is_dir()]
     done = camera(path, EXAMPLES / "digits/images", "--backend", "onnxruntime", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "is for feature-extraction and names nothing" in done.stderr.splitlines()[-1]
+    assert "is for feature-extraction. Pass a bundle for image classification" in done.stderr.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Run the held-out digits through an exported bundle, and fail when it is right less often than it should be.
+"""Measure the accuracy of an exported bundle on the held-out digits, and fail if it is too low.
 
 From the root of the repository: `python examples/digits/evaluate.py BUNDLE`.
 """
@@ -15,7 +15,7 @@ import swin_deploy
 
 
 def accuracy(bundle: Path) -> float:
-    """Return the fraction of the 450 held-out images whose first prediction is the right digit, by the fp32 graph."""
+    """Return the top-1 accuracy of the fp32 graph on the 450 held-out images."""
     data = split()
     samples = list(zip(data.test_images, data.test_digits, strict=True))
     share = swin_deploy.evaluate(bundle, samples, batch=32, precisions=["fp32"]).score("fp32").top1
@@ -24,7 +24,7 @@ def accuracy(bundle: Path) -> float:
 
 
 def main() -> int:
-    """Return the exit code: 0 when the accuracy is high enough, 1 when it is not."""
+    """Return 0 if the accuracy is high enough, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="a directory that swin-deploy exported")
     parser.add_argument("--at-least", type=float, default=0.97, help="the lowest accuracy that passes")
