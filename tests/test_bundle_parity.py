@@ -37,7 +37,7 @@ def test_equal_arrays_agree_exactly() -> None:
     assert compare(logits, logits.copy()) == Agreement(4, True, 0.0, 0.0, pytest.approx(1.0), 1.0)
 
 
-def test_figures_are_those_of_the_worst_sample() -> None:
+def test_figures_describe_the_worst_sample() -> None:
     reference = np.array([[3.0, 4.0], [3.0, 4.0]])
     found = compare(np.array([[3.0, 4.0], [4.0, 3.0]]), reference)
     assert found.max_abs == 1
@@ -48,7 +48,7 @@ def test_figures_are_those_of_the_worst_sample() -> None:
     assert not found.within(0.28)
 
 
-def test_one_bad_sample_does_not_hide_among_many_good_ones() -> None:
+def test_one_bad_sample_among_many_good_ones_is_found() -> None:
     reference = np.random.default_rng(0).standard_normal((1000, 10))
     test = reference.copy()
     test[500] *= 1.1
@@ -83,12 +83,12 @@ def test_shapes_must_be_equal() -> None:
 
 
 def inputs_for(height: int, width: int) -> dict[str, Any]:
-    """The samples for images of three channels."""
+    """Return sample inputs for images with three channels."""
     return sample_inputs((TensorSpec("x", "float32", ("batch", 3, height, width)),))
 
 
 class Answers(Runtime):
-    """A graph that gives the outputs `y` and `z` for the samples; `z` is wrong by `alone` for each that comes alone."""
+    """A graph with the outputs `y` and `z`; `z` has the relative error `alone` in batches of one sample."""
 
     def __init__(self, reference: Reference, alone: float = 0.0) -> None:
         spec = TensorSpec("x", "float32", ("batch", *reference.feeds["x"].shape[1:]))
@@ -146,7 +146,7 @@ def test_noise_only_widens_the_tolerance(reference: Reference) -> None:
         assert one == TOLERANCES["fp32"]
 
 
-def test_a_bundle_keeps_it_without_loss(tmp_path: Path) -> None:
+def test_a_reference_is_stored_without_loss(tmp_path: Path) -> None:
     bundle = Bundle.open(copied(2, tmp_path / "b"))
     kept = Reference.load(bundle, REFERENCE)
     assert (list(kept.feeds), list(kept.outputs), kept.samples) == (["pixel_values"], ["logits"], 2)
@@ -163,7 +163,7 @@ def test_a_bundle_keeps_it_without_loss(tmp_path: Path) -> None:
     assert again.noise == {"logits": 0.25}
 
 
-def test_a_certificate_of_another_kind_is_one_sentence(tmp_path: Path) -> None:
+def test_an_invalid_reference_file_is_refused(tmp_path: Path) -> None:
     bundle = Bundle.open(copied(2, tmp_path / "b"))
     for write in (lambda path: np.savez(path.open("wb"), x=1), lambda path: path.write_bytes(b"PK") and None):
         with pytest.raises(BundleError, match=r"reference\.npz cannot be read"):
@@ -182,7 +182,7 @@ def test_trained_bundles_are_verified(version: int, backend: str) -> None:
 
 
 def test_a_graph_of_other_weights_is_not_verified(tmp_path: Path) -> None:
-    """Every sha256 is right here, and still the comparison tells."""
+    """Every sha256 is valid, but the outputs differ."""
     bundle = Bundle.open(copied(2, tmp_path / "b"))
     kept = Reference.load(bundle, REFERENCE)
     swapped = Reference(kept.feeds, {"logits": kept.outputs["logits"][::-1].copy()})
@@ -227,7 +227,7 @@ def test_an_unknown_back_end_is_named() -> None:
         swin_deploy.verify(digits(2), backend="tensorflow")
 
 
-def test_errors_of_a_back_end_pass(reference: Reference) -> None:
+def test_errors_of_a_back_end_are_not_hidden(reference: Reference) -> None:
     closed = Answers(reference)
     closed.close()
     with pytest.raises(BackendError, match="closed"):
@@ -240,6 +240,6 @@ def test_errors_of_a_back_end_pass(reference: Reference) -> None:
         check_graph(reference, missing, Path("g"), "g", "fp32")
 
 
-def test_phrases() -> None:
+def test_verdict_text() -> None:
     assert verdict_text({"verified": True, "relative_l2": 3.14e-7}) == "verified (relative L2 3.1e-07)"
     assert verdict_text({"verified": False, "relative_l2": 0.1}) == verdict_text(None) == "not verified"

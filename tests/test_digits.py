@@ -1,4 +1,4 @@
-"""The trained models after the whole way to ONNX: they still name the digits that they never saw."""
+"""Exported digits models classify held-out images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytest.importorskip("sklearn", reason="scikit-learn brings the images of the dig
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[np.ndarray, np.ndarray]:
-    """The images and the digits of the part that the training never saw."""
+    """Return the held-out images and their digits."""
     file = tmp_path_factory.mktemp("digits") / "split.npz"
     code = (
         "import sys, numpy; sys.path.insert(0, sys.argv[1]); from digits import split\n"
@@ -31,7 +31,7 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[np.ndarray, np.n
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("version", [1, 2])
-def test_held_out_digits_are_named(version: int, precision: str, held_out: tuple[np.ndarray, np.ndarray]) -> None:
+def test_held_out_digits(version: int, precision: str, held_out: tuple[np.ndarray, np.ndarray]) -> None:
     images, wanted = held_out
     assert len(images) == 450
     with swin_deploy.load(digits(version), precision=precision) as model:
@@ -41,14 +41,14 @@ def test_held_out_digits_are_named(version: int, precision: str, held_out: tuple
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_the_drawn_digits_are_named_in_words(version: int) -> None:
+def test_labels_of_the_example_images(version: int) -> None:
     words = list(json.loads((WEIGHTS[version] / "config.json").read_text())["id2label"].values())
     paths = [EXAMPLES / f"digits/images/{digit}.png" for digit in range(10)]
     with swin_deploy.load(digits(version), precision="fp32") as model:
         assert [best.label for (best,) in model.classify(paths, top_k=1)] == words
 
 
-def test_the_example_that_measures_it_runs(tmp_path: Path) -> None:
+def test_the_evaluation_example(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "digits/evaluate.py"), str(digits(2))]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

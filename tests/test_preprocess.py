@@ -64,7 +64,7 @@ def photos() -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def odd(photos: list[np.ndarray]) -> dict[str, Image.Image]:
-    """Awkward images that transformers takes as they are, because they are RGB."""
+    """RGB images of awkward sizes."""
     china = Image.fromarray(photos[0])
     return {
         "portrait": Image.fromarray(photos[1]).crop((200, 0, 371, 427)),
@@ -78,7 +78,7 @@ def odd(photos: list[np.ndarray]) -> dict[str, Image.Image]:
 
 @pytest.fixture(scope="module")
 def modes(photos: list[np.ndarray]) -> dict[str, Image.Image]:
-    """One photograph in every mode that a file may have, with real transparency where the mode has any."""
+    """One photograph in every mode of image files, with an alpha channel if the mode has one."""
     photo = Image.fromarray(photos[1]).resize((160, 107))
     alpha = Image.fromarray(photos[0]).convert("L").resize(photo.size)
     rgba, la = photo.copy(), photo.convert("L")
@@ -112,7 +112,7 @@ def test_photographs_are_bit_identical(name: str, photos: list[np.ndarray]) -> N
     same(preprocessor(images), expected)
     same(preprocessor(photos), expected)
     same(preprocessor(images[1]), expected[1:])
-    assert len(np.unique(expected)) > 50  # the comparison is about pictures, not about constants
+    assert len(np.unique(expected)) > 50  # not a comparison of constants
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -120,7 +120,7 @@ def test_awkward_sizes_are_bit_identical(name: str, odd: dict[str, Image.Image])
     preprocessor = Preprocessor.from_dict(CONFIGS[name])
     for kind, image in odd.items():
         if kind == "very wide" and preprocessor.shortest_edge:
-            continue  # 256x341333 pixels: see test_an_image_that_would_explode_is_refused
+            continue  # 256x341333 pixels: see test_a_huge_result_is_refused
         same(preprocessor(image), reference(CONFIGS[name], image))
 
 
@@ -154,10 +154,10 @@ def test_modes_with_do_convert_rgb_are_bit_identical(mode: str, modes: dict[str,
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_modes_without_do_convert_rgb_are_converted_all_the_same(mode: str, modes: dict[str, Image.Image]) -> None:
+def test_modes_without_do_convert_rgb_are_converted_too(mode: str, modes: dict[str, Image.Image]) -> None:
     image = modes[mode]
     plain = {key: value for key, value in CONFIGS["convert rgb"].items() if key != "do_convert_rgb"}
-    # An RGB image is taken as it is, like transformers takes it; for the rest, transformers has no usable answer.
+    # RGB images are left as they are, as in transformers, which fails on the other modes.
     expected = reference(plain if image.mode == "RGB" else CONFIGS["convert rgb"], image)
     same(Preprocessor.from_dict(plain)(image), expected)
 
@@ -173,12 +173,12 @@ def test_arrays_with_alpha_or_one_channel_are_bit_identical(modes: dict[str, Ima
 
 
 def test_an_array_three_rows_high_is_height_first(photos: list[np.ndarray]) -> None:
-    for array in (photos[0][:3], photos[0][:4, ::2]):  # transformers alone would take these for channels first
+    for array in (photos[0][:3], photos[0][:4, ::2]):  # by default transformers assumes channels first here
         expected = reference(CONFIGS["bicubic 256"], array, input_data_format="channels_last")
         same(Preprocessor.from_dict(CONFIGS["bicubic 256"])(array), expected)
 
 
-@pytest.mark.filterwarnings("ignore:Palette images with Transparency:UserWarning")  # Pillow's, for both of us
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency:UserWarning")  # from Pillow, in transformers too
 @pytest.mark.parametrize(
     ("mode", "suffix"),
     [("RGBA", "png"), ("LA", "png"), ("P with transparency", "png"), ("P", "gif"), ("CMYK", "jpg"), ("L", "jpg")],
@@ -195,7 +195,7 @@ def test_files_are_read_as_load_image_reads_them(mode: str, suffix: str, modes: 
         same(preprocessor([str(path), path]), np.concatenate([reference(config, loaded)] * 2))
 
 
-def test_a_file_loses_its_transparency_and_a_pil_image_gets_a_white_ground(tmp_path: Path) -> None:
+def test_alpha_is_dropped_from_files_and_blended_with_white_in_pil_images(tmp_path: Path) -> None:
     image = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
     image.save(tmp_path / "clear.png")
     plain = Preprocessor(do_resize=False, do_rescale=False, do_normalize=False)
@@ -205,7 +205,7 @@ def test_a_file_loses_its_transparency_and_a_pil_image_gets_a_white_ground(tmp_p
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_turns_files_and_not_images(orientation: int, odd: dict[str, Image.Image], tmp_path: Path) -> None:
+def test_exif_orientation_rotates_files_and_not_images(orientation: int, odd: dict[str, Image.Image], tmp_path: Path) -> None:
     path, exif = tmp_path / "turned.jpg", Image.Exif()
     exif[0x0112] = orientation
     odd["portrait"].save(path, exif=exif, quality=95)
@@ -220,7 +220,7 @@ def test_exif_orientation_turns_files_and_not_images(orientation: int, odd: dict
 
 
 def png16(samples: np.ndarray) -> bytes:
-    """A 16-bit PNG with the samples [H, W, 1 or 3] (Pillow cannot write the colour one)."""
+    """Encode samples [height, width, 1 or 3] as a 16-bit PNG. Pillow cannot write 16-bit colour."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
@@ -286,14 +286,14 @@ def test_default_to_square_false_means_the_shortest_edge(photos: list[np.ndarray
     assert Preprocessor.from_dict({"shortest_edge": 100}) == Preprocessor()  # not a key of the format
 
 
-def test_imagenet_is_what_the_published_checkpoints_say() -> None:
+def test_imagenet_equals_the_published_checkpoints() -> None:
     published = CONFIGS["feature extractor 224"]
     assert Preprocessor.imagenet(224) == Preprocessor.from_dict(published)
     assert Preprocessor.imagenet((192, 160)).size == (192, 160)
     assert hash(Preprocessor.imagenet(224)) == hash(Preprocessor.imagenet((224, 224)))
 
 
-def test_inputs_are_left_alone(photos: list[np.ndarray]) -> None:
+def test_inputs_are_not_changed(photos: list[np.ndarray]) -> None:
     array = photos[0].copy()
     image = Image.fromarray(array)
     Preprocessor(do_resize=False)([array, image])
@@ -361,7 +361,7 @@ def test_bad_files_are_refused(name: str, data: bytes, message: str, tmp_path: P
     assert str(path) in str(caught.value)
 
 
-def test_every_cut_of_a_file_is_refused_cleanly(tmp_path: Path) -> None:
+def test_truncated_files_are_refused(tmp_path: Path) -> None:
     for kind in ("PNG", "GIF", "BMP", "TIFF", "WEBP"):
         data = encoded("RGB", kind)
         for size in range(0, len(data) - 20, max(1, len(data) // 40)):
@@ -384,7 +384,7 @@ def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
         read_image(tmp_path / "bomb.png")
 
 
-def test_an_image_that_would_explode_is_refused() -> None:
+def test_a_huge_result_is_refused() -> None:
     preprocessor = Preprocessor(shortest_edge=224)
     with pytest.raises(InputError, match=r"from 1x65000 to 224x14560000 pixels, .* Crop the image"):
         preprocessor(np.zeros((1, 65000, 3), dtype=np.uint8))
@@ -434,7 +434,7 @@ def test_importing_is_cheap() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_pipe_is_no_image(tmp_path: Path) -> None:
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(InputError, match=r"pipe\.png.* is not a regular file"):
         read_image(tmp_path / "pipe.png")

@@ -1,8 +1,7 @@
-"""The gate: layers ranked by their damage, the fewest of them put back, speed compared, and what fails refused with numbers."""
+"""The accuracy gate: sensitivity of layers, the fewest layers kept in fp32, speed, and refusals with figures."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Set
 from typing import Any
@@ -23,12 +22,12 @@ from swin_deploy.errors import GateError
 
 
 @pytest.mark.parametrize("layers", range(1, 12))
-def test_the_fewest_layers_are_put_back(layers: int) -> None:
-    """Against trying every number, for losses that shrink with each layer that is put back."""
+def test_the_fewest_layers_stay_in_fp32(layers: int) -> None:
+    """Compare with trying every number, for losses that shrink with each layer kept in fp32."""
     ranking = [LayerSensitivity(str(number), float(number)) for number in range(layers)]
     for seed in range(20):
         rng = np.random.default_rng([layers, seed])
-        losses = np.sort(rng.integers(0, 6, layers))[::-1].astype(float)  # losses[n]: with n put back
+        losses = np.sort(rng.integers(0, 6, layers))[::-1].astype(float)  # losses[n]: with n layers in fp32
         asked: list[int] = []
 
         def drop(kept: Set[str], losses: Any = losses, asked: list[int] = asked) -> float:
@@ -44,7 +43,7 @@ def test_the_fewest_layers_are_put_back(layers: int) -> None:
         assert len(asked) == len(set(asked)) <= 2 + 2 * math.log2(layers + 1)
 
 
-def test_the_picture_has_a_bar_for_each_layer() -> None:
+def test_the_plot_has_a_bar_for_each_layer() -> None:
     ranking = (LayerSensitivity("stages.0.<fc1>", 12.0), LayerSensitivity("fc2", 30.0), LayerSensitivity("head", math.inf))
     picture = sensitivity_svg("a & b", ranking, {"stages.0.<fc1>"})
     assert picture is not None
@@ -65,36 +64,37 @@ def test_a_layer_that_breaks_the_outputs_comes_first() -> None:
     assert (picture.count(b"not finite"), picture.count(b"no loss")) == (2, 1)
 
 
-class Counting:
-    """A runtime that sleeps for nobody: it counts how often it runs, and how many are open."""
+class Timed:
+    """A runtime whose runs advance a fake clock; only one may be open at a time."""
 
-    title = "counting"
-    open_now = 0
+    title = "timed"
+    now = 0.0
+    opened = 0
 
-    def __init__(self, work: int) -> None:
-        self.work = work
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
 
-    def __enter__(self) -> Counting:
-        Counting.open_now += 1
-        assert Counting.open_now == 1
+    def __enter__(self) -> Timed:
+        Timed.opened += 1
+        assert Timed.opened == 1
         return self
 
     def __exit__(self, *_: object) -> None:
-        Counting.open_now -= 1
+        Timed.opened -= 1
 
     def run(self, feeds: dict[str, Any]) -> dict[str, Any]:
-        return {"y": sum(itertools.repeat(1.0, self.work))}
+        Timed.now += self.seconds
+        return {}
 
 
-def test_speed_is_a_ratio_and_only_one_graph_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swin_deploy.calib.accuracy_gate.SECONDS", 0.0)
-    speed = compare_speed(lambda: Counting(200_000), lambda: Counting(1_000), {}, "fp32")
-    assert speed.ratio > 1
-    assert speed.before > speed.after
-    assert speed.where == "measured on this machine in counting"
+def test_speed_is_a_ratio_and_only_one_graph_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swin_deploy.calib.accuracy_gate.time.perf_counter", lambda: Timed.now)
+    speed = compare_speed(lambda: Timed(0.5), lambda: Timed(0.125), {}, "fp32")
+    assert (speed.before, speed.after, speed.ratio) == (0.5, 0.125, 4)
+    assert speed.where == "measured on this machine in timed"
 
 
-def test_what_is_too_slow_is_refused_with_numbers() -> None:
+def test_a_slow_graph_is_refused_with_figures() -> None:
     speed = SpeedComparison("measured here", "fp32", 0.030, 0.025, 1.2)
     speed.require(1.2, "INT8", 3, 50)
     with pytest.raises(

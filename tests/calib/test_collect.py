@@ -1,4 +1,4 @@
-"""A pass over data: what it observes, what it keeps, and that a stopped one ends as one that was not."""
+"""Calibration passes: observations, the cache, and resuming an interrupted pass."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def bits(observations: dict[str, Observation]) -> dict[str, bytes]:
 
 
 class Counted(Samples):
-    """Data that counts the samples it gave, and may stop after some, as a user does with Ctrl-C."""
+    """Samples that count how many were read, and raise KeyboardInterrupt after `stop_after` batches."""
 
     given: list[int] = []  # noqa: RUF012 - shared on purpose
     stop_after: int | None = None
@@ -58,7 +58,7 @@ def model(tmp_path: Path) -> Path:
     return path
 
 
-def test_tensors_are_observed_as_they_are(model: Path) -> None:
+def test_observations_equal_the_values_of_the_tensors(model: Path) -> None:
     whole = network()
     whole.graph.output.extend(onnx.ValueInfoProto(name=name) for name in ("flat", "hidden", "gelu"))
     session = ort.InferenceSession(whole.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -76,7 +76,7 @@ def test_tensors_are_observed_as_they_are(model: Path) -> None:
     assert told == [(8, 20), (16, 20), (20, 20)] * 3
 
 
-def test_weights_in_a_file_of_their_own(tmp_path: Path, model: Path) -> None:
+def test_external_weights(tmp_path: Path, model: Path) -> None:
     graph = network()
     apart = tmp_path / "apart" / "model.onnx"
     apart.parent.mkdir()
@@ -86,24 +86,24 @@ def test_weights_in_a_file_of_their_own(tmp_path: Path, model: Path) -> None:
     assert bits(collect(apart, TENSORS, data(), cache=tmp_path / "c")) == bits(collect(network(1), TENSORS, data()))
 
 
-def test_finished_observations_cost_no_pass(model: Path, tmp_path: Path, counted: Counted) -> None:
+def test_finished_observations_are_reused(model: Path, tmp_path: Path, counted: Counted) -> None:
     cache = tmp_path / "cache"
     first = collect(model, TENSORS, counted, cache=cache)
     assert sum(counted.given) == 20
     assert bits(collect(model, TENSORS, counted, cache=cache)) == bits(first)
     assert list(collect(model, ["gelu"], counted, cache=cache)) == ["gelu"]
     assert sum(counted.given) == 20
-    more = collect(model, [*TENSORS, "logits"], counted, cache=cache)  # one pass, for the one that is missing
+    more = collect(model, [*TENSORS, "logits"], counted, cache=cache)  # one pass for the missing tensor
     assert sum(counted.given) == 40
     assert tuple(more) == (*TENSORS, "logits")
     assert bits({name: more[name] for name in TENSORS}) == bits(first)
     collect(network(1), TENSORS, counted, cache=cache)  # another graph
-    collect(model, TENSORS, counted, batch=7, cache=cache)  # another batch may round otherwise
+    collect(model, TENSORS, counted, batch=7, cache=cache)  # another batch size may round differently
     assert sum(counted.given) == 80
     assert len(list(cache.iterdir())) == 3
 
 
-def test_damaged_files_are_made_again(model: Path, tmp_path: Path, counted: Counted) -> None:
+def test_damaged_cache_files_are_replaced(model: Path, tmp_path: Path, counted: Counted) -> None:
     cache = tmp_path / "cache"
     first = collect(model, TENSORS, counted, cache=cache)
     (file,) = cache.iterdir()
@@ -128,7 +128,7 @@ def test_an_interrupted_pass_resumes(model: Path, tmp_path: Path, counted: Count
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
-def test_a_killed_pass_resumes_to_the_bit(model: Path, tmp_path: Path) -> None:
+def test_a_killed_pass_resumes_bit_identically(model: Path, tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -136,7 +136,7 @@ from test_collect import collect, data, TENSORS
 def told(phase, done, total):
     print(done, flush=True)
     if done >= 40:
-        sys.stdin.read()  # half-way: wait to be killed
+        sys.stdin.read()  # half-way: wait for the kill
 collect({str(model)!r}, TENSORS, data(80), batch=4, cache={str(tmp_path / "cache")!r}, every=0, progress=told)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -149,11 +149,11 @@ collect({str(model)!r}, TENSORS, data(80), batch=4, cache={str(tmp_path / "cache
     found = collect(
         model, TENSORS, data(80), batch=4, cache=tmp_path / "cache", progress=lambda phase, done, total: told.append(done)
     )
-    assert told == list(range(40, 84, 4))  # what was not yet written is done again, and nothing else
+    assert told == list(range(40, 84, 4))  # only the batch that was not yet saved is repeated
     assert bits(found) == bits(collect(model, TENSORS, data(80), batch=4))
 
 
-def test_other_data_is_no_resumption(model: Path, tmp_path: Path) -> None:
+def test_a_pass_over_other_data_does_not_resume(model: Path, tmp_path: Path) -> None:
     collect(model, TENSORS, data(20), cache=tmp_path)
     told: list[int] = []
     found = collect(model, TENSORS, data(20, seed=1), cache=tmp_path, progress=lambda phase, done, total: told.append(done))
@@ -161,13 +161,13 @@ def test_other_data_is_no_resumption(model: Path, tmp_path: Path) -> None:
     assert bits(found) == bits(collect(model, TENSORS, data(20, seed=1)))
 
 
-def test_what_cannot_be_observed(model: Path, tmp_path: Path) -> None:
+def test_refusals(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match='no tensor "w3"'):
         collect(model, ["gelu", "w3"], data())
     graph = network()
     graph.graph.node[1].op_type = "Sqrt"
     del graph.graph.node[1].input[1:]
-    graph.graph.node[3].input[0] = "flat"  # the roots of negative numbers
+    graph.graph.node[3].input[0] = "flat"  # square roots of negative numbers
     with pytest.raises((InputError, BackendError), match=r"hidden contains NaN|cannot load"):
         collect(graph, ["hidden"], data())
     (tmp_path / "file").write_text("in the way")

@@ -56,7 +56,7 @@ def test_every_source_gives_the_same_pixels(tmp_path: Path) -> None:
         samples = taken(source)
         assert len(samples) == 7
         np.testing.assert_array_equal(pixels(samples), expected)
-        np.testing.assert_array_equal(pixels(samples, start=4), expected[4:])  # and again, from the middle
+        np.testing.assert_array_equal(pixels(samples, start=4), expected[4:])  # a second pass, from the middle
 
 
 def test_labels_come_with_the_samples(tmp_path: Path) -> None:
@@ -68,10 +68,10 @@ def test_labels_come_with_the_samples(tmp_path: Path) -> None:
     assert taken(raw).labels is None
 
 
-def test_a_data_set_that_knows_its_labels_is_not_read_for_them() -> None:
-    class Pictures:  # as torchvision's data sets are
+def test_labels_of_a_data_set_are_known_without_reading_images() -> None:
+    class Pictures:  # like a torchvision data set
         targets = (3, 1, 2)
-        read: list[int] = []  # noqa: RUF012 - what was asked for
+        read: list[int] = []  # noqa: RUF012 - shared on purpose
 
         def __len__(self) -> int:
             return 3
@@ -98,7 +98,7 @@ def test_class_folders_are_labels_at_any_depth(tmp_path: Path) -> None:
     assert taken(folder(tmp_path / "mixed", {"": 2, "cat": 2})).labels is None
 
 
-def test_a_link_that_leads_back_up_is_walked_once(tmp_path: Path) -> None:
+def test_a_link_to_a_parent_folder_is_followed_once(tmp_path: Path) -> None:
     root = folder(tmp_path / "data", {"cat": 2, "dog": 1})
     (root / "cat" / "again").symlink_to(root, target_is_directory=True)
     assert names(taken(root)) == ("cat/0.png", "cat/1.png", "dog/0.png")
@@ -121,10 +121,10 @@ def test_samples_are_spread_and_balanced(tmp_path: Path) -> None:
     assert len(taken(iter(images(9)), 4)) == 4
 
 
-def test_the_fingerprint_is_of_names_contents_and_preparation(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_names_contents_and_preparation(tmp_path: Path) -> None:
     root = folder(tmp_path / "a", {"cat": 3, "dog": 3})
     first = taken(root).fingerprint
-    assert taken(folder(tmp_path / "b", {"cat": 3, "dog": 3})).fingerprint == first  # wherever it lies
+    assert taken(folder(tmp_path / "b", {"cat": 3, "dog": 3})).fingerprint == first  # regardless of the path
     assert taken(root, 4).fingerprint != first
     assert samples_from(root, PREPROCESSOR.imagenet((SIDE, SIDE)), INPUTS).fingerprint == first
     other = PREPROCESSOR.from_dict({**PREPROCESSOR.to_dict(), "resample": 2})
@@ -137,18 +137,18 @@ def test_the_fingerprint_is_of_names_contents_and_preparation(tmp_path: Path) ->
     assert taken(images(5)).fingerprint != taken(images(5)[::-1]).fingerprint
 
 
-def test_memory_is_that_of_one_batch(tmp_path: Path) -> None:
+def test_only_one_batch_is_in_memory(tmp_path: Path) -> None:
     np.save(tmp_path / "many.npy", np.random.default_rng(0).standard_normal((3000, 3, SIDE, SIDE)).astype(np.float32))
     samples = taken(tmp_path / "many.npy")
     tracemalloc.start()
     assert sum(len(feeds["pixel_values"]) for feeds in samples.batches(10)) == 3000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 200_000  # the file has 2.3 MB, and a batch 7.7 kB
+    assert peak < 200_000  # the file has 2.3 MB, a batch 7.7 kB
 
 
 def refusals(tmp_path: Path) -> dict[str, tuple[Any, tuple[str, ...]]]:
-    """Name -> what is given, and what the sentence must say."""
+    """Return invalid data and the parts of the expected message, by name."""
     good = images(4)
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes").mkdir()
@@ -202,7 +202,7 @@ def refusals(tmp_path: Path) -> dict[str, tuple[Any, tuple[str, ...]]]:
     }
 
 
-def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
+def test_invalid_data_is_refused(tmp_path: Path) -> None:
     for name, (source, parts) in refusals(tmp_path).items():
         with pytest.raises(InputError) as caught:
             list(taken(source).batches(2))

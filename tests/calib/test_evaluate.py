@@ -1,4 +1,4 @@
-"""`evaluate`: shares and distances that scikit-learn and numpy find as well, labels matched by rules that it names."""
+"""`evaluate`: its figures equal those of scikit-learn and numpy, and labels are matched to classes by rules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from cli.exported import WEIGHTS, cli, digits, refused, result
+from cli.exported import WEIGHTS, cli_here, digits, refused, result
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from tiny_network import SIDE, folder, images
@@ -32,7 +32,7 @@ NOISE = {"fp32": 0.0, "fp16": 0.02, "bf16": 0.3}
 
 
 def weights(precision: str) -> np.ndarray:
-    """float32 [3, 7], from mean colours to logits; those of other precisions are a little off."""
+    """float32 [3, 7], from mean colours to logits, with noise for other precisions than fp32."""
     exact, noise = np.random.default_rng(0).standard_normal((2, 3, len(CLASSES)))
     return (exact * 4 + noise * NOISE[precision]).astype(np.float32)
 
@@ -55,7 +55,7 @@ def graph(precision: str, side: int, output: str = "logits") -> onnx.ModelProto:
 
 
 def bundle(path: Path, task: str = "image-classification") -> Path:
-    """A bundle of graphs that look at colours only: three precisions at 8 pixels, and two at 16."""
+    """Create a bundle of graphs that use colours only: three precisions at 8 pixels and two at 16."""
     config = json.loads((WEIGHTS[1] / "config.json").read_text())
     config |= {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
     output = "logits" if task == "image-classification" else "last_hidden_state"
@@ -76,7 +76,7 @@ def logits(precision: str, pixels: np.ndarray) -> np.ndarray:
     return np.asarray(pixels.mean(axis=(2, 3), dtype=np.float64) @ weights(precision))
 
 
-def test_figures_are_those_of_others(tmp_path: Path) -> None:
+def test_figures_equal_those_of_scikit_learn_and_numpy(tmp_path: Path) -> None:
     path, raw = bundle(tmp_path / "b"), images(50)
     wanted = np.random.default_rng(1).integers(0, len(CLASSES), 50)
     told: list[tuple[int, int]] = []
@@ -118,7 +118,7 @@ def test_other_tasks_have_distances_only(tmp_path: Path) -> None:
 
 def test_prepared_data_is_of_one_size(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", pixel_values=Preprocessor.imagenet(SIDE)(list(images(12))), labels=np.arange(12) % 7)
-    done = cli("evaluate", bundle(tmp_path / "b"), "--data", "data.npz", "--json", cwd=tmp_path)
+    done = cli_here("evaluate", bundle(tmp_path / "b"), "--data", "data.npz", "--json", cwd=tmp_path)
     found = result(done)
     assert isinstance(found, dict)
     assert found["against"] == "the fp32 graph"
@@ -134,7 +134,7 @@ def test_an_output_that_is_not_finite(tmp_path: Path) -> None:
     broken.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.full((3, 7), np.nan, np.float32), "weights"))
     held = swin_deploy.bundle.Bundle.open(path)
     held.with_file("onnx/model_fp16.onnx", dict(held.files["onnx/model_fp16.onnx"]), lambda p: onnx.save(broken, str(p)))
-    done = cli("evaluate", path, "--data", folder(tmp_path / "d", {"ant": 3, "bee": 3}), "--json", cwd=tmp_path)
+    done = cli_here("evaluate", path, "--data", folder(tmp_path / "d", {"ant": 3, "bee": 3}), "--json", cwd=tmp_path)
     found = result(done)
     assert isinstance(found, dict)
     score = next(one for one in found["graphs"] if one["file"] == "onnx/model_fp16.onnx")
@@ -143,7 +143,7 @@ def test_an_output_that_is_not_finite(tmp_path: Path) -> None:
 
 
 def test_the_digits_from_a_folder(tmp_path: Path) -> None:
-    """The trained network, by class folders named in words, by numbers, and by a file: the same shares."""
+    """Class folders with names, class folders with numbers, and a label file give the same accuracy."""
     names = list(json.loads((WEIGHTS[2] / "config.json").read_text())["id2label"].values())
     rows = []
     for number, name in enumerate(names):
@@ -154,7 +154,7 @@ def test_the_digits_from_a_folder(tmp_path: Path) -> None:
         rows.append((f"image{number}.png", name))
     with (tmp_path / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("file", "label"), *rows])
-    found = result(cli("evaluate", digits(2), "--data", "words", "--batch", 4, "--json", cwd=tmp_path))
+    found = result(cli_here("evaluate", digits(2), "--data", "words", "--batch", 4, "--json", cwd=tmp_path))
     assert isinstance(found, dict)
     assert (found["labels"], found["samples"]) == ("names of classes", 10)
     assert "verified" in found["fp32_against_pytorch"]["onnx/model.onnx"]
@@ -164,14 +164,14 @@ def test_the_digits_from_a_folder(tmp_path: Path) -> None:
         again = swin_deploy.evaluate(digits(2), tmp_path / root, labels=labels)
         assert [(s.precision, s.top1, s.top5, s.top1_agreement) for s in again.scores] == shares
         assert again.rule == rule
-    told = cli("evaluate", digits(2), "--data", "flat", "--samples", 4, cwd=tmp_path)
+    told = cli_here("evaluate", digits(2), "--data", "flat", "--samples", 4, cwd=tmp_path)
     assert told.returncode == 0
     assert "4 samples; no labels" in told.stderr
     assert [line.split()[2:5] for line in told.stdout.splitlines()[1:]] == [["-", "-", "-"], ["-", "-", "100.00%"]]
 
 
 def test_pytorch_as_the_reference() -> None:
-    """Given its checkpoint, every graph is compared with PyTorch; here with ten digits and their classes."""
+    """With `weights`, every graph is compared with PyTorch."""
     paths = [(WEIGHTS[1].parent / f"images/{number}.png", number) for number in range(10)]
     found = swin_deploy.evaluate(digits(1), paths, weights=WEIGHTS[1])
     torch, fp32, fp16 = found.scores
@@ -210,7 +210,7 @@ def test_rules_from_labels_to_classes(labels: list[Any], numbers: list[int], rul
 
 
 @pytest.mark.parametrize("count", [1000, 21841])
-def test_imagenets_folders_are_in_the_order_of_its_classes(count: int) -> None:
+def test_imagenet_folders_are_in_the_order_of_its_classes(count: int) -> None:
     folders = [f"n{1440764 + 7 * place:08d}" for place in range(count)]
     found, rule = class_numbers(folders[::-1], {place: f"name {place}" for place in range(count)})
     assert [found[name] for name in folders] == list(range(count))
@@ -226,7 +226,7 @@ def test_imagenets_folders_are_in_the_order_of_its_classes(count: int) -> None:
         (["n01440764", "ant"], '"n01440764" is not a class'),
         (["1", "7"], '"7" is not a class'),
         (["1", "dog", "zebra"], '"zebra" is not a class'),
-        ([str(number) for number in range(1, 8)], '"7" is not a class'),  # from 1, or names of folders that were sorted?
+        ([str(number) for number in range(1, 8)], '"7" is not a class'),  # numbers from 1, or sorted names?
     ],
 )
 def test_labels_that_fit_no_rule(labels: list[Any], said: str) -> None:
@@ -246,13 +246,13 @@ def test_labels_from_a_file(tmp_path: Path) -> None:
             labels_from_file(file, ["a.jpg"])
 
 
-def test_what_can_be_asked_wrongly(tmp_path: Path) -> None:
+def test_refusals(tmp_path: Path) -> None:
     path = bundle(tmp_path / "b")
     data = folder(tmp_path / "data", {"ant": 2, "zebra": 2})
-    refused(cli("evaluate", path, "--data", data, cwd=tmp_path), '"zebra" is not a class', "--labels")
-    refused(cli("evaluate", path, "--data", "absent", cwd=tmp_path), "absent does not exist")
-    refused(cli("evaluate", path, "--data", data, "--labels", "absent.csv", cwd=tmp_path), "absent.csv cannot be read")
-    assert cli("evaluate", path, "--data", data, "--ignore-labels", cwd=tmp_path).returncode == 0
+    refused(cli_here("evaluate", path, "--data", data, cwd=tmp_path), '"zebra" is not a class', "--labels")
+    refused(cli_here("evaluate", path, "--data", "absent", cwd=tmp_path), "absent does not exist")
+    refused(cli_here("evaluate", path, "--data", data, "--labels", "absent.csv", cwd=tmp_path), "absent.csv cannot be read")
+    assert cli_here("evaluate", path, "--data", data, "--ignore-labels", cwd=tmp_path).returncode == 0
     with pytest.raises(UsageError, match="has no int8 graph"):
         swin_deploy.evaluate(path, data, precisions=["int8"])
     with pytest.raises(UsageError, match='Unknown back end "tvm"'):

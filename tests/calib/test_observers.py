@@ -30,7 +30,7 @@ def same(a: Observation, b: Observation) -> bool:
 
 
 def tailed(count: int, seed: int = 0, channels: int = 4) -> np.ndarray:
-    """Values with a few channels that are much wider than the rest."""
+    """Values with a few channels of much larger range."""
     rng = np.random.default_rng(seed)
     values = rng.standard_normal((count, channels)) * np.geomspace(1, 12, channels) + 0.3
     return values.astype(np.float32)
@@ -42,7 +42,7 @@ def one_sided(count: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 300.0, 1e30])
-def test_batches_do_not_show(scale: float) -> None:
+def test_observations_do_not_depend_on_batches(scale: float) -> None:
     values = tailed(600) * np.float32(scale)
     values[::7] *= 1e-3
     whole = observed(values)
@@ -52,7 +52,7 @@ def test_batches_do_not_show(scale: float) -> None:
         assert same(whole, merged(np.split(values[order], cuts)))
 
 
-def test_counts_are_numpys() -> None:
+def test_counts_equal_numpy() -> None:
     for values in (tailed(5000), one_sided(5000), np.array([[-1.0, 1.0, 0.5, -0.5, 0.0]], np.float32)):
         found = observed(values)
         edges = np.arange(-HALF, HALF + 1) * found.width
@@ -67,7 +67,7 @@ def test_every_value_of_every_batch_counts() -> None:
     assert (found.samples, found.values, found.counts.sum()) == (6, 360, 360)
 
 
-def test_what_is_always_zero_has_no_range() -> None:
+def test_zeros_have_no_range() -> None:
     zero = observed(np.zeros((2, 3), np.float32))
     for method in METHODS:
         assert (zero.compute_amax(method), zero.compute_range(method)) == (0.0, (0.0, 0.0))
@@ -83,7 +83,7 @@ def test_nan_and_infinity_are_refused(bad: float) -> None:
         Observation.of(values, 10, "hidden")
 
 
-def test_arrays_hold_everything() -> None:
+def test_conversion_to_arrays_and_back() -> None:
     ones = {"a": observed(tailed(30)), "b/c": observed(one_sided(20)[:, :2]), "d": observed(np.ones((4, 3), np.float32))}
     back = from_arrays(to_arrays(ones))
     assert list(back) == list(ones)
@@ -93,7 +93,7 @@ def test_arrays_hold_everything() -> None:
 
 
 @pytest.mark.parametrize("percentile", [99.0, 99.9, 99.99])
-def test_percentiles_are_numpys(percentile: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_percentiles_equal_numpy(percentile: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swin_deploy.calib.calibrators.PERCENTILE", percentile)
     for values in (tailed(50_000), one_sided(50_000)):
         found = observed(values)
@@ -104,10 +104,10 @@ def test_percentiles_are_numpys(percentile: float, monkeypatch: pytest.MonkeyPat
         np.testing.assert_allclose(found.compute_range("percentile"), ends, atol=found.width, rtol=0)
 
 
-def test_fp8_is_that_of_ml_dtypes() -> None:
+def test_fp8_rounding_equals_ml_dtypes() -> None:
     rng = np.random.default_rng(0)
     values = np.concatenate([rng.standard_normal(20_000) * 10.0 ** rng.uniform(-5, 2.6, 20_000), [0, 448, -448, 2**-9, 2**-10]])
-    values = values[np.abs(values) <= 448].astype(np.float32)  # beyond, ml_dtypes makes NaN
+    values = values[np.abs(values) <= 448].astype(np.float32)  # beyond that, ml_dtypes gives NaN
     np.testing.assert_array_equal(round_to_fp8(values), values.astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
     assert list(round_to_fp8(np.array([1e4, -1e4]))) == [448, -448]
 
@@ -146,7 +146,7 @@ def test_mse_of_an_interval_is_the_best_of_many() -> None:
 
 
 def published_entropy(bins: np.ndarray) -> int:
-    """The loop of pytorch-quantization's `_compute_amax_entropy` for 8 bits, as plainly as it can be said: the best cut."""
+    """The loop of `_compute_amax_entropy` of pytorch-quantization for 8 bits, without optimization."""
     bins = bins.astype(np.float64)
     bins[0] = bins[1]
     divergences = []
@@ -170,11 +170,11 @@ def published_entropy(bins: np.ndarray) -> int:
 
 
 @pytest.mark.parametrize("outlier", [20.0, 60.0])
-def test_entropy_is_the_published_one(outlier: float) -> None:
+def test_entropy_equals_pytorch_quantization(outlier: float) -> None:
     values = tailed(4000)
     values[0, 0] = outlier
     found = observed(values)
-    group = -(-(int(found.amax / found.width) + 1) // 300)  # 2048 bins would take the plain loop a minute
+    group = -(-(int(found.amax / found.width) + 1) // 300)  # with 2048 bins the plain loop takes a minute
     folded = found.counts[HALF:] + found.counts[:HALF][::-1]
     padded = np.pad(folded, (0, -len(folded) % group)).reshape(-1, group).sum(axis=1)
     padded = padded[: np.flatnonzero(padded)[-1] + 1]
@@ -197,7 +197,7 @@ def test_ranges_stay_within_what_was_seen() -> None:
             assert low < high
 
 
-def test_what_there_is_not() -> None:
+def test_unknown_methods_and_types_are_refused() -> None:
     found = observed(tailed(10))
     with pytest.raises(UsageError, match='Unknown method "max"'):
         found.compute_amax("max")

@@ -1,4 +1,4 @@
-"""What the tests of calibration share: a graph of two layers, and images that take no time to make."""
+"""A graph of two layers and small images, shared by the tests of calibration."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def images(count: int, seed: int = 0) -> np.ndarray:
 
 
 def folder(path: Path, classes: dict[str, int], suffix: str = ".png") -> Path:
-    """`path` with so many images in a folder for each class; the class "" is `path` itself."""
+    """Write images into a folder per class; the class "" is `path` itself."""
     number = 0
     for name, count in classes.items():
         (path / name).mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Graphs with the preprocessing inside, from export to predictions, against transformers and the path outside."""
+"""Graphs with embedded preprocessing, from export to predictions, compared with transformers and with other graphs."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ AS_TRANSFORMERS = ("cmyk", "palette", "alpha", "exif", "one pixel", "very wide")
 
 
 def embedded(*options: str) -> Path:
-    """The trained digits network, V1, exported with `options`. Copy it before changing it."""
+    """Export the trained digits network, V1, with `options`. Copy the bundle before changing it."""
     return exported("--weights", str(WEIGHTS[1]), *options) / WEIGHTS[1].name
 
 
 @functools.cache
 def outside(folder: Path) -> dict[str, Path]:
-    """Photographs of awkward sizes and modes, as files in `folder`."""
+    """Write photographs of awkward sizes and modes into `folder`."""
     china, flower = Image.open(CHINA), Image.open(FLOWER)
     china.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
     flower.quantize(64).save(folder / "palette.png", transparency=3)
@@ -42,7 +42,7 @@ def outside(folder: Path) -> dict[str, Path]:
     alpha.putalpha(china.convert("L"))
     alpha.save(folder / "alpha.png")
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     china.save(folder / "exif.jpg", exif=exif)
     Image.fromarray(np.asarray(flower.convert("L")).astype(np.uint16) * 257).save(folder / "sixteen.png")
     china.crop((5, 5, 6, 6)).save(folder / "one.png")
@@ -60,12 +60,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def distance(found: Any, expected: Any) -> float:
-    """The largest difference, as a part of the logits' scale."""
+    """Return the largest difference relative to the largest logit."""
     return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
 
 
-def test_photographs_of_every_kind_as_transformers_answers(photos: dict[str, Path]) -> None:
-    """Logits within 1e-5 of their scale of transformers' image processor and network, and of the graph without it."""
+def test_logits_equal_transformers_for_all_kinds_of_images(photos: dict[str, Path]) -> None:
+    """Logits are within 1e-5 of those of transformers, and of a graph without embedded preprocessing."""
     transformers = pytest.importorskip("transformers")
     import torch
     from transformers.image_utils import load_image
@@ -110,7 +110,7 @@ def test_frames_of_a_camera_are_resized_in_the_graph(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [("--embed-preprocess",), ("--embed-resize", "427x640")], ids=lambda o: o[0])
 def test_every_precision_and_engines(options: tuple[str, ...], tmp_path: Path) -> None:
-    """fp16 and INT8 from frames, verified, and an engine whose input is bytes; what is resized stays in whole numbers."""
+    """fp16 and INT8 graphs with uint8 input are verified, an engine is built, and the resize stays in fp32."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engine")
     shutil.copytree(embedded(*options), tmp_path / "b")
     [engine] = result(cli_here("build-engine", "b", "--fp16", "--gpu", "sm_89", "--json", cwd=tmp_path))  # type: ignore[misc]
@@ -128,7 +128,7 @@ def test_every_precision_and_engines(options: tuple[str, ...], tmp_path: Path) -
     assert all(verdict.verified for verdict in swin_deploy.verify(bundle.path))
 
 
-def test_the_checkpoint_itself_is_compared_with_on_frames() -> None:
+def test_evaluate_compares_with_pytorch_on_frames() -> None:
     for options in (("--embed-preprocess",), ("--embed-resize", "427x640")):
         found = swin_deploy.evaluate(embedded(*options), [CHINA, FLOWER], weights=WEIGHTS[1])
         assert found.against == "PyTorch fp32"
@@ -144,7 +144,7 @@ def test_an_iterator_of_images_is_kept_as_frames() -> None:
         swin_deploy.evaluate(embedded("--embed-preprocess"), [np.zeros((3, 32, 32), np.float32)])
 
 
-def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_refusals(tmp_path: Path) -> None:
     before = contents(tmp_path)
     export = ("export", "--weights", one_block(), "-o", "b")
     two = ("--image-size", "32", "--image-size", "48", "--embed-resize", "100x200")
@@ -159,7 +159,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
 
 
 def _weights(folder: Path, task: TaskSpec, channels: int) -> Path:
-    """A checkpoint of one block with random weights, for `task`, of images with so many channels."""
+    """Write a checkpoint of one block with random weights, for images with this number of channels."""
     config = SwinConfig(
         version=1, image_size=(32, 32), num_channels=channels, embed_dim=64, depths=(1,), num_heads=(2,), window_size=(4,)
     )
@@ -175,7 +175,7 @@ def _weights(folder: Path, task: TaskSpec, channels: int) -> Path:
     "task", [pytest.param("feature-extraction", marks=pytest.mark.slow), "backbone", "masked-image-modeling"]
 )
 def test_every_task_and_size_on_both_back_ends(task: str, tmp_path: Path) -> None:
-    """No export is kept that is not PyTorch's answer to what the image processor makes; 30 pixels are no whole patches."""
+    """Graphs are verified for each task, also for sizes that are not a multiple of the patch size."""
     pytest.importorskip("openvino", reason="OpenVINO runs the graphs, too")
     spec = TaskSpec(task)
     target = "onnxruntime" if task == "backbone" else "openvino"
