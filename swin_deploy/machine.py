@@ -34,10 +34,7 @@ FEATURES = {
 
 @dataclass(frozen=True)
 class Machine:
-    """The software and hardware of a machine.
-
-    `usable_cores` are the cores that this process may use. Memory is in bytes, and None if psutil is not installed.
-    """
+    """A machine. `usable_cores` are those that this process may use. Memory is in bytes; None without psutil."""
 
     python: str
     system: str

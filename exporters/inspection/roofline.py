@@ -17,7 +17,7 @@ LAUNCH = 2e-6  # assumed overhead of a kernel in a CUDA graph, in seconds
 
 @dataclass(frozen=True)
 class GpuPeaks:
-    """Published peaks of a GPU: bytes and dense operations per second at boost clock, and their `source`.
+    """Published peaks of a GPU: GB/s, dense tera-operations per second at boost clock, and their `source`.
 
     fp32 is the rate of the CUDA cores, because our engines do not use TF32. fp16 (also bf16), int8 and fp8 are the rates of the
     tensor cores with the faster accumulation; 0 means that the GPU does not support the type.
@@ -33,23 +33,17 @@ class GpuPeaks:
     source: str
 
 
-def _gpu(
-    name: str, capability: str, gigabytes: float, fp32: float, fp16: float, int8: float, fp8: float, source: str
-) -> GpuPeaks:
-    return GpuPeaks(name, capability, gigabytes * 1e9, fp32 * 1e12, fp16 * 1e12, int8 * 1e12, fp8 * 1e12, source)
-
-
 # If only the compute capability is known, its first row is used.
 GPUS = (
-    _gpu("t4", "sm_75", 320, 8.1, 65, 130, 0, "NVIDIA T4 product brief"),
-    _gpu("a100", "sm_80", 2039, 19.5, 312, 624, 0, "NVIDIA A100 80GB SXM data sheet"),
-    _gpu("rtx-3090", "sm_86", 936, 35.6, 142, 284, 0, "NVIDIA Ampere GA102 white paper"),
-    _gpu("a10", "sm_86", 600, 31.2, 125, 250, 0, "NVIDIA A10 data sheet"),
-    _gpu("rtx-4090", "sm_89", 1008, 82.6, 330.3, 660.6, 660.6, "NVIDIA Ada white paper"),
-    _gpu("l4", "sm_89", 300, 30.3, 121, 242, 242, "NVIDIA L4 data sheet, without sparsity"),
-    _gpu("h100", "sm_90", 3350, 67, 989.5, 1979, 1979, "NVIDIA H100 SXM data sheet, without sparsity"),
-    _gpu("h200", "sm_90", 4800, 67, 989.5, 1979, 1979, "NVIDIA H200 SXM data sheet, without sparsity"),
-    _gpu("rtx-5090", "sm_120", 1792, 104.8, 419, 838, 838, "NVIDIA RTX Blackwell white paper"),
+    GpuPeaks("t4", "sm_75", 320, 8.1, 65, 130, 0, "NVIDIA T4 product brief"),
+    GpuPeaks("a100", "sm_80", 2039, 19.5, 312, 624, 0, "NVIDIA A100 80GB SXM data sheet"),
+    GpuPeaks("rtx-3090", "sm_86", 936, 35.6, 142, 284, 0, "NVIDIA Ampere GA102 white paper"),
+    GpuPeaks("a10", "sm_86", 600, 31.2, 125, 250, 0, "NVIDIA A10 data sheet"),
+    GpuPeaks("rtx-4090", "sm_89", 1008, 82.6, 330.3, 660.6, 660.6, "NVIDIA Ada white paper"),
+    GpuPeaks("l4", "sm_89", 300, 30.3, 121, 242, 242, "NVIDIA L4 data sheet, without sparsity"),
+    GpuPeaks("h100", "sm_90", 3350, 67, 989.5, 1979, 1979, "NVIDIA H100 SXM data sheet, without sparsity"),
+    GpuPeaks("h200", "sm_90", 4800, 67, 989.5, 1979, 1979, "NVIDIA H200 SXM data sheet, without sparsity"),
+    GpuPeaks("rtx-5090", "sm_120", 1792, 104.8, 419, 838, 838, "NVIDIA RTX Blackwell white paper"),
 )
 # The type that a matmul computes in -> its peak.
 _PEAKS = {"float": "fp32", "float16": "fp16", "bfloat16": "fp16", "int8": "int8", "float8e4m3fn": "fp8"}
@@ -99,5 +93,5 @@ def roofline(gpu: GpuPeaks, kernels: int | None, bytes_moved: int | None, flops:
         peak = getattr(gpu, _PEAKS[kind]) if kind in _PEAKS else 0
         if not peak:
             return None
-        compute += count / peak
-    return Roofline(gpu.name, bytes_moved / gpu.bandwidth, compute, kernels * LAUNCH)
+        compute += count / (peak * 1e12)
+    return Roofline(gpu.name, bytes_moved / (gpu.bandwidth * 1e9), compute, kernels * LAUNCH)

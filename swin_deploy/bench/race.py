@@ -49,29 +49,12 @@ class BenchCase:
 
 
 @dataclass(frozen=True)
-class RelativeTime:
-    """Time divided by that of the reference with the same batch and device: median and quartiles over the rounds."""
-
-    median: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Measurement:
-    """The figures of one case.
+    """The figures of one case: times in milliseconds for each call, memory in MB of 10^6 bytes.
 
-    Attributes:
-        case: What was measured.
-        run_by: Name and version of the back end.
-        runs: Number of timed calls.
-        percentiles_ms: Percentile -> milliseconds for each call.
-        round_ms: Median of each round.
-        images_per_second: Computed from the median.
-        cold_start_seconds: From the start of the process to its first result.
-        peak_memory_mb: In MB of 10^6 bytes.
-        ratio: Time relative to the reference.
-        relative_l2: Distance of the outputs from those of the reference; None if weights, inputs or outputs differ.
+    `round_ms` has the median of each round. The cold start lasts from the start of the process to its first result. `ratio` is
+    the time relative to the reference: its median, and the quartiles `low` and `high`, over the rounds. `relative_l2` is the
+    distance of the outputs from those of the reference; None if weights, inputs or outputs differ.
     """
 
     case: BenchCase
@@ -82,7 +65,7 @@ class Measurement:
     images_per_second: float
     cold_start_seconds: float
     peak_memory_mb: float
-    ratio: RelativeTime
+    ratio: dict[str, float]
     relative_l2: float | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,21 +75,13 @@ class Measurement:
         return {**rest.pop("case"), **rest, "round_ms": list(self.round_ms), "relative_l2": distance}
 
 
-@dataclass(frozen=True)
-class SkippedCase:
-    """A case that was not measured, and the reason."""
-
-    case: BenchCase
-    reason: str
-
-
 def race(
     requests: Mapping[BenchCase, Request],
     seconds: float,
     rounds: int,
     progress: Progress,
-    check: Callable[[Sequence[SkippedCase]], None],
-) -> tuple[tuple[Measurement, ...], tuple[SkippedCase, ...]]:
+    check: Callable[[Mapping[BenchCase, str]], None],
+) -> tuple[tuple[Measurement, ...], dict[BenchCase, str]]:
     """Load every case in its own process, and measure them in interleaved rounds.
 
     Args:
@@ -114,15 +89,15 @@ def race(
         seconds: Time for each case, over all rounds.
         rounds: Number of rounds.
         progress: Called with a phase, the steps done and the steps in all.
-        check: Called with the cases that did not load, before anything is measured; may raise.
+        check: Called with the cases that did not load and the reasons, before anything is measured; may raise.
 
     Returns:
-        The measurements in the order of the cases, and the cases that did not load.
+        The measurements in the order of the cases, and the cases that did not load with the reasons.
 
     Raises:
         BackendError: A process failed after it had loaded, or memory is too small for all of them.
     """
-    skipped: list[SkippedCase] = []
+    skipped: dict[BenchCase, str] = {}
     running: dict[BenchCase, Child] = {}
     outputs: dict[BenchCase, dict[str, Array]] = {}
     with contextlib.ExitStack() as stack, scratch_folder("bench") as folder:
@@ -132,7 +107,7 @@ def race(
             try:
                 child = stack.enter_context(Child({**request, "batch": case.batch, "answer": str(file)}))
             except BackendError as error:
-                skipped.append(SkippedCase(case, str(error)))
+                skipped[case] = str(error)
                 continue
             running[case] = child
             with np.load(file) as saved:
@@ -155,7 +130,7 @@ def race(
         comparable = case.same_weights and child.inputs == running[reference].inputs  # frames are other noise than pixels
         distance = _distance(outputs[case], outputs[reference]) if comparable else None
         measurements.append(_summary(case, child, times[case], times[reference], distance))
-    return tuple(measurements), tuple(skipped)
+    return tuple(measurements), skipped
 
 
 def _check_memory(running: Mapping[BenchCase, Child], more: int) -> None:
@@ -193,6 +168,6 @@ def _summary(case: BenchCase, child: Child, rounds: Rounds, reference: Rounds, d
         images_per_second=float(case.batch * 1000 / np.median(times)),
         cold_start_seconds=child.cold_start,
         peak_memory_mb=child.peak_memory / 1e6,
-        ratio=RelativeTime(middle, low, high),
+        ratio={"median": middle, "low": low, "high": high},
         relative_l2=distance,
     )

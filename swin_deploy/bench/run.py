@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from swin_deploy.machine import Machine, this_machine
 from swin_deploy.options import BundlePath, bundle_keywords
 from swin_deploy.specs import BenchSpec, Size, size_text
 
-from .race import BenchCase, Measurement, Request, SkippedCase, race, reference_of
+from .race import BenchCase, Measurement, Request, race, reference_of
 
 BATCHES = (1, 8)
 _LOG = logging.getLogger(__name__)
@@ -26,21 +26,16 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BenchResult:
-    """The result of `bench`.
+    """The measurements, and the reasons for skipped cases.
 
-    Attributes:
-        machine: Where it was measured.
-        gpus: Device ("cuda:0") -> name of the GPU, for the devices that were used.
-        reference: Names of the rows that others are compared with, one for each batch size and device.
-        rows: The measurements.
-        skipped: What was not measured, and why.
+    `gpus` maps the devices in use ("cuda:0") to names; `reference` names what the rows are compared with.
     """
 
     machine: Machine
     gpus: Mapping[str, str]
     reference: str
     rows: tuple[Measurement, ...]
-    skipped: tuple[SkippedCase, ...]
+    skipped: Mapping[BenchCase, str]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values."""
@@ -49,7 +44,7 @@ class BenchResult:
             "gpus": dict(self.gpus),
             "reference": self.reference,
             "rows": [row.to_dict() for row in self.rows],
-            "skipped": [{**vars(one.case), "reason": one.reason} for one in self.skipped],
+            "skipped": [{**vars(case), "reason": reason} for case, reason in self.skipped.items()],
         }
 
 
@@ -79,16 +74,15 @@ def bench(bundle: BundlePath, spec: BenchSpec) -> BenchResult:
         _check_batch(batch, config, size, machine)
     ours = plan_cases(found, spec)
 
-    def check(skipped: Sequence[SkippedCase]) -> None:
+    def check(skipped: Mapping[BenchCase, str]) -> None:
         """Raise the reason if nothing is left of something that was named, or nothing at all."""
-        lost = [one for one in skipped if one.case in ours]
-        left = ours.keys() - {one.case for one in lost}
+        left = ours.keys() - skipped.keys()
         for name, named in (("backend", spec.backends), ("precision", spec.precisions), ("batch", spec.batches)):
             for value in named:
                 if value not in {getattr(case, name) for case in left}:
-                    raise BackendError(next(one.reason for one in lost if getattr(one.case, name) == value))
+                    raise BackendError(next(skipped[case] for case in ours if getattr(case, name) == value))
         if not left:
-            raise BackendError(lost[0].reason)
+            raise BackendError(skipped[next(iter(ours))])
 
     with scratch_folder("bench") as scratch:
         from .baselines import Baselines

@@ -30,14 +30,8 @@ START = "import sys; sys.path[:] = filter(None, sys.path); from swin_deploy.benc
 class Child:
     """A process that has loaded a model and has run it once. Use it as a context manager, which ends the process.
 
-    Attributes:
-        title: Name and version of what runs the model.
-        inputs: Name of each input -> its type.
-        cold_start: Seconds from the start of the process to its first result.
-        peak_memory: The most bytes that the process has held.
-
-    Raises:
-        BackendError: The model cannot be loaded; the message is that of the process.
+    `cold_start` is in seconds, from the start of the process to its first result; `peak_memory` in bytes. Raises BackendError
+    with the message of the process if it cannot load the model.
     """
 
     def __init__(self, request: Mapping[str, Any]) -> None:

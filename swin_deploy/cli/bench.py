@@ -37,8 +37,8 @@ def command(bundle: Path, plot: Path | None, as_json: bool, **options: Any) -> N
             write_plot(plot, _chart(found.rows, machine, found.reference, plot.suffix[1:]))
             show.say(f"Wrote {plot}")
         reasons: dict[str, list[str]] = {}
-        for one in found.skipped:
-            reasons.setdefault(one.reason, []).append(str(one.case))
+        for case, reason in found.skipped.items():
+            reasons.setdefault(reason, []).append(str(case))
         for reason, names in reasons.items():
             show.say(f"Skipped {'; '.join(names)}: {reason}")
         show.say(f"On {machine}; ratios to {found.reference}")
@@ -57,7 +57,9 @@ def _chart(rows: Sequence[Measurement], machine: str, reference: str, file_forma
     for row in rows:
         low, median, high = (float(ms) / row.case.batch for ms in np.quantile(row.round_ms, (0.25, 0.5, 0.75)))
         kind = "pytorch" if row.case.backend in ("pytorch", "torch.compile") else row.case.model
-        note = f"{median:.2f} ms, x {row.ratio.median:.2f}, {row.images_per_second:.1f} images/s, {row.peak_memory_mb:.0f} MB"
+        note = (
+            f"{median:.2f} ms, x {row.ratio['median']:.2f}, {row.images_per_second:.1f} images/s, {row.peak_memory_mb:.0f} MB"
+        )
         bars.append(Bar(str(row.case), [(median, colours.get(kind, YELLOW))], note, (low, high)))
     title = f"Time per image (less is better)\n{machine}\nRatios to {reference}"
     return bar_chart(bars, title, "Milliseconds per image", file_format=file_format)
@@ -79,8 +81,8 @@ def _print_rows(rows: Sequence[Measurement]) -> None:
                 f"{row.images_per_second:.1f}".rjust(8),
                 round(row.peak_memory_mb),
                 f"{row.cold_start_seconds:.2f}".rjust(6),
-                f"{row.ratio.median:.3f}",
-                f"{row.ratio.low:.3f} to {row.ratio.high:.3f}",
+                f"{row.ratio['median']:.3f}",
+                f"{row.ratio['low']:.3f} to {row.ratio['high']:.3f}",
                 "-" if row.relative_l2 is None else f"{row.relative_l2:.1e}",
             )
             for row in rows

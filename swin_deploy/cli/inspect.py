@@ -154,8 +154,8 @@ def _explain(found: Sequence[Inspection], say: Callable[[str], None]) -> None:
     for name in dict.fromkeys(cost.roofline.gpu for one in found for cost in one.engines if cost.roofline is not None):
         gpu = find_gpu(name)
         say(
-            f"Roofline of {name}: the larger of memory ({gpu.bandwidth / 1e9:.0f} GB/s) and compute (TFLOPS: fp32 "
-            f"{gpu.fp32 / 1e12:g}, fp16 {gpu.fp16 / 1e12:g}, int8 {gpu.int8 / 1e12:g}; {gpu.source}), and "
+            f"Roofline of {name}: the larger of memory ({gpu.bandwidth:.0f} GB/s) and compute (TFLOPS: fp32 "
+            f"{gpu.fp32:g}, fp16 {gpu.fp16:g}, int8 {gpu.int8:g}; {gpu.source}), and "
             f"{LAUNCH * 1e6:g} us for each kernel launch. This is not a measurement."
         )
 

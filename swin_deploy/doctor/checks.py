@@ -11,8 +11,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import swin_deploy
 from swin_deploy.bundle import Bundle
@@ -33,6 +36,7 @@ MICRO = (
     b'\x08\x08:7\n\x0c\n\x01x\x12\x01y"\x04Relu\x12\x05microZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
     b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x11"
 )
+FEEDS = {"x": np.ones(1, np.float32)}
 
 
 @dataclass(frozen=True)
@@ -199,11 +203,7 @@ def cannot_try(check: Check, gpu: bool, versions: Mapping[str, str]) -> CheckRes
 
 
 class ProbeError(Exception):
-    """A library that is installed and does not work, with the command that fixes it."""
-
-    def __init__(self, problem: str, command: str = "") -> None:
-        super().__init__(problem)
-        self.command = command
+    """A library that is installed and does not work: the problem, and the command that fixes it."""
 
 
 def probe() -> None:
@@ -215,9 +215,10 @@ def probe() -> None:
         for module in check.modules:
             require(module, f"use {check.name}")
         answer = {"works": check.probe()}
+    except ProbeError as error:
+        answer = dict(zip(("error", "command"), error.args, strict=False))
     except Exception as error:  # noqa: BLE001 - libraries raise anything
-        message = " ".join(str(error).split()) or type(error).__name__
-        answer = {"error": message, "command": getattr(error, "command", "")}
+        answer = {"error": " ".join(str(error).split()) or type(error).__name__}
     with answers:
         json.dump(answer, answers)
 
@@ -227,13 +228,7 @@ def _expect_one(found: Any, place: str) -> None:
         raise ProbeError(f"Relu(1) is {found.tolist()} on {place}")
 
 
-def _feeds() -> dict[str, Any]:
-    import numpy as np
-
-    return {"x": np.ones(1, np.float32)}
-
-
-def _run_onnxruntime(provider: str, extras: str) -> None:
+def _onnxruntime(provider: str, extras: str, works: str) -> str:
     from swin_deploy.runtimes.gpu.onnxruntime_cuda import preloaded
 
     ort = require("onnxruntime", "run a graph")
@@ -246,29 +241,15 @@ def _run_onnxruntime(provider: str, extras: str) -> None:
         more = install_command("tensorrt") + " && " if provider == "TensorrtExecutionProvider" else ""
         problem = f"{provider} does not start: CUDA or one of its libraries is missing or has the wrong version{message}"
         raise ProbeError(problem, more + 'pip install "onnxruntime-gpu[cuda,cudnn]"')
-    _expect_one(session.run(None, _feeds())[0], provider)
-
-
-def _onnxruntime() -> str:
-    _run_onnxruntime("CPUExecutionProvider", "onnxruntime")
-    return "fp32 and INT8 graphs"
-
-
-def _onnxruntime_cuda() -> str:
-    _run_onnxruntime("CUDAExecutionProvider", "gpu")
-    return "fp32 and fp16 graphs on the GPU"
-
-
-def _onnxruntime_tensorrt() -> str:
-    _run_onnxruntime("TensorrtExecutionProvider", "gpu,tensorrt")
-    return "graphs that TensorRT compiles while they load"
+    _expect_one(session.run(None, FEEDS)[0], provider)
+    return works
 
 
 def _openvino() -> str:
     from swin_deploy.runtimes.openvino import openvino_core
 
     core = openvino_core()
-    _expect_one(core.compile_model(core.read_model(MICRO), "CPU").create_infer_request().infer(_feeds())["y"], "CPU")
+    _expect_one(core.compile_model(core.read_model(MICRO), "CPU").create_infer_request().infer(FEEDS)["y"], "CPU")
     types = [str(name) for name in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")]
     names = {"FP32": "fp32", "BF16": "bf16", "FP16": "fp16", "INT8": "INT8"}
     computes = ", ".join(name for word, name in names.items() if word in types)
@@ -284,7 +265,7 @@ def _pytorch() -> str:
         path.write_bytes(MICRO)
         for device in devices:
             with PyTorch(path, device=device) as runtime:
-                _expect_one(runtime.run(_feeds())["y"], device)
+                _expect_one(runtime.run(FEEDS)["y"], device)
     return f"every graph, node by node, as the reference; devices: {', '.join(devices)}"
 
 
@@ -331,10 +312,15 @@ def _hub() -> str:
 _MAKERS = ("torch", "onnx", "onnxscript", "onnx_graphsurgeon", "safetensors")
 _QUANTIZED = "INT8 and FP8 graphs for TensorRT, INT8 for ONNX Runtime and OpenVINO"
 _ORT, _ORT_TRT = "onnxruntime", "onnxruntime-tensorrt"
+_ort_cpu = partial(_onnxruntime, "CPUExecutionProvider", "onnxruntime", "fp32 and INT8 graphs")
+_ort_cuda = partial(_onnxruntime, "CUDAExecutionProvider", "gpu", "fp32 and fp16 graphs on the GPU")
+_ort_tensorrt = partial(
+    _onnxruntime, "TensorrtExecutionProvider", "gpu,tensorrt", "graphs that TensorRT compiles while they load"
+)
 CHECKS = (
-    Check("ONNX Runtime, CPU", (_ORT,), "onnxruntime", _onnxruntime, _ORT),
-    Check("ONNX Runtime, CUDA", (_ORT,), "gpu", _onnxruntime_cuda, _ORT, needs_gpu=True),
-    Check("ONNX Runtime, TensorRT", (_ORT,), "gpu,tensorrt", _onnxruntime_tensorrt, _ORT_TRT, needs_gpu=True),
+    Check("ONNX Runtime, CPU", (_ORT,), "onnxruntime", _ort_cpu, _ORT),
+    Check("ONNX Runtime, CUDA", (_ORT,), "gpu", _ort_cuda, _ORT, needs_gpu=True),
+    Check("ONNX Runtime, TensorRT", (_ORT,), "gpu,tensorrt", _ort_tensorrt, _ORT_TRT, needs_gpu=True),
     Check("OpenVINO", ("openvino",), "openvino", _openvino, "openvino"),
     Check("PyTorch", ("torch", "onnx"), "export", _pytorch, "torch"),
     Check("TensorRT", ("tensorrt",), "tensorrt", _tensorrt, "tensorrt", needs_gpu=True),

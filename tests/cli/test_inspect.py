@@ -1,50 +1,29 @@
-"""inspect as a user runs it: a bundle, a foreign ONNX file, the two side by side, a drawing, and what is refused."""
+"""`swin-deploy inspect`: a bundle, another ONNX file, both side by side, a plot, and what is refused."""
 
 from __future__ import annotations
 
-import warnings
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
-import torch
 from cli.exported import WEIGHTS, cli, contents, copied, digits, refused, result
 from onnx import TensorProto, helper
+
+from swin_deploy.bench.baselines import torchscript_export, transformers_network
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engines of these tests")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a bundle `b`, an fp32 engine in it, and transformers' own export of the same network, `theirs.onnx`."""
-    import transformers
-
-    class Logits(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = transformers.Swinv2ForImageClassification.from_pretrained(str(WEIGHTS[2])).eval()
-
-        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = self.model(pixel_values).logits
-            return logits
-
+    """A folder with a bundle `b` that has an fp32 engine, and the export of transformers of the same network, `theirs.onnx`."""
+    pytest.importorskip("transformers", reason="its export is compared with")
     folder = tmp_path_factory.mktemp("inspect")
     copied(2, folder / "b")
     assert cli("build-engine", "b", "--fp32", "--gpu", "sm_89", cwd=folder).returncode == 0
-    side = Logits().model.config.image_size
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tracing, many
-        torch.onnx.export(
-            Logits(),
-            (torch.zeros(1, 3, side, side),),
-            str(folder / "theirs.onnx"),
-            input_names=["pixel_values"],
-            output_names=["logits"],
-            opset_version=17,
-            dynamo=False,
-        )
+    (folder / "theirs.onnx").write_bytes(torchscript_export(transformers_network(WEIGHTS[2]), (1, 3, 32, 32)))
     return folder
 
 
@@ -63,8 +42,8 @@ def test_a_bundle_in_a_table(place: Path) -> None:
     assert contents(place) == before
 
 
-def test_a_peer_beside_ours(place: Path) -> None:
-    """The same network does the same products; only what is around them differs."""
+def test_a_baseline_beside_a_bundle(place: Path) -> None:
+    """The same network has the same matmuls; only the rest differs."""
     before = contents(place)
     ours, theirs = result(cli("inspect", "b", "--compare", "theirs.onnx", "--json", cwd=place))  # type: ignore[misc]
     assert ours["graphs"]["onnx/model.onnx"]["flops"] == theirs["graphs"]["theirs.onnx"]["flops"]
@@ -79,7 +58,7 @@ def test_a_peer_beside_ours(place: Path) -> None:
     assert contents(place) == before
 
 
-def test_a_drawing(place: Path, tmp_path: Path) -> None:
+def test_a_plot(place: Path, tmp_path: Path) -> None:
     done = cli("inspect", place / "b", "--plot", "engines.svg", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert ET.parse(tmp_path / "engines.svg").getroot().tag.endswith("svg")

@@ -1,4 +1,4 @@
-"""What graphs and engines are said to cost, checked against torch's own counter, the compiler, and sums by hand."""
+"""The figures of graphs and engines, against the counter of torch, the compiler, and sums by hand."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from swin_deploy.variants import find_variant
 
 
 @pytest.mark.parametrize("variant", ["swin-tiny", "swinv2-tiny"])
-def test_operations_are_those_that_torch_counts(variant: str) -> None:
-    """torch counts while the network runs; here they are read from the exported graph. Not one may be missing."""
+def test_operations_match_the_counter_of_torch(variant: str) -> None:
+    """torch counts while the network runs, and we count in the exported graph."""
     file = exported("--variant", variant, "--random-weights") / variant / "onnx/model.onnx"
     config, task = find_variant(variant).config(), TaskSpec()
     network = SwinNetwork(config, config.image_size, random_checkpoint(config, task).tensors, task).eval()
@@ -36,7 +36,7 @@ def test_operations_are_those_that_torch_counts(variant: str) -> None:
         network(torch.zeros(1, 3, *config.image_size))
     cost = cost_from_onnx(file)
     assert cost.flops == {"float": counter.get_total_flops()}
-    assert cost.parameters == pytest.approx(28.3e6, rel=0.04)  # the published count, and the tables that the export folded
+    assert cost.parameters == pytest.approx(28.3e6, rel=0.04)  # the published count, and folded tables
     assert cost.parameter_bytes == 4 * cost.parameters
     assert sum(cost.nodes.values()) == len(onnx.load(file).graph.node)
 
@@ -69,10 +69,10 @@ def test_operations_by_hand(model: onnx.ModelProto, operations: int) -> None:
 def test_a_free_batch_is_set() -> None:
     assert cost_of_model(linear(), 8).flops == {"float16": 8 * 2 * 64 * 64 * 64}
     assert cost_of_model(linear(), 8).batch == 8
-    assert cost_of_model(linear(4), 8).flops == {"float16": 4 * 2 * 64 * 64 * 64}  # this one is not free
+    assert cost_of_model(linear(4), 8).flops == {"float16": 4 * 2 * 64 * 64 * 64}  # fixed
 
 
-def test_a_product_of_quantised_values_is_counted_as_one() -> None:
+def test_a_matmul_of_quantized_values() -> None:
     nodes = [
         helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xf"]),
         helper.make_node("DequantizeLinear", ["wq", "s", "z"], ["wf"]),
@@ -86,14 +86,14 @@ def test_a_product_of_quantised_values_is_counted_as_one() -> None:
     inputs = [helper.make_tensor_value_info("xq", TensorProto.INT8, ["batch", 16])]
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 32])]
     model = helper.make_model(
-        helper.make_graph(nodes, "quantised", inputs, outputs, tables), opset_imports=[helper.make_opsetid("", 17)]
+        helper.make_graph(nodes, "quantized", inputs, outputs, tables), opset_imports=[helper.make_opsetid("", 17)]
     )
     cost = cost_of_model(model)
     assert cost.flops == {"int8": 2 * 16 * 32}
     assert (cost.parameters, cost.parameter_bytes) == (16 * 32 + 2, 16 * 32 + 1 + 4)
 
 
-def test_shapes_that_the_graph_computes_are_folded_and_what_cannot_be_counted_is_not_guessed() -> None:
+def test_computed_shapes_are_folded_and_nothing_is_estimated() -> None:
     rows = numpy_helper.from_array(np.array([-1], np.int64), "minus")
     nodes = [
         helper.make_node("Shape", ["x"], ["shape"]),
@@ -117,7 +117,7 @@ def test_shapes_that_the_graph_computes_are_folded_and_what_cannot_be_counted_is
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", json.dumps({}).encode()])
-def test_a_file_that_is_no_graph(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_graph(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(content)
     with pytest.raises(UsageError, match=r"x\.onnx is not an ONNX graph"):
         cost_from_onnx(tmp_path / "x.onnx")
@@ -143,11 +143,11 @@ def layer(name: str, kind: str = "kgen", tactic: str = "") -> EngineLayer:
         ("softmax", "SoftMax", "other"),
     ],
 )
-def test_what_a_kernel_is_for(name: str, kind: str, role: str) -> None:
+def test_roles_of_kernels(name: str, kind: str, role: str) -> None:
     assert layer(name, kind).role == role
 
 
-def test_the_parts_of_an_engine_are_its_whole() -> None:
+def test_the_roles_of_an_engine_add_up() -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the graphs of these tests")
     from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
 
@@ -161,7 +161,7 @@ def test_the_parts_of_an_engine_are_its_whole() -> None:
     assert [entry["role"] for entry in figures["layers"]].count("attention") == 2
 
 
-def test_the_roofline_is_the_larger_of_two_and_the_launches() -> None:
+def test_the_roofline() -> None:
     gpu = find_gpu("rtx-4090")
     assert gpu is find_gpu("SM_89")
     bound = roofline(gpu, 100, 1_008_000, {"float16": 1})
@@ -172,17 +172,17 @@ def test_the_roofline_is_the_larger_of_two_and_the_launches() -> None:
     assert bound is not None
     assert bound.seconds == bound.compute == pytest.approx(2e-3)
     assert roofline(gpu, None, 1, {}) is roofline(gpu, 1, None, {}) is roofline(gpu, 1, 1, None) is None
-    assert roofline(find_gpu("t4"), 1, 1, {"float8e4m3fn": 1}) is None  # it has no such arithmetic
+    assert roofline(find_gpu("t4"), 1, 1, {"float8e4m3fn": 1}) is None  # no FP8
     assert roofline(gpu, 1, 1, {"complex64": 1}) is None
     with pytest.raises(UsageError, match=r'Unknown GPU "rtx4090"\..*rtx-4090 \(sm_89\)'):
         find_gpu("rtx4090")
 
 
 def test_the_published_figures_are_plausible() -> None:
-    """A slip of a digit or a unit: each tensor-core peak is a small multiple of the next, and every row says its source."""
+    """Against wrong digits or units: each tensor-core peak is a small multiple of the next."""
     assert len({gpu.name for gpu in GPUS}) == len(GPUS)
     for gpu in GPUS:
-        assert 3e11 <= gpu.bandwidth <= 1e13
+        assert 300 <= gpu.bandwidth <= 10_000
         assert 3 <= gpu.fp16 / gpu.fp32 <= 20
         assert gpu.int8 / gpu.fp16 == pytest.approx(2, rel=0.01)
         assert gpu.fp8 in (0, gpu.int8)
@@ -200,7 +200,7 @@ def inspected(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return swin_deploy.inspect(path)
 
 
-def test_a_bundle_is_described_without_a_compiler(inspected: Any) -> None:
+def test_a_bundle_with_engines(inspected: Any) -> None:
     assert list(inspected.graphs) == ["onnx/model.onnx", "onnx/model_fp16.onnx"]
     fp32, fp16 = inspected.graphs.values()
     assert fp32.flops["float"] == fp16.flops["float16"]
@@ -223,14 +223,14 @@ def test_a_bundle_is_described_without_a_compiler(inspected: Any) -> None:
     assert json.loads(json.dumps(inspected.to_dict()))["engines"][0]["batch"] == [2, 2, 2]
 
 
-def test_another_gpu_than_the_engines_own_has_no_roofline(inspected: Any) -> None:
+def test_no_roofline_for_a_gpu_that_does_not_fit_the_engine(inspected: Any) -> None:
     import swin_deploy
 
     described = swin_deploy.inspect(inspected.path, gpu="l4").engines
     assert [cost.roofline and cost.roofline.gpu for cost in described] == ["l4", None, None, None, "l4"]
 
 
-def test_a_drawing_is_to_scale(inspected: Any) -> None:
+def test_a_plot_is_to_scale(inspected: Any) -> None:
     from swin_deploy.cli.inspect import ROLE_COLOURS, engine_chart
 
     assert tuple(ROLE_COLOURS) == ROLES

@@ -25,5 +25,5 @@ def test_rows_on_the_gpu() -> None:
         assert row.relative_l2 is not None
         assert row.relative_l2 < 1e-2  # PyTorch computes the patch embedding in TF32 by itself
     # torch.compile needs a C compiler; everything else that is left out is on the GPU
-    assert {one.case.device for one in found.skipped if one.case.backend != "torch.compile"} <= {"cuda:0"}
+    assert {case.device for case in found.skipped if case.backend != "torch.compile"} <= {"cuda:0"}
     assert "on cuda:0" in found.reference
