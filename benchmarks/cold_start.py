@@ -1,11 +1,11 @@
-"""What an edge application pays before its first answer: a fresh environment with the extra "onnxruntime" alone, as a table.
+"""Measure the size of a fresh environment with the extra "onnxruntime", and the time to its first label.
 
     python benchmarks/cold_start.py [--bundle FOLDER] [--source .] [--image FILE] [--runs 10] [--folder FOLDER]
 
-Makes a virtual environment, installs "swin-deploy[onnxruntime]" from `--source` (this checkout, or a wheel), and classifies a
-photograph in it, each time in a new process. Without `--bundle` a Swin-T with random weights is exported first, which needs the
-extra "export" in the environment that runs this. Needs a package index. Times are in milliseconds: the best and the median of
-the clock, and the median of what the processors spent on it (all threads), which other programs disturb less.
+Creates a virtual environment, installs "swin-deploy[onnxruntime]" from `--source` (this checkout, or a wheel), and classifies
+a photograph in it, each time in a new process. Without `--bundle`, a Swin-T with random weights is exported first, which needs
+the extra "export". Needs a package index. Times are in milliseconds: the minimum and median of the wall clock, and the median
+of the processor time of all threads, which depends less on other programs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# The clock starts in the process that starts this one; its argument says when.
+# The first argument is the time at which the parent process started this one.
 APPLICATION = """
 import json, sys, time
 start, bundle, image = float(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--source", default=str(ROOT))
     parser.add_argument("--image", type=Path, default=ROOT / "examples/photos/china.jpg")
     parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--folder", type=Path, help="Where the environment is made, and found again. Default: temporary.")
+    parser.add_argument("--folder", type=Path, help="Folder of the environment, which is reused. Default: temporary.")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = (given.folder or Path(scratch)).absolute()
@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def exported(folder: Path) -> Path:
-    """A bundle of Swin-T with random weights, made by this environment."""
+    """Export a Swin-T with random weights in this environment."""
     target = folder / "swin-tiny"
     if not target.exists():
         command = "import sys; from swin_deploy.cli import main; main()"
@@ -71,7 +71,7 @@ def exported(folder: Path) -> Path:
 
 
 def environment(folder: Path, source: str) -> Path:
-    """The Python of a fresh environment at `folder` with the extra alone; pip is this one's, so that none is in it."""
+    """Create an environment with only the extra, and no pip of its own; return its Python."""
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
         venv.create(folder, with_pip=False)
@@ -81,7 +81,7 @@ def environment(folder: Path, source: str) -> Path:
 
 
 def report(python: Path, bundle: Path, image: Path, runs: int, cwd: Path) -> None:
-    answers = [first_label(python, bundle, image, cwd) for _ in range(runs + 1)][1:]  # the first one fills the disk's cache
+    answers = [first_label(python, bundle, image, cwd) for _ in range(runs + 1)][1:]  # the first run fills the disk cache
     heavy = sorted({name for answer in answers for name in answer["heavy"]})
     assert not heavy, f"imported: {heavy}"
     sizes = sizes_of(python, cwd)
@@ -99,7 +99,7 @@ def report(python: Path, bundle: Path, image: Path, runs: int, cwd: Path) -> Non
 
 
 def first_label(python: Path, bundle: Path, image: Path, cwd: Path) -> dict[str, Any]:
-    """The marks of one process of the application."""
+    """Run the application once and return its marks."""
     command = [str(python), "-c", APPLICATION, repr(time.time()), str(bundle), str(image)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True)
     answer: dict[str, Any] = json.loads(done.stdout)
@@ -107,7 +107,7 @@ def first_label(python: Path, bundle: Path, image: Path, cwd: Path) -> dict[str,
 
 
 def sizes_of(python: Path, cwd: Path) -> dict[str, int]:
-    """Bytes of every distribution in the environment, its compiled bytecode included."""
+    """Return the bytes of each distribution in the environment, with compiled bytecode."""
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     place = Path(subprocess.run([str(python), "-c", code], cwd=cwd, capture_output=True, text=True, check=True).stdout.strip())
     sizes: dict[str, int] = {}

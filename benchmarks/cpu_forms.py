@@ -1,11 +1,11 @@
-"""How fast our graphs are on this CPU against transformers' own fp32 export in ONNX Runtime, as a table of ratios.
+"""Measure the latency of our graphs on this CPU, relative to the fp32 export of transformers in ONNX Runtime.
 
     python benchmarks/cpu_forms.py [--variants swin-tiny,swinv2-tiny] [--rounds 20] [--clock wall]
 
-Every candidate is loaded once, in a process of its own; then they take turns, a few calls at a time, for many rounds, so that
-whatever else the machine does hits all alike. A ratio is the median of the rounds' own ratios, its spread their quartiles.
-Where others use the machine, --clock cpu measures one thread's processor time instead of the time that passes. Both networks
-have the same random weights. Needs the extras "export", "onnxruntime", "openvino" and "test", and no network.
+Prints a table of ratios. Every candidate is loaded in its own process; rounds are interleaved, a few calls at a time. A ratio
+is the median over the rounds, with quartiles. On a busy machine, use --clock cpu, which measures the processor time of one
+thread. Both networks have the same random weights. Needs the extras "export", "onnxruntime", "openvino" and "test", and no
+network.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 CALLS = 8  # of each candidate in each round
-WRITER = "cpu_forms.write_graphs"  # what writes the graphs of a variant; cpu_int8.py has its own
+WRITER = "cpu_forms.write_graphs"  # writes the graphs of a variant; cpu_int8.py has its own
 HEADER = (
     "| variant | candidate | lowest ms | lower quartile | median | ratio | quartiles of the ratio | distance from PyTorch |"
 )
@@ -34,13 +34,13 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Candidate:
-    """A graph and what runs it: `bf16` is OpenVINO's hint, `static` a batch of one instead of a free one."""
+    """A graph and its back end; `bf16` is the hint of OpenVINO, `static` a fixed batch of one."""
 
     graph: str
     backend: str
     bf16: bool = False
     static: bool = True
-    flush: bool = False  # ONNX Runtime takes denormal numbers for zero
+    flush: bool = False  # ONNX Runtime treats denormal numbers as zero
 
 
 CANDIDATES = {
@@ -59,9 +59,9 @@ CANDIDATES = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--variants", default="swin-tiny,swinv2-tiny", help="names with commas between")
+    parser.add_argument("--variants", default="swin-tiny,swinv2-tiny", help="names, separated by commas")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: one thread, and its processor time")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time of one thread")
     given = parser.parse_args(arguments)
     packages = ("swin-deploy", "torch", "transformers", "onnxruntime", "openvino")
     print(", ".join(f"{p} {version(p)}" for p in packages), f"; {os.cpu_count()} cores, {given.clock} clock")
@@ -110,7 +110,7 @@ def answer(process: subprocess.Popen[str]) -> Any:
 
 
 def write_graphs(name: str, folder: str) -> None:
-    """Every graph of the variant in `folder`, an image, and PyTorch's answer to it."""
+    """Write every graph of the variant, an image, and the logits of PyTorch into `folder`."""
     import torch
 
     from swin_deploy.bench.baselines import torchscript_export, transformers_folder, transformers_network
@@ -139,7 +139,7 @@ def write_graphs(name: str, folder: str) -> None:
 
 
 def serve(raw: dict[str, Any], folder: str, clock: str) -> None:
-    """A candidate's process: its distance from PyTorch, then the milliseconds of some calls for every line it gets."""
+    """Run the process of a candidate: print its distance from PyTorch, then for each line of stdin the times of some calls."""
     saved = np.load(f"{folder}/image.npz")
     infer = session(Candidate(**raw), folder, 1 if clock == "cpu" else 0, saved["pixels"])
     now = time.process_time if clock == "cpu" else time.perf_counter
@@ -148,7 +148,7 @@ def serve(raw: dict[str, Any], folder: str, clock: str) -> None:
     for _ in range(10):
         infer()
     for _ in sys.stdin:
-        infer()  # the caches are another candidate's
+        infer()  # other candidates have used the caches
         times = []
         for _ in range(CALLS):
             start = now()
@@ -158,7 +158,7 @@ def serve(raw: dict[str, Any], folder: str, clock: str) -> None:
 
 
 def session(candidate: Candidate, folder: str, threads: int, pixels: np.ndarray[Any, Any]) -> Callable[[], Any]:
-    """What runs `pixels` once, as runtimes/ would have it."""
+    """Return a function that runs `pixels` once, with the settings of runtimes/."""
     path = f"{folder}/{candidate.graph}.onnx"
     if candidate.backend == "onnxruntime":
         import onnxruntime

@@ -1,10 +1,10 @@
-"""What TensorRT for RTX makes of our INT8 and FP8 graphs, beside fp16, for every published architecture, as a table.
+"""Compare INT8 and FP8 graphs with fp16 in TensorRT for RTX, for every published architecture.
 
     python benchmarks/engine_int8.py [--variants swin-tiny,...] [--quantizations int8,fp8] [--gpu sm_89] [--batches 1,8,32]
 
-Kernels and bytes are of one image; then the kernels of one engine with an optimisation profile for each of `--batches`. The
-engines are compiled, not run, so no GPU is needed. Weights are random and the ranges of activations made up: no figure
-depends on them. Needs the extras "export" and "tensorrt-rtx", and no network.
+Prints a table: kernels and bytes for one image, then the kernels of one engine with an optimization profile for each of
+`--batches`. Engines are compiled and not run, so no GPU is needed. Weights are random and activation ranges are made up; no
+figure depends on them. Needs the extras "export" and "tensorrt-rtx", and no network.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ HEADER = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--variants", default="", help="names with commas between; default: all")
+    parser.add_argument("--variants", default="", help="names, separated by commas; default: all")
     parser.add_argument("--quantizations", default="int8,fp8")
-    parser.add_argument("--gpu", default="sm_89", help="what to compile for")
-    parser.add_argument("--batches", default="1,8,32", help="none: leave out that column")
+    parser.add_argument("--gpu", default="sm_89", help="GPU to compile for")
+    parser.add_argument("--batches", default="1,8,32", help="empty: without that column")
     given = parser.parse_args(arguments)
     batches = [int(size) for size in given.batches.split(",") if size]
     print(f"{given.gpu}: " + ", ".join(f"{p} {version(p)}" for p in ("swin-deploy", "torch", "onnxscript", "tensorrt-rtx")))
@@ -74,7 +74,7 @@ def row(
     batches: Sequence[int],
     half: EngineReport | None,
 ) -> tuple[str, EngineReport]:
-    """The cells, and the report for one image."""
+    """Return the cells, and the report for one image."""
     if title == "fp16":
         model = typed_from_fp32(wide, config, task, title).model
     else:
@@ -86,7 +86,7 @@ def row(
         for report in engine_from_onnx(model.SerializeToString(), spec).reports:
             fused = "" if report.fused_attention == config.blocks else f" ({report.fused_attention} fused)"
             by_batch.append(f"{report.kernels}{fused}")
-    for value in (*model.graph.input, *model.graph.output):  # bytes can only be counted where no extent is free
+    for value in (*model.graph.input, *model.graph.output):  # bytes cannot be counted with a dynamic batch
         value.type.tensor_type.shape.dim[0].dim_value = 1
     del model.graph.value_info[:]
     engine = engine_from_onnx(model.SerializeToString(), EngineSpec(backend="tensorrt-rtx", gpus=gpu))

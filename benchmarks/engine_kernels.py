@@ -1,11 +1,11 @@
-"""What TensorRT for RTX makes of our fp16 graphs, and of its peers' own export of the same networks, as a table.
+"""Compare our fp16 graphs with other exports of the same networks in TensorRT for RTX: kernels and bytes.
 
     python benchmarks/engine_kernels.py [--variants swin-tiny,swinv2-tiny] [--gpu sm_89]
 
-The engines are compiled, not run, so no GPU is needed. The figures are read from the compiler's own description of each
-engine: its kernels, those of them that are a whole softmax(Q K^T) V, and the bytes that all of them read and write. Weights
-are random; no figure depends on them. Needs the extras "export", "tensorrt-rtx" and "test", and no network. timm and
-torchvision have their rows where they are installed, in versions that fit the torch beside them.
+Prints a table. Engines are compiled and not run, so no GPU is needed. The figures are read from the compiler's description of
+each engine: its kernels, how many are fused attention, and the bytes that they read and write. Weights are random; no figure
+depends on them. Needs the extras "export", "tensorrt-rtx" and "test", and no network. timm and torchvision are included if they
+are installed and fit the installed torch.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ HEADER = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--variants", default="swin-tiny,swinv2-tiny", help="names with commas between")
-    parser.add_argument("--gpu", default="sm_89", help="what to compile for")
+    parser.add_argument("--variants", default="swin-tiny,swinv2-tiny", help="names, separated by commas")
+    parser.add_argument("--gpu", default="sm_89", help="GPU to compile for")
     given = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     print(", ".join(f"{p} {version(p)}" for p in ("swin-deploy", "torch", "transformers", "onnxscript", "tensorrt-rtx")))
     print(HEADER, flush=True)
     for name in given.variants.split(","):
         variant = find_variant(name)
-        for title, make in (("swin-deploy", ours), *peers()):
+        for title, make in (("swin-deploy", ours), *baselines()):
             graph = make(variant)
             engine = engine_from_onnx(graph.SerializeToString(), EngineSpec(backend="tensorrt-rtx", gpus=given.gpu))
             print(row(variant, title, graph, engine), flush=True)
@@ -67,8 +67,8 @@ def megabytes(count: int | None) -> str:
     return "not known" if count is None else f"{count / 1e6:.0f} MB"
 
 
-def peers() -> Iterator[tuple[str, Callable[[Variant], onnx.ModelProto]]]:
-    """Their names with versions, and what makes a graph of a variant."""
+def baselines() -> Iterator[tuple[str, Callable[[Variant], onnx.ModelProto]]]:
+    """Yield the name and version of each baseline, and a function that exports a variant."""
     for name, network in {"transformers": of_transformers, "timm": of_timm, "torchvision": of_torchvision}.items():
         try:
             importlib.import_module(name)
@@ -78,7 +78,7 @@ def peers() -> Iterator[tuple[str, Callable[[Variant], onnx.ModelProto]]]:
 
 
 def ours(variant: Variant) -> onnx.ModelProto:
-    """The typed graph of our export for one image: bytes can only be counted where no extent is free."""
+    """Export a variant to fp16 for one image: bytes cannot be counted with a dynamic batch."""
     config, task = variant.config(), TaskSpec()
     network = SwinNetwork(config, config.image_size, random_checkpoint(config, task).tensors, task).eval()
     traced = onnx_from_torch(network, config.image_size)
@@ -101,7 +101,7 @@ def of_timm(variant: Variant) -> torch.nn.Module:
 
 
 def of_torchvision(variant: Variant) -> torch.nn.Module:
-    """Its Swins have windows of 7 (V1) and 8 (V2), as the variants that this is meant for."""
+    """Build the variant in torchvision, whose windows are 7 (V1) and 8 (V2)."""
     letter = {(2, 2, 6, 2): "t", (2, 2, 18, 2): "s" if variant.embed_dim == 96 else "b"}[variant.depths]
     models = importlib.import_module("torchvision").models
     network: torch.nn.Module = getattr(models, f"swin_{'v2_' if variant.version == 2 else ''}{letter}")()
@@ -109,7 +109,7 @@ def of_torchvision(variant: Variant) -> torch.nn.Module:
 
 
 def theirs(network: torch.nn.Module, image_size: int) -> onnx.ModelProto:
-    """A network in half precision, for one image, by torch's TorchScript exporter."""
+    """Export a network in fp16 for one image with the TorchScript exporter of torch."""
     return onnx.load_from_string(torchscript_export(network, (1, 3, image_size, image_size), half=True))
 
 

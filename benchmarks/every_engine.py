@@ -1,10 +1,10 @@
-"""Every published architecture, compiled by TensorRT for RTX in each precision and for each GPU, as a table.
+"""Compile every published architecture with TensorRT for RTX, in each precision and for each GPU.
 
     python benchmarks/every_engine.py [--variants swin-tiny,...] [--precisions fp16,bf16] [--gpus sm_86,sm_89,sm_120]
 
-Each engine has three optimisation profiles, for batches of 1, 8 and 32. A cell gives the kernels of each, and says so where not
-every attention block is one fused kernel. Nothing is run, so no GPU is needed; weights are random, and no figure depends
-on them. Needs the extras "export" and "tensorrt-rtx", and no network.
+Prints a table. Each engine has three optimization profiles, for batches of 1, 8 and 32; a cell has the kernels of each, and
+a remark if not every attention block is one fused kernel. Nothing is run, so no GPU is needed. Weights are random; no figure
+depends on them. Needs the extras "export" and "tensorrt-rtx", and no network.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BATCHES = (1, 8, 32)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--variants", default="", help="names with commas between; default: all")
+    parser.add_argument("--variants", default="", help="names, separated by commas; default: all")
     parser.add_argument("--precisions", default="fp16,bf16")
     parser.add_argument("--gpus", default="sm_86,sm_89,sm_120")
     given = parser.parse_args(arguments)
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def architectures(names: Sequence[str]) -> list[list[Variant]]:
-    """The variants, together where only their labels differ: a classifier's width makes no difference to its kernels."""
+    """Group the variants that differ only in their labels, which do not change the kernels."""
     found: dict[SwinConfig, list[Variant]] = {}
     for variant in VARIANTS:
         if not names or {variant.name, *variant.aliases} & set(names):
@@ -71,7 +71,7 @@ def architectures(names: Sequence[str]) -> list[list[Variant]]:
 
 
 def compiled(graph: bytes, gpu: str, blocks: int) -> tuple[str, float]:
-    """The kernels for each batch, and the seconds that compiling took."""
+    """Return the kernels for each batch, and the seconds of compilation."""
     spec = EngineSpec(backend="tensorrt-rtx", gpus=gpu, batches=tuple((batch,) * 3 for batch in BATCHES))
     try:
         engine = engine_from_onnx(graph, spec)

@@ -1,10 +1,10 @@
-"""Exports a Swin V2 of billions of parameters and compares it with transformers, one block in memory at a time.
+"""Export a Swin V2 with billions of parameters and compare it with transformers, one block in memory at a time.
 
     python benchmarks/giant.py --folder /somewhere/large            # SwinV2-G: 3.0 billion, 12 GB of weights, 40 GB of disk
     python benchmarks/giant.py --folder /somewhere/large --depth 10 # the same widths with 10 blocks in the third stage
 
-Prints time and peak memory of the export (in a process of its own, so that nothing else counts) as a multiple of the weights,
-and the agreement of its ONNX graph with transformers' own blocks, which are loaded, run and dropped one after another.
+Prints the time and peak memory of the export, in its own process, as a multiple of the weights, and the agreement of the ONNX
+graph with the blocks of transformers, which are loaded and run one after another.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WIDTH, HEADS, WINDOW, IMAGE, LABELS = 512, (16, 32, 64, 128), 12, 192, 1000
 
 
 def write_checkpoint(folder: Path, depth: int) -> int:
-    """The number of parameters of a random, sharded checkpoint that is written to `folder`."""
+    """Write a random, sharded checkpoint to `folder` and return its number of parameters."""
     from swin_deploy.config import SwinConfig
     from swin_deploy.models.parameters import parameters, random_parameter
 
@@ -62,7 +62,7 @@ def write_checkpoint(folder: Path, depth: int) -> int:
 
 
 def reference(folder: Path, pixels: torch.Tensor) -> np.ndarray:
-    """transformers' logits, with one module in memory at a time."""
+    """Return the logits of transformers, with one module in memory at a time."""
     config = Swinv2Config.from_pretrained(folder)
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
 
@@ -91,12 +91,16 @@ def reference(folder: Path, pixels: torch.Tensor) -> np.ndarray:
 
 
 EXPORT = """
-import json, resource, sys, time
+import json, logging, resource, sys, time
 import swin_deploy
 start = time.time()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-def say(line): print(f"  [{time.time() - start:5.0f} s, {peak() / 1e9:5.1f} GB] {line}", file=sys.stderr)
-swin_deploy.export(weights=sys.argv[1], output=sys.argv[2], say=say)
+class Show(logging.Handler):
+    def emit(self, record):
+        print(f"  [{time.time() - start:5.0f} s, {peak() / 1e9:5.1f} GB] {record.getMessage()}", file=sys.stderr)
+logging.getLogger("swin_deploy").addHandler(Show())
+logging.getLogger("swin_deploy").setLevel(logging.INFO)
+swin_deploy.export(weights=sys.argv[1], output=sys.argv[2])
 print(json.dumps({"seconds": time.time() - start, "peak": peak()}))
 """
 RUN = """
@@ -113,7 +117,7 @@ print(json.dumps({"load": loaded, "seconds": time.time() - start, "peak": peak})
 
 
 def child(code: str, folder: Path, *arguments: object) -> dict[str, float]:
-    """What a process of its own, started in `folder`, printed as JSON (in a checkout, the checkout would be imported)."""
+    """Run `code` in its own process in `folder`, not in the checkout, and return the JSON that it prints."""
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], cwd=folder, stdout=subprocess.PIPE, text=True, check=True
     )

@@ -1,9 +1,10 @@
-"""What TensorRT for RTX makes of the same Swin blocks written in different ways, as a table.
+"""Compare graph layouts of the same Swin blocks in TensorRT for RTX: kernels and bytes.
 
     python benchmarks/graph_forms.py [--gpu sm_89] [--only TEXT]
 
-Four blocks of one stage (16 windows, 6 heads of 32 channels, a gather between blocks) in fp16, with random weights, for one
-image and for eight; compiled, not run, so no GPU is needed. Needs the extras "export" and "tensorrt-rtx".
+Prints a table for four blocks of one stage (16 windows, 6 heads of 32 channels, a gather between blocks) in fp16 with random
+weights, for one image and for eight. Engines are compiled and not run, so no GPU is needed. Needs the extras "export" and
+"tensorrt-rtx".
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ HALF, FULL = TensorProto.FLOAT16, TensorProto.FLOAT
 
 @dataclass
 class Graph:
-    """An ONNX graph that is written node by node; values are names."""
+    """Builds an ONNX graph node by node; values are names."""
 
     tokens: int  # of a window
     order: str  # of the stream: "bwn", "bnw" or "nwb" (batch, window, token of a window)
-    other: str = ""  # what else is written differently: "erf", "merged", "folded"
-    shifted: bool = False  # whether the block at hand has a mask
+    other: str = ""  # another difference: "erf", "merged", "folded"
+    shifted: bool = False  # whether the current block has a mask
     nodes: list[Any] = field(default_factory=list)
     constants: list[Any] = field(default_factory=list)
 
@@ -84,13 +85,13 @@ class Graph:
         return list(self.op("Split", x, outputs=3, axis=1, num_outputs=3))
 
     def windowed(self, x: str) -> Any:
-        """[rows, channels] -> heads in front of tokens, windows in front of heads."""
+        """[rows, channels] -> heads before tokens, windows before heads."""
         extents = {"b": -1, "w": WINDOWS, "n": self.tokens}
         split = self.reshape(x, *(extents[axis] for axis in self.order), HEADS, WIDTH)
         return self.turn(split, *(self.order.index(axis) for axis in self.order if axis != "n"), 3, self.order.index("n"), 4)
 
     def attend(self, scores: str, value: str) -> Any:
-        """Bias, mask, softmax, the values, and back to [rows, channels]."""
+        """Bias, mask, softmax and values, then back to [rows, channels]."""
         masks = (WINDOWS, 1, 1) if self.order == "nwb" else (1, WINDOWS, 1)
         merged = self.other == "merged" and self.shifted
         bias = [n if merged else 1 for n in masks[:2]]
@@ -158,7 +159,7 @@ def einsum(g: Graph, x: str) -> str:
 
 
 def turned_locally(g: Graph, x: str) -> str:
-    """The stream window by window; tokens in front only inside attention."""
+    """Window by window; tokens come first only inside attention."""
     g.order, kept = "nwb", g.order
     turned = g.reshape(g.turn(g.reshape(x, -1, WINDOWS, g.tokens, CHANNELS), 2, 1, 0, 3), -1, CHANNELS)
     made = g.reshape(one_projection(g, turned, bias=False), g.tokens, WINDOWS, -1, CHANNELS)
@@ -187,7 +188,7 @@ def unit_vectors_jointly(g: Graph, x: str) -> str:
 
 
 def layer_norm_as_length(g: Graph, x: str) -> str:
-    """Not the same function (it takes the mean away): whether the compiler's own normalisation is one kernel."""
+    """Not the same function (it subtracts the mean): is the compiler's own normalization one kernel?"""
     query, key, value = map(g.windowed, g.split(g.linear(x, CHANNELS, 3 * CHANNELS, bias=False)))
     query, key = (g.op("LayerNormalization", part, g.weight(WIDTH), g.weight(WIDTH)) for part in (query, key))
     return str(g.attend(g.op("MatMul", query, g.keys(key)), value))
@@ -273,10 +274,10 @@ def figures(made: onnx.ModelProto, gpu: str, batch: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--gpu", default="sm_89", help="what to compile for")
-    parser.add_argument("--only", default="", help="only forms whose title holds this text")
+    parser.add_argument("--gpu", default="sm_89", help="GPU to compile for")
+    parser.add_argument("--only", default="", help="only layouts whose title contains this text")
     given = parser.parse_args(arguments)
-    print("| form | kernels | fused | moved | kernels, 8 images | fused | moved |\n|---|--:|--:|--:|--:|--:|--:|")
+    print("| layout | kernels | fused | moved | kernels, 8 images | fused | moved |\n|---|--:|--:|--:|--:|--:|--:|")
     rows: list[tuple[str, int, str, Form, bool, str]] = []
     rows += [(f"V1: {title}", 1, order, form, True, "") for title, order, form in V1_FORMS]
     rows += [(f"V1: the last, {title}", 1, "nwb", without_bias, True, other) for other, title in OTHERS.items()]

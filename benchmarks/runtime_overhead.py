@@ -1,12 +1,11 @@
-"""What model.run costs above the session of ONNX Runtime that it uses, and whether memory grows over many calls.
+"""Measure the overhead of model.run over the session of ONNX Runtime, and whether memory grows over many calls.
 
     python benchmarks/runtime_overhead.py BUNDLE [--rounds 40] [--calls 200000] [--clock wall]
 
-Overhead: one process, one session; the raw session's run, model.run, and model.run with `out` take turns, a few calls at a
-time. A ratio is the median of all calls of the one to that of the other, so whatever else the machine does hits all alike.
-Where others use the machine, --clock cpu measures one thread's processor time instead of the time that passes. Memory:
-resident memory (VmRSS) after the first tenth of `--calls` and after the last, of model.run with `out`; meant for a tiny
-bundle, such as that of examples/digits; 0 leaves it out. Both on the CPU, with one image.
+Overhead: the session, model.run, and model.run with `out` are called in turn in one process, a few calls at a time. A ratio is
+that of the medians of all calls. On a busy machine, use --clock cpu, which measures the processor time of one thread. Memory:
+resident memory (VmRSS) after the first tenth of `--calls` and after the last, for model.run with `out`. Use a tiny bundle for
+it, such as that of examples/digits. Both run on the CPU with one image.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import numpy as np
 
 import swin_deploy
 
-CALLS = 5  # of each in each round
+CALLS = 5  # of each candidate in each round
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--calls", type=int, default=0)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: one thread, and its processor time")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time of one thread")
     given = parser.parse_args(arguments)
     print(f"swin-deploy {version('swin-deploy')}, onnxruntime {version('onnxruntime')}, {given.bundle}")
     with swin_deploy.load(
