@@ -1,4 +1,4 @@
-"""How much of the logits 8 bits keep: ours, and the quantisers of others with their defaults on the same data, as tables.
+"""Compare the accuracy of our INT8 and FP8 graphs with that of other quantizers with their defaults, on the same data.
 
     python benchmarks/quantization.py --nncf PYTHON --modelopt PYTHON [--folder FOLDER] [--networks swin-digits,swin-tiny]
 
@@ -62,7 +62,7 @@ quantize(f"{folder}/onnxruntime.onnx", quantize_mode=kind, calibration_data={"pi
 
 
 @dataclass(frozen=True)
-class Quantiser:
+class Quantizer:
     """A row of the tables: "int8" or "fp8", made by "ort", "ours", "nncf" or "modelopt", and what that is told."""
 
     title: str
@@ -78,23 +78,23 @@ class Quantiser:
 
 
 METHODS = ("MinMax", "Entropy", "Percentile", "Distribution")
-QUANTISERS = (
-    *(Quantiser(f"ONNX Runtime, {method}", "int8", "ort", method) for method in METHODS),
-    Quantiser("ONNX Runtime, MinMax, told: Gemm, by channel", "int8", "ort", "MinMax Gemm"),
-    Quantiser("NNCF", "int8", "nncf"),
-    Quantiser("NNCF, told: transformer", "int8", "nncf", "transformer"),
-    Quantiser("ModelOpt", "int8", "modelopt"),
-    Quantiser("swin-deploy, for ONNX Runtime and OpenVINO", "int8", "ours", "onnxruntime"),
-    Quantiser("swin-deploy, for TensorRT", "int8", "ours", "tensorrt"),
-    Quantiser("ONNX Runtime, Distribution, FP8", "fp8", "ort", "Distribution"),
-    Quantiser("NNCF, FP8", "fp8", "nncf"),
-    Quantiser("NNCF, told: transformer, FP8", "fp8", "nncf", "transformer"),
-    Quantiser("ModelOpt, FP8", "fp8", "modelopt"),
-    Quantiser("swin-deploy, for TensorRT, FP8", "fp8", "ours", "tensorrt"),
+QUANTIZERS = (
+    *(Quantizer(f"ONNX Runtime, {method}", "int8", "ort", method) for method in METHODS),
+    Quantizer("ONNX Runtime, MinMax, told: Gemm, by channel", "int8", "ort", "MinMax Gemm"),
+    Quantizer("NNCF", "int8", "nncf"),
+    Quantizer("NNCF, told: transformer", "int8", "nncf", "transformer"),
+    Quantizer("ModelOpt", "int8", "modelopt"),
+    Quantizer("swin-deploy, for ONNX Runtime and OpenVINO", "int8", "ours", "onnxruntime"),
+    Quantizer("swin-deploy, for TensorRT", "int8", "ours", "tensorrt"),
+    Quantizer("ONNX Runtime, Distribution, FP8", "fp8", "ort", "Distribution"),
+    Quantizer("NNCF, FP8", "fp8", "nncf"),
+    Quantizer("NNCF, told: transformer, FP8", "fp8", "nncf", "transformer"),
+    Quantizer("ModelOpt, FP8", "fp8", "modelopt"),
+    Quantizer("swin-deploy, for TensorRT, FP8", "fp8", "ours", "tensorrt"),
 )
 STEPS = (
-    Quantiser("all", "int8", "ours", "onnxruntime"),
-    *(Quantiser(f"without {step}", "int8", "ours", f"onnxruntime without {step}") for step in LEFT_OUT),
+    Quantizer("all", "int8", "ours", "onnxruntime"),
+    *(Quantizer(f"without {step}", "int8", "ours", f"onnxruntime without {step}") for step in LEFT_OUT),
 )
 
 
@@ -207,20 +207,20 @@ def logits(path: Path, pixels: Any) -> Any:
     return np.concatenate([session.run(["logits"], {"pixel_values": batch})[0] for batch in batches])
 
 
-def command(quantiser: Quantiser, folder: Path, given: argparse.Namespace) -> list[str]:
+def command(quantizer: Quantizer, folder: Path, given: argparse.Namespace) -> list[str]:
     """What makes the graph, in a process of its own."""
-    result = str(folder / quantiser.file)
-    if quantiser.maker in ("nncf", "modelopt"):
-        code = {"nncf": NNCF, "modelopt": MODELOPT}[quantiser.maker]
-        return [getattr(given, quantiser.maker), "-c", code, str(folder), result, quantiser.kind]
+    result = str(folder / quantizer.file)
+    if quantizer.maker in ("nncf", "modelopt"):
+        code = {"nncf": NNCF, "modelopt": MODELOPT}[quantizer.maker]
+        return [getattr(given, quantizer.maker), "-c", code, str(folder), result, quantizer.kind]
     return [
         sys.executable,
         str(Path(__file__).resolve()),
         "--make",
-        quantiser.maker,
+        quantizer.maker,
         str(folder),
-        quantiser.kind,
-        quantiser.how,
+        quantizer.kind,
+        quantizer.how,
         result,
     ]
 
@@ -263,15 +263,15 @@ def memory(process: int) -> float:
     return 0.0
 
 
-def judged(quantiser: Quantiser, folder: Path, given: argparse.Namespace, data: Any, reference: Any) -> dict[str, Any]:
+def judged(quantizer: Quantizer, folder: Path, given: argparse.Namespace, data: Any, reference: Any) -> dict[str, Any]:
     """What is known of a row in one column, kept in the folder."""
     from swin_deploy.parity import sqnr
 
-    path = folder / quantiser.file
+    path = folder / quantizer.file
     kept = path.with_name(f"{path.name}.json")
     if kept.exists():
         return dict(json.loads(kept.read_text()))
-    facts = made(command(quantiser, folder, given), path)
+    facts = made(command(quantizer, folder, given), path)
     if "fails" not in facts:
         try:
             found = logits(path, data["test"])
@@ -301,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         maker, folder, kind, how, result = given.make
         {"ort": by_onnxruntime, "ours": by_us}[maker](Path(folder), kind, how, Path(result))
         return 0
-    rows = [q for q in (STEPS if given.steps else QUANTISERS) if given.only in q.title and getattr(given, q.maker, "ours")]
+    rows = [q for q in (STEPS if given.steps else QUANTIZERS) if given.only in q.title and getattr(given, q.maker, "ours")]
     names = given.networks.split(",")
     with tempfile.TemporaryDirectory(prefix="swin-quantization-") as scratch:
         found = {name: column(name, (given.folder or Path(scratch)) / name, rows, given) for name in names}
@@ -320,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def column(name: str, folder: Path, rows: Sequence[Quantiser], given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def column(name: str, folder: Path, rows: Sequence[Quantizer], given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """What is known of every row for one network."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "data.npz").exists():
@@ -328,11 +328,11 @@ def column(name: str, folder: Path, rows: Sequence[Quantiser], given: argparse.N
     data = dict(np.load(folder / "data.npz"))
     reference = logits(folder / "onnxruntime.onnx", data["test"])
     found: dict[str, dict[str, Any]] = {"fp32": {"top1": top1(reference, data["classes"])}}
-    for quantiser in rows:
-        found[quantiser.title] = facts = judged(quantiser, folder, given, data, reference)
+    for quantizer in rows:
+        found[quantizer.title] = facts = judged(quantizer, folder, given, data, reference)
         took = f"{facts['seconds']:.0f} s, {facts['memory'] / 1e9:.1f} GB"
         print(
-            f"{name}, {quantiser.title}: {facts.get('fails') or round(facts['sqnr'], 2)} ({took})", file=sys.stderr, flush=True
+            f"{name}, {quantizer.title}: {facts.get('fails') or round(facts['sqnr'], 2)} ({took})", file=sys.stderr, flush=True
         )
     return found
 

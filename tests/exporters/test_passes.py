@@ -135,9 +135,9 @@ def test_nothing_is_gathered_after_a_norm(case: Any) -> None:
     if len(after.graph.output) > 1 or config.use_absolute_embeddings:
         return
     graph = gs.import_onnx(after)
-    behind = [node.i().i() for node in graph.nodes if node.op == "Gather" and node.i().inputs[0].inputs]
+    gathered = [node.i().i() for node in graph.nodes if node.op == "Gather" and node.i().inputs[0].inputs]
     operators = ("Add", "LayerNormalization") if config.version == 2 else ("LayerNormalization",)  # V1 adds Gemms
-    alone = [node for node in behind if len(node.outputs[0].outputs) == 1]  # V2 gathers the tokens of its first addition
+    alone = [node for node in gathered if len(node.outputs[0].outputs) == 1]  # V2 gathers the tokens of its first addition
     assert not [node for node in alone if node.op in operators and not node.name.startswith("norm/")]  # the last norm
 
 
@@ -213,7 +213,7 @@ def test_passes_run_in_order_and_are_recorded() -> None:
 
 
 def test_nodes_left_over_are_removed_and_the_rest_sorted() -> None:
-    """What a pass detaches must not stay behind, and what it appends may come first."""
+    """What a pass detaches is removed, and what it appends is sorted."""
     model = relu("x", "r", "y")
 
     def rewrite(graph: Any) -> int:

@@ -66,14 +66,14 @@ def answers(model: Any, size: tuple[int, int], batch: int = 3) -> Any:
 
 def test_answers_stay_close(graphs: Any) -> None:
     """Padded windows of V2 included, where half precision without the fp32 fallback is 0 / 0."""
-    _, size, wide, narrow, _ = graphs
+    _, size, full, low, _ = graphs
     for batch in (1, 4):
-        agreement = compare(answers(narrow, size, batch), answers(wide, size, batch))
+        agreement = compare(answers(low, size, batch), answers(full, size, batch))
         assert agreement.within(1e-2), agreement
         assert agreement.relative_l2 > 0, "half precision rounds, so equal answers mean that nothing was typed"
 
 
-def test_without_the_island_padding_is_not_a_number() -> None:
+def test_without_fp32_fallback_padding_is_not_a_number() -> None:
     imported = gs.import_onnx(fp32(2, PADDED))
     assign_types(imported, fallback=set(), low=HALF)
     model = gs.export_onnx(imported.cleanup().toposort())
@@ -81,15 +81,15 @@ def test_without_the_island_padding_is_not_a_number() -> None:
 
 
 def test_graph_is_valid(graphs: Any) -> None:
-    *_, narrow, _ = graphs
-    onnx.checker.check_model(narrow, full_check=True)
-    onnx.shape_inference.infer_shapes(narrow, check_type=True, strict_mode=True, data_prop=True)
+    *_, low, _ = graphs
+    onnx.checker.check_model(low, full_check=True)
+    onnx.shape_inference.infer_shapes(low, check_type=True, strict_mode=True, data_prop=True)
 
 
 def test_input_and_output_stay_float32(graphs: Any) -> None:
-    *_, wide, narrow, _ = graphs
-    assert list(narrow.graph.input) == list(wide.graph.input)
-    assert list(narrow.graph.output) == list(wide.graph.output)
+    *_, full, low, _ = graphs
+    assert list(low.graph.input) == list(full.graph.input)
+    assert list(low.graph.output) == list(full.graph.output)
 
 
 def fallback_nodes(model: Any) -> set[str]:
@@ -100,18 +100,18 @@ def fallback_nodes(model: Any) -> set[str]:
 
 
 def _swaps_keys(node: Any) -> bool:
-    """Whether it is the Transpose in front of the product, not the one of the keys' squared lengths."""
+    """Whether it is the Transpose before the matmul, not the one of the keys' squared L2 norms."""
     return node.op_type == "Transpose" and "Split" not in node.input[0]
 
 
 def test_every_weight_outside_the_fallback_nodes_is_half(graphs: Any) -> None:
-    asked, _, _, narrow, _ = graphs
-    kept = fallback_nodes(narrow)
+    asked, _, _, low, _ = graphs
+    kept = fallback_nodes(low)
     assert len(kept) == (9 * asked.blocks if asked.version == 2 else 0)
-    inside = {name for node in narrow.graph.node if node.name in kept for name in node.input}
+    inside = {name for node in low.graph.node if node.name in kept for name in node.input}
     types = {
         tensor.name: tensor.data_type
-        for tensor in narrow.graph.initializer
+        for tensor in low.graph.initializer
         if tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16)
     }
     assert len(types) > 40
@@ -119,11 +119,11 @@ def test_every_weight_outside_the_fallback_nodes_is_half(graphs: Any) -> None:
 
 
 def test_every_value_outside_the_fallback_nodes_is_half(graphs: Any) -> None:
-    *_, narrow, _ = graphs
-    kept = fallback_nodes(narrow)
-    inferred = onnx.shape_inference.infer_shapes(narrow, strict_mode=True)
+    *_, low, _ = graphs
+    kept = fallback_nodes(low)
+    inferred = onnx.shape_inference.infer_shapes(low, strict_mode=True)
     types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
-    for node in narrow.graph.node:
+    for node in low.graph.node:
         if node.op_type == "Cast" or node.output[0] == OUTPUT:
             continue
         wanted = TensorProto.FLOAT if node.name in kept else TensorProto.FLOAT16
@@ -131,29 +131,29 @@ def test_every_value_outside_the_fallback_nodes_is_half(graphs: Any) -> None:
 
 
 def test_casts_are_counted(graphs: Any) -> None:
-    asked, _, _, narrow, records = graphs
+    asked, _, _, low, records = graphs
     expected = 2 + (3 * asked.blocks if asked.version == 2 else 0)
     assert records[:-1] == tuple(PassRecord(step.name, step.expected(asked)) for step in ENGINE_PASSES)
     assert records[-1] == PassRecord("fp16_types", expected)
-    found = [node.op_type for node in narrow.graph.node]
+    found = [node.op_type for node in low.graph.node]
     assert found.count("Cast") == expected
-    names = [node.name for node in narrow.graph.node]
+    names = [node.name for node in low.graph.node]
     assert len(set(names)) == len(names)
 
 
 def test_fallback_nodes_are_found_in_v2_alone(graphs: Any) -> None:
-    asked, _, _, narrow, _ = graphs
-    kept = fallback_nodes(narrow)
-    assert {name for name in cosine_fallback(gs.import_onnx(narrow)) if "/Cosine" in name and "Cast" not in name} == kept
+    asked, _, _, low, _ = graphs
+    kept = fallback_nodes(low)
+    assert {name for name in cosine_fallback(gs.import_onnx(low)) if "/Cosine" in name and "Cast" not in name} == kept
     assert len(kept) == (9 * asked.blocks if asked.version == 2 else 0)
 
 
 def test_fp32_graph_is_left_alone(graphs: Any) -> None:
-    asked, _, wide, narrow, _ = graphs
-    before = wide.SerializeToString(deterministic=True)
-    again = typed_from_fp32(wide, asked, TASK, "fp16").model
-    assert wide.SerializeToString(deterministic=True) == before
-    assert again.SerializeToString(deterministic=True) == narrow.SerializeToString(deterministic=True)
+    asked, _, full, low, _ = graphs
+    before = full.SerializeToString(deterministic=True)
+    again = typed_from_fp32(full, asked, TASK, "fp16").model
+    assert full.SerializeToString(deterministic=True) == before
+    assert again.SerializeToString(deterministic=True) == low.SerializeToString(deterministic=True)
 
 
 def test_weight_beyond_half_precision_is_an_error() -> None:
@@ -236,11 +236,11 @@ def test_values_beyond_half_precision_on_samples_stay_fp32(version: int) -> None
     wanted = answers_of_torch(model, pixels)[OUTPUT]
     assert not np.isfinite(answers_of_torch(typed_from_fp32(model, config(version), TASK, "fp16").model, pixels)[OUTPUT]).all()
 
-    typed = typed_from_fp32(model, config(version), TASK, "fp16", lambda wide: amax_of_values(wide, Images(), batch=2))
+    typed = typed_from_fp32(model, config(version), TASK, "fp16", lambda full: amax_of_values(full, Images(), batch=2))
     assert compare(answers_of_torch(typed.model, pixels)[OUTPUT], wanted).within(1e-2)
     measured = {fallback.at: fallback.reason for fallback in typed.fallbacks if "calibration samples" in fallback.reason}
     assert any("stages.0" in name for name in measured)
-    assert not any("stages.1" in name for name in measured), "behind the merging's norm all is small again"
+    assert not any("stages.1" in name for name in measured), "after the norm of the merging all values are small again"
     assert all("and fp16 ends at 65504" in reason for reason in measured.values())
     cosine = {fallback.at: fallback.nodes for fallback in typed.fallbacks if fallback.at not in measured}
     names = [f"stages.{stage}.steps.block{block}.attention" for stage in (0, 1) for block in (0, 1)]
@@ -275,11 +275,11 @@ def pixels(size: tuple[int, int]) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def test_graph_is_valid_and_bf16_outside_fallback_nodes(bf16_graphs: Any) -> None:
-    *_, narrow = bf16_graphs
-    onnx.checker.check_model(narrow, full_check=True)
-    kept = fallback_nodes(narrow)
-    inside = {name for node in narrow.graph.node if node.name in kept for name in node.input}
-    types = {t.name: t.data_type for t in narrow.graph.initializer if t.data_type in (TensorProto.FLOAT, TensorProto.BFLOAT16)}
+    *_, low = bf16_graphs
+    onnx.checker.check_model(low, full_check=True)
+    kept = fallback_nodes(low)
+    inside = {name for node in low.graph.node if node.name in kept for name in node.input}
+    types = {t.name: t.data_type for t in low.graph.initializer if t.data_type in (TensorProto.FLOAT, TensorProto.BFLOAT16)}
     assert len(types) > 40
     assert {name for name, kind in types.items() if kind == TensorProto.FLOAT} == inside & types.keys()
 
@@ -287,16 +287,16 @@ def test_graph_is_valid_and_bf16_outside_fallback_nodes(bf16_graphs: Any) -> Non
 def test_answers_by_emulation_and_by_pytorch(bf16_graphs: Any, tmp_path: Path) -> None:
     """Padded windows of V2 included. Both round every node to bf16, and sum in another order."""
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    _, size, wide, narrow = bf16_graphs
+    _, size, full, low = bf16_graphs
     path = tmp_path / "model.onnx"
-    onnx.save(narrow, str(path))
-    exact = answers_of_torch(wide, pixels(size))["logits"]
+    onnx.save(low, str(path))
+    exact = answers_of_torch(full, pixels(size))["logits"]
     with pytest.raises(MissingKernelError, match=r"has no CPU kernel for a type in model\.onnx .* back end openvino"):
         runtime_from_onnx(path)
     with runtime_to_check(path) as runtime:
         assert runtime.title.endswith("types emulated")
         emulated = runtime.run(pixels(size))["logits"]
-    typed = answers_of_torch(narrow, pixels(size))["logits"]
+    typed = answers_of_torch(low, pixels(size))["logits"]
     for found in (emulated, typed):
         assert BF16 / 8 < compare(found, exact).relative_l2 < TOLERANCES["bf16"]
     assert compare(emulated, typed).relative_l2 < compare(emulated, exact).relative_l2
@@ -307,24 +307,24 @@ def test_emulated_fp16_is_what_pytorch_computes_in_fp16(version: int, tmp_path: 
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     from swin_deploy.runtimes.emulate import emulated_file
 
-    wide = fp32(version, WHOLE)
-    narrow = typed_from_fp32(wide, config(version), TASK, "fp16").model
+    full = fp32(version, WHOLE)
+    low = typed_from_fp32(full, config(version), TASK, "fp16").model
     path = tmp_path / "model.onnx"
-    onnx.save(narrow, str(path))
+    onnx.save(low, str(path))
     with runtime_from_onnx(emulated_file(path, tmp_path)) as runtime:
         found = runtime.run(pixels(WHOLE))["logits"]
-    typed, exact = (answers_of_torch(model, pixels(WHOLE))["logits"] for model in (narrow, wide))
+    typed, exact = (answers_of_torch(model, pixels(WHOLE))["logits"] for model in (low, full))
     assert 0 < compare(found, exact).relative_l2 < TOLERANCES["fp16"]
     assert compare(found, typed).relative_l2 < compare(found, exact).relative_l2
 
 
 def test_openvino_runs_it(bf16_graphs: Any, tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="openvino is not installed")
-    _, size, wide, narrow = bf16_graphs
-    onnx.save(narrow, str(tmp_path / "model.onnx"))
+    _, size, full, low = bf16_graphs
+    onnx.save(low, str(tmp_path / "model.onnx"))
     with runtime_from_onnx(tmp_path / "model.onnx", "openvino") as runtime:
         found = runtime.run(pixels(size))["logits"]
-    assert compare(found, answers_of_torch(wide, pixels(size))["logits"]).relative_l2 < TOLERANCES["bf16"]
+    assert compare(found, answers_of_torch(full, pixels(size))["logits"]).relative_l2 < TOLERANCES["bf16"]
 
 
 @pytest.mark.parametrize("family", ["swin", "swinv2"])
@@ -346,7 +346,7 @@ def test_bundle_and_engine(family: str, tmp_path: Path) -> None:
 
 def test_engine_computes_in_bf16(bf16_graphs: Any) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    *_, narrow = bf16_graphs
-    engine = engine_from_onnx(narrow.SerializeToString(), EngineSpec(backend="tensorrt-rtx", gpus="sm_89"))
+    *_, low = bf16_graphs
+    engine = engine_from_onnx(low.SerializeToString(), EngineSpec(backend="tensorrt-rtx", gpus="sm_89"))
     assert "Half" not in engine.reports[0].types
     assert engine.reports[0].types["BFloat16"] > 20

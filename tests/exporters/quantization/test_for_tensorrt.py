@@ -340,7 +340,7 @@ def test_fp8_is_refused_for_a_gpu_without_it() -> None:
 
 
 @pytest.mark.parametrize(("precision", "window"), [("fp8", 5), ("int8", 24)])
-def test_windows_without_a_quantized_attention_keep_it_narrow(precision: str, window: int) -> None:
+def test_windows_without_a_quantized_attention_keep_it_in_low_precision(precision: str, window: int) -> None:
     size = (4 * window, 4 * window)
     config = replace(
         CONFIGS[2], image_size=size, depths=(1,), num_heads=(2,), window_size=(window,), pretrained_window_sizes=(0,)

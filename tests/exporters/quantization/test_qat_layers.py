@@ -92,7 +92,7 @@ def constants(path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_the_graph_is_the_network_that_was_trained(version: int, tmp_path: Path) -> None:
-    """Without a single sample, and as near to PyTorch's fake quantisation as that is to itself when pixels move by 1e-4.
+    """Without a single sample, and as near to PyTorch's fake quantization as that is to itself when pixels move by 1e-4.
 
     Every rounding of an activation turns a difference far below its step into whole steps of some values.
     """
