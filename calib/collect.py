@@ -196,40 +196,44 @@ class _Store:
         self._key = key
 
     def finished(self) -> dict[str, Observation]:
-        arrays = self._read(self._whole)
+        arrays = load_arrays(self._whole, self._key)
         return {} if arrays is None else from_arrays(arrays)
 
     def unfinished(self, tensors: Sequence[str]) -> State:
-        arrays = self._read(self._part)
+        arrays = load_arrays(self._part, self._key)
         if arrays is None or tuple(arrays["names"]) != tuple(tensors):
             return 0, {}
         return int(arrays["done"]), from_arrays(arrays)
 
     def save(self, done: int, observations: Mapping[str, Observation]) -> None:
-        self._write(self._part, {"done": np.int64(done), **to_arrays(observations)})
+        save_arrays(self._part, self._key, {"done": np.int64(done), **to_arrays(observations)})
 
     def finish(self, observations: Mapping[str, Observation]) -> None:
-        self._write(self._whole, to_arrays(observations))
+        save_arrays(self._whole, self._key, to_arrays(observations))
         with disk_errors(self._part):
             self._part.unlink(missing_ok=True)
 
-    def _read(self, path: Path) -> dict[str, Array] | None:
-        """Return the arrays of a file; None if it is missing, damaged or has another key, since it can be made again."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)  # every array is checked against its CRC-32
-            return arrays if str(arrays["key"]) == self._key else None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            return None
 
-    def _write(self, path: Path, arrays: Mapping[str, Any]) -> None:
-        def write(scratch: Path) -> None:
-            with scratch.open("wb") as file:
-                np.savez_compressed(file, key=np.array(self._key), **arrays)
-                file.flush()
-                os.fsync(file.fileno())
+def load_arrays(path: Path, key: str) -> dict[str, Array] | None:
+    """Return the arrays of a file; None if it is missing, damaged or has another key, since it can be made again."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)  # every array is checked against its CRC-32
+        return arrays if str(arrays["key"]) == key else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
 
-        write_whole(path, write)
+
+def save_arrays(path: Path, key: str, arrays: Mapping[str, Any]) -> None:
+    """Write arrays and their key to a file, atomically. Raises BundleError if that fails."""
+
+    def write(scratch: Path) -> None:
+        with scratch.open("wb") as file:
+            np.savez_compressed(file, key=np.array(key), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+
+    write_whole(path, write)
 
 
 def _key(model: str | os.PathLike[str] | onnx.ModelProto, data: CalibrationData, batch: int) -> str:

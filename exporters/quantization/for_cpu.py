@@ -308,6 +308,6 @@ def _record(layer: QuantizedLinear, weight: Array, qat: QatLayers) -> dict[str, 
         "scale": layer.activation.scale,
         "zero_point": layer.activation.zero_point,
         "weight_sqnr_db": round(sqnr(weight, layer.weight), 2),
-        "range_from": qat.origin(layer.layer.input),
-        "weight_from": qat.weight_origin(layer.layer.name, "samples"),
+        "range_from": qat.source if layer.layer.input in qat.activations else "samples",
+        "weight_from": qat.source if layer.layer.name in qat.weights else "samples",
     }

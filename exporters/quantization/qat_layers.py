@@ -30,14 +30,6 @@ class QatLayers:
         """Whether no range and no scale of `layers` has to be measured."""
         return all(layer.input in self.activations and layer.name in self.weights for layer in layers)
 
-    def origin(self, tensor: str) -> str:
-        """Where the range of a tensor comes from."""
-        return self.source if tensor in self.activations else "samples"
-
-    def weight_origin(self, layer: str, otherwise: str) -> str:
-        """Where the scale of a layer's weight comes from."""
-        return self.source if layer in self.weights else otherwise
-
     def prevents(self, layers: Iterable[LinearLayer], read: set[str], written: set[str]) -> bool:
         """Whether equalizing the columns of the weights `read` or the rows of those `written` would invalidate any range."""
         for layer in layers:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from swin_deploy.bundle import write_whole
+from swin_deploy.calib.collect import load_arrays, save_arrays
 
 from .qdq import ActivationScale, LinearLayer, QuantizedLinear
 
@@ -37,30 +35,18 @@ class ResumeState:
         """Load finished layers; None if one of them is missing or damaged."""
         found = []
         for layer in layers:
-            try:
-                with np.load(self._file(layer), allow_pickle=False) as file:
-                    kept = dict(file)  # every array is checked against its CRC-32
-                if str(kept["key"]) != self._key:
-                    return None
-                scale = ActivationScale(float(kept["activation"]), int(kept["zero_point"]))
-                found.append(QuantizedLinear(layer, kept["values"], kept["scale"], kept.get("bias"), scale))
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            kept = load_arrays(self._file(layer), self._key)
+            if kept is None:
                 return None
+            scale = ActivationScale(float(kept["activation"]), int(kept["zero_point"]))
+            found.append(QuantizedLinear(layer, kept["values"], kept["scale"], kept.get("bias"), scale))
         return found
 
     def save(self, done: QuantizedLinear) -> None:
-        """Save a finished layer, atomically. Raises BundleError if that fails."""
-        arrays: dict[str, Any] = {"values": done.values, "scale": done.scale}
-        arrays |= {} if done.bias is None else {"bias": done.bias}
-
-        def write(scratch: Path) -> None:
-            with scratch.open("wb") as file:
-                numbers = {"activation": np.float64(done.activation.scale), "zero_point": np.int64(done.activation.zero_point)}
-                np.savez(file, key=np.array(self._key), **numbers, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-
-        write_whole(self._file(done.layer), write)
+        """Save a finished layer. Raises BundleError if that fails."""
+        scale = {"activation": np.float64(done.activation.scale), "zero_point": np.int64(done.activation.zero_point)}
+        arrays = {"values": done.values, "scale": done.scale} | ({} if done.bias is None else {"bias": done.bias})
+        save_arrays(self._file(done.layer), self._key, {**scale, **arrays})
 
     def clear(self) -> None:
         """Remove all files: the run is finished."""
