@@ -6,8 +6,10 @@ import argparse
 import collections
 import dataclasses
 import datetime as dt
+import functools
 import json
 import mmap
+import re
 import shutil
 import sys
 import types
@@ -186,6 +188,8 @@ def test_what_training_scripts_save_beside_the_weights(legacy: bool, tmp_path: P
         "date": dt.date(2024, 5, 6),
         "queue": collections.deque([1, 2]),
         "counts": collections.defaultdict(int, a=2),
+        "types": [Any, type(None), dict, re.compile("head")],
+        "partial": functools.partial(dict, a=3),
         "dtype": torch.float16,
         "epoch": 3,
     }

@@ -39,9 +39,10 @@ RESTORED = re.compile(
 )
 # Names of the standard library and of torch that become placeholders, as those of all other packages do.
 HARMLESS = re.compile(
-    r"""(argparse|collections|datetime|decimal|enum|fractions|pathlib|uuid)\..+ | types\.SimpleNamespace | functools\.partial
-    | copyreg\._reconstructor | builtins\.(object|frozenset|list|dict|tuple|slice|range|int|float|bool|str|bytes)
-    | torch\.(nn|optim|torch_version)\..+""",
+    r"""(argparse|collections|datetime|decimal|enum|fractions|pathlib|typing|uuid)\..+ | types\.SimpleNamespace
+    | functools\.partial | copyreg\._reconstructor | re\._compile
+    | builtins\.(object|type|frozenset|list|dict|tuple|slice|range|int|float|bool|str|bytes)
+    | torch\.(nn|optim|amp|cuda\.amp|utils\.data|torch_version)\..+""",
     re.VERBOSE,
 )
 DICTIONARIES = re.compile(r"(.+\.)?(\w*([Dd]ict|CfgNode)|Munch|Box)")  # usual names of dict subclasses
