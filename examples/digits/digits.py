@@ -1,4 +1,4 @@
-"""The digits as 8-bit images, and the one split that the training, the evaluation and the tests share."""
+"""The digits as 8-bit images, with the split that training, evaluation and tests share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Split(NamedTuple):
 
 
 def split() -> Split:
-    """Return scikit-learn's handwritten digits, 1347 to train on and 450 held out, always the same ones."""
+    """Return the handwritten digits of scikit-learn: 1347 for training and 450 held out, always the same."""
     data = load_digits()
     grey = np.rint(data.images * (255 / 16)).astype(np.uint8)  # the values are 0 to 16
     images = np.repeat(grey[..., None], 3, axis=-1)

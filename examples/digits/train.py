@@ -3,7 +3,7 @@
     python examples/digits/train.py                     # both, four to eight minutes each on one CPU core
     python examples/digits/train.py --version 2 --out /tmp/digits --epochs 20
 
-The same versions of the libraries on the same kind of processor give the same weights again.
+The same library versions on the same kind of processor give the same weights.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def preprocess(images: np.ndarray) -> torch.Tensor:
 
 
 def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return the images turned, stretched and slanted a little, shifted by up to 3 pixels, and with some noise."""
+    """Rotate, scale and shear images slightly, shift them by up to 3 pixels, and add noise."""
     count = len(pixels)
 
     def uniform(limit: float) -> torch.Tensor:
@@ -148,7 +148,7 @@ def probabilities(folder: Path, images: np.ndarray) -> np.ndarray:
 
 
 def write_images(folders: list[Path], target: Path) -> None:
-    """Write one held-out image per digit, the one whose least sure checkpoint is the surest."""
+    """Write one held-out image per digit: the one with the highest lower probability of the two checkpoints."""
     data = split()
     every = np.arange(len(data.test_digits))
     least = np.minimum.reduce([probabilities(folder, data.test_images)[every, data.test_digits] for folder in folders])

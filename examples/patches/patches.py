@@ -1,9 +1,9 @@
-"""Patches of fourteen photographs as image folders: which photograph is a patch from? Written the same by every run.
+"""Write patches of fourteen photographs as image folders; the class of a patch is its photograph. The result is reproducible.
 
     python examples/patches/patches.py FOLDER        # FOLDER/train and FOLDER/test, a class folder for each photograph
 
-The photographs are those that scikit-image (`pip install scikit-image`) and this repository bring. Each is made grey and cut
-into tiles; a quarter of its tiles are for the test, and no patch reaches beyond its tile, so that no pixel is in both parts.
+The photographs come from scikit-image (`pip install scikit-image`) and this repository. Each is converted to grey and cut into
+tiles. A quarter of the tiles are for the test. A patch lies within one tile, so no pixel is in both parts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-# Scenes of many things (such as the astronaut and the motorcycle) are left out: their parts have little in common.
+# Scenes with many objects (such as the astronaut and the motorcycle) are left out: their parts have little in common.
 PHOTOS = Path(__file__).resolve().parents[1] / "photos"
 OURS = {"china": "china.jpg", "flower": "flower.jpg"}
 THEIRS = {
@@ -36,15 +36,15 @@ THEIRS = {
 }
 LABELS = tuple(sorted({**OURS, **THEIRS}))
 TILE, SIDE = 56, 48  # pixels of a photograph that is at most 640 pixels wide and high
-TILES, PATCHES = 40, 4  # the most tiles of a photograph, and patches of a tile
-PLAIN = 6.0  # the least standard deviation of a patch, of 255: sky and darkness are the same everywhere
+TILES, PATCHES = 40, 4  # maximum number of tiles per photograph, and patches per tile
+PLAIN = 6.0  # minimum standard deviation of a tile, of 255: sky and darkness look the same everywhere
 
 
 def photographs() -> dict[str, Image.Image]:
-    """Every photograph by its label, grey, at most 640 pixels wide and high."""
+    """Return every photograph by label: grey, at most 640 pixels wide and high."""
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
-        sys.exit("The photographs are those of scikit-image, which is not installed. Run: pip install scikit-image")
+        sys.exit("The photographs come from scikit-image, which is not installed. Run: pip install scikit-image")
     folder = Path(spec.submodule_search_locations[0]) / "data"
     files = {**{label: PHOTOS / name for label, name in OURS.items()}, **{k: folder / name for k, name in THEIRS.items()}}
     found = {}
@@ -56,7 +56,7 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def changed(patch: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """The patch turned, mirrored, blurred, in another light and with noise, as another camera may see it."""
+    """Rotate, mirror and blur a patch, and change its brightness, contrast and noise."""
     patch = patch.rotate(90 * int(rng.integers(4)))
     if rng.random() < 0.5:
         patch = patch.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -68,7 +68,7 @@ def changed(patch: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def write(folder: Path, seed: int = 0) -> dict[str, int]:
-    """Writes both parts; the number of patches in each."""
+    """Write both parts and return the number of patches in each."""
     counts = {"train": 0, "test": 0}
     for label, photo in photographs().items():
         rng = np.random.default_rng([seed, LABELS.index(label)])
@@ -89,10 +89,10 @@ def write(folder: Path, seed: int = 0) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where train and test are written; they must not be there")
+    parser.add_argument("folder", type=Path, help="folder for train and test, which must not exist")
     options = parser.parse_args()
     if (options.folder / "train").exists() or (options.folder / "test").exists():
-        sys.exit(f"{options.folder} holds a train or test folder already. Remove them, or name another folder.")
+        sys.exit(f"{options.folder} already contains train or test. Remove them, or choose another folder.")
     try:
         counts = write(options.folder)
     except BaseException:

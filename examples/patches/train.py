@@ -1,10 +1,10 @@
-"""Train a tiny Swin V1 and a tiny Swin V2 to tell from which photograph a patch is, and write them as Hugging Face folders.
+"""Train a tiny Swin V1 and a tiny Swin V2 to recognize the photograph of a patch, and save them as Hugging Face folders.
 
     python examples/patches/patches.py FOLDER
     python examples/patches/train.py FOLDER                       # both; minutes each on one CPU core
     python examples/patches/train.py FOLDER --version 2 --out /tmp/patches --epochs 5
 
-The same versions of the libraries on the same kind of processor give the same weights again.
+The same library versions on the same kind of processor give the same weights.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def load(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return the patches turned by right angles, mirrored, shifted by up to 4 pixels, in another light and with noise."""
+    """Rotate patches by right angles, mirror and shift them by up to 4 pixels, and change brightness and noise."""
     moved = []
     for patch in pixels:
         turns, mirror, down, right = (int(torch.randint(n, (), generator=generator)) for n in (4, 2, 9, 9))
@@ -109,7 +109,7 @@ def train(version: int, folder: Path, epochs: int, seed: int, batch: int = 32, r
 
 
 def right(folder: Path, data: Path) -> tuple[int, int]:
-    """Return how many test patches the checkpoint in `folder` names, and how many there are."""
+    """Return the number of test patches that the checkpoint in `folder` classifies correctly, and their total."""
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     pixels, labels = load(data / "test")
     with torch.inference_mode():
