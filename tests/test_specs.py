@@ -19,13 +19,13 @@ from swin_deploy.errors import InputError, SwinDeployError, UsageError
 from swin_deploy.options import options_of
 from swin_deploy.preprocess import read_image
 from swin_deploy.runtimes.backends import BACKENDS
-from swin_deploy.specs import BACKEND_NAMES, COMPILERS, EngineSpec, ExportSpec, LoadSpec, QuantSpec
+from swin_deploy.specs import BACKEND_NAMES, COMPILERS, EngineSpec, EvaluateSpec, ExportSpec, LoadSpec, QuantSpec, VerifySpec
 from swin_deploy.tasks import TaskSpec
 
-SPECS = {"export": ExportSpec, "build_engine": EngineSpec, "quantize": QuantSpec, "load": LoadSpec}
+SPECS = {"export": ExportSpec, "build_engine": EngineSpec, "quantize": QuantSpec, "load": LoadSpec, "verify": VerifySpec}
 
 
-@pytest.mark.parametrize(("verb", "spec"), SPECS.items(), ids=str)
+@pytest.mark.parametrize(("verb", "spec"), [*SPECS.items(), ("evaluate", EvaluateSpec)], ids=str)
 def test_python_keywords_are_the_fields(verb: str, spec: type[Any]) -> None:
     function = getattr(swin_deploy, verb)
     names = [name for name in inspect.signature(function).parameters if name != "bundle"]
@@ -65,6 +65,9 @@ def test_a_spec_is_frozen_and_compares_by_value(spec: type[Any]) -> None:
         (EngineSpec(optimization_level=np.int32(3), timing_cache="c"), "--optimization-level 3 --timing-cache c"),
         (QuantSpec("images", precision="fp8", keep=["a", "b"]), "--data images --fp8 --keep a --keep b"),
         (QuantSpec("images", max_drop=np.float32(0.5), samples=3), "--data images --max-drop 0.5 --samples 3"),
+        (EvaluateSpec("images", precisions=["fp16", "int8"]), "--data images --precision fp16 --precision int8"),
+        (EvaluateSpec("images", labels="l.csv", ignore_labels=True), "--data images --labels l.csv --ignore-labels"),
+        (VerifySpec(backend="openvino"), "--backend openvino"),
     ],
 )  # fmt: skip
 def test_the_command_line_takes_the_same_values(python: Any, shell: str) -> None:
@@ -108,6 +111,8 @@ def test_the_command_line_takes_the_same_values(python: Any, shell: str) -> None
         (lambda: QuantSpec(precision="fp16"), 'Unknown quantized precision "fp16"'),
         (lambda: QuantSpec(max_drop=1), "judged on images"),
         (lambda: QuantSpec("d", max_drop=float("nan")), r"Invalid max_drop: nan"),
+        (lambda: EvaluateSpec("d", precisions="fp7"), 'Unknown precision "fp7"'),
+        (lambda: EvaluateSpec("d", samples=0), "Invalid samples: 0"),
         (lambda: QuantSpec("d", gpu="l4"), "Pass --min-speedup"),
     ],
 )  # fmt: skip
