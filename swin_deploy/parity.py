@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -253,17 +253,6 @@ def check_graph(reference: Reference, open_graph: OpenGraph, path: Path, file: s
     """Open the ONNX graph at `path` and compare it with PyTorch."""
     with open_graph(path) as runtime:
         return check_runtime(reference, runtime, file, precision)
-
-
-def verify_bundle(bundle: Bundle, open_graph: OpenGraph, left_out: Container[str] = ()) -> tuple[Verdict, ...]:
-    """Check the sha256 of every file of `bundle`, then compare its graphs, except those in `left_out`, with PyTorch."""
-    for file in bundle.files:
-        bundle.verified_path(file)
-    return tuple(
-        check_graph(Reference.load(bundle, entry["reference"]), open_graph, bundle.path / file, file, str(entry["precision"]))
-        for file, entry in bundle.graphs.items()
-        if file not in left_out
-    )
 
 
 def _interpolate(values: Array, places: Array, axis: int) -> Array:

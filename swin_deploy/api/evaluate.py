@@ -45,36 +45,37 @@ def verify(bundle: BundlePath, spec: VerifySpec) -> tuple[Verdict, ...]:
     Example:
         >>> all(verdict.verified for verdict in swin_deploy.verify("swinv2-tiny"))
     """
-    from functools import partial
-
     from swin_deploy.bundle import Bundle
     from swin_deploy.errors import BundleError
-    from swin_deploy.parity import Reference, check_runtime, verify_bundle
+    from swin_deploy.parity import Reference, check_runtime
     from swin_deploy.runtimes.backends import misread, runtime_to_check
     from swin_deploy.runtimes.gpu.engines import open_engine
     from swin_deploy.specs import device_from_text, is_verified
 
     found = Bundle.open(bundle)
-    if (engines := _engines(found, spec.backend, spec.device)) is None:
-        wrong = {file: why for file in found.graphs if (why := misread(found, file, spec.backend)) is not None}
-        for file, why in wrong.items():
-            _LOG.info("Not verified: %s. %s", file, why)
-        verdicts = verify_bundle(found, partial(runtime_to_check, backend=spec.backend, device=spec.device), wrong)
-        for verdict in verdicts:
-            if verdict.verified and not is_verified(found.files[verdict.file]):
-                try:
-                    found.with_entry(verdict.file, {"agreement": verdict.to_dict()})
-                except BundleError as error:  # the verdict itself is valid
-                    _LOG.warning("%s is verified, but the manifest cannot be updated. %s", verdict.file, error)
-        return verdicts
+    engines = _engines(found, spec.backend, spec.device)
     for file in found.files:
         found.verified_path(file)
-    compared = []
-    for file, entry in engines.items():
-        reference = Reference.load(found, found.files[entry["graph"]]["reference"])
-        with open_engine(found, file, device_from_text(spec.device)) as runtime:
-            compared.append(check_runtime(reference, runtime, file, str(entry["precision"])))
-    return tuple(compared)
+    verdicts = []
+    for file, entry in (found.graphs if engines is None else engines).items():
+        if engines is None and (why := misread(found, file, spec.backend)) is not None:
+            _LOG.info("Not verified: %s. %s", file, why)
+            continue
+        reference = Reference.load(found, found.files[entry.get("graph", file)]["reference"])
+        runtime: Any = (
+            runtime_to_check(found.path / file, spec.backend, spec.device)
+            if engines is None
+            else open_engine(found, file, device_from_text(spec.device))
+        )
+        with runtime:
+            verdicts.append(check_runtime(reference, runtime, file, str(entry["precision"])))
+    for verdict in verdicts if engines is None else ():
+        if verdict.verified and not is_verified(found.files[verdict.file]):
+            try:
+                found.with_entry(verdict.file, {"agreement": verdict.to_dict()})
+            except BundleError as error:  # the verdict itself is valid
+                _LOG.warning("%s is verified, but the manifest cannot be updated. %s", verdict.file, error)
+    return tuple(verdicts)
 
 
 def _engines(bundle: Bundle, backend: str, device: str) -> Mapping[str, Any] | None:

@@ -104,7 +104,7 @@ def test_frames_of_a_camera_are_resized_in_the_graph(tmp_path: Path) -> None:
         assert [one[0].index for one in model.classify([CHINA, FLOWER])] == list(expected.argmax(axis=1))
         with pytest.raises(InputError, match=r"accepts frames of 427x640 only"):
             model.classify(THREE)
-        with pytest.raises(InputError, match=r"float32; expected .*uint8 .*make them with model\.preparation\(images\)"):
+        with pytest.raises(InputError, match=r"float32\. Expected .*uint8 .*model\.preparation\(images\)"):
             model.run({"pixel_values": frames.astype(np.float32)})
 
 
