@@ -164,17 +164,8 @@ class EngineReport:
 
     def to_dict(self, layers: bool = True) -> dict[str, Any]:
         """Return the report as JSON values; without `layers` only the figures, as in a manifest."""
-        figures: dict[str, Any] = {
-            "source": self.source,
-            "unread": self.unread,
-            "kernels": self.kernels,
-            "fused_attention": self.fused_attention,
-            "bytes_moved": self.bytes_moved,
-            "activation_bytes": self.activation_bytes,
-            "constant_bytes": self.constant_bytes,
-            "roles": self.roles,
-            "types": self.types,
-        }
+        names = ("source", "unread", "kernels", "fused_attention", "bytes_moved", "activation_bytes", "constant_bytes")
+        figures: dict[str, Any] = {name: getattr(self, name) for name in (*names, "roles", "types")}
         if layers:
             figures["layers"] = [
                 {
