@@ -147,7 +147,9 @@ def test_the_same_data_and_options_are_found_again(tmp_path: Path) -> None:
 def test_images_that_come_only_once(tmp_path: Path) -> None:
     """A generator, as a camera's frames are: it is read once, for the ranges and for the comparison."""
     frames = (np.asarray(Image.open(path).convert("RGB")) for path in sorted(IMAGES.glob("*.png")))
-    [_, score] = swin_deploy.quantize(copied(1, tmp_path / "b"), frames).scores
+    with pytest.raises(TypeError, match="unexpected keyword argument 'quantization'"):
+        swin_deploy.quantize(copied(1, tmp_path / "b"), frames, quantization="int8")
+    [_, score] = swin_deploy.quantize(tmp_path / "b", frames, precision="int8").scores
     assert score.samples == len(list(IMAGES.glob("*.png")))
 
 
