@@ -148,11 +148,11 @@ def test_refusals(tmp_path: Path) -> None:
     before = contents(tmp_path)
     export = ("export", "--weights", one_block(), "-o", "b")
     two = ("--image-size", "32", "--image-size", "48", "--embed-resize", "100x200")
-    refused(cli_here(*export, *two, cwd=tmp_path), "one graph only", "2 image sizes", "one bundle for each")
+    refused(cli_here(*export, *two, cwd=tmp_path), "one graph", "2 image sizes", "one bundle for each")
     refused(cli_here(*export, "--embed-resize", "40000x20", cwd=tmp_path), "40000x20", "at most 32768")
-    refused(cli_here(*export, "--embed-resize", "wide", cwd=tmp_path), '"wide" is no image size')
+    refused(cli_here(*export, "--embed-resize", "wide", cwd=tmp_path), "Invalid image size", "wide")
     twice = ("--embed-resize", "100x200", "--embed-resize", "200x100")
-    refused(cli_here(*export, *twice, cwd=tmp_path), "--embed-resize was given 2 times", "Export one bundle for each")
+    refused(cli_here(*export, *twice, cwd=tmp_path), "--embed-resize was given 2 times")
     assert contents(tmp_path) == before
     with pytest.raises(UsageError, match="expects images with 1 channels"):
         swin_deploy.export(weights=_weights(tmp_path, TaskSpec(), 1), output=tmp_path / "grey", embed_preprocess=True)
