@@ -60,7 +60,7 @@ def this_machine() -> Machine:
     if sys.platform != "linux" and installed("cpuinfo"):  # on Linux py-cpuinfo reads the same file, and takes 1.3 s
         facts = require("cpuinfo", "describe the processor").get_cpu_info()
         processor, flags = facts.get("brand_raw", processor), set(facts.get("flags", ()))
-    total, free = memory()
+    total, free = memory_sizes()
     return Machine(
         python=f"{platform.python_implementation()} {platform.python_version()}",
         system=f"{platform.system()} {platform.release()}, {platform.machine()}",
@@ -93,7 +93,7 @@ def usable_cores() -> int:
     return min(usable, max(1, int(quota[1]) // int(quota[2]))) if quota else usable
 
 
-def memory() -> tuple[int | None, int | None]:
+def memory_sizes() -> tuple[int | None, int | None]:
     """Return the total and the available memory in bytes, at most the limit of a container; None without psutil."""
     if not installed("psutil"):
         return None, None

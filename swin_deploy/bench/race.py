@@ -16,7 +16,7 @@ import numpy as np
 
 from swin_deploy.errors import BackendError
 from swin_deploy.files import scratch_folder
-from swin_deploy.machine import memory
+from swin_deploy.machine import memory_sizes
 from swin_deploy.parity import compare
 from swin_deploy.specs import Array, Progress
 
@@ -134,7 +134,7 @@ def race(
 
 
 def _check_memory(running: Mapping[BenchCase, Child], more: int) -> None:
-    (_, free), largest = memory(), max(child.peak_memory for child in running.values())
+    (_, free), largest = memory_sizes(), max(child.peak_memory for child in running.values())
     if more and free is not None and free < 1.5 * largest:
         raise BackendError(
             f"{len(running)} of {len(running) + more} candidates are loaded, and the remaining {free / 1e9:.1f} GB of memory "
