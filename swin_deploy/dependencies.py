@@ -1,4 +1,4 @@
-"""Heavy libraries are imported where they are used, through here, so that a missing one is one clear sentence."""
+"""Import of optional libraries where they are used, with a clear error if one is missing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from swin_deploy.errors import MissingDependencyError
 
-# module -> (what to call it, the extra that brings it)
+# module -> (name in messages, extra that installs it)
 PROVIDERS = {
     "torch": ("PyTorch", "export"),
     "onnx": ("onnx", "export"),
@@ -33,19 +33,23 @@ PROVIDERS = {
 
 
 def require(module: str, purpose: str) -> Any:
-    """The module `module`, imported now.
+    """Import and return a module.
 
-    `purpose` completes "... is needed to": `require("onnx", "write the fp16 graph")`. Raises MissingDependencyError with the
-    exact install command when the library is absent; an installed library that fails to import says so with its cause.
+    Args:
+        module: Name of the module, such as "onnx".
+        purpose: Completes "... is needed to", for example "write the fp16 graph".
+
+    Raises:
+        MissingDependencyError: The library is not installed, or fails to import; the message has the install command.
     """
     top = module.partition(".")[0]
     if top == "onnxruntime":
-        # From 1.29 on it reports to its makers, from a name for the device that it keeps in the user's cache folder; it looks
-        # here once, when it is imported. Who wants that sets it to 0.
+        # From 1.29 on it sends telemetry, with an id of the device that it keeps in the user's cache folder. It reads this
+        # variable once, when it is imported. Set it to 0 to allow telemetry.
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return _openvino(module) if top == "openvino" else importlib.import_module(module)
-    except (ImportError, OSError) as error:  # OSError: a library of the package's that is not there, or not whole
+    except (ImportError, OSError) as error:  # OSError: a shared library of the package is missing or damaged
         name, extra = PROVIDERS[top]
         if isinstance(error, ModuleNotFoundError) and error.name == top:
             raise MissingDependencyError(
@@ -58,11 +62,7 @@ def require(module: str, purpose: str) -> Any:
 
 
 def _openvino(module: str) -> Any:
-    """OpenVINO, imported without the library by which it reports each import to its makers, which it does without.
-
-    Who has opted in or out (`opt_in_out`) has a file that says so, which that library reads; an application that has imported
-    one of the two already has decided as well.
-    """
+    """Import OpenVINO without its telemetry library, unless the user has opted in or out or the application imported it."""
     reports, windows = "openvino_telemetry", sys.platform == "win32"
     folder = Path(os.environ.get("LOCALAPPDATA" if windows else "HOME", ""), "Intel Corporation" if windows else "intel")
     if reports in sys.modules or "openvino" in sys.modules or (folder / reports).exists():
@@ -111,7 +111,7 @@ def onnxruntime_session(
 
 
 def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
-    """The versions of those distributions that are installed, by name."""
+    """Return the versions of those distributions that are installed, by name."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
@@ -124,7 +124,7 @@ def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
 
 
 def installed(module: str) -> bool:
-    """Whether `module` is there to be imported, which is not done: it takes seconds, and may still fail."""
+    """Return whether a module is installed, without importing it, which can take seconds."""
     try:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):

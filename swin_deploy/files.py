@@ -1,5 +1,4 @@
-"""What a folder can do that Python has no word for: take another's place in one step, be held against other processes, and be
-swept of what killed processes left in it."""
+"""Atomic exchange of folders, locks between processes, and scratch files that are removed even after a kill."""
 
 from __future__ import annotations
 
@@ -18,20 +17,25 @@ from pathlib import Path
 
 
 def exchanged(one: Path, other: Path) -> bool:
-    """Whether two folders took each other's place in one step, which not every system can: killed, none is missing."""
+    """Exchange two folders atomically and return whether the system could do that."""
     if sys.platform != "linux":
         return False
     try:
         renameat2 = ctypes.CDLL(None).renameat2
     except (OSError, AttributeError):  # a C library older than 2018, or musl
         return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+    at_fdcwd, rename_exchange = -100, 2
+    return bool(renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0)
 
 
 @contextlib.contextmanager
 def locked(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Holds a folder against other processes that ask for it; where the system has no such locks, nothing."""
+    """Lock a folder against other processes inside the block, on systems that have such locks.
+
+    Args:
+        folder: An existing folder.
+        waiting: Called once if another process holds the lock.
+    """
     try:
         import fcntl
     except ImportError:
@@ -52,7 +56,7 @@ def locked(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[
 
 @contextlib.contextmanager
 def scratch_folder(kind: str) -> Iterator[Path]:
-    """A folder in the system's place for temporary files, removed at the end; what the killed left of that kind goes first."""
+    """Yield a temporary folder, removed at the end. Folders of this kind that killed processes left are removed first."""
     target = Path(tempfile.gettempdir(), f"swin-{kind}")
     sweep(target)
     folder = scratch_beside(target)
@@ -64,29 +68,29 @@ def scratch_folder(kind: str) -> Iterator[Path]:
 
 
 def scratch_beside(target: Path) -> Path:
-    """A name beside `target` that nobody else uses; it tells who made it, so that leftovers can be swept."""
+    """Return an unused name beside `target` that contains machine and process, so that `sweep` can find leftovers."""
     return target.with_name(f".{target.name}.partial-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def sweep(target: Path) -> None:
-    """Removes what the making of `target`, a folder or a file, left when it was killed on this machine."""
-    if os.name == "nt":  # where os.kill(pid, 0) is no question
+    """Remove scratch files and folders of `target` that killed processes of this machine left."""
+    if os.name == "nt":  # os.kill(pid, 0) would end the process there
         return
     ours = f".{target.name}.partial-{platform.node()}-"
     for leftover in target.parent.glob(glob.escape(ours) + "*"):
         made = re.fullmatch(r"(\d+)-[0-9a-f]{8}", leftover.name.removeprefix(ours))
-        if made is None:  # of a machine whose name begins like this one's
+        if made is None:  # from a machine whose name begins like this one's
             continue
         try:
             os.kill(int(made[1]), 0)
         except (ProcessLookupError, OverflowError):
-            with contextlib.suppress(OSError):  # it is another user's, and stays
+            with contextlib.suppress(OSError):  # it belongs to another user
                 if leftover.is_dir():
                     shutil.rmtree(leftover, ignore_errors=True)
                 else:
                     leftover.unlink(missing_ok=True)
         except OSError:
-            pass  # somebody else's process
+            pass  # the process runs and belongs to another user
 
 
 def bytes_writer(data: bytes) -> Callable[[Path], None]:

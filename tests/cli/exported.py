@@ -12,8 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,8 @@ SCRIPT = str(Path(sysconfig.get_path("scripts")) / "swin-deploy")
 
 # No test may reach the hub: a closed port on this very machine stands for it.
 OFFLINE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+
+HANG = 600  # s; ends a test that would hang for ever, and is never reached on a machine under load
 
 Done = subprocess.CompletedProcess[str]
 
@@ -115,27 +116,57 @@ def _heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def stopped(command: tuple[str, ...], cwd: Path, line: str, seconds: float, signum: int) -> tuple[int, list[str]]:
-    """Exit code and sentences of a command that got `signum` some seconds after it had said `line`."""
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=_heed_interrupts,
-    )
+def started(*command: str, cwd: Path) -> subprocess.Popen[str]:
+    """A command that runs in the background, with pipes."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=cwd, text=True, preexec_fn=_heed_interrupts, **pipes)
+
+
+def stopped(
+    process: subprocess.Popen[str], line: str, signum: int, ready: Callable[[], bool] | None = None
+) -> tuple[int, list[str]]:
+    """Exit code and sentences of a command that gets `signum` once it has logged `line` and `ready()` holds."""
     assert process.stderr is not None
-    said = []
-    for text in process.stderr:
-        said.append(text)
-        if line in text:
-            break
-    time.sleep(seconds)
+    assert any(line in text for text in iter(process.stderr.readline, ""))
+    while ready is not None and not ready():
+        assert process.poll() is None
     process.send_signal(signum)
-    out, err = process.communicate(timeout=60)
-    assert out == "" or process.returncode == 0  # 0: it was done before the signal came
+    return _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
+    out, err = process.communicate(timeout=HANG)
+    assert out == ""
     return process.returncode, [text for text in err.splitlines() if text.strip() and not text.startswith("[")]
+
+
+STOPPING = """
+import logging, os, sys
+
+line, calls, signum, arguments = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
+
+def count(frame, event, argument):
+    global calls
+    calls -= 1
+    if calls == 0:
+        sys.setprofile(None)
+        os.kill(os.getpid(), signum)
+
+class Watch(logging.Handler):
+    def emit(self, record):
+        if line in record.getMessage():
+            sys.setprofile(count)
+
+logging.getLogger("swin_deploy").addHandler(Watch())
+sys.argv = ["swin-deploy", *arguments]
+from swin_deploy.cli import main
+main()
+"""
+
+
+def stopped_at(line: str, calls: int, signum: int, *arguments: str, cwd: Path) -> tuple[int, list[str]]:
+    """Exit code and sentences of `swin-deploy` that sends itself `signum`, so many calls of functions after it logs `line`."""
+    return _end(started(sys.executable, "-c", STOPPING, line, str(calls), str(int(signum)), *arguments, cwd=cwd))
 
 
 @functools.cache
@@ -144,7 +175,7 @@ def exported(*options: str) -> Path:
 
     def make(path: Path) -> None:
         path.mkdir()
-        done = cli("export", *options, "--json", cwd=path)
+        done = cli_here("export", *options, "--json", cwd=path)
         result(done)
         assert len(list(path.iterdir())) == 1
         (path / "printed.json").write_text(done.stdout)

@@ -8,9 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 from cli.exported import THREE, cli_here, digits, result
 
 from swin_deploy.bundle import CONFIG, Bundle
+from swin_deploy.cli import output
 
 
 def test_labels_with_half_a_character(tmp_path: Path) -> None:
@@ -27,3 +29,15 @@ def test_labels_with_half_a_character(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert re.fullmatch(r"Run by onnxruntime \S+, fp32, on cpu\n", done.stderr)
     assert "drei \\ud83d" in done.stdout
+
+
+def test_progress_without_a_terminal_is_a_line_every_ten_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    console = output.Console()
+    for step in range(40):
+        console("Compiling", step, 40)
+        now[0] += 1
+    assert capsys.readouterr().err == "".join(f"[{n:6.1f} s] Compiling: {n} of 40\n" for n in (10, 20, 30))

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 from cli.exported import (
     FLOWER,
-    SCRIPT,
     THREE,
     WEIGHTS,
     cli,
@@ -29,7 +27,7 @@ from cli.exported import (
     one_block,
     refused,
     result,
-    stopped,
+    stopped_at,
 )
 
 import swin_deploy
@@ -137,10 +135,8 @@ def test_one_sentence(arguments: list[Any], parts: list[str], tmp_path: Path) ->
 @pytest.mark.parametrize(("variant", "offline"), [("swin-tiny", "0"), ("swinv2-tiny", "1")])
 def test_without_network_and_cache_the_ways_out_are_named(variant: str, offline: str, tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
-    begun = time.monotonic()
     done = cli("export", "--variant", variant, cwd=tmp_path, HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE=offline)
     refused(done, f"microsoft/{variant}", "--weights", "--random-weights")
-    assert time.monotonic() - begun < 30
     assert [path.name for path in tmp_path.iterdir() if path.name != "hf"] == []
 
 
@@ -241,7 +237,7 @@ def test_verify_fails_with_1_when_a_graph_disagrees(tmp_path: Path) -> None:
 def test_export_sweeps_takes_an_empty_folder_and_overwrites_only_with_force(tmp_path: Path) -> None:
     export = ("export", "--weights", str(one_block()), "-o", "b/")
     if os.name != "nt":
-        stopped((SCRIPT, *export), tmp_path, "Tracing", 0.0, signal.SIGKILL)
+        stopped_at("Tracing", 1, signal.SIGKILL, *export, cwd=tmp_path)
         [left] = tmp_path.iterdir()
         assert left.name.startswith(".b.partial-")
         refused(cli("build-engine", cwd=tmp_path), "no bundle in")

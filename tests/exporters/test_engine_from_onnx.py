@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -187,7 +186,6 @@ def python(code: str, *, absent: tuple[str, ...] = ()) -> subprocess.CompletedPr
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
         check=False,
     )
 
@@ -284,7 +282,7 @@ def test_other_threads_may_compile() -> None:
 
 
 INTERRUPTED = """
-import sys, time
+import sys
 from pathlib import Path
 from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
 from swin_deploy.specs import EngineSpec
@@ -294,7 +292,7 @@ def progress(phase, step, steps):
     calls.append(phase)
     if len(calls) == 1:
         print("started", flush=True)
-        time.sleep(1)  # the signal arrives in here, and must not be raised in here
+        sys.stdin.readline()  # the signal arrives in here, and must not be raised in here
 
 try:
     engine_from_onnx(Path(sys.argv[1]), EngineSpec(backend="tensorrt-rtx", gpus="sm_89", progress=progress))
@@ -317,6 +315,7 @@ def test_ctrl_c_stops_the_compiler(tmp_path: Path) -> None:
     command = [sys.executable, "-c", INTERRUPTED, str(path)]
     with subprocess.Popen(
         command,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -326,9 +325,8 @@ def test_ctrl_c_stops_the_compiler(tmp_path: Path) -> None:
     ) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "started\n"
-        time.sleep(0.2)
         child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=60)
+        out, err = child.communicate("\n")
     assert out == "interrupted 1\n", err
     assert child.returncode == 0
 
@@ -358,9 +356,7 @@ except KeyboardInterrupt:
 def test_the_handler_of_the_caller_is_put_back_and_called() -> None:
     """In a process of its own: interrupts are no good company for a test runner."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    done = subprocess.run(
-        [sys.executable, "-c", HANDLED], capture_output=True, text=True, env=environment, cwd=HERE, timeout=300
-    )
+    done = subprocess.run([sys.executable, "-c", HANDLED], capture_output=True, text=True, env=environment, cwd=HERE)
     assert (done.returncode, done.stdout) == (0, "interrupted True True\n"), done.stderr
 
 

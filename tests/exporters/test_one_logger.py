@@ -54,11 +54,11 @@ def test_who_works_at_the_same_time_hears_its_own() -> None:
 
     def progress(phase: str, step: int, steps: int) -> None:
         compiling.set()
-        assert failed.wait(120)  # so that the failure falls into the compilation
+        assert failed.wait(600)  # so that the failure falls into the compilation
 
     def fails() -> str:
         said.clear()
-        assert compiling.wait(60)
+        assert compiling.wait(600)
         assert trt.Runtime(logger).deserialize_cuda_engine(b"no plan" * 100) is None
         failed.set()
         return said.sentence()
@@ -66,7 +66,7 @@ def test_who_works_at_the_same_time_hears_its_own() -> None:
     with ThreadPoolExecutor(1) as pool, compiler_messages() as words:
         reason = pool.submit(fails)
         engine_from_onnx(attention().SerializeToString(), replace(SM89, progress=progress))
-        assert "Serialization" in reason.result(120)
+        assert "Serialization" in reason.result()
     assert not [text for level, text in words if level == "ERROR"]
     assert any(text.startswith("Layers:") for _, text in words)
 
