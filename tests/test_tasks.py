@@ -211,7 +211,7 @@ def test_one_file_holds_each_tensor_once(several: Path, checkpoint: Path) -> Non
 def test_the_graph_that_fits_is_taken(several: Path, checkpoint: Path, precision: str) -> None:
     allowed = 1e-4 if precision == "fp32" else 2e-2
     read = checkpoint_from_path(checkpoint, TaskSpec())
-    with swin_deploy.load(several, precision=precision) as model:
+    with swin_deploy.load(several, backend="onnxruntime", precision=precision) as model:
         assert model.image_sizes == tuple(SIZES)
         for size in (SIZES[1], SIZES[0], SIZES[2], SIZES[1]):
             given = pixels(2, 3, *size)
@@ -260,7 +260,7 @@ def test_options_of_the_command(checkpoint: Path, tmp_path: Path) -> None:
     done = run("export", "--weights", checkpoint, "--task", "backbone", "--out-features", "stem, stage2",
                "--image-size", "40x56", "--image-size", "32", "-o", out)  # fmt: skip
     assert done.exit_code == 0, done.output
-    with swin_deploy.load(out, precision="fp32") as model:
+    with swin_deploy.load(out, backend="onnxruntime", precision="fp32") as model:
         assert model.task == TaskSpec("backbone", out_features=("stem", "stage2"))
         assert model.image_sizes == ((40, 56), (32, 32))
         found = model.run({PIXELS: np.zeros((1, 3, 40, 56), np.float32)})
@@ -275,7 +275,7 @@ def test_other_options_of_the_command(checkpoint: Path, tmp_path: Path) -> None:
     done = run("export", "--weights", checkpoint, "--task", "feature-extraction", "--no-pooling-layer", "--output-attentions",
                "--framework", "timm", "-o", out)  # fmt: skip
     assert done.exit_code == 0, done.output
-    with swin_deploy.load(out, precision="fp32") as model:
+    with swin_deploy.load(out, backend="onnxruntime", precision="fp32") as model:
         assert [spec.name for spec in model.outputs] == ["last_hidden_state", "attentions.0", "attentions.1"]
         assert (model.config.framework, model.bundle.manifest["semantics"]) == ("timm", "timm")
 

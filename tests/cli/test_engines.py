@@ -17,7 +17,6 @@ from cli.exported import (
     OFFLINE,
     SCRIPT,
     THREE,
-    cli,
     cli_here,
     contents,
     copied,
@@ -61,7 +60,7 @@ BUILD = ("build-engine", "b", "--gpu", "sm_89")
 def test_an_option_is_refused_in_one_sentence(arguments: list[str], parts: list[str], tmp_path: Path) -> None:
     copied(2, tmp_path / "b")
     before = contents(tmp_path)
-    refused(cli(*BUILD, *arguments, cwd=tmp_path), *parts)
+    refused(cli_here(*BUILD, *arguments, cwd=tmp_path), *parts)
     assert contents(tmp_path) == before
 
 
@@ -69,7 +68,7 @@ def test_ranges_measured_on_images_are_in_the_manifest(tmp_path: Path) -> None:
     """A graph is written again for other images, and its engine with it only where the graph is another one."""
     path = copied(2, tmp_path / "b")
     images = Path(__file__).parents[2] / "examples" / "digits" / "images"
-    result(cli(*BUILD, "--json", "--data", str(images), "--samples", "2", cwd=tmp_path))
+    result(cli_here(*BUILD, "--json", "--data", str(images), "--samples", "2", cwd=tmp_path))
     entry = Bundle.open(path).graphs["onnx/model_fp16.onnx"]
     assert entry["ranges"]["samples"] == 2
     islands = {island["at"]: (island["nodes"], island["reason"]) for island in entry["islands"]}
@@ -77,27 +76,27 @@ def test_ranges_measured_on_images_are_in_the_manifest(tmp_path: Path) -> None:
     assert len(islands) == blocks, "nothing in this network comes near 65504"
     assert all(name.endswith(".attention") and nodes == 9 for name, (nodes, _) in islands.items())
     assert all("padding token" in reason for _, reason in islands.values())
-    [again] = result(cli(*BUILD, "--json", "--data", str(images), cwd=tmp_path))  # type: ignore[misc]
+    [again] = result(cli_here(*BUILD, "--json", "--data", str(images), cwd=tmp_path))  # type: ignore[misc]
     assert again["reused"]
     assert Bundle.open(path).graphs["onnx/model_fp16.onnx"]["ranges"]["samples"] > 2
 
 
 def test_refit_has_nothing_to_do(tmp_path: Path) -> None:
-    refused(cli("refit", digits(2), cwd=tmp_path), "lacks its weights", "--strip-weights")
-    refused(cli("refit", "absent", cwd=tmp_path), "no bundle at absent")
+    refused(cli_here("refit", digits(2), cwd=tmp_path), "lacks its weights", "--strip-weights")
+    refused(cli_here("refit", "absent", cwd=tmp_path), "no bundle at absent")
 
 
 @no_gpu
 def test_refit_needs_the_gpu_of_the_engine(tmp_path: Path) -> None:
     """An engine that was stripped elsewhere: its bundle was brought to a machine without a GPU."""
     path = copied(2, tmp_path / "b")
-    [engine] = result(cli(*BUILD, "--json", cwd=tmp_path))  # type: ignore[misc]
+    [engine] = result(cli_here(*BUILD, "--json", cwd=tmp_path))  # type: ignore[misc]
     file = Path(engine["engine"]).relative_to("b")
     bundle, plan = Bundle.open(path), (tmp_path / engine["engine"]).read_bytes()
     entry = {**bundle.files[file.as_posix()], "options": {"strip_weights": True}}
     bundle.with_file("engines/fp16-stripped-sm_89.engine", entry, lambda target: target.write_bytes(plan) and None)
     before = contents(tmp_path)
-    refused(cli("refit", "b", cwd=tmp_path), "was compiled for sm_89", "none that is usable", "on the target machine")
+    refused(cli_here("refit", "b", cwd=tmp_path), "was compiled for sm_89", "none that is usable", "on the target machine")
     assert contents(tmp_path) == before
 
 
@@ -111,16 +110,16 @@ def test_every_spec_is_an_engine_of_its_own_and_is_found_again(tmp_path: Path) -
         ["--batch", "1", "--batch", "1:4:8"],
         ["--fp32", "--batch", "1", "--batch", "1:4:8", "--workspace", "1GiB"],
     ]
-    made: list[Any] = [result(cli(*BUILD, *spec, "--json", cwd=tmp_path)) for spec in specs]
+    made: list[Any] = [result(cli_here(*BUILD, *spec, "--json", cwd=tmp_path)) for spec in specs]
     assert [one["reused"] for [one] in made] == [False] * len(specs)
     assert len({one["engine"] for [one] in made}) == len({one["fingerprint"] for [one] in made}) == len(specs)
     assert [one["options"] for [one] in made[:3]] == [{}, {"workspace": 1 << 30}, {"workspace": 512 << 20}]
-    again: list[Any] = [result(cli(*BUILD, *spec, "--json", cwd=tmp_path)) for spec in reversed(specs)]
+    again: list[Any] = [result(cli_here(*BUILD, *spec, "--json", cwd=tmp_path)) for spec in reversed(specs)]
     assert again == [[{**one, "reused": True}] for [one] in reversed(made)]
-    table = cli(*BUILD, "--batch", "1", "--batch", "1:4:8", cwd=tmp_path).stdout.splitlines()
+    table = cli_here(*BUILD, "--batch", "1", "--batch", "1:4:8", cwd=tmp_path).stdout.splitlines()
     assert [line.split()[1] for line in table[1:]] == ["1", "1:4:8"]
     assert len({line.split()[0] for line in table[1:]}) == 1
-    [forced] = result(cli(*BUILD, "--force", "--json", cwd=tmp_path))  # type: ignore[misc]
+    [forced] = result(cli_here(*BUILD, "--force", "--json", cwd=tmp_path))  # type: ignore[misc]
     assert (forced["reused"], forced["engine"]) == (False, made[0][0]["engine"])
 
 
@@ -138,20 +137,20 @@ def test_a_damaged_graph_is_not_read_and_not_needed(tmp_path: Path) -> None:
 
 def test_an_engine_of_another_graph_or_compiler_is_not_taken(tmp_path: Path) -> None:
     path = copied(2, tmp_path / "b")
-    [first] = result(cli(*BUILD, "--json", cwd=tmp_path))  # type: ignore[misc]
+    [first] = result(cli_here(*BUILD, "--json", cwd=tmp_path))  # type: ignore[misc]
     file = Path(first["engine"]).relative_to("b").as_posix()
     for change in ({"fingerprint": "of another release"}, {"fingerprint": None}):
         Bundle.open(path).with_entry(file, change)
-        [again] = result(cli(*BUILD, "--json", cwd=tmp_path))  # type: ignore[misc]
+        [again] = result(cli_here(*BUILD, "--json", cwd=tmp_path))  # type: ignore[misc]
         assert (again["reused"], again["fingerprint"]) == (False, first["fingerprint"])
 
 
 def test_a_gpu_may_be_named_and_is_its_compute_capability(tmp_path: Path) -> None:
     copied(2, tmp_path / "b")
-    [engine] = result(cli("build-engine", "b", "--gpu", "RTX-4090,l4,sm_89", "--json", cwd=tmp_path))  # type: ignore[misc]
+    [engine] = result(cli_here("build-engine", "b", "--gpu", "RTX-4090,l4,sm_89", "--json", cwd=tmp_path))  # type: ignore[misc]
     assert engine["gpu"] == "sm_89"
-    refused(cli("build-engine", "b", "--gpu", "rtx-4091", cwd=tmp_path), "no GPU 'rtx-4091'", "rtx-4090")
-    refused(cli("build-engine", "b", "--gpu", "h200", "--backend", "tensorrt-rtx", cwd=tmp_path), "no SM90")
+    refused(cli_here("build-engine", "b", "--gpu", "rtx-4091", cwd=tmp_path), "no GPU 'rtx-4091'", "rtx-4090")
+    refused(cli_here("build-engine", "b", "--gpu", "h200", "--backend", "tensorrt-rtx", cwd=tmp_path), "no SM90")
 
 
 def test_the_second_of_two_at_once_waits_and_finds_the_first_ones_engine(tmp_path: Path) -> None:
@@ -164,7 +163,7 @@ def test_the_second_of_two_at_once_waits_and_finds_the_first_ones_engine(tmp_pat
     assert sorted(engine["reused"] for engine in engines) == [False, True, True]
     assert len({engine["sha256"] for engine in engines}) == 1
     assert sum("Compiling" in err for _, err, _ in done) == 1
-    assert cli("verify", "b", cwd=tmp_path).returncode == 0
+    assert cli_here("verify", "b", cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -176,7 +175,7 @@ def test_one_that_waits_can_be_stopped(signum: signal.Signals, tmp_path: Path) -
     word = "interrupted" if signum == signal.SIGINT else "terminated"
     assert (code, said) == (128 + signum, [f"swin-deploy: {word}; no partial files were left"])
     assert contents(tmp_path) == before
-    assert result(cli(*BUILD, "--json", cwd=tmp_path))
+    assert result(cli_here(*BUILD, "--json", cwd=tmp_path))
 
 
 def test_one_that_waited_looks_again(tmp_path: Path) -> None:
@@ -203,9 +202,9 @@ def test_a_full_disk_leaves_no_engine(tmp_path: Path) -> None:
     try:
         copied(2, place / "b")
         before = contents(place)
-        refused(cli(*BUILD, cwd=place), ".engine cannot be written: No space left")
+        refused(cli_here(*BUILD, cwd=place), ".engine cannot be written: No space left")
         assert contents(place) == before | {"b/engines": ""}
-        assert cli("verify", "b", cwd=place).returncode == 0
+        assert cli_here("verify", "b", cwd=place).returncode == 0
     finally:
         subprocess.run(["umount", place], check=True)
 

@@ -73,8 +73,8 @@ def test_logits_equal_transformers_for_all_kinds_of_images(photos: dict[str, Pat
     processor = transformers.ViTImageProcessorPil.from_pretrained(WEIGHTS[1])
     network = transformers.SwinForImageClassification.from_pretrained(WEIGHTS[1]).eval()
     with (
-        swin_deploy.load(embedded("--embed-preprocess"), precision="fp32") as model,
-        swin_deploy.load(digits(1), precision="fp32") as plain,
+        swin_deploy.load(embedded("--embed-preprocess"), backend="onnxruntime", precision="fp32") as model,
+        swin_deploy.load(digits(1), backend="onnxruntime", precision="fp32") as plain,
     ):
         assert [str(spec) for spec in model.inputs] == ["pixel_values: uint8 [batch, 32, 32, 3]"]
         for name, path in photos.items():
@@ -96,7 +96,10 @@ def test_frames_of_a_camera_are_resized_in_the_graph(tmp_path: Path) -> None:
     assert entry["preprocessing"]["frame_size"] == list(FRAME)
     assert entry["preprocessing"]["steps"]["resize"] == {"size": [32, 32], "resample": 3}
     assert entry["agreement"]["verified"]
-    with swin_deploy.load(path, precision="fp32") as model, swin_deploy.load(digits(1), precision="fp32") as plain:
+    with (
+        swin_deploy.load(path, backend="onnxruntime", precision="fp32") as model,
+        swin_deploy.load(digits(1), backend="onnxruntime", precision="fp32") as plain,
+    ):
         assert [str(spec) for spec in model.inputs] == ["pixel_values: uint8 [batch, 427, 640, 3]"]
         frames = np.stack([np.asarray(Image.open(photo)) for photo in (CHINA, FLOWER)])
         expected = plain.run({"pixel_values": plain.preprocessor(list(frames))})["logits"]
@@ -187,7 +190,7 @@ def test_every_task_and_size_on_both_back_ends(task: str, tmp_path: Path) -> Non
     assert [entry["agreement"]["verified"] for entry in made.graphs.values()] == [True, True]
     assert all(verdict.verified for verdict in swin_deploy.verify(tmp_path / "b", backend="openvino"))
     frames = np.stack([np.asarray(Image.open(photo).resize((42, 30))) for photo in (CHINA, FLOWER)])
-    with swin_deploy.load(tmp_path / "b", precision="fp32") as model:
+    with swin_deploy.load(tmp_path / "b", backend="onnxruntime", precision="fp32") as model:
         feeds = {"pixel_values": frames}
         if spec.masked:
             feeds["bool_masked_pos"] = np.zeros((2, 8 * 11), dtype=bool)

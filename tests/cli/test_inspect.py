@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx
 import pytest
-from cli.exported import WEIGHTS, cli, contents, copied, digits, refused, result
+from cli.exported import WEIGHTS, cli_here, contents, copied, digits, refused, result
 from onnx import TensorProto, helper
 
 from swin_deploy.bench.baselines import torchscript_export, transformers_network
@@ -22,14 +22,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("transformers", reason="its export is compared with")
     folder = tmp_path_factory.mktemp("inspect")
     copied(2, folder / "b")
-    assert cli("build-engine", "b", "--fp32", "--gpu", "sm_89", cwd=folder).returncode == 0
+    assert cli_here("build-engine", "b", "--fp32", "--gpu", "sm_89", cwd=folder).returncode == 0
     (folder / "theirs.onnx").write_bytes(torchscript_export(transformers_network(WEIGHTS[2]), (1, 3, 32, 32)))
     return folder
 
 
 def test_a_bundle_in_a_table(place: Path) -> None:
     before = contents(place)
-    done = cli("inspect", "b", cwd=place)
+    done = cli_here("inspect", "b", cwd=place)
     assert done.returncode == 0, done.stderr
     graphs, engines = done.stdout.split("\n\n")
     assert [line.split()[0] for line in graphs.splitlines()[1:]] == ["b/onnx/model.onnx", "b/onnx/model_fp16.onnx"]
@@ -45,12 +45,12 @@ def test_a_bundle_in_a_table(place: Path) -> None:
 def test_a_baseline_beside_a_bundle(place: Path) -> None:
     """The same network has the same matmuls; only the rest differs."""
     before = contents(place)
-    ours, theirs = result(cli("inspect", "b", "--compare", "theirs.onnx", "--json", cwd=place))  # type: ignore[misc]
+    ours, theirs = result(cli_here("inspect", "b", "--compare", "theirs.onnx", "--json", cwd=place))  # type: ignore[misc]
     assert ours["graphs"]["onnx/model.onnx"]["flops"] == theirs["graphs"]["theirs.onnx"]["flops"]
     [mine], [other] = ours["engines"], theirs["engines"]
     assert (other["precision"], other["gpu"], other["batch"]) == ("fp32", "sm_89", [1, 1, 1])
     assert 0 < mine["kernels"] < other["kernels"]
-    table = cli("inspect", "b", "--compare", "theirs.onnx", "--gpu", "l4", cwd=place)
+    table = cli_here("inspect", "b", "--compare", "theirs.onnx", "--gpu", "l4", cwd=place)
     rows = {line.split("  ")[0]: line.split() for line in table.stdout.split("\n\n")[2].splitlines()}
     assert rows["kernels"][-3:-1] == [str(mine["kernels"]), str(other["kernels"])]
     assert float(rows["kernels"][-1]) == pytest.approx(other["kernels"] / mine["kernels"], abs=0.01)
@@ -59,19 +59,19 @@ def test_a_baseline_beside_a_bundle(place: Path) -> None:
 
 
 def test_a_plot(place: Path, tmp_path: Path) -> None:
-    done = cli("inspect", place / "b", "--plot", "engines.svg", cwd=tmp_path)
+    done = cli_here("inspect", place / "b", "--plot", "engines.svg", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert ET.parse(tmp_path / "engines.svg").getroot().tag.endswith("svg")
-    refused(cli("inspect", place / "b", "--plot", "engines.gif", cwd=tmp_path), "engines.gif", ".svg, .png or .pdf")
-    refused(cli("inspect", place / "b", "--plot", "no/engines.svg", cwd=tmp_path), "a folder that can be written")
+    refused(cli_here("inspect", place / "b", "--plot", "engines.gif", cwd=tmp_path), "engines.gif", ".svg, .png or .pdf")
+    refused(cli_here("inspect", place / "b", "--plot", "no/engines.svg", cwd=tmp_path), "a folder that can be written")
     assert [file.name for file in tmp_path.iterdir()] == ["engines.svg"]
 
 
 def test_a_bundle_without_engines_is_its_graphs(tmp_path: Path) -> None:
-    found: Any = result(cli("inspect", digits(1), "--json", cwd=tmp_path))
+    found: Any = result(cli_here("inspect", digits(1), "--json", cwd=tmp_path))
     assert (len(found["graphs"]), found["engines"]) == (2, [])
-    assert "engine" not in cli("inspect", digits(1), cwd=tmp_path).stdout
-    done = cli("inspect", digits(1), "--compare", digits(2), cwd=tmp_path)
+    assert "engine" not in cli_here("inspect", digits(1), cwd=tmp_path).stdout
+    done = cli_here("inspect", digits(1), "--compare", digits(2), cwd=tmp_path)
     assert "The two have no engines of the same" in done.stdout
 
 
@@ -101,8 +101,8 @@ def test_what_cannot_be_inspected_is_refused_in_one_sentence(tmp_path: Path) -> 
         (["four.onnx", "--gpu", "h100", "--backend", "tensorrt-rtx"], ["does not support SM90"]),
         (["four.onnx", "--batch", "0"], ["Invalid batch"]),
     ):
-        refused(cli("inspect", *arguments, cwd=tmp_path), *parts)
-    done = cli("inspect", "unknown.onnx", cwd=tmp_path)
+        refused(cli_here("inspect", *arguments, cwd=tmp_path), *parts)
+    done = cli_here("inspect", "unknown.onnx", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "node first (RollWindows)" in done.stderr.splitlines()[-1]
     assert done.stderr.splitlines()[-1].startswith("swin-deploy: TensorRT for RTX")
@@ -111,7 +111,7 @@ def test_what_cannot_be_inspected_is_refused_in_one_sentence(tmp_path: Path) -> 
 
 def test_the_batch_of_a_foreign_file(tmp_path: Path) -> None:
     onnx.save(foreign("Relu", "", ["batch", 8]), tmp_path / "x.onnx")
-    found: Any = result(cli("inspect", "x.onnx", "--batch", "16", "--gpu", "rtx-5090", "--json", cwd=tmp_path))
+    found: Any = result(cli_here("inspect", "x.onnx", "--batch", "16", "--gpu", "rtx-5090", "--json", cwd=tmp_path))
     [engine] = found["engines"]
     assert (engine["batch"], engine["gpu"], engine["kernels"]) == ([16, 16, 16], "sm_120", 1)
     assert engine["bytes_moved"] == 2 * 16 * 8 * 4

@@ -1,4 +1,4 @@
-"""The verbs as the README uses them, each in a process of its own, from an empty directory to a named photograph."""
+"""The verbs as the README uses them, from an empty directory to a named photograph."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from swin_deploy.bundle import Bundle
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engines of these tests")
 
+FAST = ("--backend", "onnxruntime", "--precision", "fp32")  # measures nothing first, as auto does
 LARGE = {"swin-tiny": (95, 224), "swinv2-tiny": (107, 256)}  # variant -> (most kernels for SM89, image size)
 
 
@@ -47,7 +48,7 @@ def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """`export --variant` with random weights, then `build-engine --fp16` without naming the bundle."""
     folder = tmp_path_factory.mktemp(request.param)
     exported = exported_into(folder, "--variant", request.param, "--random-weights")
-    engines: Any = result(cli("build-engine", "--fp16", "--gpu", "sm_89", "--json", cwd=folder))
+    engines: Any = result(cli_here("build-engine", "--fp16", "--gpu", "sm_89", "--json", cwd=folder))
     return Made(folder, exported, engines)
 
 
@@ -56,10 +57,10 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """The same of a trained checkpoint, and `build-engine` without any argument at all."""
     folder = tmp_path_factory.mktemp("trained")
     exported = exported_into(folder, "--weights", str(WEIGHTS[request.param]))
-    done = cli("build-engine", cwd=folder)
+    done = cli_here("build-engine", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert f"Taking the newest bundle here, {WEIGHTS[request.param].name}" in done.stderr
-    engines: Any = result(cli("build-engine", "--json", cwd=folder))
+    engines: Any = result(cli_here("build-engine", "--json", cwd=folder))
     return Made(folder, exported, engines)
 
 
@@ -71,7 +72,7 @@ def check(made: Made, name: str) -> None:
     graph = Bundle.open(path).files["onnx/model_fp16.onnx"]
     assert graph["agreement"]["verified"]
     assert {engine["parent"] for engine in made.engines} == {graph["sha256"]}
-    verdicts: Any = result(cli("verify", name, "--json", cwd=made.folder))
+    verdicts: Any = result(cli_here("verify", name, "--json", cwd=made.folder))
     assert verdicts["files_intact"]
     assert {row["file"]: row["verified"] for row in verdicts["graphs"]} == {
         "onnx/model.onnx": True,
@@ -94,7 +95,7 @@ def test_from_an_empty_directory_to_a_photograph(large: Made) -> None:
     graph = large.exported["files"]["onnx/model.onnx"]
     assert (graph["image_size"], graph["reference"]) == ([side, side], "reference.npz")
     assert graph["inputs"] == [{"name": "pixel_values", "dtype": "float32", "shape": ["batch", 3, side, side]}]
-    [answer] = result(cli("predict", name, FLOWER, "-k", 3, "--json", cwd=large.folder))  # type: ignore[misc]
+    [answer] = result(cli_here("predict", name, FLOWER, "-k", 3, *FAST, "--json", cwd=large.folder))  # type: ignore[misc]
     assert answer["image"] == str(FLOWER)
     scores = [prediction["score"] for prediction in answer["predictions"]]
     assert len(scores) == 3
@@ -108,14 +109,14 @@ def test_a_trained_model_all_the_way(trained: Made) -> None:
     assert all(engine["reused"] for engine in trained.engines)
     assert {engine["profiles"][0]["fused_attention"] for engine in trained.engines} == {4}
     for precision in ("fp32", "fp16"):
-        done = cli("predict", name, THREE, "--precision", precision, cwd=trained.folder)
+        done = cli_here("predict", name, THREE, "--backend", "onnxruntime", "--precision", precision, cwd=trained.folder)
         assert re.search(r"3\.png +1 +\d\d\.\d\d% +three\n", done.stdout), done.stdout
 
 
 def test_other_targets_join_the_ones_that_are_there(trained: Made) -> None:
     name = trained.exported["name"]
-    [fp32] = result(cli("build-engine", name, "--fp32", "--gpu", "sm_89", "--json", cwd=trained.folder))  # type: ignore[misc]
-    [wide] = result(cli("build-engine", name, "--batch", "1:4:8", "--gpu", "sm_89", "--json", cwd=trained.folder))  # type: ignore[misc]
+    [fp32] = result(cli_here("build-engine", name, "--fp32", "--gpu", "sm_89", "--json", cwd=trained.folder))  # type: ignore[misc]
+    [wide] = result(cli_here("build-engine", name, "--batch", "1:4:8", "--gpu", "sm_89", "--json", cwd=trained.folder))  # type: ignore[misc]
     assert (fp32["precision"], wide["profiles"][0]["batch"]) == ("fp32", [1, 4, 8])
     assert fp32["parent"] == Bundle.open(trained.folder / name).files["onnx/model.onnx"]["sha256"]
     held = {file for file in Bundle.open(trained.folder / name).files if file.endswith(".engine")}
@@ -143,27 +144,29 @@ def test_two_compilers_at_once_lose_nothing(tmp_path: Path) -> None:
 
 def test_what_was_deleted_is_made_again_and_what_was_changed_is_refused(tmp_path: Path) -> None:
     path = copied(2, tmp_path / "b")
-    [engine] = result(cli("build-engine", "b", "--gpu", "sm_89", "--json", cwd=tmp_path))  # type: ignore[misc]
+    [engine] = result(cli_here("build-engine", "b", "--gpu", "sm_89", "--json", cwd=tmp_path))  # type: ignore[misc]
     (tmp_path / engine["engine"]).unlink()
     (path / "onnx/model_fp16.onnx").unlink()
-    [again] = result(cli("build-engine", "b", "--gpu", "sm_89", "--json", cwd=tmp_path))  # type: ignore[misc]
+    [again] = result(cli_here("build-engine", "b", "--gpu", "sm_89", "--json", cwd=tmp_path))  # type: ignore[misc]
     assert not again["reused"]
-    assert cli("verify", "b", cwd=tmp_path).returncode == 0
+    assert cli_here("verify", "b", cwd=tmp_path).returncode == 0
     for file in (again["engine"], "b/onnx/model_fp16.onnx"):
         whole = (tmp_path / file).read_bytes()
         (tmp_path / file).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        done = cli("build-engine", "b", "--gpu", "sm_89", cwd=tmp_path)
+        done = cli_here("build-engine", "b", "--gpu", "sm_89", cwd=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
-        assert "It was changed or damaged" in done.stderr
-    done = cli("build-engine", "b", "--gpu", "sm_89", "--force", cwd=tmp_path)
+        assert "is not the file that was" in done.stderr
+    done = cli_here("build-engine", "b", "--gpu", "sm_89", "--force", cwd=tmp_path)
     assert done.returncode == 2  # no engine is compiled from a graph that was changed
 
 
 def test_a_deleted_fp32_graph_is_noticed_although_the_engine_is_there(tmp_path: Path) -> None:
     path = copied(2, tmp_path / "b")
-    result(cli("build-engine", "b", "--gpu", "sm_89", "--json", cwd=tmp_path))
+    result(cli_here("build-engine", "b", "--gpu", "sm_89", "--json", cwd=tmp_path))
     (path / "onnx/model.onnx").unlink()
-    refused(cli("build-engine", "b", "--gpu", "sm_89", cwd=tmp_path), "model.onnx cannot be read", "Export the bundle again")
+    refused(
+        cli_here("build-engine", "b", "--gpu", "sm_89", cwd=tmp_path), "model.onnx cannot be read", "Export the bundle again"
+    )
 
 
 def test_predict_says_that_it_measures(tmp_path: Path) -> None:
@@ -206,8 +209,8 @@ def test_a_bundle_is_its_folder_wherever_that_is(tmp_path: Path) -> None:
         (path / "onnx", ".."),
         (tmp_path, "./mit Leer zeichen/../link"),
     ):
-        [answer] = result(cli("predict", named, THREE, "--json", cwd=cwd))  # type: ignore[misc]
+        [answer] = result(cli_here("predict", named, THREE, *FAST, "--json", cwd=cwd))  # type: ignore[misc]
         assert answer["predictions"][0]["label"] == "three"
-    [inside] = result(cli("build-engine", "--gpu", "sm_89", "--json", cwd=path))  # type: ignore[misc]
+    [inside] = result(cli_here("build-engine", "--gpu", "sm_89", "--json", cwd=path))  # type: ignore[misc]
     assert (path / inside["engine"]).is_file()
     assert json.loads((path / "manifest.json").read_text())["name"] == "swin-digits"

@@ -64,6 +64,6 @@ def test_exported(name: str, tmp_path: Path) -> None:
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = SwinNetwork(config(name), (16, 16), random_checkpoint(config(name), TaskSpec()).tensors)(pixels)[0]
-    with swin_deploy.load(tmp_path / "b", precision="fp32") as model:
+    with swin_deploy.load(tmp_path / "b", backend="onnxruntime", precision="fp32") as model:
         found = torch.from_numpy(model.run({"pixel_values": pixels.numpy()})["logits"])
     assert (found - expected).norm() <= 1e-5 * expected.norm()

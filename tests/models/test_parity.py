@@ -223,7 +223,7 @@ def test_published_size_through_the_whole_chain(version: int, name: str, tmp_pat
     bundle = swin_deploy.export(weights=tmp_path / "checkpoint", output=tmp_path / "bundle")
     with_typed_graphs(bundle, "fp16", runtime_from_onnx)
     for precision, allowed in (("fp32", 1e-5), ("fp16", 5e-3)):
-        with swin_deploy.load(bundle.path, precision=precision, threads=1) as loaded:
+        with swin_deploy.load(bundle.path, backend="onnxruntime", precision=precision, threads=1) as loaded:
             for batch, pixels in batches.items():
                 agreement = compare(loaded.run({"pixel_values": pixels.numpy()})["logits"], expected[batch])
                 assert agreement.within(allowed), (precision, batch, agreement)
