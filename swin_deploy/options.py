@@ -251,7 +251,7 @@ def choice(kind: str, choices: Iterable[str]) -> Parser:
 def texts(name: str, value: Any) -> tuple[str, ...]:
     """Accept several texts, or one text with commas between them."""
     given = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (None,)
-    if not all(isinstance(one, str) for one in given):
+    if not all(isinstance(one, str) and one.strip(" ,") for one in given):
         raise _refuse(name, value, "a list of texts")
     return tuple(part.strip() for one in given for part in one.split(",") if part.strip())
 

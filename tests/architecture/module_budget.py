@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ROOT / "examples/digits"
 FOLDERS = ("swin_deploy", "exporters", "runtimes", "calib")
 # Most modules that a verb may enter.
-LIMITS = {"export": 35, "load": 17, "classify": 7, "build-engine": 32, "quantize": 45}
+LIMITS = {"export": 30, "load": 15, "classify": 7, "build-engine": 28, "quantize": 36}
 
 
 def _module_of(file: str) -> str | None:
@@ -45,9 +45,7 @@ def traced() -> Iterator[set[str]]:
     entered: set[str] = set()
     modules: dict[CodeType, str | None] = {}
 
-    def profile(frame: FrameType, event: str, argument: Any) -> None:
-        if event != "call":
-            return
+    def called(frame: FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
         if code not in modules:
             modules[code] = _module_of(code.co_filename)
@@ -55,32 +53,32 @@ def traced() -> Iterator[set[str]]:
         if module is not None and module not in entered and not _loads_a_module(frame):
             entered.add(module)
 
-    threading.setprofile(profile)
-    sys.setprofile(profile)
+    threading.settrace(called)
+    sys.settrace(called)
     try:
         yield entered
     finally:
-        sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
+        sys.settrace(None)
+        threading.settrace(None)  # type: ignore[arg-type]
 
 
 def entered_modules(folder: Path) -> Iterator[tuple[str, set[str]]]:
     """Run the five verbs in `folder` and yield each with the modules that it entered."""
-    import swin_deploy
+    from swin_deploy import build_engine, export, load, quantize
 
     bundle, images = folder / "bundle", DIGITS / "images"
     model: Any = None
 
-    def load() -> None:
+    def open_model() -> None:
         nonlocal model
-        model = swin_deploy.load(bundle, backend="onnxruntime", device="cpu")
+        model = load(bundle, backend="onnxruntime", device="cpu")
 
     steps: dict[str, Callable[[], object]] = {
-        "export": lambda: swin_deploy.export(weights=DIGITS / "swinv2-digits", image_sizes=[(32, 32), (48, 48)], output=bundle),
-        "load": load,
+        "export": lambda: export(weights=DIGITS / "swinv2-digits", image_sizes=[(32, 32), (48, 48)], output=bundle),
+        "load": open_model,
         "classify": lambda: model.classify(images / "3.png"),
-        "build-engine": lambda: swin_deploy.build_engine(bundle, precision="fp16", gpus=("sm_89",)),
-        "quantize": lambda: swin_deploy.quantize(bundle, images),
+        "build-engine": lambda: build_engine(bundle, precision="fp16", gpus=("sm_89",)),
+        "quantize": lambda: quantize(bundle, images),
     }
     for verb, run in steps.items():
         start = time.perf_counter()
