@@ -46,14 +46,14 @@ def test_runs_any_batch(batch: int) -> None:
         ({"a": ones(1, 2)}, '"b" is missing'),
         ({}, '"a" is missing'),
         ({"a": ones(1, 2), "b": ones(1, 2), "c": ones(1)}, 'no input "c".*a: float32'),
-        ({"a": ones(1, 2), "b": ones(1, 2, dtype="float64")}, r'dtype float64; expected .*astype\("float32"\)'),
+        ({"a": ones(1, 2), "b": ones(1, 2, dtype="float64")}, r'dtype float64. Expected .*astype\("float32"\)'),
         ({"a": ones(1, 2), "b": ones(1, 2, dtype=">f4")}, "dtype >f4"),
-        ({"a": ones(1, 2), "b": ones(1, 3)}, r"shape \[1, 3\]; expected b: float32 \[batch, 2\]"),
+        ({"a": ones(1, 2), "b": ones(1, 3)}, r"shape \[1, 3\]. Expected b: float32 \[batch, 2\]"),
         ({"a": ones(1, 2), "b": ones(2)}, r"shape \[2\]"),
         ({"a": ones(1, 2), "b": ones(1, 2, 1)}, "shape"),
-        ({"a": ones(0, 2), "b": ones(0, 2)}, r"shape \[0, 2\] and holds nothing; expected .*at least one image"),
-        ({"a": ones(1, 2), "b": ones(2, 2)}, '"b" has a batch of 2, and "a" one of 1. Give both the same.'),
-        ({"a": [[1.0, 2.0]], "b": ones(1, 2)}, "is a list; expected a numpy array"),
+        ({"a": ones(0, 2), "b": ones(0, 2)}, r"shape \[0, 2\] and is empty. Expected .*at least one image"),
+        ({"a": ones(1, 2), "b": ones(2, 2)}, '"b" has a batch of 2, and "a" one of 1. Pass equal sizes.'),
+        ({"a": [[1.0, 2.0]], "b": ones(1, 2)}, "is a list. Expected a numpy array"),
         ({"a": None, "b": ones(1, 2)}, "is a NoneType"),
     ],
 )
@@ -85,24 +85,24 @@ def test_closed_by_an_error_inside() -> None:
 
 @pytest.mark.parametrize("feeds", [ones(1, 2), None, [ones(1, 2)]])
 def test_feeds_without_names(feeds: Any) -> None:
-    with Adder() as adder, pytest.raises(InputError, match=r"expected a dict with a: float32 \[batch, 2\], b"):
+    with Adder() as adder, pytest.raises(InputError, match=r"Expected a dict with a: float32 \[batch, 2\], b"):
         adder.run(feeds)
 
 
 @pytest.mark.parametrize("out", [ones(1, 2), [ones(1, 2)]])
 def test_an_out_without_names(out: Any) -> None:
-    with Adder() as adder, pytest.raises(InputError, match=r"out is a .*; expected a dict with sum: float32"):
+    with Adder() as adder, pytest.raises(InputError, match=r"out is a .*. Expected a dict with sum: float32"):
         adder.run({"a": ones(1, 2), "b": ones(1, 2)}, out)
 
 
 def test_an_out_with_other_names() -> None:
-    with Adder() as adder, pytest.raises(InputError, match="out holds None, total; expected an array for each of sum: float32"):
+    with Adder() as adder, pytest.raises(InputError, match="out has None, total. Expected an array for each of sum: float32"):
         adder.run({"a": ones(1, 2), "b": ones(1, 2)}, {None: ones(1, 2), "total": ones(1, 2)})  # type: ignore[dict-item]
 
 
 def test_out_in_memory_that_is_read_or_written_otherwise() -> None:
     memory = ones(3, 2)
-    with Adder() as adder, pytest.raises(InputError, match='"sum" lies in the same memory as that for "b"'):
+    with Adder() as adder, pytest.raises(InputError, match='"sum" shares memory with "b"'):
         adder.run({"a": ones(2, 2), "b": memory[:2]}, {"sum": memory[1:]})
     with Adder() as adder:
         adder.outputs = (adder.outputs[0], TensorSpec("same", "float32", ("batch", 2)))

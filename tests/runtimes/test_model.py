@@ -118,7 +118,7 @@ def test_arrays_prepared_as_run_takes_them(model: Model) -> None:
     ("feeds", "sentence"),
     [
         ({}, "missing"),
-        ({"pixel_values": FEED.astype(np.uint8)}, r"uint8; expected .*float32 .*make them with model\.preparation\(images\)"),
+        ({"pixel_values": FEED.astype(np.uint8)}, r"uint8. Expected .*float32 .*prepare images with model\.preparation\(images\)"),
         ({"pixel_values": FEED, "mask": FEED}, 'no input "mask"'),
         ({"pixel_values": FEED.astype(np.float64)}, "float64"),
         ({"pixel_values": FEED.astype(np.float16)}, "float16"),
@@ -179,10 +179,10 @@ def test_a_closed_model_says_so(backend: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"precision": "int4"}, 'no precision "int4"'),
-        ({"backend": "tensorflow"}, 'no back end "tensorflow"'),
-        ({"threads": -1}, "threads is -1"),
-        ({"threads": 10**6}, "threads is 1000000"),
+        ({"precision": "int4"}, 'Unknown precision "int4"'),
+        ({"backend": "tensorflow"}, 'Unknown back end "tensorflow"'),
+        ({"threads": -1}, "Invalid threads: -1"),
+        ({"threads": 10**6}, "Invalid threads: 1000000"),
     ],
 )
 def test_arguments_that_cannot_be_meant(arguments: dict[str, object], sentence: str) -> None:
@@ -195,7 +195,7 @@ def test_a_precision_that_is_not_there_yet(tmp_path: Path) -> None:
     with create_bundle(tmp_path / "b", replace=False, facts=whole.manifest) as draft:
         for file in whole.files.keys() - {"onnx/model_fp16.onnx"}:
             draft.add(file, whole.files[file], partial(shutil.copyfile, whole.path / file))
-    with pytest.raises(UsageError, match=r"holds no fp16 graph; it holds fp32.*build-engine"):
+    with pytest.raises(UsageError, match=r"has no fp16 graph, only fp32.*build-engine"):
         swin_deploy.load(tmp_path / "b", precision="fp16")
 
 
