@@ -41,7 +41,7 @@ def from_dlpack(spec: TensorSpec, value: Any, device: str, on_gpu: Callable[[Any
         InputError: `value` is no tensor, is on another device, or its library refuses to export it.
     """
     if not (hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__")):
-        raise InputError(f'The input "{spec.name}" is a {type(value).__name__}; expected a numpy array, {spec}.')
+        raise InputError(f'The input "{spec.name}" is a {type(value).__name__}. Expected a numpy array, {spec}.')
     if callable(is_neg := getattr(value, "is_neg", None)) and is_neg():
         value = value.resolve_neg()  # PyTorch exports the values before their pending negation
     try:

@@ -20,9 +20,10 @@ from swin_deploy.errors import EngineError, UsageError  # noqa: E402
 from swin_deploy.exporters.engines.build import layers_file  # noqa: E402
 from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx  # noqa: E402
 from swin_deploy.exporters.engines.layer_report import report_from_log, reports_by_profile  # noqa: E402
-from swin_deploy.exporters.engines.targets import RTX_LACKS, EngineSpec  # noqa: E402
+from swin_deploy.exporters.engines.targets import compiler_options, name_of_options  # noqa: E402
 from swin_deploy.gpus import cuda_devices  # noqa: E402
-from swin_deploy.specs import batch_from_text, bytes_from_text  # noqa: E402
+from swin_deploy.options import batch, memory  # noqa: E402
+from swin_deploy.specs import RTX_LACKS, EngineSpec  # noqa: E402
 
 no_gpu = pytest.mark.skipif(bool(cuda_devices()), reason="this machine has a GPU: what is told where there is none")
 
@@ -127,40 +128,40 @@ OPTIONS: dict[str, Any] = {
 def test_what_tensorrt_for_rtx_lacks_is_refused_with_the_reason(option: str) -> None:
     with pytest.raises(UsageError) as caught:
         EngineSpec(backend="tensorrt-rtx", gpus="sm_89", **{option: OPTIONS[option]})
-    assert str(caught.value).startswith(f"TensorRT for RTX has no {RTX_LACKS[option]}. Leave the option out")
+    assert str(caught.value).startswith(f"TensorRT for RTX has no {RTX_LACKS[option]}. Leave out the option")
     assert getattr(EngineSpec(backend="tensorrt", gpus="sm_89", **{option: OPTIONS[option]}), option) == OPTIONS[option]
 
 
 @no_gpu
 def test_stripping_without_a_gpu_is_refused() -> None:
-    with pytest.raises(EngineError, match="needs a GPU to compile engines without their weights"):
+    with pytest.raises(EngineError, match="needs a GPU to build engines without weights"):
         EngineSpec(backend="tensorrt-rtx", gpus="sm_89", strip_weights=True)
-    assert EngineSpec(backend="tensorrt", gpus="sm_89", strip_weights=True).options == {"strip_weights": True}
+    assert compiler_options(EngineSpec(backend="tensorrt", gpus="sm_89", strip_weights=True)) == {"strip_weights": True}
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"workspace": 0}, "workspace of 0 bytes"),
-        ({"workspace": True}, "workspace of True"),
-        ({"optimization_level": 6}, "no optimization level 6.*0 to 5"),
-        ({"optimization_level": -1}, "no optimization level -1"),
-        ({"profiles": ()}, r"\(\) cannot be meant.*one or more"),
-        ({"profiles": ((1, 1, 1), (1, 1, 1))}, "each of them once"),
-        ({"profiles": ((1, 8, 1 << 31),)}, "too large"),
-        ({"profiles": (1, 4, 8)}, "A batch of 1 cannot be meant"),
-        ({"timing_cache": Path("no/such/folder/timings")}, "timings cannot be a file"),
-        ({"timing_cache": Path()}, "it is a folder"),
+        ({"workspace": 0}, "Invalid workspace 0"),
+        ({"workspace": True}, "Invalid workspace True"),
+        ({"optimization_level": 6}, "Invalid optimization_level: 6.*0 to 5"),
+        ({"optimization_level": -1}, "Invalid optimization_level: -1"),
+        ({"batches": ()}, r"Invalid batches: \(\).*one or more"),
+        ({"batches": ((1, 1, 1), (1, 1, 1))}, "each of them once"),
+        ({"batches": ((1, 8, 1 << 31),)}, "Invalid batch range"),
+        ({"batches": (1, 4, 8)}, "Expected a list of ranges"),
+        ({"timing_cache": Path("no/such/folder/timings")}, "timings is not a file in an existing folder"),
+        ({"timing_cache": Path()}, "is not a file in an existing folder"),
     ],
 )
-def test_an_option_that_cannot_be_meant(options: dict[str, Any], words: str) -> None:
+def test_an_invalid_option(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         EngineSpec(backend="tensorrt", gpus="sm_89", **options)
     assert "\n" not in str(caught.value)
 
 
 def test_sizes_in_words() -> None:
-    assert [bytes_from_text(text) for text in ("2GiB", "512mib", "1.5 GiB", "500MB", "4096")] == [
+    assert [memory("workspace", text) for text in ("2GiB", "512mib", "1.5 GiB", "500MB", "4096")] == [
         2 << 30,
         512 << 20,
         3 << 29,
@@ -168,12 +169,12 @@ def test_sizes_in_words() -> None:
         4096,
     ]
     for text in ("", "0", "GiB", "2 giga", "-1GiB", "1e9", "0.1"):
-        with pytest.raises(UsageError, match="no size of memory"):
-            bytes_from_text(text)
-    assert [batch_from_text(text) for text in ("8", "1:8:32")] == [(8, 8, 8), (1, 8, 32)]
+        with pytest.raises(UsageError, match="Invalid workspace"):
+            memory("workspace", text)
+    assert [batch("batch", text) for text in ("8", "1:8:32")] == [(8, 8, 8), (1, 8, 32)]
     for text in ("", "8:1", "a", "1:2:3:4", "-1", "1:8:"):
         with pytest.raises(UsageError, match="MIN:OPT:MAX"):
-            batch_from_text(text)
+            batch("batch", text)
 
 
 def test_no_two_specs_share_their_words() -> None:
@@ -196,15 +197,15 @@ def test_no_two_specs_share_their_words() -> None:
         for hardware in (False, True)
         for stripped in (False, True)
     ]
-    assert len({spec.words for spec in specs}) == len(specs) == 360
+    assert len({name_of_options(spec) for spec in specs}) == len(specs) == 360
     many = [
         EngineSpec(backend="tensorrt", gpus="sm_89", batches=tuple((1, n, m) for n in range(1, 40)), strip_weights=s)
         for m in (50, 51)
-        for s in (0, 1)
+        for s in (False, True)
     ]
-    assert len({spec.words for spec in many}) == 4
-    assert max(len(spec.words) for spec in (*specs, *many)) <= 110
-    assert all(re.fullmatch(r"[a-z0-9_-]*", spec.words) for spec in (*specs, *many))
+    assert len({name_of_options(spec) for spec in many}) == 4
+    assert max(len(name_of_options(spec)) for spec in (*specs, *many)) <= 110
+    assert all(re.fullmatch(r"[a-z0-9_-]*", name_of_options(spec)) for spec in (*specs, *many))
 
 
 def test_the_workspace_is_a_limit() -> None:
@@ -213,7 +214,7 @@ def test_the_workspace_is_a_limit() -> None:
         attention().SerializeToString(), EngineSpec(backend="tensorrt-rtx", gpus="sm_89", workspace=1 << 30)
     ).plan
     with pytest.raises(
-        EngineError, match=r"could not compile the graph for sm_89: .*Requested size was \d+ bytes.*memory enough"
+        EngineError, match=r"could not compile the graph for sm_89: .*Requested size was \d+ bytes.*enough memory"
     ):
         engine_from_onnx(attention().SerializeToString(), EngineSpec(backend="tensorrt-rtx", gpus="sm_89", workspace=1024))
 

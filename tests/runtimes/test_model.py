@@ -118,7 +118,7 @@ def test_arrays_prepared_as_run_takes_them(model: Model) -> None:
     ("feeds", "sentence"),
     [
         ({}, "missing"),
-        ({"pixel_values": FEED.astype(np.uint8)}, r"uint8. Expected .*float32 .*prepare images with model\.preparation\(images\)"),
+        ({"pixel_values": FEED.astype(np.uint8)}, r"uint8. Expected .*float32 .*with model\.preparation\(images\)"),
         ({"pixel_values": FEED, "mask": FEED}, 'no input "mask"'),
         ({"pixel_values": FEED.astype(np.float64)}, "float64"),
         ({"pixel_values": FEED.astype(np.float16)}, "float16"),
