@@ -78,8 +78,7 @@ class ContextSlot:
         for buffer in self._io.inputs:
             shape = buffer.layout.shape(batch)
             self._must(self._context.set_input_shape(buffer.layout.name, shape), f"accept {buffer.layout.name} {list(shape)}")
-        missing = self._context.infer_shapes()
-        self._must(not missing, f"infer its shapes without {', '.join(missing)}")
+        self._must(not self._context.infer_shapes(), "infer its shapes")
         for buffer in self._io.inputs + self._io.outputs:
             name, shape = buffer.layout.name, buffer.layout.shape(batch)
             found = tuple(self._context.get_tensor_shape(name))
@@ -97,10 +96,9 @@ class ContextSlot:
             layout, feed = buffer.layout, feeds[buffer.layout.name]
             address = buffer.device
             if not isinstance(feed, DeviceTensor):
-                rows = count * layout.rows
-                buffer.view[:rows] = feed[start * layout.rows : start * layout.rows + rows]
-                for image in range(count, batch):
-                    buffer.view[image * layout.rows : (image + 1) * layout.rows] = buffer.view[rows - layout.rows : rows]
+                images = buffer.view.reshape(batch, -1)
+                images[:count] = feed.reshape(-1, images.shape[1])[start : start + count]
+                images[count:] = images[count - 1]
                 cuda.copy(buffer.device, buffer.host, batch * layout.image_bytes, stream)
             else:
                 address = self._address_of(buffer, feed.pointer + start * layout.image_bytes, count, batch)

@@ -82,7 +82,7 @@ class OnnxRuntimeCuda(Runtime):
             self._close()
             raise
         super().__init__(f"onnxruntime {ort.__version__}", inputs, outputs, device)
-        self._transfers = session.transfers = Pool(partial(_create_transfer, cuda, session.layouts), MAX_TRANSFERS)
+        self._transfers = session.transfers = Pool(partial(_Transfer, cuda, session.layouts), MAX_TRANSFERS)
 
     def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
         assert out is not None  # BufferLayout checked that the size of every output is known
@@ -142,7 +142,8 @@ class _Transfer(StreamBuffers):
     """Copies the inputs of one call to the GPU and its outputs back."""
 
     def __init__(self, cuda: CudaContext, layouts: Sequence[Sequence[BufferLayout]]) -> None:
-        super().__init__(cuda, layouts)
+        with CAPTURE_LOCK.shared():
+            super().__init__(cuda, layouts)
         self.sources = [0] * len(self.inputs)  # device addresses of the inputs: a buffer's, or the caller's tensor
         self._batch = 0
 
@@ -170,11 +171,6 @@ class _Transfer(StreamBuffers):
         self._cuda.synchronize(self.stream)
         for buffer in self.outputs:
             out[buffer.layout.name][...] = buffer.view
-
-
-def _create_transfer(cuda: CudaContext, layouts: Sequence[Sequence[BufferLayout]]) -> _Transfer:
-    with CAPTURE_LOCK.shared():
-        return _Transfer(cuda, layouts)
 
 
 class _BoundBuffers:

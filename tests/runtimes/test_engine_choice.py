@@ -188,7 +188,7 @@ def test_rebuilt_when_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert times[0] == times[1]  # it fits now, and is not compiled again
     with pytest.raises(UsageError, match="rebuild compiles an engine again and needs its back end, not auto"):
         swin_deploy.load(path, precision="fp16", rebuild=True)
-    with pytest.raises(UsageError, match='no precision "fp99"'):
+    with pytest.raises(UsageError, match='Unknown precision "fp99"'):
         swin_deploy.load(path, backend="tensorrt-rtx", precision="fp99", rebuild=True)
     with pytest.raises(UsageError, match="has no int8 engine"):
         swin_deploy.load(path, backend="tensorrt-rtx", precision="int8", rebuild=True)

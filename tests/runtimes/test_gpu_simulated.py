@@ -321,15 +321,20 @@ def test_a_model_that_nobody_closes_is_freed(
     backend: str, gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With its last reference; ONNX Runtime's in the thread that computes."""
-    released, functions = threading.Event(), ("cuDevicePrimaryCtxRelease",)
+    driver, released = sys.modules["cuda.bindings"].driver, threading.Event()
     model = opened(gpu, backend, copied(1, tmp_path / "b"), monkeypatch)
     model.run(feed(IMAGES[:2]))
-    gpu.on_call = lambda name: released.set() if name in functions else None
+    release = driver.cuDevicePrimaryCtxRelease
+
+    def releasing(device: int) -> Any:
+        found = release(device)
+        released.set()
+        return found
+
+    monkeypatch.setattr(driver, "cuDevicePrimaryCtxRelease", releasing)
     del model
     gc.collect()
     released.wait()
-    while "context" in gpu.left:  # the release is under way
-        pass
     assert gpu.left == []
 
 
