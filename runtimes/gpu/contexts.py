@@ -16,7 +16,7 @@ from swin_deploy.specs import Array
 from swin_deploy.tensorrt_log import ErrorLog
 
 from .capture_lock import CAPTURE_LOCK
-from .cuda_context import CudaContext
+from .cuda_context import CudaContext, Handle
 from .io_buffers import BufferLayout, IoBuffer, StreamBuffers
 
 MAX_CAPTURES = 3  # attempts to capture a batch size; another thread that synchronises the whole device spoils one
@@ -49,7 +49,7 @@ class ContextSlot:
         self.graphs_disabled = False  # whether TensorRT was told not to capture
         self._cuda, self._own_graphs, self._errors = cuda, own_graphs, errors
         self._profile: int | None = None
-        self._graph: int | None = None
+        self._graph: Handle = None
         self._repeats = False  # whether the previous call had the same batch and addresses
         self._moving_inputs: set[str] = set()  # tensors of the caller's that had another address in an earlier call
         self._refused: Counter[tuple[int, int]] = Counter()
@@ -72,7 +72,9 @@ class ContextSlot:
         if self._profile != profile:
             self._profile = None
             self._addresses.clear()  # a change of the profile resets them
-            self._must(self._context.set_optimization_profile_async(profile, self._io.stream), f"select the profile {profile}")
+            self._must(
+                self._context.set_optimization_profile_async(profile, int(self._io.stream)), f"select the profile {profile}"
+            )
             self._cuda.synchronize(self._io.stream)
             self._profile = profile
         for buffer in self._io.inputs:
@@ -146,12 +148,12 @@ class ContextSlot:
             self._cuda.launch(self._graph, self._io.stream)
         else:
             self._errors.clear()
-            self._must(self._context.execute_async_v3(self._io.stream), "run")
+            self._must(self._context.execute_async_v3(int(self._io.stream)), "run")
         self._repeats = True
 
     def _enqueue(self) -> bool:
         try:
-            return bool(self._context.execute_async_v3(self._io.stream))
+            return bool(self._context.execute_async_v3(int(self._io.stream)))
         except RuntimeError:  # the call without a graph, which follows, reports the reason if it fails as well
             return False
 

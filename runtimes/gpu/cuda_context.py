@@ -8,6 +8,7 @@ from typing import Any
 
 from swin_deploy.errors import BackendError, MissingDependencyError, sentence
 
+Handle = Any  # CUstream, CUevent or CUgraphExec; cuda-bindings takes integers as well, but needs twice the time for them
 LEGACY_STREAM = 1  # CU_STREAM_LEGACY, the default stream that DLPack producers synchronise with
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: no implicit synchronisation with the application's default stream
 _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
@@ -21,8 +22,8 @@ def device_number(device: str) -> int:
 class CudaContext:
     """The primary CUDA context of a GPU, which TensorRT, PyTorch and CuPy use as well.
 
-    It is retained until `close`. Call every other method inside `current()`, from any thread. Streams, events, graphs and
-    addresses are integers, as TensorRT and ONNX Runtime take them.
+    It is retained until `close`. Call every other method inside `current()`, from any thread. Addresses are integers; streams,
+    events and graphs are the handles of cuda-bindings, whose `int()` TensorRT and ONNX Runtime accept.
 
     Args:
         ordinal: Index of the GPU among those that CUDA_VISIBLE_DEVICES leaves.
@@ -42,6 +43,7 @@ class CudaContext:
             ) from error
         self.ordinal, self._driver = ordinal, driver
         self._thread_local: Any = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._success = driver.CUresult.CUDA_SUCCESS
         self._call(driver.cuInit, 0)
         self._device = self._call(driver.cuDeviceGet, ordinal)
         self._context: Any = self._call(driver.cuDevicePrimaryCtxRetain, self._device)
@@ -83,32 +85,32 @@ class CudaContext:
     def free_pinned(self, address: int) -> None:
         self._call(self._driver.cuMemFreeHost, address)
 
-    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+    def copy(self, target: int, source: int, size: int, stream: Handle) -> None:
         """Queue a copy between GPU memory and pinned or GPU memory; the driver tells them by their addresses."""
         self._call(self._driver.cuMemcpyAsync, target, source, size, stream)
 
-    def create_stream(self) -> int:
-        return int(self._call(self._driver.cuStreamCreate, _NON_BLOCKING))
+    def create_stream(self) -> Handle:
+        return self._call(self._driver.cuStreamCreate, _NON_BLOCKING)
 
-    def destroy_stream(self, stream: int) -> None:
+    def destroy_stream(self, stream: Handle) -> None:
         self._call(self._driver.cuStreamDestroy, stream)
 
-    def synchronize(self, stream: int) -> None:
+    def synchronize(self, stream: Handle) -> None:
         """Wait until all work in `stream` is done; other threads run meanwhile."""
         self._call(self._driver.cuStreamSynchronize, stream)
 
-    def create_event(self) -> int:
-        return int(self._call(self._driver.cuEventCreate, _NO_TIMING))
+    def create_event(self) -> Handle:
+        return self._call(self._driver.cuEventCreate, _NO_TIMING)
 
-    def destroy_event(self, event: int) -> None:
+    def destroy_event(self, event: Handle) -> None:
         self._call(self._driver.cuEventDestroy, event)
 
-    def wait_for_stream(self, stream: int, other: int, event: int) -> None:
+    def wait_for_stream(self, stream: Handle, other: Handle, event: Handle) -> None:
         """Make later work in `stream` wait for the work that is in `other` now."""
         self._call(self._driver.cuEventRecord, event, other)
         self._call(self._driver.cuStreamWaitEvent, stream, event, 0)
 
-    def capture(self, stream: int, enqueue: Callable[[], bool]) -> int | None:
+    def capture(self, stream: Handle, enqueue: Callable[[], bool]) -> Handle | None:
         """Record the work that `enqueue` puts into `stream` as an executable CUDA graph.
 
         Returns:
@@ -128,33 +130,33 @@ class CudaContext:
             if failed or not whole:
                 return None
             failed, executable = driver.cuGraphInstantiate(graph, 0)
-            return None if failed else int(executable)
+            return None if failed else executable
         finally:
             self._call(driver.cuGraphDestroy, graph)
 
-    def abandon_capture(self, stream: int) -> None:
+    def abandon_capture(self, stream: Handle) -> None:
         """End a capture that somebody else began in `stream`; do nothing if there is none."""
         failed, graph = self._driver.cuStreamEndCapture(stream)
         if not failed and graph and int(graph):
             self._call(self._driver.cuGraphDestroy, graph)
 
-    def launch(self, graph: int, stream: int) -> None:
+    def launch(self, graph: Handle, stream: Handle) -> None:
         self._call(self._driver.cuGraphLaunch, graph, stream)
 
-    def destroy_graph(self, graph: int) -> None:
+    def destroy_graph(self, graph: Handle) -> None:
         self._call(self._driver.cuGraphExecDestroy, graph)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            status, *results = function(*arguments)
+            result = function(*arguments)
         except RuntimeError as error:  # cuda-bindings found no driver, or one without this function
             raise BackendError(
                 f"The NVIDIA driver is not installed, or too old ({sentence(str(error))}). Install or update it, or run on a "
                 "machine with an NVIDIA GPU."
             ) from error
-        if status:
-            raise BackendError(f"{function.__name__} failed on cuda:{self.ordinal}: {self._reason(status)}.")
-        return results[0] if results else None
+        if result[0] is not self._success:
+            raise BackendError(f"{function.__name__} failed on cuda:{self.ordinal}: {self._reason(result[0])}.")
+        return result[1] if len(result) > 1 else None
 
     def _reason(self, status: Any) -> str:
         """Return, for example, "CUDA_ERROR_OUT_OF_MEMORY (out of memory)"."""

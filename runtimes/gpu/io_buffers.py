@@ -18,7 +18,7 @@ from swin_deploy.runtimes.base import resolved
 from swin_deploy.runtimes.dlpack import DeviceTensor
 from swin_deploy.specs import Array, TensorSpec
 
-from .cuda_context import LEGACY_STREAM, CudaContext
+from .cuda_context import LEGACY_STREAM, CudaContext, Handle
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,9 @@ class StreamBuffers:
     """A stream, an event and the buffers for the inputs and outputs of one call at a time."""
 
     def __init__(self, cuda: CudaContext, layouts: Sequence[Sequence[BufferLayout]]) -> None:
-        self._cuda, self.stream, self.event = cuda, 0, 0
+        self._cuda = cuda
+        self.stream: Handle = None
+        self.event: Handle = None
         self.inputs, self.outputs = ([IoBuffer(cuda, layout) for layout in side] for side in layouts)
         try:
             self.stream, self.event = cuda.create_stream(), cuda.create_event()
@@ -98,11 +100,11 @@ class StreamBuffers:
         Args:
             first: What to free before the buffers.
         """
-        stream, event, self.stream, self.event = self.stream, self.event, 0, 0
-        steps: list[Callable[[], None]] = [partial(self._cuda.synchronize, stream)] if stream else []
+        stream, event, self.stream, self.event = self.stream, self.event, None, None
+        steps: list[Callable[[], None]] = [partial(self._cuda.synchronize, stream)] if stream is not None else []
         steps += [*first, *(buffer.free for buffer in self.inputs + self.outputs)]
-        steps += [partial(self._cuda.destroy_event, event)] if event else []
-        steps += [partial(self._cuda.destroy_stream, stream)] if stream else []
+        steps += [partial(self._cuda.destroy_event, event)] if event is not None else []
+        steps += [partial(self._cuda.destroy_stream, stream)] if stream is not None else []
         for step in steps:
             with contextlib.suppress(BackendError):  # after a failure the GPU may refuse these as well
                 step()

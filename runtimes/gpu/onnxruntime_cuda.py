@@ -24,7 +24,7 @@ from swin_deploy.runtimes.onnxruntime import failed, opened, specs_of
 from swin_deploy.specs import Array, TensorSpec
 
 from .capture_lock import CAPTURE_LOCK
-from .cuda_context import CudaContext, device_number
+from .cuda_context import CudaContext, Handle, device_number
 from .io_buffers import BufferLayout, IoBuffer, StreamBuffers, device_tensor
 
 MAX_TRANSFERS = 4  # concurrent calls: while one is computed, others copy their inputs and outputs
@@ -209,7 +209,7 @@ class _GraphSession:
         self.transfers: Pool[_Transfer] | None = None
         self.layouts: list[list[BufferLayout]] = []
         self._session: Any = None
-        self._stream = 0
+        self._stream: Handle = None
         self._captured: dict[int, _BoundBuffers] = {}  # of each batch size that has a CUDA graph
         self._shared: _BoundBuffers | None = None  # of all others
 
@@ -263,7 +263,7 @@ class _GraphSession:
     def _open(self) -> None:
         with CAPTURE_LOCK.shared(long=True):
             self._stream = self.cuda.create_stream()
-            device = {"device_id": str(self.cuda.ordinal), "user_compute_stream": str(self._stream)}
+            device = {"device_id": str(self.cuda.ordinal), "user_compute_stream": str(int(self._stream))}
             try:
                 try:
                     self._session = self._create(device, self._graphs)
@@ -282,8 +282,8 @@ class _GraphSession:
             buffers.free()
         self._captured, self._shared = {}, None
         self._session = None
-        stream, self._stream = self._stream, 0
-        if stream:
+        stream, self._stream = self._stream, None
+        if stream is not None:
             with contextlib.suppress(BackendError):
                 self.cuda.destroy_stream(stream)
 

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.cuda]
 def test_rows_on_the_gpu() -> None:
     needs_torch_cuda()
     needs_cuda_provider()
-    found = bench(digits(2), batches=(2,), precisions=("fp32",), weights=WEIGHTS[2], seconds=1.0, rounds=2)
+    found = bench(digits(2), batches=(2,), precisions=("fp32",), weights=str(WEIGHTS[2]), seconds=1.0, rounds=2)
     assert found.gpus == {"cuda:0": cuda_devices()[0].name}
     on_gpu = [(row.case.backend, row.case.precision) for row in found.rows if row.case.device == "cuda:0"]
     assert {("pytorch", "fp32"), ("pytorch", "fp16"), ("onnxruntime", "fp32")} <= set(on_gpu)

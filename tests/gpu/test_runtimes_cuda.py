@@ -77,7 +77,7 @@ def expected() -> np.ndarray:
 def test_verified_against_pytorch(on_gpu: tuple[Path, str]) -> None:
     verdicts = swin_deploy.verify(on_gpu[0], backend=on_gpu[1], device="cuda")
     assert {verdict.precision for verdict in verdicts} == {"fp16", "fp32"}
-    assert all(verdict.verified for verdict in verdicts), [verdict.complaint() for verdict in verdicts if not verdict.verified]
+    assert all(verdict.verified for verdict in verdicts), [verdict.mismatch() for verdict in verdicts if not verdict.verified]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

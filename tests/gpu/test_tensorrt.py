@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from cli.exported import copied
+from gpu.needs import needs_exporter
 
 import swin_deploy
 from swin_deploy.bundle import Bundle
@@ -14,6 +15,11 @@ from swin_deploy.errors import UsageError
 from swin_deploy.gpus import cuda_devices
 
 pytestmark = [pytest.mark.cuda, pytest.mark.tensorrt]
+
+
+@pytest.fixture(autouse=True)
+def exporter() -> None:
+    needs_exporter()
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -59,7 +65,7 @@ def test_a_timing_cache_is_kept_and_read_again(tmp_path: Path) -> None:
     swin_deploy.build_engine(path, backend="tensorrt", timing_cache=cache, force=True)
     assert [file.name for file in tmp_path.iterdir() if file.name != "b"] == ["timings"]
     cache.write_bytes(b"no timings")
-    with pytest.raises(UsageError, match="is no timing cache"):
+    with pytest.raises(UsageError, match="is not a timing cache"):
         swin_deploy.build_engine(path, backend="tensorrt", timing_cache=cache, force=True)
 
 

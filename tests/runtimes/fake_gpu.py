@@ -141,6 +141,7 @@ class FakeGpu:
         module: Any = types.ModuleType("cuda.bindings.driver")
         modes = {f"CU_STREAM_CAPTURE_MODE_{name}": value for value, name in enumerate(("GLOBAL", "THREAD_LOCAL", "RELAXED"))}
         module.CUstreamCaptureMode = enum.IntEnum("CUstreamCaptureMode", modes)
+        module.CUresult = types.SimpleNamespace(CUDA_SUCCESS=0)
         for name, function in self._functions().items():
             setattr(module, name, self._called(name, function))
         return module
@@ -155,7 +156,7 @@ class FakeGpu:
                 self.violations.append(f"{name} while another thread captures")
             with self._lock:
                 found = self.refuse[name] if name in self.refuse else function(*arguments)
-            return found if isinstance(found, tuple) else (found, None)
+            return found if isinstance(found, tuple) else (int(found), None)
 
         called.__name__ = name
         called.__signature__ = __import__("inspect").signature(function)  # type: ignore[attr-defined]
