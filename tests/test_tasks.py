@@ -218,7 +218,7 @@ def test_the_graph_that_fits_is_taken(several: Path, checkpoint: Path, precision
             with torch.no_grad():
                 (wanted,) = SwinNetwork(read.config, size, read.tensors)(given)
             assert np.allclose(model.run({PIXELS: given.numpy()})["logits"], wanted.numpy(), atol=allowed)
-        with pytest.raises(InputError, match=r"images of 48x48 pixels.* graphs for 32x32, 50x66, 32x64\. Resize them"):
+        with pytest.raises(InputError, match=r"images of 48x48 pixels.* graphs for 32x32, 50x66, 32x64\. Resize the images"):
             model.run({PIXELS: np.zeros((1, 3, 48, 48), np.float32)})
 
 
