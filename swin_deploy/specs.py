@@ -9,8 +9,6 @@ from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
-
 from swin_deploy import options as parse
 from swin_deploy.errors import EngineError, UsageError, unknown
 from swin_deploy.options import Progress as Progress
@@ -19,10 +17,14 @@ from swin_deploy.options import no_progress as no_progress
 
 if TYPE_CHECKING:
     import onnx
+    from numpy.typing import NDArray
 
     from swin_deploy.tasks import TaskSpec
 
-Array = NDArray[Any]
+    Array = NDArray[Any]
+else:
+    Array = Any  # only used in annotations; without numpy, `--help` takes half the time
+
 QUANTIZED = ("int8", "fp8")
 PRECISIONS = ("fp32", "fp16", "bf16", *QUANTIZED)
 TARGETS = ("tensorrt", "onnxruntime", "openvino")  # runtimes that a graph layout is made for
