@@ -14,7 +14,7 @@ import pytest
 from cli.exported import digits
 
 import swin_deploy
-from swin_deploy.cli.options import given, spec_options
+from swin_deploy.cli.flags import given, spec_options
 from swin_deploy.errors import InputError, SwinDeployError, UsageError
 from swin_deploy.options import options_of
 from swin_deploy.preprocess import read_image

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from swin_deploy.cli.options import given, spec_options
+from swin_deploy.cli.flags import given, spec_options
 from swin_deploy.cli.output import console, json_option, print_json, print_table
 from swin_deploy.specs import VerifySpec
 
