@@ -93,8 +93,7 @@ class Console(logging.Handler):
             from tqdm import tqdm
 
             self.clear()
-            self.bar = tqdm(total=total, file=sys.stderr, leave=False, dynamic_ncols=True)
-            self.bar.desc = phase
+            self.bar = tqdm(desc=phase, total=total, file=sys.stderr, leave=False, dynamic_ncols=True)
         self.bar.update(done - self.bar.n)
 
     def clear(self) -> None:

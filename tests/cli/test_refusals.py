@@ -106,7 +106,7 @@ FILES = (
         (["build-engine", "B", "--fp32", "--fp16"], ["--fp32 and --fp16 exclude each other"]),
         (["quantize", "B", "--int8", "--fp8", "--data", "full"], ["--int8 and --fp8 exclude each other"]),
         (["export", "--weights", NETWORK, "--seed", "3"], ["The seed 3", "--random-weights"]),
-        (["inspect", "B", "--batch", "8"], ["--batch applies to ONNX files only", "build-engine B --batch 8"]),
+        (["inspect", "B", "--batch", "8"], ["--batch applies to ONNX files only", "swin-deploy build-engine", "--batch 8"]),
         (["inspect", "fifo"], ["no bundle at fifo", "it is not a folder"]),
         (["verify", "loop"], ["no bundle at loop", "it is a broken link"]),
         (["export", "--weights", NETWORK, "-o", "loop"], ["loop is a link that leads to itself"]),
@@ -340,7 +340,7 @@ def test_export_and_engines_without_onnxruntime_claim_no_verification(tmp_path: 
     done = cli_without(["onnxruntime"], "export", "--weights", one_block(), "-o", "b", "--json", cwd=tmp_path)
     manifest: Any = result(done)
     assert manifest["files"]["onnx/model.onnx"]["agreement"] == "not verified"
-    assert "nothing was compared" in done.stderr
+    assert "Not compared, because ONNX Runtime is not installed" in done.stderr
     assert all(row["verified"] for row in result(cli_here("verify", "b", "--json", cwd=tmp_path))["graphs"])  # type: ignore[index,call-overload]
 
 
