@@ -16,7 +16,6 @@ from swin_deploy.bundle import CONFIG, NEW, PREPROCESSOR, Bundle, Draft, create_
 from swin_deploy.config import SwinConfig
 from swin_deploy.dependencies import installed_versions, require
 from swin_deploy.errors import CheckpointError, InputError, MissingDependencyError, UsageError, VerificationError
-from swin_deploy.files import bytes_writer
 from swin_deploy.frame_input import Frames, refuse_misfit
 from swin_deploy.parity import OpenGraph, Reference, check_graph, sample_inputs
 from swin_deploy.preprocess import Preprocessor
@@ -43,14 +42,8 @@ PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf message is limited to 2 GiB,
 def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec, open_graph: OpenGraph) -> Bundle:
     """Trace a checkpoint to ONNX, one graph for each image size of `spec`, and write the bundle `path`.
 
-    Args:
-        checkpoint: Configuration and weights.
-        path: Folder of the bundle.
-        spec: Options of the export. Without image sizes, the size of the checkpoint is used.
-        open_graph: Loads a graph to compare it with PyTorch. Without ONNX Runtime graphs are recorded as not verified.
-
-    Raises:
-        VerificationError: A graph disagrees with PyTorch. Nothing is written.
+    `open_graph` loads a graph to compare it with PyTorch; without ONNX Runtime graphs are recorded as not verified. Raises
+    VerificationError, and writes nothing, if a graph disagrees.
     """
     for module in ("torch", "onnx", "onnxscript", "onnx_graphsurgeon"):
         require(module, "export a model")
@@ -94,7 +87,7 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec,
         raw = dict(checkpoint.raw_config or config.to_dict())
         draft.add_json(CONFIG, raw if config.framework == "hf" else {**raw, "semantics": config.framework})
         if checkpoint.ranges is not None:
-            draft.add(RANGES, {}, bytes_writer(checkpoint.ranges.to_json().encode()))
+            draft.add(RANGES, {}, checkpoint.ranges.to_json().encode())
         draft.add_json(PREPROCESSOR, processor)
     return Bundle.open(path)
 
@@ -154,7 +147,7 @@ def _add_graph(
             shared.path.parent.mkdir(parents=True, exist_ok=True)
             shared.take(traced.model, traced.weights)
         draft.add(weights_file("fp32"), {}, lambda target: None)  # already written; this records its sha256
-    draft.add(file, entry, bytes_writer(traced.model.SerializeToString()))
+    draft.add(file, entry, traced.model.SerializeToString())
     del network, traced  # the weights may be most of the memory, and the comparison loads them once more
     gc.collect()  # torch.export leaves reference cycles that hold them
     onnx.checker.check_model(str(draft.path / file), full_check=True)

@@ -43,10 +43,6 @@ def checkpoint_from_request(spec: ExportSpec) -> Checkpoint:
 
     If the spec asks for window sizes that the checkpoint does not have, or names a variant with other windows than the
     weights, the position tables are resized, for the first image size of the spec.
-
-    Raises:
-        UsageError: The spec names no checkpoint, or two.
-        CheckpointError: The checkpoint cannot be read or is not the variant.
     """
     if spec.weights is not None and spec.random_weights:
         raise UsageError("--weights and --random-weights exclude each other. Pass one of them.")

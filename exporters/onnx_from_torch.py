@@ -51,17 +51,7 @@ class Traced:
 
 
 def onnx_from_torch(network: SwinNetwork, image_size: Size, frame_size: Size | None = None) -> Traced:
-    """Trace `network` to an fp32 graph and apply the passes of its target.
-
-    Args:
-        network: The network. Its task determines inputs and outputs.
-        image_size: (height, width) in pixels.
-        frame_size: (height, width) of uint8 frames, if the network has embedded preprocessing.
-
-    Raises:
-        ExportError: The exporter wrote operators that are not supported.
-        PassError: A pass did not find what it rewrites.
-    """
+    """Trace `network` to an fp32 graph for images, or uint8 frames, of one size, and apply the passes of its target."""
     require("onnxscript", "export to ONNX")
     model, weights = _traced(network, network.task.inputs(network.config, image_size, frame_size))
     _name_by_module(model)

@@ -31,12 +31,9 @@ OTHER_IMAGES = "pass more images, or images like those of the application, with 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Images on which the ranges of fp16 values are measured.
+    """Images on which the ranges of fp16 values are measured: their number, a sha256 over them, and the measurement.
 
-    Attributes:
-        samples: Number of images.
-        fingerprint: sha256 over the images and their preparation.
-        amax: Returns the largest absolute value of each tensor of `model`, an fp32 version of the bundle's graph `file`.
+    `amax(file, model)` returns the largest absolute value of each tensor of `model`, an fp32 version of the graph `file`.
     """
 
     samples: int
@@ -53,9 +50,7 @@ class NewGraph:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-Make = Callable[
-    [str, Any], NewGraph
-]  # file name of an fp32 graph in the bundle, the graph with its weights and shapes -> the new graph
+Make = Callable[[str, Any], NewGraph]  # (file of an fp32 graph, the graph with weights and shapes) -> new graph
 
 
 def with_typed_graphs(bundle: Bundle, precision: str, open_graph: OpenGraph, calibration: Calibration | None = None) -> Bundle:
@@ -81,10 +76,8 @@ def config_and_task(bundle: Bundle) -> tuple[SwinConfig, TaskSpec]:
 def with_graphs(bundle: Bundle, precision: str, make: Make, asked: Mapping[str, Any], open_graph: OpenGraph) -> Bundle:
     """Return the bundle with the graph that `make` makes of each of its fp32 graphs.
 
-    A graph made earlier from the same fp32 graph with the same `asked`, the options stored in its entry, is reused.
-
-    Raises:
-        VerificationError: A graph is too far from PyTorch. The bundle stays as it was.
+    A graph made earlier from the same fp32 graph with the same `asked`, the options stored in its entry, is reused. Raises
+    VerificationError, and leaves the bundle as it was, if a graph is too far from PyTorch.
     """
     sources = [file for file, entry in bundle.graphs.items() if entry["precision"] == "fp32"]
     pairs = [(source, graph_file(precision, further_size(bundle, source, number))) for number, source in enumerate(sources)]
@@ -124,7 +117,7 @@ def with_graphs(bundle: Bundle, precision: str, make: Make, asked: Mapping[str, 
             entries[file] = entry
         # All passed: now they may replace the existing ones.
         for file, entry in ({shared: {}, **entries} if shared else entries).items():
-            bundle = bundle.with_file(file, entry, _mover(folder / Path(file).name))
+            bundle = bundle.with_file(file, entry, (folder / Path(file).name).replace)
     return bundle
 
 
@@ -174,15 +167,6 @@ def _scratch_folder(target: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _mover(made: Path) -> Callable[[Path], None]:
-    """Return a function that moves the file `made` to a path."""
-
-    def write(path: Path) -> None:
-        made.replace(path)
-
-    return write
 
 
 @contextlib.contextmanager

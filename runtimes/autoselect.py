@@ -51,14 +51,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Measured:
-    """The result of measuring a candidate.
+    """The result of measuring a candidate: the shortest time of a call with one image, because other load only adds to it.
 
-    Attributes:
-        candidate: What was measured.
-        milliseconds: Shortest time of a call with one image, because other load only adds to it; None if not timed.
-        verdict: Agreement with PyTorch, or why it was not timed.
-        failed: Whether it did not load or run. That may differ next time, so it is not cached.
-        error: What it raised during this load.
+    A candidate that `failed` to load or run is not cached, because that may differ next time.
     """
 
     candidate: Candidate

@@ -23,17 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Backend:
-    """Where a back end is implemented, and what it needs.
+    """Where a back end is implemented (our module and class), the library it needs, and the kinds of device it runs on.
 
-    Attributes:
-        module: Module in this package.
-        runtime: Class in that module.
-        library: Library that must be installed.
-        devices: Kinds of device it runs on.
-        engines: Whether it runs engines instead of graphs.
-        auto: Whether "auto" may choose it.
-        lean: Smaller library that is enough for version-compatible engines.
-        on_gpu: Module and class for GPUs, if they are others.
+    `engines`: it runs engines instead of graphs. `auto`: "auto" may choose it. `lean`: a smaller library that is enough for
+    version-compatible engines. `on_gpu`: module and class for GPUs, if they are others.
     """
 
     module: str

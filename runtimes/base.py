@@ -28,15 +28,10 @@ Feeds = dict[str, Any]  # contiguous, aligned numpy arrays; or DeviceTensor, for
 
 @dataclass(frozen=True)
 class EngineFile:
-    """An engine file whose sha256 was checked.
+    """An engine file whose sha256 was checked, with the inputs and outputs of its graph.
 
-    Attributes:
-        path: The file.
-        inputs: Inputs of the graph that it was compiled from.
-        outputs: Outputs of that graph.
-        host_code: Whether it contains a runtime of its own, as version-compatible engines do.
-        cache: Where TensorRT for RTX stores the kernels that it compiles for this GPU.
-        again: Command that compiles the engine again.
+    `host_code`: it contains a runtime of its own, as version-compatible engines do. `cache`: where TensorRT for RTX stores the
+    kernels that it compiles for this GPU. `again`: the command that compiles the engine again.
     """
 
     path: Path
@@ -51,15 +46,8 @@ class Runtime(ABC):
     """A loaded model. Any number of threads may call `run`.
 
     A back end implements `_run`, which must be thread-safe, and, if it holds resources, `_close`, which is called when no
-    thread is inside `_run`.
-
-    Attributes:
-        title: Library and version that run the model, such as "onnxruntime 1.31.1".
-        inputs: Names, types and shapes of the inputs.
-        outputs: Names, types and shapes of the outputs.
-        device: "cpu" or "cuda:0".
-        calls_to_warm: Calls of one shape after which further calls are not faster.
-        calls_at_once: Concurrent calls that keep the device busy.
+    thread is inside `_run`. `title` is library and version ("onnxruntime 1.31.1"), `device` is "cpu" or "cuda:0".
+    After `calls_to_warm` calls of one shape further calls are not faster; `calls_at_once` calls keep the device busy.
     """
 
     calls_to_warm = 1
@@ -76,19 +64,10 @@ class Runtime(ABC):
         self._turn = threading.Condition()
 
     def run(self, feeds: Mapping[str, Any], out: Mapping[str, Array] | None = None) -> Mapping[str, Array]:
-        """Run the model. After an error it can be run again.
+        """Run the model on a numpy array, or tensor with `__dlpack__`, for each input; fill and return `out` if given.
 
-        Args:
-            feeds: For each input a numpy array, or a tensor with `__dlpack__` (torch, CuPy) on the CPU or the device of this
-                runtime.
-            out: Arrays to fill and return, one for each output.
-
-        Returns:
-            An array for each output.
-
-        Raises:
-            InputError: An array is missing, unknown, or has another dtype or shape.
-            BackendError: The back end failed, or the model is closed.
+        Raises InputError for an array that does not fit, BackendError if the back end failed or the model is closed. After an
+        error the model can be run again.
         """
         ready, free = self._checked(feeds)
         shapes = [resolved(spec.shape, free) for spec in self.outputs]

@@ -44,6 +44,9 @@ _DIGESTS: dict[tuple[int, ...], str] = {}
 _CLOCK_STEP = 50_000_000  # ns; two changes within one tick of a file system's clock get the same time
 
 
+Content = bytes | Callable[[Path], object]  # of a file, or a function that writes it to a path
+
+
 @dataclass(frozen=True)
 class Bundle:
     """An existing bundle.
@@ -153,7 +156,7 @@ class Bundle:
                 stack.enter_context(locked(self.path / "onnx", waiting))
             yield Bundle.open(self.path)
 
-    def with_file(self, file: str, entry: Entry, write: Callable[[Path], None]) -> Bundle:
+    def with_file(self, file: str, entry: Entry, content: Content) -> Bundle:
         """Write a file atomically and return the new bundle.
 
         If `file` is a weights file that changes, graphs that refer to it are removed from the manifest.
@@ -161,7 +164,7 @@ class Bundle:
         Args:
             file: Path inside the bundle.
             entry: Manifest entry, to which size and sha256 are added.
-            write: Writes the content to the path that it is given.
+            content: The bytes, or a function that writes them to the path that it is given.
         """
         target = self.path / file
         with disk_errors(target):
@@ -170,7 +173,7 @@ class Bundle:
             sweep(self.path / MANIFEST)
             scratch = scratch_beside(target)
             try:
-                write(scratch)
+                _write(scratch, content)
                 described = {**entry, **_facts(scratch)}
                 with locked(self.path):
                     manifest = _read_manifest(self.path / MANIFEST)  # another process may have added a file
@@ -213,12 +216,12 @@ class Draft:
         self.path = path
         self.files: dict[str, Entry] = {}
 
-    def add(self, file: str, entry: Entry, write: Callable[[Path], None]) -> None:
-        """Write a file with `write(path)` and record its manifest entry."""
+    def add(self, file: str, entry: Entry, content: Content) -> None:
+        """Write a file and record its manifest entry."""
         target = self.path / file
         with disk_errors(target, NEW):
             target.parent.mkdir(parents=True, exist_ok=True)
-            write(target)
+            _write(target, content)
             self.files[file] = {**entry, **_facts(target)}
 
     def add_json(self, file: str, value: Mapping[str, Any]) -> None:
@@ -279,7 +282,14 @@ def newest_bundle(folder: Path) -> Bundle:
     return max(found, key=lambda bundle: str(bundle.manifest["created"]))
 
 
-def write_whole(target: Path, write: Callable[[Path], None]) -> None:
+def _write(path: Path, content: Content) -> None:
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content)
+
+
+def write_whole(target: Path, write: Callable[[Path], object]) -> None:
     """Write a file that no manifest lists with `write(path)`, atomically."""
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)

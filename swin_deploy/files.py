@@ -91,12 +91,3 @@ def sweep(target: Path) -> None:
                     leftover.unlink(missing_ok=True)
         except OSError:
             pass  # the process runs and belongs to another user
-
-
-def bytes_writer(data: bytes) -> Callable[[Path], None]:
-    """Return a function that writes `data` to a path."""
-
-    def write(path: Path) -> None:
-        path.write_bytes(data)
-
-    return write

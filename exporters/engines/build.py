@@ -14,7 +14,6 @@ from swin_deploy.dependencies import require
 from swin_deploy.errors import UsageError
 from swin_deploy.exporters.inspection.roofline import capability_of
 from swin_deploy.exporters.typed_graphs import Calibration, further_size, with_typed_graphs
-from swin_deploy.files import bytes_writer
 from swin_deploy.gpus import cuda_devices
 from swin_deploy.parity import OpenGraph
 from swin_deploy.specs import QUANTIZED, TARGETS, EngineSpec, Size, size_text, target_of
@@ -43,17 +42,6 @@ def build_engines(
 
     The graph of the precision is written and compared with PyTorch first if the bundle does not have it. One process at a
     time compiles into a bundle; another one waits and reuses what it finds then.
-
-    Args:
-        bundle: A bundle that was exported for TensorRT.
-        spec: Options. Without GPUs: the GPU of this machine, else DEFAULT_GPUS.
-        open_graph: Loads a graph to compare it with PyTorch.
-        calibration: Images to calibrate fp16 with.
-
-    Raises:
-        EngineError: The compiler refused the graph.
-        UsageError: The bundle, or the back end, does not support the GPU, an option or the precision.
-        VerificationError: The graph of the precision is too far from PyTorch.
     """
     precision = spec.precision
     if (target := bundle.manifest.get("target", TARGETS[0])) != TARGETS[0]:
@@ -144,9 +132,9 @@ def _with_engine(bundle: Bundle, file: str, engine: Engine, spec: EngineSpec, fa
         "seconds": round(engine.seconds, 2),
         "agreement": "not verified",  # an engine runs only on its own GPU
     }
-    bundle = bundle.with_file(file, entry, bytes_writer(engine.plan))
+    bundle = bundle.with_file(file, entry, engine.plan)
     text = json.dumps({"profiles": described}) + "\n"
-    return bundle.with_file(layers_file(file), {"parent": bundle.files[file]["sha256"]}, bytes_writer(text.encode()))
+    return bundle.with_file(layers_file(file), {"parent": bundle.files[file]["sha256"]}, text.encode())
 
 
 def _engine_file(spec: EngineSpec, precision: str, further: Size | None, release: str) -> str:

@@ -34,16 +34,7 @@ _LEVELS = {"verbose": logging.DEBUG, "info": logging.INFO, "warning": logging.WA
 
 @dataclass(frozen=True)
 class Engine:
-    """A compiled engine.
-
-    Attributes:
-        plan: The serialized engine.
-        reports: What the compiler reported, one for each optimization profile.
-        backend: "tensorrt" or "tensorrt-rtx".
-        backend_version: Release of the compiler.
-        gpu: Compute capability, such as "sm_89".
-        seconds: Time to parse and compile the graph.
-    """
+    """A compiled engine: the serialized `plan`, a report for each optimization profile, and the seconds that it took."""
 
     plan: bytes
     reports: tuple[EngineReport, ...]
@@ -90,14 +81,6 @@ def engine_from_onnx(onnx: bytes | Path, spec: EngineSpec) -> Engine:
     Messages of the compiler go to the logger "swin_deploy.tensorrt", its phases to `spec.progress`. An exception of
     `spec.progress` and Ctrl-C stop the compiler at its next step and are raised from here, because no exception may cross the
     native code of the compiler. Graph fusion is one step, so stopping may have to wait for its end.
-
-    Args:
-        onnx: The serialized graph, or a file, beside which external weights are found.
-        spec: Options; `backend` is "tensorrt" or "tensorrt-rtx".
-
-    Raises:
-        EngineError: The compiler refused the graph or the GPU.
-        UsageError: The file does not exist, or the graph has another fixed batch.
     """
     if isinstance(onnx, Path) and not onnx.is_file():
         raise UsageError(f"There is no ONNX file {onnx}. Export the model first, or pass the path of a graph.")

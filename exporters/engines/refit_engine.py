@@ -12,7 +12,6 @@ from typing import Any
 
 from swin_deploy.bundle import Bundle
 from swin_deploy.errors import EngineError, UsageError
-from swin_deploy.files import bytes_writer
 from swin_deploy.gpus import cuda_devices, seen_first
 from swin_deploy.tensorrt_log import log_callback
 
@@ -60,7 +59,7 @@ def refit_engines(bundle: Bundle) -> tuple[Built, ...]:
                     bundle.verified_path(file),
                     bundle.verified_path(entry["graph"]),
                 )
-            bundle = bundle.with_file(target, facts, bytes_writer(plan))
+            bundle = bundle.with_file(target, facts, plan)
             built.append(Built(target, bundle.files[target], reused=False))
     return tuple(built)
 

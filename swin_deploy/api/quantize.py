@@ -192,7 +192,6 @@ class _Run:
     def with_plots(self, bundle: Bundle) -> Bundle:
         """`bundle` with a plot of the sensitivity of the layers beside each graph, and without those of earlier graphs."""
         from swin_deploy.calib.accuracy_gate import sensitivity_svg
-        from swin_deploy.files import bytes_writer
 
         for file, entry in list(bundle.graphs.items()):
             plot, drawn = file.removesuffix(".onnx") + ".sensitivity.svg", None
@@ -201,7 +200,7 @@ class _Run:
             if fresh:
                 drawn = sensitivity_svg(f"{bundle.name}, {self.title}, {file}", gates[0].ranking, gates[0].kept)
             if drawn is not None:
-                bundle = bundle.with_file(plot, {"parent": entry["sha256"]}, bytes_writer(drawn))
+                bundle = bundle.with_file(plot, {"parent": entry["sha256"]}, drawn)
             elif plot in bundle.files and (fresh or "sensitivity" not in entry):  # of an earlier graph
                 bundle = bundle.without(plot)
         return bundle
