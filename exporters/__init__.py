@@ -1,1 +1,1 @@
-"""Makes things: torch -> ONNX -> rewritten, typed ONNX -> TensorRT engine. Imports the core, never runtimes or calib."""
+"""Make models: trace, rewrite and quantize ONNX graphs, and compile them into TensorRT engines."""

@@ -1,1 +1,1 @@
-"""Runs things: every back end behind one small interface. Imports neither torch nor onnx nor the exporters."""
+"""Run models: every back end behind one interface. Only the PyTorch back end imports torch."""

@@ -1,1 +1,1 @@
-"""The functions of `import swin_deploy`: where models, exporters, runtimes and calibration meet."""
+"""The functions of `import swin_deploy`. They combine models, exporters, runtimes and calibration."""
