@@ -244,7 +244,7 @@ def create_bundle(path: Path, *, replace: bool, facts: Mapping[str, Any]) -> Ite
     Raises:
         BundleError: `path` must not be replaced, or cannot be written.
     """
-    path = room_for(path, replace)
+    path = replaceable_path(path, replace)
     with disk_errors(path, NEW):
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)
@@ -261,7 +261,7 @@ def create_bundle(path: Path, *, replace: bool, facts: Mapping[str, Any]) -> Ite
         }
         with disk_errors(path, NEW):
             _write_manifest(staging, manifest)
-            room_for(path, replace)
+            replaceable_path(path, replace)
             _move_into_place(staging, path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -328,7 +328,7 @@ def disk_errors(path: Path, advice: str = EXISTING) -> Iterator[None]:
         raise BundleError(f"{path} cannot be written: {reason}. {advice}") from error
 
 
-def room_for(path: Path, replace: bool) -> Path:
+def replaceable_path(path: Path, replace: bool) -> Path:
     """Return the real path of a new bundle at `path`; a link is kept, and its target is replaced.
 
     Raises:

@@ -34,12 +34,12 @@ def export(spec: ExportSpec) -> Bundle:
     Example:
         >>> bundle = swin_deploy.export("swinv2-tiny", image_sizes=[256, "256x320"])
     """
-    from swin_deploy.bundle import room_for
+    from swin_deploy.bundle import replaceable_path
     from swin_deploy.exporters.bundle_from_checkpoint import bundle_from_checkpoint
     from swin_deploy.exporters.checkpoint_from_request import bundle_name, checkpoint_from_request
     from swin_deploy.runtimes.backends import runtime_to_check
 
     path = Path(spec.output or bundle_name(spec.variant, spec.weights))
     if os.path.lexists(path):
-        room_for(path, spec.force)  # before the work, and again after it
+        replaceable_path(path, spec.force)  # before the work, and again after it
     return bundle_from_checkpoint(checkpoint_from_request(spec), path, spec, runtime_to_check)

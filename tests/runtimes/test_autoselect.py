@@ -110,7 +110,7 @@ def test_what_fails_for_one_reason_says_only_that(cache: Path) -> None:
 
 
 def test_a_quantised_graph_for_tensorrt_is_no_choice_without_it(cache: Path, tmp_path: Path) -> None:
-    """OpenVINO makes other answers of it, and ONNX Runtime is slow with it; who names it gets it where it is right."""
+    """OpenVINO computes wrong results from it and ONNX Runtime is slow; named, it runs where it is correct."""
     pytest.importorskip("openvino", reason="what is refused")
     path = copied(2, tmp_path / "b")
     swin_deploy.quantize(path, EXAMPLES / "digits/images", quantization="int8")
