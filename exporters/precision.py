@@ -1,9 +1,7 @@
 """Turn a fp32 graph into one with fp16 or bf16 types, for compilers that take the precision from the graph.
 
-Inputs and outputs stay float32, so that the graph takes the same feeds as the fp32 one. Some nodes stay fp32, too (fallback
-nodes). The cosine attention of Swin V2 always does: it divides by the L2 norms of queries and keys, which are 0 for a padding
-token, and fp16 cannot hold a floor below the norms that occur (Hugging Face's half-precision Swin V2 gives NaN there). Other
-nodes stay fp32 if values measured on calibration samples come near the largest fp16 number.
+Inputs, outputs and some fallback nodes stay fp32: V2's cosine attention, because fp16 cannot hold a floor below the L2 norms
+that occur (Hugging Face's half-precision V2 gives NaN at padding), and nodes whose measured values come near the fp16 maximum.
 """
 
 from __future__ import annotations
@@ -57,12 +55,9 @@ class TypedGraph:
 def typed_from_fp32(
     model: onnx.ModelProto, config: SwinConfig, task: TaskSpec, precision: str, measure: Measure | None = None
 ) -> TypedGraph:
-    """Make the graph in the types of `precision` ("fp16" or "bf16"), in the layout that GPU compilers execute fastest.
+    """Make the graph in the types of `precision`, "fp16" or "bf16", in the layout that GPU compilers execute fastest.
 
     `measure`, for fp16, returns the amax of each value of a fp32 graph on calibration samples.
-
-    Raises:
-        ExportError: If a weight does not fit into the type.
     """
     gs = require("onnx_graphsurgeon", f"write the {precision} graph")
     graph = gs.import_onnx(model)
@@ -98,11 +93,10 @@ def types_pass(
     counted: bool = True,
     more: Callable[[SwinConfig], int] = lambda config: 0,
 ) -> Pass:
-    """Make the pass that assigns types and inserts a Cast wherever a value crosses between fp32 and `precision`.
+    """Make the pass that casts between fp32, in which the nodes `fallback` stay, and `precision`.
 
-    The nodes `fallback` stay fp32. If `counted`, the number of Casts is known: one after the image (frames have one in the fp32
-    graph already), one before each output, three at each cosine attention (vectors in, matmul in, cosines out), and `more`.
-    Where measured ranges decide, no number can be expected.
+    If `counted`, the number of Casts is known: one after the image (frames have one in the fp32 graph already), one before each
+    output, three at each cosine attention, and `more`. Where measured ranges decide, no number can be expected.
     """
     done: list[int] = []
     after_image: list[int] = []
@@ -135,10 +129,7 @@ def resize_nodes(graph: Graph) -> set[str]:
 
 
 def assign_types(graph: Graph, fallback: Set[str], low: np.dtype[Any]) -> int:
-    """Make every floating-point node `low`, except for those named in `fallback`. Returns the number of Casts inserted.
-
-    The graph's inputs and outputs stay float32. A value that several nodes of the other type read is cast once.
-    """
+    """Make every floating-point node `low`, except for `fallback`, inputs and outputs. Returns the number of Casts inserted."""
     import onnx_graphsurgeon as gs
 
     fp32 = np.dtype(np.float32)

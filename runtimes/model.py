@@ -289,10 +289,7 @@ class Model:
 
 
 def _several(images: Any, together: int) -> Iterable[Any]:
-    """Return `images`, or a single image in a list.
-
-    Frames of an iterator are copied if several are collected before they are prepared: a camera may reuse the memory.
-    """
+    """`images`, or one in a list. Frames that are collected are copied: a camera may reuse the memory."""
     if isinstance(images, str | os.PathLike | np.ndarray) or not isinstance(images, Iterable):
         return [images]
     if isinstance(images, bytes | bytearray | IOBase) or hasattr(images, "__dlpack__"):

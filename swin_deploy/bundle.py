@@ -144,27 +144,16 @@ class Bundle:
 
     @contextlib.contextmanager
     def compiling(self, waiting: Callable[[], None]) -> Iterator[Bundle]:
-        """Hold the bundle against other processes that compile into it, and yield its current state.
-
-        Reading the bundle and adding single files is not blocked.
-
-        Args:
-            waiting: Called once if another process holds the bundle.
-        """
+        """Yield the current bundle, held against other compiling processes; `waiting` is called once if one holds it."""
         with contextlib.ExitStack() as stack:
             with disk_errors(self.path / "onnx"):
                 stack.enter_context(locked(self.path / "onnx", waiting))
             yield Bundle.open(self.path)
 
     def with_file(self, file: str, entry: Entry, content: Content) -> Bundle:
-        """Write a file atomically and return the new bundle.
+        """Write a file atomically, with the manifest entry `entry`, and return the new bundle.
 
         If `file` is a weights file that changes, graphs that refer to it are removed from the manifest.
-
-        Args:
-            file: Path inside the bundle.
-            entry: Manifest entry, to which size and sha256 are added.
-            content: The bytes, or a function that writes them to the path that it is given.
         """
         target = self.path / file
         with disk_errors(target):
@@ -232,17 +221,9 @@ class Draft:
 
 @contextlib.contextmanager
 def create_bundle(path: Path, *, replace: bool, facts: Mapping[str, Any]) -> Iterator[Draft]:
-    """Yield a draft that atomically becomes the bundle at `path` when the block ends without an error.
+    """Yield a draft that atomically becomes the bundle at `path`, which keeps its content until the block ends without error.
 
-    If the process is interrupted or killed, the previous content of `path` is kept.
-
-    Args:
-        path: Folder of the new bundle.
-        replace: Replace an existing bundle. Other folders are never replaced unless they are empty.
-        facts: Further entries of the manifest.
-
-    Raises:
-        BundleError: `path` must not be replaced, or cannot be written.
+    `facts` are further entries of the manifest. Only with `replace` is an existing bundle replaced, and never another folder.
     """
     path = replaceable_path(path, replace)
     with disk_errors(path, NEW):
@@ -329,11 +310,7 @@ def disk_errors(path: Path, advice: str = EXISTING) -> Iterator[None]:
 
 
 def replaceable_path(path: Path, replace: bool) -> Path:
-    """Return the real path of a new bundle at `path`; a link is kept, and its target is replaced.
-
-    Raises:
-        BundleError: `path` has content that must not be lost; `replace` allows losing a bundle.
-    """
+    """Return the real path of a new bundle at `path`. Raises BundleError if it has content; `replace` allows a bundle."""
     try:
         occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
     except OSError as error:

@@ -33,15 +33,7 @@ PROVIDERS = {
 
 
 def require(module: str, purpose: str) -> Any:
-    """Import and return a module.
-
-    Args:
-        module: Name of the module, such as "onnx".
-        purpose: Completes "... is needed to", for example "write the fp16 graph".
-
-    Raises:
-        MissingDependencyError: The library is not installed, or fails to import; the message has the install command.
-    """
+    """Import and return `module`; `purpose` completes "... is needed to". Raises MissingDependencyError if that fails."""
     top = module.partition(".")[0]
     if top == "onnxruntime":
         # From 1.29 on it sends telemetry, with an id of the device that it keeps in the user's cache folder. It reads this
@@ -87,15 +79,8 @@ def onnxruntime_session(
 ) -> Any:
     """Open an ONNX Runtime session that reports problems as exceptions only and never falls back to another provider.
 
-    Args:
-        model: A serialized model, or the path of an ONNX file.
-        threads: Number of threads within an operator. 0 lets ONNX Runtime choose.
-        providers: Execution providers, in order of preference.
-        config: Session configuration entries, such as `EXACT_QDQ`.
-        options: Further attributes of `onnxruntime.SessionOptions`.
-
-    Returns:
-        The `onnxruntime.InferenceSession`.
+    `config` are session entries, such as `EXACT_QDQ`, and `options` attributes of `SessionOptions`; 0 threads: ONNX Runtime
+    chooses.
     """
     ort = require("onnxruntime", "run a graph")
     settings = ort.SessionOptions()

@@ -1,7 +1,6 @@
 """Options as values: frozen dataclasses whose fields are also the keywords of the Python API and the flags of the command line.
 
-Each field is declared once, with `option`. Its parser accepts what Python code passes (numbers, tuples, paths) and what a
-shell passes (text), and returns the one form that the rest of the package works with.
+The parser of a field accepts what Python passes and the text of a shell, and returns the form that the package works with.
 """
 
 from __future__ import annotations
@@ -61,10 +60,7 @@ class Option:
 
 
 def option(default: Any, parse: Parser, help: str, *, shown: bool = True, **spelling: Any) -> Any:
-    """Declare a field of a spec, which may be None if that is its default.
-
-    `shown=False` keeps the field out of comparison and `repr`; see Option for `spelling`.
-    """
+    """Declare a field of a spec. `shown=False` keeps it out of comparison and `repr`; `spelling` goes to Option."""
     spelling = {"choices": getattr(parse, "choices", ()), "metavar": METAVARS.get(parse.__name__), **spelling}
     metadata = {"option": Option(_optional(parse) if default is None else parse, help, **spelling)}
     return field(default=default, metadata=metadata, compare=shown, repr=shown)
@@ -104,9 +100,7 @@ def keywords(spec: Callable[P, S]) -> Callable[[Callable[[S], R]], Callable[P, R
     return decorate
 
 
-def bundle_keywords(
-    spec: Callable[P, S],
-) -> Callable[[Callable[[BundlePath, S], R]], Callable[Concatenate[BundlePath, P], R]]:
+def bundle_keywords(spec: Callable[P, S]) -> Callable[[Callable[[BundlePath, S], R]], Callable[Concatenate[BundlePath, P], R]]:
     """Turn `function(bundle, spec)` into a function that takes a bundle and the fields of the spec as keywords."""
 
     def decorate(function: Callable[[BundlePath, S], R]) -> Callable[Concatenate[BundlePath, P], R]:

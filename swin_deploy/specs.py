@@ -410,12 +410,7 @@ class BenchSpec(Spec):
         many=True,
     )
     batches: Any = option(
-        (),
-        parse.many(parse.whole(1)),
-        "Batch size to measure. Default: 1 and 8.",
-        flags=("--batch",),
-        metavar="N",
-        many=True,
+        (), parse.many(parse.whole(1)), "Batch size to measure. Default: 1 and 8.", flags=("--batch",), metavar="N", many=True
     )
     device: str = option("auto", device, "Device: cpu, cuda or cuda:1. auto: the CPU and the first GPU.")
     weights: str | None = option(

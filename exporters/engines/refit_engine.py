@@ -1,8 +1,4 @@
-"""Put the weights back into engines that were built without them.
-
-Such an engine is small, and its weights are in the graph of the bundle anyway. It was optimized for exactly these
-weights, so the graph must be the one it was built from.
-"""
+"""Put the weights back into engines built without them, from the graph that each was built from and optimized for."""
 
 from __future__ import annotations
 

@@ -29,10 +29,7 @@ def rtx_gpus() -> tuple[str, ...]:
 
 
 def check_gpu(backend: str, gpu: str) -> None:
-    """Raise UsageError for a GPU that `backend` cannot compile for.
-
-    The list of GPUs is the compiler's own. If TensorRT for RTX is not installed, only the format of the name is checked.
-    """
+    """Raise UsageError for a GPU that `backend` cannot compile for, as far as the installed compiler tells."""
     if not re.fullmatch(r"sm_\d{2,3}", gpu):
         raise UsageError(
             f"Unknown GPU {gpu!r}. Expected 'current', a compute capability such as sm_89, or a name such as rtx-4090."
@@ -54,10 +51,7 @@ def has_fp8(gpu: str) -> bool:
 
 
 def target_gpu(backend: str, gpu: str) -> str:
-    """Return the compute capability to compile for: `gpu`, or that of the first GPU of this machine for "current".
-
-    Raises EngineError if full TensorRT should compile for another GPU than that: it times kernels while it compiles.
-    """
+    """Return the compute capability to compile for; that of the first GPU for "current", the only one for full TensorRT."""
     if backend == "tensorrt-rtx" and gpu != "current":
         return gpu
     devices = cuda_devices()

@@ -1,8 +1,4 @@
-"""Graph rewrites on onnx-graphsurgeon graphs.
-
-`PASSES` are the rewrites that an export runs for each target, in order. `ENGINE_PASSES` are the further rewrites of fp16 and
-bf16 graphs: layouts that GPU compilers execute faster and that do not help on a CPU.
-"""
+"""Graph rewrites: `PASSES` of every export, by target, and `ENGINE_PASSES` of fp16 and bf16 graphs for GPU compilers."""
 
 from .attention import ATTENTIONS, QUERY_BIAS_IN_NORM, VALUE_BIAS_IN_PROJECTION
 from .base import Pass as Pass

@@ -1,14 +1,8 @@
 """Find the attention of every block, and prepare its projection to query, key and value for GPU compilers.
 
-TensorRT makes one kernel of three matmuls that share their input and passes their outputs on in place, but only if they have
-no bias and, in 8 bits, one weight scale:
-
-- The key's bias adds the same number to all scores of a query. Softmax does not see it, so it is dropped.
-- The value's bias is added to every value, and probabilities add up to 1. It moves into the next linear layer.
-- The query's bias, in Swin V1, moves into the LayerNorm before. The output of a LayerNorm, before its weight and bias, adds up
-  to 0, so that one channel follows from the others. This channel becomes constant, and its weights become the bias.
-- For one weight scale, rows get the same amax: a factor on a row of the query is undone in the same row of the key, and one
-  on a row of the value in the same column of the output projection.
+TensorRT makes one kernel of three matmuls that share their input, but only without biases and, in 8 bits, with one weight
+scale. docs/design/engine-graphs.md says where the biases go. For one scale, rows get the same amax: a factor on a row of the
+query is undone in the same row of the key, and one on a row of the value in the same column of the output projection.
 """
 
 from __future__ import annotations
@@ -30,8 +24,7 @@ MAX_FACTOR = 64.0  # limits how much a row is scaled up or down
 class AttentionNodes:
     """The nodes of one attention: Gemm, Split, then for each part Reshape and Transpose, two MatMuls, and Gemm.
 
-    `query` and `key` are the Transposes after the Split, to [windows, batch, heads, tokens, head width]; `matmul` is query
-    times key.
+    `query` and `key` are the Transposes, to [windows, batch, heads, tokens, head width]; `matmul` is query times key.
     """
 
     qkv: Node
@@ -142,11 +135,10 @@ def query_bias_in_norm(graph: Graph) -> int:
 
 
 def query_bias_in_channel(graph: Graph, amax: Mapping[str, float]) -> int:
-    """Move the query bias of each V1 attention into a constant channel with the value of the input's amax.
+    """Move the query bias of each V1 attention into a constant channel, as large as `amax` of the input, by projection.
 
-    `amax` is by the name of the projection's node. The other channels keep the norm's weight and bias, for which their range
-    was measured. A constant as large as the range keeps the rounding error of its weights small. The value's bias must be
-    moved already. Returns the number of attentions.
+    A large constant keeps the rounding error of its weights small; the other channels keep the range that was measured. The
+    value's bias must be moved already. Returns the number of attentions.
     """
 
     def fold(weight: Array, bias: Array, scale: Array, shift: Array, name: str) -> tuple[Array, Array, Array]:
@@ -200,9 +192,9 @@ def _restore_padding(graph: Graph, attention: AttentionNodes, bias: Array, keep:
 
 
 def equalized_attention(graph: Graph, values_by_row: bool) -> dict[str, float]:
-    """Scale the rows of each V1 projection to one amax; with `values_by_row` each row of the values by a factor of its own.
+    """Scale the rows of each V1 projection to one amax; with `values_by_row` each row of the values by its own factor.
 
-    Returns by attention (its `scope`) the factor by which the input of its output projection grew; 1 with `values_by_row`.
+    Returns by `scope` the factor by which the input of the output projection grew; 1 with `values_by_row`.
     """
     factors: dict[str, float] = {}
     for attention in attentions(graph):

@@ -1,8 +1,5 @@
-"""The contract of a graph rewrite, and the node helpers that the rewrites share.
-
-A pass changes the graph that it is given and returns how many places it rewrote. The runner compares this number with the one
-that the architecture implies. A different number is an error: the exporter's output is then not the graph that the pass was
-written for.
+"""Graph rewrites and the node helpers that they share. A pass that does not rewrite as many places as the architecture has is
+an error: the graph is then not the one that the pass was written for.
 """
 
 from __future__ import annotations
@@ -39,11 +36,7 @@ class PassRecord:
 
 
 def run_passes(graph: Graph, config: SwinConfig, passes: Sequence[Pass]) -> tuple[PassRecord, ...]:
-    """Run `passes` on `graph` in order and return their records.
-
-    Raises:
-        PassError: If a pass rewrote more or fewer places than the architecture has.
-    """
+    """Run `passes` on `graph` in order and return their records. Raises PassError for a wrong number of places."""
     done: list[PassRecord] = []
     for step in passes:
         count, expected = step.rewrite(graph), step.expected(config)

@@ -1,13 +1,8 @@
 """Swin V2's cosine attention, in the layout that each target executes fastest.
 
-TensorRT: query times key, divided by their L2 norms, in place of unit queries times unit keys. With the division first, query
-and key are written twice in fp32 by two kernels of their own. With the division last, it is part of the fused attention.
-
-The matmul is then as large as queries and keys are, and fp16 ends at 65504. Cosines do not change if all queries or all keys
-of a head are multiplied by one number. So the weights of each head are multiplied by a power of two, which rounds nothing,
-such that no query or key has an L2 norm above MAX_L2_NORM. Zeros (the keys of padding) stay zeros: 0 / FLOOR.
-
-OpenVINO: x / (L2 norm of x) as an RMS norm, for which it has a kernel.
+TensorRT: query times key, divided by their L2 norms, so that the division is part of the fused attention. fp16 ends at 65504,
+so the weights of each head are multiplied by a power of two, which rounds nothing and changes no cosine, such that no query or
+key has an L2 norm above MAX_L2_NORM. Zeros (the keys of padding) stay zeros: 0 / FLOOR. OpenVINO: an RMS norm.
 """
 
 from __future__ import annotations
@@ -139,10 +134,9 @@ def _known_bound(tensor: Tensor, found: dict[str, float]) -> float | None:
 
 
 def l2_norm_as_rms_norm(graph: Graph) -> int:
-    """Turn divisions by the L2 norm (ReduceL2, Clip, Div) into divisions by the root mean square.
+    """Turn divisions by the L2 norm (ReduceL2, Clip, Div) into divisions by the root mean square; returns their number.
 
-    Where Clip kept the L2 norm from zero, a number of that size is added to the mean square, and zero stays zero. Returns the
-    number of divisions.
+    Where Clip kept the L2 norm from zero, a number of that size is added to the mean square, and zero stays zero.
     """
     count = 0
     for divide in [node for node in graph.nodes if node.op == "Div"]:

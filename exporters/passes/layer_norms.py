@@ -1,7 +1,6 @@
 """Move LayerNorms to where they cost a GPU compiler fewest bytes: after a gather of tokens, and after fc1's matmul.
 
-A reduction and what follows it is one kernel only while every row stays where it is: with the gather after it, TensorRT writes
-the rows once more, in fp32, between two kernels. Reading rows in another order costs nothing.
+A gather after a norm makes two kernels with fp32 rows between them. Before it, reading in another order costs nothing.
 """
 
 from __future__ import annotations
@@ -16,10 +15,7 @@ from .base import Graph, Node, Pass, Tensor, add_node, constant, redirect
 
 
 def gather_before_norm(graph: Graph) -> int:
-    """Move gathers of tokens before the norm (and, in Swin V2, before the addition to the tokens).
-
-    Returns the number of norms of patches and of V2's branches. No gather that could move is left after any of them.
-    """
+    """Move gathers of tokens before the norm, and in V2 before the addition to the tokens. Returns the number of norms."""
     count = 0
     for norm in [node for node in graph.nodes if node.op == "LayerNormalization"]:
         add = _addition(norm)
@@ -85,12 +81,11 @@ def _norms(config: SwinConfig) -> int:
 
 
 def norm_after_matmul(graph: Graph, fallback: set[str]) -> int:
-    """Let fc1 read the tokens themselves, and divide its matmul by their deviation.
+    """Let fc1 read the tokens themselves, and divide its matmul by their deviation. Returns the number of norms.
 
-    The norm's kernel then writes one number for each token instead of all channels. Subtracting the mean and multiplying by
-    the norm's weight become part of fc1's weight. The matmul fits into fp16: the weight and the deviation are shrunk by one
-    power of two, such that no row of the weight has an L2 norm above 1. `fallback` receives the names of the nodes that compute
-    deviations and must stay fp32. Returns the number of norms.
+    The norm's kernel then writes one number for each token. `fallback` receives the names of the nodes that must stay fp32.
+    Weight and deviation are shrunk by one power of two, such that no row of the weight has an L2 norm above 1, and fp16 holds
+    the matmul.
     """
     count = 0
     for matmul in [node for node in graph.nodes if node.op == "Gemm" and node.name.endswith("fc1/Gemm")]:

@@ -1,9 +1,7 @@
 """Channel equalization: move what makes some channels of an activation large into the weights that read it.
 
-One scale for a whole activation serves its largest channels. Where a LayerNorm or a linear layer wrote it, directly or (the
-residual stream of Swin V2) through sums and gathers, each channel can be divided by a factor there, and the columns of every
-linear layer that reads it multiplied by this factor: SmoothQuant and cross-layer equalization. The network computes the same.
-Values of attention are equalized through it, because probabilities mix tokens, not channels.
+Channels are divided by a factor where a LayerNorm or a linear layer writes them, and the columns of the layers that read them
+multiplied by it: SmoothQuant and cross-layer equalization. The network computes the same.
 """
 
 from __future__ import annotations
@@ -33,8 +31,8 @@ MAX_INSERTED = 2  # Mul nodes, where a node that cannot take a factor reads or w
 class Channels:
     """Tensors that have the same channels, or several copies of these side by side, and so share factors.
 
-    `written` is what is divided: (initializer, axis, first channel, length); `read` are the weights to multiply.
-    A Mul must be inserted after the tensors `after`, and before the (tensor, node) `before`.
+    `written` is what is divided: (initializer, axis, first channel, length); `read` are the weights to multiply. A Mul must be
+    inserted after the tensors `after`, and before the (tensor, node) `before`.
     """
 
     width: int
@@ -107,10 +105,9 @@ def best_factors(
     statistics: Mapping[str, ChannelStatistics],
     powers_of_two: bool = False,
 ) -> Array | None:
-    """Choose the divisors [width] of channels that reduce the expected quantization error most.
+    """Choose the divisors [width] that reduce the expected quantization error most; None if that is hardly worth it.
 
-    `weights` has by initializer the name of the layer's input and the weight [outputs, inputs]. Powers of two round nothing.
-    Returns None if the error shrinks by less than 1 %, or by less than half if a Mul must be inserted.
+    `weights` has by initializer the layer's input and the weight [outputs, inputs]. Powers of two round nothing.
     """
     groups: dict[str, list[Array]] = {}
     for name in sorted(one.read & weights.keys()):
@@ -180,10 +177,7 @@ def equalize(model: onnx.ModelProto, one: Channels, factors: Array) -> None:
 
 
 def equalized(model: onnx.ModelProto, moments: Mapping[str, SecondMoments]) -> tuple[onnx.ModelProto, dict[str, SecondMoments]]:
-    """Equalize the channels that the layers of `moments` read, where all factors can go into weights, by powers of two.
-
-    Returns the graph and the moments there. Nothing is rounded: the network computes the same to the bit.
-    """
+    """Equalize, bit-exactly by powers of two, the inputs of the layers of `moments`. Returns the graph and its moments."""
     from onnx import numpy_helper
 
     layers = tuple(layer for layer in linear_layers(model) if layer.name in moments)

@@ -49,8 +49,7 @@ SMALL = 1 << 16  # weights of one layer: 192 x 192 is small, 192 x 768 is not
 class CpuLayout:
     """One fp32 graph, quantized once, from which graphs with fewer quantized layers are made.
 
-    Without `feeds`, `ranges` must have every range. Without `ranges`, finished layers are kept in the bundle until all are, so
-    that an interrupted run resumes. `open_graph` opens a graph file in the target runtime.
+    Without `feeds`, `ranges` must have every range. An interrupted run without `ranges` resumes from the bundle.
     """
 
     def __init__(
@@ -123,22 +122,11 @@ def quantize_for_cpu(
     qat: QatLayers | None = None,
     resume: ResumeState | None = None,
 ) -> CpuGraphs:
-    """Quantize the linear layers of `model` to INT8.
+    """Quantize the linear layers of `model`, for "onnxruntime" or "openvino", to INT8; the layers `keep` stay fp32.
 
-    The classifier stays fp32, unless it was trained in 8 bits; for OpenVINO, so do layers that are not faster in 8 bits.
-
-    Args:
-        model: The fp32 graph, with its weights inside. It is not changed.
-        target: "onnxruntime" or "openvino".
-        feeds: The samples; None if `qat` has every range.
-        method: How ranges are chosen. Default: the least error in the next layer's output.
-        keep: Names of layers that stay fp32.
-        qat: QAT ranges, which are used as they are, with weights rounded to nearest.
-        resume: Finished layers of an interrupted run; receives those of this run, and is cleared in the end.
-
-    Raises:
-        InputError: If samples make a value that is not finite.
-        UsageError: If a layer of `keep` does not exist, or a range is missing and there are no samples.
+    So does a classifier that was not trained in 8 bits, and for OpenVINO layers that are not faster. Ranges of `qat` are used
+    as they are; without samples, `feeds` is None, and it must have all. By default a range gives the next layer the least
+    error.
     """
     from onnx import numpy_helper
 

@@ -1,9 +1,7 @@
 """Make the INT8 or FP8 (E4M3) graph for TensorRT, with fp16 or bf16 between the quantized layers.
 
-TensorRT compiles this layout to the fewest kernels that move the fewest bytes (docs/design/engine-graphs.md has the
-experiments). In short: a matmul of quantized values is a kernel that can scale by one number and do nothing else. What
-follows it must fit into the next kernel. fc1 stays in low precision, because its GELU would not fit, and writes quantized
-values.
+A matmul of quantized values is a kernel that can scale by one number and do nothing else; what follows must fit into the next
+kernel. This layout gives the fewest kernels that move the fewest bytes (docs/design/engine-graphs.md has the experiments):
 
     projection to q, k, v   quantized; V1: one scale for all three, output in low precision; V2: one scale for each row
     attention matmuls       V2: quantized, because the kernel that adds the biases can write quantized values
@@ -63,10 +61,7 @@ GPTQ_SAMPLES = 512  # more samples change the rounding of a weight little
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """A layer that can be quantized, and the tensors of the fp32 graph whose ranges that needs; `name` is the module's.
-
-    The two matmuls of an attention are one such layer, with the name of the attention.
-    """
+    """A layer (a module, or an attention's two matmuls), and the tensors of the fp32 graph whose ranges it needs."""
 
     name: str
     inputs: tuple[str, ...]
@@ -77,13 +72,9 @@ RoundingOfChanged = Callable[[str, Array, Array, InputChange], Array | None]
 
 
 class TensorRTLayout:
-    """One calibrated fp32 graph, from which quantized graphs are made.
+    """One calibrated fp32 graph, `source` in the bundle, from which quantized graphs are made.
 
-    `source` is the file in the bundle of the graph `model`. Without `feeds`, `ranges` must have every range. Observations are
-    cached in the bundle.
-
-    Raises:
-        UsageError: If a layer of `spec.keep` does not exist, or a range is missing and there are no samples.
+    Without `feeds`, `ranges` must have every range. Observations are cached in the bundle.
     """
 
     def __init__(
@@ -230,21 +221,10 @@ def quantized_from_fp32(
     keep: Set[str] = frozenset(),
     rounding: RoundingOfChanged | None = None,
 ) -> tuple[onnx.ModelProto, tuple[PassRecord, ...]]:
-    """Make the INT8 or FP8 graph. Its inputs and outputs stay float32.
+    """Make the "int8" or "fp8" graph, with `low` for what is not quantized; its inputs and outputs stay float32.
 
-    Args:
-        model: The fp32 graph, with its weights inside. It is not changed.
-        config: The network's configuration.
-        task: The task, which names the outputs.
-        precision: "int8" or "fp8".
-        amax: The largest magnitude of each tensor that `quantized_layers` names.
-        low: The type of what is not quantized, "fp16" or "bf16".
-        weight_scales: By layer, the scale of a weight, or one for each output. V1's attention has none.
-        keep: Names of layers that stay in low precision.
-        rounding: Chooses the quantized values of weights. Default: the nearest ones.
-
-    Raises:
-        ExportError: If an amax is missing or not a positive number, or a weight does not fit into the low-precision type.
+    `amax` has each tensor that `quantized_layers` names, `weight_scales` the scale of a layer's weight, or one for each output;
+    V1's attention has none. Layers of `keep` are not quantized. Raises ExportError for an amax that is not a positive number.
     """
     layers = quantized_layers(model, config, precision)
     for given in (keep, set(weight_scales or ())):

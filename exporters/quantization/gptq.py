@@ -1,8 +1,7 @@
 """Round weights such that each layer's output changes least: least squares, then GPTQ (Frantar and others, 2022).
 
-GPTQ rounds column by column, and the columns not yet rounded make up for the error. Its Hessian is the second moments of what
-the layer reads. For CPU layouts the layer reads 8-bit activations of layers that are quantized already (`CrossMoments`); for
-TensorRT it reads the fp32 activations, changed as the rewrites of the graph change them (`SecondMoments`, `InputChange`).
+The Hessian is the second moments of what the layer reads: for CPU layouts activations that are quantized already
+(`CrossMoments`), for TensorRT fp32 activations, changed as the rewrites change them (`SecondMoments`, `InputChange`).
 """
 
 from __future__ import annotations
@@ -41,10 +40,7 @@ NEAREST: dict[str, Callable[[Array], Array]] = {"int8": int8_rounded, "fp8": rou
 
 
 def gptq(weight: Array, hessian: Array, scale: Array, nearest: Callable[[Array], Array] = int8_rounded) -> Array:
-    """Quantize `weight` [outputs, inputs] with `scale` [outputs] and a positive definite `hessian` [inputs, inputs].
-
-    Returns the quantized values in floating point; `nearest` rounds single ones.
-    """
+    """Quantize `weight` [outputs, inputs] with `scale` [outputs] and a positive definite `hessian`; returns floating point."""
     order = np.argsort(-np.diag(hessian), kind="stable")
     work = (weight / scale[:, None])[:, order]
     inverse = np.linalg.inv(hessian[np.ix_(order, order)])
@@ -124,13 +120,7 @@ class InputChange:
 def input_moments(
     model: Path | onnx.ModelProto, inputs: Mapping[str, str], feeds: Iterable[Mapping[str, Array]], threads: int = 0
 ) -> dict[str, SecondMoments]:
-    """Measure the second moments of the tensors that layers read (`inputs`, by layer), in one pass over `feeds`.
-
-    Memory is that of the model, one batch, and 4 bytes times the square of each tensor's channels.
-
-    Raises:
-        InputError: If samples make a value that is not finite.
-    """
+    """Measure the second moments of the tensors that layers read (`inputs`, by layer), in one pass over `feeds`."""
     names = sorted(set(inputs.values()))
     run, found = session_for(model, names, threads), dict[str, SecondMoments]()
     for feed in feeds:
@@ -172,7 +162,7 @@ class GptqRounding:
 
 @dataclass
 class CrossMoments:
-    """Sums over all rows of a layer's input: `seen` as the quantized network computes it, `expected` as fp32 does.
+    """Sums over all rows of a layer's input, `seen` as the quantized network computes it and `expected` in fp32.
 
     `gram` is the sum of seen.T @ seen, `cross` of seen.T @ expected, both [channels, channels].
     """
@@ -205,8 +195,7 @@ class CrossMoments:
 def rounded_linear(weight: Array, bias: Array | None, moments: CrossMoments) -> tuple[Array, Array, Array]:
     """Quantize a linear layer to INT8 such that it gives the fp32 output from the input that it really reads.
 
-    Returns the quantized values [outputs, inputs], the scale [outputs] and the bias [outputs]. The bias takes the mean error of
-    every output, so that a layer without one gets one.
+    Returns values, scale and bias. The bias takes the mean error of every output, so that a layer without one gets one.
     """
     gram, cross, seen, expected = moments.centred()
     wanted = weight.astype(np.float64)
@@ -243,10 +232,9 @@ def scale_of_range(low: float, high: float) -> ActivationScale:
 
 
 def best_activation_scale(rows: Array, low: float, high: float, importance: Array) -> ActivationScale:
-    """Search the scale with the least squared error in the next layer's output.
+    """Search the scale with the least squared error in the next layer's output, judged by `rows` [rows, channels].
 
-    `rows` [rows, channels] are some values of the activation, `low` and `high` the extremes of all, and `importance` [channels]
-    is how much of a channel's squared error arrives in the output.
+    `importance` is how much of a channel's squared error arrives there; `low` and `high` are the extremes of all values.
     """
 
     def damage(scale: ActivationScale) -> float:

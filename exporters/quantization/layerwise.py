@@ -1,7 +1,4 @@
-"""Run a network from one linear layer to the next over all samples, in bounded memory.
-
-Between two steps, the values that later nodes need are kept in files, one for each batch.
-"""
+"""Run a network from one linear layer to the next over all samples; what later nodes need is kept in files, one per batch."""
 
 from __future__ import annotations
 

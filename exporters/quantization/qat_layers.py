@@ -62,10 +62,9 @@ class QatLayers:
 def qat_layers(
     ranges: QatRanges, model: onnx.ModelProto, config: SwinConfig, tensors: Mapping[str, Sequence[str]]
 ) -> QatLayers:
-    """Look up the ranges of the layers of `model`, an fp32 graph.
+    """Look up the ranges of the layers of `model`, an fp32 graph; a tensor of several layers gets the largest.
 
-    `tensors` has by layer the tensors that it reads and writes, or query, key and value of an attention. A tensor that several
-    layers share gets the largest range.
+    `tensors` has by layer the tensors that it reads and writes, or query, key and value of an attention.
     """
     weights = {node.name.removesuffix("/Gemm"): node.input[1] for node in model.graph.node if node.op_type == "Gemm"}
     rows = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if tensor.dims}

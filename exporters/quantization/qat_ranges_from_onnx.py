@@ -1,7 +1,4 @@
-"""Read the QAT ranges of an ONNX graph with Q/DQ, layer by layer.
-
-Exporters name layers differently, or not at all. The weights identify each layer, and show that it is the bundle's network.
-"""
+"""Read the QAT ranges of an ONNX graph with Q/DQ. Exporters name layers differently, so weights identify each layer."""
 
 from __future__ import annotations
 
@@ -32,11 +29,7 @@ SAME = 1e-4  # of the largest weight
 
 
 def ranges_from_onnx(bundle: Bundle, path: Path) -> QatRanges:
-    """Read the ranges of the graph at `path`, which has the network of `bundle`.
-
-    Raises:
-        InputError: If the file is not such a graph, or has another network.
-    """
+    """Read the ranges of the graph at `path`. Raises InputError if it does not have the network of `bundle`."""
     onnx = require("onnx", "read ranges from a graph")
     try:
         model = onnx.load(str(path))
@@ -110,10 +103,7 @@ def _ranges(graph: _QdqGraph, network: Mapping[str, Array]) -> dict[str, LayerRa
 
 
 def _same(linear: _Linear, network: Mapping[str, Array], taken: Mapping[str, Any]) -> tuple[str, ...]:
-    """The layers of the network with these weights: one, or the three of a joined projection; empty if there are none.
-
-    Of several with the same weights, the first that is not `taken`.
-    """
+    """The layers of the network with these weights, first those not `taken`: one, three of a joined projection, or none."""
     groups: list[tuple[str, ...]] = [(name,) for name in network]
     attentions = [name.removesuffix("query") for name in network if name.endswith(".query")]
     groups += [tuple(f"{name}{part}" for part in PARTS) for name in attentions]

@@ -1,9 +1,7 @@
 """Write QuantizeLinear and DequantizeLinear (Q/DQ) nodes into graphs.
 
-`QdqWriter` is the one writer. `TensorRTWriter` writes into onnx-graphsurgeon graphs with symmetric scales, as TensorRT needs
-them; `qdq_nodes` writes ONNX nodes for CPU back ends: Q/DQ before each Gemm, none after it, so that ONNX Runtime makes it an
-8-bit matmul with bias and float results, and OpenVINO an 8-bit FullyConnected. Attention, softmax, LayerNorm and residual
-additions stay fp32 there.
+`TensorRTWriter` writes symmetric scales, as TensorRT needs them. `qdq_nodes` writes for CPU back ends, before each Gemm and
+none after it: ONNX Runtime makes it an 8-bit matmul with bias and float results, and OpenVINO an 8-bit FullyConnected.
 """
 
 from __future__ import annotations
@@ -62,10 +60,9 @@ class QdqWriter(ABC):
 
 @dataclass
 class TensorRTWriter(QdqWriter):
-    """Writes symmetric Q/DQ ("int8" or "fp8") into an onnx-graphsurgeon graph.
+    """Writes symmetric Q/DQ ("int8" or "fp8") into an onnx-graphsurgeon graph; scales are exact in the type `low`.
 
-    `low` is the low-precision type that scales will have; `scales` are QAT scales of weights, by layer; `fallback` receives the
-    names of nodes that must stay fp32.
+    `scales` are QAT scales of weights, by layer; `fallback` receives the names of nodes that must stay fp32.
     """
 
     graph: Graph
@@ -112,9 +109,9 @@ class TensorRTWriter(QdqWriter):
         redirect(readers, tensor, self.activation(tensor, amax))
 
     def in_epilogue(self, tensor: Tensor, amax: float) -> Tensor:
-        """Same as `activation`, written with operators that TensorRT fuses into the epilogue of the preceding GEMM.
+        """Same as `activation`, in operators that TensorRT fuses into the epilogue of the preceding GEMM.
 
-        No such operator rounds. So the values are made positive and rounded by a conversion to integers, which truncates.
+        None of them rounds: values are made positive, and converted to integers, which truncates.
         """
         if self.format != "int8":
             return self.activation(tensor, amax)
@@ -222,10 +219,7 @@ class _NodeWriter(QdqWriter):
 
 
 def qdq_nodes(nodes: Iterable[Any], quantized: Iterable[QuantizedLinear]) -> tuple[list[Any], dict[str, Any]]:
-    """Write Q/DQ before the layers of `quantized`. Returns all nodes, and the additional constants by name.
-
-    Layers that read one tensor must have one scale for it: it is quantized once.
-    """
+    """Write Q/DQ before the layers of `quantized`, once for each tensor. Returns all nodes, and the new constants by name."""
     writer, scales = _NodeWriter(), dict[str, ActivationScale]()
     by_output = {layer.layer.output: layer for layer in quantized}
     for node in nodes:
