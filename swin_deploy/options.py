@@ -100,14 +100,19 @@ def keywords(spec: Callable[P, S]) -> Callable[[Callable[[S], R]], Callable[P, R
     return decorate
 
 
-def bundle_keywords(spec: Callable[P, S]) -> Callable[[Callable[[BundlePath, S], R]], Callable[Concatenate[BundlePath, P], R]]:
-    """Turn `function(bundle, spec)` into a function that takes a bundle and the fields of the spec as keywords."""
+def bundle_keywords(
+    spec: Callable[P, S], optional: bool = False
+) -> Callable[[Callable[[Any, S], R]], Callable[Concatenate[BundlePath, P], R]]:
+    """Turn `function(bundle, spec)` into a function of a bundle, which may be `optional`, and the fields of the spec."""
 
-    def decorate(function: Callable[[BundlePath, S], R]) -> Callable[Concatenate[BundlePath, P], R]:
-        def call(bundle: BundlePath, /, *args: P.args, **kwargs: P.kwargs) -> R:
-            return function(path("bundle", bundle), _made(spec, function.__name__, args, kwargs))
+    def decorate(function: Callable[[Any, S], R]) -> Callable[Concatenate[BundlePath, P], R]:
+        def call(bundle: BundlePath | None = None, /, *args: P.args, **kwargs: P.kwargs) -> R:
+            given: Any = kwargs.pop("bundle", bundle)
+            found = None if optional and given is None else path("bundle", given)
+            return function(found, _made(spec, function.__name__, args, kwargs))
 
-        return _documented(call, function, spec, skip=2)  # type: ignore[no-any-return]
+        changes = {"default": None} if optional else {}
+        return _documented(call, function, spec, skip=2, **changes)  # type: ignore[no-any-return]
 
     return decorate
 
@@ -120,12 +125,12 @@ def _made(spec: Callable[..., S], verb: str, args: Sequence[Any], kwargs: dict[s
     return spec(*bound.args, **bound.kwargs)
 
 
-def _documented(call: Any, function: Callable[..., Any], spec: Callable[..., Any], skip: int) -> Any:
+def _documented(call: Any, function: Callable[..., Any], spec: Callable[..., Any], skip: int, **changes: Any) -> Any:
     """Give `call` the name, signature and docstring of `function`, with the options of `spec` as its `Args:`."""
     functools.update_wrapper(call, function)
     del call.__wrapped__
     own = inspect.signature(function)
-    first = [one.replace(kind=one.POSITIONAL_ONLY) for one in list(own.parameters.values())[: skip - 1]]
+    first = [one.replace(kind=one.POSITIONAL_ONLY, **changes) for one in list(own.parameters.values())[: skip - 1]]
     call.__signature__ = own.replace(parameters=[*first, *inspect.signature(spec).parameters.values()])
     lines = [f"    {name}: {one.help}" for name, one in options_of(spec).items()]  # type: ignore[arg-type]
     call.__doc__ = (inspect.getdoc(function) or "").replace("{options}", "\n".join(lines).lstrip())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swin_deploy.options import BundlePath, bundle_keywords
@@ -13,12 +14,12 @@ if TYPE_CHECKING:
     from swin_deploy.exporters.typed_graphs import Calibration
 
 
-@bundle_keywords(EngineSpec)
-def build_engine(bundle: BundlePath, spec: EngineSpec) -> tuple[Built, ...]:
+@bundle_keywords(EngineSpec, optional=True)
+def build_engine(bundle: BundlePath | None, spec: EngineSpec) -> tuple[Built, ...]:
     """Compile the graphs of a bundle into TensorRT engines and add them to the bundle.
 
     Args:
-        bundle: Folder of the bundle.
+        bundle: Folder of the bundle. Default: the newest bundle in the current directory.
         {options}
 
     Returns:
@@ -32,11 +33,11 @@ def build_engine(bundle: BundlePath, spec: EngineSpec) -> tuple[Built, ...]:
     Example:
         >>> swin_deploy.build_engine("swinv2-tiny", precision="fp16", gpus=["sm_87"], batches=[1, "1:8:32"])
     """
-    from swin_deploy.bundle import Bundle
+    from swin_deploy.bundle import Bundle, newest_bundle
     from swin_deploy.exporters.engines.build import build_engines
     from swin_deploy.runtimes.backends import runtime_to_check
 
-    found = Bundle.open(bundle)
+    found = newest_bundle(Path()) if bundle is None else Bundle.open(bundle)
     return build_engines(found, spec, runtime_to_check, None if spec.data is None else _calibration(found, spec))[1]
 
 
