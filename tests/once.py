@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def once(name: str, make: Callable[[Path], object]) -> Path:
         if not done.exists():
             made = folder / "making" / name
             made.parent.mkdir(exist_ok=True)
+            shutil.rmtree(made, ignore_errors=True)  # left by a test that failed
             done.parent.mkdir(exist_ok=True)
             make(made)
             made.rename(done)
