@@ -45,13 +45,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert text_of(bundle) == "graph"
     assert bundle.files["onnx/model.onnx"]["bytes"] == 5
     assert bundle.read_json("config.json")["labels"][1] == "\N{CAT}"
-    assert set(contents(tmp_path / "a b")) == {
-        "ünï",
-        "ünï/config.json",
-        "ünï/manifest.json",
-        "ünï/onnx",
-        "ünï/onnx/model.onnx",
-    }
+    assert set(contents(tmp_path / "a b")) == {"ünï", "ünï/config.json", "ünï/manifest.json", "ünï/onnx", "ünï/onnx/model.onnx"}
 
 
 def test_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli.exported import EXAMPLES, digits, exported, one_block
+from cli.exported import EXAMPLES, digits, exported_bundle, one_block
 
 
 def camera(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -53,7 +53,6 @@ def test_invalid_sources(source: str, said: str, tmp_path: Path) -> None:
 
 def test_a_bundle_for_another_task(tmp_path: Path) -> None:
     options = ("--weights", str(one_block()), "--task", "feature-extraction", "--output-attentions")
-    [path] = [path for path in exported(*options).iterdir() if path.is_dir()]
-    done = camera(path, EXAMPLES / "digits/images", "--backend", "onnxruntime", cwd=tmp_path)
+    done = camera(exported_bundle(*options), EXAMPLES / "digits/images", "--backend", "onnxruntime", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "is for feature-extraction. Pass a bundle for image classification" in done.stderr.splitlines()[-1]

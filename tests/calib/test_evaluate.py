@@ -118,9 +118,7 @@ def test_other_tasks_have_distances_only(tmp_path: Path) -> None:
 
 def test_prepared_data_is_of_one_size(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", pixel_values=Preprocessor.imagenet(SIDE)(list(images(12))), labels=np.arange(12) % 7)
-    done = cli_here("evaluate", bundle(tmp_path / "b"), "--data", "data.npz", "--json", cwd=tmp_path)
-    found = result(done)
-    assert isinstance(found, dict)
+    found = result(cli_here("evaluate", bundle(tmp_path / "b"), "--data", "data.npz", "--json", cwd=tmp_path))
     assert found["against"] == "the fp32 graph"
     assert [one["file"] for one in found["graphs"]] == ["onnx/model.onnx", "onnx/model_bf16.onnx", "onnx/model_fp16.onnx"]
     assert found["not_evaluated"] == ["onnx/model_16x16.onnx", "onnx/model_16x16_fp16.onnx"]
@@ -136,7 +134,6 @@ def test_an_output_that_is_not_finite(tmp_path: Path) -> None:
     held.with_file("onnx/model_fp16.onnx", dict(held.files["onnx/model_fp16.onnx"]), lambda p: onnx.save(broken, str(p)))
     done = cli_here("evaluate", path, "--data", folder(tmp_path / "d", {"ant": 3, "bee": 3}), "--json", cwd=tmp_path)
     found = result(done)
-    assert isinstance(found, dict)
     score = next(one for one in found["graphs"] if one["file"] == "onnx/model_fp16.onnx")
     assert (score["top1"], score["top5"], score["top1_agreement"], score["not_finite"]) == (0, 0, 0, 6)
     assert (score["relative_l2"], score["sqnr_db"]) == (None, None)
@@ -155,7 +152,6 @@ def test_the_digits_from_a_folder(tmp_path: Path) -> None:
     with (tmp_path / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("file", "label"), *rows])
     found = result(cli_here("evaluate", digits(2), "--data", "words", "--batch", 4, "--json", cwd=tmp_path))
-    assert isinstance(found, dict)
     assert (found["labels"], found["samples"]) == ("names of classes", 10)
     assert "verified" in found["fp32_against_pytorch"]["onnx/model.onnx"]
     shares = [("fp32", 1.0, 1.0, None), ("fp16", 1.0, 1.0, 1.0)]

@@ -44,14 +44,11 @@ def test_pretrained_window_from_the_coordinates(window: int, pretrained: int, dt
     assert config.pretrained_window_sizes == (pretrained, pretrained)
 
 
-def test_coordinates_that_no_swin_computes(tmp_path: Path) -> None:
+def test_window_from_the_index_alone(tmp_path: Path) -> None:
     weights = state_dict(V2_RECTANGLE)
     weights["layers.0.blocks.0.attn.relative_coords_table"] *= 3
     with pytest.raises(CheckpointError, match="relative_coords_table of stage 0 holds values that Swin V2 never computes"):
         opened(weights, tmp_path)
-
-
-def test_window_from_the_index_alone(tmp_path: Path) -> None:
     weights = {name: t for name, t in state_dict(V2_RECTANGLE).items() if not name.endswith("coords_table")}
     assert opened(weights, tmp_path).config.window_size == (8, 4)
     weights = {name: t for name, t in weights.items() if not name.endswith("position_index")}
@@ -91,8 +88,12 @@ def test_image_size_that_only_one_side_is_known_of() -> None:
     assert recognise_checkpoint(DATA / V2_RECTANGLE, image_size=(64, 64)).config.image_size == (32, 32)
 
 
+def without_buffers() -> dict[str, Tensor]:
+    return {n: t for n, t in state_dict(STRIP).items() if not n.endswith(("attn_mask", "position_index"))}
+
+
 def test_image_size_that_nothing_tells(tmp_path: Path) -> None:
-    weights = {n: t for n, t in state_dict(STRIP).items() if not n.endswith(("attn_mask", "position_index"))}
+    weights = without_buffers()
     source = opened(weights, tmp_path)
     assert source.config.image_size == (224, 224)
     assert source.notes == ("image size 224x224 is assumed: the file does not contain it",)
@@ -108,7 +109,7 @@ def test_index_of_transformers_tells_no_image_size(tmp_path: Path) -> None:
 
 
 def test_image_size_from_position_embeddings(tmp_path: Path) -> None:
-    weights = {n: t for n, t in state_dict(STRIP).items() if not n.endswith(("attn_mask", "position_index"))}
+    weights = without_buffers()
     weights["absolute_pos_embed"] = torch.zeros(1, 64, 16)
     source = opened(weights, tmp_path)
     assert (source.config.image_size, source.config.use_absolute_embeddings, len(source.notes)) == ((32, 32), True, 1)
@@ -125,7 +126,7 @@ def test_image_size_from_a_training_config(tmp_path: Path, monkeypatch: pytest.M
     yacs.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
     monkeypatch.setitem(sys.modules, "yacs.config", yacs)
-    weights = {n: t for n, t in state_dict(STRIP).items() if not n.endswith(("attn_mask", "position_index"))}
+    weights = without_buffers()
     config = yacs.CfgNode({"DATA": yacs.CfgNode({"IMG_SIZE": 160})})
     torch.save({"model": weights, "config": config}, tmp_path / "a.pth")
     monkeypatch.undo()
@@ -190,19 +191,9 @@ def test_timm_arguments() -> None:
         pretrained_cfg={"input_size": [3, 224, 224], "label_names": ["a", "b", "c"]},
     )
     assert config == SwinConfig(
-        version=1,
-        image_size=(64, 96),
-        patch_size=(2, 2),
-        num_channels=1,
-        embed_dim=8,
-        depths=(1, 2),
-        num_heads=(1, 2),
-        window_size=(4, 4),
-        mlp_ratio=3.0,
-        qkv_bias=False,
-        hidden_act="gelu_pytorch_tanh",
-        id2label={0: "a", 1: "b", 2: "c"},
-    )
+        version=1, image_size=(64, 96), patch_size=(2, 2), num_channels=1, embed_dim=8, depths=(1, 2), num_heads=(1, 2),
+        window_size=(4, 4), mlp_ratio=3.0, qkv_bias=False, hidden_act="gelu_pytorch_tanh", id2label={0: "a", 1: "b", 2: "c"},
+    )  # fmt: skip
     sizes = {"architecture": "swin_tiny_patch4_window7_224", "num_classes": 2}
     assert timm(**sizes, pretrained_cfg={"input_size": [3, 448, 320]}).image_size == (448, 320)
     assert timm(**sizes, pretrained_cfg={"input_size": [3, 9, 9], "fixed_input_size": False}).image_size == (224, 224)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -12,10 +13,11 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from once import once
 
 from swin_deploy.bundle import Bundle
@@ -93,7 +95,7 @@ def cli_without(modules: Iterable[str], *args: object, cwd: Path, **env: str) ->
     )
 
 
-def result(done: Done) -> object:
+def result(done: Done) -> Any:
     """What a verb printed with --json; stdout must hold nothing else, and stderr no traceback."""
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
@@ -189,6 +191,33 @@ def exported_into(folder: Path, *options: str) -> Any:
     printed = json.loads((made / "printed.json").read_text())
     shutil.copytree(made / printed["bundle"], folder / printed["bundle"])
     return printed
+
+
+def exported_bundle(*options: str) -> Path:
+    """The bundle that `exported` made. Copy it before changing it."""
+    [path] = [path for path in exported(*options).iterdir() if path.is_dir()]
+    return path
+
+
+@functools.cache
+def digits_split() -> Any:
+    """The training and the held-out images of examples/digits/digits.py, and their digits."""
+    names: dict[str, Any] = {}
+    exec((EXAMPLES / "digits/digits.py").read_text(), names)
+    return names["split"]()
+
+
+@contextlib.contextmanager
+def small_disk(place: Path, size: str) -> Iterator[Path]:
+    """A file system of that size, mounted at `place`."""
+    place.mkdir()
+    mount = shutil.which("mount")
+    if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", f"size={size}", "none", place], capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
 
 
 @functools.cache

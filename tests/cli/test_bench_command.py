@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli.exported import SCRIPT, cli, cli_here, exported, one_block, refused, result, started, stopped
+from cli.exported import SCRIPT, cli, cli_here, exported_bundle, one_block, refused, result, started, stopped
 from plotted import bar_widths
 
 from swin_deploy.bench.baselines import COMPILED, Baselines
@@ -32,8 +32,7 @@ FIGURES = {
 
 
 def bundle() -> Path:
-    folder = exported("--weights", str(one_block()))
-    return next(path for path in folder.iterdir() if path.is_dir())
+    return exported_bundle("--weights", str(one_block()))
 
 
 def consistent(rows: Any) -> None:
@@ -128,7 +127,7 @@ def contents_of(path: Path) -> bytes:
 
 def test_results_of_frames_are_not_compared_with_results_of_pixels(tmp_path: Path) -> None:
     weights = str(one_block())
-    frames = next(path for path in exported("--weights", weights, "--embed-preprocess").iterdir() if path.is_dir())
+    frames = exported_bundle("--weights", weights, "--embed-preprocess")
     options = ("--weights", weights, "--backend", "onnxruntime", "--batch", 1)
     found: Any = result(cli_here("bench", frames, *options, *QUICK, cwd=tmp_path))
     assert [(row["backend"], row["relative_l2"]) for row in found["rows"]] == [("pytorch", 0.0), ("onnxruntime", None)]

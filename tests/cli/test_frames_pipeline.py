@@ -10,7 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli.exported import EXAMPLES, FLOWER, THREE, WEIGHTS, cli_here, contents, digits, exported, one_block, refused, result
+from cli.exported import (
+    EXAMPLES,
+    FLOWER,
+    THREE,
+    WEIGHTS,
+    cli_here,
+    contents,
+    digits,
+    exported_bundle,
+    one_block,
+    refused,
+    result,
+)
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -29,7 +41,7 @@ AS_TRANSFORMERS = ("cmyk", "palette", "alpha", "exif", "one pixel", "very wide")
 
 def embedded(*options: str) -> Path:
     """Export the trained digits network, V1, with `options`. Copy the bundle before changing it."""
-    return exported("--weights", str(WEIGHTS[1]), *options) / WEIGHTS[1].name
+    return exported_bundle("--weights", str(WEIGHTS[1]), *options)
 
 
 @functools.cache
@@ -116,7 +128,7 @@ def test_every_precision_and_engines(options: tuple[str, ...], tmp_path: Path) -
     """fp16 and INT8 graphs with uint8 input are verified, an engine is built, and the resize stays in fp32."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engine")
     shutil.copytree(embedded(*options), tmp_path / "b")
-    [engine] = result(cli_here("build-engine", "b", "--fp16", "--gpu", "sm_89", "--json", cwd=tmp_path))  # type: ignore[misc]
+    [engine] = result(cli_here("build-engine", "b", "--fp16", "--gpu", "sm_89", "--json", cwd=tmp_path))
     assert engine["profiles"][0]["fused_attention"] == 4
     photos = tmp_path / "images"
     shutil.copytree(EXAMPLES / "photos", photos)

@@ -45,7 +45,7 @@ def test_a_bundle_in_a_table(place: Path) -> None:
 def test_a_baseline_beside_a_bundle(place: Path) -> None:
     """The same network has the same matmuls; only the rest differs."""
     before = contents(place)
-    ours, theirs = result(cli_here("inspect", "b", "--compare", "theirs.onnx", "--json", cwd=place))  # type: ignore[misc]
+    ours, theirs = result(cli_here("inspect", "b", "--compare", "theirs.onnx", "--json", cwd=place))
     assert ours["graphs"]["onnx/model.onnx"]["flops"] == theirs["graphs"]["theirs.onnx"]["flops"]
     [mine], [other] = ours["engines"], theirs["engines"]
     assert (other["precision"], other["gpu"], other["batch"]) == ("fp32", "sm_89", [1, 1, 1])

@@ -24,7 +24,7 @@ def test_labels_with_half_a_character(tmp_path: Path) -> None:
     bundle.with_file(CONFIG, {}, lambda file: file.write_text(json.dumps(config)) and None)
     [answer] = result(
         cli_here("predict", path, THREE, "--backend", "onnxruntime", "--precision", "fp32", "--json", cwd=tmp_path)
-    )  # type: ignore[misc]
+    )
     best: Any = answer["predictions"][0]
     assert best["label"] == "drei \ud83d"
     done = cli_here("predict", path, THREE, "--backend", "onnxruntime", "--precision", "fp32", cwd=tmp_path)

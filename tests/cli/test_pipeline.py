@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,13 @@ from typing import Any
 import pytest
 from cli.exported import (
     FLOWER,
-    SCRIPT,
     THREE,
     WEIGHTS,
     cli,
     cli_here,
     copied,
     digits,
-    exported,
+    exported_bundle,
     exported_into,
     one_block,
     refused,
@@ -95,7 +93,7 @@ def test_from_an_empty_directory_to_a_photograph(large: Made) -> None:
     graph = large.exported["files"]["onnx/model.onnx"]
     assert (graph["image_size"], graph["reference"]) == ([side, side], "reference.npz")
     assert graph["inputs"] == [{"name": "pixel_values", "dtype": "float32", "shape": ["batch", 3, side, side]}]
-    [answer] = result(cli_here("predict", name, FLOWER, "-k", 3, *FAST, "--json", cwd=large.folder))  # type: ignore[misc]
+    [answer] = result(cli_here("predict", name, FLOWER, "-k", 3, *FAST, "--json", cwd=large.folder))
     assert answer["image"] == str(FLOWER)
     scores = [prediction["score"] for prediction in answer["predictions"]]
     assert len(scores) == 3
@@ -115,58 +113,32 @@ def test_a_trained_model_all_the_way(trained: Made) -> None:
 
 def test_other_targets_join_the_ones_that_are_there(trained: Made) -> None:
     name = trained.exported["name"]
-    [fp32] = result(cli_here("build-engine", name, "--fp32", "--gpu", "sm_89", "--json", cwd=trained.folder))  # type: ignore[misc]
-    [wide] = result(cli_here("build-engine", name, "--batch", "1:4:8", "--gpu", "sm_89", "--json", cwd=trained.folder))  # type: ignore[misc]
+    [fp32] = result(cli_here("build-engine", name, "--fp32", "--gpu", "sm_89", "--json", cwd=trained.folder))
+    [wide] = result(cli_here("build-engine", name, "--batch", "1:4:8", "--gpu", "sm_89", "--json", cwd=trained.folder))
     assert (fp32["precision"], wide["profiles"][0]["batch"]) == ("fp32", [1, 4, 8])
     assert fp32["parent"] == Bundle.open(trained.folder / name).files["onnx/model.onnx"]["sha256"]
     held = {file for file in Bundle.open(trained.folder / name).files if file.endswith(".engine")}
     assert len(held) == 5
 
 
-def test_two_compilers_at_once_lose_nothing(tmp_path: Path) -> None:
-    copied(2, tmp_path / "b")
-    gpus = ("sm_75", "sm_86", "sm_89", "sm_120")
-    running = [
-        subprocess.Popen(
-            [SCRIPT, "build-engine", "b", "--gpu", gpu], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        for gpu in gpus
-    ]
-    for process in running:
-        assert process.communicate()[1] is not None
-        assert process.returncode == 0
-    bundle = Bundle.open(tmp_path / "b")
-    engines = [file for file in bundle.files if file.endswith(".engine")]
-    assert {bundle.files[file]["gpu"] for file in engines} == set(gpus)
-    for file in engines:
-        bundle.verified_path(file)
-
-
 def test_what_was_deleted_is_made_again_and_what_was_changed_is_refused(tmp_path: Path) -> None:
-    path = copied(2, tmp_path / "b")
-    [engine] = result(cli_here("build-engine", "b", "--gpu", "sm_89", "--json", cwd=tmp_path))  # type: ignore[misc]
+    path, build = copied(2, tmp_path / "b"), ("build-engine", "b", "--gpu", "sm_89")
+    [engine] = result(cli_here(*build, "--json", cwd=tmp_path))
     (tmp_path / engine["engine"]).unlink()
     (path / "onnx/model_fp16.onnx").unlink()
-    [again] = result(cli_here("build-engine", "b", "--gpu", "sm_89", "--json", cwd=tmp_path))  # type: ignore[misc]
+    [again] = result(cli_here(*build, "--json", cwd=tmp_path))
     assert not again["reused"]
     assert cli_here("verify", "b", cwd=tmp_path).returncode == 0
+    fp32 = (path / "onnx/model.onnx").rename(path / "away")  # is noticed although the engine is there
+    refused(cli_here(*build, cwd=tmp_path), "model.onnx cannot be read", "Export the bundle again")
+    fp32.rename(path / "onnx/model.onnx")
     for file in (again["engine"], "b/onnx/model_fp16.onnx"):
         whole = (tmp_path / file).read_bytes()
         (tmp_path / file).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        done = cli_here("build-engine", "b", "--gpu", "sm_89", cwd=tmp_path)
+        done = cli_here(*build, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
         assert "is not the file that was" in done.stderr
-    done = cli_here("build-engine", "b", "--gpu", "sm_89", "--force", cwd=tmp_path)
-    assert done.returncode == 2  # no engine is compiled from a graph that was changed
-
-
-def test_a_deleted_fp32_graph_is_noticed_although_the_engine_is_there(tmp_path: Path) -> None:
-    path = copied(2, tmp_path / "b")
-    result(cli_here("build-engine", "b", "--gpu", "sm_89", "--json", cwd=tmp_path))
-    (path / "onnx/model.onnx").unlink()
-    refused(
-        cli_here("build-engine", "b", "--gpu", "sm_89", cwd=tmp_path), "model.onnx cannot be read", "Export the bundle again"
-    )
+    assert cli_here(*build, "--force", cwd=tmp_path).returncode == 2  # no engine is compiled from a graph that was changed
 
 
 def test_predict_says_that_it_measures(tmp_path: Path) -> None:
@@ -182,8 +154,7 @@ def test_predict_says_that_it_measures(tmp_path: Path) -> None:
     never = {"XDG_CACHE_HOME": str(tmp_path / "other")}
     for image in ("absent.png", "."):
         assert cli_here("predict", digits(2), THREE, image, cwd=tmp_path, **never).returncode == 2
-    made = exported("--weights", str(one_block()), "--task", "feature-extraction", "--output-attentions")
-    [path] = [path for path in made.iterdir() if path.is_dir()]
+    path = exported_bundle("--weights", str(one_block()), "--task", "feature-extraction", "--output-attentions")
     refused(cli_here("predict", path, THREE, cwd=tmp_path, **never), "the task feature-extraction, and predict needs")
     assert not Path(never["XDG_CACHE_HOME"]).exists()
 
@@ -209,8 +180,8 @@ def test_a_bundle_is_its_folder_wherever_that_is(tmp_path: Path) -> None:
         (path / "onnx", ".."),
         (tmp_path, "./mit Leer zeichen/../link"),
     ):
-        [answer] = result(cli_here("predict", named, THREE, *FAST, "--json", cwd=cwd))  # type: ignore[misc]
+        [answer] = result(cli_here("predict", named, THREE, *FAST, "--json", cwd=cwd))
         assert answer["predictions"][0]["label"] == "three"
-    [inside] = result(cli_here("build-engine", "--gpu", "sm_89", "--json", cwd=path))  # type: ignore[misc]
+    [inside] = result(cli_here("build-engine", "--gpu", "sm_89", "--json", cwd=path))
     assert (path / inside["engine"]).is_file()
     assert json.loads((path / "manifest.json").read_text())["name"] == "swin-digits"

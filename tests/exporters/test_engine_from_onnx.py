@@ -177,12 +177,7 @@ def python(code: str, *, absent: tuple[str, ...] = ()) -> subprocess.CompletedPr
     hide = f"import sys; sys.modules.update(dict.fromkeys({absent!r}))\n"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(
-        [sys.executable, "-c", hide + code],
-        cwd=HERE,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", hide + code], cwd=HERE, env=environment, capture_output=True, text=True, check=False
     )
 
 

@@ -82,8 +82,7 @@ def test_the_compiler_does_nothing_with_a_timing_cache() -> None:
 def _hardware_compatible() -> list[str]:
     raw = Raw()
     raw.compile(
-        attention(1),
-        lambda config: setattr(config, "hardware_compatibility_level", trt.HardwareCompatibilityLevel.AMPERE_PLUS),
+        attention(1), lambda config: setattr(config, "hardware_compatibility_level", trt.HardwareCompatibilityLevel.AMPERE_PLUS)
     )
     return raw.said
 

@@ -55,12 +55,7 @@ def test_exported(name: str, tmp_path: Path) -> None:
     from swin_deploy.runtimes.backends import runtime_from_onnx
     from swin_deploy.specs import ExportSpec
 
-    bundle_from_checkpoint(
-        random_checkpoint(config(name), TaskSpec()),
-        tmp_path / "b",
-        ExportSpec(),
-        runtime_from_onnx,
-    )
+    bundle_from_checkpoint(random_checkpoint(config(name), TaskSpec()), tmp_path / "b", ExportSpec(), runtime_from_onnx)
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = SwinNetwork(config(name), (16, 16), random_checkpoint(config(name), TaskSpec()).tensors)(pixels)[0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +85,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """More threads slow such small networks down."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def reference_model(version: int, fields: dict[str, Any], seed: int = 0) -> Any:
     """A model of transformers with random weights."""
     fields = dict(fields)
@@ -156,23 +147,6 @@ def test_position_embeddings_at_another_size_are_interpolated(tmp_path: Path) ->
     resized = torch.nn.functional.interpolate(square, size=(12, 12), mode="bicubic", align_corners=False)
     model.swin.embeddings.position_embeddings = torch.nn.Parameter(resized.permute(0, 2, 3, 1).reshape(1, 144, -1))
     assert_equal_logits(model, tmp_path, (48, 48))
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_names_of_transformers_5_on_disk(version: int, tmp_path: Path) -> None:
-    model = reference_model(version, TINY)
-    model.save_pretrained(tmp_path, save_original_format=False)
-    if version == 1:
-        assert any(".attention.q_proj." in name for name in safetensors.load_file(tmp_path / "model.safetensors"))
-    assert_equal_logits(model, tmp_path)
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_shards(version: int, tmp_path: Path) -> None:
-    model = reference_model(version, TINY)
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    assert_equal_logits(model, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -286,19 +260,6 @@ def test_wrong_shape(folder: Path) -> None:
 def test_weights_of_the_other_version(folder: Path) -> None:
     edit_config(folder, model_type="swinv2", pretrained_window_sizes=[0, 0])
     assert "attention.self.logit_scale" in refusal(folder)
-
-
-def test_no_config(folder: Path) -> None:
-    """Most of the config follows from the tensors. Assumptions are noted."""
-    asked = checkpoint_from_path(folder, TASK).config
-    (folder / "config.json").unlink()
-    checkpoint = checkpoint_from_path(folder, TASK, image_size=(32, 32))
-    for field in ("version", "image_size", "patch_size", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio"):
-        assert getattr(checkpoint.config, field) == getattr(asked, field), field
-    assert len(checkpoint.config.id2label) == len(asked.id2label)
-    assert len(dict(checkpoint.tensors)) > 40
-    assert any("there is no config.json" in note for note in checkpoint.notes)
-    assert checkpoint.raw_config is None
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\x00", b"[1, 2]"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,20 +44,7 @@ PATCHES_OF_2 = {**FIELDS, "image_size": 32, "patch_size": 2, "encoder_stride": 8
 # At all of these, no map is smaller than the window, with which transformers' V1 fails.
 WHOLE = [(64, 64), (96, 64), (64, 128), (128, 64), (64, 192), (128, 128)]
 PADDED = [(50, 66), (72, 56), (52, 68), (61, 77), (100, 52), (49, 90), (56, 56)]
-SQUARE = [
-    (64, 64),
-    (128, 128),
-    (192, 192),
-    (50, 50),
-    (56, 56),
-    (60, 60),
-    (52, 52),
-    (72, 72),
-    (77, 77),
-    (80, 80),
-    (96, 96),
-    (49, 49),
-]
+SQUARE = [(side, side) for side in (64, 128, 192, 50, 56, 60, 52, 72, 77, 80, 96, 49)]
 SMALLER = [(32, 32), (33, 47), (128, 32), (32, 128), (16, 64), (40, 24)]
 OF_2 = [(32, 32), (31, 33), (25, 48)]
 
@@ -76,15 +63,6 @@ SWEEP = [
     for task in TASKS
     for patch, size in sizes_of(version, task)
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """More threads slow such small networks down."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @cache
@@ -255,21 +233,6 @@ def test_half_precision_of_transformers_is_nan_in_padded_windows() -> None:
     """The reason to keep cosine attention in fp32: the norm of a padding token is 0, and its floor of 1e-12 is 0 in fp16."""
     model = copy.deepcopy(pristine(2, "image-classification", 4)).half()
     assert np.isnan(answers(model, "image-classification", feeds_of("image-classification", (50, 66), 4, 1))["logits"]).all()
-
-
-@pytest.mark.parametrize("size", [(32, 32), (128, 32)])
-def test_maps_smaller_than_the_window_are_padded_where_transformers_fails(
-    size: Size, folders: dict[tuple[int, str, int], Path]
-) -> None:
-    """In Swin V1 the window shrinks but its position table does not. Ours pads the map to one window."""
-    task = "feature-extraction"
-    feeds = feeds_of(task, size, 4, 2)
-    with pytest.raises(RuntimeError):
-        answers(copy.deepcopy(pristine(1, task, 4)), task, feeds)
-    checkpoint = checkpoint_from_path(folders[1, task, 4], TaskSpec(task))
-    with torch.no_grad():
-        found = SwinNetwork(checkpoint.config, size, checkpoint.tensors, TaskSpec(task)).named(torch.from_numpy(feeds[PIXELS]))
-    assert all(torch.isfinite(output).all() for output in found.values())
 
 
 def test_a_used_model_of_transformers_answers_otherwise() -> None:

@@ -22,11 +22,11 @@ GRIDS = [
 ]  # fmt: skip
 
 
-def partition(tokens: Any, window: int) -> Any:
-    """[1, rows, columns, channels] -> [windows, window * window, channels], as the paper's code writes it."""
+def partition(tokens: Any, height: int, width: int) -> Any:
+    """[1, rows, columns, channels] -> [windows, height * width, channels], as the paper's code writes it."""
     _, rows, columns, channels = tokens.shape
-    split = tokens.view(rows // window, window, columns // window, window, channels)
-    return split.permute(0, 2, 1, 3, 4).reshape(-1, window * window, channels)
+    split = tokens.view(rows // height, height, columns // width, width, channels)
+    return split.permute(0, 2, 1, 3, 4).reshape(-1, height * width, channels)
 
 
 def square(height: int, width: int, window: int, shift: int) -> WindowGrid:
@@ -38,13 +38,27 @@ def numbered(height: int, width: int) -> Any:
     return torch.arange(1, height * width + 1).reshape(1, height, width, 1)
 
 
-@pytest.mark.parametrize(("height", "width", "window", "shift"), GRIDS)
-def test_order_is_pad_roll_partition(height: int, width: int, window: int, shift: int) -> None:
-    grid = square(height, width, window, shift)
-    padded = torch.nn.functional.pad(numbered(height, width), (0, 0, 0, -width % window, 0, -height % window))
-    rolled = torch.roll(padded, (-shift, -shift), (1, 2))
-    expected = partition(rolled, window) - 1
-    assert grid.padded == tuple(padded.shape[1:3])
+SHIFTS = [((4, 4), (2, 2)), ((4, 3), (2, 1)), ((4, 3), (0, 1)), ((5, 2), (2, 0))]
+TWO_SIDES = [(*size, *sides) for size in ((9, 8), (13, 17), (8, 8), (3, 5)) for sides in SHIFTS]
+
+
+@pytest.mark.parametrize("roll_first", [False, True])
+@pytest.mark.parametrize(
+    ("height", "width", "window", "shift"), [*((h, w, (side, side), (by, by)) for h, w, side, by in GRIDS), *TWO_SIDES]
+)
+def test_order_is_pad_roll_partition(
+    height: int, width: int, window: tuple[int, int], shift: tuple[int, int], roll_first: bool
+) -> None:
+    """timm rolls the map before it pads it. Every other framework pads first."""
+    grid = WindowGrid(height, width, window, shift, roll_first=roll_first)
+    tokens, back = numbered(height, width), (-shift[0], -shift[1])
+    missing = (0, 0, 0, -width % window[1], 0, -height % window[0])
+    if roll_first:
+        tokens = torch.nn.functional.pad(torch.roll(tokens, back, (1, 2)), missing)
+    else:
+        tokens = torch.roll(torch.nn.functional.pad(tokens, missing), back, (1, 2))
+    expected = partition(tokens, *window) - 1
+    assert grid.padded == tuple(tokens.shape[1:3])
     assert (grid.windows, grid.tokens_per_window) == tuple(expected.shape[:2])
     assert grid.order().tolist() == expected.permute(2, 1, 0).flatten().tolist()  # token by token, not window by window
 
@@ -76,7 +90,7 @@ def test_merge_order_is_pad_slice_concatenate(height: int, width: int, window: i
     merged = torch.cat(four, -1)
     rows, columns = merged.shape[1:3]
     padded = torch.nn.functional.pad(merged, (0, 0, 0, -columns % window, 0, -rows % window))
-    expected = partition(torch.roll(padded, (-shift, -shift), (1, 2)), window).transpose(0, 1).reshape(-1, 4) - 1
+    expected = partition(torch.roll(padded, (-shift, -shift), (1, 2)), window, window).transpose(0, 1).reshape(-1, 4) - 1
     target = square(rows, columns, window, shift).order()
     assert windows.merge_order(StageGrids(height, width, ()), target).tolist() == expected.tolist()
 
@@ -121,14 +135,14 @@ def test_gather_fetches_every_real_token(source: tuple[int, int, int, int], targ
     assert index.max() < len(before)
 
 
-def test_gather_is_none_where_nothing_moves() -> None:
+def test_gather_and_keep_are_none_where_nothing_moves_or_is_padded() -> None:
     order = square(8, 8, 4, 2).order()
     assert windows.gather_index(order, order.copy()) is None
     assert windows.gather_index(np.arange(64), square(8, 8, 8, 0).order()) is None  # one window
+    assert windows.padding_mask(order) is None
 
 
 def test_keep_marks_padding() -> None:
-    assert windows.padding_mask(square(8, 8, 4, 2).order()) is None
     order = square(3, 5, 4, 0).order()
     keep = windows.padding_mask(order)
     assert keep is not None
@@ -143,41 +157,15 @@ def config(version: int, **fields: Any) -> SwinConfig:
     return SwinConfig(version=version, pretrained_window_sizes=(0,) * stages, **given)
 
 
-def test_v1_shift_is_dropped_where_the_shorter_side_is_one_window() -> None:
+def test_v1_shift_is_dropped_where_the_shorter_side_is_one_window_and_smaller_maps_are_padded() -> None:
     first, second = windows.stage_grids(config(1, image_size=(32, 64)), (32, 64))
     assert [grid.shift for grid in first.grids] == [(0, 0), (2, 2)]
     assert (second.height, second.width) == (4, 8)
     assert [(grid.window, grid.shift) for grid in second.grids] == [((4, 4), (0, 0))] * 2
-
-
-def test_v1_map_below_its_window_is_padded_up_to_one() -> None:
-    """transformers fails there, because its position table stays as large as the window."""
+    # transformers fails below the window, because its position table stays as large as that.
     _, second = windows.stage_grids(config(1, image_size=(64, 64)), (24, 64))
     assert (second.height, second.width) == (3, 8)
     assert [(grid.window, grid.shift, grid.padded) for grid in second.grids] == [((4, 4), (0, 0), (4, 8))] * 2
-
-
-@pytest.mark.parametrize("what", ["before it is padded", "after it is padded"], ids=lambda what: str(what).replace(" ", "_"))
-@pytest.mark.parametrize(("height", "width"), [(9, 8), (13, 17), (8, 8), (3, 5)])
-@pytest.mark.parametrize(("window", "shift"), [((4, 4), (2, 2)), ((4, 3), (2, 1)), ((4, 3), (0, 1)), ((5, 2), (2, 0))])
-def test_order_of_windows_with_two_sides(
-    what: str, height: int, width: int, window: tuple[int, int], shift: tuple[int, int]
-) -> None:
-    """timm rolls the map before it pads it. Every other framework pads first."""
-    first = what == "before it is padded"
-    grid = WindowGrid(height, width, window, shift, roll_first=first)
-    tokens, back = numbered(height, width), (-shift[0], -shift[1])
-    missing = (0, 0, 0, -width % window[1], 0, -height % window[0])
-    if first:
-        tokens = torch.nn.functional.pad(torch.roll(tokens, back, (1, 2)), missing)
-    else:
-        tokens = torch.roll(torch.nn.functional.pad(tokens, missing), back, (1, 2))
-    _, rows, columns, _ = tokens.shape
-    split = tokens.view(rows // window[0], window[0], columns // window[1], window[1])
-    expected = split.permute(0, 2, 1, 3).reshape(-1, window[0] * window[1]) - 1
-    assert grid.padded == (rows, columns)
-    assert (grid.windows, grid.tokens_per_window) == tuple(expected.shape)
-    assert grid.order().tolist() == expected.T.flatten().tolist()
 
 
 def test_v2_window_and_shift_come_from_the_configured_height() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from cli.exported import EXAMPLES, digits
+from cli.exported import digits, digits_split
 from onnx.reference import ReferenceEvaluator
 from tiny_mlp import Array, mlp_model, run, samples
 
@@ -110,9 +110,7 @@ def test_a_method_chooses_ranges(quantized: CpuGraphs) -> None:
 def digit_pixels() -> tuple[Array, Array, Array]:
     """Pixels of 64 digits to calibrate with and of the 450 held out, and the digits of these."""
     pytest.importorskip("sklearn", reason="scikit-learn brings the images of the digits")
-    names: dict[str, Any] = {}
-    exec((EXAMPLES / "digits/digits.py").read_text(), names)
-    data = names["split"]()
+    data = digits_split()
     prepare = Preprocessor.from_dict(Bundle.open(digits(1)).read_json(PREPROCESSOR))
     return prepare(list(data.train_images[:64])), prepare(list(data.test_images)), data.test_digits
 

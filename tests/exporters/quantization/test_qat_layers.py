@@ -195,7 +195,7 @@ def test_what_is_missing_is_measured(tmp_path: Path) -> None:
     assert sqnr(wanted, run(tmp_path / "b" / INT8, pixels(32, 99))) > sqnr(
         wanted, answers(without_rounding(model), pixels(32, 99))
     )
-    assert printed["graphs"][0]["samples"] == 8  # type: ignore[index]
+    assert printed["graphs"][0]["samples"] == 8
     result(cli_here("quantize", "b", "--data", "images.npy", "--ignore-ranges", "--json", cwd=tmp_path))
     assert {layer["range_from"] for layer in Bundle.open(tmp_path / "b").graphs[INT8]["layers"]} == {"samples"}
 
