@@ -57,13 +57,8 @@ def fewest_fp32_layers(
 ) -> tuple[frozenset[str], float]:
     """Find the smallest set of the most sensitive layers to keep in fp32 so that the loss is at most `max_loss`.
 
-    Args:
-        ranking: Layers, most sensitive first.
-        loss: Returns the loss, given the layers that stay in fp32. It is called about 2 log2(layers) times.
-        max_loss: Largest loss to accept.
-
-    Returns:
-        The layers and the loss. If no set suffices: all layers, and the loss with only the least sensitive one quantized.
+    `loss` returns the loss, given the layers that stay in fp32, and is called about 2 log2(layers) times. If no set suffices,
+    all layers are returned, with the loss if only the least sensitive one is quantized.
     """
     names = [layer.name for layer in ranking]
     losses: dict[int, float] = {}
@@ -150,7 +145,9 @@ class AccuracyGate:
                 for name, graph in (("fp32", self.reference), ("int8", model))
             )
             feeds = ({self.image_size: batch} for batch in self.batches())
-            scores = evaluate_graphs([fp32, test], feeds, self.labels, self.classes, self._report)
+            scores = evaluate_graphs(
+                [fp32, test], feeds, self.labels, self.classes, lambda n: self.progress("Measuring accuracy", n, self.samples)
+            )
         return 100 * _loss(*scores)
 
     def outputs(self, model: Any) -> Array:
@@ -168,8 +165,7 @@ class AccuracyGate:
     def select_layers(self, title: str, names: Sequence[str], graph: Callable[[Set[str]], Any], max_drop: float) -> GateResult:
         """Choose the layers to keep in fp32 so that the loss is at most `max_drop`; `graph` builds a graph with these kept.
 
-        Raises:
-            GateError: Even with a single quantized layer the loss is larger. `title` names the precision.
+        Raises GateError if the loss is larger even with a single quantized layer. `title` names the precision.
         """
         _LOG.info("Ranking the layers by sensitivity")
         ranking = rank_layers(names, lambda keep: self.outputs(graph(keep)), self.progress)
@@ -182,9 +178,6 @@ class AccuracyGate:
             )
         _LOG.info("%d of %d layers quantized lose %.2f %s", len(names) - len(kept), len(names), loss, self.unit)
         return GateResult(kept, ranking, loss, self.unit)
-
-    def _report(self, done: int) -> None:
-        self.progress("Measuring accuracy", done, self.samples)
 
 
 def _loss(reference: Score, test: Score) -> float:

@@ -23,18 +23,15 @@ COARSE, FINE = 12, 8  # steps of a search per octave, and between two of these
 
 
 def compute_amax(counts: Array, width: float, amax: float, method: str, kind: str) -> float:
-    """Choose the amax of the symmetric type "int8" or "fp8", at most `amax`, the largest absolute value seen.
-
-    Raises:
-        UsageError: The method or type is unknown.
-    """
+    """Choose the amax of the symmetric type "int8" or "fp8", at most `amax`, the largest absolute value seen."""
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     if kind not in TYPE_MAX:
         raise unknown("quantized type", kind, TYPE_MAX)
     if method == "minmax" or amax == 0:
         return amax
-    folded = _folded(counts)
+    half = len(counts) // 2
+    folded = counts[half:] + counts[:half][::-1]  # the histogram of absolute values
     used = np.flatnonzero(folded)
     folded = folded[: used[-1] + 1]
     if method == "percentile":
@@ -42,19 +39,11 @@ def compute_amax(counts: Array, width: float, amax: float, method: str, kind: st
     if method == "entropy":
         return min(amax, _least_divergence(folded, kind) * width)
     centres, weights = (used + 0.5) * width, folded[used].astype(np.float64)
-
-    def error(top: float) -> float:
-        return float(weights @ _squares(centres, top, kind, width))
-
-    return _searched(error, amax)
+    return _searched(lambda top: float(weights @ _squares(centres, top, kind, width)), amax)
 
 
 def compute_range(counts: Array, width: float, low: float, high: float, method: str) -> tuple[float, float]:
-    """Choose the (lowest, highest) value of uint8 with a zero point, within those seen, `low` and `high`, and 0.
-
-    Raises:
-        UsageError: The method is unknown.
-    """
+    """Choose the (lowest, highest) value of uint8 with a zero point, within those seen, `low` and `high`, and 0."""
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     low, high = min(low, 0.0), max(high, 0.0)
@@ -63,8 +52,7 @@ def compute_range(counts: Array, width: float, low: float, high: float, method: 
     half = len(counts) // 2
     if method == "percentile":
         tail = (1 - PERCENTILE / 100) / 2
-        lowest = (_quantile(counts, tail) - half) * width
-        highest = (_quantile(counts, 1 - tail) - half) * width
+        lowest, highest = ((_quantile(counts, share) - half) * width for share in (tail, 1 - tail))
         return max(low, min(lowest, 0.0)), min(high, max(highest, 0.0))
     if method == "entropy":
         top = compute_amax(counts, width, max(-low, high), method, "int8")
@@ -95,12 +83,6 @@ def round_to_fp8(values: Array) -> Array:
 def _fp8_steps(values: Array) -> Array:
     _, exponent = np.frexp(np.minimum(np.abs(values), 448.0))
     return np.asarray(np.ldexp(1.0, np.maximum(exponent - 1, SMALLEST_NORMAL) - MANTISSA))
-
-
-def _folded(counts: Array) -> Array:
-    """Return the histogram of absolute values."""
-    half = len(counts) // 2
-    return np.asarray(counts[half:] + counts[:half][::-1])
 
 
 def _quantile(counts: Array, share: float) -> float:

@@ -59,21 +59,14 @@ def collect(
 
     Args:
         model: An ONNX file, or a loaded graph with its weights.
-        tensors: Names of inputs and node outputs.
-        data: Calibration samples.
+        tensors: Names of inputs and node outputs. UsageError is raised if the graph has no such tensor.
+        data: Calibration samples. InputError is raised if a value is NaN or infinite.
         batch: Samples per run.
         cache: Folder for observations. The state of an unfinished pass is saved there; a pass over the same graph, data and
             batch size resumes from it. Finished observations are reused.
         progress: Called after each batch, in samples.
         threads: Number of CPU threads; 0 for ONNX Runtime's default.
         every: Seconds between two saves of an unfinished pass.
-
-    Returns:
-        The observation of each tensor.
-
-    Raises:
-        UsageError: The graph has no such tensor.
-        InputError: A value is NaN or infinite.
     """
     wanted = tuple(dict.fromkeys(tensors))
     store = None if cache is None else _Store(Path(cache), _key(model, data, batch))
@@ -85,7 +78,11 @@ def collect(
         saved = time.monotonic()
         try:
             for feeds in data.batches(batch, state[0]):
-                state = _advanced(state, run(feeds), missing, len(next(iter(feeds.values()))))
+                values, count = run(feeds), len(next(iter(feeds.values())))
+                fresh = {name: Observation.of(values[name], count, f"The tensor {name}") for name in missing}
+                before = state[1]
+                merged = {name: before[name].merged(one) if name in before else one for name, one in fresh.items()}
+                state = (state[0] + count, merged)
                 progress(PHASE, state[0], len(data))
                 if store is not None and state[0] < len(data) and time.monotonic() - saved >= every:
                     store.save(*state)
@@ -105,15 +102,7 @@ def amax_of_values(
 ) -> dict[str, float]:
     """Return the amax of every float32 value in a graph over all of `data`. It is computed in the graph to save memory.
 
-    Args:
-        model: A graph with its weights and the types of its values in value_info. It is not changed.
-        data: Calibration samples.
-        batch: Samples per run.
-        progress: Called after each batch, in samples.
-        threads: Number of CPU threads; 0 for ONNX Runtime's default.
-
-    Raises:
-        InputError: A value is NaN or infinite.
+    `model` holds its weights and the types of its values in value_info; it is not changed. Raises InputError for NaN.
     """
     require("onnx", "observe the values of a graph")
     from onnx import TensorProto, helper
@@ -179,13 +168,6 @@ def session_for(
         return {**feeds, **dict(zip(fetched, results, strict=True))}
 
     return run
-
-
-def _advanced(state: State, values: Mapping[str, Array], tensors: Sequence[str], count: int) -> State:
-    """Return the state after another batch of `count` samples."""
-    done, before = state
-    fresh = {name: Observation.of(values[name], count, f"The tensor {name}") for name in tensors}
-    return done + count, {name: before[name].merged(one) if name in before else one for name, one in fresh.items()}
 
 
 class _Store:

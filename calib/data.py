@@ -67,11 +67,7 @@ class Samples:
         return digest.hexdigest()
 
     def batches(self, size: int, start: int = 0) -> Iterator[dict[str, Array]]:
-        """Yield feeds for the graph, at most `size` samples each, from sample `start` on. A mask hides nothing.
-
-        Raises:
-            InputError: A sample cannot be read, has another shape, or contains NaN or infinity.
-        """
+        """Yield feeds for the graph, at most `size` samples each, from sample `start` on. A mask hides nothing."""
         chosen = self.chosen[start:]
         stream = zip(chosen, self.source.read(chosen), strict=True)
         for first in range(0, len(chosen), size):
@@ -102,17 +98,10 @@ def samples_from(
 ) -> Samples:
     """Select samples from a folder of images, an .npy or .npz file, or a Python iterable.
 
-    Args:
-        source: A path, or an iterable of paths, PIL images, uint8 arrays [height, width, 3] or prepared float arrays
-            [3, height, width]. Each item may be a pair of sample and label.
-        preprocessor: Turns an image into an input of the graph.
-        inputs: Inputs of the graph.
-        samples: Number of samples, evenly spread over the sorted data, and the same number per class if labels are known.
-            Of an iterable without a length, the first ones. None selects all.
-        labels: A file with the classes of the images in a folder (see labels_from_file).
-
-    Raises:
-        InputError: There are no samples, or all are the same.
+    `source` is a path, or an iterable of paths, PIL images, uint8 arrays [height, width, 3] or prepared float arrays
+    [3, height, width], or of pairs of these and labels. `samples` are evenly spread over the sorted data, and the same number
+    per class if labels are known; of an iterable without a length, the first ones. `labels` is a file with the classes of the
+    images in a folder (see labels_from_file). Raises InputError if there are no samples, or all are the same.
     """
     found = _source(source, preprocessor, inputs, samples)
     if labels is not None:
@@ -222,11 +211,7 @@ def _source(source: Any, preprocessor: Preparation, inputs: tuple[TensorSpec, ..
         return SampleSequence(source)
     if not isinstance(source, Iterable) or isinstance(source, Mapping):
         raise InputError(f"Invalid data of type {type(source).__name__}. Expected a folder, a file, or an iterable of images.")
-
-    def prepare(index: int, sample: Any) -> Array:
-        return prepared(sample, f"sample {index}", preprocessor, inputs)
-
-    return spool(source, samples, prepare)
+    return spool(source, samples, lambda index, sample: prepared(sample, f"sample {index}", preprocessor, inputs))
 
 
 def _fitting(found: NumpyFile, inputs: tuple[TensorSpec, ...]) -> NumpyFile:

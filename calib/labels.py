@@ -21,9 +21,6 @@ def labels_from_file(path: Path, names: Sequence[str]) -> tuple[str, ...]:
     """Read the class of each of `names`, which are paths, from lines "file,class" or "file class".
 
     `file` is a path or only its last part; a heading is ignored.
-
-    Raises:
-        InputError: The file cannot be read, or a name has no class.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -39,7 +36,7 @@ def labels_from_file(path: Path, names: Sequence[str]) -> tuple[str, ...]:
             raise InputError(f"The label file {path} has a line {','.join(row)!r}. Expected {EXPECTED}.")
         known[row[0].strip().replace("\\", "/").removeprefix("./")] = row[1].strip()
     last = Counter(file.rsplit("/", 1)[-1] for file in known)
-    short = {file.rsplit("/", 1)[-1]: label for file, label in known.items() if last[file.rsplit("/", 1)[-1]] == 1}
+    short = {name: label for file, label in known.items() if last[name := file.rsplit("/", 1)[-1]] == 1}
     found = [known.get(name, short.get(name.rsplit("/", 1)[-1])) for name in names]
     if None in found:
         raise InputError(f"The label file {path} has no line for {names[found.index(None)]}. Expected {EXPECTED}.")
@@ -53,17 +50,12 @@ def class_numbers(labels: Sequence[Any], id2label: Mapping[int, str]) -> tuple[d
     one of several names separated by commas suffices); labels are numbers as text; there are as many labels as classes, and
     the classes are the sorted labels, as in ImageNet.
 
-    Returns:
-        The class number of each distinct label, and the name of the rule.
-
-    Raises:
-        InputError: No rule fits.
+    Returns the class number of each distinct label and the name of the rule. Raises InputError if no rule fits.
     """
     distinct = list(dict.fromkeys(labels))
     count = len(id2label)
     if all(isinstance(label, int | np.integer) for label in distinct):
-        outside = [label for label in distinct if label not in id2label]
-        if outside:
+        if outside := [label for label in distinct if label not in id2label]:
             raise InputError(f"Invalid label {outside[0]}. Expected a class number from 0 to {count - 1}.")
         return {label: int(label) for label in distinct}, "class numbers"
     texts = {label: str(label) for label in distinct}

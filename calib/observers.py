@@ -41,7 +41,7 @@ class Observation:
         low, high = float(flat.min()), float(flat.max())
         if not (math.isfinite(low) and math.isfinite(high)):  # NaN anywhere makes the minimum NaN
             raise InputError(f"{name} contains NaN or infinity with this data. Check the network with swin-deploy verify.")
-        exponent = _exponent(max(-low, high))
+        exponent = max(math.frexp(max(-low, high))[1] - HALF_BITS, FINEST)  # the smallest whose bins reach beyond both
         return cls(_counted(flat, exponent), exponent, low, high, samples, flat.size)
 
     def merged(self, other: Observation) -> Observation:
@@ -93,11 +93,6 @@ def from_arrays(arrays: Mapping[str, Array]) -> dict[str, Observation]:
         exponent, samples, values = map(int, whole)
         found[str(name)] = Observation(counts, exponent, float(ends[0]), float(ends[1]), samples, values)
     return found
-
-
-def _exponent(amax: float) -> int:
-    """Return the smallest exponent whose bins reach beyond `amax`."""
-    return max(math.frexp(amax)[1] - HALF_BITS, FINEST)
 
 
 def _counted(values: Array, exponent: int) -> Array:

@@ -74,7 +74,10 @@ class ImageFolder:
         A folder that contains only one folder of class folders is replaced by that folder. Hidden files, and files without
         the suffix of an image, are ignored. Raises InputError if there is no image or a folder cannot be read.
         """
-        known = _suffixes()
+        from PIL import Image
+
+        suffixes = Image.registered_extensions()  # loads every plug-in
+        known = {suffix for suffix, kind in suffixes.items() if kind in Image.OPEN and kind not in UNREADABLE}
         found: list[Path] = []
         seen: set[str] = set()
         for place, folders, files in os.walk(path, followlinks=True, onerror=_refuse_unreadable):
@@ -236,13 +239,6 @@ def spool(items: Iterable[Any], limit: int | None, prepare: Callable[[int, Any],
     source.prepared = True
     source.labels = labels if len(labels) == count else None
     return source
-
-
-def _suffixes() -> frozenset[str]:
-    from PIL import Image
-
-    suffixes = Image.registered_extensions()  # loads every plug-in
-    return frozenset(suffix for suffix, kind in suffixes.items() if kind in Image.OPEN and kind not in UNREADABLE)
 
 
 def _refuse_unreadable(error: OSError) -> None:

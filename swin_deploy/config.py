@@ -84,14 +84,10 @@ class SwinConfig:
         positive = all(math.isfinite(value) and value > 0 for value in (self.mlp_ratio, self.layer_norm_eps))
         _check(positive, "mlp_ratio and layer_norm_eps must be positive numbers")
         if self.version == 2:
-            _check(
-                len(self.pretrained_window_sizes) >= stages,
-                f"pretrained_window_sizes has {len(self.pretrained_window_sizes)} entries for {stages} stages",
-            )
-            _check(
-                all(w == 0 or w > 1 for w in self.pretrained_window_sizes),
-                "pretrained_window_sizes holds 1, for which relative coordinates are 0/0; expected 0 or at least 2",
-            )
+            trained = self.pretrained_window_sizes
+            _check(len(trained) >= stages, f"pretrained_window_sizes has {len(trained)} entries for {stages} stages")
+            why = "pretrained_window_sizes holds 1, for which relative coordinates are 0/0; expected 0 or at least 2"
+            _check(all(w == 0 or w > 1 for w in trained), why)
 
     @property
     def model_type(self) -> str:
@@ -121,12 +117,13 @@ class SwinConfig:
         """Return the patches (rows, columns) of an image. torchvision crops a remainder, all others pad it to a patch."""
         height, width = image_size or self.image_size
         if self.framework == "torchvision":
-            if height < self.patch_size[0] or width < self.patch_size[1]:
+            grid = height // self.patch_size[0], width // self.patch_size[1]
+            if 0 in grid:
                 raise UsageError(
                     f"An image of {height}x{width} pixels is smaller than a patch of {self.patch_size}, and torchvision "
                     f"crops it to nothing. Choose a larger --image-size or another --framework."
                 )
-            return height // self.patch_size[0], width // self.patch_size[1]
+            return grid
         return math.ceil(height / self.patch_size[0]), math.ceil(width / self.patch_size[1])
 
     def table_window(self, stage: int) -> tuple[int, int]:
@@ -149,11 +146,7 @@ class SwinConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> SwinConfig:
-        """Read a Hugging Face `config.json`. Unknown keys are ignored, as in transformers.
-
-        Raises:
-            CheckpointError: It describes another network, or a value is invalid.
-        """
+        """Read a Hugging Face `config.json`, and ignore unknown keys. Raises CheckpointError if it is invalid or no Swin's."""
         if not isinstance(raw, Mapping):
             raise CheckpointError("config.json does not hold a JSON object. Expected a Hugging Face config.")
         kind = raw.get("model_type")
@@ -168,25 +161,14 @@ class SwinConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object that transformers writes for an image classifier of this architecture."""
-        name = "Swin" if self.version == 1 else "Swinv2"
-        windows = set(self.window_size)
         raw: dict[str, Any] = {
-            "architectures": [f"{name}ForImageClassification"],
+            "architectures": [f"{'Swin' if self.version == 1 else 'Swinv2'}ForImageClassification"],
             "model_type": self.model_type,
-            "image_size": _int_or_pair(self.image_size),
-            "patch_size": _int_or_pair(self.patch_size),
-            "num_channels": self.num_channels,
-            "embed_dim": self.embed_dim,
-            "depths": list(self.depths),
-            "num_heads": list(self.num_heads),
+            **{key: list(value) if isinstance(value := getattr(self, key), tuple) else value for key in _READERS},
+            "image_size": _one_if_equal(self.image_size),
+            "patch_size": _one_if_equal(self.patch_size),
+            "window_size": _one_if_equal(self.window_size),
             "num_layers": len(self.depths),
-            "window_size": self.window_size[0] if len(windows) == 1 else list(self.window_size),
-            "mlp_ratio": self.mlp_ratio,
-            "qkv_bias": self.qkv_bias,
-            "hidden_act": self.hidden_act,
-            "use_absolute_embeddings": self.use_absolute_embeddings,
-            "layer_norm_eps": self.layer_norm_eps,
-            "encoder_stride": self.encoder_stride,
             "hidden_size": self.hidden_size,
             "hidden_dropout_prob": 0.0,
             "attention_probs_dropout_prob": 0.0,
@@ -201,8 +183,8 @@ class SwinConfig:
             raw["semantics"] = self.framework
         if not self.patch_norm:
             raw["patch_norm"] = False
-        if self.version == 2:
-            raw["pretrained_window_sizes"] = list(self.pretrained_window_sizes)
+        if self.version == 1:
+            del raw["pretrained_window_sizes"]
         return raw
 
 
@@ -212,11 +194,10 @@ def _check(holds: bool, sentence: str) -> None:
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, list | tuple):
-        if len(value) != 2:
-            raise ValueError(f"expected a number or two, got {value!r}")
-        return _integer(value[0]), _integer(value[1])
-    return _integer(value), _integer(value)
+    values = value if isinstance(value, list | tuple) else (value, value)
+    if len(values) != 2:
+        raise ValueError(f"expected a number or two, got {value!r}")
+    return _integer(values[0]), _integer(values[1])
 
 
 def _integer(value: Any) -> int:
@@ -231,8 +212,8 @@ def _integers(value: Any) -> tuple[int, ...]:
     return tuple(_integer(v) for v in value)
 
 
-def _int_or_pair(value: tuple[int, int]) -> int | list[int]:
-    return value[0] if value[0] == value[1] else list(value)
+def _one_if_equal(values: tuple[int, ...]) -> int | list[int]:
+    return values[0] if len(set(values)) == 1 else list(values)
 
 
 # config.json key -> how its value is read
@@ -283,19 +264,14 @@ def _fields_from_json(raw: Mapping[str, Any], version: int) -> dict[str, Any]:
 
 def _out_features(raw: Mapping[str, Any], stages: int) -> tuple[str, ...]:
     names = ("stem", *(f"stage{i + 1}" for i in range(stages)))
-    if raw.get("out_features") is not None:
-        wanted = tuple(str(name) for name in raw["out_features"])
-    elif raw.get("out_indices") is not None:
-        wanted = tuple(names[index] for index in _integers(raw["out_indices"]))
-    else:
-        return ()
-    indices = raw.get("out_indices")
-    if raw.get("out_features") is not None and indices is not None:
-        meant = tuple(names[index] if -len(names) <= index < len(names) else "" for index in _integers(indices))
-        if meant != wanted:
+    features, indices = raw.get("out_features"), raw.get("out_indices")
+    wanted = () if features is None else tuple(map(str, features))
+    if indices is not None:
+        meant = tuple(names[place] if -len(names) <= place < len(names) else "" for place in _integers(indices))
+        if features is not None and meant != wanted:
             raise ValueError(f"out_features names {', '.join(wanted)}, but out_indices {list(indices)} name others")
-    unknown = [name for name in wanted if name not in names]
-    if unknown:
+        wanted = meant
+    if unknown := [name for name in wanted if name not in names]:
         raise ValueError(f"out_features names {unknown[0]!r}, but this network has {', '.join(names)}")
     return wanted
 

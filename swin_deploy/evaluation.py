@@ -136,12 +136,8 @@ def evaluate_graphs(
 ) -> tuple[Score, ...]:
     """Run all graphs in one pass over the data and score them against the first fp32 graph of their image size.
 
-    Args:
-        graphs: The graphs; for each image size, an fp32 one comes first.
-        batches: Feeds by image size.
-        labels: Class number of each sample, or None.
-        classes: Number of classes; 0 if the outputs are not logits, which limits the scores to distances.
-        progress: Called with the number of samples done after each batch.
+    For each image size, an fp32 graph comes first. `batches` are feeds by image size, and `labels` the class numbers of all
+    samples. `classes` is 0 if the outputs are not logits. `progress` is called with the number of samples done.
     """
     done = 0
     for feeds in batches:

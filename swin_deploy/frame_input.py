@@ -23,10 +23,8 @@ CHANNELS = 3  # red, green and blue, the result of every image processor
 class Frames:
     """Turns images into frames, uint8 [batch, height, width, 3] in RGB, for a graph with embedded preprocessing.
 
-    Attributes:
-        preprocessor: The complete preprocessing.
-        frame_size: (height, width) of frames that the graph resizes and crops itself. None: the graph only rescales and
-            normalizes, and images are resized and cropped by `preprocessor`.
+    The graph resizes and crops frames of `frame_size` (height, width). With None, it only rescales and normalizes, and images
+    are resized and cropped here. `preprocessor` is the complete preprocessing.
     """
 
     preprocessor: Preprocessor

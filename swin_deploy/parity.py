@@ -121,9 +121,9 @@ class Reference:
 
     def save(self, path: Path) -> None:
         """Write an .npz file. Floating-point inputs fit into float16 without loss (see `sample_inputs`)."""
-        arrays: dict[str, Array] = {}
-        for name, feed in self.feeds.items():
-            arrays[f"input/{name}"] = feed.astype(np.float16) if feed.dtype == np.float32 else feed
+        arrays: dict[str, Array] = {
+            f"input/{name}": feed.astype(np.float16) if feed.dtype == np.float32 else feed for name, feed in self.feeds.items()
+        }
         arrays |= {f"output/{name}": output for name, output in self.outputs.items()}
         arrays |= {f"noise/{name}": np.float64(noise) for name, noise in self.noise.items()}
         with path.open("wb") as file:
@@ -165,8 +165,9 @@ class Verdict:
     @property
     def worst(self) -> str:
         """The output that is furthest from PyTorch relative to its tolerance."""
-        excess = {name: one.relative_l2 / self.tolerances[name] for name, one in self.agreements.items()}
-        return max(self.agreements, key=lambda name: (not self.agreements[name].finite, excess[name]))
+        return max(
+            self.agreements, key=lambda n: (not (one := self.agreements[n]).finite, one.relative_l2 / self.tolerances[n])
+        )
 
     @property
     def agreement(self) -> Agreement:
@@ -189,10 +190,6 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry for the manifest."""
-        outputs = {
-            name: {"tolerance_relative_l2": self.tolerances[name], **agreement.to_dict()}
-            for name, agreement in self.agreements.items()
-        }
         return {
             "verified": self.verified,
             "against": "PyTorch fp32",
@@ -200,7 +197,7 @@ class Verdict:
             "tolerance_relative_l2": self.tolerance,
             **self.agreement.to_dict(),
             "worst_output": self.worst,
-            "outputs": outputs,
+            "outputs": {n: {"tolerance_relative_l2": self.tolerances[n], **a.to_dict()} for n, a in self.agreements.items()},
         }
 
 

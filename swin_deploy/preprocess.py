@@ -40,10 +40,7 @@ class Preprocessor:
 
     The fields have the names, meanings and defaults of transformers' `ViTImageProcessor`. Sizes are (height, width) in
     pixels. `shortest_edge` replaces `size` if it is set: the shorter side is resized to it and the aspect ratio is kept.
-    `resample` is a Pillow filter number: 2 for bilinear, 3 for bicubic.
-
-    Raises:
-        InputError: A value is invalid.
+    `resample` is a Pillow filter number: 2 for bilinear, 3 for bicubic. An invalid value raises InputError.
     """
 
     do_resize: bool = True
@@ -62,8 +59,10 @@ class Preprocessor:
     def __post_init__(self) -> None:
         sizes = 'a positive whole number, [height, width] or {"height": ..., "width": ...}'
         numbers = "three finite numbers, for red, green and blue"
-        for flag in FLAGS:
-            self._check(flag, _is_flag if flag in FLAGS[:3] else _is_flag_or_none, "true or false")
+        for flag in FLAGS[:3]:
+            self._check(flag, lambda one: isinstance(one, bool), "true or false")
+        for flag in FLAGS[3:]:
+            self._check(flag, lambda one: isinstance(one, bool | None), "true or false")
         self._check("resample", lambda one: one in range(6), "a Pillow filter number from 0 to 5 (3 is bicubic)")
         self._check("rescale_factor", _is_number, "a finite number")
         self._check("shortest_edge", lambda one: one is None or _is_side(one), "a positive whole number")
@@ -92,10 +91,8 @@ class Preprocessor:
     def from_dict(cls, config: Mapping[str, Any]) -> Preprocessor:
         """Read the contents of preprocessor_config.json, of an image processor or an older feature extractor.
 
-        Missing keys have the defaults of transformers. null is false for a flag, and the default otherwise.
-
-        Raises:
-            InputError: A value is invalid or not supported (padding, longest_edge).
+        Missing keys have the defaults of transformers. null is false for a flag, and the default otherwise. Raises InputError
+        for a value that is invalid or not supported (padding, longest_edge).
         """
         if not isinstance(config, Mapping):
             raise _invalid("config", config, "a JSON object")
@@ -126,17 +123,11 @@ class Preprocessor:
         return config if self.shortest_edge is None else {**config, "size": {"shortest_edge": self.shortest_edge}}
 
     def __call__(self, images: ImageLike | list[ImageLike] | tuple[ImageLike, ...]) -> NDArray[np.float32]:
-        """Prepare images for the network. They are read one at a time.
+        """Prepare images for the network, read one at a time: float32 [batch, 3, height, width], contiguous.
 
-        Args:
-            images: One image or a list: paths, PIL images, or uint8 arrays [height, width, 3] in RGB order,
-                [height, width, 4] with alpha, [height, width, 1] or [height, width].
-
-        Returns:
-            float32 [batch, 3, height, width], contiguous.
-
-        Raises:
-            InputError: An image cannot be read, or the results have different sizes.
+        `images` is one image or a list: paths, PIL images, or uint8 arrays [height, width, 3] in RGB order, [height, width, 4]
+        with alpha, [height, width, 1] or [height, width]. Raises InputError for an image that cannot be read, and for results
+        of different sizes.
         """
         output = np.empty(0, dtype=np.float32)
         for index, count, pixels in self._each(images):
@@ -210,8 +201,10 @@ class Preprocessor:
         picture = _as_rgb(image, label, blend_rgb=bool(self.do_convert_rgb))
         if self.do_resize:
             picture = self._resized(picture, label)
-        if self.do_center_crop and self.crop_size is not None:
-            picture = self._cropped(picture, self.crop_size)
+        if self.do_center_crop and self.crop_size is not None:  # pixels outside the image are black
+            height, width = self.crop_size
+            left, top = (picture.width - width) // 2, (picture.height - height) // 2
+            picture = picture.crop((left, top, left + width, top + height))
         return np.asarray(picture)
 
     def _resized(self, picture: PILImage.Image, label: str) -> PILImage.Image:
@@ -226,18 +219,9 @@ class Preprocessor:
             )
         return picture.resize((width, height), Image.Resampling(self.resample))
 
-    def _cropped(self, picture: PILImage.Image, size: tuple[int, int]) -> PILImage.Image:
-        """Crop the centre; pixels outside the image are black."""
-        left, top = (picture.width - size[1]) // 2, (picture.height - size[0]) // 2
-        return picture.crop((left, top, left + size[1], top + size[0]))
-
 
 def read_image(path: str | os.PathLike[str]) -> PILImage.Image:
-    """Read an image file, or the first frame of an animation, as 8-bit RGB (see the module for rotation and alpha).
-
-    Raises:
-        InputError: The file is not a valid image.
-    """
+    """Read an image file, or the first frame of an animation, as 8-bit RGB (see the module). Raises InputError."""
     from PIL import Image, ImageOps
 
     label = _label(path, 0, 1)
@@ -345,14 +329,6 @@ def _label(image: Any, index: int, count: int) -> str:
 
 def _invalid(name: str, value: object, expected: str) -> InputError:
     return InputError(f"Invalid {name}: {value!r}. Expected {expected}. Correct preprocessor_config.json.")
-
-
-def _is_flag(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_flag_or_none(value: object) -> bool:
-    return value is None or isinstance(value, bool)
 
 
 def _is_side(value: object) -> bool:

@@ -79,14 +79,14 @@ class QatRanges:
 
     def weight_of(self, layer: str, rows: int, config: SwinConfig) -> NDArray[np.float32] | None:
         """Return the scales [rows] of a graph layer's weight, one a channel; None if a part of it has none."""
-        found = [self.layers.get(name, LayerRanges()).weight for name in modules_of(layer)]
+        found = {name: self.layers.get(name, LayerRanges()).weight for name in modules_of(layer)}
+        if not found or None in found.values():
+            return None
         parts = []
-        for name, scales in zip(modules_of(layer), found, strict=True):
-            if scales is None:
-                return None
+        for name, scales in found.items():
             part = np.broadcast_to(np.asarray(scales, np.float32), rows // len(found))
             parts.append(np.maximum(part * np.float32(softmax_scale(name, config)), SMALLEST_SCALE))
-        return np.concatenate(parts) if parts else None
+        return np.concatenate(parts)
 
     def output_of(self, modules: Iterable[str]) -> ActivationRange | None:
         """Return the range of what `modules` write: the largest that one of them has."""

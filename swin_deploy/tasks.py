@@ -18,23 +18,14 @@ PIXELS, MASK = "pixel_values", "bool_masked_pos"
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A task and its options.
+    """A task and its options."""
 
-    Args:
-        name: One of TASKS.
-        output_hidden_states: Add the hidden states to the outputs.
-        output_attentions: Add the attention probabilities to the outputs.
-        add_pooling_layer: Feature extraction only: add the pooled output.
-        use_mask_token: Feature extraction only: add the input `bool_masked_pos`. Masked image modelling always has it.
-        out_features: Backbone only: "stem", "stage1", ... or their numbers "0", "1", "-1". Default: those of the checkpoint.
-    """
-
-    name: str = "image-classification"
+    name: str = "image-classification"  # one of TASKS
     output_hidden_states: bool = False
     output_attentions: bool = False
-    add_pooling_layer: bool = True
-    use_mask_token: bool = False
-    out_features: tuple[str, ...] = ()
+    add_pooling_layer: bool = True  # whether feature extraction has the pooled output
+    use_mask_token: bool = False  # whether feature extraction has the input `bool_masked_pos`, as masked modelling always has
+    out_features: tuple[str, ...] = ()  # of a backbone: "stem", "stage1", or "0", "-1"; empty: those of the checkpoint
 
     def __post_init__(self) -> None:
         if self.name not in TASKS:
@@ -69,11 +60,7 @@ class TaskSpec:
     ) -> tuple[TensorSpec, ...]:
         """Return the inputs: pixel_values float32 [batch, channels, height, width], and bool_masked_pos bool [batch, patches].
 
-        Args:
-            config: The architecture.
-            image_size: (height, width) of the prepared image in pixels.
-            frame_size: (height, width) of the frames that a graph with preprocessing accepts; pixel_values are then uint8
-                [batch, height, width, 3].
+        With `frame_size`, the size of frames for a graph with preprocessing, pixel_values are uint8 [batch, height, width, 3].
         """
         rows, columns = config.grid(image_size)
         pixels = TensorSpec(PIXELS, "float32", ("batch", config.num_channels, *image_size))
@@ -84,15 +71,11 @@ class TaskSpec:
     def output_names(self, config: SwinConfig) -> tuple[str, ...]:
         """Return the names of all outputs, in the order of the network."""
         stages = len(config.depths)
-        names: list[str]
-        if self.name == "image-classification":
-            names = ["logits"]
-        elif self.name == "masked-image-modeling":
-            names = ["reconstruction"]
-        elif self.name == "backbone":
-            names = [f"feature_maps.{i}" for i in range(len(self.features(config)))]
-        else:
-            names = ["last_hidden_state"] + ["pooler_output"] * self.add_pooling_layer
+        names = {
+            "image-classification": ["logits"],
+            "masked-image-modeling": ["reconstruction"],
+            "feature-extraction": ["last_hidden_state"] + ["pooler_output"] * self.add_pooling_layer,
+        }.get(self.name) or [f"feature_maps.{i}" for i in range(len(self.features(config)))]
         if self.output_hidden_states:
             names += [f"hidden_states.{i}" for i in range(stages + 1)]
             if self.name != "backbone":

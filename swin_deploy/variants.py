@@ -7,9 +7,9 @@ Sources: MODELHUB.md of microsoft/Swin-Transformer (top-1), timm's swin_transfor
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+import re
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 from swin_deploy.config import OTHER_FAMILIES, SwinConfig
 from swin_deploy.errors import UsageError
@@ -62,98 +62,50 @@ class Variant:
 class ModelSize(NamedTuple):
     """The dimensions that "tiny", "small", "base" and "large" stand for."""
 
-    name: str
     embed_dim: int
     depths: tuple[int, ...]
     num_heads: tuple[int, ...]
 
-    def shape(self) -> dict[str, Any]:
-        """Return the fields of a Variant that follow from its size."""
-        return {"embed_dim": self.embed_dim, "depths": self.depths, "num_heads": self.num_heads}
 
-
-T = ModelSize("tiny", 96, (2, 2, 6, 2), (3, 6, 12, 24))
-S = ModelSize("small", 96, (2, 2, 18, 2), (3, 6, 12, 24))
-B = ModelSize("base", 128, (2, 2, 18, 2), (4, 8, 16, 32))
-L = ModelSize("large", 192, (2, 2, 18, 2), (6, 12, 24, 48))
+T = ModelSize(96, (2, 2, 6, 2), (3, 6, 12, 24))
+S = ModelSize(96, (2, 2, 18, 2), (3, 6, 12, 24))
+B = ModelSize(128, (2, 2, 18, 2), (4, 8, 16, 32))
+L = ModelSize(192, (2, 2, 18, 2), (6, 12, 24, 48))
+S3_BASE = ModelSize(96, (2, 2, 30, 2), (3, 6, 12, 24))
 
 # timm's tag -> classes. The tag is the training data: ImageNet-1k, ImageNet-22k, or 22k and then 1k.
-CLASSES = {"ms_in1k": 1000, "ms_in22k": 21841, "ms_in22k_ft_in1k": 1000}
+CLASSES = {"ms_in1k": 1000, "ms_in22k": 21841, "ms_in22k_ft_in1k": 1000, None: 0}
 
 
-def _v1(
+def _variant(
     name: str,
     size: ModelSize,
     image: int,
-    window: int,
-    tag: str,
-    top1: float | None,
-    params: float | None,
+    window: int | tuple[int, ...],
+    tag: str | None,  # None: SimMIM's encoders, which have no classifier and are not in timm
+    top1: float | None = None,
+    params: float | None = None,
     *aliases: str,
     on_hub: bool = True,
 ) -> Variant:
+    version = 2 if name.startswith("swinv2") else 1
+    stem = re.sub("-(in1k|(in)?22k.*)$", "", name).replace("-patch4" if version == 2 else "", "").replace("-", "_")
     return Variant(
         name=name,
         aliases=aliases,
-        version=1,
-        **size.shape(),
-        image_size=image,
-        window_size=window,
-        num_labels=CLASSES[tag],
-        hub_id=f"microsoft/{name}" if on_hub else None,
-        timm_name=f"swin_{size.name}_patch4_window{window}_{image}.{tag}",
-        top1=top1,
-        params_millions=params,
-    )
-
-
-def _v2(name: str, size: ModelSize, image: int, window: int, top1: float | None, params: float, *aliases: str) -> Variant:
-    stem = name.removesuffix("-22kto1k-ft").removesuffix("-22k").replace("-patch4", "").replace("-", "_")
-    tag = {"22k": "ms_in22k", "ft": "ms_in22k_ft_in1k"}.get(name.rsplit("-", 1)[1], "ms_in1k")
-    return Variant(
-        name=name,
-        aliases=aliases,
-        version=2,
-        **size.shape(),
+        version=version,
+        task="image-classification" if tag else "masked-image-modeling",
+        **size._asdict(),
         image_size=image,
         window_size=window,
         num_labels=CLASSES[tag],
         # Fine-tuning with larger windows keeps the coordinates scaled to the windows of pre-training. The window of the
         # last stage was 6, because 192 pixels leave 6 tokens there (configs/swinv2/*_ft.yaml).
-        pretrained_window_sizes=(12, 12, 12, 6) if tag == "ms_in22k_ft_in1k" else (0, 0, 0, 0),
-        hub_id=f"microsoft/{name}",
-        timm_name=f"{stem}.{tag}",
+        pretrained_window_sizes=(12, 12, 12, 6) if version == 2 and tag == "ms_in22k_ft_in1k" else (0, 0, 0, 0),
+        hub_id=f"microsoft/{name}" if on_hub else None,
+        timm_name=f"{stem}.{tag}" if tag else None,
         top1=top1,
         params_millions=params,
-    )
-
-
-def _s3(size: ModelSize, windows: tuple[int, ...], top1: float, params: float) -> Variant:
-    name = f"swin-s3-{size.name}-224"
-    return Variant(
-        name=name,
-        aliases=(f"swin-s3-{size.name}",),
-        version=1,
-        **size.shape(),
-        image_size=224,
-        window_size=windows,
-        num_labels=1000,
-        timm_name=name.replace("-", "_") + ".ms_in1k",
-        top1=top1,
-        params_millions=params,
-    )
-
-
-def _simmim(name: str, size: ModelSize, window: int) -> Variant:
-    return Variant(
-        name=name,
-        version=1,
-        task="masked-image-modeling",
-        **size.shape(),
-        image_size=192,
-        window_size=window,
-        num_labels=0,
-        hub_id=f"microsoft/{name}",
     )
 
 
@@ -167,54 +119,57 @@ def _simmim(name: str, size: ModelSize, window: int) -> Variant:
 # The first row of a timm architecture is timm's default (the order in its default_cfgs). For tiny that is 1k: "tiny 22k
 # pretrain is worse than 1k".
 VARIANTS: tuple[Variant, ...] = (
-    # V1: name, size, image, window, timm's tag, top-1, million parameters, aliases
-    _v1("swin-tiny-patch4-window7-224", T, 224, 7, "ms_in1k", 81.2, 28.29, "swin-tiny"),
-    _v1("swin-tiny-patch4-window7-224-in22k-ft-in1k", T, 224, 7, "ms_in22k_ft_in1k", 80.9, 28.29, on_hub=False),
-    _v1("swin-tiny-patch4-window7-224-in22k", T, 224, 7, "ms_in22k", None, None, on_hub=False),
-    _v1("swin-small-patch4-window7-224-in22k-ft-in1k", S, 224, 7, "ms_in22k_ft_in1k", 83.2, 49.61, on_hub=False),
-    _v1("swin-small-patch4-window7-224", S, 224, 7, "ms_in1k", 83.2, 49.61, "swin-small"),
-    _v1("swin-small-patch4-window7-224-in22k", S, 224, 7, "ms_in22k", None, None, on_hub=False),
-    _v1("swin-base-patch4-window7-224", B, 224, 7, "ms_in22k_ft_in1k", 85.2, 87.77, "swin-base"),
-    _v1("swin-base-patch4-window7-224-in1k", B, 224, 7, "ms_in1k", 83.5, 87.77, on_hub=False),
-    _v1("swin-base-patch4-window7-224-in22k", B, 224, 7, "ms_in22k", None, None),
-    _v1("swin-base-patch4-window12-384", B, 384, 12, "ms_in22k_ft_in1k", 86.4, 87.90, "swin-base-384"),
-    _v1("swin-base-patch4-window12-384-in1k", B, 384, 12, "ms_in1k", 84.5, 87.90, on_hub=False),
-    _v1("swin-base-patch4-window12-384-in22k", B, 384, 12, "ms_in22k", None, None),
-    _v1("swin-large-patch4-window7-224", L, 224, 7, "ms_in22k_ft_in1k", 86.3, 196.53, "swin-large"),
-    _v1("swin-large-patch4-window7-224-in22k", L, 224, 7, "ms_in22k", None, None),
-    _v1("swin-large-patch4-window12-384", L, 384, 12, "ms_in22k_ft_in1k", 87.3, 196.74, "swin-large-384"),
-    _v1("swin-large-patch4-window12-384-in22k", L, 384, 12, "ms_in22k", None, None),
+    # name, size, image, window, timm's tag, top-1, million parameters, aliases
+    _variant("swin-tiny-patch4-window7-224", T, 224, 7, "ms_in1k", 81.2, 28.29, "swin-tiny"),
+    _variant("swin-tiny-patch4-window7-224-in22k-ft-in1k", T, 224, 7, "ms_in22k_ft_in1k", 80.9, 28.29, on_hub=False),
+    _variant("swin-tiny-patch4-window7-224-in22k", T, 224, 7, "ms_in22k", None, None, on_hub=False),
+    _variant("swin-small-patch4-window7-224-in22k-ft-in1k", S, 224, 7, "ms_in22k_ft_in1k", 83.2, 49.61, on_hub=False),
+    _variant("swin-small-patch4-window7-224", S, 224, 7, "ms_in1k", 83.2, 49.61, "swin-small"),
+    _variant("swin-small-patch4-window7-224-in22k", S, 224, 7, "ms_in22k", None, None, on_hub=False),
+    _variant("swin-base-patch4-window7-224", B, 224, 7, "ms_in22k_ft_in1k", 85.2, 87.77, "swin-base"),
+    _variant("swin-base-patch4-window7-224-in1k", B, 224, 7, "ms_in1k", 83.5, 87.77, on_hub=False),
+    _variant("swin-base-patch4-window7-224-in22k", B, 224, 7, "ms_in22k", None, None),
+    _variant("swin-base-patch4-window12-384", B, 384, 12, "ms_in22k_ft_in1k", 86.4, 87.90, "swin-base-384"),
+    _variant("swin-base-patch4-window12-384-in1k", B, 384, 12, "ms_in1k", 84.5, 87.90, on_hub=False),
+    _variant("swin-base-patch4-window12-384-in22k", B, 384, 12, "ms_in22k", None, None),
+    _variant("swin-large-patch4-window7-224", L, 224, 7, "ms_in22k_ft_in1k", 86.3, 196.53, "swin-large"),
+    _variant("swin-large-patch4-window7-224-in22k", L, 224, 7, "ms_in22k", None, None),
+    _variant("swin-large-patch4-window12-384", L, 384, 12, "ms_in22k_ft_in1k", 87.3, 196.74, "swin-large-384"),
+    _variant("swin-large-patch4-window12-384-in22k", L, 384, 12, "ms_in22k", None, None),
     # "C24": 24 channels in each head. MODELHUB.md lists it beside Swin-MLP, which it is not.
-    Variant(
-        name="swin-tiny-c24-patch4-window8-256",
-        version=1,
-        **T._replace(num_heads=(4, 8, 16, 32)).shape(),
-        image_size=256,
-        window_size=8,
-        num_labels=1000,
-        top1=81.6,
+    replace(
+        _variant(
+            "swin-tiny-c24-patch4-window8-256", T._replace(num_heads=(4, 8, 16, 32)), 256, 8, "ms_in1k", 81.6, on_hub=False
+        ),
+        timm_name=None,
     ),
     # S3, the searched windows and depths of AutoFormerV2; top-1 from AutoFormerV2/README.md of microsoft/Cream
-    _s3(T, (7, 7, 14, 7), 82.1, 28.33),
-    _s3(S, (14, 14, 14, 7), 83.7, 49.74),
-    _s3(ModelSize("base", 96, (2, 2, 30, 2), (3, 6, 12, 24)), (7, 7, 14, 7), 84.0, 71.13),
+    _variant("swin-s3-tiny-224", T, 224, (7, 7, 14, 7), "ms_in1k", 82.1, 28.33, "swin-s3-tiny", on_hub=False),
+    _variant("swin-s3-small-224", S, 224, (14, 14, 14, 7), "ms_in1k", 83.7, 49.74, "swin-s3-small", on_hub=False),
+    _variant("swin-s3-base-224", S3_BASE, 224, (7, 7, 14, 7), "ms_in1k", 84.0, 71.13, "swin-s3-base", on_hub=False),
     # SimMIM: encoders without a classifier. The hub's base is the one trained for 100 epochs, by the default of its
     # converter (transformers, convert_swin_simmim_to_pytorch.py); the published accuracies are of fine-tuned models.
-    _simmim("swin-base-simmim-window6-192", B, 6),
-    _simmim("swin-large-simmim-window12-192", L, 12),
-    # V2: name, size, image, window, top-1, million parameters, aliases
-    _v2("swinv2-tiny-patch4-window8-256", T, 256, 8, 81.8, 28.35, "swinv2-tiny"),
-    _v2("swinv2-tiny-patch4-window16-256", T, 256, 16, 82.8, 28.35, "swinv2-tiny-w16"),
-    _v2("swinv2-small-patch4-window8-256", S, 256, 8, 83.7, 49.73, "swinv2-small"),
-    _v2("swinv2-small-patch4-window16-256", S, 256, 16, 84.1, 49.73, "swinv2-small-w16"),
-    _v2("swinv2-base-patch4-window8-256", B, 256, 8, 84.2, 87.92, "swinv2-base"),
-    _v2("swinv2-base-patch4-window16-256", B, 256, 16, 84.6, 87.92, "swinv2-base-w16"),
-    _v2("swinv2-base-patch4-window12-192-22k", B, 192, 12, None, 109.28),
-    _v2("swinv2-base-patch4-window12to16-192to256-22kto1k-ft", B, 256, 16, 86.2, 87.92),
-    _v2("swinv2-base-patch4-window12to24-192to384-22kto1k-ft", B, 384, 24, 87.1, 87.92, "swinv2-base-384"),
-    _v2("swinv2-large-patch4-window12-192-22k", L, 192, 12, None, 228.77),
-    _v2("swinv2-large-patch4-window12to16-192to256-22kto1k-ft", L, 256, 16, 86.9, 196.74, "swinv2-large"),
-    _v2("swinv2-large-patch4-window12to24-192to384-22kto1k-ft", L, 384, 24, 87.6, 196.74, "swinv2-large-384"),
+    _variant("swin-base-simmim-window6-192", B, 192, 6, None),
+    _variant("swin-large-simmim-window12-192", L, 192, 12, None),
+    # V2
+    _variant("swinv2-tiny-patch4-window8-256", T, 256, 8, "ms_in1k", 81.8, 28.35, "swinv2-tiny"),
+    _variant("swinv2-tiny-patch4-window16-256", T, 256, 16, "ms_in1k", 82.8, 28.35, "swinv2-tiny-w16"),
+    _variant("swinv2-small-patch4-window8-256", S, 256, 8, "ms_in1k", 83.7, 49.73, "swinv2-small"),
+    _variant("swinv2-small-patch4-window16-256", S, 256, 16, "ms_in1k", 84.1, 49.73, "swinv2-small-w16"),
+    _variant("swinv2-base-patch4-window8-256", B, 256, 8, "ms_in1k", 84.2, 87.92, "swinv2-base"),
+    _variant("swinv2-base-patch4-window16-256", B, 256, 16, "ms_in1k", 84.6, 87.92, "swinv2-base-w16"),
+    _variant("swinv2-base-patch4-window12-192-22k", B, 192, 12, "ms_in22k", None, 109.28),
+    _variant("swinv2-base-patch4-window12to16-192to256-22kto1k-ft", B, 256, 16, "ms_in22k_ft_in1k", 86.2, 87.92),
+    _variant(
+        "swinv2-base-patch4-window12to24-192to384-22kto1k-ft", B, 384, 24, "ms_in22k_ft_in1k", 87.1, 87.92, "swinv2-base-384"
+    ),
+    _variant("swinv2-large-patch4-window12-192-22k", L, 192, 12, "ms_in22k", None, 228.77),
+    _variant(
+        "swinv2-large-patch4-window12to16-192to256-22kto1k-ft", L, 256, 16, "ms_in22k_ft_in1k", 86.9, 196.74, "swinv2-large"
+    ),
+    _variant(
+        "swinv2-large-patch4-window12to24-192to384-22kto1k-ft", L, 384, 24, "ms_in22k_ft_in1k", 87.6, 196.74, "swinv2-large-384"
+    ),
 )
 
 # Start of another network's name (without hyphens) -> what it is.
@@ -231,10 +186,7 @@ def find_variant(name: str) -> Variant:
     """Find a variant by its name, an alias, or its name on the hub or in timm, in upper or lower case, with - or _.
 
     "swin_small_patch4_window7_224" is a different checkpoint on the hub and in timm. It means that of the hub, and with the
-    prefix "timm/" that of timm.
-
-    Raises:
-        UsageError: No variant has this name. The message lists the nearest ones.
+    prefix "timm/" that of timm. Raises UsageError, with the nearest names, if there is no such variant.
     """
     key = _key(name)
     if key.startswith("hf-hub:"):  # timm's way to name a repository; without an owner it can only be its own
@@ -258,17 +210,11 @@ def _key(name: str) -> str:
     return name.strip().lower().replace("_", "-")
 
 
-def _names(variant: Variant) -> Iterator[str]:
-    """All names that belong to this variant alone."""
-    yield from (variant.name, *variant.aliases)
-    if variant.hub_id:
-        yield variant.hub_id
-    if variant.timm_name:
-        yield from (variant.timm_name, f"timm/{variant.timm_name}")
-
-
 def _by_name() -> dict[str, Variant]:
-    found = {_key(name): variant for variant in VARIANTS for name in _names(variant)}
+    found: dict[str, Variant] = {}
+    for variant in VARIANTS:
+        timm = (variant.timm_name, f"timm/{variant.timm_name}") if variant.timm_name else ()
+        found |= {_key(name): variant for name in (variant.name, *variant.aliases, variant.hub_id, *timm) if name}
     for variant in VARIANTS:  # timm's name without a tag means its default, unless the hub has the name, too
         if variant.timm_name:
             untagged = _key(variant.timm_name.split(".")[0])

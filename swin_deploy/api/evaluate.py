@@ -180,11 +180,9 @@ def _selected(bundle: Bundle, spec: EvaluateSpec) -> tuple[dict[str, Any], str, 
 
 
 def class_labels(bundle: Bundle, samples: Samples, ignore: bool = False) -> tuple[int, list[int] | None, str | None]:
-    """Match the labels of samples to the classes of the network.
+    """Return the number of classes (0 if the outputs are not logits), and the class number of each sample with the rule used.
 
-    Returns:
-        The number of classes, 0 if the outputs are not logits; the class number of each sample; and the rule that matched
-        them. The latter two are None without labels or if `ignore` is set.
+    The latter two are None without labels or if `ignore` is set.
     """
     from swin_deploy.bundle import CONFIG
     from swin_deploy.calib.labels import class_numbers
