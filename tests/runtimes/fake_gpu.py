@@ -2,15 +2,13 @@
 
 Work in a stream is done when somebody waits for it, not before, so that memory which is read too early holds wrong values.
 `FakeGpu.violations` notes what a driver would not refuse but what corrupts memory. Networks run in ONNX Runtime on the CPU.
-test_fake_gpu.py compares names and parameters with the real packages.
+test_fake_gpu.py compares it with the real packages.
 """
 
 from __future__ import annotations
 
-import ctypes
 import enum
 import functools
-import importlib.machinery
 import itertools
 import json
 import math
@@ -18,8 +16,11 @@ import sys
 import threading
 import types
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ import swin_deploy.gpus
 LEGACY, INVALID, OUT_OF_MEMORY, CAPTURE_REFUSED = 1, 1, 2, 900
 ERRORS = {INVALID: "INVALID_VALUE", OUT_OF_MEMORY: "OUT_OF_MEMORY", CAPTURE_REFUSED: "STREAM_CAPTURE_UNSUPPORTED"}
 DTYPES = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(bool)": "BOOL", "tensor(uint8)": "UINT8"}
-NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "BOOL": np.bool_, "UINT8": np.uint8}
+NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(bool)": np.bool_, "tensor(uint8)": np.uint8}
 RELEASES = {"tensorrt": "11.4.0.106", "tensorrt-rtx": "1.7.1.116", "tensorrt-lean": "11.4.0.106"}
 Work = Callable[[], object]
 
@@ -42,13 +43,10 @@ class FakeDriver:
     def __init__(self, *capabilities: str) -> None:
         self.capabilities, self.version = capabilities or ("sm_89",), 13000
         self.cuInit = lambda flags: 0
-        self.cuDeviceGet = lambda device, ordinal: self._answer(device, ordinal)
+        self.cuDeviceGet = self._answer
+        self.cuDeviceGetName = lambda name, length, device: setattr(name, "value", b"Simulated GPU") or 0
         self.cuDriverGetVersion = lambda version: self._answer(version, self.version)
         self.cuDeviceGetCount = lambda count: self._answer(count, len(self.capabilities))
-
-    def cuDeviceGetName(self, name: Any, length: int, device: Any) -> int:
-        name.value = b"Simulated GPU"
-        return 0
 
     def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:
         return self._answer(value, divmod(int(self.capabilities[device.value][3:]), 10)[attribute - 75])
@@ -58,11 +56,22 @@ class FakeDriver:
         return 0
 
 
+@dataclass(eq=False)
 class Stream:
+    work: list[Work] = field(default_factory=list)
+    done: int = 0
+    capture: list[Work] | None = None
+
+
+class Contexts(threading.local):
     def __init__(self) -> None:
-        self.work: list[Work] = []
-        self.done = 0
-        self.capture: list[Work] | None = None
+        self.stack: list[int] = []
+
+
+def module(name: str, **content: Any) -> Any:
+    made = types.ModuleType(name)
+    vars(made).update(content, __spec__=ModuleSpec(name, None))
+    return made
 
 
 class FakeGpu:
@@ -85,39 +94,31 @@ class FakeGpu:
         self.runs = {"plain": 0, "captured": 0, "launched": 0}
         self.held: dict[int, Any] = {LEGACY: Stream()}  # memory, streams, events and graphs by handle or address
         self.alive: weakref.WeakSet[Any] = weakref.WeakSet()  # objects of TensorRT and ONNX Runtime
-        self.logger: Any = None
+        self.logger: Any = None  # of TensorRT
         self.sessions: list[dict[str, Any]] = []  # provider options of each session of ONNX Runtime
-        self.retained, self._contexts = [0] * len(self.library.capabilities), threading.local()
+        self.retained: Counter[int] = Counter()  # primary contexts
         self.capturing_thread = 0  # of a capture in the global mode, which no other thread may disturb
-        self._handles, self._lock = itertools.count(0x7F55_0000_0000, 0x100), threading.RLock()
+        self._contexts, self._lock, self._handles = Contexts(), threading.RLock(), itertools.count(0x7F55_0000_0000, 0x100)
 
     @property
-    def left(self) -> list[str]:
-        """What is still held, as names of types."""
-        return [type(thing).__name__ for thing in [*self.held.values(), *self.alive]][1:] + ["context"] * sum(self.retained)
-
-    def array(self, address: int, shape: tuple[int, ...], dtype: Any) -> Any:
-        """GPU memory as an array."""
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        if not self.holds(address, size):
-            self.violations.append(f"{size} bytes at {address:#x} are not in GPU memory")
-            return np.empty(shape, dtype)
-        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)).view(dtype).reshape(shape)
-
-    def holds(self, address: int, size: int) -> bool:
-        with self._lock:
-            return any(
-                start <= address and address + size <= start + len(memory)
-                for start, memory in self.held.items()
-                if isinstance(memory, ctypes.Array)
-            )
+    def left(self) -> list[Any]:
+        """What is still held."""
+        return [*self.held.values()][1:] + [*self.alive, *self.retained.elements()]
 
     def allocate(self, size: int) -> int:
-        memory = (ctypes.c_uint8 * (size + 256))()
-        address = (ctypes.addressof(memory) + 255) // 256 * 256
-        ctypes.memset(address, 0xCD, size)
-        self.held[address] = (ctypes.c_uint8 * size).from_buffer(memory, address - ctypes.addressof(memory))
-        return address
+        memory = np.full(size + 256, 0xCD, np.uint8)
+        padding = -memory.ctypes.data % 256
+        self.held[memory.ctypes.data + padding] = memory[padding : padding + size]
+        return int(memory.ctypes.data + padding)
+
+    def array(self, address: int, shape: tuple[int, ...], dtype: Any) -> Any:
+        """GPU or pinned memory as an array."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        for start, memory in [*self.held.items()]:
+            if isinstance(memory, np.ndarray) and start <= address and address + size <= start + len(memory):
+                return memory[address - start :][:size].view(dtype).reshape(shape)
+        self.violations.append(f"{size} bytes at {address:#x} are freed, or neither in GPU memory nor pinned")
+        return np.empty(shape, dtype)
 
     def enqueue(self, stream: int, work: Work) -> bool:
         found = self.held[stream]
@@ -131,121 +132,89 @@ class FakeGpu:
                 stream.done += 1
                 stream.work.pop(0)()
 
-    def made(self, thing: Any) -> None:
-        if not getattr(self._contexts, "stack", None):
-            self.violations.append(f"{type(thing).__name__} was created in a thread without a context")
-        self.alive.add(thing)
+    def complain(self, message: str) -> None:
+        """Fail as TensorRT does: the reason is only logged."""
+        self.logger.log(ENUMS["Severity"]["ERROR"], message)
+        if self.raising:
+            raise RuntimeError("Unexpected exception")
 
     def driver(self) -> Any:
         """The module cuda.bindings.driver."""
-        module: Any = types.ModuleType("cuda.bindings.driver")
-        modes = {f"CU_STREAM_CAPTURE_MODE_{name}": value for value, name in enumerate(("GLOBAL", "THREAD_LOCAL", "RELAXED"))}
-        module.CUstreamCaptureMode = enum.IntEnum("CUstreamCaptureMode", modes)
-        module.CUresult = types.SimpleNamespace(CUDA_SUCCESS=0)
-        for name, function in self._functions().items():
-            setattr(module, name, self._called(name, function))
-        return module
+        functions = {name: self._checked(name, function) for name, function in self._functions().items()}
+        modes = types.SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
+        result = types.SimpleNamespace(CUDA_SUCCESS=0)
+        return module("cuda.bindings.driver", CUresult=result, CUstreamCaptureMode=modes, **functions)
 
-    def _called(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _checked(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
         def called(*arguments: Any) -> Any:
             self.on_call(name)
-            free = name.startswith(("cuInit", "cuGetError", "cuDevice", "cuCtx", "cuThread"))
-            if not free and not getattr(self._contexts, "stack", None):
-                self.violations.append(f"{name} in a thread without a context")
-            if not free and self.capturing_thread not in (0, threading.get_ident()):
-                self.violations.append(f"{name} while another thread captures")
+            if not name.startswith(("cuInit", "cuGetError", "cuDevice", "cuCtx", "cuThread")):
+                if not self._contexts.stack:
+                    self.violations.append(f"{name} in a thread without a context")
+                if self.capturing_thread not in (0, threading.get_ident()):
+                    self.violations.append(f"{name} while another thread captures")
             with self._lock:
                 found = self.refuse[name] if name in self.refuse else function(*arguments)
-            return found if isinstance(found, tuple) else (int(found), None)
+            return found if isinstance(found, tuple) else (int(found or 0), None)
 
         called.__name__ = name
-        called.__signature__ = __import__("inspect").signature(function)  # type: ignore[attr-defined]
         return called
 
     def _functions(self) -> dict[str, Callable[..., Any]]:
+        """Each returns its status, or its status and a result; None is success."""
+
         def new(thing: Any) -> tuple[int, int]:
-            handle = next(self._handles)
-            self.held[handle] = thing
+            self.held[handle := next(self._handles)] = thing
             return 0, handle
 
-        def gone(handle: int) -> int:
+        def free(handle: int) -> int:
             return 0 if self.held.pop(handle, None) is not None else INVALID
 
-        def retain(dev: int) -> tuple[int, int]:
-            self.retained[dev] += 1
-            return 0, dev
+        def copy(target: int, source: int, size: int, stream: int) -> None:
+            self.enqueue(stream, lambda: np.copyto(*(self.array(place, (size,), np.uint8) for place in (target, source))))
 
-        def release(dev: int) -> int:
-            self.retained[dev] -= 1
-            return 0
+        def wait_event(stream: int, event: int, flags: int) -> None:
+            recorded = list(self.held[event])
+            self.enqueue(stream, lambda: self.drain(*recorded))
 
-        def push(ctx: int) -> int:
-            assert self.retained[ctx]
-            self._contexts.stack = [*getattr(self._contexts, "stack", []), ctx]
-            return 0
+        def record(event: int, stream: int) -> None:
+            found = self.held[stream]
+            self.held[event][:] = found, found.done + len(found.work)
 
-        def exchange(mode: int) -> tuple[int, int]:
-            before, self._contexts.mode = getattr(self._contexts, "mode", 0), mode
-            return 0, before
-
-        def copy(dst: int, src: int, ByteCount: int, hStream: int) -> int:
-            def work() -> None:
-                if self.holds(dst, ByteCount) and self.holds(src, ByteCount):
-                    ctypes.memmove(dst, src, ByteCount)
-                else:
-                    self.violations.append(f"a copy of {ByteCount} bytes from or to memory that is freed or not pinned")
-
-            return not self.enqueue(hStream, work)
-
-        def wait_event(hStream: int, hEvent: int, Flags: int) -> int:
-            recorded = list(self.held[hEvent])
-            return not self.enqueue(hStream, lambda: self.drain(*recorded))
-
-        def record(hEvent: int, hStream: int) -> int:
-            stream = self.held[hStream]
-            self.held[hEvent][:] = stream, stream.done + len(stream.work)
-            return 0
-
-        def begin(hStream: int, mode: int) -> int:
-            self.held[hStream].capture = []
-            return 0
-
-        def end(hStream: int) -> tuple[int, int | None]:
-            captured, self.held[hStream].capture = self.held[hStream].capture, None
+        def end(stream: int) -> tuple[int, int | None]:
+            captured, self.held[stream].capture = self.held[stream].capture, None
             return (CAPTURE_REFUSED, None) if captured is None else new(captured)
 
-        def launch(hGraphExec: int, hStream: int) -> int:
+        def launch(graph: int, stream: int) -> None:
             self.runs["launched"] += 1
-            return not all(self.enqueue(hStream, work) for work in self.held[hGraphExec])
+            for work in self.held[graph]:
+                self.enqueue(stream, work)
 
         return {
-            "cuInit": lambda Flags: 0,
+            "cuInit": lambda flags: 0,
             "cuGetErrorName": lambda error: (0, f"CUDA_ERROR_{ERRORS[error]}".encode()),
             "cuGetErrorString": lambda error: (0, ERRORS[error].lower().replace("_", " ").encode()),
             "cuDeviceGet": lambda ordinal: (0, ordinal),
-            "cuDevicePrimaryCtxRetain": retain,
-            "cuDevicePrimaryCtxRelease": release,
-            "cuCtxPushCurrent": push,
+            "cuDevicePrimaryCtxRetain": lambda device: self.retained.update([device]) or (0, device),
+            "cuDevicePrimaryCtxRelease": lambda device: self.retained.subtract([device]),
+            "cuCtxPushCurrent": lambda context: self._contexts.stack.append(context) if self.retained[context] else INVALID,
             "cuCtxPopCurrent": lambda: (0, self._contexts.stack.pop()),
-            "cuThreadExchangeStreamCaptureMode": exchange,
-            "cuMemAlloc": lambda bytesize: (0, self.allocate(bytesize)),
-            "cuMemHostAlloc": lambda bytesize, Flags: (0, self.allocate(bytesize)),
-            "cuMemFree": lambda dptr: gone(dptr),
-            "cuMemFreeHost": lambda p: gone(p),
+            "cuThreadExchangeStreamCaptureMode": lambda mode: (0, mode),
+            "cuMemAlloc": lambda size: (0, self.allocate(size)),
+            "cuMemHostAlloc": lambda size, flags: (0, self.allocate(size)),
             "cuMemcpyAsync": copy,
-            "cuStreamCreate": lambda Flags: new(Stream()),
-            "cuStreamDestroy": lambda hStream: gone(hStream),
-            "cuStreamSynchronize": lambda hStream: self.drain(self.held[hStream]) or 0,
+            "cuStreamCreate": lambda flags: new(Stream()),
+            "cuStreamSynchronize": lambda stream: self.drain(self.held[stream]),
             "cuStreamWaitEvent": wait_event,
-            "cuEventCreate": lambda Flags: new([Stream(), 0]),
+            "cuEventCreate": lambda flags: new([Stream(), 0]),
             "cuEventRecord": record,
-            "cuEventDestroy": lambda hEvent: gone(hEvent),
-            "cuStreamBeginCapture": begin,
+            "cuStreamBeginCapture": lambda stream, mode: setattr(self.held[stream], "capture", []),
             "cuStreamEndCapture": end,
-            "cuGraphInstantiate": lambda hGraph, flags: new(self.held[hGraph]),
+            "cuGraphInstantiate": lambda graph, flags: new(self.held[graph]),
             "cuGraphLaunch": launch,
-            "cuGraphDestroy": lambda hGraph: gone(hGraph),
-            "cuGraphExecDestroy": lambda hGraphExec: gone(hGraphExec),
+            **dict.fromkeys(("cuMemFree", "cuMemFreeHost", "cuStreamDestroy", "cuEventDestroy"), free),
+            **dict.fromkeys(("cuGraphDestroy", "cuGraphExecDestroy"), free),
         }
 
 
@@ -256,172 +225,18 @@ def cpu_session(path: str) -> Any:
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-class Runtime:
-    gpu: FakeGpu  # of the module that it is in
-    trt: Any
-
-    def __init__(self, logger: Any) -> None:
-        if self.gpu.logger is None:
-            self.gpu.logger = logger
-        self.engine_host_code_allowed = False
-        self.gpu.made(self)
-
-    def get_engine_validity(self, buffer: bytes) -> tuple[Any, int]:
-        return (self.trt.EngineValidity.INVALID if self.gpu.invalid else self.trt.EngineValidity.VALID), self.gpu.invalid
-
-    def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
-        try:
-            content = json.loads(serialized_engine)
-        except ValueError:
-            return self.error("The plan file's magic tag does not match.\n  Error Code 1: Serialization")
-        if content["host_code"] and not self.engine_host_code_allowed:
-            return self.error("the engine brings host code, which is not allowed")
-        return ICudaEngine(self, content)
-
-    def error(self, message: str) -> Any:
-        self.gpu.logger.log(self.trt.ILogger.Severity.ERROR, message)
-        if self.gpu.raising:
-            raise RuntimeError("Unexpected exception")
-
-
-class ICudaEngine:
-    def __init__(self, runtime: Runtime, content: dict[str, Any]) -> None:
-        self._runtime, self._gpu, self._trt = weakref.ref(runtime), runtime.gpu, runtime.trt
-        self._profiles = [tuple(profile) for profile in content["profiles"]]
-        self._cpu = cpu_session(content["graph"])
-        self._inputs = {node.name: node for node in self._cpu.get_inputs()}
-        self._nodes = self._inputs | {node.name: node for node in self._cpu.get_outputs()}
-        self.num_io_tensors, self.num_optimization_profiles = len(self._nodes), len(self._profiles)
-        self._gpu.made(self)
-
-    def get_tensor_name(self, index: int) -> str:
-        return list(self._nodes)[index]
-
-    def get_tensor_mode(self, name: str) -> Any:
-        return self._trt.TensorIOMode.INPUT if name in self._inputs else self._trt.TensorIOMode.OUTPUT
-
-    def get_tensor_location(self, name: str) -> Any:
-        return self._trt.TensorLocation.DEVICE
-
-    def get_tensor_dtype(self, name: str) -> Any:
-        return self._trt.DataType[DTYPES[self._nodes[name].type]]
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return tuple(size if isinstance(size, int) else -1 for size in self._nodes[name].shape)
-
-    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
-        return [(size, *self.get_tensor_shape(name)[1:]) for size in self._profiles[profile_index]]
-
-    def create_runtime_config(self) -> IRuntimeConfig:
-        return IRuntimeConfig(self._gpu)
-
-    def create_execution_context(self, strategy: Any = None) -> IExecutionContext:
-        if self._runtime() is None:
-            self._gpu.violations.append("an engine outlived its runtime")
-        return IExecutionContext(self, strategy if isinstance(strategy, IRuntimeConfig) else None)
-
-
-class IRuntimeConfig:
-    def __init__(self, gpu: FakeGpu) -> None:
-        self._gpu, self._cache = gpu, None
-        self.cuda_graph_strategy = self.dynamic_shapes_kernel_specialization_strategy = None
-
-    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
-        pass
-
-    def create_runtime_cache(self) -> IRuntimeCache:
-        return IRuntimeCache(self._gpu)
-
-    def set_runtime_cache(self, cache: IRuntimeCache) -> bool:
-        self._cache: Any = cache
-        return True
-
-
-class IRuntimeCache:
-    """Its content names the batch sizes that kernels were compiled for."""
-
-    _TITLE = b"CACHE "
-
-    def __init__(self, gpu: FakeGpu) -> None:
-        self._batches: set[int] = set()
-        gpu.made(self)
-
-    def deserialize(self, blob: bytes) -> bool:
-        self._batches |= set(map(int, blob.removeprefix(self._TITLE).split())) if blob.startswith(self._TITLE) else set()
-        return blob.startswith(self._TITLE)
-
-    def serialize(self) -> bytes:
-        return self._TITLE + b" ".join(b"%d" % batch for batch in sorted(self._batches))
-
-
-class IExecutionContext:
-    def __init__(self, engine: ICudaEngine, config: IRuntimeConfig | None) -> None:
-        self._engine, self._gpu, self._config = weakref.ref(engine), engine._gpu, config
-        self._own_graphs = config is not None and config.cuda_graph_strategy.name == "WHOLE_GRAPH_CAPTURE"
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._addresses: dict[str, int] = {}
-        self._profile, self._state = -1, 0  # counts changes, after which graphs of the context are invalid
-        self._gpu.made(self)
-
-    def _of(self) -> Any:
-        return self._engine()
-
-    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
-        self._profile, self._shapes, self._addresses, self._state = profile_index, {}, {}, self._state + 1
-        return stream_handle in self._gpu.held
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        low, _, high = self._of().get_tensor_profile_shape(name, self._profile)
-        self._shapes[name], self._state = tuple(shape), self._state + 1
-        return all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True))
-
-    def infer_shapes(self) -> list[str]:
-        return [name for name in self._of()._inputs if name not in self._shapes]
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        first, *tail = self._of()._nodes[name].shape
-        batch = next(iter(self._shapes.values()))[0]
-        return (batch * (int(first.partition("*")[0]) if "*" in str(first) else 1), *tail)
-
-    def set_tensor_address(self, name: str, memory: int) -> bool:
-        self._addresses[name], self._state = memory, self._state + 1
-        return memory % 256 == 0
-
-    def execute_async_v3(self, stream_handle: int) -> bool:
-        gpu, engine, state = self._gpu, self._of(), self._state
-        capturing = gpu.held[stream_handle].capture is not None
-        if message := gpu.fail or ("the graph could not be captured" if gpu.uncapturable and self._own_graphs else ""):
-            return bool(engine._runtime().error(message))
-        if capturing and gpu.uncapturable:
-            return bool(engine._runtime().error("operation not permitted when stream is capturing"))
-        gpu.runs["captured" if capturing else "plain"] += 1
-        batch = next(iter(self._shapes.values()))[0]
-        if self._config is not None:
-            self._config._cache._batches.add(batch)
-        places = {name: (self._addresses[name], self.get_tensor_shape(name)) for name in engine._nodes}
-        myself = weakref.ref(self)
-
-        def work() -> None:
-            context = myself()
-            if context is None or context._engine() is None or context._state != state:
-                gpu.violations.append("an execution context was changed or freed before its work was done")
-                return
-            compute(gpu, engine._cpu, places)
-
-        return gpu.enqueue(stream_handle, work)
-
-
 def compute(gpu: FakeGpu, cpu: Any, places: dict[str, tuple[int, tuple[int, ...]]], change: float = 0) -> None:
     """Run a network on GPU memory."""
-    nodes = {node.name: node for node in (*cpu.get_inputs(), *cpu.get_outputs())}
-    arrays = {name: gpu.array(*place, NUMPY[DTYPES[nodes[name].type]]) for name, place in places.items()}
-    outputs = [node.name for node in cpu.get_outputs()]
-    found = cpu.run(outputs, {name: array.copy() for name, array in arrays.items() if name not in outputs})
-    for name, array in zip(outputs, found, strict=True):
-        arrays[name][...] = array + change
+
+    def array(node: Any) -> Any:
+        return gpu.array(*places[node.name], NUMPY[node.type])
+
+    found = cpu.run(None, {node.name: array(node).copy() for node in cpu.get_inputs()})
+    for node, values in zip(cpu.get_outputs(), found, strict=True):
+        array(node)[...] = values + change
 
 
-ENUMS = {
+ENUM_MEMBERS = {
     "Severity": "INTERNAL_ERROR ERROR WARNING INFO VERBOSE",
     "DataType": "FLOAT HALF BOOL UINT8",
     "TensorIOMode": "NONE INPUT OUTPUT",
@@ -431,38 +246,155 @@ ENUMS = {
     "CudaGraphStrategy": "DISABLED WHOLE_GRAPH_CAPTURE",
     "DynamicShapesKernelSpecializationStrategy": "LAZY EAGER NONE",
 }
+ENUMS: dict[str, Any] = {kind: enum.Enum(kind, members) for kind, members in ENUM_MEMBERS.items()}
+ENUMS["EngineInvalidityDiagnostics"] = enum.IntFlag(
+    "EngineInvalidityDiagnostics", "VERSION_MISMATCH UNSUPPORTED_CC OLD_CUDA_DRIVER"
+)
+
+
+class Runtime:
+    def __init__(self, gpu: FakeGpu, logger: Any) -> None:
+        self._gpu, self.engine_host_code_allowed = gpu, False
+        gpu.logger = gpu.logger or logger
+        gpu.alive.add(self)
+
+    def get_engine_validity(self, plan: bytes) -> tuple[Any, int]:
+        return ENUMS["EngineValidity"]["INVALID" if self._gpu.invalid else "VALID"], self._gpu.invalid
+
+    def deserialize_cuda_engine(self, plan: bytes) -> ICudaEngine | None:
+        try:
+            content = json.loads(plan)
+        except ValueError:
+            return self._gpu.complain("The plan file's magic tag does not match.\n  Error Code 1: Serialization")
+        if content["host_code"] and not self.engine_host_code_allowed:
+            return self._gpu.complain("the engine brings host code, which is not allowed")
+        return ICudaEngine(self._gpu, content)
+
+
+class ICudaEngine:
+    def __init__(self, gpu: FakeGpu, content: dict[str, Any]) -> None:
+        self._gpu, self._profiles, self._cpu = gpu, content["profiles"], cpu_session(content["graph"])
+        self._inputs = [node.name for node in self._cpu.get_inputs()]
+        self._nodes = {node.name: node for node in (*self._cpu.get_inputs(), *self._cpu.get_outputs())}
+        self.num_io_tensors, self.num_optimization_profiles = len(self._nodes), len(self._profiles)
+        gpu.alive.add(self)
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self._nodes)[index]
+
+    def get_tensor_mode(self, name: str) -> Any:
+        return ENUMS["TensorIOMode"]["INPUT" if name in self._inputs else "OUTPUT"]
+
+    def get_tensor_location(self, name: str) -> Any:
+        return ENUMS["TensorLocation"]["DEVICE"]
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return ENUMS["DataType"][DTYPES[self._nodes[name].type]]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(size if isinstance(size, int) else -1 for size in self._nodes[name].shape)
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
+        return [(size, *self.get_tensor_shape(name)[1:]) for size in self._profiles[profile]]
+
+    def create_runtime_config(self) -> IRuntimeConfig:
+        return IRuntimeConfig(self._gpu)
+
+    def create_execution_context(self, config: Any = None) -> IExecutionContext:
+        return IExecutionContext(self, config if isinstance(config, IRuntimeConfig) else None)
+
+
+class IRuntimeConfig:
+    """Also the IRuntimeCache, whose content names the batch sizes that kernels were compiled for."""
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        self.cuda_graph_strategy = self.dynamic_shapes_kernel_specialization_strategy = None
+        self.batches: set[int] = set()
+        gpu.alive.add(self)
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        pass
+
+    def create_runtime_cache(self) -> IRuntimeConfig:
+        return self
+
+    def set_runtime_cache(self, cache: IRuntimeConfig) -> bool:
+        return cache is self
+
+    def deserialize(self, content: bytes) -> bool:
+        whole = content.startswith(b"CACHE")
+        self.batches |= set(map(int, content.split()[1:])) if whole else set()
+        return whole
+
+    def serialize(self) -> bytes:
+        return b" ".join([b"CACHE", *(b"%d" % batch for batch in sorted(self.batches))])
+
+
+class IExecutionContext:
+    def __init__(self, engine: ICudaEngine, config: IRuntimeConfig | None) -> None:
+        self._engine, self._gpu, self._config = engine, engine._gpu, config
+        self._own_graphs = config is not None and config.cuda_graph_strategy.name == "WHOLE_GRAPH_CAPTURE"
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+        self._profile, self._state = -1, 0  # counts changes, after which graphs of the context are invalid
+        self._gpu.alive.add(self)
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        self._profile, self._shapes, self._addresses, self._state = profile, {}, {}, self._state + 1
+        return stream in self._gpu.held
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        low, _, high = self._engine.get_tensor_profile_shape(name, self._profile)
+        self._shapes[name], self._state = tuple(shape), self._state + 1
+        return all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True))
+
+    def infer_shapes(self) -> list[str]:
+        return [name for name in self._engine._inputs if name not in self._shapes]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        first, *tail = self._engine._nodes[name].shape
+        batch = next(iter(self._shapes.values()))[0]
+        return (batch * (int(first.partition("*")[0]) if "*" in str(first) else 1), *tail)
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self._addresses[name], self._state = address, self._state + 1
+        return address % 256 == 0
+
+    def execute_async_v3(self, stream: int) -> bool:
+        gpu, cpu, state, myself = self._gpu, self._engine._cpu, self._state, weakref.ref(self)
+        capturing = gpu.held[stream].capture is not None
+        if gpu.fail or (gpu.uncapturable and (capturing or self._own_graphs)):
+            return bool(gpu.complain(gpu.fail or "the graph could not be captured"))
+        gpu.runs["captured" if capturing else "plain"] += 1
+        places = {name: (self._addresses[name], self.get_tensor_shape(name)) for name in self._engine._nodes}
+        if self._config is not None:
+            self._config.batches.add(next(iter(self._shapes.values()))[0])
+
+        def work() -> None:
+            context = myself()
+            if context is None or context._state != state:
+                gpu.violations.append("an execution context was changed or freed before its work was done")
+            else:
+                compute(gpu, cpu, places)
+
+        return gpu.enqueue(stream, work)
 
 
 def tensorrt_module(gpu: FakeGpu, backend: str) -> Any:
-    name = backend.replace("-", "_")
-    made: Any = types.ModuleType(name)
-    made.__spec__, made.__version__ = importlib.machinery.ModuleSpec(name, None), RELEASES[backend]
-    for kind, members in ENUMS.items():
-        setattr(made, kind, enum.Enum(kind, members))
-    flags = enum.IntFlag("EngineInvalidityDiagnostics", "VERSION_MISMATCH UNSUPPORTED_CC OLD_CUDA_DRIVER")
-    made.ILogger = type("ILogger", (), {"Severity": made.Severity})
-    made.Runtime = type("Runtime", (Runtime,), {"gpu": gpu, "trt": made})
-    made.EngineInvalidityDiagnostics, made.ICudaEngine, made.IExecutionContext = flags, ICudaEngine, IExecutionContext
-    made.IRuntimeConfig, made.IRuntimeCache = IRuntimeConfig, IRuntimeCache
-    return made
+    classes = {"ILogger": type("ILogger", (), {}), "Runtime": functools.partial(Runtime, gpu)}
+    return module(backend.replace("-", "_"), __version__=RELEASES[backend], **ENUMS, **classes)
 
 
-class RunOptions:
-    def __init__(self) -> None:
-        self.entries: dict[str, str] = {}
-
+class RunOptions(dict[str, str]):
     def add_run_config_entry(self, key: str, value: str) -> None:
-        self.entries[key] = value
+        self[key] = value
 
 
-class IOBinding:
-    def __init__(self) -> None:
-        self.bound: dict[str, Any] = {}
-
+class IOBinding(dict[str, Any]):
     def bind_input(
         self, name: str, device_type: str, device_id: int, element_type: Any, shape: tuple[int, ...], buffer_ptr: int
     ) -> None:
-        self.bound[name] = buffer_ptr, shape
+        self[name] = buffer_ptr, shape
 
     bind_output = bind_input
 
@@ -471,27 +403,24 @@ class InferenceSession:
     """ONNX Runtime's, with a provider for the GPU."""
 
     def __init__(self, gpu: FakeGpu, path: str, providers: list[Any]) -> None:
-        if gpu.fail:
-            raise RuntimeError(gpu.fail)
         given: dict[str, Any] = dict(providers[:-1])
         self._gpu, self._cpu, self._device = gpu, cpu_session(path), given["CUDAExecutionProvider"]
         gpu.sessions.append(given)
-        self._graphs: dict[Any, Any] = {} if self._device.get("enable_cuda_graph") else {-1: None}
-        if -1 not in self._graphs and not gpu.graphs_allowed:
+        if self._device.get("enable_cuda_graph") and not gpu.graphs_allowed:
             raise RuntimeError("This session cannot use the graph capture feature as requested by the user")
-        self.get_inputs, self.get_outputs = self._cpu.get_inputs, self._cpu.get_outputs
-        self.get_providers = lambda: [*given, "CPUExecutionProvider"] if gpu.starts else ["CPUExecutionProvider"]
-        self.io_binding, self._thread = IOBinding, threading.get_ident()
-        gpu.made(self)
+        self._graphs: dict[str, Any] = {}
+        self.get_inputs, self.get_outputs, self.io_binding = self._cpu.get_inputs, self._cpu.get_outputs, IOBinding
+        self.get_providers = lambda: [*(given if gpu.starts else ()), "CPUExecutionProvider"]
+        self._thread = threading.get_ident()
+        gpu.alive.add(self)
 
     def run_with_iobinding(self, iobinding: IOBinding, run_options: RunOptions) -> None:
-        gpu, stream, bound = self._gpu, int(self._device["user_compute_stream"]), dict(iobinding.bound)
-        gpu.on_call("run_with_iobinding")
+        gpu, stream, bound = self._gpu, int(self._device["user_compute_stream"]), dict(iobinding)
         if gpu.fail:
             raise RuntimeError(gpu.fail)
-        if threading.get_ident() != self._thread or run_options.entries["disable_synchronize_execution_providers"] != "1":
+        if threading.get_ident() != self._thread or run_options["disable_synchronize_execution_providers"] != "1":
             gpu.violations.append("a run in another thread, or one that waits for the whole GPU")
-        graph = run_options.entries.get("gpu_graph_id", "-1")
+        graph = run_options.get("gpu_graph_id", "-1")
         kind = "plain" if graph == "-1" else "launched" if graph in self._graphs else "captured"
         gpu.runs[kind] += 1
         if kind == "captured":
@@ -503,33 +432,34 @@ class InferenceSession:
                 gpu.held[stream].capture = []  # the capture is never ended
                 raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing")
             self._graphs[graph] = bound
-        bound = self._graphs[graph] if graph != "-1" else bound
-        gpu.enqueue(stream, lambda: compute(gpu, self._cpu, bound, change=gpu.wrong_graphs and graph != "-1"))
+        places = self._graphs.get(graph, bound)
+        gpu.enqueue(stream, lambda: compute(gpu, self._cpu, places, change=gpu.wrong_graphs and kind != "plain"))
 
 
 def onnxruntime_module(gpu: FakeGpu) -> Any:
-    made: Any = types.ModuleType("onnxruntime")
-    made.__version__, made.__spec__ = "1.31.1", importlib.machinery.ModuleSpec("onnxruntime", None)
-    made.SessionOptions, made.RunOptions, made.IOBinding = ort.SessionOptions, RunOptions, IOBinding
-    made.get_available_providers = lambda: ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
-    made.preload_dlls = lambda: print("" if gpu.starts else "Failed to load libcudnn.so.9", end="")
-
     def create(path: str, sess_options: Any = None, providers: Any = None, **others: Any) -> Any:
         if providers == ["CPUExecutionProvider"]:
             return ort.InferenceSession(path, sess_options, providers=providers)
+        if gpu.fail:
+            raise RuntimeError(gpu.fail)
         return InferenceSession(gpu, path, providers)
 
-    made.InferenceSession = create
-    return made
+    return module(
+        "onnxruntime",
+        __version__="1.31.1",
+        SessionOptions=ort.SessionOptions,
+        RunOptions=RunOptions,
+        InferenceSession=create,
+        get_available_providers=lambda: ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
+        preload_dlls=lambda: print("" if gpu.starts else "Failed to load libcudnn.so.9", end=""),
+    )
 
 
 def install(patch: pytest.MonkeyPatch, *capabilities: str) -> FakeGpu:
     """Give this process GPUs of these compute capabilities."""
     gpu = FakeGpu(*capabilities)
     patch.setattr(swin_deploy.gpus, "cuda_driver", lambda: gpu.library)
-    bindings: Any = types.ModuleType("cuda.bindings")
-    bindings.driver = gpu.driver()
-    patch.setitem(sys.modules, "cuda.bindings", bindings)
+    patch.setitem(sys.modules, "cuda.bindings", module("cuda.bindings", driver=gpu.driver()))
     return gpu
 
 

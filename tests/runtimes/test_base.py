@@ -55,49 +55,36 @@ def test_runs_any_batch(batch: int) -> None:
         ({"a": ones(1, 2), "b": ones(2, 2)}, '"b" has a batch of 2, and "a" one of 1. Pass equal sizes.'),
         ({"a": [[1.0, 2.0]], "b": ones(1, 2)}, "is a list. Expected a numpy array"),
         ({"a": None, "b": ones(1, 2)}, "is a NoneType"),
+        (ones(1, 2), r"Expected a dict with a: float32 \[batch, 2\], b"),
+        (None, "Expected a dict with a"),
     ],
 )
-def test_feeds_that_do_not_fit(feeds: dict[str, Any], sentence: str) -> None:
-    with Adder() as adder, pytest.raises(InputError, match=sentence):
+def test_feeds_that_do_not_fit(feeds: Any, sentence: str) -> None:
+    with Adder() as adder, pytest.raises(InputError, match=sentence) as caught:
         adder.run(feeds)
+    assert isinstance(caught.value, ValueError)
 
 
-def test_an_input_error_is_a_value_error() -> None:
-    with Adder() as adder, pytest.raises(ValueError, match="missing"):
-        adder.run({})
+@pytest.mark.parametrize(
+    ("out", "sentence"),
+    [
+        (ones(1, 2), "out is a .*. Expected a dict with sum: float32"),
+        ([ones(1, 2)], "out is a .*. Expected a dict with sum: float32"),
+        ({None: ones(1, 2), "total": ones(1, 2)}, r"out has None, total\. Expected an array for each of sum: float32"),
+    ],
+)
+def test_an_out_that_does_not_fit(out: Any, sentence: str) -> None:
+    with Adder() as adder, pytest.raises(InputError, match=sentence):
+        adder.run({"a": ones(1, 2), "b": ones(1, 2)}, out)
 
 
 def test_closed_once_and_for_all() -> None:
-    adder = Adder()
-    adder.close()
+    with pytest.raises(KeyError), Adder() as adder:
+        raise KeyError
     adder.close()
     assert adder.closed == 1
     with pytest.raises(BackendError, match="closed"):
         adder.run({"a": ones(1, 2), "b": ones(1, 2)})
-
-
-def test_closed_by_an_error_inside() -> None:
-    adder = Adder()
-    with pytest.raises(KeyError), adder:
-        raise KeyError
-    assert adder.closed == 1
-
-
-@pytest.mark.parametrize("feeds", [ones(1, 2), None, [ones(1, 2)]])
-def test_feeds_without_names(feeds: Any) -> None:
-    with Adder() as adder, pytest.raises(InputError, match=r"Expected a dict with a: float32 \[batch, 2\], b"):
-        adder.run(feeds)
-
-
-@pytest.mark.parametrize("out", [ones(1, 2), [ones(1, 2)]])
-def test_an_out_without_names(out: Any) -> None:
-    with Adder() as adder, pytest.raises(InputError, match=r"out is a .*. Expected a dict with sum: float32"):
-        adder.run({"a": ones(1, 2), "b": ones(1, 2)}, out)
-
-
-def test_an_out_with_other_names() -> None:
-    with Adder() as adder, pytest.raises(InputError, match=r"out has None, total\. Expected an array for each of sum: float32"):
-        adder.run({"a": ones(1, 2), "b": ones(1, 2)}, {None: ones(1, 2), "total": ones(1, 2)})  # type: ignore[dict-item]
 
 
 def test_out_in_memory_that_is_read_or_written_otherwise() -> None:

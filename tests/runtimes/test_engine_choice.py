@@ -128,16 +128,6 @@ def test_each_way_not_to_fit_and_the_command_that_puts_it_right(monkeypatch: pyt
         assert model.run({"pixel_values": np.zeros((1, 3, 32, 32), np.float32)})["logits"].shape == (1, 10)
 
 
-def test_a_graph_that_was_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    path = Path(shutil.copytree(compiled(), tmp_path / "b"))
-    bundle, file = Bundle.open(path), engine_of(path)
-    graph = (path / "onnx/model_fp16.onnx").read_bytes() + b"\x08\x08"  # its ir_version once more: another file, the same graph
-    bundle.with_file("onnx/model_fp16.onnx", dict(bundle.files["onnx/model_fp16.onnx"]), lambda place: place.write_bytes(graph))
-    on_gpus(monkeypatch, "sm_89")
-    with pytest.raises(EngineError, match=f"{file} was compiled from another version of onnx/model_fp16.onnx"):
-        swin_deploy.load(path, backend="tensorrt-rtx", precision="fp16")
-
-
 def test_a_quantised_graph_that_was_made_again_for_another_target(tmp_path: Path) -> None:
     """build-engine refuses that one, so it is made for TensorRT again first; both commands as they are printed."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engine")
@@ -215,29 +205,19 @@ FITS = [
     ({"version_compatible": True, "hardware_compatible": True}, "sm_80", "11.5.0.1", True),
     ({"refitted": True}, "sm_89", "11.4.0.106", True),
     ({}, "sm_89", None, False),
+    ({"version_compatible": True}, "sm_89", "11.0.0.1", True),  # these were compiled with 10.12
+    ({"version_compatible": True}, "sm_89", "10.11.0.33", False),
+    ({}, "sm_89", "11.0.0.1", False),
 ]
 
 
 @pytest.mark.parametrize(("options", "gpu", "release", "fits"), FITS)
 def test_what_options_allow(options: dict[str, bool], gpu: str, release: str | None, fits: bool, tmp_path: Path) -> None:
     path = copied(1, tmp_path / "b")
-    [file] = with_engines(path, "tensorrt", options=options)
-    assert (incompatibility(Bundle.open(path), file, [gpu], release) is None) == fits
-    assert (
-        incompatibility(Bundle.open(path), file, ["sm_75", gpu], release)
-        == incompatibility(Bundle.open(path), file, [gpu], release)
-        or not fits
-    )
-
-
-def test_an_engine_of_10_runs_with_11_where_it_is_version_compatible(tmp_path: Path) -> None:
-    path = copied(1, tmp_path / "b")
-    [file] = with_engines(path, "tensorrt", options={"version_compatible": True}, backend_version="10.12.0.36")
-    bundle = Bundle.open(path)
-    assert incompatibility(bundle, file, ["sm_89"], "11.0.0.1") is None
-    assert "or a newer compatible release" in str(incompatibility(bundle, file, ["sm_89"], "10.11.0.33"))
-    bundle = bundle.with_entry(file, {"options": {}})
-    assert incompatibility(bundle, file, ["sm_89"], "11.0.0.1") is not None
+    made = "10.12.0.36" if release in ("11.0.0.1", "10.11.0.33") else RELEASES["tensorrt"]
+    [file] = with_engines(path, "tensorrt", options=options, backend_version=made)
+    for gpus in ([gpu], ["sm_75", gpu]):
+        assert (incompatibility(Bundle.open(path), file, gpus, release) is None) == fits
 
 
 def test_the_command_repeats_every_option(tmp_path: Path) -> None:

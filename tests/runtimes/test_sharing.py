@@ -14,9 +14,7 @@ import pytest
 from cli.exported import digits, exported, one_block
 
 import swin_deploy
-from swin_deploy.bundle import Bundle
 from swin_deploy.errors import BackendError, InputError
-from swin_deploy.runtimes.base import Pool
 
 THREADS, REQUESTS = 32, {"onnxruntime": 10_000, "openvino": 400, "torch": 400}
 SIZES = ((32, 32), (16, 24))
@@ -145,34 +143,3 @@ def test_a_bundle_that_is_replaced_under_openvino(two_sizes: str, tmp_path: Path
         with pytest.raises(BackendError, match=r"model\.onnx was changed.*Load the bundle again"):
             model.run({"pixel_values": images})
         assert len(model.run({"pixel_values": images[:1]})["logits"]) == 1
-
-
-def test_a_pool_makes_no_more_than_it_may_and_drops_what_failed() -> None:
-    made, inside, most, turn = [], 0, 0, threading.Lock()
-    pool = Pool(lambda: made.append(object()) or made[-1], 3)
-
-    def use(number: int) -> None:
-        nonlocal inside, most
-        with pool.taken():
-            with turn:
-                inside += 1
-                most = max(most, inside)
-            threading.Event().wait(0.001)
-            with turn:
-                inside -= 1
-
-    with ThreadPoolExecutor(16) as threads:
-        list(threads.map(use, range(200)))
-    assert most <= 3
-    assert len(made) <= 3
-    before = len(made)
-    for _ in range(5):
-        with pytest.raises(KeyError), pool.taken():
-            raise KeyError
-    with pool.taken() as one:
-        assert one is made[-1]
-    assert len(made) == before + 5 - (before - 1)
-
-
-def test_the_bundle_under_test_has_both_sizes(two_sizes: str) -> None:
-    assert [tuple(entry["image_size"]) for entry in Bundle.open(two_sizes).graphs.values()] == list(SIZES)
