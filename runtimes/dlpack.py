@@ -26,19 +26,9 @@ class DeviceTensor:
 
 
 def from_dlpack(spec: TensorSpec, value: Any, device: str, on_gpu: Callable[[Any, str], DeviceTensor] | None) -> Any:
-    """View the memory of `value`, an object with `__dlpack__`.
+    """View the memory of a tensor of another library as a numpy array or, on the GPU `device`, with `on_gpu`.
 
-    Args:
-        spec: The input that `value` is for.
-        value: A tensor of PyTorch, CuPy or another library.
-        device: Where the model runs, "cpu" or such as "cuda:0".
-        on_gpu: Makes a `DeviceTensor` of a tensor on `device`; None if the model runs on the CPU.
-
-    Returns:
-        A numpy array, or a `DeviceTensor` if the memory is on the GPU `device`.
-
-    Raises:
-        InputError: `value` is no tensor, is on another device, or its library refuses to export it.
+    Raises InputError if `value` is no tensor, is on another device, or its library refuses to export it.
     """
     if not (hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__")):
         raise InputError(f'The input "{spec.name}" is a {type(value).__name__}. Expected a numpy array, {spec}.')

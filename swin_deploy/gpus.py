@@ -37,15 +37,9 @@ def cuda_version() -> int | None:
 
 
 def cuda_devices() -> tuple[CudaDevice, ...]:
-    """Return the GPUs that this process may use, in CUDA's order; the driver applies CUDA_VISIBLE_DEVICES.
-
-    A driver that fails to start, for want of permission or because its kernel module is of another version, counts as no GPU.
-    """
-    driver = cuda_driver()
-    if driver is None:
-        return ()
-    count = ctypes.c_int()
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+    """Return the GPUs that CUDA_VISIBLE_DEVICES leaves, in CUDA's order; none where the driver fails to start."""
+    driver, count = cuda_driver(), ctypes.c_int()
+    if driver is None or driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return ()
     found = []
     for ordinal in range(count.value):
@@ -69,11 +63,7 @@ def refuse_without_gpu(device: str) -> None:
 
 
 def seen_first(capability: str) -> list[str]:
-    """Return what to put before a command that uses the first visible GPU, so that it is one of that compute capability.
-
-    Returns:
-        An assignment of CUDA_VISIBLE_DEVICES; nothing if the first GPU is of it already, or none is.
-    """
+    """Return what to put before a command so that the first GPU that it sees is of this compute capability, if one is."""
     capabilities = [device.capability for device in cuda_devices()]
     if capability not in capabilities or capability == capabilities[0]:
         return []

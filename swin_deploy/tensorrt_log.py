@@ -33,6 +33,18 @@ class ErrorLog(threading.local):
         self.errors.clear()
         self.is_ours = True
 
+    def route(self, severity: str, message: str) -> None:
+        if self.callback is not None:
+            self.callback(severity, message)
+        elif _CALLBACKS and not self.is_ours:
+            for callback in tuple(_CALLBACKS):
+                callback(severity, message)
+        elif severity in _LEVELS:
+            _LOG.log(_LEVELS[severity], "%s", message)
+        else:  # the caller gets errors in the exception
+            self.errors = [*self.errors, message][-_KEPT_ERRORS:]
+            _LOG.debug("%s", message)
+
     def sentence(self) -> str:
         """Return the errors in one line, for the middle of a sentence."""
         return "; ".join(dict.fromkeys(map(sentence, self.errors))) or "it gave no reason"
@@ -52,7 +64,7 @@ def logger_of(trt: Any) -> tuple[Any, ErrorLog]:
             # The base class comes from a module that may not be installed.
             class Logger(trt.ILogger):  # type: ignore[misc]
                 def log(self, severity: Any, message: str) -> None:
-                    _dispatch(errors, severity.name.lower(), message)
+                    errors.route(severity.name.lower(), message)
 
             _LOGGERS[trt] = (Logger(), errors)
         return _LOGGERS[trt]
@@ -69,18 +81,3 @@ def log_callback(trt: Any, callback: LogCallback) -> Iterator[Any]:
     finally:
         _CALLBACKS.remove(callback)
         errors.callback = before
-
-
-def _dispatch(errors: ErrorLog, severity: str, message: str) -> None:
-    callbacks = tuple(_CALLBACKS)
-    if errors.callback is not None:
-        errors.callback(severity, message)
-    elif callbacks and not errors.is_ours:
-        for callback in callbacks:
-            callback(severity, message)
-    else:
-        level = _LEVELS.get(severity, logging.DEBUG)  # the caller gets errors in the exception
-        if level == logging.DEBUG and severity != "verbose":
-            errors.errors.append(message)
-            del errors.errors[:-_KEPT_ERRORS]
-        _LOG.log(level, "%s", message)

@@ -15,11 +15,7 @@ class ReadersWriterLock:
 
     @contextmanager
     def shared(self, long: bool = False) -> Iterator[None]:
-        """Hold the lock together with other readers. Not reentrant.
-
-        Args:
-            long: The reader may take seconds, so writers give up instead of waiting for it.
-        """
+        """Hold the lock together with other readers, not reentrantly; writers give up instead of waiting for a `long` one."""
         with self._condition:
             self._condition.wait_for(lambda: not self._writers)
             self._readers += 1

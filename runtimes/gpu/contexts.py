@@ -27,13 +27,9 @@ _LOG = logging.getLogger(__name__)
 class ContextSlot:
     """An execution context with a stream and buffers, used by one thread at a time. Call all methods inside `cuda.current()`.
 
-    The second of two calls with the same batch and addresses is captured as a CUDA graph, which later calls launch. Any
-    change of the execution context invalidates the graph. A batch size that cannot be captured MAX_CAPTURES times runs
-    without one. With `own_graphs`, TensorRT captures by itself. A tensor on the GPU is read in place until its address
-    changes; from then on it is copied into the slot's buffer, so that the graph stays valid.
-
-    Args:
-        context: A list with the execution context, which is taken out so that no caller's frame keeps it alive.
+    The second of two calls with the same batch and addresses is captured as a CUDA graph, unless TensorRT captures by itself
+    (`own_graphs`). A tensor on the GPU is read in place until its address changes; then it is copied, so that the graph stays
+    valid. The execution context comes in a list and is taken out of it, so that no caller's frame keeps it alive.
     """
 
     def __init__(
@@ -96,15 +92,15 @@ class ContextSlot:
         self._io.wait_for(feeds)
         for buffer in self._io.inputs:
             layout, feed = buffer.layout, feeds[buffer.layout.name]
-            address = buffer.device
-            if not isinstance(feed, DeviceTensor):
-                images = buffer.view.reshape(batch, -1)
-                images[:count] = feed.reshape(-1, images.shape[1])[start : start + count]
-                images[count:] = images[count - 1]
-                cuda.copy(buffer.device, buffer.host, batch * layout.image_bytes, stream)
-            else:
+            if isinstance(feed, DeviceTensor):
                 address = self._address_of(buffer, feed.pointer + start * layout.image_bytes, count, batch)
-            self._set_address(layout.name, address)
+                self._set_address(layout.name, address)
+                continue
+            images = buffer.view.reshape(batch, -1)
+            images[:count] = feed.reshape(-1, images.shape[1])[start : start + count]
+            images[count:] = images[count - 1]
+            cuda.copy(buffer.device, buffer.host, batch * layout.image_bytes, stream)
+            self._set_address(layout.name, buffer.device)
         self._execute()
         self.calls += 1
         for buffer in self._io.outputs:
@@ -117,10 +113,7 @@ class ContextSlot:
     def free(self) -> None:
         """Free everything, in whatever state it is; a second call does nothing."""
         self.prepared = None
-        self._io.free(self._invalidate_graph, self._drop_context)
-
-    def _drop_context(self) -> None:
-        self._context = None
+        self._io.free(self._invalidate_graph, lambda: setattr(self, "_context", None))
 
     def _address_of(self, buffer: IoBuffer, source: int, count: int, batch: int) -> int:
         """Return `source` if the engine can read the images there, or copy them into `buffer`."""
@@ -181,8 +174,7 @@ class ContextPool:
     """
 
     def __init__(self, create: Callable[[], ContextSlot], limit: int) -> None:
-        self._create, self._limit, self._created = create, limit, 0
-        self._initial_limit = limit
+        self._create, self._limit, self._initial_limit, self._created = create, limit, limit, 0
         self._free: list[ContextSlot] = []  # least recently used first
         self._condition = threading.Condition()
 

@@ -20,17 +20,10 @@ def device_number(device: str) -> int:
 
 
 class CudaContext:
-    """The primary CUDA context of a GPU, which TensorRT, PyTorch and CuPy use as well.
+    """The primary CUDA context of a visible GPU, which TensorRT, PyTorch and CuPy use as well, retained until `close`.
 
-    It is retained until `close`. Call every other method inside `current()`, from any thread. Addresses are integers; streams,
-    events and graphs are the handles of cuda-bindings, whose `int()` TensorRT and ONNX Runtime accept.
-
-    Args:
-        ordinal: Index of the GPU among those that CUDA_VISIBLE_DEVICES leaves.
-
-    Raises:
-        MissingDependencyError: cuda-bindings is not installed.
-        BackendError: There is no NVIDIA driver, or a call of it failed.
+    Call every other method inside `current()`, from any thread. Addresses are integers; streams, events and graphs are the
+    handles of cuda-bindings, whose `int()` TensorRT and ONNX Runtime accept.
     """
 
     def __init__(self, ordinal: int) -> None:
@@ -56,10 +49,7 @@ class CudaContext:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Make this GPU current in the calling thread, and the previous one afterwards.
-
-        CUDA graphs that other threads capture meanwhile neither restrict this thread nor are spoilt by it.
-        """
+        """Make this GPU current in the calling thread. Captures in other threads neither restrict this one nor are spoilt."""
         driver = self._driver
         self._call(driver.cuCtxPushCurrent, self._context)
         try:
@@ -111,11 +101,7 @@ class CudaContext:
         self._call(self._driver.cuStreamWaitEvent, stream, event, 0)
 
     def capture(self, stream: Handle, enqueue: Callable[[], bool]) -> Handle | None:
-        """Record the work that `enqueue` puts into `stream` as an executable CUDA graph.
-
-        Returns:
-            The graph, or None where CUDA or `enqueue` refused.
-        """
+        """Record the work that `enqueue` puts into `stream` as an executable CUDA graph; None where CUDA or it refused."""
         driver = self._driver
         if driver.cuStreamBeginCapture(stream, self._thread_local)[0] != 0:
             return None
@@ -127,9 +113,7 @@ class CudaContext:
         if not graph or not int(graph):
             return None
         try:
-            if failed or not whole:
-                return None
-            failed, executable = driver.cuGraphInstantiate(graph, 0)
+            failed, executable = driver.cuGraphInstantiate(graph, 0) if whole and not failed else (True, None)
             return None if failed else executable
         finally:
             self._call(driver.cuGraphDestroy, graph)
@@ -155,10 +139,7 @@ class CudaContext:
                 "machine with an NVIDIA GPU."
             ) from error
         if result[0] is not self._success:
-            raise BackendError(f"{function.__name__} failed on cuda:{self.ordinal}: {self._reason(result[0])}.")
+            name, text = self._driver.cuGetErrorName(result[0])[1], self._driver.cuGetErrorString(result[0])[1]
+            reason = f"{name.decode()} ({text.decode()})" if name and text else f"error {int(result[0])}"
+            raise BackendError(f"{function.__name__} failed on cuda:{self.ordinal}: {reason}.")
         return result[1] if len(result) > 1 else None
-
-    def _reason(self, status: Any) -> str:
-        """Return, for example, "CUDA_ERROR_OUT_OF_MEMORY (out of memory)"."""
-        name, text = (function(status)[1] for function in (self._driver.cuGetErrorName, self._driver.cuGetErrorString))
-        return f"{name.decode()} ({text.decode()})" if name and text else f"error {int(status)}"

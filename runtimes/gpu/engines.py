@@ -26,14 +26,9 @@ def engines_of(bundle: Bundle, backend: str, precision: str | None = None) -> di
 
 
 def incompatibility(bundle: Bundle, file: str, gpus: Sequence[str], release: str | None) -> str | None:
-    """Explain why an engine cannot run, and which command fixes it.
+    """Explain why an engine cannot run on any of `gpus`, such as "sm_89", and which command fixes it; None if it can.
 
-    Args:
-        gpus: Compute capabilities of the GPUs, such as "sm_89".
-        release: Installed release of its back end; None if it is not installed.
-
-    Returns:
-        The explanation; None if the engine runs on one of the GPUs.
+    `release` is the installed release of its back end; None if it is not installed.
     """
     entry = bundle.files[file]
     options, backend = entry.get("options", {}), str(entry["backend"])
@@ -71,12 +66,7 @@ def incompatibility(bundle: Bundle, file: str, gpus: Sequence[str], release: str
 
 
 def fitting_engines(bundle: Bundle, backend: str, precision: str, device: str) -> dict[Size, str]:
-    """Return for each image size the last added engine that runs on `device`, such as "cuda:0".
-
-    Raises:
-        UsageError: The bundle has no such engine, or the machine has no such device.
-        EngineError: The engines of an image size cannot run.
-    """
+    """Return for each image size the last added engine that runs on `device`, such as "cuda:0"; raise where there is none."""
     gpu = gpu_of(device, backend)
     held = _held(bundle, backend, gpu, precision)
     sizes = [_size(entry) for entry in bundle.graphs.values() if entry["precision"] == precision]
@@ -91,12 +81,7 @@ def fitting_engines(bundle: Bundle, backend: str, precision: str, device: str) -
 
 
 def runnable_engines(bundle: Bundle, backend: str, device: str) -> dict[str, Mapping[str, Any]]:
-    """Return all engines of a back end that run on `device`, in the order of the manifest.
-
-    Raises:
-        UsageError: The bundle has no engine for the back end, or the machine has no such device.
-        EngineError: None of them can run.
-    """
+    """Return all engines of a back end that run on `device`, in the order of the manifest; raise if there are none."""
     gpu = gpu_of(device, backend)
     return dict(reversed(_fitting(bundle, _held(bundle, backend, gpu), gpu, _release(backend)).items()))
 

@@ -95,11 +95,7 @@ class StreamBuffers:
             self._cuda.wait_for_stream(self.stream, LEGACY_STREAM, self.event)
 
     def free(self, *first: Callable[[], None]) -> None:
-        """Free everything once the stream is idle, in whatever state it is; a second call does nothing.
-
-        Args:
-            first: What to free before the buffers.
-        """
+        """Free everything once the stream is idle, `first` before the buffers; a second call does nothing."""
         stream, event, self.stream, self.event = self.stream, self.event, None, None
         steps: list[Callable[[], None]] = [partial(self._cuda.synchronize, stream)] if stream is not None else []
         steps += [*first, *(buffer.free for buffer in self.inputs + self.outputs)]
@@ -111,13 +107,9 @@ class StreamBuffers:
 
 
 def device_tensor(value: Any, device: str) -> DeviceTensor:
-    """View a tensor of another library that is on the GPU `device`, without a copy.
+    """View a tensor of another library on the GPU `device`, whose queued work is ordered before CUDA's default stream.
 
-    Work that its library has queued is ordered before CUDA's legacy default stream.
-
-    Raises:
-        ValueError: Its memory is not contiguous.
-        MissingDependencyError: cuda-core is not installed.
+    Raises ValueError if its memory is not contiguous.
     """
     try:
         from cuda.core.utils import StridedMemoryView

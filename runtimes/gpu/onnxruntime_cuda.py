@@ -37,20 +37,10 @@ Options = dict[str, str]
 
 
 class OnnxRuntimeCuda(Runtime):
-    """An ONNX model in ONNX Runtime's CUDA provider.
+    """An ONNX model in ONNX Runtime's CUDA provider; `threads` are for nodes that run on the CPU.
 
-    Any number of threads may call it. One thread computes, because ONNX Runtime keeps CUDA graphs and the handles of CUDA's
-    libraries per thread. Up to MAX_TRANSFERS calls copy their inputs and outputs meanwhile, each with a stream and buffers.
-
-    Args:
-        path: The ONNX file.
-        threads: Threads for nodes that run on the CPU; 0 lets ONNX Runtime choose.
-        device: A GPU such as "cuda:0".
-
-    Raises:
-        BackendError: ONNX Runtime refuses the model or cannot start the provider.
-        MissingDependencyError: ONNX Runtime was built without the provider, or cuda-bindings is not installed.
-        UsageError: This machine has no GPU.
+    One thread computes, because ONNX Runtime keeps CUDA graphs and the handles of CUDA's libraries per thread. Up to
+    MAX_TRANSFERS calls copy their inputs and outputs meanwhile, each with a stream and buffers.
     """
 
     calls_at_once = 2
@@ -278,8 +268,9 @@ class _GraphSession:
                 raise
 
     def _close(self) -> None:
-        for buffers in (*self._captured.values(), *([self._shared] if self._shared else [])):
-            buffers.free()
+        for buffers in (*self._captured.values(), self._shared):
+            if buffers is not None:
+                buffers.free()
         self._captured, self._shared = {}, None
         self._session = None
         stream, self._stream = self._stream, None
@@ -300,11 +291,9 @@ class _GraphSession:
             self.cuda.copy(buffer.device, source, buffer.size, self._stream)
 
     def _capture(self, batch: int, transfer: _Transfer) -> _BoundBuffers | None:
-        """Capture a CUDA graph for `batch` images and check that its outputs are those of a run without one, to the bit.
+        """Return the buffers of a new CUDA graph whose outputs are those of a run without one, to the bit; None without one.
 
-        Returns:
-            The graph's buffers; None if there is no graph, or not now. After a failed capture the session is created again
-            without CUDA graphs.
+        After a failed capture the session is created again without CUDA graphs.
         """
         if not self._graphs or len(self._captured) == MAX_GRAPHS:
             return None

@@ -31,17 +31,8 @@ _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BOOL": "bool", "UINT8": "uint
 class TensorRt(Runtime):
     """An engine that TensorRT compiled.
 
-    Any number of threads may call it. Up to MAX_CONTEXTS calls run at a time, each with its own execution context, stream
-    and buffers. A batch larger than every optimisation profile is split; one smaller than a profile's minimum is padded with
-    its last image, and the padding is cut from the outputs.
-
-    Args:
-        file: The engine, whose sha256 was checked.
-        device: A GPU such as "cuda:0".
-
-    Raises:
-        MissingDependencyError: TensorRT or cuda-bindings is not installed.
-        BackendError: TensorRT or the driver refuses the engine.
+    Up to MAX_CONTEXTS calls run at a time, each with its own execution context, stream and buffers. A batch larger than every
+    optimisation profile is split; one smaller than a profile's minimum is padded with its last image.
     """
 
     backend, name = "tensorrt", "TensorRT"
@@ -67,7 +58,7 @@ class TensorRt(Runtime):
                 if resources.engine is None:
                     raise BackendError(self._errors.sentence())
                 _check_tensors(trt, resources, file)
-                self._profiles = _profiles(resources, file.inputs[0].name)
+                self._profiles = resources.profiles()
                 self._configure(trt, resources)
                 resources.pool = ContextPool(resources.create_slot, MAX_CONTEXTS)
                 with resources.pool.acquire(0, self._profiles[0][0]):
@@ -217,6 +208,11 @@ class _EngineResources:
         slot.graphs_disabled = graphs_disabled
         return slot
 
+    def profiles(self) -> tuple[Batch, ...]:
+        name, count = self.file.inputs[0].name, self.engine.num_optimization_profiles
+        shapes = [self.engine.get_tensor_profile_shape(name, index) for index in range(count)]
+        return tuple((int(low[0]), int(best[0]), int(high[0])) for low, best, high in shapes)
+
     def disable_graphs(self, disabled: bool) -> None:
         """Set whether contexts that are created from now on capture CUDA graphs by themselves."""
         with self._config_lock:
@@ -243,8 +239,7 @@ class _EngineResources:
             for slot in self.pool.drain():
                 slot.free()
         self.pool = None  # it refers back to this object
-        self.cache = None
-        self.config = None
+        self.cache = self.config = None
         self.engine = None
         self.runtime = None
 
@@ -255,13 +250,10 @@ def _reason(error: BaseException, errors: ErrorLog) -> str:
 
 
 def split_batch(batch: int, profiles: Sequence[Batch]) -> Iterator[tuple[int, int, int, int]]:
-    """Split a batch into calls that the optimisation profiles allow.
+    """Split a batch into calls (first image, number of images, profile index, batch size to run) that the profiles allow.
 
     Each call uses the profile whose optimal size is nearest to the remaining images; of equal ones, the smaller. A batch
     above every maximum is split over the largest profile. One below or between the profiles is padded to the next minimum.
-
-    Returns:
-        Tuples (first image, number of images, profile index, batch size to run).
     """
     start = 0
     while left := batch - start:
@@ -279,14 +271,6 @@ def split_batch(batch: int, profiles: Sequence[Batch]) -> Iterator[tuple[int, in
             size, count = profiles[chosen][0], left
         yield start, count, chosen, size
         start += count
-
-
-def _profiles(resources: _EngineResources, name: str) -> tuple[Batch, ...]:
-    found = []
-    for index in range(resources.engine.num_optimization_profiles):
-        low, best, high = (int(dims[0]) for dims in resources.engine.get_tensor_profile_shape(name, index))
-        found.append((low, best, high))
-    return tuple(found)
 
 
 def _check_tensors(trt: Any, resources: _EngineResources, file: EngineFile) -> None:
