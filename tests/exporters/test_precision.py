@@ -35,6 +35,7 @@ TASK = TaskSpec()
 HALF = np.dtype(np.float16)
 BF16 = 2.0**-8  # half a unit in the last place, relative
 WHOLE, PADDED = (64, 64), (52, 72)  # 16 x 16 tokens in windows of 4; 13 x 18, padded
+EACH = [(version, size) for version in (1, 2) for size in (WHOLE, PADDED)]
 
 
 def config(version: int) -> SwinConfig:
@@ -48,7 +49,7 @@ def fp32(version: int, size: tuple[int, int]) -> Any:
     return traced_once(config(version), size, TASK)
 
 
-@pytest.fixture(scope="module", params=[(1, WHOLE), (1, PADDED), (2, WHOLE), (2, PADDED)], ids=lambda p: f"V{p[0]}-{p[1][0]}")
+@pytest.fixture(scope="module", params=EACH, ids=lambda p: f"V{p[0]}-{p[1][0]}")
 def graphs(request: pytest.FixtureRequest) -> tuple[SwinConfig, tuple[int, int], Any, Any, tuple[PassRecord, ...]]:
     """The config, the image size, the fp32 graph, the fp16 graph, and the records of the rewrite."""
     version, size = request.param
@@ -80,14 +81,10 @@ def test_without_fp32_fallback_padding_is_not_a_number() -> None:
     assert np.isnan(answers(model, PADDED)).all()
 
 
-def test_graph_is_valid(graphs: Any) -> None:
-    *_, low, _ = graphs
+def test_graph_is_valid_and_its_ends_stay_float32(graphs: Any) -> None:
+    *_, full, low, _ = graphs
     onnx.checker.check_model(low, full_check=True)
     onnx.shape_inference.infer_shapes(low, check_type=True, strict_mode=True, data_prop=True)
-
-
-def test_input_and_output_stay_float32(graphs: Any) -> None:
-    *_, full, low, _ = graphs
     assert list(low.graph.input) == list(full.graph.input)
     assert list(low.graph.output) == list(full.graph.output)
 
@@ -104,23 +101,20 @@ def _swaps_keys(node: Any) -> bool:
     return node.op_type == "Transpose" and "Split" not in node.input[0]
 
 
-def test_every_weight_outside_the_fallback_nodes_is_half(graphs: Any) -> None:
-    asked, _, _, low, _ = graphs
-    kept = fallback_nodes(low)
-    assert len(kept) == (9 * asked.blocks if asked.version == 2 else 0)
-    inside = {name for node in low.graph.node if node.name in kept for name in node.input}
-    types = {
-        tensor.name: tensor.data_type
-        for tensor in low.graph.initializer
-        if tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16)
-    }
+def assert_float_weights_are_those_of(kept: set[str], model: Any, low: int) -> None:
+    """Every other weight is of type `low`."""
+    inside = {name for node in model.graph.node if node.name in kept for name in node.input}
+    types = {t.name: t.data_type for t in model.graph.initializer if t.data_type in (TensorProto.FLOAT, low)}
     assert len(types) > 40
     assert {name for name, kind in types.items() if kind == TensorProto.FLOAT} == inside & types.keys()
 
 
-def test_every_value_outside_the_fallback_nodes_is_half(graphs: Any) -> None:
-    *_, low, _ = graphs
+def test_everything_outside_the_fallback_nodes_is_half(graphs: Any) -> None:
+    asked, _, _, low, _ = graphs
     kept = fallback_nodes(low)
+    assert len(kept) == (9 * asked.blocks if asked.version == 2 else 0)
+    assert {name for name in cosine_fallback(gs.import_onnx(low)) if "/Cosine" in name and "Cast" not in name} == kept
+    assert_float_weights_are_those_of(kept, low, TensorProto.FLOAT16)
     inferred = onnx.shape_inference.infer_shapes(low, strict_mode=True)
     types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
     for node in low.graph.node:
@@ -139,13 +133,6 @@ def test_casts_are_counted(graphs: Any) -> None:
     assert found.count("Cast") == expected
     names = [node.name for node in low.graph.node]
     assert len(set(names)) == len(names)
-
-
-def test_fallback_nodes_are_found_in_v2_alone(graphs: Any) -> None:
-    asked, _, _, low, _ = graphs
-    kept = fallback_nodes(low)
-    assert {name for name in cosine_fallback(gs.import_onnx(low)) if "/Cosine" in name and "Cast" not in name} == kept
-    assert len(kept) == (9 * asked.blocks if asked.version == 2 else 0)
 
 
 def test_fp32_graph_is_left_alone(graphs: Any) -> None:
@@ -262,7 +249,7 @@ def test_measured_ranges_are_those_of_the_values() -> None:
         assert found[name] == pytest.approx(max(np.abs(run[number]).max() for run in runs), rel=1e-5), name
 
 
-@pytest.fixture(scope="module", params=[(1, WHOLE), (1, PADDED), (2, WHOLE), (2, PADDED)], ids=lambda p: f"V{p[0]}-{p[1][0]}")
+@pytest.fixture(scope="module", params=EACH, ids=lambda p: f"V{p[0]}-{p[1][0]}")
 def bf16_graphs(request: pytest.FixtureRequest) -> tuple[int, tuple[int, int], Any, Any]:
     """The version, the image size, the fp32 graph and the bf16 graph."""
     version, size = request.param
@@ -277,11 +264,7 @@ def pixels(size: tuple[int, int]) -> dict[str, np.ndarray[Any, Any]]:
 def test_graph_is_valid_and_bf16_outside_fallback_nodes(bf16_graphs: Any) -> None:
     *_, low = bf16_graphs
     onnx.checker.check_model(low, full_check=True)
-    kept = fallback_nodes(low)
-    inside = {name for node in low.graph.node if node.name in kept for name in node.input}
-    types = {t.name: t.data_type for t in low.graph.initializer if t.data_type in (TensorProto.FLOAT, TensorProto.BFLOAT16)}
-    assert len(types) > 40
-    assert {name for name, kind in types.items() if kind == TensorProto.FLOAT} == inside & types.keys()
+    assert_float_weights_are_those_of(fallback_nodes(low), low, TensorProto.BFLOAT16)
 
 
 def test_answers_by_emulation_and_by_pytorch(bf16_graphs: Any, tmp_path: Path) -> None:
