@@ -57,7 +57,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     exported = exported_into(folder, "--weights", str(WEIGHTS[request.param]))
     done = cli_here("build-engine", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert f"Taking the newest bundle here, {WEIGHTS[request.param].name}" in done.stderr
+    assert f"Using the newest bundle in this directory, {WEIGHTS[request.param].name}" in done.stderr
     engines: Any = result(cli_here("build-engine", "--json", cwd=folder))
     return Made(folder, exported, engines)
 
