@@ -10,7 +10,7 @@ the inner axis and the only dynamic one, so the windows of all images form one a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from swin_deploy.config import SwinConfig
 from swin_deploy.models import windows
 from swin_deploy.models.activations import ACTIVATIONS
-from swin_deploy.models.parameters import POSITIONS
+from swin_deploy.models.parameters import POSITIONS, LazyTensors
 from swin_deploy.models.windows import WindowGrid
 
 Tensors = Mapping[str, Tensor]
@@ -98,7 +98,8 @@ class WindowAttention(nn.Module):
         self.proj = Linear(tensors["attention.output.dense.weight"], tensors["attention.output.dense.bias"])
         self.register_buffer("bias", _position_bias(config, stage, tensors)[None, None])
         self.register_buffer("mask", mask)
-        self.register_buffer("scale", _cosine_scale(tensors) if config.version == 2 else None)
+        scale = tensors["attention.self.logit_scale"] if config.version == 2 else None
+        self.register_buffer("scale", None if scale is None else scale.clamp(max=math.log(100)).exp().reshape(-1, 1, 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         channels = x.shape[-1]
@@ -219,10 +220,7 @@ class PatchMerging(nn.Module):
         if self.edge_keep is not None:
             x = scale_tokens(x, self.edge_keep)
         x = x.reshape(self.tokens, 4, -1, channels).transpose(1, 2).reshape(-1, 4 * channels)
-        order = (self.norm, self.reduction) if self.version == 1 else (self.reduction, self.norm)
-        for step in order:
-            x = step(x)
-        return x
+        return cast(Tensor, self.reduction(self.norm(x)) if self.version == 1 else self.norm(self.reduction(x)))
 
 
 def _qkv(config: SwinConfig, head_width: int, tensors: Tensors) -> list[Linear]:
@@ -275,11 +273,6 @@ def _position_bias(config: SwinConfig, stage: int, tensors: Tensors) -> Tensor:
     return bias - bias.amax(-1, keepdim=True)
 
 
-def _cosine_scale(tensors: Tensors) -> Tensor:
-    """[heads, 1, 1]: the factor of the cosine similarities."""
-    return tensors["attention.self.logit_scale"].clamp(max=math.log(100)).exp().reshape(-1, 1, 1)
-
-
 def position_embeddings(config: SwinConfig, grid: tuple[int, int], tensors: Tensors) -> Tensor | None:
     """Return [1, rows * columns, embed_dim], which is added to the patches of `grid`. None if the config has no table.
 
@@ -291,12 +284,11 @@ def position_embeddings(config: SwinConfig, grid: tuple[int, int], tensors: Tens
     if not config.use_absolute_embeddings:
         return None
     table = tensors[POSITIONS]
-    wanted = grid[0] * grid[1]
-    if table.shape[1] == wanted and grid != config.grid() and table.shape[1] == math.prod(config.grid()) + 1:
-        return table
-    if table.shape[1] == math.prod(config.grid()) + 1:
+    wanted, (rows, columns) = math.prod(grid), config.grid()
+    if table.shape[1] == rows * columns + 1:
+        if table.shape[1] == wanted:
+            return table
         table = table[:, 1:]
-    rows, columns = config.grid()
     if grid == (rows, columns):
         return table
     square = table.reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
@@ -331,17 +323,7 @@ def tensor_or_none(array: NDArray[np.float32] | None) -> Tensor | None:
     return None if array is None else torch.from_numpy(array)
 
 
-class PrefixedTensors(Mapping[str, Tensor]):
-    """View of the tensors whose names start with `prefix`, without it. A tensor is read when it is accessed."""
-
-    def __init__(self, tensors: Tensors, prefix: str) -> None:
-        self.tensors, self.prefix = tensors, prefix
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[self.prefix + name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name[len(self.prefix) :] for name in self.tensors if name.startswith(self.prefix))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+def below(tensors: Tensors, prefix: str) -> Tensors:
+    """Return the tensors whose names start with `prefix`, without it. A tensor is read when it is accessed."""
+    names = (name.removeprefix(prefix) for name in tensors if name.startswith(prefix))
+    return LazyTensors(names, lambda name: tensors[prefix + name])

@@ -178,14 +178,6 @@ class Rows(Resampling):
         return x.reshape(-1, self.blocks * self.size, width, CHANNELS)[:, : self.new]
 
 
-def _box(x: float) -> float:
-    return 1.0 if -0.5 < x <= 0.5 else 0.0
-
-
-def _bilinear(x: float) -> float:
-    return max(1.0 - abs(x), 0.0)
-
-
 def _hamming(x: float) -> float:
     x = abs(x) * math.pi
     if x == 0:
@@ -210,9 +202,9 @@ def _lanczos(x: float) -> float:
 # Pillow's number -> the filter and its support
 FILTERS: dict[int, tuple[Callable[[float], float], float]] = {
     1: (_lanczos, 3.0),
-    2: (_bilinear, 1.0),
+    2: (lambda x: max(1.0 - abs(x), 0.0), 1.0),  # bilinear
     3: (_bicubic, 2.0),
-    4: (_box, 0.5),
+    4: (lambda x: 1.0 if -0.5 < x <= 0.5 else 0.0, 0.5),  # box
     5: (_hamming, 1.0),
 }
 
@@ -224,7 +216,9 @@ def axis_weights(length: int, target: int, resample: int) -> Weights:
         np.fill_diagonal(result, UNIT)
         return result
     if resample == NEAREST:
-        result[np.arange(target), _nearest(length, target)] = UNIT
+        step = length / target
+        places = np.cumsum([step * 0.5, *[step] * (target - 1)]).astype(int)
+        result[np.arange(target), np.minimum(places, length - 1)] = UNIT
         return result
     function, support = FILTERS[resample]
     scale = length / target
@@ -266,9 +260,6 @@ def split_exactly(weights: Weights) -> tuple[NDArray[np.float32], NDArray[np.flo
     """Split weights = high * 2^shift + low so that float32 sums them over pixels without rounding.
 
     Sums of products with 8-bit pixels stay below 2^24 in any order. Each weight fits into 11 bits, so TF32 is exact, too.
-
-    Raises:
-        UsageError: The frame is too large for an exact result.
     """
     for shift in range(12, 0, -1):
         half = 1 << (shift - 1)
@@ -282,15 +273,6 @@ def split_exactly(weights: Weights) -> tuple[NDArray[np.float32], NDArray[np.flo
         f"Frames of {weights.shape[1]} pixels cannot be resized exactly to {len(weights)} in float32. Resize them before, and "
         f"export without --embed-resize."
     )
-
-
-def _nearest(length: int, target: int) -> list[int]:
-    step = length / target
-    place, places = step * 0.5, []
-    for _ in range(target):
-        places.append(min(int(place), length - 1))
-        place += step
-    return places
 
 
 def _cropped(weights: Weights, side: int) -> Weights:

@@ -7,15 +7,35 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.tasks import TaskSpec, stage_names
 
 Shape = tuple[int, ...]
 POSITIONS = "embeddings.position_embeddings"
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by canonical name. `read(name)` is called at each access."""
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
+        self._names, self._read = dict.fromkeys(names), read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def parameters(config: SwinConfig, task: TaskSpec | None = None) -> dict[str, Shape]:

@@ -17,8 +17,8 @@ from swin_deploy.models.blocks import (
     LayerNorm,
     Linear,
     PatchMerging,
-    PrefixedTensors,
     Tensors,
+    below,
     position_embeddings,
     reorder,
     shift_mask,
@@ -79,7 +79,7 @@ class Stage(nn.Module):
             if (step := reorder(order, target)) is not None:
                 self.steps.add_module(f"reorder{j}", step)
             order = target
-            parts = PrefixedTensors(tensors, f"encoder.layers.{number}.blocks.{j}.")
+            parts = below(tensors, f"encoder.layers.{number}.blocks.{j}.")
             keep = tensor_or_none(windows.padding_mask(order))
             self.steps.add_module(f"block{j}", Block(config, number, grid, parts, masks[grid.shift], keep, joined))
         self.order = order
@@ -115,14 +115,8 @@ class RowMajor(nn.Module):
 class SwinNetwork(nn.Module):
     """pixel_values [batch, channels, height, width] (and bool_masked_pos [batch, patches]) -> the outputs of `task`.
 
-    The outputs are a tuple in the order of `task.output_names(config)`; `named` returns them as a dict.
-
-    Args:
-        config: The architecture.
-        image_size: (height, width) in pixels.
-        tensors: Every parameter of `parameters(config, task)`, in float32.
-        task: Default: image classification.
-        target: The target runtime (one of specs.TARGETS), which selects the graph layout. All layouts compute the same.
+    The outputs are a tuple in the order of `task.output_names(config)`; `named` returns them as a dict. `tensors` are all
+    parameters (see `parameters`), in float32. `target` is the runtime, which selects the graph layout; all compute the same.
     """
 
     def __init__(
@@ -151,16 +145,22 @@ class SwinNetwork(nn.Module):
             self.rows_before.append(RowMajor(order, stage.height, stage.width))
             if i + 1 < len(plan):
                 after = plan[i + 1]
-                merge, order = _merge(config, i, stage, order, after, tensors)
-                self.merges.append(merge)
+                target_order = after.grids[0].order()  # of the first block of the next stage
+                neighbours = windows.merge_order(stage, target_order)
+                beyond_edge = (neighbours == windows.PAD).any(axis=1) & (target_order != windows.PAD)
+                neighbours = neighbours.reshape(-1)
+                keep = tensor_or_none(windows.padding_mask(neighbours)) if beyond_edge.any() else None
+                parts = below(tensors, f"encoder.layers.{i}.downsample.")
+                self.merges.append(PatchMerging(config, len(target_order), parts, reorder(order, neighbours), keep))
+                order = target_order
                 self.rows_after.append(RowMajor(order, after.height, after.width))
         self.rows_after.append(self.rows_before[-1])
         # The mean over tokens is independent of their order, but must not include padding.
         self.tokens = None if windows.padding_mask(order) is not None else len(order)
         if backbone:
-            self.norms = nn.ModuleDict(
-                {name: _stage_norm(tensors, name) for name in self.task.features(config)} if config.version == 1 else {}
-            )
+            names = self.task.features(config) if config.version == 1 else ()
+            norms = {name: LayerNorm(tensors, f"hidden_states_norms.{name}", DEFAULT_EPS) for name in names}
+            self.norms = nn.ModuleDict(norms)
         else:
             self.norm = LayerNorm(tensors, "layernorm", config.layer_norm_eps)
         if self.task.name == "image-classification":
@@ -229,25 +229,3 @@ class SwinNetwork(nn.Module):
         if self.config.version == 1:
             tokens = self.norms[name](tokens)
         outputs[f"feature_maps.{self.task.features(self.config).index(name)}"] = rows.as_map(tokens)
-
-
-def _merge(
-    config: SwinConfig,
-    number: int,
-    stage: windows.StageGrids,
-    order: windows.Index,
-    after: windows.StageGrids,
-    tensors: Tensors,
-) -> tuple[PatchMerging, windows.Index]:
-    """The merging after stage `number`, and the token order of its result: that of the first block of the next stage."""
-    target = after.grids[0].order()
-    neighbours = windows.merge_order(stage, target)
-    beyond_edge = (neighbours == windows.PAD).any(axis=1) & (target != windows.PAD)
-    keep = windows.padding_mask(neighbours.reshape(-1)) if beyond_edge.any() else None
-    parts = PrefixedTensors(tensors, f"encoder.layers.{number}.downsample.")
-    return PatchMerging(config, len(target), parts, reorder(order, neighbours.reshape(-1)), tensor_or_none(keep)), target
-
-
-def _stage_norm(tensors: Tensors, stage: str) -> LayerNorm:
-    """The norm of a feature map of a V1 backbone."""
-    return LayerNorm(tensors, f"hidden_states_norms.{stage}", DEFAULT_EPS)

@@ -9,7 +9,6 @@ Positions are row-major numbers of the real tokens of a feature map; -1 is a pad
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,13 +95,9 @@ class StageGrids:
 def stage_grids(
     config: SwinConfig, image_size: tuple[int, int], always_partition: bool = False, tokens_first: bool = True
 ) -> tuple[StageGrids, ...]:
-    """Plan the windows of every stage.
+    """Plan the windows of every stage, for an image of `image_size` (height, width).
 
-    Args:
-        config: The architecture.
-        image_size: (height, width) in pixels.
-        always_partition: Shift windows even if the map is not larger than one, as Hugging Face's Swin V1 backbone does.
-        tokens_first: As in `WindowGrid`.
+    `always_partition` shifts windows even if the map is not larger than one, as Hugging Face's Swin V1 backbone does.
     """
     height, width = config.grid(image_size)
     result = []
@@ -167,14 +162,10 @@ def merge_order(stage: StageGrids, target: Index) -> Index:
     """
     columns = -(-stage.width // 2)
     row, column = np.divmod(target, columns)
-
-    def neighbours() -> Iterator[Index]:
-        for down, right in ((0, 0), (1, 0), (0, 1), (1, 1)):
-            r, c = 2 * row + down, 2 * column + right
-            inside = (r < stage.height) & (c < stage.width) & (target != PAD)
-            yield np.where(inside, r * stage.width + c, PAD)
-
-    return np.stack(list(neighbours()), axis=1)
+    down, right = np.array([(0, 0), (1, 0), (0, 1), (1, 1)]).T
+    r, c = 2 * row[:, None] + down, 2 * column[:, None] + right
+    inside = (r < stage.height) & (c < stage.width) & (target != PAD)[:, None]
+    return np.where(inside, r * stage.width + c, PAD)
 
 
 def relative_position_index(window: tuple[int, int]) -> Index:

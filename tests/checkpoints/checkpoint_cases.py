@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from swin_deploy.errors import CheckpointError
-from swin_deploy.models.checkpoints.base import LazyTensors, tensors_for_task
+from swin_deploy.models.checkpoints.base import tensors_for_task
 from swin_deploy.models.checkpoints.recognise import RecognisedCheckpoint, recognise_checkpoint
+from swin_deploy.models.parameters import LazyTensors
 from swin_deploy.tasks import TaskSpec
 
 DATA = Path(__file__).parent / "data"

@@ -25,15 +25,9 @@ def checkpoint_from_path(
 ) -> Checkpoint:
     """Open a checkpoint file or folder. Its tensors are read one by one, when they are used.
 
-    Args:
-        path: A folder or a weight file of transformers, timm, Microsoft's code, torchvision or TensorFlow.
-        task: The task whose parameters are needed.
-        image_size: (height, width) in pixels, used if the checkpoint does not contain its own.
-        framework: Use the window rules of this framework instead of those of the framework that wrote the checkpoint.
-        source: Where the checkpoint comes from, for the manifest. Default: `path`.
-
-    Raises:
-        CheckpointError: The files are damaged, hold another network, or lack parameters of the task.
+    `path` is a folder or a weight file of transformers, timm, Microsoft's code, torchvision or TensorFlow. `image_size` is used
+    if the checkpoint does not contain its own, and `framework` replaces the window rules of the framework that wrote it.
+    `source` is where the checkpoint comes from, for the manifest.
     """
     found = recognise_checkpoint(path, image_size)
     config = dataclasses.replace(found.config, patch_norm=found.patch_norm, framework=framework or found.framework)
@@ -51,11 +45,6 @@ def checkpoint_from_path(
 def checkpoint_from_hub(
     repo_id: str, task: TaskSpec, *, image_size: tuple[int, int] | None = None, framework: str | None = None
 ) -> Checkpoint:
-    """Open a checkpoint of the Hugging Face hub. It is downloaded unless the local cache has it.
-
-    Args:
-        repo_id: Repository, such as "microsoft/swin-tiny-patch4-window7-224".
-        task: As in `checkpoint_from_path`, like the other arguments.
-    """
+    """Open a checkpoint of the Hugging Face hub, downloaded unless the local cache has it (see `checkpoint_from_path`)."""
     folder = folder_from_hub(repo_id)
     return checkpoint_from_path(folder, task, image_size=image_size, framework=framework, source=repo_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError
-from swin_deploy.models.parameters import POSITIONS, Shape, parameters, random_parameter
+from swin_deploy.models.parameters import POSITIONS, LazyTensors, Shape, parameters, random_parameter
 from swin_deploy.qat_ranges import QatRanges
 from swin_deploy.tasks import TaskSpec
 
@@ -52,24 +52,6 @@ class Checkpoint:
     ranges: QatRanges | None = None  # QAT ranges
 
 
-class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by canonical name. `read(name)` is called at each access."""
-
-    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
-        self._names, self._read = dict.fromkeys(names), read
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
 def random_checkpoint(config: SwinConfig, task: TaskSpec, seed: int = 0) -> Checkpoint:
     """Create a checkpoint of random weights that `seed` reproduces. Use it for measurements and tests only."""
     shapes = parameters(config, task)
@@ -84,9 +66,6 @@ def tensors_for_task(
 
     `found` maps the canonical names of all tensors in the file to their shapes. The feature-map norms of a V1 backbone are
     saved only by backbones. If they are absent they become 1 and 0, as in transformers.
-
-    Raises:
-        CheckpointError: Parameters are missing, unexpected, or of another shape.
     """
     expected = parameters(config, task)
     absent = [name for name in expected if name not in found and name.startswith("hidden_states_norms.")]
@@ -102,26 +81,19 @@ def tensors_for_task(
             f"{where} lacks {len(missing)} of the {len(expected)} parameters that its config asks for: {_some(missing)}. "
             f"Check that config.json belongs to these weights."
         )
-    wrong = [n for n in expected if n in found and not _fits(n, found[n], expected[n])]
-    if wrong:
+    if wrong := [n for n in expected if n in found and not _fits(n, found[n], expected[n])]:
         name = wrong[0]
         raise CheckpointError(
             f"{where}: {name} has shape {list(found[name])}, but the config asks for {list(expected[name])}"
             f"{f' ({len(wrong) - 1} more differ)' if len(wrong) > 1 else ''}. Check that config.json belongs to these weights."
         )
-    unexpected = [name for name in found if name not in expected and not OTHER_HEADS.search(name)]
-    if unexpected:
+    if unexpected := [name for name in found if name not in expected and not OTHER_HEADS.search(name)]:
         raise CheckpointError(
             f"{where} holds {len(unexpected)} tensors that no Swin V{config.version} has: {_some(unexpected)}. "
             f"It is another network, or a damaged file."
         )
-
-    def read(name: str) -> Tensor:
-        if name in absent:
-            return torch.full(expected[name], float(name.endswith("weight")))
-        return tensors[name]
-
-    return LazyTensors(expected, read)
+    constants = {name: torch.full(expected[name], float(name.endswith("weight"))) for name in absent}
+    return LazyTensors(expected, lambda name: constants[name] if name in constants else tensors[name])
 
 
 # First part of a parameter name -> what it belongs to, and what a checkpoint that has it was trained for.

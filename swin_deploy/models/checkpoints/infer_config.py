@@ -29,13 +29,9 @@ DEFAULT_SIZE = {1: (224, 224), 2: (256, 256)}  # of the published checkpoints
 def infer_config(
     state_dict: CanonicalStateDict, image_size: Size | None, extras: Mapping[str, Any], where: str
 ) -> tuple[SwinConfig, tuple[str, ...]]:
-    """Infer the architecture from a state dict. `image_size` (height, width) is used if the file does not determine it.
+    """Infer the architecture from a state dict, with notes on what had to be assumed.
 
-    Returns:
-        The config, and notes on what had to be assumed.
-
-    Raises:
-        CheckpointError: Shapes contradict each other, or the window size cannot be determined.
+    `image_size` (height, width) is used if the file does not determine it.
     """
     return _Inference(state_dict, extras, where).config(image_size)
 
@@ -44,7 +40,7 @@ class _Inference:
     def __init__(self, state_dict: CanonicalStateDict, extras: Mapping[str, Any], where: str) -> None:
         self.shapes, self.buffers = state_dict.shapes, state_dict.buffers
         self.writer, self.where = state_dict.writer, where
-        self.trained = _training_config(extras)
+        self.extras = extras
         self.version = 2 if any(name.endswith(".logit_scale") for name in self.shapes) else 1
         self.depths = self._depths()
 
@@ -66,7 +62,9 @@ class _Inference:
             qkv_bias="encoder.layers.0.blocks.0.attention.self.query.bias" in self.shapes,
             use_absolute_embeddings="embeddings.position_embeddings" in self.shapes,
             encoder_stride=self._encoder_stride(channels),
-            pretrained_window_sizes=self._pretrained_windows(windows),
+            pretrained_window_sizes=tuple(self._pretrained_window(stage, windows[stage]) for stage in stages)
+            if self.version == 2
+            else SwinConfig.pretrained_window_sizes,
             id2label={i: f"LABEL_{i}" for i in range(self.shapes.get("classifier.weight", (0,))[0])},
         )
         return config, notes
@@ -153,11 +151,6 @@ class _Inference:
             )
         return stride or 32
 
-    def _pretrained_windows(self, windows: tuple[int, ...]) -> tuple[int, ...]:
-        if self.version == 1:
-            return SwinConfig.pretrained_window_sizes
-        return tuple(self._pretrained_window(stage, window) for stage, window in enumerate(windows))
-
     def _pretrained_window(self, stage: int, window: int) -> int:
         """V2's pretrained window. The maximum of the table is log2(8 * (window - 1) / (pretrained - 1) + 1) / 3."""
         table = self._buffer(stage, "relative_coords_table")
@@ -217,8 +210,10 @@ class _Inference:
         return sides.pop() if len(sides) == 1 else None
 
     def _size_from_training(self) -> Size | None:
-        data = self.trained.get("DATA")
-        size = data.get("IMG_SIZE") if isinstance(data, Mapping) else None
+        """From the yacs config in training checkpoints of Microsoft's code."""
+        size: Any = self.extras
+        for key in ("config", "DATA", "IMG_SIZE"):
+            size = size.get(key) if isinstance(size, Mapping) else None
         return (size, size) if isinstance(size, int) and size > 0 else None
 
     def _size_from_positions(self, count: int, patch: Size, given: Size | None) -> tuple[Size, tuple[str, ...]]:
@@ -233,9 +228,3 @@ class _Inference:
             )
         size = (side * patch[0], side * patch[1])
         return size, (f"image size {size[0]}x{size[1]} is assumed: the position embeddings show only the number of patches",)
-
-
-def _training_config(extras: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The yacs config in training checkpoints of Microsoft's code; empty if there is none."""
-    config = extras.get("config")
-    return config if isinstance(config, Mapping) else {}

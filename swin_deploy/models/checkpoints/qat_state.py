@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,13 +44,9 @@ LAYER = re.compile(
 def qat_ranges_from_state(
     state_dict: CanonicalStateDict, extras: Mapping[str, Any], where: str
 ) -> tuple[QatRanges | None, tuple[str, ...]]:
-    """Read the QAT ranges of a checkpoint. `extras`, saved beside the weights, hold the settings of ModelOpt's quantizers.
+    """Read the QAT ranges of a checkpoint, None if no quantizer can be used, with notes on what is used and what is not.
 
-    Returns:
-        The ranges (None if no quantizer can be used), and notes on what is used and what is not.
-
-    Raises:
-        CheckpointError: A range is invalid, such as NaN.
+    `extras`, saved beside the weights, hold the settings of ModelOpt's quantizers.
     """
     collector = _Collector(state_dict, quantizer_settings(extras), where)
     for quantizer in state_dict.quantizers:
@@ -104,10 +101,8 @@ class _Collector:
         found = activation_range(quantizer, settings, self.where)
         for name in readers or layers:
             before = self.layers.get(name, LayerRanges())
-            if quantizer.role == "output" and not readers:
-                self.layers[name] = LayerRanges(before.input, found, before.weight)
-            else:
-                self.layers[name] = LayerRanges(largest((before.input, found)), before.output, before.weight)
+            own = quantizer.role == "output" and not readers
+            self.layers[name] = replace(before, **({"output": found} if own else {"input": largest((before.input, found))}))
 
     def _has(self, layer: str) -> bool:
         return f"{layer}.weight" in self.state_dict.tensors
@@ -128,27 +123,18 @@ class _Collector:
         for place, name in enumerate(layers):
             first = sum(rows[:place])
             part = scales if len(scales) == 1 else scales[first : first + rows[place]]
-            before = self.layers.get(name, LayerRanges())
-            self.layers[name] = LayerRanges(before.input, before.output, part)
+            self.layers[name] = replace(self.layers.get(name, LayerRanges()), weight=part)
 
 
 def activation_range(quantizer: QuantizerState, settings: Mapping[str, Any], where: str) -> ActivationRange:
-    """Return the range of an input or output. `settings` are those of ModelOpt, if any.
-
-    Raises:
-        NotUsable: The range cannot be used.
-        CheckpointError: The range is NaN, infinite or negative.
-    """
+    """Return the range of an input or output. `settings` are those of ModelOpt, if any. Raises NotUsable or CheckpointError."""
     values = _values(quantizer, settings, where)
     if "_amax" in values:
         amax = _single(values["_amax"])
         if amax == 0:
             raise NotUsable("it never saw a value but 0")
-        return (
-            ActivationRange(float(np.float32(amax / 255)), 0, amax)
-            if settings.get("_unsigned")
-            else ActivationRange.symmetric(amax)
-        )
+        unsigned = ActivationRange(float(np.float32(amax / 255)), 0, amax)
+        return unsigned if settings.get("_unsigned") else ActivationRange.symmetric(amax)
     seen = [_single(values[name]) for name in ("min_val", "max_val")] if _seen(values) else None
     if "scale" not in values:
         if seen is None:
@@ -214,10 +200,9 @@ def _values(quantizer: QuantizerState, settings: Mapping[str, Any], where: str) 
         if stored is None or not np.prod(stored.shape):
             continue
         tensor = stored.read()
-        floating = stored.dtype in FLOATING
-        values[name] = (
-            tensor.to(torch.float64 if stored.dtype == "float64" else torch.float32) if floating else tensor
-        ).numpy()
+        if stored.dtype in FLOATING and stored.dtype != "float64":
+            tensor = tensor.to(torch.float32)
+        values[name] = tensor.numpy()
     if "fake_quant_enabled" in values and not values["fake_quant_enabled"].any():
         raise NotUsable("its fake quantization is disabled")
     for name in ("scale", "_amax"):

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError, UsageError
-from swin_deploy.models.parameters import Shape
+from swin_deploy.models.parameters import LazyTensors, Shape
 from swin_deploy.qat_ranges import QatRanges
 from swin_deploy.variants import find_variant
 
-from .base import LazyTensors
 from .infer_config import infer_config
 from .qat_state import qat_ranges_from_state
 from .state_dict_names import CanonicalStateDict, Writer, canonical_state_dict
@@ -61,12 +60,8 @@ class RecognisedCheckpoint:
 def recognise_checkpoint(path: Path, image_size: tuple[int, int] | None = None) -> RecognisedCheckpoint:
     """Open a checkpoint and recognise what wrote it.
 
-    Args:
-        path: A folder or a weight file. A config.json beside the weights is used if it belongs to them.
-        image_size: (height, width) in pixels, used if neither config.json nor the tensors contain it.
-
-    Raises:
-        CheckpointError: The files are damaged, hold another network, or do not belong together.
+    `path` is a folder or a weight file. A config.json beside the weights is used if it belongs to them. `image_size` (height,
+    width) is used if neither config.json nor the tensors contain it.
     """
     folder = path if path.is_dir() else path.parent
     raw = read_json(folder / "config.json") if path.exists() and (folder / "config.json").is_file() else None
@@ -139,13 +134,8 @@ def config_from_timm(raw: Mapping[str, Any], state_dict: CanonicalStateDict, whe
     """Read timm's config.json: {architecture, model_args, pretrained_cfg, num_classes}.
 
     timm writes model_args only if create_model was called with some, so the architecture's name determines the rest
-    (timm/models/_hub.py, save_config_for_hf). Arguments are read as timm/models/swin_transformer.py reads them.
-
-    Returns:
-        The config, and notes on what had to be assumed.
-
-    Raises:
-        CheckpointError: The architecture is not a Swin, or an argument is not supported.
+    (timm/models/_hub.py, save_config_for_hf). Arguments are read as timm/models/swin_transformer.py reads them. The notes say
+    what had to be assumed.
     """
     architecture = str(raw.get("architecture"))
     try:
@@ -172,11 +162,10 @@ def config_from_timm(raw: Mapping[str, Any], state_dict: CanonicalStateDict, whe
 def _with_arguments(
     base: SwinConfig, arguments: Mapping[str, Any], pretrained: Mapping[str, Any], state_dict: CanonicalStateDict
 ) -> tuple[SwinConfig, tuple[str, ...]]:
-    values: dict[str, Any] = {}
-    depths = tuple(int(d) for d in arguments.get("depths", base.depths))
-    stages = len(depths)
-    values["depths"] = depths
-    values["num_heads"] = tuple(int(h) for h in arguments.get("num_heads", base.num_heads))
+    values: dict[str, Any] = {
+        name: tuple(int(v) for v in arguments.get(name, getattr(base, name))) for name in ("depths", "num_heads")
+    }
+    stages = len(values["depths"])
     size = pretrained.get("input_size")
     if arguments.get("img_size") is not None:
         values["image_size"] = _pair(arguments["img_size"])
@@ -184,14 +173,9 @@ def _with_arguments(
         values["image_size"] = _pair(list(size)[-2:])
     if "patch_size" in arguments:
         values["patch_size"] = _pair(arguments["patch_size"])
-    for theirs, ours, read in (
-        ("in_chans", "num_channels", int),
-        ("embed_dim", "embed_dim", int),
-        ("mlp_ratio", "mlp_ratio", float),
-        ("qkv_bias", "qkv_bias", bool),
-    ):
-        if arguments.get(theirs) is not None:
-            values[ours] = read(arguments[theirs])
+    for name, read in (("in_chans", int), ("embed_dim", int), ("mlp_ratio", float), ("qkv_bias", bool)):
+        if arguments.get(name) is not None:
+            values["num_channels" if name == "in_chans" else name] = read(arguments[name])
     if "act_layer" in arguments:
         values["hidden_act"] = TIMM_ACTIVATIONS[str(arguments["act_layer"])]
     windows = _windows(arguments.get("window_size"), base.window_size, stages)

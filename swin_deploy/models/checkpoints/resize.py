@@ -17,9 +17,9 @@ from torch import Tensor
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import UsageError
 from swin_deploy.models.blocks import position_embeddings
-from swin_deploy.models.parameters import POSITIONS
+from swin_deploy.models.parameters import POSITIONS, LazyTensors
 
-from .base import Checkpoint, LazyTensors
+from .base import Checkpoint
 
 Window = tuple[int, int]
 
@@ -44,16 +44,8 @@ def resize_windows(
     """Adapt a checkpoint to other windows and another image size.
 
     Position tables of V1 and absolute position embeddings are interpolated. The position bias of V2 is computed for the new
-    window. The notes of the result say what was changed, and by whose rule.
-
-    Args:
-        checkpoint: The checkpoint. It is returned as it is if nothing changes.
-        window_size: One window, or one per stage, in tokens.
-        pretrained_window_sizes: V2 only: one, or one per stage; 0 scales coordinates by the new window.
-        image_size: (height, width) in pixels.
-
-    Raises:
-        UsageError: The number of windows is not the number of stages, or the option is not available in V1.
+    window. The notes of the result say what was changed, and by whose rule. `window_size` is one window, or one per stage, in
+    tokens, like `pretrained_window_sizes` (V2 only; 0 scales coordinates by the new window). `image_size` is (height, width).
     """
     old = checkpoint.config
     if pretrained_window_sizes is not None and old.version == 1:
@@ -80,11 +72,13 @@ def resize_windows(
         tensor = checkpoint.tensors[name]
         return tensor if match is None else _resized_table(tensor, *windows[int(match[1])], old.framework)
 
+    before = old.to_dict()
+    changed = {key: value for key, value in new.to_dict().items() if before.get(key) != value}
     return dataclasses.replace(
         checkpoint,
         config=new,
         tensors=LazyTensors(checkpoint.tensors, read),
-        raw_config=None if checkpoint.raw_config is None else {**checkpoint.raw_config, **_changed_fields(old, new)},
+        raw_config=None if checkpoint.raw_config is None else {**checkpoint.raw_config, **changed},
         preprocessor=_preprocessor(checkpoint.preprocessor, None if new.image_size == old.image_size else new.image_size),
         notes=(*checkpoint.notes, *_notes(old, new, windows, positions)),
     )
@@ -121,10 +115,7 @@ def _geometric_offsets(old: int, new: int) -> NDArray[np.float64]:
     low, high = 1.01, 1.5
     while high - low > 1e-6:
         ratio = (low + high) / 2
-        if (1 - ratio ** (old - 1)) / (1 - ratio) > new - 1:
-            high = ratio
-        else:
-            low = ratio
+        low, high = (low, ratio) if (1 - ratio ** (old - 1)) / (1 - ratio) > new - 1 else (ratio, high)
     steps = np.cumsum([ratio**i for i in range(old - 1)])
     return np.concatenate([-steps[::-1], [0.0], steps])
 
@@ -135,11 +126,6 @@ def _along(values: Tensor, axis: int, offsets: NDArray[np.float64], window: int)
     lines = np.moveaxis(values.numpy(), axis, -1)
     result = np.apply_along_axis(lambda line: np.interp(wanted, offsets, line), -1, lines)
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(result, -1, axis), dtype=np.float32))
-
-
-def _changed_fields(old: SwinConfig, new: SwinConfig) -> dict[str, Any]:
-    before, after = old.to_dict(), new.to_dict()
-    return {key: value for key, value in after.items() if before.get(key) != value}
 
 
 def _preprocessor(raw: Mapping[str, Any] | None, size: tuple[int, int] | None) -> Mapping[str, Any] | None:

@@ -8,14 +8,15 @@ before the next stage (timm), or into a layer of its own (torchvision). TensorFl
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
 from torch import Tensor
 
 from swin_deploy.errors import CheckpointError
 from swin_deploy.models.parameters import Shape
+from swin_deploy.qat_ranges import PARTS
 
 from .base import FLOATING, Stored, StoredFile, as_float32
 
@@ -48,8 +49,6 @@ PATCH_WEIGHTS = ("patch_embed.proj.weight", "features.0.0.weight", "backbone.pat
 
 
 Writer = Literal["hf", "timm", "microsoft", "torchvision", "tf"]
-
-PARTS = ("query", "key", "value")
 
 # Written by nn.DataParallel, torch.compile, and transformers' TimmWrapper.
 PREFIXES = ("module.", "_orig_mod.", "timm_model.")
@@ -98,6 +97,7 @@ TENSORFLOW = (
     (r"\.positional_embeddings$", ".position_embeddings"),
     *HUGGING_FACE,
 )
+TENSORFLOW_AXES: dict[int, tuple[int, ...]] = {2: (1, 0), 4: (3, 2, 0, 1)}  # of kernels, by number of axes
 # After the renaming in _canonical, torchvision and timm have these names, too.
 MICROSOFT = (
     (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
@@ -182,11 +182,7 @@ class CanonicalStateDict:
 
 
 def canonical_state_dict(file: StoredFile) -> CanonicalStateDict:
-    """Rename the tensors in `file` canonically, and recognise from their names what wrote it.
-
-    Raises:
-        CheckpointError: It is another network, a name is unknown, or a weight is not of a floating type.
-    """
+    """Rename the tensors in `file` canonically, and recognise from their names what wrote it."""
     where = str(file.path)
     stored_tensors, quantizers = split_quantizers(_without_prefixes(file.tensors))
     stored_tensors = _without_prefixes(stored_tensors, quantizers)
@@ -205,7 +201,8 @@ def canonical_state_dict(file: StoredFile) -> CanonicalStateDict:
             continue
         found = _split(canonical, name, stored, fused_v2, where) if ".self.qkv." in canonical else {}
         if not found and CANONICAL.fullmatch(canonical):
-            found = {canonical: CanonicalTensor(stored, name, axes=_axes(name, stored) if writer == "tf" else None)}
+            axes = TENSORFLOW_AXES.get(len(stored.shape)) if writer == "tf" and "/kernel:" in name else None
+            found = {canonical: CanonicalTensor(stored, name, axes=axes)}
         if not found:
             unknown.append(name)
         for key, tensor in found.items():
@@ -277,10 +274,8 @@ def _canonical(name: str, writer: Writer) -> str:
 
 def _from_torchvision(name: str) -> str:
     """Microsoft's name of a torchvision parameter. features.0 is the patch embedding, and odd layers are stages."""
-    name = re.sub(r"^features\.0\.0\.", "patch_embed.proj.", name)
-    name = re.sub(r"^features\.0\.2\.", "patch_embed.norm.", name)
-    name = re.sub(r"\.mlp\.0\.", ".mlp.fc1.", name)
-    name = re.sub(r"\.mlp\.3\.", ".mlp.fc2.", name)
+    name = re.sub(r"^features\.0\.([02])\.", lambda m: f"patch_embed.{'norm' if m[1] == '2' else 'proj'}.", name)
+    name = re.sub(r"\.mlp\.([03])\.", lambda m: f".mlp.fc{2 if m[1] == '3' else 1}.", name)
     if match := re.match(r"^features\.(\d{1,4})\.", name):
         layer = int(match[1])
         name = f"layers.{(layer - 1) // 2}.{'blocks' if layer % 2 else 'downsample'}.{name[match.end() :]}"
@@ -299,23 +294,16 @@ def _split(canonical: str, name: str, stored: Stored, without_key_bias: bool, wh
     return parts if all(CANONICAL.fullmatch(key) for key in parts) else {}
 
 
-def _axes(name: str, stored: Stored) -> tuple[int, ...] | None:
-    if "/kernel:" not in name:
-        return None
-    return cast("dict[int, tuple[int, ...]]", {2: (1, 0), 4: (3, 2, 0, 1)}).get(len(stored.shape))
-
-
 def split_quantizers(tensors: Mapping[str, Stored]) -> tuple[Mapping[str, Stored], list[QuantizerState]]:
     """Separate weights from the tensors of quantizers. The names of layers inside a QuantWrapper become the plain ones."""
     found: dict[tuple[str, str], QuantizerState] = {}
     weights: dict[str, Stored] = {}
     for name, stored in tensors.items():
-        match = QUANTIZER_TENSOR.fullmatch(name)
-        if match is None:
+        if match := QUANTIZER_TENSOR.fullmatch(name):
+            key = (match["layer"] or "", match["what"])
+            found.setdefault(key, QuantizerState(*key)).tensors[match["field"]] = stored
+        else:
             weights[name] = stored
-            continue
-        key = (match["layer"] or "", match["what"])
-        found.setdefault(key, QuantizerState(*key)).tensors[match["field"]] = stored
     wrapped = {one.layer for one in found.values() if one.what == "quant.activation_post_process"}
     for one in found.values():
         one.layer = _unwrapped(one.layer, wrapped)
@@ -323,13 +311,9 @@ def split_quantizers(tensors: Mapping[str, Stored]) -> tuple[Mapping[str, Stored
 
 
 def _unwrapped(name: str, wrapped: set[str]) -> str:
-    for layer in _beginnings(name):
+    parts = name.split(".")
+    for layer in (".".join(parts[:count]) for count in range(len(parts))):
         inside = f"{layer}.module" if layer else "module"
         if layer in wrapped and (name == inside or name.startswith(f"{inside}.")):
             return f"{layer}{name[len(inside) :]}".removeprefix(".")
     return name
-
-
-def _beginnings(name: str) -> Iterator[str]:
-    parts = name.split(".")
-    return (".".join(parts[:count]) for count in range(len(parts)))

@@ -73,9 +73,6 @@ def open_torch(path: Path) -> StoredFile:
     """Open a file that torch.save wrote, without running any code in it.
 
     Zip files are mapped, so a tensor takes memory only when it is read. Legacy files are read into memory.
-
-    Raises:
-        CheckpointError: The file is damaged, names functions, or holds no tensors by name.
     """
     with path.open("rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"

@@ -21,19 +21,9 @@ from .torch_files import open_torch
 STANDARD = ("model.safetensors", "pytorch_model.bin", "tf_model.h5")
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".h5", ".tar")  # timm writes model_best.pth.tar, which is no tar
 
-SAFETENSORS_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-
+_NUMBERS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint"}
+SAFETENSORS_DTYPES = {f"{short}{bits}": f"{name}{bits}" for short, name in _NUMBERS.items() for bits in (8, 16, 32, 64)}
+SAFETENSORS_DTYPES["BOOL"] = "bool"
 
 # The files of a repository. Those of OTHER_FORMATS are downloaded only if it has no safetensors.
 CONFIGS = ["config.json", "preprocessor_config.json"]
@@ -43,11 +33,7 @@ INSTEAD = "Pass a local checkpoint with --weights FOLDER, or try the pipeline wi
 
 
 def folder_from_hub(repo_id: str) -> Path:
-    """Return the folder with the files of a Hugging Face repository, downloaded unless the local cache has them.
-
-    Raises:
-        CheckpointError: The repository is neither cached nor reachable.
-    """
+    """Return the folder with the files of a Hugging Face repository, downloaded unless the local cache has them."""
     hub = require("huggingface_hub", f"fetch {repo_id} from the Hugging Face hub")
     try:
         cached = Path(hub.snapshot_download(repo_id, allow_patterns=CONFIGS, local_files_only=True))
@@ -75,11 +61,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def open_weights(path: Path) -> StoredFile:
-    """Open a weight file, a shard index, or the weights in a folder.
-
-    Raises:
-        CheckpointError: There are no weights, or a file is damaged.
-    """
+    """Open a weight file, a shard index, or the weights in a folder."""
     if path.is_file():
         return _open_shards(path) if path.name.endswith(".index.json") else _open_file(path)
     if not path.is_dir():
