@@ -6,30 +6,18 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Set
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from swin_deploy.dependencies import installed, require
 
 # Processor features that decide how fast a network runs: the flag of the operating system -> its usual name.
 FEATURES = {
-    "avx2": "AVX2",
-    "avx512f": "AVX-512",
-    "avx_vnni": "AVX-VNNI",
-    "avx512_vnni": "AVX-512 VNNI",
-    "avx512_bf16": "AVX-512 bf16",
-    "avx512_fp16": "AVX-512 fp16",
-    "amx_int8": "AMX int8",
-    "amx_bf16": "AMX bf16",
-    "asimd": "NEON",
-    "asimddp": "NEON dot product",
-    "asimdhp": "NEON fp16",
-    "i8mm": "int8 matrix multiply",
-    "bf16": "bf16",
-    "sve": "SVE",
-}
+    "avx2": "AVX2", "avx512f": "AVX-512", "avx_vnni": "AVX-VNNI", "avx512_vnni": "AVX-512 VNNI",
+    "avx512_bf16": "AVX-512 bf16", "avx512_fp16": "AVX-512 fp16", "amx_int8": "AMX int8", "amx_bf16": "AMX bf16",
+    "asimd": "NEON", "asimddp": "NEON dot product", "asimdhp": "NEON fp16", "i8mm": "int8 matrix multiply",
+    "bf16": "bf16", "sve": "SVE",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,10 +33,6 @@ class Machine:
     memory: int | None
     free_memory: int | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the facts as JSON values."""
-        return {**asdict(self), "features": list(self.features)}
-
     def __str__(self) -> str:
         cores = f"{self.usable_cores} of {self.cores} cores" if self.usable_cores < self.cores else f"{self.cores} cores"
         return ", ".join([self.processor, cores, *self.features])
@@ -56,10 +40,11 @@ class Machine:
 
 def this_machine() -> Machine:
     """Return the facts about this machine, as far as the system and the libraries of the extra `bench` know them."""
-    processor, flags = processor_name(), cpu_flags()
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    processor, known = processor_name(), flags[1].split() if flags else []
     if sys.platform != "linux" and installed("cpuinfo"):  # on Linux py-cpuinfo reads the same file, and takes 1.3 s
         facts = require("cpuinfo", "describe the processor").get_cpu_info()
-        processor, flags = facts.get("brand_raw", processor), set(facts.get("flags", ()))
+        processor, known = facts.get("brand_raw", processor), facts.get("flags", [])
     total, free = memory_sizes()
     return Machine(
         python=f"{platform.python_implementation()} {platform.python_version()}",
@@ -67,7 +52,7 @@ def this_machine() -> Machine:
         processor=processor,
         cores=os.cpu_count() or 1,
         usable_cores=usable_cores(),
-        features=tuple(name for flag, name in FEATURES.items() if flag in flags),
+        features=tuple(name for flag, name in FEATURES.items() if flag in known),
         memory=total,
         free_memory=free,
     )
@@ -78,12 +63,6 @@ def processor_name() -> str:
     board = _text("/proc/device-tree/model").strip("\0 \n")
     name = re.search(r"^(?:model name|Hardware)\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
     return board or (name[1].strip() if name else "") or platform.processor() or platform.machine()
-
-
-def cpu_flags() -> Set[str]:
-    """Return the feature flags of the processor that Linux lists; nothing on other systems."""
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", _text("/proc/cpuinfo"), re.MULTILINE)
-    return set(found[1].split()) if found else set()
 
 
 def usable_cores() -> int:

@@ -18,10 +18,7 @@ BLUE, RED, CYAN, YELLOW, GREY = "#4477aa", "#ee6677", "#66ccee", "#ccbb44", "#bb
 
 @dataclass(frozen=True)
 class Bar:
-    """One row of a chart: parts are drawn one after another, each with its length and colour.
-
-    `label` stands to the left of the bar and `note` to its right. `interval` draws a line from one value to another.
-    """
+    """One row of a chart: its label, the length and colour of each part, a note to the right, and a line over an interval."""
 
     label: str
     parts: Sequence[tuple[float, str]]
@@ -32,22 +29,9 @@ class Bar:
 def bar_chart(
     bars: Sequence[Bar], title: str, axis: str, legend: Mapping[str, str] | None = None, file_format: str = "svg"
 ) -> bytes:
-    """Draw horizontal bars, the first one at the top.
+    """Draw horizontal bars, the first one at the top; `legend` has the meaning of each colour.
 
     The same arguments give the same bytes. In an SVG file, part `p` of bar `b` is the group with the id `bar-b-p`.
-
-    Args:
-        bars: The rows of the chart.
-        title: Text above the chart; it may have several lines.
-        axis: What the lengths mean, with their unit.
-        legend: The meaning of each colour.
-        file_format: "svg", "png" or "pdf".
-
-    Returns:
-        The content of the file.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
     """
     matplotlib, figures = require("matplotlib", "draw a plot"), require("matplotlib.figure", "draw a plot")
     written = io.BytesIO()
@@ -80,12 +64,7 @@ def bar_chart(
 
 
 def check_plot(path: Path) -> None:
-    """Check that a plot can be written to `path`, before the work whose result it shows.
-
-    Raises:
-        UsageError: The file ending is unknown, or the folder cannot be written.
-        MissingDependencyError: matplotlib is not installed.
-    """
+    """Check that a plot can be written to `path`, before the work whose result it shows."""
     try:
         folder = path.absolute().parent
         writable = folder.is_dir() and os.access(folder, os.W_OK) and not path.is_dir()
@@ -100,11 +79,7 @@ def check_plot(path: Path) -> None:
 
 
 def write_plot(path: Path, content: bytes) -> None:
-    """Write the content of a plot to `path`.
-
-    Raises:
-        UsageError: The operating system refuses to write the file.
-    """
+    """Write the content of a plot to `path`."""
     try:
         path.write_bytes(content)
     except OSError as error:

@@ -47,10 +47,7 @@ class Baselines:
     scratch: Path
 
     def pytorch(self, batches: Sequence[int], devices: Sequence[str]) -> dict[BenchCase, Request]:
-        """Plan PyTorch on each device, which is the reference; on a GPU also in fp16 and with torch.compile.
-
-        Empty if the exported checkpoint is unknown.
-        """
+        """Plan PyTorch, the reference, on each device; on a GPU also in fp16 and with torch.compile."""
         weights, seed = self.spec.weights, re.fullmatch(r"random weights, seed (\d+)", str(self.bundle.manifest["source"]))
         if weights is not None:
             require("torch", "measure PyTorch")
@@ -73,18 +70,15 @@ class Baselines:
                     continue
                 ways += [("pytorch", "fp16"), (COMPILED, "fp16")]
             for (backend, precision), batch in itertools.product(ways, batches):
-                placed = {
-                    "size": self.size,
-                    "placement": (device, precision, backend == COMPILED),
-                    "threads": self.spec.threads,
-                }
+                placement = (device, precision, backend == COMPILED)
+                placed = {"size": self.size, "placement": placement, "threads": self.spec.threads}
                 found[BenchCase(model, backend, precision, batch, device=device)] = {**request, **placed}
         return found
 
     def exports(self, ours: Iterable[BenchCase]) -> dict[BenchCase, Request]:
         """Plan the exports of transformers and timm for this architecture, in the back ends of `ours`."""
         found: dict[BenchCase, Request] = {}
-        for model, make in (("transformers", self._transformers), ("timm", self._timm)):
+        for model in ("transformers", "timm"):
             if not installed(model) or not installed("torch"):
                 _LOG.info("No rows of %s: it is not installed (pip install %s)", model, model)
                 continue
@@ -92,14 +86,16 @@ class Baselines:
                 _LOG.info("No rows of %s: only image classifiers are compared with it", model)
                 continue
             try:
-                network, same = make()
+                network, same = (
+                    self._transformers() if model == "transformers" else (timm_network(self.config, self.size), False)
+                )
                 for one in ours:
                     if one.backend in ("onnxruntime", "openvino"):
                         bf16 = (one.backend, one.precision) == ("openvino", "bf16")
                         theirs = BenchCase(model, one.backend, "bf16" if bf16 else "fp32", one.batch, same, one.device)
-                        file = str(self._exported(model, network, one.batch))
-                        request = {"onnx": file, "backend": one.backend, "bf16": bf16, "device": one.device}
-                        found[theirs] = {**request, "threads": self.spec.threads}
+                        request = {"onnx": str(self._exported(model, network, one.batch)), "bf16": bf16}
+                        request |= {"backend": one.backend, "device": one.device, "threads": self.spec.threads}
+                        found[theirs] = request
             except Exception as error:  # noqa: BLE001 - a failure in a baseline only ends its rows
                 _LOG.info("No rows of %s: its export failed (%s)", model, " ".join(str(error).split())[:300])
         return found
@@ -112,14 +108,11 @@ class Baselines:
     def _transformers(self) -> tuple[torch.nn.Module, bool]:
         from swin_deploy.models.checkpoints import random_checkpoint
 
-        folder = self.scratch / "same"
-        if same := folder.exists():
-            return transformers_network(folder), same
+        same = self.scratch / "same"
+        if same.exists():
+            return transformers_network(same), True
         transformers_folder(random_checkpoint(self.config, TaskSpec()), self.scratch / "random")
-        return transformers_network(self.scratch / "random"), same
-
-    def _timm(self) -> tuple[torch.nn.Module, bool]:
-        return timm_network(self.config, self.size), False
+        return transformers_network(self.scratch / "random"), False
 
     def _exported(self, model: str, network: torch.nn.Module, batch: int) -> Path:
         file = self.scratch / f"{model}-{batch}.onnx"
@@ -148,8 +141,6 @@ def open_pytorch(request: dict[str, Any]) -> Any:
     """Load the network that a request of `Baselines.pytorch` names."""
     from swin_deploy.models.torch_runtime import Placement, TorchNetwork
 
-    if request["threads"]:
-        require("torch", "measure PyTorch").set_num_threads(request["threads"])
     (height, width), placement = request["size"], Placement(*request["placement"])
     if "transformers" in request:
         return TransformersNetwork(Path(request["transformers"]), (height, width), placement)
@@ -210,32 +201,24 @@ class TransformersNetwork:
 def timm_network(config: SwinConfig, size: Size) -> torch.nn.Module:
     """Build the architecture in timm with random weights: pixels [batch, 3, height, width] -> logits."""
     models = import_module("timm.models")
-    options: dict[str, Any] = {
-        "img_size": size,
-        "patch_size": config.patch_size,
-        "in_chans": config.num_channels,
-        "num_classes": config.num_labels,
-        "embed_dim": config.embed_dim,
-        "depths": config.depths,
-        "num_heads": config.num_heads,
-        "window_size": config.window_size[0],
-        "mlp_ratio": config.mlp_ratio,
-    }
-    if config.version == 1:
-        network: torch.nn.Module = models.swin_transformer.SwinTransformer(**options)
-    else:
-        pretrained = config.pretrained_window_sizes
-        network = models.swin_transformer_v2.SwinTransformerV2(**options, pretrained_window_sizes=pretrained)
+    options = {name: getattr(config, name) for name in ("patch_size", "embed_dim", "depths", "num_heads", "mlp_ratio")}
+    options |= {"img_size": size, "in_chans": config.num_channels, "num_classes": config.num_labels}
+    options["window_size"] = config.window_size[0]
+    kind = models.swin_transformer.SwinTransformer if config.version == 1 else models.swin_transformer_v2.SwinTransformerV2
+    if config.version == 2:
+        options["pretrained_window_sizes"] = config.pretrained_window_sizes
+    network: torch.nn.Module = kind(**options)
     return network.eval()
 
 
 def torchscript_export(network: torch.nn.Module, shape: tuple[int, int, int, int], half: bool = False) -> bytes:
     """Export `network` for pixels of `shape` with the TorchScript exporter of torch, as optimum does."""
     torch, written = require("torch", "export a baseline"), io.BytesIO()
-    network = network.eval().half() if half else network.eval()
-    pixels = torch.zeros(shape, dtype=torch.float16 if half else torch.float32)
-    names = {"input_names": ["pixel_values"], "output_names": ["logits"]}
+    network, pixels = network.eval(), torch.zeros(shape)
+    if half:
+        network, pixels = network.half(), pixels.half()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        names = {"input_names": ["pixel_values"], "output_names": ["logits"]}
         torch.onnx.export(network, (pixels,), written, **names, opset_version=17, dynamo=False)
     return written.getvalue()

@@ -1,15 +1,14 @@
-"""Measure candidates in turn, each in its own process.
+"""Measure candidates in interleaved rounds, so that a change of the machine's speed affects all of them alike.
 
-Thread pools of several sessions in one process slow each other down, so every candidate has its own. Rounds are interleaved, so
-that a change of the machine's speed affects all candidates alike.
+Each has its own process, because thread pools of several sessions in one process slow each other down.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import numpy as np
 from swin_deploy.errors import BackendError
 from swin_deploy.files import scratch_folder
 from swin_deploy.machine import memory_sizes
-from swin_deploy.parity import compare
+from swin_deploy.parity import compare, json_figures
 from swin_deploy.specs import Array, Progress
 
 from .worker import Child
@@ -30,10 +29,7 @@ Rounds = Sequence[Sequence[float]]  # milliseconds of every call
 
 @dataclass(frozen=True)
 class BenchCase:
-    """What is measured: a model ("swin-deploy", "transformers" or "timm"), its back end, precision, batch size and device.
-
-    `same_weights` is False for a baseline with random weights, whose outputs are not compared.
-    """
+    """What is measured. `same_weights` is False for a baseline with random weights, whose outputs are not compared."""
 
     model: str
     backend: str
@@ -50,11 +46,10 @@ class BenchCase:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The figures of one case: times in milliseconds for each call, memory in MB of 10^6 bytes.
+    """The figures of one case; `round_ms` has the median time of a call in each round.
 
-    `round_ms` has the median of each round. The cold start lasts from the start of the process to its first result. `ratio` is
-    the time relative to the reference: its median, and the quartiles `low` and `high`, over the rounds. `relative_l2` is the
-    distance of the outputs from those of the reference; None if weights, inputs or outputs differ.
+    `ratio` is the time relative to the reference: its median, and the quartiles `low` and `high`, over the rounds.
+    `relative_l2` is the distance from the outputs of the reference; None if weights, inputs or outputs differ.
     """
 
     case: BenchCase
@@ -70,9 +65,8 @@ class Measurement:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values."""
-        rest = asdict(self)
-        distance = self.relative_l2 if self.relative_l2 is not None and math.isfinite(self.relative_l2) else None
-        return {**rest.pop("case"), **rest, "round_ms": list(self.round_ms), "relative_l2": distance}
+        figures = json_figures(self)
+        return {**figures.pop("case"), **figures}
 
 
 def race(
@@ -82,20 +76,10 @@ def race(
     progress: Progress,
     check: Callable[[Mapping[BenchCase, str]], None],
 ) -> tuple[tuple[Measurement, ...], dict[BenchCase, str]]:
-    """Load every case in its own process, and measure them in interleaved rounds.
+    """Measure every case for `seconds` over all rounds; also return the cases that did not load, with the reasons.
 
-    Args:
-        requests: What the process of each case loads.
-        seconds: Time for each case, over all rounds.
-        rounds: Number of rounds.
-        progress: Called with a phase, the steps done and the steps in all.
-        check: Called with the cases that did not load and the reasons, before anything is measured; may raise.
-
-    Returns:
-        The measurements in the order of the cases, and the cases that did not load with the reasons.
-
-    Raises:
-        BackendError: A process failed after it had loaded, or memory is too small for all of them.
+    `check` is called with the latter before anything is measured, and may raise. Raises BackendError if a process fails after
+    it has loaded, or if memory is too small for all of them.
     """
     skipped: dict[BenchCase, str] = {}
     running: dict[BenchCase, Child] = {}
@@ -105,11 +89,10 @@ def race(
             progress("Loading", number, len(requests))
             file = folder / f"{number}.npz"
             try:
-                child = stack.enter_context(Child({**request, "batch": case.batch, "answer": str(file)}))
+                running[case] = stack.enter_context(Child({**request, "batch": case.batch, "answer": str(file)}))
             except BackendError as error:
                 skipped[case] = str(error)
                 continue
-            running[case] = child
             with np.load(file) as saved:
                 outputs[case] = dict(saved)
             _check_memory(running, len(requests) - number - 1)
@@ -118,12 +101,12 @@ def race(
             progress("Warming up", number, len(running))
             child.milliseconds(seconds / 5)
         times: dict[BenchCase, list[list[float]]] = {case: [] for case in running}
-        order = list(running)
+        order = deque(running)
         for turn in range(rounds):
             progress("Measuring, round", turn + 1, rounds)
-            first = turn % len(order)
-            for case in order[first:] + order[:first]:
+            for case in order:
                 times[case].append(running[case].milliseconds(seconds / rounds))
+            order.rotate(-1)
     measurements = []
     for case, child in running.items():
         reference = reference_of(case, running)
@@ -155,10 +138,9 @@ def _distance(ours: Mapping[str, Array], theirs: Mapping[str, Array]) -> float |
 
 
 def _summary(case: BenchCase, child: Child, rounds: Rounds, reference: Rounds, distance: float | None) -> Measurement:
-    times = np.concatenate([np.asarray(turn) for turn in rounds])
-    medians = np.asarray([np.median(turn) for turn in rounds])
-    quotients = medians / np.asarray([np.median(turn) for turn in reference])
-    low, middle, high = (float(value) for value in np.quantile(quotients, (0.25, 0.5, 0.75)))
+    times = np.concatenate(rounds)
+    medians, usual = (np.asarray([np.median(turn) for turn in one]) for one in (rounds, reference))
+    low, middle, high = np.quantile(medians / usual, (0.25, 0.5, 0.75)).tolist()
     return Measurement(
         case=case,
         run_by=child.title,

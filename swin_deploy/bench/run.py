@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from swin_deploy.bundle import CONFIG, Bundle
@@ -26,10 +26,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BenchResult:
-    """The measurements, and the reasons for skipped cases.
-
-    `gpus` maps the devices in use ("cuda:0") to names; `reference` names what the rows are compared with.
-    """
+    """The measurements, what they are compared with, the names of the GPUs in use, and the reasons for skipped cases."""
 
     machine: Machine
     gpus: Mapping[str, str]
@@ -40,9 +37,8 @@ class BenchResult:
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values."""
         return {
-            "machine": self.machine.to_dict(),
-            "gpus": dict(self.gpus),
-            "reference": self.reference,
+            **vars(self),
+            "machine": asdict(self.machine),
             "rows": [row.to_dict() for row in self.rows],
             "skipped": [{**vars(case), "reason": reason} for case, reason in self.skipped.items()],
         }
@@ -50,21 +46,9 @@ class BenchResult:
 
 @bundle_keywords(BenchSpec)
 def bench(bundle: BundlePath, spec: BenchSpec) -> BenchResult:
-    """Measure latency, throughput, memory and cold start of a bundle, each candidate in its own process.
+    """Measure each candidate for the first image size of the bundle in its own process.
 
-    The first image size of the bundle is measured. What is named and does not run is an error; of the defaults it is skipped.
-
-    Args:
-        bundle: Folder of the bundle.
-        {options}
-
-    Returns:
-        One row for each candidate, and what was skipped.
-
-    Raises:
-        UsageError: An option is invalid, or the bundle or the back end does not support it.
-        MissingDependencyError: A back end that was named is not installed.
-        BackendError: A measuring process failed.
+    What is named and does not run is an error; of the defaults it is skipped.
     """
     found, machine = Bundle.open(bundle), this_machine()
     config = SwinConfig.from_dict(found.read_json(CONFIG))
@@ -117,12 +101,7 @@ def _check_batch(batch: int, config: SwinConfig, size: Size, machine: Machine) -
 
 
 def plan_cases(bundle: Bundle, spec: BenchSpec) -> dict[BenchCase, Request]:
-    """Return what to measure of the bundle itself, and what the process of each case loads.
-
-    Raises:
-        MissingDependencyError: A back end that was named, or every back end, is not installed.
-        UsageError: Nothing runs on the device.
-    """
+    """Return what to measure of the bundle itself, and what the process of each case loads."""
     from swin_deploy.runtimes.backends import BACKENDS
     from swin_deploy.runtimes.gpu.engines import engines_here, engines_of, runnable_engines
     from swin_deploy.runtimes.model_from_bundle import devices_here

@@ -11,8 +11,8 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace, TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 import numpy as np
 
@@ -20,18 +20,14 @@ from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError
 from swin_deploy.specs import Array, TensorSpec
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 # Not with -m, which would search the current folder for modules first, and that may be a checkout of this package.
 START = "import sys; sys.path[:] = filter(None, sys.path); from swin_deploy.bench.worker import serve; serve()"
 
 
-class Child:
-    """A process that has loaded a model and has run it once. Use it as a context manager, which ends the process.
+class Child(contextlib.AbstractContextManager["Child"]):
+    """A process that has loaded a model and run it once; use it as a context manager, which ends the process.
 
-    `cold_start` is in seconds, from the start of the process to its first result; `peak_memory` in bytes. Raises BackendError
-    with the message of the process if it cannot load the model.
+    `cold_start` is in seconds, `peak_memory` in bytes. Raises BackendError with the message of a process that cannot load it.
     """
 
     def __init__(self, request: Mapping[str, Any]) -> None:
@@ -58,8 +54,7 @@ class Child:
 
     def milliseconds(self, seconds: float) -> list[float]:
         """Run the model for `seconds`, at least once after a warm-up, and return the time of each call."""
-        times: list[float] = self._ask({"seconds": seconds})["ms"]
-        return times
+        return list(self._ask({"seconds": seconds})["ms"])
 
     def close(self) -> None:
         """End the process, whatever it does."""
@@ -71,13 +66,11 @@ class Child:
                     stream.close()
 
     def _ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdout is not None
         with contextlib.suppress(BrokenPipeError):  # the process has ended; reading shows that
-            self._process.stdin.write(json.dumps(question) + "\n")
-            self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
+            print(json.dumps(question), file=stdin, flush=True)
+        if not (line := stdout.readline()):
             raise BackendError(f"The measuring process {self._end()}.")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
@@ -94,10 +87,7 @@ class Child:
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
         return f"died (exit code {code}): {last}"
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -110,8 +100,7 @@ def serve() -> None:
     os.dup2(2, 1)
 
     def answer(**values: Any) -> None:
-        stdout.write(json.dumps(values) + "\n")
-        stdout.flush()
+        print(json.dumps(values), file=stdout, flush=True)
 
     try:
         request = json.loads(sys.stdin.readline())
@@ -132,6 +121,9 @@ def open_request(request: dict[str, Any]) -> Any:
     """Load what a request of `bench` or `doctor` names; the result has `title`, `inputs` and `run`."""
     from swin_deploy.bundle import Bundle
 
+    threads = request.get("threads", 0)
+    if threads and request.get("backend", "torch") == "torch":
+        require("torch", "measure PyTorch").set_num_threads(threads)
     if "placement" in request:
         from .baselines import open_pytorch
 
@@ -142,12 +134,10 @@ def open_request(request: dict[str, Any]) -> Any:
         return open_engine(Bundle.open(request["bundle"]), request["engine"], request["device"])
     from swin_deploy.runtimes.backends import BACKENDS, runtime_from_onnx
 
-    backend, threads = request["backend"], request["threads"]
+    backend = request["backend"]
     device = request.get("device", BACKENDS[backend].devices[0])
     if "onnx" in request:
         return runtime_from_onnx(Path(request["onnx"]), backend, threads, request["bf16"], device)
-    if backend == "torch" and threads:
-        require("torch", "measure PyTorch").set_num_threads(threads)
     from swin_deploy.api.load import load
 
     model = load(request["bundle"], precision=request["precision"], backend=backend, device=device, threads=threads)
@@ -171,10 +161,8 @@ def _feeds(inputs: Sequence[TensorSpec], batch: int) -> dict[str, Array]:
     feeds: dict[str, Array] = {}
     for spec in inputs:
         shape = (batch, *(size if isinstance(size, int) else 256 for size in spec.shape[1:]))
-        if spec.dtype == "uint8":
-            feeds[spec.name] = rng.integers(0, 256, shape, dtype=np.uint8)
-        elif spec.dtype == "bool":
-            feeds[spec.name] = np.zeros(shape, dtype=bool)
+        if spec.dtype in ("uint8", "bool"):
+            feeds[spec.name] = rng.integers(0, 256 if spec.dtype == "uint8" else 1, shape, dtype=spec.dtype)
         else:
             feeds[spec.name] = rng.standard_normal(shape, dtype=np.float32).astype(spec.dtype)
     return feeds

@@ -55,10 +55,8 @@ def _print(found: Diagnosis) -> None:
         width = max(map(len, commands))
         for name, line in commands.items():
             click.echo(f"  {name:<{width}}  {line}")
-    for conflict in found.conflicts:
-        click.echo(f"\nProblem: {conflict.problem}.\n  {conflict.command}")
-    for sentence in found.damaged:
-        click.echo(f"\nProblem: {sentence}")
+    for problem in (*(f"{one.problem}.\n  {one.command}" for one in found.conflicts), *found.damaged):
+        click.echo(f"\nProblem: {problem}")
     if found.runs is not None:
         click.echo()
         runs = [(one.file, one.backend, one.precision, "yes" if one.works else "no", one.message) for one in found.runs]

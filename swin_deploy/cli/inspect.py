@@ -49,17 +49,12 @@ def command(path: Path, compare: Path | None, plot: Path | None, verbose: bool, 
         if as_json:
             print_json([one.to_dict() for one in found] if compare is not None else found[0].to_dict())
         else:
-            _print(found)
+            _print_graphs(found)
+            if any(one.engines for one in found):
+                _print_engines(found)
+            if len(found) > 1:
+                _print_comparison(found[0], found[1])
             _explain(found, show.say)
-
-
-def _print(found: Sequence[Inspection]) -> None:
-    _print_graphs(found)
-    if any(one.engines for one in found):
-        click.echo()
-        _print_engines(found)
-    if len(found) > 1:
-        _print_comparison(found[0], found[1])
 
 
 ROLE_COLOURS = {"attention": BLUE, "product": CYAN, "move": RED, "other": YELLOW}
@@ -71,65 +66,64 @@ def engine_chart(engines: Sequence[tuple[str, EngineCost]], file_format: str) ->
     by_bytes = all(cost.figures["bytes_moved"] is not None for _, cost in engines)
     bars = []
     for title, cost in engines:
-        roles = {role: cost.figures["roles"][role] for role in ROLE_COLOURS}
-        amounts = {
-            role: (row["bytes_read"] + row["bytes_written"]) / 1e6 if by_bytes else row["kernels"] or 0
-            for role, row in roles.items()
-        }
+        rows = ((colour, cost.figures["roles"][role]) for role, colour in ROLE_COLOURS.items())
+        parts = [
+            ((row["bytes_read"] + row["bytes_written"]) / 1e6 if by_bytes else row["kernels"] or 0, colour)
+            for colour, row in rows
+        ]
         note = "kernels unknown" if cost.figures["kernels"] is None else f"{cost.figures['kernels']} kernels"
         if cost.figures["bytes_moved"] is not None:
             note += f", {cost.figures['bytes_moved'] / 1e6:.0f} MB"
         if cost.roofline is not None:
             note += f"\nroofline {cost.roofline.seconds * 1e3:.2f} ms on {cost.roofline.gpu}"
-        bars.append(Bar(title, [(amount, ROLE_COLOURS[role]) for role, amount in amounts.items()], note))
+        bars.append(Bar(title, parts, note))
     title = f"{'Bytes moved' if by_bytes else 'Kernels'} by role"
     legend = {ROLE_COLOURS[role]: words for role, words in ROLE_WORDS.items()}
     return bar_chart(bars, title, "MB" if by_bytes else "Kernels", legend, file_format)
 
 
 def _print_graphs(found: Sequence[Inspection]) -> None:
-    rows = []
-    for one in found:
-        for file, cost in one.graphs.items():
-            kinds = ", ".join(f"{kind} {count}" for kind, count in list(cost.nodes.items())[:6])
-            rows.append(
-                (
-                    _shown(one, file),
-                    sum(cost.nodes.values()),
-                    round(cost.parameters / 1e6, 2),
-                    round(cost.parameter_bytes / 1e6, 1),
-                    "unknown" if cost.total_flops is None else round(cost.total_flops / 1e9 / cost.batch, 2),
-                    kinds,
-                )
-            )
+    rows = [
+        (
+            _shown(one, file),
+            sum(cost.nodes.values()),
+            round(cost.parameters / 1e6, 2),
+            round(cost.parameter_bytes / 1e6, 1),
+            "unknown" if cost.total_flops is None else round(cost.total_flops / 1e9 / cost.batch, 2),
+            ", ".join(f"{kind} {count}" for kind, count in list(cost.nodes.items())[:6]),
+        )
+        for one in found
+        for file, cost in one.graphs.items()
+    ]
     print_table(("graph", "nodes", "M parameters", "MB", "GFLOP per image", "most frequent nodes"), rows)
 
 
-FIGURES: dict[str, Callable[[EngineCost], float | None]] = {
-    "kernels": lambda cost: cost.figures["kernels"],
-    "fused attention": lambda cost: cost.figures["fused_attention"],
-    "only move data": lambda cost: cost.figures["roles"]["move"]["kernels"],
-    "MB read": lambda cost: _megabytes(cost.bytes_of("read")),
-    "MB written": lambda cost: _megabytes(cost.bytes_of("written")),
-    "memory ms": lambda cost: _milliseconds(cost, "memory"),
-    "compute ms": lambda cost: _milliseconds(cost, "compute"),
-    "launch ms": lambda cost: _milliseconds(cost, "launch"),
-    "roofline ms": lambda cost: _milliseconds(cost, "seconds"),
-}
+def _figures(cost: EngineCost) -> dict[str, Any]:
+    moved = {f"MB {way}": cost.bytes_of(way) for way in ("read", "written")}
+    times = {"memory ms": "memory", "compute ms": "compute", "launch ms": "launch", "roofline ms": "seconds"}
+    figures = {
+        "kernels": cost.figures["kernels"],
+        "fused attention": cost.figures["fused_attention"],
+        "only move data": cost.figures["roles"]["move"]["kernels"],
+        **{name: None if count is None else round(count / 1e6, 1) for name, count in moved.items()},
+        **{name: cost.roofline and round(getattr(cost.roofline, part) * 1e3, 3) for name, part in times.items()},
+    }
+    return {name: "unknown" if value is None else value for name, value in figures.items()}
 
 
 def _print_engines(found: Sequence[Inspection]) -> None:
+    engines = [(one, cost) for one in found for cost in one.engines]
     rows = [
         (
             _shown(one, cost.name),
             ":".join(str(size) for size in dict.fromkeys(cost.batch)),
-            *(_known(figure(cost)) for figure in FIGURES.values()),
+            *_figures(cost).values(),
             ", ".join(f"{kind} {count}" for kind, count in cost.figures["types"].items()),
         )
-        for one in found
-        for cost in one.engines
+        for one, cost in engines
     ]
-    print_table(("engine", "batch", *FIGURES, "kernels that write"), rows)
+    click.echo()
+    print_table(("engine", "batch", *_figures(engines[0][1]), "kernels that write"), rows)
 
 
 def _print_comparison(left: Inspection, right: Inspection) -> None:
@@ -139,10 +133,11 @@ def _print_comparison(left: Inspection, right: Inspection) -> None:
     for a, b in reversed(matched):
         click.echo()
         batch = ":".join(str(size) for size in dict.fromkeys(a.batch))
-        rows: list[tuple[object, ...]] = []
-        for name, figure in FIGURES.items():
-            one, other = figure(a), figure(b)
-            rows.append((name, _known(one), _known(other), f"{other / one:.2f}" if one and other is not None else "-"))
+        others = _figures(b)
+        rows = [
+            (name, one, others[name], "-" if not one or "unknown" in (one, others[name]) else f"{others[name] / one:.2f}")
+            for name, one in _figures(a).items()
+        ]
         print_table((f"{a.precision}, {a.gpu}, batch {batch}", left.path.name, right.path.name, "ratio"), rows)
     if not matched:
         click.echo("\nThe two have no engines of the same precision, GPU and batch.")
@@ -162,15 +157,3 @@ def _explain(found: Sequence[Inspection], say: Callable[[str], None]) -> None:
 
 def _shown(one: Inspection, file: str) -> str:
     return str(one.path) if one.path.is_file() else str(one.path / file)
-
-
-def _megabytes(count: int | None) -> float | None:
-    return None if count is None else round(count / 1e6, 1)
-
-
-def _milliseconds(cost: EngineCost, part: str) -> float | None:
-    return None if cost.roofline is None else round(getattr(cost.roofline, part) * 1e3, 3)
-
-
-def _known(value: Any) -> Any:
-    return "unknown" if value is None else value

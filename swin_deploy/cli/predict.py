@@ -43,10 +43,7 @@ def command(bundle: Path, images: tuple[str, ...], top_k: int, as_json: bool, **
     click.echo(f"Run by {about.backend} {about.version}, {about.precision}, on {about.device}", err=True)
     if as_json:
         print_json(
-            [
-                {"image": image, "predictions": [asdict(p) for p in predictions]}
-                for image, predictions in zip(images, found, strict=True)
-            ]
+            [{"image": image, "predictions": [asdict(p) for p in best]} for image, best in zip(images, found, strict=True)]
         )
         return
     rows = [

@@ -41,10 +41,9 @@ FEEDS = {"x": np.ones(1, np.float32)}
 
 @dataclass(frozen=True)
 class Check:
-    """One use of libraries: the modules that it imports, and the extras that install them.
+    """One use of libraries: `probe` tries it and returns what it can do. `backend` is set if it runs bundles.
 
-    `probe` tries it and returns what it can do. `backend` is set if it runs bundles. Without a GPU, a check with `needs_gpu`
-    does nothing, and one with `runs_on_gpu` only compiles.
+    Without a GPU, a check with `needs_gpu` does nothing, and one with `runs_on_gpu` only compiles.
     """
 
     name: str
@@ -89,10 +88,9 @@ class BundleRun:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The result of `doctor`.
+    """The result of `doctor`; `runs` is None if no bundle was given, and `damaged` has a sentence for each changed file of it.
 
-    `runs` is None if no bundle was given. `damaged` has a sentence for each file of the bundle that was changed. `can_run` is
-    whether anything on this machine runs a bundle, or the given one.
+    `can_run` is whether anything on this machine runs a bundle, or the given one.
     """
 
     machine: Machine
@@ -106,18 +104,11 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON values."""
-        return {"swin_deploy": swin_deploy.__version__, **asdict(self), "machine": self.machine.to_dict()}
+        return {"swin_deploy": swin_deploy.__version__, **asdict(self)}
 
 
 def doctor(bundle: str | os.PathLike[str] | None = None) -> Diagnosis:
-    """Check what this machine can do: try every library, each in its own process.
-
-    Args:
-        bundle: A bundle whose graphs and engines are run too, and whose files are compared with their sha256.
-
-    Raises:
-        BundleError: `bundle` is not a bundle.
-    """
+    """Try every library in its own process; with `bundle`, also run its graphs and engines, and check its files."""
     from swin_deploy.runtimes.backends import BACKENDS
 
     found = None if bundle is None else Bundle.open(bundle)
@@ -146,13 +137,11 @@ def doctor(bundle: str | os.PathLike[str] | None = None) -> Diagnosis:
 def nvidia_smi() -> tuple[str | None, dict[str, int | None]]:
     """Return the version of the NVIDIA driver, and the memory in bytes of each GPU that nvidia-smi lists."""
     query = ["nvidia-smi", "--query-gpu=driver_version,name,memory.total", "--format=csv,noheader,nounits"]
-    try:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
         rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines() if line.count(",") == 2]
-    except (OSError, subprocess.SubprocessError):
-        rows = []
-    if rows:
-        return rows[0][0], {name: int(size) << 20 if size.isdigit() else None for _, name, size in rows}
+        if rows:
+            return rows[0][0], {name: int(size) << 20 if size.isdigit() else None for _, name, size in rows}
     with contextlib.suppress(OSError):  # a container or a Jetson without nvidia-smi
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
         if match := re.search(r"\b\d{3,}(?:\.\d+)+\b", text):
@@ -269,8 +258,9 @@ def _pytorch() -> str:
     return f"every graph, node by node, as the reference; devices: {', '.join(devices)}"
 
 
-def _parse(backend: str) -> None:
+def _compiler(backend: str) -> str:
     from swin_deploy.exporters.engines.engine_from_onnx import load_compiler
+    from swin_deploy.exporters.engines.targets import has_fp8, rtx_gpus
 
     trt = load_compiler(backend)
     logger = trt.Logger(trt.Logger.ERROR)
@@ -278,22 +268,11 @@ def _parse(backend: str) -> None:
     network = builder.create_network(0)
     if not trt.OnnxParser(network, logger).parse(MICRO):
         raise ProbeError("its parser rejects an ONNX graph of one node")
-
-
-def _tensorrt() -> str:
-    from swin_deploy.exporters.engines.targets import has_fp8
-
-    _parse("tensorrt")
+    if backend == "tensorrt-rtx":
+        return f"compiles for {', '.join(rtx_gpus())}, without a GPU"
     gpu = cuda_devices()[0].capability
     types = ["fp32", "fp16"] + ["bf16"] * (int(gpu.removeprefix("sm_")) >= 80) + ["INT8"] + ["FP8"] * has_fp8(gpu)
     return f"compiles and runs {', '.join(types)} engines for {gpu}"
-
-
-def _tensorrt_rtx() -> str:
-    from swin_deploy.exporters.engines.targets import rtx_gpus
-
-    _parse("tensorrt-rtx")
-    return f"compiles for {', '.join(rtx_gpus())}, without a GPU"
 
 
 def _export() -> str:
@@ -311,20 +290,20 @@ def _hub() -> str:
 
 _MAKERS = ("torch", "onnx", "onnxscript", "onnx_graphsurgeon", "safetensors")
 _QUANTIZED = "INT8 and FP8 graphs for TensorRT, INT8 for ONNX Runtime and OpenVINO"
+_COMPILED = "graphs that TensorRT compiles while they load"
 _ORT, _ORT_TRT = "onnxruntime", "onnxruntime-tensorrt"
 _ort_cpu = partial(_onnxruntime, "CPUExecutionProvider", "onnxruntime", "fp32 and INT8 graphs")
 _ort_cuda = partial(_onnxruntime, "CUDAExecutionProvider", "gpu", "fp32 and fp16 graphs on the GPU")
-_ort_tensorrt = partial(
-    _onnxruntime, "TensorrtExecutionProvider", "gpu,tensorrt", "graphs that TensorRT compiles while they load"
-)
+_ort_tensorrt = partial(_onnxruntime, "TensorrtExecutionProvider", "gpu,tensorrt", _COMPILED)
+_rtx = partial(_compiler, "tensorrt-rtx")
 CHECKS = (
     Check("ONNX Runtime, CPU", (_ORT,), "onnxruntime", _ort_cpu, _ORT),
     Check("ONNX Runtime, CUDA", (_ORT,), "gpu", _ort_cuda, _ORT, needs_gpu=True),
     Check("ONNX Runtime, TensorRT", (_ORT,), "gpu,tensorrt", _ort_tensorrt, _ORT_TRT, needs_gpu=True),
     Check("OpenVINO", ("openvino",), "openvino", _openvino, "openvino"),
     Check("PyTorch", ("torch", "onnx"), "export", _pytorch, "torch"),
-    Check("TensorRT", ("tensorrt",), "tensorrt", _tensorrt, "tensorrt", needs_gpu=True),
-    Check("TensorRT for RTX", ("tensorrt_rtx",), "tensorrt-rtx", _tensorrt_rtx, "tensorrt-rtx", runs_on_gpu=True),
+    Check("TensorRT", ("tensorrt",), "tensorrt", partial(_compiler, "tensorrt"), "tensorrt", needs_gpu=True),
+    Check("TensorRT for RTX", ("tensorrt_rtx",), "tensorrt-rtx", _rtx, "tensorrt-rtx", runs_on_gpu=True),
     Check("export", _MAKERS, "export", _export),
     Check("quantize", ("onnx", "onnx_graphsurgeon", _ORT), "export,onnxruntime", lambda: _QUANTIZED),
     Check("hub", ("huggingface_hub",), "hub", _hub),
@@ -336,14 +315,14 @@ CHECKS = (
 
 def _runs(bundle: Bundle, backends: Sequence[str], gpus: Sequence[InstalledGpu]) -> tuple[BundleRun, ...]:
     """Run every precision of the bundle in every back end, and every engine that fits this machine."""
-    runs = []
     held: dict[str, str] = {}
     for file, entry in bundle.graphs.items():
         held.setdefault(str(entry["precision"]), file)  # the first image size
-    for backend in backends:
-        for precision, file in {**held, **({"bf16": held["fp32"]} if backend == "openvino" else {})}.items():
-            request = {"bundle": str(bundle.path), "backend": backend, "precision": precision, "threads": 0}
-            runs.append(_tried(file, backend, precision, request))
+    runs = [
+        _tried(bundle, file, backend, precision, {"backend": backend, "precision": precision, "threads": 0})
+        for backend in backends
+        for precision, file in {**held, **({"bf16": held["fp32"]} if backend == "openvino" else {})}.items()
+    ]
     engines = [(file, entry) for file, entry in bundle.files.items() if file.endswith(".engine")]
     return (*runs, *(run_engine(bundle, file, entry, gpus) for file, entry in engines))
 
@@ -361,16 +340,16 @@ def run_engine(bundle: Bundle, file: str, entry: Mapping[str, Any], gpus: Sequen
     if (why := incompatibility(bundle, file, [gpu.capability for gpu in gpus], release)) is not None:
         return BundleRun(file, backend, precision, False, why)
     fitting = (i for i, gpu in enumerate(gpus) if incompatibility(bundle, file, [gpu.capability], release) is None)
-    request = {"bundle": str(bundle.path), "engine": file, "device": f"cuda:{next(fitting)}"}
-    return _tried(file, backend, precision, request)
+    return _tried(bundle, file, backend, precision, {"engine": file, "device": f"cuda:{next(fitting)}"})
 
 
-def _tried(file: str, backend: str, precision: str, request: Mapping[str, Any]) -> BundleRun:
+def _tried(bundle: Bundle, file: str, backend: str, precision: str, request: Mapping[str, Any]) -> BundleRun:
     from swin_deploy.bench.worker import Child
 
     with scratch_folder("doctor") as folder:
         try:
-            with Child({**request, "batch": 1, "answer": str(folder / "answer.npz")}) as child:
+            answer = str(folder / "answer.npz")
+            with Child({"bundle": str(bundle.path), **request, "batch": 1, "answer": answer}) as child:
                 message = f"{child.title}; first result {child.cold_start:.1f} s after the start of its process"
                 return BundleRun(file, backend, precision, True, message)
         except BackendError as error:

@@ -42,14 +42,7 @@ def minimum_versions() -> dict[str, str]:
 def version_conflicts(
     found: Mapping[str, str], minimum: Mapping[str, str], torchvision_needs: Iterable[str], gpu: bool
 ) -> tuple[VersionConflict, ...]:
-    """Find the known conflicts between installed versions.
-
-    Args:
-        found: Installed distributions and their versions.
-        minimum: The lowest versions that this package accepts.
-        torchvision_needs: The requirements that torchvision states.
-        gpu: Whether this machine has a usable NVIDIA GPU.
-    """
+    """Find the known conflicts between the versions `found`; `gpu` is whether this machine has a usable NVIDIA GPU."""
     conflicts = []
     if {"onnxruntime", "onnxruntime-gpu"} <= found.keys():
         problem = "onnxruntime and onnxruntime-gpu are both installed, and the one installed last overwrites the other"
@@ -77,6 +70,6 @@ def installed_conflicts(gpu: bool) -> tuple[VersionConflict, ...]:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """(2, 13) of "2.13.0+cpu": without the zeros at the end."""
+    """Return (2, 13) for "2.13.0+cpu": without the zeros at the end."""
     match = re.match(r"\d+(?:\.\d+)*", text)
     return tuple(int(part) for part in re.sub(r"(\.0+)+$", "", match[0]).split(".")) if match else ()
