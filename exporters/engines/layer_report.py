@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any
 
 # Bits of each type name that the log and the inspector of the supported versions use.
 _BITS = {
@@ -34,20 +35,17 @@ _PRODUCT_KINDS = {"convolution", "correlation", "fullyconnected", "gemm", "matmu
 # A list of tensors ends at the first " }]" before another field or the end of the line. The next "]" is not enough, because
 # dimensions and formats contain brackets, too ("Format with stride order = [1,0,2]").
 _LIST = r"\[(?:\]|\s*(?P<{0}>\{{ Name: .*?)\s*\}}\s*\](?=,\s\w+:|\s*$))"
+_INPUTS, _CONSTANTS, _OUTPUTS = map(_LIST.format, ("inputs", "constants", "outputs"))
 _LAYER = re.compile(
-    r"Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), Inputs: "
-    + _LIST.format("inputs")
-    + r"(?P<listed>, Constants: "
-    + _LIST.format("constants")
-    + r")?, Outputs: "
-    + _LIST.format("outputs")
-    + r"(?P<rest>.*)$"
+    rf"Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), Inputs: {_INPUTS}(?P<listed>, Constants: {_CONSTANTS})?, "
+    rf"Outputs: {_OUTPUTS}(?P<rest>.*)$"
 )
 _TENSOR = re.compile(r"\{ Name: (?P<name>.*?), (?:\w+: \w+, )*?Dimensions: \[(?P<dims>[-\d, ]*)\](?P<rest>.*)$")
 _TACTIC = re.compile(r", TacticName: ([^,]*)")
 
 
-class EngineTensor(NamedTuple):
+@dataclass(frozen=True)
+class EngineTensor:
     """A tensor that a kernel reads or writes; -1 in `dims` is a dynamic dimension."""
 
     name: str
@@ -76,11 +74,8 @@ class EngineLayer:
 
     @property
     def is_kernel(self) -> bool:
-        """Whether the layer launches a kernel: it writes a tensor, and is not an event or host arithmetic.
-
-        Layers that write single 64-bit integers are host arithmetic: with a dynamic batch, the compiler computes the offsets of
-        query, key and value in one tensor as host variables ("hvar").
-        """
+        """Whether the layer launches a kernel: it writes a tensor, and is not an event or host arithmetic."""
+        # With a dynamic batch, the compiler computes offsets as host variables ("hvar"), which are single 64-bit integers.
         numbers = all(tensor.datatype == "Int64" and tensor.dims == (1,) for tensor in self.outputs)
         return not numbers and self.kind.lower() not in _NOT_KERNELS
 
@@ -99,10 +94,9 @@ class EngineLayer:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """The layers of an engine and the figures computed from them.
+    """The layers of an engine and the figures computed from them, which are None if any layer has an unknown format.
 
-    `source` is "log", "inspector" or "none". `unread` counts layers in an unknown format; if there are any, every figure is
-    None.
+    `source` is "log", "inspector" or "none". `unread` counts the layers in an unknown format.
     """
 
     layers: tuple[EngineLayer, ...]
@@ -131,13 +125,8 @@ class EngineReport:
 
     @property
     def bytes_moved(self) -> int | None:
-        """Bytes that the kernels of one inference read and write, activations and constants.
-
-        Each tensor counts with its unpadded size once for each kernel that uses it. Caches are ignored, so this compares graphs
-        and is not a measurement of memory traffic.
-        """
-        activations, constants = self.activation_bytes, self.constant_bytes
-        return None if activations is None or constants is None else activations + constants
+        """Bytes that the kernels read and write: the unpadded size of each tensor, once for each kernel that uses it."""
+        return _sum((self.activation_bytes, self.constant_bytes))
 
     @property
     def roles(self) -> dict[str, dict[str, int | None]]:
@@ -145,9 +134,7 @@ class EngineReport:
         return {
             role: {
                 "kernels": self._total(lambda layer: 1, role),
-                "bytes_read": self._total(
-                    lambda layer: None if layer.constants is None else _bytes(layer.inputs + layer.constants), role
-                ),
+                "bytes_read": self._total(lambda layer: _sum((_bytes(layer.inputs), _bytes(layer.constants))), role),
                 "bytes_written": self._total(lambda layer: _bytes(layer.outputs), role),
             }
             for role in ROLES
@@ -156,48 +143,24 @@ class EngineReport:
     @property
     def types(self) -> dict[str, int]:
         """Number of kernels that write each type, by their first output."""
-        counts: dict[str, int] = {}
-        for layer in self.layers:
-            if layer.is_kernel:
-                counts[layer.outputs[0].datatype] = counts.get(layer.outputs[0].datatype, 0) + 1
-        return counts
+        return dict(Counter(layer.outputs[0].datatype for layer in self.layers if layer.is_kernel))
 
     def to_dict(self, layers: bool = True) -> dict[str, Any]:
         """Return the report as JSON values; without `layers` only the figures, as in a manifest."""
         names = ("source", "unread", "kernels", "fused_attention", "bytes_moved", "activation_bytes", "constant_bytes")
         figures: dict[str, Any] = {name: getattr(self, name) for name in (*names, "roles", "types")}
         if layers:
-            figures["layers"] = [
-                {
-                    "name": layer.name,
-                    "kind": layer.kind,
-                    "role": layer.role if layer.is_kernel else None,
-                    "tactic": layer.tactic,
-                    "inputs": _plain(layer.inputs),
-                    "outputs": _plain(layer.outputs),
-                    "constants": None if layer.constants is None else _plain(layer.constants),
-                }
-                for layer in self.layers
-            ]
+            figures["layers"] = [{**asdict(one), "role": one.role if one.is_kernel else None} for one in self.layers]
         return figures
 
     def _total(self, count: Callable[[EngineLayer], int | None], role: str | None = None) -> int | None:
         if self.unread or not self.layers:
             return None
-        total = 0
-        for layer in self.layers:
-            amount = count(layer) if layer.is_kernel and role in (None, layer.role) else 0
-            if amount is None:
-                return None
-            total += amount
-        return total
+        return _sum(count(layer) for layer in self.layers if layer.is_kernel and role in (None, layer.role))
 
 
 def report_from_log(messages: Iterable[str]) -> EngineReport:
-    """Read the report from the compiler's VERBOSE messages; `source` is "none" if they describe no layer.
-
-    A repeated line counts once, because names are unique within an engine.
-    """
+    """Read the report from the compiler's VERBOSE messages; a repeated line counts once, because names are unique."""
     lines = (line.strip().removeprefix("Layers:").strip() for message in messages for line in message.split("\n"))
     announced = dict.fromkeys(line for line in lines if line.startswith("Name: ") and ", LayerType: " in line)
     layers = [layer for layer in map(_layer_from_line, announced) if layer is not None]
@@ -205,10 +168,7 @@ def report_from_log(messages: Iterable[str]) -> EngineReport:
 
 
 def report_from_inspector(text: str) -> EngineReport:
-    """Read the report from the JSON of `EngineInspector.get_engine_information`; `source` is "none" if it has no layer.
-
-    Layers of an engine built without detailed profiling verbosity are bare names, which count as unread.
-    """
+    """Read the report from the JSON of `EngineInspector.get_engine_information`; layers without details count as unread."""
     try:
         announced = json.loads(text).get("Layers", [])
     except (ValueError, AttributeError):
@@ -218,49 +178,43 @@ def report_from_inspector(text: str) -> EngineReport:
 
 
 def reports_by_profile(report: EngineReport, profiles: int) -> tuple[EngineReport, ...]:
-    """Split a report into one for each optimization profile, by the number of the profile in the names of the kernels.
-
-    Without such numbers the reports are empty, and their figures unknown.
-    """
+    """Split a report by the number of the profile in the names of the kernels; without such numbers, no layers are left."""
     if profiles == 1:
         return (report,)
-    found = [re.search(r"_myl(\d+)_\d+$", layer.name) for layer in report.layers]
-    numbers = [int(match[1]) if match else None for match in found]
-    of_kernels = {number for number, layer in zip(numbers, report.layers, strict=True) if layer.is_kernel}
-    if report.unread or of_kernels != set(range(profiles)):
+    layers: dict[int | None, list[EngineLayer]] = {}
+    for layer in report.layers:
+        match = re.search(r"_myl(\d+)_\d+$", layer.name)
+        layers.setdefault(int(match[1]) if match else None, []).append(layer)
+    numbered = {number for number, group in layers.items() if any(layer.is_kernel for layer in group)}
+    if report.unread or numbered != set(range(profiles)):
         return (EngineReport((), report.source, report.unread),) * profiles
-    return tuple(
-        EngineReport(tuple(layer for layer, of in zip(report.layers, numbers, strict=True) if of == number), report.source)
-        for number in range(profiles)
-    )
+    return tuple(EngineReport(tuple(layers[number]), report.source) for number in range(profiles))
 
 
 def _layer_from_line(line: str) -> EngineLayer | None:
     match = _LAYER.match(line)
     if match is None:
         return None
-    lists = []
-    for group in ("inputs", "outputs", "constants"):
-        # " }, { Name: " only occurs between two tensors.
-        pieces = re.split(r"\s*\}, (?=\{ Name: )", match[group]) if match[group] else []
-        tensors = [_tensor_from_text(piece) for piece in pieces]
-        lists.append(tuple(tensor for tensor in tensors if tensor is not None))
-        if len(lists[-1]) != len(pieces):
-            return None
-    inputs, outputs, constants = lists
+    try:
+        inputs, outputs, constants = (_tensors_from_text(match[group] or "") for group in ("inputs", "outputs", "constants"))
+    except ValueError:
+        return None
     tactic = _TACTIC.search(match["rest"])
     listed = constants if match["listed"] else None
     return EngineLayer(match["name"], match["kind"], inputs, outputs, listed, tactic[1] if tactic else "")
 
 
-def _tensor_from_text(text: str) -> EngineTensor | None:
-    match = _TENSOR.match(text)
-    if match is None:
-        return None
-    # "Format/Datatype: Half" up to TensorRT 10, "Datatype: Half, Format: (Linear) ..." since.
-    datatype = re.search(r"Datatype: ([^,}]*)", match["rest"])
-    dims = tuple(int(extent) for extent in match["dims"].split(",") if extent.strip())
-    return EngineTensor(match["name"], dims, _type_in(datatype[1] if datatype else ""))
+def _tensors_from_text(text: str) -> tuple[EngineTensor, ...]:
+    found = []
+    for piece in filter(None, re.split(r"\s*\}, (?=\{ Name: )", text)):  # " }, { Name: " only occurs between two tensors
+        match = _TENSOR.match(piece)
+        if match is None:
+            raise ValueError("a tensor in an unknown format")
+        # "Format/Datatype: Half" up to TensorRT 10, "Datatype: Half, Format: (Linear) ..." since.
+        datatype = re.search(r"Datatype: ([^,}]*)", match["rest"])
+        dims = tuple(int(extent) for extent in match["dims"].split(",") if extent.strip())
+        found.append(EngineTensor(match["name"], dims, _type_in(datatype[1] if datatype else "")))
+    return tuple(found)
 
 
 def _layer_from_json(layer: Any) -> EngineLayer | None:
@@ -286,14 +240,18 @@ def _tensors_from_json(tensors: Any) -> tuple[EngineTensor, ...]:
 
 def _type_in(text: str) -> str:
     """Find the type in `text`: a single word in newer versions, part of "Row major linear FP16 format" in older ones."""
-    known = [word for word in re.findall(r"\w+", text) if word.lower() in _BITS]
-    return known[0] if known else "unknown"
+    return next((word for word in re.findall(r"\w+", text) if word.lower() in _BITS), "unknown")
 
 
 def _bytes(tensors: tuple[EngineTensor, ...] | None) -> int | None:
-    sizes = None if tensors is None else [tensor.bytes for tensor in tensors]
-    return None if sizes is None or None in sizes else sum(size for size in sizes if size is not None)
+    return None if tensors is None else _sum(tensor.bytes for tensor in tensors)
 
 
-def _plain(tensors: tuple[EngineTensor, ...]) -> list[dict[str, Any]]:
-    return [{"name": tensor.name, "dims": list(tensor.dims), "datatype": tensor.datatype} for tensor in tensors]
+def _sum(values: Iterable[int | None]) -> int | None:
+    """Add up `values`; None if one of them is unknown."""
+    total = 0
+    for value in values:
+        if value is None:
+            return None
+        total += value
+    return total

@@ -12,7 +12,7 @@ from swin_deploy.exporters.engines.build import layers_file
 from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx, resolve_backend
 from swin_deploy.exporters.engines.targets import for_target, target_gpu
 from swin_deploy.gpus import cuda_devices
-from swin_deploy.specs import Batch, EngineSpec, InspectSpec
+from swin_deploy.specs import EngineSpec, InspectSpec
 
 from .flops import GraphCost, cost_from_onnx
 from .roofline import GPUS, GpuPeaks, Roofline, find_gpu, roofline
@@ -29,7 +29,7 @@ class EngineCost:
     precision: str
     image_size: tuple[int, ...]
     gpu: str
-    batch: Batch
+    batch: tuple[int, ...]
     figures: Mapping[str, Any]
     roofline: Roofline | None
 
@@ -50,15 +50,10 @@ class EngineCost:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values."""
-        return {
-            "engine": self.name,
-            "precision": self.precision,
-            "image_size": list(self.image_size),
-            "gpu": self.gpu,
-            "roofline": None if self.roofline is None else self.roofline.to_dict(),
-            **self.figures,
-            "batch": list(self.batch),
-        }
+        bound = None if self.roofline is None else self.roofline.to_dict()
+        values = {"engine": self.name, **vars(self), "roofline": bound, **self.figures}
+        del values["name"], values["figures"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -86,14 +81,14 @@ def inspect_bundle(bundle: Bundle, gpu: str | None) -> Inspection:
     for file, entry in bundle.files.items():
         if not file.endswith(".engine"):
             continue
-        layers = bundle.files.get(layers_file(file))
-        if layers is not None and layers.get("parent") == entry["sha256"]:
+        profiles = entry["profiles"]
+        layers = bundle.files.get(layers_file(file), {})
+        if layers.get("parent") == entry["sha256"]:  # a refitted engine has the layers of the original
             profiles = bundle.read_json(layers_file(file))["profiles"]
-        else:  # a refitted engine has the layers of the original
-            profiles = entry["profiles"]
         flops = graphs[entry["graph"]].flops if entry["graph"] in graphs else None
         for profile in profiles:
-            engines.append(_engine(file, entry["precision"], tuple(entry["image_size"]), entry["gpu"], profile, flops, named))
+            size, batch, bound = entry["image_size"], profile["batch"], _bound(entry["gpu"], named, profile, flops)
+            engines.append(EngineCost(file, entry["precision"], tuple(size), entry["gpu"], tuple(batch), profile, bound))
     return Inspection(bundle.path, graphs, tuple(engines))
 
 
@@ -106,25 +101,20 @@ def inspect_onnx(path: Path, spec: InspectSpec) -> Inspection:
     cost = cost_from_onnx(path, batch)
     engine = engine_from_onnx(path, for_target(EngineSpec(batches=batch, progress=spec.progress), chosen, target))
     flops = cost.flops or {}
-    precision = PRECISION_OF.get(max(flops, key=lambda kind: flops[kind]), "unknown") if flops else "unknown"
+    precision = PRECISION_OF.get(max(flops, key=flops.__getitem__, default=""), "unknown")
     profile = {"batch": [batch] * 3, **engine.report.to_dict()}
     per_image = None if cost.flops is None else {kind: count / batch for kind, count in cost.flops.items()}
-    described = _engine(path.name, precision, (), target, profile, per_image, named)
+    bound = _bound(target, named, profile, per_image)
+    described = EngineCost(path.name, precision, (), target, (batch,) * 3, profile, bound)
     return Inspection(path, {path.name: cost}, (described,))
 
 
-def _engine(
-    name: str,
-    precision: str,
-    size: tuple[int, ...],
-    target: str,
-    profile: Mapping[str, Any],
-    flops: Mapping[str, float] | None,
-    named: GpuPeaks | None,
-) -> EngineCost:
-    gpu = named or next((row for row in GPUS if row.capability == target), None)
-    smallest, tuned, largest = profile["batch"]
-    all_flops = None if flops is None else {kind: round(count * tuned) for kind, count in flops.items()}
-    fits = gpu is not None and gpu.capability == target
-    bound = roofline(gpu, profile["kernels"], profile["bytes_moved"], all_flops) if gpu is not None and fits else None
-    return EngineCost(name, precision, size, target, (smallest, tuned, largest), profile, bound)
+def _bound(
+    target: str, named: GpuPeaks | None, profile: Mapping[str, Any], flops: Mapping[str, float] | None
+) -> Roofline | None:
+    """Return the roofline on the GPU that was named, or on the first known one; None if it does not fit `target`."""
+    gpu = next((row for row in ((named,) if named else GPUS) if row.capability == target), None)
+    if gpu is None or flops is None:
+        return None
+    of_batch = {kind: round(count * profile["batch"][1]) for kind, count in flops.items()}
+    return roofline(gpu, profile["kernels"], profile["bytes_moved"], of_batch)

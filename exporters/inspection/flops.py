@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,21 +46,11 @@ class GraphCost:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values."""
-        return {
-            "batch": self.batch,
-            "nodes": dict(self.nodes),
-            "parameters": self.parameters,
-            "parameter_bytes": self.parameter_bytes,
-            "flops": None if self.flops is None else dict(self.flops),
-        }
+        return asdict(self)
 
 
 def cost_from_onnx(path: Path, batch: int = 1) -> GraphCost:
-    """Count the graph in the file `path` for a batch of `batch` images.
-
-    Raises:
-        UsageError: The file is not an ONNX graph.
-    """
+    """Count the graph in the file `path` for a batch of `batch` images."""
     onnx = require("onnx", "read the graph")
     try:
         model = onnx.load(str(path), load_external_data=False)
@@ -87,9 +77,9 @@ def cost_of_model(model: onnx.ModelProto, batch: int = 1) -> GraphCost:
     flops = _flops(onnx.shape_inference.infer_shapes(model, data_prop=True))
     if flops is None and not _UNCOUNTED.intersection(nodes):
         flops = _flops(_folded(model))
-    floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
-    small = {number for name, number in onnx.TensorProto.DataType.items() if name.startswith(("FLOAT8", "FLOAT4", "INT4"))}
-    weights = [table for table in model.graph.initializer if table.data_type in floats | small | {onnx.TensorProto.INT8}]
+    counted = ("FLOAT", "BFLOAT16", "DOUBLE", "INT4", "INT8")
+    kinds = {number for name, number in onnx.TensorProto.DataType.items() if name.startswith(counted)}
+    weights = [table for table in model.graph.initializer if table.data_type in kinds]
     bits = {kind: 8 * onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize for kind in {table.data_type for table in weights}}
     return GraphCost(
         dict(nodes.most_common()),
@@ -139,11 +129,8 @@ def _flops(model: onnx.ModelProto) -> dict[str, int] | None:
         left, right, result = (shapes.get(name) for name in (node.input[0], node.input[1], node.output[0]))
         if left is None or right is None or result is None:
             return None
-        if node.op_type == "Conv":
-            each = math.prod(right[1:])
-        else:
-            transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
-            each = left[-2] if transposed else left[-1]
+        transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
+        each = math.prod(right[1:]) if node.op_type == "Conv" else left[-2 if transposed else -1]
         kinds = {stored.get(name, types.get(name, 0)) for name in node.input[:2]}
         kind = kinds.pop() if len(kinds) == 1 else types.get(node.output[0], 0)
         counts[onnx.TensorProto.DataType.Name(kind).lower()] += 2 * math.prod(result) * each

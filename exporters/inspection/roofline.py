@@ -68,11 +68,7 @@ class Roofline:
 
 
 def find_gpu(name: str) -> GpuPeaks:
-    """Return the GPU with this name, or the first one with this compute capability ("sm_89").
-
-    Raises:
-        UsageError: The GPU is not in GPUS.
-    """
+    """Return the GPU with this name, or the first one with this compute capability ("sm_89")."""
     for gpu in GPUS:
         if name.lower() in (gpu.name, gpu.capability):
             return gpu
@@ -88,10 +84,8 @@ def roofline(gpu: GpuPeaks, kernels: int | None, bytes_moved: int | None, flops:
     """Compute the roofline of an engine; None if one of its figures, or the peak of `gpu` for a type, is unknown."""
     if kernels is None or bytes_moved is None or flops is None:
         return None
-    compute = 0.0
-    for kind, count in flops.items():
-        peak = getattr(gpu, _PEAKS[kind]) if kind in _PEAKS else 0
-        if not peak:
-            return None
-        compute += count / (peak * 1e12)
+    peaks = {kind: getattr(gpu, _PEAKS.get(kind, ""), 0) for kind in flops}
+    if not all(peaks.values()):
+        return None
+    compute = sum(count / (peaks[kind] * 1e12) for kind, count in flops.items())
     return Roofline(gpu.name, bytes_moved / (gpu.bandwidth * 1e9), compute, kernels * LAUNCH)

@@ -23,7 +23,7 @@ trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the 
 
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError  # noqa: E402
 from swin_deploy.exporters.engines.engine_from_onnx import Engine, engine_from_onnx, resolve_backend  # noqa: E402
-from swin_deploy.exporters.engines.layer_report import report_from_inspector, report_from_log  # noqa: E402
+from swin_deploy.exporters.engines.layer_report import EngineTensor, report_from_inspector, report_from_log  # noqa: E402
 from swin_deploy.exporters.engines.targets import for_target, rtx_gpus, target_gpu  # noqa: E402
 from swin_deploy.gpus import cuda_devices  # noqa: E402
 from swin_deploy.specs import EngineSpec  # noqa: E402
@@ -333,7 +333,7 @@ Name: host, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], Tacti
 def test_lines_with_brackets_in_names_and_of_older_versions() -> None:
     report = report_from_log([LINES, LINES, "unrelated LayerType: words"])
     first, old, host = report.layers
-    assert first.inputs == (("x }, {y", (2, 3), "Half"),)
+    assert first.inputs == (EngineTensor("x }, {y", (2, 3), "Half"),)
     assert first.outputs[0].bytes == 4
     assert (first.name, first.constants, first.tactic) == ("a{0}, b]", (), "_gemm_mha_v2_0x1")
     assert (old.inputs[0].dims, old.inputs[0].datatype) == ((4,), "Int8")
