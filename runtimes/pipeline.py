@@ -3,45 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Any, Generic, TypeVar
-
-T = TypeVar("T")
-
-
-class _Channel(Generic[T]):
-    """A bounded queue between two threads that can be closed, which wakes both."""
-
-    def __init__(self, size: int) -> None:
-        self._items: deque[T] = deque()
-        self._size, self._closed, self._turn = size, False, threading.Condition()
-
-    def put(self, item: T) -> bool:
-        """Wait for a free place and add `item`. Returns False if the channel is closed."""
-        with self._turn:
-            self._turn.wait_for(lambda: self._closed or len(self._items) < self._size)
-            if not self._closed:
-                self._items.append(item)
-                self._turn.notify_all()
-            return not self._closed
-
-    def __iter__(self) -> Iterator[T]:
-        while True:
-            with self._turn:
-                self._turn.wait_for(lambda: self._closed or self._items)
-                if self._closed:
-                    return
-                item = self._items.popleft()
-                self._turn.notify_all()
-            yield item
-
-    def close(self) -> None:
-        with self._turn:
-            self._closed = True
-            self._turn.notify_all()
+from queue import SimpleQueue
+from typing import Any
 
 
 def pipelined(
@@ -52,21 +18,15 @@ def pipelined(
     run: Callable[[Any, int], list[Any]],
     calls: int = 1,
 ) -> Iterator[Any]:
-    """Yield the results of `run(prepare(frames), count)` in the order of the frames.
+    """Yield the results of `run(prepare(frames), count)` in the order of the frames, `batch` of which are prepared together.
 
-    One thread reads and prepares frames, others run them. Closing the iterator ends all threads, after the current frame was
-    read. An error is raised in place of the result of its frame, after the results of all frames before it.
-
-    Args:
-        frames: Read one at a time.
-        batch: Number of frames in each call.
-        prefetch: At most twice as many batches wait, before and after `run`.
-        prepare: Makes the input of `run`.
-        run: Returns one result for each frame.
-        calls: Number of threads that call `run`.
+    One thread reads and prepares frames, `calls` threads run them, and at most `2 * prefetch` batches wait before and after
+    `run`. Closing the iterator ends all threads, after the current frame was read. An error is raised in place of the result
+    of its frame, after the results of all frames before it.
     """
     stream = iter(frames)
-    results: _Channel[Future[list[Any]] | None] = _Channel(2 * prefetch + calls - 1)
+    results: SimpleQueue[Future[list[Any]] | BaseException | None] = SimpleQueue()
+    places, closed = threading.Semaphore(2 * prefetch + calls - 1), threading.Event()
     runners = ThreadPoolExecutor(calls, "swin-deploy running")
 
     def preparing() -> None:
@@ -80,28 +40,30 @@ def pipelined(
                 error = caught
             ready, failed = _prepared(taken, prepare) if taken else ([], None)
             try:
-                if not all(results.put(runners.submit(run, *one)) for one in ready):
-                    return
+                for one in ready:
+                    future = runners.submit(run, *one)
+                    places.acquire()
+                    if closed.is_set():
+                        return
+                    results.put(future)
             except RuntimeError as caught:  # no thread can be started
                 failed = caught
             error = failed or error
             if len(taken) < batch:
                 break
-        last: Future[list[Any]] | None = None
-        if error is not None:
-            last = Future()
-            last.set_exception(error)
-        results.put(last)
+        results.put(error)
 
     thread = threading.Thread(target=preparing, daemon=True, name="swin-deploy preparing")
     thread.start()
     try:
-        for answer in results:
-            if answer is None:
-                return
+        while isinstance(answer := results.get(), Future):
+            places.release()
             yield from answer.result()
+        if answer is not None:
+            raise answer
     finally:
-        results.close()
+        closed.set()
+        places.release()
         thread.join()
         runners.shutdown(cancel_futures=True)
 

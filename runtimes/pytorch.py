@@ -38,19 +38,9 @@ class NodeCall:
 
 
 class PyTorch(Runtime):
-    """An ONNX model in PyTorch.
+    """An ONNX model in PyTorch. `threads` must be 0 or the number of the process, because PyTorch has only one.
 
     Convolutions never use TF32, and matmuls only if the application allows it with torch.set_float32_matmul_precision.
-
-    Args:
-        path: The ONNX file.
-        threads: 0, or the number that torch.set_num_threads has set: PyTorch has one number for the whole process.
-        device: "cpu", or a GPU such as "cuda:0".
-
-    Raises:
-        UsageError: `threads` differs from the number of the process.
-        MissingDependencyError: torch or onnx is not installed, or torch is built without CUDA and `device` is a GPU.
-        BackendError: The graph has an operator that this back end lacks.
     """
 
     def __init__(self, path: Path, threads: int = 0, device: str = "cpu") -> None:

@@ -16,17 +16,9 @@ import torch.nn.functional as F
 from onnx import TensorProto
 from torch import Tensor
 
-TYPES: dict[int, torch.dtype] = {
-    TensorProto.FLOAT: torch.float32,
-    TensorProto.FLOAT16: torch.float16,
-    TensorProto.BFLOAT16: torch.bfloat16,
-    TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn,
-    TensorProto.INT64: torch.int64,
-    TensorProto.INT32: torch.int32,
-    TensorProto.INT8: torch.int8,
-    TensorProto.UINT8: torch.uint8,
-    TensorProto.BOOL: torch.bool,
-}
+_TYPE_NAMES = ("FLOAT", "FLOAT16", "BFLOAT16", "INT64", "INT32", "INT8", "UINT8", "BOOL")  # torch has the same ones
+TYPES: dict[int, torch.dtype] = {TensorProto.DataType.Value(name): getattr(torch, name.lower()) for name in _TYPE_NAMES}
+TYPES[TensorProto.FLOAT8E4M3FN] = torch.float8_e4m3fn
 
 Numbers = Callable[[int], "list[int] | None"]  # position of an input -> its integers, or None if it is left out
 Function = Callable[..., "Tensor | tuple[Tensor, ...]"]
@@ -34,11 +26,7 @@ Make = Callable[..., Function]  # (numbers, **attributes) -> the function of a n
 
 
 def torch_type(number: int) -> torch.dtype:
-    """Return the torch type of an onnx.TensorProto.DataType.
-
-    Raises:
-        TypeError: The type does not occur in exported graphs.
-    """
+    """Return the torch type of an onnx.TensorProto.DataType."""
     if number not in TYPES:
         raise TypeError(f"the type {TensorProto.DataType.Name(number)} is not supported")
     return TYPES[number]
@@ -62,25 +50,9 @@ def _cast(numbers: Numbers, *, to: int, saturate: int = 1) -> Function:
     return lambda x: _to(x, dtype)
 
 
-def _div(a: Tensor, b: Tensor) -> Tensor:
-    return torch.div(a, b) if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
-
-
 def _reshape(numbers: Numbers, *, allowzero: int = 0) -> Function:
-    shape = numbers(1) or []
-
-    def reshaped(x: Tensor, _: Tensor) -> Tensor:
-        return x.reshape([x.shape[axis] if size == 0 and not allowzero else size for axis, size in enumerate(shape)])
-
-    return reshaped
-
-
-def _shape(numbers: Numbers, *, start: int = 0, end: int | None = None) -> Function:
-    return lambda x: torch.tensor(x.shape[start:end], device=x.device)
-
-
-def _expand(x: Tensor, shape: Tensor) -> Tensor:
-    return x.expand(np.broadcast_shapes(tuple(x.shape), tuple(shape.tolist())))
+    shape = list(enumerate(numbers(1) or []))
+    return lambda x, _: x.reshape([x.shape[axis] if size == 0 and not allowzero else size for axis, size in shape])
 
 
 def _unsqueeze(numbers: Numbers) -> Function:
@@ -110,12 +82,8 @@ def _slice(numbers: Numbers) -> Function:
 
 def _split(numbers: Numbers, *, axis: int = 0, num_outputs: int = 0) -> Function:
     sizes = numbers(1)
-
-    def parts(x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        # The last part may be smaller.
-        return torch.split(x, -(-x.shape[axis] // num_outputs) if sizes is None else sizes, axis)
-
-    return parts
+    # The last part may be smaller.
+    return lambda x, *_: torch.split(x, -(-x.shape[axis] // num_outputs) if sizes is None else sizes, axis)
 
 
 def _gather(numbers: Numbers, *, axis: int = 0) -> Function:
@@ -157,10 +125,7 @@ def _conv(
 
 
 def _layer_norm(numbers: Numbers, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1) -> Function:
-    def normalized(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.layer_norm(x, x.shape[axis:], weight, bias, epsilon)
-
-    return normalized
+    return lambda x, weight, bias=None: F.layer_norm(x, x.shape[axis:], weight, bias, epsilon)
 
 
 def _reduced(function: Callable[..., Tensor]) -> Make:
@@ -206,47 +171,35 @@ def _along(values: Tensor, axis: int, x: Tensor) -> Tensor:
     return values.reshape(shape)
 
 
+_TORCH = ("Add", "Erf", "Floor", "Greater", "MatMul", "Mul", "Pow", "Sigmoid", "Sqrt", "Sub", "Tanh", "Where")
+_FUNCTIONAL = ("HardSwish", "Mish", "Relu", "Softplus")
 OPERATORS: dict[str, Make] = {
-    "Add": _plain(torch.add),
+    **{name: _plain(getattr(torch, name.lower())) for name in _TORCH},
+    **{name: _plain(getattr(F, name.lower())) for name in _FUNCTIONAL},
     "Cast": _cast,
     "Clip": _plain(lambda x, low=None, high=None: torch.clamp(x, low, high)),
     "Concat": lambda numbers, *, axis: lambda *parts: torch.cat(parts, axis),
     "Conv": _conv,
     "DequantizeLinear": _dequantize,
-    "Div": _plain(_div),
-    "Erf": _plain(torch.erf),
-    "Expand": _plain(_expand),
-    "Floor": _plain(torch.floor),
+    "Div": _plain(lambda a, b: torch.div(a, b, rounding_mode=None if a.is_floating_point() else "trunc")),
+    "Expand": _plain(lambda x, shape: x.expand(np.broadcast_shapes(tuple(x.shape), tuple(shape.tolist())))),
     "Gather": _gather,
     "Gelu": lambda numbers, *, approximate="none": lambda x: F.gelu(x, approximate=approximate),
     "Gemm": _gemm,
-    "Greater": _plain(torch.gt),
-    "HardSwish": _plain(F.hardswish),
     "Identity": _plain(lambda x: x),
     "LayerNormalization": _layer_norm,
     "LeakyRelu": lambda numbers, *, alpha=0.01: lambda x: F.leaky_relu(x, alpha),
-    "MatMul": _plain(torch.matmul),
     "Max": _plain(lambda *parts: reduce(torch.maximum, parts)),
     "Min": _plain(lambda *parts: reduce(torch.minimum, parts)),
-    "Mish": _plain(F.mish),
-    "Mul": _plain(torch.mul),
-    "Pow": _plain(torch.pow),
     "QuantizeLinear": _quantize,
     "ReduceL2": _reduced(torch.linalg.vector_norm),
     "ReduceMean": _reduced(torch.mean),
     "ReduceSum": _reduced(torch.sum),
-    "Relu": _plain(F.relu),
     "Reshape": _reshape,
-    "Shape": _shape,
-    "Sigmoid": _plain(torch.sigmoid),
+    "Shape": lambda numbers, *, start=0, end=None: lambda x: torch.tensor(x.shape[start:end], device=x.device),
     "Slice": _slice,
     "Softmax": lambda numbers, *, axis=-1: lambda x: torch.softmax(x, axis),
-    "Softplus": _plain(F.softplus),
     "Split": _split,
-    "Sqrt": _plain(torch.sqrt),
-    "Sub": _plain(torch.sub),
-    "Tanh": _plain(torch.tanh),
     "Transpose": lambda numbers, *, perm: lambda x: x.permute(perm),
     "Unsqueeze": _unsqueeze,
-    "Where": _plain(torch.where),
 }  # fmt: skip

@@ -44,7 +44,7 @@ def write_cached(file: Path | None, content: bytes) -> None:
     if file is None:
         return
     scratch = scratch_beside(file)
-    try:
+    with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             scratch.write_bytes(content)
@@ -52,8 +52,6 @@ def write_cached(file: Path | None, content: bytes) -> None:
         finally:
             scratch.unlink(missing_ok=True)
         _remove_old(file.parent)
-    except OSError:
-        pass
 
 
 def _remove_old(folder: Path) -> None:
