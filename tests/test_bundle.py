@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from cli.exported import contents, exported, one_block
+from cli.exported import contents, exported_bundle, one_block, small_disk
 
 import swin_deploy
 from swin_deploy.bundle import Bundle, Draft, create_bundle, newest_bundle
@@ -67,8 +67,8 @@ def test_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:
 
 def test_each_file_is_read_once_for_all_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graphs of two sizes share their weights, and both they and their reference outputs are checked before use."""
-    made = exported("--weights", str(one_block()), "--image-size", "32x32", "--image-size", "16x24")
-    shutil.copytree(next(path for path in made.iterdir() if path.is_dir()), tmp_path / "b")
+    made = exported_bundle("--weights", str(one_block()), "--image-size", "32x32", "--image-size", "16x24")
+    shutil.copytree(made, tmp_path / "b")
     files, read = Bundle.open(tmp_path / "b").files, []
 
     class Counting:
@@ -135,7 +135,13 @@ def test_no_bundle_there(name: str, tmp_path: Path) -> None:
         Bundle.open(tmp_path / name)
 
 
-def test_an_existing_bundle_is_replaced_only_when_asked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exchange", [True, False])
+def test_an_existing_bundle_is_replaced_only_when_asked(
+    exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without an exchange of the operating system."""
+    if not exchange:
+        monkeypatch.setattr("swin_deploy.bundle.exchanged", lambda one, other: False)
     make(tmp_path / "b", "old")
     before = contents(tmp_path)
     with pytest.raises(BundleError, match="--force"):
@@ -208,15 +214,6 @@ def test_a_folder_that_appears_meanwhile_is_left(tmp_path: Path) -> None:
     assert text_of(Bundle.open(tmp_path / "b")) == "early"
 
 
-@pytest.mark.parametrize("exchange", [True, False])
-def test_replacing_without_an_exchange_of_the_system(exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not exchange:
-        monkeypatch.setattr("swin_deploy.bundle.exchanged", lambda one, other: False)
-    make(tmp_path / "b", "old")
-    assert text_of(make(tmp_path / "b", "new", replace=True)) == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["b"]
-
-
 KILLED = """
 import os, sys
 from pathlib import Path
@@ -268,28 +265,24 @@ def test_the_entry_goes_before_its_file_is_replaced(tmp_path: Path, monkeypatch:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = shutil.which("mount")
-    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True).returncode:
-        pytest.skip("mounting a small file system is not permitted here")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "64k") as place:
+        yield place
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(small_disk: Path) -> None:
-    bundle = make(small_disk / "b", "old")
-    before = contents(small_disk)
-    with pytest.raises(BundleError, match="cannot be written: No space left"):
-        make(small_disk / "c", "x" * 100_000)
-    with pytest.raises(BundleError, match="cannot be written: No space left"):
-        make(small_disk / "b", "x" * 100_000, replace=True)
-    with pytest.raises(BundleError, match="cannot be written: No space left"):
-        bundle.with_file("engines/x.engine", {}, lambda path: path.write_bytes(bytes(100_000)) and None)
-    after = {name: digest for name, digest in contents(small_disk).items() if name != "b/engines"}
-    assert after == before
+def test_a_full_or_read_only_disk_is_one_sentence_and_leaves_nothing(disk: Path) -> None:
+    bundle = make(disk / "b", "old")
+    before = contents(disk)
+    for sentence, text in (("No space left", "x" * 100_000), ("Read-only file system", "new")):
+        for action in (
+            lambda text=text: make(disk / "c", text),
+            lambda text=text: make(disk / "b", text, replace=True),
+            lambda text=text: bundle.with_file("engines/x.engine", {}, lambda path: path.write_text(text) and None),
+        ):
+            with pytest.raises(BundleError, match=f"cannot be written: {sentence}"):
+                action()
+        assert {name: digest for name, digest in contents(disk).items() if name != "b/engines"} == before
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
 
 
 def test_a_file_that_may_not_grow_is_one_sentence(tmp_path: Path) -> None:
@@ -309,19 +302,6 @@ except BundleError as error:
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "b")], capture_output=True, text=True)
     assert "cannot be written: File too large" in done.stdout
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_read_only_place_is_one_sentence(small_disk: Path) -> None:
-    bundle = make(small_disk / "b")
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    for action in (
-        lambda: make(small_disk / "c"),
-        lambda: make(small_disk / "b", replace=True),
-        lambda: bundle.with_file("x", {}, lambda path: path.write_text("x") and None),
-    ):
-        with pytest.raises(BundleError, match="cannot be written: Read-only file system"):
-            action()
-    assert text_of(Bundle.open(small_disk / "b")) == "graph"
 
 
 ADD = """
@@ -359,15 +339,11 @@ def test_the_first_size_stays_first_when_its_graph_is_made_again(tmp_path: Path)
     assert [file for file in bundle.graphs if "fp16" in file] == ["onnx/model_fp16.onnx", "onnx/model_32x64_fp16.onnx"]
 
 
-def test_an_entry_is_changed_without_its_file(tmp_path: Path) -> None:
-    bundle = make(tmp_path / "b").with_entry("onnx/model.onnx", {"agreement": "verified"})
-    assert Bundle.open(bundle.path).files["onnx/model.onnx"]["agreement"] == "verified"
-    assert text_of(bundle) == "graph"
-
-
 def test_an_entry_is_of_the_file_that_was_seen(tmp_path: Path) -> None:
     """What is said of a graph is not entered for one that somebody has put in its place meanwhile."""
-    seen = make(tmp_path / "b")
+    seen = make(tmp_path / "b").with_entry("onnx/model.onnx", {"agreement": "verified"})
+    assert Bundle.open(seen.path).files["onnx/model.onnx"]["agreement"] == "verified"
+    assert text_of(seen) == "graph"
     seen.with_file("onnx/model.onnx", {}, lambda path: path.write_text("another") and None)
     assert "agreement" not in seen.with_entry("onnx/model.onnx", {"agreement": "verified"}).files["onnx/model.onnx"]
     assert "agreement" not in Bundle.open(seen.path).files["onnx/model.onnx"]

@@ -43,30 +43,28 @@ def test_what_the_killed_left_is_swept(tmp_path: Path, monkeypatch: pytest.Monke
     assert [path.name for path in tmp_path.iterdir()] == ["swin-test"]
 
 
+def left_by_another(target: Path) -> Path:
+    """What a process that has ended left beside `target`."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.getpid", lambda: gone.pid)
+        return scratch_beside(target)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="nothing is swept there")
 def test_what_another_machine_makes_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a disk that several write to. Its process is not one of this machine, whose name may begin like the other's."""
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
     for name in ("cam-2", "camera", "cam"):
         monkeypatch.setattr("platform.node", lambda name=name: name)
-        with monkeypatch.context() as patch:
-            patch.setattr("os.getpid", lambda: gone.pid)
-            scratch_beside(tmp_path / "b").mkdir()
+        left_by_another(tmp_path / "b").mkdir()
     sweep(tmp_path / "b")
-    assert sorted(path.name.split("-" + str(gone.pid))[0] for path in tmp_path.iterdir()) == [
-        ".b.partial-cam-2",
-        ".b.partial-camera",
-    ]
+    assert sorted(path.name.rsplit("-", 2)[0] for path in tmp_path.iterdir()) == [".b.partial-cam-2", ".b.partial-camera"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="nothing is swept there")
 def test_what_may_not_be_removed_is_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    with monkeypatch.context() as patch:
-        patch.setattr("os.getpid", lambda: gone.pid)
-        left = scratch_beside(tmp_path / "b")
+    left = left_by_another(tmp_path / "b")
     left.write_bytes(b"x")
 
     def refuse(self: Path, missing_ok: bool = False) -> None:

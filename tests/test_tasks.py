@@ -120,11 +120,7 @@ def test_names_of_the_outputs(task: TaskSpec, names: list[str]) -> None:
 def test_invalid_image_sizes(text: str) -> None:
     with pytest.raises(UsageError, match=r"Invalid image size .* Expected HEIGHTxWIDTH"):
         ExportSpec(image_sizes=[text])
-
-
-def test_image_sizes() -> None:
-    sizes = ExportSpec(image_sizes=["256x320", "256X320", " 32 "]).image_sizes
-    assert sizes == ((256, 320), (256, 320), (32, 32))
+    assert ExportSpec(image_sizes=["256x320", "256X320", " 32 "]).image_sizes == ((256, 320), (256, 320), (32, 32))
 
 
 def test_features_that_the_config_names(checkpoint: Path, tmp_path: Path) -> None:
@@ -184,13 +180,15 @@ def test_masked_image_modelling_of_images_that_are_not_square() -> None:
 # Several image sizes in one bundle.
 
 
-def test_one_file_holds_each_tensor_once(several: Path, checkpoint: Path) -> None:
+def test_every_size_is_verified_and_one_file_holds_each_tensor_once(several: Path, checkpoint: Path) -> None:
     import onnx
 
     bundle = Bundle.open(several)
     assert sorted(bundle.graphs) == sorted(
         f"onnx/model{size}{kind}.onnx" for size in ("", "_50x66", "_32x64") for kind in ("", "_fp16")
     )
+    verdicts = swin_deploy.verify(several)
+    assert [verdict.verified for verdict in verdicts] == [True] * 6
     model = (checkpoint / "model.safetensors").stat().st_size
     for kind, share in (("", 1.0), ("_fp16", 0.5)):
         shared = several / f"onnx/model{kind}.onnx_data"
@@ -220,12 +218,6 @@ def test_the_graph_that_fits_is_taken(several: Path, checkpoint: Path, precision
             assert np.allclose(model.run({PIXELS: given.numpy()})["logits"], wanted.numpy(), atol=allowed)
         with pytest.raises(InputError, match=r"images of 48x48 pixels.* graphs for 32x32, 50x66, 32x64\. Resize the images"):
             model.run({PIXELS: np.zeros((1, 3, 48, 48), np.float32)})
-
-
-def test_verify_covers_every_size(several: Path) -> None:
-    verdicts = swin_deploy.verify(several)
-    assert len(verdicts) == 6
-    assert all(verdict.verified for verdict in verdicts)
 
 
 @pytest.mark.parametrize("file", ["onnx/model.onnx_data", "onnx/model_50x66.onnx", "reference_32x64.npz"])
