@@ -44,8 +44,10 @@ def rows_of(*milliseconds: float | None) -> Any:
 
 def test_measured_once_and_explained(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("openvino", reason="there would be nothing to choose")
+    path = digits(2)
+    caplog.clear()  # of what its export said
     caplog.set_level(logging.INFO, "swin_deploy")
-    with swin_deploy.load(digits(2), precision="fp32") as model:
+    with swin_deploy.load(path, precision="fp32") as model:
         first = model.describe()
     assert (first.precision, first.device, first.graphs) == ("fp32", "cpu", {(32, 32): "onnx/model.onnx"})
     assert {row.candidate.backend for row in first.measured} == {"onnxruntime", "openvino"}
@@ -244,17 +246,17 @@ def test_auto_takes_every_precision_that_is_verified(cache: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "sentence"),
+    ("arguments", "sentence"),
     [
-        ({"device": "tpu"}, UsageError, 'no device "tpu"'),
-        ({"device": "cuda:x"}, UsageError, "no device"),
-        ({"backend": "openvino", "device": "cuda"}, UsageError, "openvino runs on cpu, not on cuda"),
-        ({"backend": "onnxruntime-tensorrt", "device": "cpu"}, UsageError, "runs on cuda, not on cpu"),
+        ({"device": "tpu"}, 'Unknown device "tpu"'),
+        ({"device": "cuda:x"}, "Unknown device"),
+        ({"backend": "openvino", "device": "cuda"}, "openvino cannot run on cuda. Expected cpu"),
+        ({"backend": "onnxruntime-tensorrt", "device": "cpu"}, "cannot run on cpu. Expected cuda"),
     ],
 )
-def test_devices_that_cannot_be_meant(arguments: dict[str, str], error: type[Exception], sentence: str) -> None:
+def test_devices_that_cannot_be_meant(arguments: dict[str, str], sentence: str) -> None:
     pytest.importorskip("openvino", reason="it would be missed first")
-    with pytest.raises(error, match=sentence):
+    with pytest.raises(UsageError, match=sentence):
         swin_deploy.load(digits(2), **arguments)
 
 

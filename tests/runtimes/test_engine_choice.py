@@ -74,7 +74,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             call(path, backend="tensorrt-rtx", **({"precision": "fp16"} if call is swin_deploy.load else {"device": "cuda"}))
     arguments = ("b", "--backend", "tensorrt-rtx")
     refused(cli_here("verify", *arguments, "--device", "cuda", cwd=tmp_path), no_gpu_sentence("tensorrt-rtx"))
-    refused(cli_here("verify", *arguments, cwd=tmp_path), "The back end tensorrt-rtx runs on cuda, not on cpu")
+    refused(cli_here("verify", *arguments, cwd=tmp_path), "The back end tensorrt-rtx cannot run on cpu. Expected cuda")
     refused(cli_here("predict", *arguments, str(THREE), cwd=tmp_path), no_gpu_sentence("tensorrt-rtx"))
     refused(cli_here("predict", *arguments, "--device", "cpu", str(THREE), cwd=tmp_path), "cannot run on cpu")
     refused(cli_here("bench", *arguments, cwd=tmp_path), no_gpu_sentence("tensorrt-rtx"))
@@ -176,14 +176,15 @@ def test_rebuilt_when_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         assert [tuple(profile["batch"]) for profile in made["profiles"]] == list(BATCHES)
         times.append((path / file).stat().st_mtime_ns)
     assert times[0] == times[1]  # it fits now, and is not compiled again
-    with pytest.raises(UsageError, match="rebuild compiles an engine again and needs its back end, not auto"):
-        swin_deploy.load(path, precision="fp16", rebuild=True)
-    with pytest.raises(UsageError, match='Unknown precision "fp99"'):
-        swin_deploy.load(path, backend="tensorrt-rtx", precision="fp99", rebuild=True)
-    with pytest.raises(UsageError, match="has no int8 engine"):
-        swin_deploy.load(path, backend="tensorrt-rtx", precision="int8", rebuild=True)
-    with pytest.raises(UsageError, match="cannot run on cpu"):
-        swin_deploy.load(path, backend="tensorrt-rtx", precision="fp16", device="cpu", rebuild=True)
+    named = {"backend": "tensorrt-rtx", "precision": "fp16"}
+    for options, sentence in (
+        ({"precision": "fp16"}, "rebuild compiles an engine again and needs its back end, not auto"),
+        ({**named, "precision": "fp99"}, 'Unknown precision "fp99"'),
+        ({**named, "precision": "int8"}, "has no int8 engine"),
+        ({**named, "device": "cpu"}, "cannot run on cpu"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            swin_deploy.load(path, rebuild=True, **options)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(MissingDependencyError, match=r'"swin-deploy\[tensorrt-rtx\]"'):
         swin_deploy.load(path, backend="tensorrt-rtx", precision="fp16", rebuild=True)

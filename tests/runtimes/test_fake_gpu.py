@@ -11,17 +11,7 @@ import pytest
 
 pytest.importorskip("onnxruntime", reason="the simulated libraries compute with it")
 
-from fake_gpu import (
-    ENUMS,
-    FakeGpu,
-    ICudaEngine,
-    IExecutionContext,
-    InferenceSession,
-    IOBinding,
-    IRuntimeConfig,
-    RunOptions,
-    Runtime,
-)
+import fake_gpu
 
 from swin_deploy.runtimes.gpu import cuda_context, io_buffers
 
@@ -38,7 +28,7 @@ def documented(function: Any) -> set[int]:
 
 def test_cuda_bindings() -> None:
     real = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
-    fake = FakeGpu().driver()
+    fake = fake_gpu.FakeGpu().driver()
     functions = [name for name in vars(fake) if name.startswith("cu")]
     for name in functions:
         assert len(parameters(getattr(fake, name))) in documented(getattr(real, name)), name
@@ -52,10 +42,10 @@ def test_cuda_bindings() -> None:
 def test_tensorrt(name: str) -> None:
     real = pytest.importorskip(name, reason=f"{name} is not installed")
     only_rtx = ("EngineV", "EngineI", "CudaGraph", "DynamicShapes", "get_engine_validity", "create_runtime_c", "set_runtime_c")
-    for kind, members in ENUMS.items():
+    for kind, members in fake_gpu.ENUMS.items():
         if name == "tensorrt_rtx" or not kind.startswith(only_rtx):
             assert set(members.__members__) <= set((real.ILogger if kind == "Severity" else real).__dict__[kind].__members__)
-    for fake in (Runtime, ICudaEngine, IExecutionContext, IRuntimeConfig):
+    for fake in (fake_gpu.Runtime, fake_gpu.ICudaEngine, fake_gpu.IExecutionContext, fake_gpu.IRuntimeConfig):
         for method, function in inspect.getmembers(fake, inspect.isfunction):
             if method.startswith("_") or (
                 name != "tensorrt_rtx" and method.startswith((*only_rtx, "serialize", "deserialize"))
@@ -67,14 +57,11 @@ def test_tensorrt(name: str) -> None:
 
 def test_onnxruntime() -> None:
     ort = pytest.importorskip("onnxruntime", reason="the provider under test")
-    assert len(parameters(RunOptions.add_run_config_entry)) in documented(ort.RunOptions.add_run_config_entry)
-    for real, fake, name in (
-        (ort.IOBinding, IOBinding, "bind_input"),
-        (ort.IOBinding, IOBinding, "bind_output"),
-        (ort.InferenceSession, InferenceSession, "run_with_iobinding"),
-    ):
-        expected = parameters(getattr(fake, name))
-        assert parameters(getattr(real, name))[: len(expected)] == expected
+    assert len(parameters(fake_gpu.RunOptions.add_run_config_entry)) in documented(ort.RunOptions.add_run_config_entry)
+    cases = [("IOBinding", "bind_input"), ("IOBinding", "bind_output"), ("InferenceSession", "run_with_iobinding")]
+    for kind, name in cases:
+        expected = parameters(getattr(getattr(fake_gpu, kind), name))
+        assert parameters(getattr(getattr(ort, kind), name))[: len(expected)] == expected
 
 
 class GpuTensor:
