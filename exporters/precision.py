@@ -55,10 +55,7 @@ class TypedGraph:
 def typed_from_fp32(
     model: onnx.ModelProto, config: SwinConfig, task: TaskSpec, precision: str, measure: Measure | None = None
 ) -> TypedGraph:
-    """Make the graph in the types of `precision`, "fp16" or "bf16", in the layout that GPU compilers execute fastest.
-
-    `measure`, for fp16, returns the amax of each value of a fp32 graph on calibration samples.
-    """
+    """Make the graph in the types of `precision`. `measure`, for fp16, returns the amax of each value on samples."""
     gs = require("onnx_graphsurgeon", f"write the {precision} graph")
     graph = gs.import_onnx(model)
     records = run_passes(graph, config, ENGINE_PASSES)
@@ -95,8 +92,7 @@ def types_pass(
 ) -> Pass:
     """Make the pass that casts between fp32, in which the nodes `fallback` stay, and `precision`.
 
-    If `counted`, the number of Casts is known: one after the image (frames have one in the fp32 graph already), one before each
-    output, three at each cosine attention, and `more`. Where measured ranges decide, no number can be expected.
+    If `counted`, Casts are after an image, before each output, three at each cosine attention, and `more`.
     """
     done: list[int] = []
     after_image: list[int] = []
@@ -154,8 +150,7 @@ def assign_types(graph: Graph, fallback: Set[str], low: np.dtype[Any]) -> int:
                 continue
             if isinstance(tensor, gs.Constant):
                 if node.name not in fallback:
-                    if tensor.name not in constants:
-                        constants[tensor.name] = _low_constant(tensor, low)
+                    constants[tensor.name] = constants.get(tensor.name) or _low_constant(tensor, low)
                     node.inputs[position] = constants[tensor.name]
             elif is_fp32.get(tensor.name, True) != (node.name in fallback):  # a graph input counts as fp32
                 node.inputs[position] = cast(tensor, to_fp32=node.name in fallback)

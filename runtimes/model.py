@@ -69,10 +69,7 @@ class Model:
         self._description = replace(description, version=version)
 
     def describe(self) -> Description:
-        """Return what runs this model, and why: back end, device, precision, files, and what was measured to choose them.
-
-        Print it for a readable text.
-        """
+        """Return what runs this model, and why: back end, device, precision, files and measurements. Print it to read it."""
         return self._description
 
     @property
@@ -174,9 +171,7 @@ class Model:
         if mask is not None and (not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape[-1:] != (patches,)):
             given = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, np.ndarray) else f"a {type(mask).__name__}"
             raise InputError(f"The mask is {given}. Expected bool [images, {patches}], or [{patches}] for all images.")
-        found: list[NDArray[np.float32]] = []
-        for outputs in self._batches(images, batch_size, mask):
-            found.append(outputs["reconstruction"])
+        found = [outputs["reconstruction"] for outputs in self._batches(images, batch_size, mask)]
         if not found:
             raise InputError("There are no images. Pass at least one.")
         made = np.concatenate(found)

@@ -36,15 +36,13 @@ CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 SCHEMA = 1
 
 Entry = dict[str, Any]
+Content = bytes | Callable[[Path], object]  # of a file, or a function that writes it to a path
 NEW = "Choose another folder with -o, or check its free space and permissions."
 EXISTING = "Check free space and permissions, or copy the bundle to a writable folder and use the copy."
 
 # (device, inode, size, modification time) of a file -> its sha256, so that each file is read once per process.
 _DIGESTS: dict[tuple[int, ...], str] = {}
 _CLOCK_STEP = 50_000_000  # ns; two changes within one tick of a file system's clock get the same time
-
-
-Content = bytes | Callable[[Path], object]  # of a file, or a function that writes it to a path
 
 
 @dataclass(frozen=True)
@@ -134,8 +132,7 @@ class Bundle:
 
     def read_json(self, file: str) -> dict[str, Any]:
         """Return the JSON object in `file` after checking its sha256."""
-        value: dict[str, Any] = json.loads(self.verified_path(file).read_text(encoding="utf-8"))
-        return value
+        return dict(json.loads(self.verified_path(file).read_text(encoding="utf-8")))
 
     def refuse_read_only(self) -> None:
         """Raise BundleError if the bundle is read-only. Call it before work whose result would be lost."""
@@ -151,10 +148,7 @@ class Bundle:
             yield Bundle.open(self.path)
 
     def with_file(self, file: str, entry: Entry, content: Content) -> Bundle:
-        """Write a file atomically, with the manifest entry `entry`, and return the new bundle.
-
-        If `file` is a weights file that changes, graphs that refer to it are removed from the manifest.
-        """
+        """Write a file atomically and return the new bundle. Graphs of weights that change leave the manifest."""
         target = self.path / file
         with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -221,9 +215,8 @@ class Draft:
 
 @contextlib.contextmanager
 def create_bundle(path: Path, *, replace: bool, facts: Mapping[str, Any]) -> Iterator[Draft]:
-    """Yield a draft that atomically becomes the bundle at `path`, which keeps its content until the block ends without error.
-
-    `facts` are further entries of the manifest. Only with `replace` is an existing bundle replaced, and never another folder.
+    """Yield a draft that atomically becomes the bundle at `path` when the block ends without error. `facts` extend the
+    manifest.
     """
     path = replaceable_path(path, replace)
     with disk_errors(path, NEW):

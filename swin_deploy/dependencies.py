@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -43,14 +44,10 @@ def require(module: str, purpose: str) -> Any:
         return _openvino(module) if top == "openvino" else importlib.import_module(module)
     except (ImportError, OSError) as error:  # OSError: a shared library of the package is missing or damaged
         name, extra = PROVIDERS[top]
+        why = f"installed and fails to import ({error}). Reinstall it: pip install --force-reinstall"
         if isinstance(error, ModuleNotFoundError) and error.name == top:
-            raise MissingDependencyError(
-                f'{name} is needed to {purpose}, but it is not installed. Run: pip install "swin-deploy[{extra}]"'
-            ) from error
-        raise MissingDependencyError(
-            f"{name} is needed to {purpose}, but it is installed and fails to import ({error}). "
-            f'Reinstall it: pip install --force-reinstall "swin-deploy[{extra}]"'
-        ) from error
+            why = "not installed. Run: pip install"
+        raise MissingDependencyError(f'{name} is needed to {purpose}, but it is {why} "swin-deploy[{extra}]"') from error
 
 
 def _openvino(module: str) -> Any:
@@ -77,11 +74,7 @@ def onnxruntime_session(
     config: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Any:
-    """Open an ONNX Runtime session that reports problems as exceptions only and never falls back to another provider.
-
-    `config` are session entries, such as `EXACT_QDQ`, and `options` attributes of `SessionOptions`; 0 threads: ONNX Runtime
-    chooses.
-    """
+    """Open an ONNX Runtime session that reports problems only as exceptions and never falls back to another provider."""
     ort = require("onnxruntime", "run a graph")
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads
@@ -101,10 +94,8 @@ def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
 
     found = {}
     for name in distributions:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 

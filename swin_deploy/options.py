@@ -36,27 +36,16 @@ def no_progress(phase: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Option:
-    """How one field of a spec is parsed, documented and spelled on the command line.
-
-    Attributes:
-        parse: Checks a value and returns it in its stored form.
-        help: One sentence, used by `--help` and by the docstring of the Python function.
-        flags: Names on the command line. None: `--` and the name of the field; empty: not on the command line.
-        metavar: Placeholder for the value in `--help`.
-        choices: Allowed values, listed in `--help`.
-        many: Whether the flag may be repeated and the field is a tuple.
-        values_as_flags: Whether each choice is a flag of its own, such as `--fp16`.
-        hidden_flags: Former names that are still accepted.
-    """
+    """How one field of a spec is parsed, documented and spelled on the command line."""
 
     parse: Parser
-    help: str
-    flags: tuple[str, ...] | None = None
+    help: str  # one sentence, for `--help` and for the docstring of the Python function
+    flags: tuple[str, ...] | None = None  # None: `--` and the name of the field; empty: not on the command line
     metavar: str | None = None
     choices: tuple[str, ...] = ()
-    many: bool = False
-    values_as_flags: bool = False
-    hidden_flags: tuple[str, ...] = ()
+    many: bool = False  # the flag may be repeated, and the field is a tuple
+    values_as_flags: bool = False  # each choice is a flag of its own, such as `--fp16`
+    hidden_flags: tuple[str, ...] = ()  # former names that are still accepted
 
 
 def option(default: Any, parse: Parser, help: str, *, shown: bool = True, **spelling: Any) -> Any:

@@ -223,8 +223,13 @@ class EngineSpec(Spec):
                         f"TensorRT for RTX has no {reason}. Leave out the option, or use the back end tensorrt on the target "
                         f"machine."
                     )
-            if self.strip_weights:
-                _refuse_stripping_without_gpu()
+            from swin_deploy.gpus import cuda_devices
+
+            if self.strip_weights and not cuda_devices():
+                raise EngineError(
+                    "TensorRT for RTX needs a GPU to build engines without weights, and this machine has no usable NVIDIA GPU. "
+                    "Run this on a machine with one, or keep the weights in the engine."
+                )
         cache = self.timing_cache
         if isinstance(cache, Path) and (cache.is_dir() or not cache.absolute().parent.is_dir()):
             raise UsageError(f"The timing cache {cache} is not a file in an existing folder. Pass the path of one.")
@@ -233,16 +238,6 @@ class EngineSpec(Spec):
     def gpu(self) -> str:
         """The first GPU to compile for, or "current"."""
         return str(self.gpus[0]) if self.gpus else "current"
-
-
-def _refuse_stripping_without_gpu() -> None:
-    from swin_deploy.gpus import cuda_devices
-
-    if not cuda_devices():
-        raise EngineError(
-            "TensorRT for RTX needs a GPU to build engines without weights, and this machine has no usable NVIDIA GPU. "
-            "Run this on a machine with one, or keep the weights in the engine."
-        )
 
 
 @dataclass(frozen=True)

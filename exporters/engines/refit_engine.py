@@ -48,13 +48,8 @@ def refit_engines(bundle: Bundle) -> tuple[Built, ...]:
                 )
             _LOG.info("Refitting %s from %s", file, entry["graph"])
             with natives_freed():
-                plan = refitted_plan(
-                    entry["backend"],
-                    entry["backend_version"],
-                    entry["gpu"],
-                    bundle.verified_path(file),
-                    bundle.verified_path(entry["graph"]),
-                )
+                paths = bundle.verified_path(file), bundle.verified_path(entry["graph"])
+                plan = refitted_plan(entry["backend"], entry["backend_version"], entry["gpu"], *paths)
             bundle = bundle.with_file(target, facts, plan)
             built.append(Built(target, bundle.files[target], reused=False))
     return tuple(built)

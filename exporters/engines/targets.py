@@ -40,8 +40,7 @@ def check_gpu(backend: str, gpu: str) -> None:
         raise UsageError(
             "TensorRT for RTX does not support SM90 (H100, H200). Use the back end tensorrt on a machine with that GPU."
         )
-    known = rtx_gpus()
-    if known and gpu not in known:
+    if (known := rtx_gpus()) and gpu not in known:
         raise UsageError(f"TensorRT for RTX does not compile for {gpu}. Expected one of: {', '.join(known)}.")
 
 
@@ -81,14 +80,8 @@ def for_target(spec: EngineSpec, backend: str, gpu: str) -> EngineSpec:
 
 def compiler_options(spec: EngineSpec) -> dict[str, Any]:
     """Return the options that are not left to the compiler, as JSON values for the manifest."""
-    values = {
-        "workspace": spec.workspace,
-        "optimization_level": spec.optimization_level,
-        "version_compatible": spec.version_compatible,
-        "hardware_compatible": spec.hardware_compatible,
-        "strip_weights": spec.strip_weights,
-    }
-    return {name: value for name, value in values.items() if value not in (None, False)}
+    names = ("workspace", "optimization_level", "version_compatible", "hardware_compatible", "strip_weights")
+    return {name: value for name in names if (value := getattr(spec, name)) not in (None, False)}
 
 
 def name_of_options(spec: EngineSpec) -> str:

@@ -22,10 +22,7 @@ MAX_FACTOR = 64.0  # limits how much a row is scaled up or down
 
 @dataclass(frozen=True)
 class AttentionNodes:
-    """The nodes of one attention: Gemm, Split, then for each part Reshape and Transpose, two MatMuls, and Gemm.
-
-    `query` and `key` are the Transposes, to [windows, batch, heads, tokens, head width]; `matmul` is query times key.
-    """
+    """The nodes of one attention. `query` and `key` are Transposes to [windows, batch, heads, tokens, head width]."""
 
     qkv: Node
     query: Node
@@ -47,11 +44,6 @@ class AttentionNodes:
     @property
     def heads(self) -> int:
         return int(self.query.outputs[0].shape[2])
-
-    @property
-    def probabilities_are_read(self) -> bool:
-        """Whether the probabilities are also an output of the graph."""
-        return len(self.softmax.outputs[0].outputs) > 1
 
     @property
     def is_cosine(self) -> bool:
@@ -104,11 +96,9 @@ def _only_reader(node: Node | None, output: int, *operators: str) -> Node | None
 
 def value_bias_in_projection(graph: Graph) -> int:
     """Move the value bias of each attention into the output projection. Returns the number of attentions."""
-    count = 0
-    for attention in attentions(graph):
-        count += 1
-        bias = attention.bias()
-        if bias is None:
+    found = list(attentions(graph))
+    for attention in found:
+        if (bias := attention.bias()) is None:
             continue
         weight, *projected = (np.asarray(tensor.values, dtype=np.float64) for tensor in attention.projection.inputs[1:])
         value = bias[2 * len(bias) // 3 :]
@@ -116,7 +106,7 @@ def value_bias_in_projection(graph: Graph) -> int:
         attention.projection.inputs = [*attention.projection.inputs[:2], constant(f"{attention.projection.name}_bias", moved)]
         value[:] = 0
         attention.qkv.inputs[2] = constant(f"{attention.qkv.name}_bias", bias)
-    return count
+    return len(found)
 
 
 def query_bias_in_norm(graph: Graph) -> int:
@@ -135,10 +125,9 @@ def query_bias_in_norm(graph: Graph) -> int:
 
 
 def query_bias_in_channel(graph: Graph, amax: Mapping[str, float]) -> int:
-    """Move the query bias of each V1 attention into a constant channel, as large as `amax` of the input, by projection.
+    """Move the query bias of each V1 attention, after the value's, into a constant channel. Returns the number of attentions.
 
-    A large constant keeps the rounding error of its weights small; the other channels keep the range that was measured. The
-    value's bias must be moved already. Returns the number of attentions.
+    It is as large as the input's `amax`, by projection: that keeps the range, and the rounding error of its weights small.
     """
 
     def fold(weight: Array, bias: Array, scale: Array, shift: Array, name: str) -> tuple[Array, Array, Array]:
@@ -160,11 +149,8 @@ Fold = Callable[[Array, Array, Array, Array, str], tuple[Array, Array, Array]]
 
 
 def _move_query_bias(graph: Graph, fold: Fold) -> int:
-    count = 0
-    for attention in attentions(graph):
-        if attention.is_cosine:
-            continue
-        count += 1
+    found = [attention for attention in attentions(graph) if not attention.is_cosine]
+    for attention in found:
         bias, norm, keep = attention.bias(), attention.qkv.i(), None
         if bias is None:
             continue
@@ -178,9 +164,9 @@ def _move_query_bias(graph: Graph, fold: Fold) -> int:
         attention.qkv.inputs = [attention.qkv.inputs[0], constant(f"{attention.qkv.name}_weight", weight)]
         scales = constant(f"{norm.name}_scale", new_scale), constant(f"{norm.name}_bias", new_shift)
         norm.inputs = [norm.inputs[0], *scales]
-        if keep is not None and attention.probabilities_are_read:
+        if keep is not None and len(attention.softmax.outputs[0].outputs) > 1:  # probabilities are an output of the graph, too
             _restore_padding(graph, attention, query, keep)
-    return count
+    return len(found)
 
 
 def _restore_padding(graph: Graph, attention: AttentionNodes, bias: Array, keep: Array) -> None:
@@ -192,10 +178,7 @@ def _restore_padding(graph: Graph, attention: AttentionNodes, bias: Array, keep:
 
 
 def equalized_attention(graph: Graph, values_by_row: bool) -> dict[str, float]:
-    """Scale the rows of each V1 projection to one amax; with `values_by_row` each row of the values by its own factor.
-
-    Returns by `scope` the factor by which the input of the output projection grew; 1 with `values_by_row`.
-    """
+    """Scale the rows of each V1 projection to one amax. Returns by `scope` how much larger the next input becomes."""
     factors: dict[str, float] = {}
     for attention in attentions(graph):
         if attention.is_cosine:

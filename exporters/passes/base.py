@@ -1,6 +1,4 @@
-"""Graph rewrites and the node helpers that they share. A pass that does not rewrite as many places as the architecture has is
-an error: the graph is then not the one that the pass was written for.
-"""
+"""Graph rewrites, each of which must rewrite as many places as the architecture has, and node helpers that they share."""
 
 from __future__ import annotations
 

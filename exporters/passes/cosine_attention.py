@@ -134,10 +134,7 @@ def _known_bound(tensor: Tensor, found: dict[str, float]) -> float | None:
 
 
 def l2_norm_as_rms_norm(graph: Graph) -> int:
-    """Turn divisions by the L2 norm (ReduceL2, Clip, Div) into divisions by the root mean square; returns their number.
-
-    Where Clip kept the L2 norm from zero, a number of that size is added to the mean square, and zero stays zero.
-    """
+    """Turn divisions by the L2 norm into divisions by the root mean square. A zero stays zero. Returns their number."""
     count = 0
     for divide in [node for node in graph.nodes if node.op == "Div"]:
         clip = divide.inputs[1].inputs[0] if divide.inputs[1].inputs else None
@@ -160,6 +157,4 @@ def l2_norm_as_rms_norm(graph: Graph) -> int:
 
 
 COSINE_AFTER_MATMUL = Pass("cosine_after_matmul", cosine_after_matmul, blocks(2))
-L2_NORM_AS_RMS_NORM = Pass(
-    "l2_norm_as_rms_norm", l2_norm_as_rms_norm, lambda config: 2 * config.blocks if config.version == 2 else 0
-)
+L2_NORM_AS_RMS_NORM = Pass("l2_norm_as_rms_norm", l2_norm_as_rms_norm, lambda config: 2 * blocks(2)(config))

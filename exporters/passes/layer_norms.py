@@ -1,7 +1,4 @@
-"""Move LayerNorms to where they cost a GPU compiler fewest bytes: after a gather of tokens, and after fc1's matmul.
-
-A gather after a norm makes two kernels with fp32 rows between them. Before it, reading in another order costs nothing.
-"""
+"""Move LayerNorms after gathers of tokens, which then cost a GPU nothing, and their division after fc1's matmul."""
 
 from __future__ import annotations
 
@@ -9,9 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from swin_deploy.config import SwinConfig
-
-from .base import Graph, Node, Pass, Tensor, add_node, constant, redirect
+from .base import Graph, Node, Pass, Tensor, add_node, blocks, constant, redirect
 
 
 def gather_before_norm(graph: Graph) -> int:
@@ -48,11 +43,7 @@ def _addition(norm: Node) -> Node | None:
 
 def _is_of_patches(norm: Node) -> bool:
     node = norm
-    for op in ("Transpose", "Reshape", "Conv"):
-        node = node.i() if node.inputs[0].inputs else None
-        if node is None or node.op != op:
-            return False
-    return True
+    return all(node.inputs[0].inputs and (node := node.i()).op == op for op in ("Transpose", "Reshape", "Conv"))
 
 
 def _gather_after(node: Node) -> list[Node]:
@@ -76,16 +67,10 @@ def _copied(graph: Graph, chain: list[Node], tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _norms(config: SwinConfig) -> int:
-    return int(config.patch_norm) + (2 * config.blocks if config.version == 2 else 0)
-
-
 def norm_after_matmul(graph: Graph, fallback: set[str]) -> int:
-    """Let fc1 read the tokens themselves, and divide its matmul by their deviation. Returns the number of norms.
+    """Let fc1 read the tokens, and divide its matmul by their deviation: one number per token. Returns the number of norms.
 
-    The norm's kernel then writes one number for each token. `fallback` receives the names of the nodes that must stay fp32.
-    Weight and deviation are shrunk by one power of two, such that no row of the weight has an L2 norm above 1, and fp16 holds
-    the matmul.
+    One power of two shrinks weight and deviation, so that fp16 holds the matmul. `fallback` receives nodes that must stay fp32.
     """
     count = 0
     for matmul in [node for node in graph.nodes if node.op == "Gemm" and node.name.endswith("fc1/Gemm")]:
@@ -125,4 +110,4 @@ def _divide_after(graph: Graph, matmul: Node, norm: Node, fallback: set[str]) ->
     added.inputs[0].outputs = [result]
 
 
-GATHER_BEFORE_NORM = Pass("gather_before_norm", gather_before_norm, _norms)
+GATHER_BEFORE_NORM = Pass("gather_before_norm", gather_before_norm, lambda config: config.patch_norm + 2 * blocks(2)(config))

@@ -101,14 +101,11 @@ def channels_of(graph: GraphIndex, layers: tuple[LinearLayer, ...]) -> list[Chan
 
 def best_factors(
     one: Channels,
-    weights: Mapping[str, tuple[str, Array]],
+    weights: Mapping[str, tuple[str, Array]],  # by initializer: the input of the layer, and the weight [outputs, inputs]
     statistics: Mapping[str, ChannelStatistics],
     powers_of_two: bool = False,
 ) -> Array | None:
-    """Choose the divisors [width] that reduce the expected quantization error most; None if that is hardly worth it.
-
-    `weights` has by initializer the layer's input and the weight [outputs, inputs]. Powers of two round nothing.
-    """
+    """Choose the divisors [width] that reduce the expected quantization error most; None if that is hardly worth it."""
     groups: dict[str, list[Array]] = {}
     for name in sorted(one.read & weights.keys()):
         groups.setdefault(weights[name][0], []).append(weights[name][1].astype(np.float64))
@@ -118,8 +115,7 @@ def best_factors(
     tiny = 1e-12
 
     def shared(values: Array) -> Array:  # the largest of the channels that share a factor
-        result: Array = values.reshape(-1, one.width).max(axis=0)
-        return result
+        return np.asarray(values.reshape(-1, one.width).max(axis=0))
 
     amax = np.max([shared(s.amax) / max(float(s.amax.mean()), tiny) for _, s in parts], axis=0) + 1e-6
     columns = np.max([shared(np.abs(w).max(axis=0)) / max(float(np.abs(w).max()), tiny) for w, _ in parts], axis=0) + 1e-6
@@ -141,8 +137,7 @@ def best_factors(
     best = min(candidates, key=damage)
     if damage(best) > (0.5 if one.after or one.before else 0.99) * damage(np.ones(one.width)):
         return None
-    rounded: Array = best.astype(np.float32)
-    return rounded
+    return np.asarray(best, np.float32)
 
 
 def equalize(model: onnx.ModelProto, one: Channels, factors: Array) -> None:
@@ -187,8 +182,7 @@ def equalized(model: onnx.ModelProto, moments: Mapping[str, SecondMoments]) -> t
     result, found = type(model)(), dict(moments)
     result.CopyFrom(model)
     for one in channels_of(GraphIndex(model), layers):
-        factors = None if one.after or one.before else best_factors(one, read, statistics, powers_of_two=True)
-        if factors is None:
+        if one.after or one.before or (factors := best_factors(one, read, statistics, powers_of_two=True)) is None:
             continue
         equalize(result, one, factors)
         for layer in layers:
@@ -260,8 +254,7 @@ def _values_of_attention(graph: GraphIndex, layer: LinearLayer) -> Channels | No
         first, name = 0, node.input[1 if node.op_type == "MatMul" else 0]
     if node is None or node.op_type != "Gemm" or steps[:5] != ["Reshape", "Transpose", "MatMul", "Transpose", "Reshape"]:
         return None
-    readers = graph.readers[layer.input]
-    if len(readers) > 1:
+    if len(graph.readers[layer.input]) > 1:
         return None
     written = {(constant, 0, first, width) for constant in node.input[1:] if constant}
     return Channels(width, {layer.input}, written, {layer.weight})
@@ -270,15 +263,10 @@ def _values_of_attention(graph: GraphIndex, layer: LinearLayer) -> Channels | No
 def inferred_values(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     """Infer the types and shapes of all tensors of `model`. Large constants are declared as inputs: they would not fit."""
     onnx = require("onnx", "quantize a model")
-    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
-    light.graph.name = "shapes"
-    light.graph.node.extend(model.graph.node)
-    light.graph.input.extend(model.graph.input)
-    light.graph.output.extend(model.graph.output)
-    for tensor in model.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.INT64:
-            light.graph.initializer.append(tensor)
-        else:
-            light.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    shapes = [tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT64]
+    large = [tensor for tensor in model.graph.initializer if tensor.data_type != onnx.TensorProto.INT64]
+    inputs = [onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)) for tensor in large]
+    graph = onnx.helper.make_graph(model.graph.node, "shapes", [*model.graph.input, *inputs], model.graph.output, shapes)
+    light = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
     inferred = onnx.shape_inference.infer_shapes(light).graph
     return [*inferred.value_info, *inferred.input, *inferred.output]

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 SampleFeeds = Callable[[], Iterable[Feeds]]  # yields the samples batch by batch, the same ones each time
-Batches = Callable[[], Iterator[Array]]  # yields an activation of every batch; can be called again
 MAX_SAMPLES = 256  # each layer runs all samples through the layers before it; more samples change little
 SAMPLED = 1 << 17  # values from which the range of an activation is chosen
 HEADS = frozenset({"classifier"})  # one small matmul for each image, which decides every answer
@@ -47,10 +46,7 @@ SMALL = 1 << 16  # weights of one layer: 192 x 192 is small, 192 x 768 is not
 
 
 class CpuLayout:
-    """One fp32 graph, quantized once, from which graphs with fewer quantized layers are made.
-
-    Without `feeds`, `ranges` must have every range. An interrupted run without `ranges` resumes from the bundle.
-    """
+    """A quantized fp32 graph, from which graphs with fewer quantized layers are made. Without `feeds`, `ranges` has all."""
 
     def __init__(
         self,
@@ -122,11 +118,9 @@ def quantize_for_cpu(
     qat: QatLayers | None = None,
     resume: ResumeState | None = None,
 ) -> CpuGraphs:
-    """Quantize the linear layers of `model`, for "onnxruntime" or "openvino", to INT8; the layers `keep` stay fp32.
+    """Quantize the linear layers of `model` to INT8, with ranges of `qat`, or from `feeds` by `method`.
 
-    So does a classifier that was not trained in 8 bits, and for OpenVINO layers that are not faster. Ranges of `qat` are used
-    as they are; without samples, `feeds` is None, and it must have all. By default a range gives the next layer the least
-    error.
+    In fp32 stay `keep`, a classifier that was not trained in 8 bits, and for OpenVINO layers that are not faster.
     """
     from onnx import numpy_helper
 
@@ -168,7 +162,8 @@ def quantize_for_cpu(
                 if scale is None and method is None:
                     scale = _best_scale(values(), np.square(np.concatenate(matrices)).sum(axis=0))
                 elif scale is None and method is not None:
-                    scale = scale_of_range(*_interval(method, name, values))
+                    seen = (Observation.of(batch, len(batch), f"The tensor {name}") for batch in values())
+                    scale = scale_of_range(*reduce(Observation.merged, seen).compute_range(method))
                 assert scale is not None
                 moments = CrossMoments.empty(matrices[0].shape[1])
                 for ours, theirs in zip(values(), fp32.advance(name), strict=True) if known is None else ():
@@ -207,8 +202,7 @@ def equalized_for_cpu(
     for one in channels_of(GraphIndex(model), layers):
         if qat.prevents(layers, one.read, {name for name, *_ in one.written}):
             continue
-        factors = best_factors(one, read, statistics)
-        if factors is not None:
+        if (factors := best_factors(one, read, statistics)) is not None:
             equalize(result, one, factors)
     return result
 
@@ -245,23 +239,14 @@ def norms_of_three_axes(model: onnx.ModelProto, quantized: Set[str]) -> onnx.Mod
 def _groups(model: onnx.ModelProto, keep: Set[str]) -> dict[str, list[LinearLayer]]:
     """The layers to quantize, by the activation that they read."""
     layers = linear_layers(model)
-    names = {layer.name for layer in layers}
-    for name in sorted(keep - names - HEADS):
-        raise unknown("layer", name, sorted(names))
+    names = sorted(layer.name for layer in layers)
+    for name in sorted(keep - set(names) - HEADS):
+        raise unknown("layer", name, names)
     groups: dict[str, list[LinearLayer]] = {}
     for layer in layers:
         if layer.name not in keep:
             groups.setdefault(layer.input, []).append(layer)
     return groups
-
-
-def _interval(method: str, name: str, values: Batches) -> tuple[float, float]:
-    seen: Observation | None = None
-    for batch in values():
-        one = Observation.of(batch, len(batch), f"The tensor {name}")
-        seen = one if seen is None else seen.merged(one)
-    assert seen is not None
-    return seen.compute_range(method)
 
 
 def _statistics(batches: Iterable[Array], name: str) -> ChannelStatistics:

@@ -72,10 +72,7 @@ RoundingOfChanged = Callable[[str, Array, Array, InputChange], Array | None]
 
 
 class TensorRTLayout:
-    """One calibrated fp32 graph, `source` in the bundle, from which quantized graphs are made.
-
-    Without `feeds`, `ranges` must have every range. Observations are cached in the bundle.
-    """
+    """A calibrated fp32 graph, from which quantized graphs are made. Without `feeds`, `ranges` must have every range."""
 
     def __init__(
         self, bundle: Bundle, source: str, model: Any, spec: QuantSpec, feeds: Samples | None, ranges: QatRanges | None
@@ -180,8 +177,7 @@ def quantized_layers(model: onnx.ModelProto, config: SwinConfig, precision: str)
     """List all that "int8" or "fp8" quantizes if nothing is kept, in the order of the network."""
     if precision not in QUANTIZED:
         raise unknown("quantized precision", precision, QUANTIZED)
-    gs = require("onnx_graphsurgeon", f"write the {precision} graph")
-    graph = gs.import_onnx(model)
+    graph = require("onnx_graphsurgeon", f"write the {precision} graph").import_onnx(model)
     attended = {}
     for attention in attentions(graph):
         if config.version == 2 and attention.query.outputs[0].shape[3] in ATTENDED[precision]:
@@ -227,11 +223,11 @@ def quantized_from_fp32(
     V1's attention has none. Layers of `keep` are not quantized. Raises ExportError for an amax that is not a positive number.
     """
     layers = quantized_layers(model, config, precision)
-    for given in (keep, set(weight_scales or ())):
-        refuse_unknown(layers, given)
+    refuse_unknown(layers, keep | set(weight_scales or ()))
     used = [layer for layer in layers if layer.name not in keep]
     ranges = {layer.name: [_checked_amax(amax, name) for name in layer.inputs] for layer in used}
-    graph = require("onnx_graphsurgeon", f"write the {precision} graph").import_onnx(model)
+    gs = require("onnx_graphsurgeon", f"write the {precision} graph")
+    graph = gs.import_onnx(model)
     plan = _Plan(config, graph, ranges, TensorRTWriter(graph, precision, low_precision(low), dict(weight_scales or {})))
     writer = plan.writer
     if rounding is not None:
@@ -248,7 +244,7 @@ def quantized_from_fp32(
         types_pass(task, low, writer.fallback, more=plan.further_casts),
     )
     records = run_passes(graph, config, steps)
-    typed = require("onnx_graphsurgeon", "write the graph").export_onnx(graph)
+    typed = gs.export_onnx(graph)
     raise_opset(typed, BF16_OPSET if low == "bf16" else OPSET)
     typed.ir_version = max(typed.ir_version, 10)  # that of opset 21
     return typed, records
@@ -290,15 +286,15 @@ class _Plan:
     def quantize(self, graph: Graph) -> int:
         done = 0
         self.writer.fallback |= cosine_fallback(graph) | resize_nodes(graph)
-        found = list(attentions(graph))
         gemms = [node for node in graph.nodes if node.op == "Gemm"]
-        for attention in found:
+        for attention in list(attentions(graph)):
             self._record_changes(attention)
             done += self._attention(attention) + self._qkv(attention) + self._projection(attention)
         for node in gemms:
             name, kind = _name(node), _kind(node)
-            if name not in self.ranges:
+            if name not in self.ranges or not (kind in ("fc2", "reduction") or name == HEAD):
                 continue
+            done += 1
             if kind == "fc2":
                 read, *written = self.ranges[name]
                 self.epilogues += 1
@@ -306,14 +302,11 @@ class _Plan:
                 self._weight(node, not written)
                 if written:
                     self._output(node, written[0])
-                done += 1
             elif kind == "reduction":
                 node.inputs[0] = self.writer.activation(node.inputs[0], self.ranges[name][0])
                 self._weight(node, self.version == 2)
-                done += 1
-            elif name == HEAD:
+            else:
                 self._head(node)
-                done += 1
         return done
 
     def _record_changes(self, attention: AttentionNodes) -> None:

@@ -162,10 +162,7 @@ class GptqRounding:
 
 @dataclass
 class CrossMoments:
-    """Sums over all rows of a layer's input, `seen` as the quantized network computes it and `expected` in fp32.
-
-    `gram` is the sum of seen.T @ seen, `cross` of seen.T @ expected, both [channels, channels].
-    """
+    """Sums over the rows of a layer's input, `seen` in 8 bits and `expected` in fp32; `cross` is of seen.T @ expected."""
 
     gram: Array
     cross: Array
@@ -193,10 +190,7 @@ class CrossMoments:
 
 
 def rounded_linear(weight: Array, bias: Array | None, moments: CrossMoments) -> tuple[Array, Array, Array]:
-    """Quantize a linear layer to INT8 such that it gives the fp32 output from the input that it really reads.
-
-    Returns values, scale and bias. The bias takes the mean error of every output, so that a layer without one gets one.
-    """
+    """Quantize a linear layer to INT8 such that it gives the fp32 output, with a bias, from the input that it really reads."""
     gram, cross, seen, expected = moments.centred()
     wanted = weight.astype(np.float64)
     damped = gram + np.eye(len(gram)) * damping(gram)
@@ -204,24 +198,20 @@ def rounded_linear(weight: Array, bias: Array | None, moments: CrossMoments) -> 
     target = np.linalg.solve(damped, (cross + damped - gram) @ wanted.T).T
     scale = int8_scales(target)
     values = gptq(target, damped, scale)
-    found = wanted @ expected - (values * scale[:, None]) @ seen
-    if bias is not None:
-        found = found + bias
+    found = wanted @ expected - (values * scale[:, None]) @ seen + (0 if bias is None else bias)
     return int8_rounded(values).astype(np.int8), scale.astype(np.float32), found.astype(np.float32)
 
 
 def int8_scales(weight: Array) -> Array:
     """Return the INT8 scale [outputs] that spans each row of `weight` [outputs, inputs]."""
     amax = np.maximum(np.abs(weight).max(axis=1), SMALLEST)
-    scales: Array = (amax / 127.0).astype(np.float32).astype(np.float64)
-    return scales
+    return np.asarray((amax / 127.0).astype(np.float32), np.float64)
 
 
 def quantized_activation(values: Array, scale: ActivationScale) -> Array:
     """Return `values` after uint8 quantization and dequantization with `scale`."""
     quantized = np.clip(np.rint(values / np.float32(scale.scale)) + scale.zero_point, 0, 255)
-    result: Array = (quantized - scale.zero_point) * np.float32(scale.scale)
-    return result
+    return np.asarray((quantized - scale.zero_point) * np.float32(scale.scale))
 
 
 def scale_of_range(low: float, high: float) -> ActivationScale:
@@ -232,10 +222,7 @@ def scale_of_range(low: float, high: float) -> ActivationScale:
 
 
 def best_activation_scale(rows: Array, low: float, high: float, importance: Array) -> ActivationScale:
-    """Search the scale with the least squared error in the next layer's output, judged by `rows` [rows, channels].
-
-    `importance` is how much of a channel's squared error arrives there; `low` and `high` are the extremes of all values.
-    """
+    """Search the scale with the least squared error in the next layer's output; `importance` weighs channels."""
 
     def damage(scale: ActivationScale) -> float:
         error = quantized_activation(rows, scale) - rows

@@ -21,19 +21,14 @@ Feeds = Mapping[str, Array]
 
 
 class LayerwiseRun:
-    """A run of `model` over the batches of `feeds`, advanced tensor by tensor; `folder` holds the values between.
-
-    `nodes` and `constants` (by name) may be changed as long as they have not run.
-    """
+    """A run of `model`, advanced tensor by tensor. `nodes` and `constants` may be changed as long as they have not run."""
 
     def __init__(self, model: onnx.ModelProto, feeds: Iterable[Feeds], folder: Path) -> None:
         self.onnx = require("onnx", "quantize a model")
         self.model, self.folder = model, folder
         self.nodes = list(model.graph.node)
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.types = {
-            value.name: value.type.tensor_type.elem_type for value in inferred_values(model)
-        }  # of the tensors of the original model
+        self.types = {value.name: value.type.tensor_type.elem_type for value in inferred_values(model)}
         self.done: set[str] = {value.name for value in model.graph.input}
         self.batches = 0
         folder.mkdir(parents=True, exist_ok=True)

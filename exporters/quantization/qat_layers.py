@@ -32,12 +32,11 @@ class QatLayers:
 
     def prevents(self, layers: Iterable[LinearLayer], read: set[str], written: set[str]) -> bool:
         """Whether equalizing the columns of the weights `read` or the rows of those `written` would invalidate any range."""
-        for layer in layers:
-            if layer.weight in read and (layer.name in self.weights or layer.input in self.activations):
-                return True
-            if layer.weight in written and layer.name in self.weights:
-                return True
-        return False
+        return any(
+            (layer.name in self.weights and layer.weight in read | written)
+            or (layer.input in self.activations and layer.weight in read)
+            for layer in layers
+        )
 
     def scale(self, tensor: str) -> ActivationScale | None:
         """The scale of a tensor, if it has a range."""
@@ -62,10 +61,7 @@ class QatLayers:
 def qat_layers(
     ranges: QatRanges, model: onnx.ModelProto, config: SwinConfig, tensors: Mapping[str, Sequence[str]]
 ) -> QatLayers:
-    """Look up the ranges of the layers of `model`, an fp32 graph; a tensor of several layers gets the largest.
-
-    `tensors` has by layer the tensors that it reads and writes, or query, key and value of an attention.
-    """
+    """Look up the ranges of the layers of `model`, and of their `tensors`: input and output, or query, key and value."""
     weights = {node.name.removesuffix("/Gemm"): node.input[1] for node in model.graph.node if node.op_type == "Gemm"}
     rows = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if tensor.dims}
     activations: dict[str, ActivationRange] = {}

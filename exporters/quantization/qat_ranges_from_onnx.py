@@ -112,22 +112,15 @@ def _same(linear: _Linear, network: Mapping[str, Array], taken: Mapping[str, Any
 
 
 def _equal(linear: _Linear, weights: list[Array]) -> bool:
-    rows = sum(len(weight) for weight in weights)
-    if (rows, weights[0].shape[1]) != linear.weight.shape:
+    if (sum(map(len, weights)), weights[0].shape[1]) != linear.weight.shape:
         return False
-    first, wanted = 0, linear.weight
-    for weight in weights:
-        ours = weight.astype(np.float64)
-        theirs = wanted[first : first + len(weight)]
-        allowed: Any = SAME * np.abs(ours).max()
-        if linear.rounded and linear.scale is not None:
-            scale = linear.scale[first : first + len(weight), None]
-            ours = np.clip(ours, -128 * scale, 127 * scale)
-            allowed = allowed + 0.5 * scale
-        if (np.abs(ours - theirs) > allowed).any():
-            return False
-        first += len(weight)
-    return True
+    ours = np.concatenate(weights).astype(np.float64)
+    allowed = np.concatenate([np.full((len(weight), 1), SAME * float(np.abs(weight).max())) for weight in weights])
+    if linear.rounded and linear.scale is not None:
+        scale = linear.scale[:, None]
+        ours = np.clip(ours, -128 * scale, 127 * scale)
+        allowed = allowed + 0.5 * scale
+    return not (np.abs(ours - linear.weight) > allowed).any()
 
 
 class _QdqGraph(GraphIndex):

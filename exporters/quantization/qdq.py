@@ -60,10 +60,7 @@ class QdqWriter(ABC):
 
 @dataclass
 class TensorRTWriter(QdqWriter):
-    """Writes symmetric Q/DQ ("int8" or "fp8") into an onnx-graphsurgeon graph; scales are exact in the type `low`.
-
-    `scales` are QAT scales of weights, by layer; `fallback` receives the names of nodes that must stay fp32.
-    """
+    """Writes symmetric Q/DQ with scales of type `low`. `fallback` receives the names of nodes that must stay fp32."""
 
     graph: Graph
     format: str
@@ -109,10 +106,7 @@ class TensorRTWriter(QdqWriter):
         redirect(readers, tensor, self.activation(tensor, amax))
 
     def in_epilogue(self, tensor: Tensor, amax: float) -> Tensor:
-        """Same as `activation`, in operators that TensorRT fuses into the epilogue of the preceding GEMM.
-
-        None of them rounds: values are made positive, and converted to integers, which truncates.
-        """
+        """Same as `activation`, in operators that TensorRT fuses into the epilogue of the preceding GEMM. None rounds."""
         if self.format != "int8":
             return self.activation(tensor, amax)
         scale = self.scale(amax)
@@ -137,12 +131,11 @@ class TensorRTWriter(QdqWriter):
         """Write a weight [outputs, inputs] in 8 bits; `shared_amax` is the amax of several weights with one scale."""
         values = np.asarray(values, np.float32)
         trained = self.scales.get(layer) if shared_amax is None else None
-        lowest = -self.largest
         if trained is None:
             scale = self.scale(shared_amax or np.abs(values).max(axis=1))
         else:
             scale = self.scale(np.broadcast_to(np.ravel(trained), len(values)) * self.largest)
-            lowest = -128.0 if self.format == "int8" else lowest  # trained weights use it
+        lowest = -self.largest if trained is None or self.format == "fp8" else -128.0  # trained weights use it
         scale = scale if per_channel else scale.max()
         found = self.rounding(layer, values, np.broadcast_to(scale, values.shape[:1])) if trained is None else None
         limited = np.clip(values / (scale[:, None] if per_channel else scale) if found is None else found, lowest, self.largest)
@@ -182,8 +175,7 @@ class QuantizedLinear:
     @property
     def weight(self) -> NDArray[np.float32]:
         """The dequantized weight [outputs, inputs]."""
-        weight: NDArray[np.float32] = self.values.astype(np.float32) * self.scale[:, None]
-        return weight
+        return np.asarray(self.values.astype(np.float32) * self.scale[:, None])
 
 
 def linear_layers(model: onnx.ModelProto) -> tuple[LinearLayer, ...]:
@@ -247,14 +239,10 @@ def qdq_nodes(nodes: Iterable[Any], quantized: Iterable[QuantizedLinear]) -> tup
 
 def with_nodes(model: onnx.ModelProto, nodes: Iterable[Any], constants: Iterable[Any]) -> onnx.ModelProto:
     """Return `model` with other nodes and further constants, without the constants that no node reads."""
-    nodes = list(nodes)
-    result = type(model)(ir_version=model.ir_version, producer_name=model.producer_name)
-    result.opset_import.extend(model.opset_import)
-    graph = result.graph
-    graph.name = model.graph.name
-    graph.node.extend(nodes)
-    graph.input.extend(model.graph.input)
-    graph.output.extend(model.graph.output)
+    from onnx import helper
+
+    nodes, facts = list(nodes), {"ir_version": model.ir_version, "producer_name": model.producer_name}
     used = {name for node in nodes for name in node.input}
-    graph.initializer.extend(tensor for tensor in (*model.graph.initializer, *constants) if tensor.name in used)
-    return result
+    kept = [tensor for tensor in (*model.graph.initializer, *constants) if tensor.name in used]
+    graph = helper.make_graph(nodes, model.graph.name, model.graph.input, model.graph.output, kept)
+    return helper.make_model(graph, opset_imports=model.opset_import, **facts)
