@@ -60,26 +60,18 @@ class SwinConfig:
     def __post_init__(self) -> None:
         stages = len(self.depths)
         _check(self.version in (1, 2), f"version is {self.version}, but Swin has versions 1 and 2")
-        _check(stages > 0 and all(d > 0 for d in self.depths), f"depths is {list(self.depths)}, expected positive numbers")
-        _check(
-            len(self.num_heads) == stages,
-            f"num_heads has {len(self.num_heads)} entries for {stages} stages (depths {list(self.depths)})",
-        )
-        _check(
-            len(self.window_size) == stages and all(w > 0 for w in self.window_size),
-            f"window_size is {list(self.window_size)}, expected a positive number (or one for each of {stages} stages)",
-        )
+        depths, heads, windows = list(self.depths), list(self.num_heads), list(self.window_size)
+        _check(stages > 0 and all(d > 0 for d in depths), f"depths is {depths}, expected positive numbers")
+        _check(len(heads) == stages, f"num_heads has {len(heads)} entries for {stages} stages (depths {depths})")
+        fits = len(windows) == stages and all(w > 0 for w in windows)
+        _check(fits, f"window_size is {windows}, expected a positive number (or one for each of {stages} stages)")
         _check(min(self.image_size) > 0 and min(self.patch_size) > 0, "image_size and patch_size must be positive")
         _check(self.num_channels > 0 and self.embed_dim > 0, "num_channels and embed_dim must be positive")
-        for stage, heads in enumerate(self.num_heads):
-            _check(
-                heads > 0 and self.width(stage) % heads == 0,
-                f"stage {stage} has width {self.width(stage)}, which {heads} attention heads do not divide",
-            )
-        _check(
-            self.hidden_act in ACTIVATIONS,
-            f'hidden_act is "{self.hidden_act}", which is not supported; supported: {", ".join(ACTIVATIONS)}',
-        )
+        for stage, count in enumerate(heads):
+            fits = count > 0 and self.width(stage) % count == 0
+            _check(fits, f"stage {stage} has width {self.width(stage)}, which {count} attention heads do not divide")
+        why = f'hidden_act is "{self.hidden_act}", which is not supported; supported: {", ".join(ACTIVATIONS)}'
+        _check(self.hidden_act in ACTIVATIONS, why)
         _check(self.framework in FRAMEWORKS, f'framework is "{self.framework}", expected one of {", ".join(FRAMEWORKS)}')
         positive = all(math.isfinite(value) and value > 0 for value in (self.mlp_ratio, self.layer_norm_eps))
         _check(positive, "mlp_ratio and layer_norm_eps must be positive numbers")

@@ -40,8 +40,7 @@ class Placement:
 
     def array(self, tensor: Tensor) -> NDArray[Any]:
         """Wait for an output, and return it in float32."""
-        array: NDArray[Any] = tensor.float().contiguous().cpu().numpy()
-        return array
+        return tensor.float().contiguous().cpu().numpy()
 
 
 class TorchNetwork:

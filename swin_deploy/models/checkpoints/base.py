@@ -115,15 +115,5 @@ def _fits(name: str, found: Shape, expected: Shape) -> bool:
     return tuple(found) == tuple(expected)
 
 
-def as_float32(name: str, tensor: Tensor, where: str) -> Tensor:
-    """Convert a weight to float32. Raises CheckpointError for other than floating types, and for NaN and infinity."""
-    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise CheckpointError(f"{where}: {name} is of type {tensor.dtype}; expected a floating-point tensor.")
-    tensor = tensor.to(torch.float32)
-    if not torch.isfinite(tensor).all():
-        raise CheckpointError(f"{where}: {name} holds NaN or infinity. The file is damaged, or its training diverged.")
-    return tensor
-
-
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

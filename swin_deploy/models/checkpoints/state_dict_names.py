@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from swin_deploy.errors import CheckpointError
 from swin_deploy.models.parameters import Shape
 from swin_deploy.qat_ranges import PARTS
 
-from .base import FLOATING, Stored, StoredFile, as_float32
+from .base import FLOATING, Stored, StoredFile
 
 # Parameter names of other networks. The first match counts.
 OTHER_NETWORKS = tuple(
@@ -141,7 +142,10 @@ class CanonicalTensor:
             tensor = tensor.chunk(3)[self.third]
         if self.axes is not None:
             tensor = tensor.permute(self.axes)
-        return as_float32(self.name, tensor, where).contiguous()
+        tensor = tensor.to(torch.float32)
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{where}: {self.name} holds NaN or infinity. The file is damaged, or its training diverged.")
+        return tensor.contiguous()
 
 
 @dataclass
