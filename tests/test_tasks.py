@@ -9,24 +9,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from cli.exported import one_block
 from click.testing import CliRunner
 
-torch = pytest.importorskip("torch", reason="exports start from torch networks")
-transformers = pytest.importorskip("transformers", reason="transformers is the reference")
-pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+import swin_deploy
+from swin_deploy.bundle import Bundle
+from swin_deploy.cli import cli
+from swin_deploy.config import SwinConfig
+from swin_deploy.errors import BundleError, CheckpointError, InputError, SwinDeployError, UsageError
+from swin_deploy.exporters.typed_graphs import with_typed_graphs
+from swin_deploy.models.checkpoints import checkpoint_from_path, random_checkpoint
+from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.runtimes.backends import runtime_from_onnx
+from swin_deploy.specs import ExportSpec
+from swin_deploy.tasks import MASK, PIXELS, TASKS, TaskSpec
 
-import swin_deploy  # noqa: E402
-from swin_deploy.bundle import Bundle  # noqa: E402
-from swin_deploy.cli import cli  # noqa: E402
-from swin_deploy.config import SwinConfig  # noqa: E402
-from swin_deploy.errors import BundleError, CheckpointError, InputError, SwinDeployError, UsageError  # noqa: E402
-from swin_deploy.exporters.typed_graphs import with_typed_graphs  # noqa: E402
-from swin_deploy.models.checkpoints import checkpoint_from_path, random_checkpoint  # noqa: E402
-from swin_deploy.models.swin import SwinNetwork  # noqa: E402
-from swin_deploy.runtimes.backends import runtime_from_onnx  # noqa: E402
-from swin_deploy.specs import ExportSpec  # noqa: E402
-from swin_deploy.tasks import MASK, PIXELS, TASKS, TaskSpec  # noqa: E402
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 FIELDS: dict[str, Any] = {"image_size": 32, "embed_dim": 16, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4,
                           "num_labels": 3, "encoder_stride": 8}  # fmt: skip

@@ -27,6 +27,7 @@ from swin_deploy.tasks import TaskSpec
 
 sklearn = pytest.importorskip("sklearn.metrics", reason="scikit-learn counts the right answers again")
 
+
 CLASSES = ("ant", "bee", "crane, bird", "dog", "emu", "fox", "crane, machine")
 NOISE = {"fp32": 0.0, "fp16": 0.02, "bf16": 0.3}
 

@@ -14,16 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from checkpoint_cases import CASES, DATA
 
-torch = pytest.importorskip("torch", reason="the networks are torch networks")
-
-from checkpoint_cases import CASES, DATA  # noqa: E402
-
-import swin_deploy  # noqa: E402
-from swin_deploy.models.checkpoints import checkpoint_from_path  # noqa: E402
-from swin_deploy.models.swin import SwinNetwork  # noqa: E402
-from swin_deploy.parity import TOLERANCES  # noqa: E402
-from swin_deploy.tasks import MASK, PIXELS, TaskSpec  # noqa: E402
+import swin_deploy
+from swin_deploy.models.checkpoints import checkpoint_from_path
+from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.parity import TOLERANCES
+from swin_deploy.tasks import MASK, PIXELS, TaskSpec
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 

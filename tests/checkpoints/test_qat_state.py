@@ -12,16 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from checkpoint_cases import DATA, refused, state_dict
+from torch.ao import quantization as ao
 
-torch = pytest.importorskip("torch", reason="checkpoints are read with torch")
-
-from checkpoint_cases import DATA, refused, state_dict  # noqa: E402
-from torch.ao import quantization as ao  # noqa: E402
-
-from swin_deploy.exporters.quantization.gptq import quantized_activation  # noqa: E402
-from swin_deploy.exporters.quantization.qdq import ActivationScale  # noqa: E402
-from swin_deploy.models.checkpoints.recognise import RecognisedCheckpoint, recognise_checkpoint  # noqa: E402
-from swin_deploy.qat_ranges import QatRanges  # noqa: E402
+from swin_deploy.exporters.quantization.gptq import quantized_activation
+from swin_deploy.exporters.quantization.qdq import ActivationScale
+from swin_deploy.models.checkpoints.recognise import RecognisedCheckpoint, recognise_checkpoint
+from swin_deploy.qat_ranges import QatRanges
 
 TIMM, MICROSOFT = "timm__SwinTransformer__bin_only", "ms__SwinTransformer__strip_32x96"
 SYSTEMS = [TIMM, MICROSOFT, "tv__SwinTransformer__pad_52x68", "tv__SwinTransformerV2__pad_52x68", "ms__SimMIM__v1"]

@@ -9,24 +9,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from checkpoint_cases import DATA
 from click.testing import CliRunner
+from safetensors.torch import save_file
+from test_outputs import distance
 
-torch = pytest.importorskip("torch", reason="the networks are torch networks")
-
-from checkpoint_cases import DATA  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from test_outputs import distance  # noqa: E402
-
-import swin_deploy  # noqa: E402
-from swin_deploy.bundle import Bundle  # noqa: E402
-from swin_deploy.cli import cli  # noqa: E402
-from swin_deploy.errors import SwinDeployError, UsageError  # noqa: E402
-from swin_deploy.exporters.checkpoint_from_request import checkpoint_from_request  # noqa: E402
-from swin_deploy.models.checkpoints import Checkpoint, checkpoint_from_path, random_checkpoint, resize_windows  # noqa: E402
-from swin_deploy.models.swin import SwinNetwork  # noqa: E402
-from swin_deploy.specs import ExportSpec  # noqa: E402
-from swin_deploy.tasks import PIXELS, TaskSpec  # noqa: E402
-from swin_deploy.variants import find_variant  # noqa: E402
+import swin_deploy
+from swin_deploy.bundle import Bundle
+from swin_deploy.cli import cli
+from swin_deploy.errors import SwinDeployError, UsageError
+from swin_deploy.exporters.checkpoint_from_request import checkpoint_from_request
+from swin_deploy.models.checkpoints import Checkpoint, checkpoint_from_path, random_checkpoint, resize_windows
+from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.specs import ExportSpec
+from swin_deploy.tasks import PIXELS, TaskSpec
+from swin_deploy.variants import find_variant
 
 RESIZED = Path(__file__).parent / "resized"
 MICROSOFT = RESIZED / "microsoft_window4.pth"

@@ -32,6 +32,7 @@ from swin_deploy.gpus import cuda_devices
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engines of these tests")
 
+
 no_gpu = pytest.mark.skipif(bool(cuda_devices()), reason="this machine has a GPU: what is told where there is none")
 BUILD = ("build-engine", "b", "--gpu", "sm_89")
 

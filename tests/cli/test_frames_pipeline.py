@@ -34,6 +34,7 @@ from swin_deploy.models.checkpoints import random_checkpoint
 from swin_deploy.tasks import TaskSpec
 
 pytest.importorskip("onnxruntime", reason="graphs are run with ONNX Runtime")
+
 CHINA = EXAMPLES / "photos/china.jpg"
 FRAME = (427, 640)  # of both photographs
 AS_TRANSFORMERS = ("cmyk", "palette", "alpha", "exif", "one pixel", "very wide")

@@ -28,6 +28,7 @@ from swin_deploy.bundle import Bundle
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engines of these tests")
 
+
 FAST = ("--backend", "onnxruntime", "--precision", "fp32")  # measures nothing first, as auto does
 LARGE = {"swin-tiny": (95, 224), "swinv2-tiny": (107, 256)}  # variant -> (most kernels for SM89, image size)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from cli.exported import EXAMPLES, WEIGHTS, cli_here, contents, copied, digits_split, refused, result
 from PIL import Image
@@ -21,8 +22,6 @@ from swin_deploy.bundle import Bundle
 from swin_deploy.errors import BackendError, InputError, UsageError, VerificationError
 from swin_deploy.exporters.quantization.qdq import linear_layers
 
-onnx = pytest.importorskip("onnx", reason="the graphs are ONNX")
-pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with onnx-graphsurgeon")
 pytest.importorskip("onnxruntime", reason="ranges are measured with ONNX Runtime")
 datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn has the digits")
 

@@ -19,14 +19,14 @@ from cli.exported import started
 from engine_graphs import HEADS, SM89, TOKENS, WIDTH, attention, compiler_messages, graph, linear
 from onnx import TensorProto, helper
 
-trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the graphs of these tests")
+from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
+from swin_deploy.exporters.engines.engine_from_onnx import Engine, engine_from_onnx, resolve_backend
+from swin_deploy.exporters.engines.layer_report import EngineTensor, report_from_inspector, report_from_log
+from swin_deploy.exporters.engines.targets import for_target, rtx_gpus, target_gpu
+from swin_deploy.gpus import cuda_devices
+from swin_deploy.specs import EngineSpec
 
-from swin_deploy.errors import EngineError, MissingDependencyError, UsageError  # noqa: E402
-from swin_deploy.exporters.engines.engine_from_onnx import Engine, engine_from_onnx, resolve_backend  # noqa: E402
-from swin_deploy.exporters.engines.layer_report import EngineTensor, report_from_inspector, report_from_log  # noqa: E402
-from swin_deploy.exporters.engines.targets import for_target, rtx_gpus, target_gpu  # noqa: E402
-from swin_deploy.gpus import cuda_devices  # noqa: E402
-from swin_deploy.specs import EngineSpec  # noqa: E402
+trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the graphs of these tests")
 
 HERE = Path(__file__).parent  # from the repository root a bare swin_deploy/ would shadow the installed package
 

@@ -15,16 +15,16 @@ import onnx
 import pytest
 from engine_graphs import SM89, attention, linear
 
-trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the graphs of these tests")
+from swin_deploy.errors import EngineError, UsageError
+from swin_deploy.exporters.engines.build import layers_file
+from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
+from swin_deploy.exporters.engines.layer_report import report_from_log, reports_by_profile
+from swin_deploy.exporters.engines.targets import compiler_options, name_of_options
+from swin_deploy.gpus import cuda_devices
+from swin_deploy.options import batch, memory
+from swin_deploy.specs import RTX_LACKS, EngineSpec
 
-from swin_deploy.errors import EngineError, UsageError  # noqa: E402
-from swin_deploy.exporters.engines.build import layers_file  # noqa: E402
-from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx  # noqa: E402
-from swin_deploy.exporters.engines.layer_report import report_from_log, reports_by_profile  # noqa: E402
-from swin_deploy.exporters.engines.targets import compiler_options, name_of_options  # noqa: E402
-from swin_deploy.gpus import cuda_devices  # noqa: E402
-from swin_deploy.options import batch, memory  # noqa: E402
-from swin_deploy.specs import RTX_LACKS, EngineSpec  # noqa: E402
+trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the graphs of these tests")
 
 no_gpu = pytest.mark.skipif(bool(cuda_devices()), reason="this machine has a GPU: what is told where there is none")
 

@@ -10,10 +10,10 @@ import pytest
 from engine_graphs import SM89, attention, compiler_messages
 from test_engine_from_onnx import python
 
-trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is what speaks")
+from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
+from swin_deploy.tensorrt_log import log_callback, logger_of
 
-from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx  # noqa: E402
-from swin_deploy.tensorrt_log import log_callback, logger_of  # noqa: E402
+trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is what speaks")
 
 ONE_AFTER_THE_OTHER = """
 from engine_graphs import SM89, compiler_messages, linear

@@ -7,24 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+import torch
+from onnx import TensorProto
 
-torch = pytest.importorskip("torch", reason="graphs are traced from torch")
-onnx = pytest.importorskip("onnx", reason="graphs are ONNX graphs")
-pytest.importorskip("onnxscript", reason="torch exports through onnxscript")
-pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with onnx-graphsurgeon")
-
-from onnx import TensorProto  # noqa: E402
-
-from swin_deploy.config import SwinConfig  # noqa: E402
-from swin_deploy.errors import ExportError, PassError  # noqa: E402
-from swin_deploy.exporters.external_data import SMALLEST, embed_weights  # noqa: E402
-from swin_deploy.exporters.onnx_from_torch import OPERATORS, OPSET, Traced, onnx_from_torch  # noqa: E402
-from swin_deploy.exporters.passes import PassRecord  # noqa: E402
-from swin_deploy.models.checkpoints import random_checkpoint  # noqa: E402
-from swin_deploy.models.swin import SwinNetwork  # noqa: E402
-from swin_deploy.parity import compare  # noqa: E402
-from swin_deploy.tasks import TaskSpec  # noqa: E402
+from swin_deploy.config import SwinConfig
+from swin_deploy.errors import ExportError, PassError
+from swin_deploy.exporters.external_data import SMALLEST, embed_weights
+from swin_deploy.exporters.onnx_from_torch import OPERATORS, OPSET, Traced, onnx_from_torch
+from swin_deploy.exporters.passes import PassRecord
+from swin_deploy.models.checkpoints import random_checkpoint
+from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.parity import compare
+from swin_deploy.tasks import TaskSpec
 
 INPUT, OUTPUT = "pixel_values", "logits"
 

@@ -9,27 +9,23 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
+import torch
+from onnx import TensorProto, checker, helper
+from traced import traced_once
 
-torch = pytest.importorskip("torch", reason="graphs are traced from torch")
-pytest.importorskip("onnx", reason="rewrites act on ONNX graphs")
-pytest.importorskip("onnxscript", reason="torch exports through onnxscript")
-gs = pytest.importorskip("onnx_graphsurgeon", reason="rewrites act on onnx-graphsurgeon graphs")
-
-from onnx import TensorProto, checker, helper  # noqa: E402
-from traced import traced_once  # noqa: E402
-
-from swin_deploy.config import SwinConfig  # noqa: E402
-from swin_deploy.errors import ExportError, PassError  # noqa: E402
-from swin_deploy.exporters.external_data import embed_weights  # noqa: E402
-from swin_deploy.exporters.onnx_from_torch import onnx_from_torch  # noqa: E402
-from swin_deploy.exporters.passes import ENGINE_PASSES, PASSES, Pass, PassRecord, run_passes  # noqa: E402
-from swin_deploy.exporters.passes.attention import attentions  # noqa: E402
-from swin_deploy.exporters.passes.cosine_attention import MAX_L2_NORM, l2_norm_bounds  # noqa: E402
-from swin_deploy.models.checkpoints import random_checkpoint  # noqa: E402
-from swin_deploy.models.swin import SwinNetwork  # noqa: E402
-from swin_deploy.parity import compare  # noqa: E402
-from swin_deploy.tasks import TaskSpec  # noqa: E402
+from swin_deploy.config import SwinConfig
+from swin_deploy.errors import ExportError, PassError
+from swin_deploy.exporters.external_data import embed_weights
+from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
+from swin_deploy.exporters.passes import ENGINE_PASSES, PASSES, Pass, PassRecord, run_passes
+from swin_deploy.exporters.passes.attention import attentions
+from swin_deploy.exporters.passes.cosine_attention import MAX_L2_NORM, l2_norm_bounds
+from swin_deploy.models.checkpoints import random_checkpoint
+from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.parity import compare
+from swin_deploy.tasks import TaskSpec
 
 WHOLE, PADDED = (64, 64), (52, 72)  # 16 x 16 tokens in windows of 4; 13 x 18, padded
 LOGITS = TaskSpec()

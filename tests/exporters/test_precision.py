@@ -6,29 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
 import pytest
+from cli.exported import EXAMPLES
+from onnx import TensorProto, helper, numpy_helper
+from traced import answers_of_torch, traced_once
 
-torch = pytest.importorskip("torch", reason="graphs are traced from torch")
-onnx = pytest.importorskip("onnx", reason="graphs are ONNX graphs")
-pytest.importorskip("onnxscript", reason="torch exports through onnxscript")
-gs = pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with onnx-graphsurgeon")
-
-from cli.exported import EXAMPLES  # noqa: E402
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
-from traced import answers_of_torch, traced_once  # noqa: E402
-
-import swin_deploy  # noqa: E402
-from swin_deploy.calib.collect import amax_of_values  # noqa: E402
-from swin_deploy.config import SwinConfig  # noqa: E402
-from swin_deploy.errors import ExportError, MissingKernelError, PassError  # noqa: E402
-from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx  # noqa: E402
-from swin_deploy.exporters.passes import ENGINE_PASSES, PassRecord  # noqa: E402
-from swin_deploy.exporters.passes.cosine_attention import cosine_fallback  # noqa: E402
-from swin_deploy.exporters.precision import assign_types, typed_from_fp32  # noqa: E402
-from swin_deploy.parity import TOLERANCES, compare  # noqa: E402
-from swin_deploy.runtimes.backends import runtime_from_onnx, runtime_to_check  # noqa: E402
-from swin_deploy.specs import EngineSpec  # noqa: E402
-from swin_deploy.tasks import TaskSpec  # noqa: E402
+import swin_deploy
+from swin_deploy.calib.collect import amax_of_values
+from swin_deploy.config import SwinConfig
+from swin_deploy.errors import ExportError, MissingKernelError, PassError
+from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
+from swin_deploy.exporters.passes import ENGINE_PASSES, PassRecord
+from swin_deploy.exporters.passes.cosine_attention import cosine_fallback
+from swin_deploy.exporters.precision import assign_types, typed_from_fp32
+from swin_deploy.parity import TOLERANCES, compare
+from swin_deploy.runtimes.backends import runtime_from_onnx, runtime_to_check
+from swin_deploy.specs import EngineSpec
+from swin_deploy.tasks import TaskSpec
 
 INPUT, OUTPUT = "pixel_values", "logits"
 TASK = TaskSpec()

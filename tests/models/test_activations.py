@@ -17,6 +17,7 @@ from swin_deploy.tasks import TaskSpec
 
 ACT2FN = pytest.importorskip("transformers.activations", reason="transformers is what the activations are compared with").ACT2FN
 
+
 WITH_PARAMETERS = {"prelu", "xielu"}  # no Swin checkpoint is published with them
 
 

@@ -13,20 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch as safetensors
+import torch
+import transformers
+from models.random_weights import randomize
 
-torch = pytest.importorskip("torch", reason="the networks are torch networks")
-transformers = pytest.importorskip("transformers", reason="transformers is the reference for the networks")
-safetensors = pytest.importorskip("safetensors.torch", reason="checkpoints are safetensors files")
-
-from models.random_weights import randomize  # noqa: E402
-
-import swin_deploy  # noqa: E402
-from swin_deploy.errors import CheckpointError  # noqa: E402
-from swin_deploy.models.checkpoints import checkpoint_from_hub, checkpoint_from_path  # noqa: E402
-from swin_deploy.models.swin import SwinNetwork  # noqa: E402
-from swin_deploy.parity import compare  # noqa: E402
-from swin_deploy.tasks import TaskSpec  # noqa: E402
-from swin_deploy.variants import find_variant  # noqa: E402
+import swin_deploy
+from swin_deploy.errors import CheckpointError
+from swin_deploy.models.checkpoints import checkpoint_from_hub, checkpoint_from_path
+from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.parity import compare
+from swin_deploy.tasks import TaskSpec
+from swin_deploy.variants import find_variant
 
 TASK = TaskSpec()
 BATCHES = (1, 2, 5)

@@ -15,23 +15,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
+from models.random_weights import randomize
 
-torch = pytest.importorskip("torch", reason="the networks are torch networks")
-transformers = pytest.importorskip("transformers", reason="transformers is the reference for the networks")
-
-from models.random_weights import randomize  # noqa: E402
-
-import swin_deploy  # noqa: E402
-from swin_deploy.exporters.external_data import embed_weights  # noqa: E402
-from swin_deploy.exporters.onnx_from_torch import onnx_from_torch  # noqa: E402
-from swin_deploy.exporters.precision import typed_from_fp32  # noqa: E402
-from swin_deploy.exporters.typed_graphs import with_typed_graphs  # noqa: E402
-from swin_deploy.models.checkpoints import checkpoint_from_path  # noqa: E402
-from swin_deploy.models.swin import SwinNetwork  # noqa: E402
-from swin_deploy.parity import TOLERANCES  # noqa: E402
-from swin_deploy.runtimes.backends import runtime_from_onnx  # noqa: E402
-from swin_deploy.specs import Size, size_text  # noqa: E402
-from swin_deploy.tasks import MASK, PIXELS, TASKS, TaskSpec  # noqa: E402
+import swin_deploy
+from swin_deploy.exporters.external_data import embed_weights
+from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
+from swin_deploy.exporters.precision import typed_from_fp32
+from swin_deploy.exporters.typed_graphs import with_typed_graphs
+from swin_deploy.models.checkpoints import checkpoint_from_path
+from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.parity import TOLERANCES
+from swin_deploy.runtimes.backends import runtime_from_onnx
+from swin_deploy.specs import Size, size_text
+from swin_deploy.tasks import MASK, PIXELS, TASKS, TaskSpec
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 

@@ -7,21 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cli.exported import one_block
 
-torch = pytest.importorskip("torch", reason="the networks are torch networks")
-
-import swin_deploy  # noqa: E402
-from swin_deploy.config import SwinConfig  # noqa: E402
-from swin_deploy.errors import UsageError  # noqa: E402
-from swin_deploy.machine import this_machine  # noqa: E402
-from swin_deploy.models.blocks import shift_mask  # noqa: E402
-from swin_deploy.models.checkpoints import random_checkpoint  # noqa: E402
-from swin_deploy.models.swin import SwinNetwork  # noqa: E402
-from swin_deploy.models.windows import WindowGrid  # noqa: E402
-from swin_deploy.parity import compare, sample_inputs  # noqa: E402
-from swin_deploy.specs import TARGETS  # noqa: E402
-from swin_deploy.tasks import TASKS, TaskSpec  # noqa: E402
+import swin_deploy
+from swin_deploy.config import SwinConfig
+from swin_deploy.errors import UsageError
+from swin_deploy.machine import this_machine
+from swin_deploy.models.blocks import shift_mask
+from swin_deploy.models.checkpoints import random_checkpoint
+from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.models.windows import WindowGrid
+from swin_deploy.parity import compare, sample_inputs
+from swin_deploy.specs import TARGETS
+from swin_deploy.tasks import TASKS, TaskSpec
 
 # Maps of 16 x 20, 8 x 10 and 4 x 5 tokens at the first size (shifted), of 13 x 18, 7 x 9 and 4 x 5 at the second (padded).
 SIZES = [(64, 80), (52, 72)]

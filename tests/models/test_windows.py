@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="the reference for window order is torch")
-
-from swin_deploy.config import SwinConfig  # noqa: E402
-from swin_deploy.errors import UsageError  # noqa: E402
-from swin_deploy.models import windows  # noqa: E402
-from swin_deploy.models.windows import PAD, StageGrids, WindowGrid  # noqa: E402
+from swin_deploy.config import SwinConfig
+from swin_deploy.errors import UsageError
+from swin_deploy.models import windows
+from swin_deploy.models.windows import PAD, StageGrids, WindowGrid
 
 # height, width, window, shift: whole windows, padding on one side, on both, one window, wide and tall
 GRIDS = [

@@ -8,12 +8,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-torch = pytest.importorskip("torch", reason="networks are trained with torch")
-transformers = pytest.importorskip("transformers", reason="the networks are those of transformers")
-
-from torch.ao.quantization import (  # noqa: E402
+import torch
+import transformers
+from torch.ao.quantization import (
     FakeQuantize,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,

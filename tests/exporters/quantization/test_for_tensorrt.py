@@ -7,33 +7,30 @@ from functools import wraps
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
 import pytest
+from cli.exported import EXAMPLES, digits
+from onnx import TensorProto, helper
+from traced import traced_once
 
-pytest.importorskip("torch", reason="graphs are traced from torch")
-onnx = pytest.importorskip("onnx", reason="graphs are ONNX graphs")
-pytest.importorskip("onnxscript", reason="torch exports through onnxscript")
-gs = pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with onnx-graphsurgeon")
+from swin_deploy.bundle import PREPROCESSOR, Bundle
+from swin_deploy.config import SwinConfig
+from swin_deploy.dependencies import onnxruntime_session
+from swin_deploy.errors import EngineError, ExportError, UsageError
+from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
+from swin_deploy.exporters.passes import attention
+from swin_deploy.exporters.passes.layer_norms import norm_after_matmul
+from swin_deploy.exporters.precision import typed_from_fp32
+from swin_deploy.exporters.quantization.for_tensorrt import quantized_from_fp32, quantized_layers
+from swin_deploy.exporters.quantization.qdq import TensorRTWriter
+from swin_deploy.exporters.typed_graphs import config_and_task
+from swin_deploy.preprocess import Preprocessor
+from swin_deploy.runtimes.emulate import emulated
+from swin_deploy.specs import EngineSpec
+from swin_deploy.tasks import TaskSpec
+
 ort = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the graphs")
-
-from cli.exported import EXAMPLES, digits  # noqa: E402
-from onnx import TensorProto, helper  # noqa: E402
-from traced import traced_once  # noqa: E402
-
-from swin_deploy.bundle import PREPROCESSOR, Bundle  # noqa: E402
-from swin_deploy.config import SwinConfig  # noqa: E402
-from swin_deploy.dependencies import onnxruntime_session  # noqa: E402
-from swin_deploy.errors import EngineError, ExportError, UsageError  # noqa: E402
-from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx  # noqa: E402
-from swin_deploy.exporters.passes import attention  # noqa: E402
-from swin_deploy.exporters.passes.layer_norms import norm_after_matmul  # noqa: E402
-from swin_deploy.exporters.precision import typed_from_fp32  # noqa: E402
-from swin_deploy.exporters.quantization.for_tensorrt import quantized_from_fp32, quantized_layers  # noqa: E402
-from swin_deploy.exporters.quantization.qdq import TensorRTWriter  # noqa: E402
-from swin_deploy.exporters.typed_graphs import config_and_task  # noqa: E402
-from swin_deploy.preprocess import Preprocessor  # noqa: E402
-from swin_deploy.runtimes.emulate import emulated  # noqa: E402
-from swin_deploy.specs import EngineSpec  # noqa: E402
-from swin_deploy.tasks import TaskSpec  # noqa: E402
 
 WHOLE, PADDED = (48, 48), (44, 52)  # 12 x 12 tokens in windows of 6; 11 x 13, padded
 LOGITS = TaskSpec()

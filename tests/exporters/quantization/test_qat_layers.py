@@ -10,23 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+import torch
+from cli.exported import cli_here, contents, refused, result
+from qat_networks import answers, pixels, saved, trained, without_rounding
 
-torch = pytest.importorskip("torch", reason="networks are trained with torch")
-onnx = pytest.importorskip("onnx", reason="graphs are ONNX graphs")
-pytest.importorskip("onnxscript", reason="torch exports through onnxscript")
-pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with onnx-graphsurgeon")
+import swin_deploy
+from swin_deploy.bundle import Bundle
+from swin_deploy.exporters.quantization.qdq import linear_layers
+from swin_deploy.models.checkpoints.state_dict_names import CanonicalStateDict
+from swin_deploy.parity import sqnr
+from swin_deploy.qat_ranges import RANGES, QatRanges, modules_of
+
 ort = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the graphs")
-
-from cli.exported import cli_here, contents, refused, result  # noqa: E402
-from qat_networks import answers, pixels, saved, trained, without_rounding  # noqa: E402
-
-import swin_deploy  # noqa: E402
-from swin_deploy.bundle import Bundle  # noqa: E402
-from swin_deploy.exporters.quantization.qdq import linear_layers  # noqa: E402
-from swin_deploy.models.checkpoints.state_dict_names import CanonicalStateDict  # noqa: E402
-from swin_deploy.parity import sqnr  # noqa: E402
-from swin_deploy.qat_ranges import RANGES, QatRanges, modules_of  # noqa: E402
 
 INT8 = "onnx/model_int8.onnx"
 
