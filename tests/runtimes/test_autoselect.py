@@ -98,7 +98,7 @@ def test_measured_anew_with_another_tensorrt_or_driver(cache: Path, monkeypatch:
 
 def test_where_none_is_correct(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_measure", rows_of(None, None))
-    with pytest.raises(BackendError, match=r"None of what is here.*onnxruntime fp32 on cpu: not verified"):
+    with pytest.raises(BackendError, match=r"No candidate runs this bundle: onnxruntime fp32 on cpu: not verified"):
         choose(Bundle.open(digits(2)), [ORT, OV], refuse, 0)
     assert not cache.exists()
 
@@ -115,16 +115,16 @@ def test_a_quantised_graph_for_tensorrt_is_no_choice_without_it(cache: Path, tmp
     """OpenVINO computes wrong results from it and ONNX Runtime is slow; named, it runs where it is correct."""
     pytest.importorskip("openvino", reason="what is refused")
     path = copied(2, tmp_path / "b")
-    swin_deploy.quantize(path, EXAMPLES / "digits/images", quantization="int8")
+    swin_deploy.quantize(path, EXAMPLES / "digits/images", precision="int8")
     with swin_deploy.load(path) as model:
         assert "int8" not in {row.candidate.precision for row in model.describe().measured}
     with swin_deploy.load(path, precision="int8") as model:
         assert (model.describe().backend, model.describe().measured) == ("onnxruntime", ())
-    with pytest.raises(UsageError, match=r"int8 graph of .* in the form for TensorRT.*--int8 --target openvino"):
+    with pytest.raises(UsageError, match=r"INT8 graph in .* was built for TensorRT.*--int8 --target openvino"):
         swin_deploy.load(path, backend="openvino", precision="int8")
-    swin_deploy.quantize(path, EXAMPLES / "digits/images", quantization="int8", target="onnxruntime")
+    swin_deploy.quantize(path, EXAMPLES / "digits/images", precision="int8", target="onnxruntime")
     with swin_deploy.load(path, backend="openvino", precision="int8") as model:
-        assert model.describe().reason == "there is nothing else to choose from here"
+        assert model.describe().reason == "the only candidate on this machine"
 
 
 def test_a_graph_that_is_gone_is_done_without(cache: Path, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_winner_that_does_not_load_any_more_is_done_without(cache: Path, monke
         with pytest.raises(BackendError, match="OpenVino does not start today"):
             swin_deploy.load(digits(2), backend="openvino", precision="fp32")
         patch.setattr(OnnxRuntime, "__init__", fails)
-        with pytest.raises(BackendError, match=r"None of what is here .*OnnxRuntime does not.*OpenVino does not start today"):
+        with pytest.raises(BackendError, match=r"No candidate runs this .*OnnxRuntime does not.*OpenVino does not start today"):
             taken()
     assert kept.read_bytes() == content
     assert taken() == first
@@ -219,7 +219,7 @@ def test_a_winner_that_does_not_load_any_more_is_done_without(cache: Path, monke
 def test_nothing_to_choose_is_not_measured(cache: Path) -> None:
     with swin_deploy.load(digits(2), backend="onnxruntime", precision="fp32") as model:
         assert model.describe().measured == ()
-        assert model.describe().reason == "there is nothing else to choose from here"
+        assert model.describe().reason == "the only candidate on this machine"
     with swin_deploy.load(digits(2), backend="onnxruntime", device="cpu", precision="fp32") as model:
         assert model.describe().reason == "asked for by name"
     assert not cache.exists()
@@ -288,5 +288,5 @@ def test_a_back_end_that_is_not_installed_is_not_replaced(monkeypatch: pytest.Mo
     with swin_deploy.load(digits(2), precision="fp32") as model:
         assert model.describe().backend == "onnxruntime"
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(MissingDependencyError, match=r'Nothing that runs models .*"swin-deploy\[onnxruntime\]"'):
+    with pytest.raises(MissingDependencyError, match=r'No back end that runs models .*"swin-deploy\[onnxruntime\]"'):
         swin_deploy.load(digits(2), precision="fp32")
