@@ -7,7 +7,7 @@ without fusion. Matmuls, norms and sums of low precision accumulate in fp32, on 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,7 +135,13 @@ class PyTorch(Runtime):
 
     def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
         try:
-            with self._torch.inference_mode(), self._on_device():
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self._torch.inference_mode())
+                if self.device != "cpu":
+                    cuda = self._torch.cuda
+                    stack.enter_context(cuda.device(self.device))
+                    # The default stream keeps tensors of the caller in order, whichever stream they come from.
+                    stack.enter_context(cuda.stream(cuda.default_stream(self.device)))
                 values = {name: self._fed(feed) for name, feed in feeds.items()}
                 for node in self._nodes:
                     found = node.function(*[values[one] if isinstance(one, str) else one for one in node.inputs])
@@ -161,16 +167,6 @@ class PyTorch(Runtime):
         """Return a tensor that shares the memory of an array; reshaping drops strides that torch rejects."""
         flat: Tensor = self._torch.from_numpy(array.reshape(-1))
         return flat.reshape(array.shape)
-
-    @contextlib.contextmanager
-    def _on_device(self) -> Iterator[None]:
-        """Use the default stream of the GPU, which keeps tensors of the caller in order, whichever stream they come from."""
-        if self.device == "cpu":
-            yield
-            return
-        cuda = self._torch.cuda
-        with cuda.device(self.device), cuda.stream(cuda.default_stream(self.device)):
-            yield
 
     def _close(self) -> None:
         del self._nodes

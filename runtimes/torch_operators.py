@@ -7,7 +7,7 @@ It returns the function of the node, which takes all inputs as tensors, or None 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -45,11 +45,6 @@ def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def _cast(numbers: Numbers, *, to: int, saturate: int = 1) -> Function:
-    dtype = torch_type(to)
-    return lambda x: _to(x, dtype)
-
-
 def _reshape(numbers: Numbers, *, allowzero: int = 0) -> Function:
     shape = list(enumerate(numbers(1) or []))
     return lambda x, _: x.reshape([x.shape[axis] if size == 0 and not allowzero else size for axis, size in shape])
@@ -57,14 +52,7 @@ def _reshape(numbers: Numbers, *, allowzero: int = 0) -> Function:
 
 def _unsqueeze(numbers: Numbers) -> Function:
     axes = numbers(1) or []
-
-    def unsqueezed(x: Tensor, _: Tensor) -> Tensor:
-        rank = x.ndim + len(axes)
-        for axis in sorted(axis % rank for axis in axes):
-            x = x.unsqueeze(axis)
-        return x
-
-    return unsqueezed
+    return lambda x, _: reduce(torch.unsqueeze, sorted(axis % (x.ndim + len(axes)) for axis in axes), x)
 
 
 def _slice(numbers: Numbers) -> Function:
@@ -124,10 +112,6 @@ def _conv(
     return convolved
 
 
-def _layer_norm(numbers: Numbers, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1) -> Function:
-    return lambda x, weight, bias=None: F.layer_norm(x, x.shape[axis:], weight, bias, epsilon)
-
-
 def _reduced(function: Callable[..., Tensor]) -> Make:
     def make(numbers: Numbers, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Function:
         axes = numbers(1)
@@ -176,7 +160,7 @@ _FUNCTIONAL = ("HardSwish", "Mish", "Relu", "Softplus")
 OPERATORS: dict[str, Make] = {
     **{name: _plain(getattr(torch, name.lower())) for name in _TORCH},
     **{name: _plain(getattr(F, name.lower())) for name in _FUNCTIONAL},
-    "Cast": _cast,
+    "Cast": lambda numbers, *, to, saturate=1: partial(_to, dtype=torch_type(to)),
     "Clip": _plain(lambda x, low=None, high=None: torch.clamp(x, low, high)),
     "Concat": lambda numbers, *, axis: lambda *parts: torch.cat(parts, axis),
     "Conv": _conv,
@@ -187,7 +171,9 @@ OPERATORS: dict[str, Make] = {
     "Gelu": lambda numbers, *, approximate="none": lambda x: F.gelu(x, approximate=approximate),
     "Gemm": _gemm,
     "Identity": _plain(lambda x: x),
-    "LayerNormalization": _layer_norm,
+    "LayerNormalization": lambda numbers, *, axis=-1, epsilon=1e-5, stash_type=1: (
+        lambda x, weight, bias=None: F.layer_norm(x, x.shape[axis:], weight, bias, epsilon)
+    ),
     "LeakyRelu": lambda numbers, *, alpha=0.01: lambda x: F.leaky_relu(x, alpha),
     "Max": _plain(lambda *parts: reduce(torch.maximum, parts)),
     "Min": _plain(lambda *parts: reduce(torch.minimum, parts)),

@@ -29,14 +29,12 @@ def cache_folder(kind: str) -> Path | None:
 
 def read_cached(file: Path | None) -> bytes:
     """Return the content of a file and mark it as used now; empty if it cannot be read."""
-    if file is None:
-        return b""
-    with suppress(OSError):
-        os.utime(file)
-    try:
-        return file.read_bytes()
-    except OSError:
-        return b""
+    if file is not None:
+        with suppress(OSError):
+            os.utime(file)
+        with suppress(OSError):
+            return file.read_bytes()
+    return b""
 
 
 def write_cached(file: Path | None, content: bytes) -> None:

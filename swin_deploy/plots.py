@@ -50,9 +50,7 @@ def bar_chart(
                 left = max(left, bar.interval[1])
             axes.annotate(bar.note, (left, row), (5, 0), textcoords="offset points", verticalalignment="center")
         axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
-        axes.set_ylim(len(bars) - 0.5, -0.5)
-        axes.set_xlim(0)
-        axes.set_xlabel(axis)
+        axes.set(xlim=(0, None), ylim=(len(bars) - 0.5, -0.5), xlabel=axis)
         axes.set_title(title, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         if legend:

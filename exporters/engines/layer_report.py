@@ -94,13 +94,10 @@ class EngineLayer:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """The layers of an engine and the figures computed from them, which are None if any layer has an unknown format.
-
-    `source` is "log", "inspector" or "none". `unread` counts the layers in an unknown format.
-    """
+    """The layers of an engine and their figures, which are None if `unread`, the number of unknown layers, is not 0."""
 
     layers: tuple[EngineLayer, ...]
-    source: str
+    source: str  # "log", "inspector" or "none"
     unread: int = 0
 
     @property

@@ -28,10 +28,9 @@ _UNCOUNTED = {
 
 @dataclass(frozen=True)
 class GraphCost:
-    """The figures of a graph for one batch size.
+    """The figures of a graph for one batch size; `flops` maps the type that a matmul computes in to its operations.
 
-    `flops` maps the type that a matmul computes in to its operations. `parameters` counts the elements of floating-point and
-    quantized constants: the weights of the network, and tables that the export folded.
+    `parameters` counts the elements of all floating-point and quantized constants: weights, and tables that the export folded.
     """
 
     nodes: Mapping[str, int]

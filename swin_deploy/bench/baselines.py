@@ -154,8 +154,8 @@ def transformers_folder(checkpoint: Checkpoint, folder: Path) -> None:
     save_file = require("safetensors.torch", "write a checkpoint").save_file
     prefix = "swin." if checkpoint.config.version == 1 else "swinv2."
     folder.mkdir(parents=True, exist_ok=True)
-    named = {(name if name.startswith("classifier.") else prefix + name): t for name, t in checkpoint.tensors.items()}
-    save_file({name: tensor.contiguous() for name, tensor in named.items()}, folder / "model.safetensors")
+    tensors = {(n if n.startswith("classifier.") else prefix + n): t.contiguous() for n, t in checkpoint.tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(checkpoint.config.to_dict()), encoding="utf-8")
 
 

@@ -46,9 +46,8 @@ class BenchCase:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The figures of one case; `round_ms` has the median time of a call in each round.
+    """The figures of one case; `round_ms` has the median time of each round, and `ratio` compares them with the reference.
 
-    `ratio` is the time relative to the reference: its median, and the quartiles `low` and `high`, over the rounds.
     `relative_l2` is the distance from the outputs of the reference; None if weights, inputs or outputs differ.
     """
 

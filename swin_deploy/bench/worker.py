@@ -39,6 +39,7 @@ class Child(contextlib.AbstractContextManager["Child"]):
             [sys.executable, "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True,
             start_new_session=True,
         )  # fmt: skip
+        self.pid = self._process.pid
         try:
             loaded = self._ask(request)
             self.title, self.inputs = str(loaded["title"]), loaded["inputs"]
@@ -46,11 +47,6 @@ class Child(contextlib.AbstractContextManager["Child"]):
             self.close()
             raise
         self.cold_start = time.perf_counter() - begin
-
-    @property
-    def pid(self) -> int:
-        """Number of the process."""
-        return self._process.pid
 
     def milliseconds(self, seconds: float) -> list[float]:
         """Run the model for `seconds`, at least once after a warm-up, and return the time of each call."""
@@ -107,8 +103,7 @@ def serve() -> None:
         model = open_request(request)
         feeds = _feeds(model.inputs, int(request["batch"]))
         np.savez(request["answer"], **model.run(feeds))
-        inputs = {spec.name: spec.dtype for spec in model.inputs}
-        answer(title=model.title, inputs=inputs, peak_memory=peak_memory())
+        answer(title=model.title, inputs={spec.name: spec.dtype for spec in model.inputs}, peak_memory=peak_memory())
         while line := sys.stdin.readline():
             answer(ms=_timed(model, feeds, float(json.loads(line)["seconds"])), peak_memory=peak_memory())
     except MemoryError:

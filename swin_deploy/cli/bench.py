@@ -66,25 +66,22 @@ def _chart(rows: Sequence[Measurement], machine: str, reference: str, file_forma
 
 
 def _print_rows(rows: Sequence[Measurement]) -> None:
-    print_table(
-        ("model", "back end", "device", "precision", "batch", "runs", "p50 ms", "p90 ms", "p99 ms", "images/s", "peak MB",
-         "cold s", "ratio", "quartiles", "distance"),
-        [
-            (
-                row.case.model,
-                row.case.backend,
-                row.case.device,
-                row.case.precision,
-                row.case.batch,
-                row.runs,
-                *(f"{row.percentiles_ms[p]:.2f}".rjust(7) for p in (50, 90, 99)),
-                f"{row.images_per_second:.1f}".rjust(8),
-                round(row.peak_memory_mb),
-                f"{row.cold_start_seconds:.2f}".rjust(6),
-                f"{row.ratio['median']:.3f}",
-                f"{row.ratio['low']:.3f} to {row.ratio['high']:.3f}",
-                "-" if row.relative_l2 is None else f"{row.relative_l2:.1e}",
-            )
-            for row in rows
-        ],
-    )  # fmt: skip
+    table = [
+        {
+            "model": row.case.model,
+            "back end": row.case.backend,
+            "device": row.case.device,
+            "precision": row.case.precision,
+            "batch": row.case.batch,
+            "runs": row.runs,
+            **{f"p{p} ms": f"{row.percentiles_ms[p]:.2f}".rjust(7) for p in (50, 90, 99)},
+            "images/s": f"{row.images_per_second:.1f}".rjust(8),
+            "peak MB": round(row.peak_memory_mb),
+            "cold s": f"{row.cold_start_seconds:.2f}".rjust(6),
+            "ratio": f"{row.ratio['median']:.3f}",
+            "quartiles": f"{row.ratio['low']:.3f} to {row.ratio['high']:.3f}",
+            "distance": "-" if row.relative_l2 is None else f"{row.relative_l2:.1e}",
+        }
+        for row in rows
+    ]
+    print_table(list(table[0]), [list(row.values()) for row in table])

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ def command(path: Path, compare: Path | None, plot: Path | None, verbose: bool, 
     the published peaks of the GPU. It is not a measurement.
     """
     import swin_deploy
+    from swin_deploy.exporters.inspection.roofline import LAUNCH, find_gpu
 
     if plot is not None:
         check_plot(plot)
@@ -54,7 +55,13 @@ def command(path: Path, compare: Path | None, plot: Path | None, verbose: bool, 
                 _print_engines(found)
             if len(found) > 1:
                 _print_comparison(found[0], found[1])
-            _explain(found, show.say)
+            named = dict.fromkeys(cost.roofline.gpu for one in found for cost in one.engines if cost.roofline is not None)
+            for gpu in map(find_gpu, named):
+                show.say(
+                    f"Roofline of {gpu.name}: the larger of memory ({gpu.bandwidth:.0f} GB/s) and compute (TFLOPS: fp32 "
+                    f"{gpu.fp32:g}, fp16 {gpu.fp16:g}, int8 {gpu.int8:g}; {gpu.source}), and "
+                    f"{LAUNCH * 1e6:g} us for each kernel launch. This is not a measurement."
+                )
 
 
 ROLE_COLOURS = {"attention": BLUE, "product": CYAN, "move": RED, "other": YELLOW}
@@ -141,18 +148,6 @@ def _print_comparison(left: Inspection, right: Inspection) -> None:
         print_table((f"{a.precision}, {a.gpu}, batch {batch}", left.path.name, right.path.name, "ratio"), rows)
     if not matched:
         click.echo("\nThe two have no engines of the same precision, GPU and batch.")
-
-
-def _explain(found: Sequence[Inspection], say: Callable[[str], None]) -> None:
-    from swin_deploy.exporters.inspection.roofline import LAUNCH, find_gpu
-
-    for name in dict.fromkeys(cost.roofline.gpu for one in found for cost in one.engines if cost.roofline is not None):
-        gpu = find_gpu(name)
-        say(
-            f"Roofline of {name}: the larger of memory ({gpu.bandwidth:.0f} GB/s) and compute (TFLOPS: fp32 "
-            f"{gpu.fp32:g}, fp16 {gpu.fp16:g}, int8 {gpu.int8:g}; {gpu.source}), and "
-            f"{LAUNCH * 1e6:g} us for each kernel launch. This is not a measurement."
-        )
 
 
 def _shown(one: Inspection, file: str) -> str:

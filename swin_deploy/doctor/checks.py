@@ -22,7 +22,7 @@ from swin_deploy.bundle import Bundle
 from swin_deploy.dependencies import installed, onnxruntime_session, require
 from swin_deploy.errors import BackendError, BundleError, MissingDependencyError
 from swin_deploy.files import scratch_folder
-from swin_deploy.gpus import cuda_devices
+from swin_deploy.gpus import CudaDevice, cuda_devices
 from swin_deploy.machine import Machine, this_machine
 
 from .packages import VersionConflict, install_command, installed_conflicts, versions_of
@@ -67,11 +67,9 @@ class CheckResult:
 
 
 @dataclass(frozen=True)
-class InstalledGpu:
+class InstalledGpu(CudaDevice):
     """An NVIDIA GPU that this process may use, with its memory in bytes where nvidia-smi lists it."""
 
-    name: str
-    capability: str
     memory: int | None
 
 
@@ -88,10 +86,7 @@ class BundleRun:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The result of `doctor`; `runs` is None if no bundle was given, and `damaged` has a sentence for each changed file of it.
-
-    `can_run` is whether anything on this machine runs a bundle, or the given one.
-    """
+    """The result of `doctor`; `can_run` is whether anything on this machine runs a bundle, or the one that was given."""
 
     machine: Machine
     driver: str | None
@@ -276,16 +271,15 @@ def _compiler(backend: str) -> str:
 
 
 def _export() -> str:
-    torch = require("torch", "export")
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
-    return f"torch is built for {build}; graphs in fp32, fp16, bf16"
+    cuda = require("torch", "export").version.cuda
+    return f"torch is built for {f'CUDA {cuda}' if cuda else 'the CPU'}; graphs in fp32, fp16, bf16"
 
 
 def _hub() -> str:
     from huggingface_hub import constants
 
-    offline = "checkpoints from the local cache only: HF_HUB_OFFLINE is set"
-    return offline if constants.HF_HUB_OFFLINE else "checkpoints from the cache and the hub, which was not contacted"
+    offline = "local cache only: HF_HUB_OFFLINE is set"
+    return f"checkpoints from the {offline if constants.HF_HUB_OFFLINE else 'cache and the hub, which was not contacted'}"
 
 
 _MAKERS = ("torch", "onnx", "onnxscript", "onnx_graphsurgeon", "safetensors")
@@ -334,9 +328,8 @@ def run_engine(bundle: Bundle, file: str, entry: Mapping[str, Any], gpus: Sequen
 
     backend, precision, library = str(entry["backend"]), str(entry["precision"]), BACKENDS[entry["backend"]].found
     release = None
-    if installed(library):
-        with contextlib.suppress(MissingDependencyError, OSError):
-            release = str(require(library, "run engines").__version__)
+    with contextlib.suppress(MissingDependencyError, OSError):
+        release = str(require(library, "run engines").__version__)
     if (why := incompatibility(bundle, file, [gpu.capability for gpu in gpus], release)) is not None:
         return BundleRun(file, backend, precision, False, why)
     fitting = (i for i, gpu in enumerate(gpus) if incompatibility(bundle, file, [gpu.capability], release) is None)
