@@ -37,16 +37,11 @@ def test_what_is_required(required: str, failed: int, skipped: int, tmp_path: Pa
     """On a machine with a GPU, or what the tests take for one."""
     (tmp_path / "test_cases.py").write_text(CASES)
     code = (
-        "import sys, conftest, pytest; conftest.MISSING['cuda'] = lambda: None; sys.exit(pytest.main(sys.argv[1:], [conftest]))"
+        "import sys, conftest, pytest\nconftest.MISSING['cuda'] = lambda: None\nsys.exit(pytest.main(sys.argv[1:], [conftest]))"
     )
     options = ["-q", "-p", "no:cacheprovider", "-c", str(TESTS.parent / "pyproject.toml"), "--rootdir", str(tmp_path), "-n0"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *options, str(tmp_path / "test_cases.py")],
-        cwd=TESTS,
-        env={**os.environ, "SWIN_DEPLOY_REQUIRE": required},
-        capture_output=True,
-        text=True,
-    )
+    command, env = [sys.executable, "-c", code, *options, str(tmp_path / "test_cases.py")], {"SWIN_DEPLOY_REQUIRE": required}
+    done = subprocess.run(command, cwd=TESTS, env={**os.environ, **env}, capture_output=True, text=True)
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped)", done.stdout)}
     assert (counts.get("passed"), counts.get("failed", 0), counts.get("skipped")) == (1, failed, skipped), (
         done.stdout + done.stderr

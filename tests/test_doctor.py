@@ -58,31 +58,17 @@ def test_no_installed_version_is_too_old() -> None:
 @pytest.mark.parametrize(
     ("found", "torchvision", "gpu", "words", "command"),
     [
-        (
-            {"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.1"},
-            (),
-            True,
-            "both installed",
-            'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "swin-deploy[gpu]"',
-        ),
-        (
-            {"onnxruntime": "1.31.1"},
-            (),
-            True,
-            "the CPU build",
-            'pip uninstall -y onnxruntime && pip install "swin-deploy[gpu]"',
-        ),
-        (
-            {"torch": "2.13.0+cpu", "torchvision": "0.27.0"},
-            ("numpy", "torch==2.12.0", "pillow!=8.3.*,>=5.3.0"),
-            False,
-            "torchvision 0.27.0 needs torch 2.12.0, and torch 2.13.0+cpu is installed",
-            "pip install --upgrade torch torchvision",
-        ),
+        ({"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.1"}, (), True, "both installed",
+         'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "swin-deploy[gpu]"'),
+        ({"onnxruntime": "1.31.1"}, (), True, "the CPU build",
+         'pip uninstall -y onnxruntime && pip install "swin-deploy[gpu]"'),
+        ({"torch": "2.13.0+cpu", "torchvision": "0.27.0"}, ("numpy", "torch==2.12.0", "pillow!=8.3.*,>=5.3.0"), False,
+         "torchvision 0.27.0 needs torch 2.12.0, and torch 2.13.0+cpu is installed",
+         "pip install --upgrade torch torchvision"),
         ({"onnx": "1.17.0"}, (), False, "onnx 1.17.0 is too old; 1.18 or newer", 'pip install --upgrade "onnx>=1.18"'),
         ({"tensorrt": "10.9.0.34"}, (), True, "tensorrt 10.9.0.34", 'pip install --upgrade "tensorrt>=10.12"'),
     ],
-)
+)  # fmt: skip
 def test_known_version_conflicts(
     found: dict[str, str], torchvision: tuple[str, ...], gpu: bool, words: str, command: str
 ) -> None:

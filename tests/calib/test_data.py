@@ -67,9 +67,7 @@ def test_labels_come_with_the_samples(tmp_path: Path) -> None:
     assert taken((image, place) for place, image in enumerate(raw)).labels == (0, 1, 2, 3)
     assert taken(raw).labels is None
 
-
-def test_labels_of_a_data_set_are_known_without_reading_images() -> None:
-    class Pictures:  # like a torchvision data set
+    class Pictures:  # labels are known without reading images, like a torchvision data set
         targets = (3, 1, 2)
         read: list[int] = []  # noqa: RUF012 - shared on purpose
 

@@ -220,11 +220,6 @@ def test_other_networks_are_named(name: str, shape: tuple[int, ...], what: str, 
     refused(tmp_path / "a.pth", f"is {what}.* swin-deploy supports image encoders and classifiers of Swin V1 and V2")
 
 
-def test_a_network_that_nothing_names(tmp_path: Path) -> None:
-    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "a.pth")
-    refused(tmp_path / "a.pth", r"holds 2 tensors, and not those of a Swin \(the first is weight\)")
-
-
 def test_h5py_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
     refused(TF, r"h5py is needed to read tf_model.h5, .*Run: pip install .*swin-deploy\[tensorflow\]", MissingDependencyError)

@@ -66,7 +66,7 @@ def test_operations_by_hand(model: onnx.ModelProto, operations: int) -> None:
     assert cost_of_model(model).flops == {"float16": operations}
 
 
-def test_a_free_batch_is_set() -> None:
+def test_a_dynamic_batch_is_set() -> None:
     assert cost_of_model(linear(), 8).flops == {"float16": 8 * 2 * 64 * 64 * 64}
     assert cost_of_model(linear(), 8).batch == 8
     assert cost_of_model(linear(4), 8).flops == {"float16": 4 * 2 * 64 * 64 * 64}  # fixed

@@ -23,8 +23,11 @@ from swin_deploy.exporters.passes.cosine_attention import cosine_fallback
 from swin_deploy.exporters.precision import assign_types, typed_from_fp32
 from swin_deploy.parity import TOLERANCES, compare
 from swin_deploy.runtimes.backends import runtime_from_onnx, runtime_to_check
+from swin_deploy.runtimes.emulate import emulated_file
 from swin_deploy.specs import EngineSpec
 from swin_deploy.tasks import TaskSpec
+
+ort = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the graphs")
 
 INPUT, OUTPUT = "pixel_values", "logits"
 TASK = TaskSpec()
@@ -55,9 +58,8 @@ def graphs(request: pytest.FixtureRequest) -> tuple[SwinConfig, tuple[int, int],
 
 
 def answers(model: Any, size: tuple[int, int], batch: int = 3) -> Any:
-    runtime = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs both graphs")
     pixels = np.random.default_rng(batch).standard_normal((batch, 3, *size), dtype=np.float32)
-    session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run([OUTPUT], {INPUT: pixels})[0]
 
 
@@ -139,7 +141,7 @@ def test_fp32_graph_is_left_alone(graphs: Any) -> None:
     assert again.SerializeToString(deterministic=True) == low.SerializeToString(deterministic=True)
 
 
-def test_weight_beyond_half_precision_is_an_error() -> None:
+def test_a_weight_beyond_half_precision_and_another_config_are_errors() -> None:
     model = fp32(1, WHOLE)
     (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == "classifier.weight")
     values = numpy_helper.to_array(weight).copy()
@@ -148,9 +150,6 @@ def test_weight_beyond_half_precision_is_an_error() -> None:
     with pytest.raises(ExportError) as caught:
         typed_from_fp32(model, config(1), TASK, "fp16")
     assert str(caught.value) == ("classifier.weight holds 1e+05, which float16 cannot represent. Build the engine with --fp32.")
-
-
-def test_graph_of_another_config_is_an_error() -> None:
     with pytest.raises(PassError, match=r'"query_bias_in_norm" found 4 places where this architecture has 0'):
         typed_from_fp32(fp32(1, WHOLE), config(2), TASK, "fp16")
 
@@ -168,8 +167,7 @@ def small(nodes: list[Any], outputs: list[str]) -> Any:
 
 
 def run(model: Any, values: list[float]) -> list[Any]:
-    runtime = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the graph")
-    session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return list(session.run(None, {INPUT: np.array(values, np.float32)}))
 
 
@@ -236,9 +234,7 @@ def test_measured_ranges_are_those_of_the_values() -> None:
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
     watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in found if name != OUTPUT)
-    session = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the graph").InferenceSession(
-        watched.SerializeToString()
-    )
+    session = ort.InferenceSession(watched.SerializeToString())
     runs = [session.run(list(found), feeds) for feeds in Images().batches(1)]
     assert len(found) > 50
     for number, name in enumerate(found):
@@ -265,7 +261,6 @@ def test_graph_is_valid_and_bf16_outside_fallback_nodes(bf16_graphs: Any) -> Non
 
 def test_answers_by_emulation_and_by_pytorch(bf16_graphs: Any, tmp_path: Path) -> None:
     """Padded windows of V2 included. Both round every node to bf16, and sum in another order."""
-    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     _, size, full, low = bf16_graphs
     path = tmp_path / "model.onnx"
     onnx.save(low, str(path))
@@ -283,9 +278,6 @@ def test_answers_by_emulation_and_by_pytorch(bf16_graphs: Any, tmp_path: Path) -
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_emulated_fp16_is_what_pytorch_computes_in_fp16(version: int, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    from swin_deploy.runtimes.emulate import emulated_file
-
     full = fp32(version, WHOLE)
     low = typed_from_fp32(full, config(version), TASK, "fp16").model
     path = tmp_path / "model.onnx"
@@ -308,7 +300,6 @@ def test_openvino_runs_it(bf16_graphs: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["swin", "swinv2"])
 def test_bundle_and_engine(family: str, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     bundle = swin_deploy.export(weights=EXAMPLES / f"digits/{family}-digits", output=tmp_path / "bundle")
     (built,) = swin_deploy.build_engine(bundle.path, precision="bf16", gpus=["sm_89"])

@@ -95,7 +95,7 @@ def test_a_layer_gives_the_fp32_output_from_a_damaged_input() -> None:
     np.testing.assert_allclose(output.mean(axis=0), wanted.mean(axis=0), atol=1e-4)
 
 
-def test_dead_channels_are_no_obstacle() -> None:
+def test_dead_channels_and_rows_of_zeros_are_no_obstacle() -> None:
     seen = RNG.standard_normal((100, 6)).astype(np.float32)
     seen[:, 2] = 0
     moments = CrossMoments.empty(6)
@@ -104,6 +104,9 @@ def test_dead_channels_are_no_obstacle() -> None:
     assert np.isfinite(scale).all()
     np.testing.assert_allclose(values * scale[:, None], np.ones((3, 6)), atol=0.01)
     np.testing.assert_allclose(bias, 0, atol=1e-6)
+    scales = int8_scales(np.array([[0.0, 0.0], [1.0, -2.0]]))
+    assert scales[0] > 0
+    assert scales[1] == pytest.approx(2 / 127)
 
 
 def test_one_sided_values_use_the_whole_range_and_outliers_are_clipped() -> None:
@@ -115,12 +118,6 @@ def test_one_sided_values_use_the_whole_range_and_outliers_are_clipped() -> None
     )
     assert ignored.scale < 0.35 * counted.scale
     assert counted.scale * 255 > 0.9 * 40
-
-
-def test_a_row_of_zeros_has_a_scale() -> None:
-    scales = int8_scales(np.array([[0.0, 0.0], [1.0, -2.0]]))
-    assert scales[0] > 0
-    assert scales[1] == pytest.approx(2 / 127)
 
 
 def moments_of(x: np.ndarray) -> SecondMoments:
