@@ -20,8 +20,12 @@ from swin_deploy.bundle import Bundle
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import UsageError
 from swin_deploy.gpus import CudaDevice, cuda_devices
+from swin_deploy.models.checkpoints import checkpoint_from_path
+from swin_deploy.models.torch_runtime import Placement, TorchNetwork
+from swin_deploy.parity import compare
 from swin_deploy.runtimes import model_from_bundle
 from swin_deploy.specs import BenchSpec
+from swin_deploy.tasks import TaskSpec
 
 QUICK = ("--seconds", 0.1, "--rounds", 2, "--json")
 FIGURES = {
@@ -187,11 +191,6 @@ def test_a_missing_device(tmp_path: Path) -> None:
 
 def test_pytorch_in_half_precision() -> None:
     """As it is measured on a GPU, but on the CPU."""
-    from swin_deploy.models.checkpoints import checkpoint_from_path
-    from swin_deploy.models.torch_runtime import Placement, TorchNetwork
-    from swin_deploy.parity import compare
-    from swin_deploy.tasks import TaskSpec
-
     checkpoint = checkpoint_from_path(one_block(), TaskSpec())
     feeds = {"pixel_values": np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)}
     exact, half = (

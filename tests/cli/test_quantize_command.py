@@ -20,6 +20,7 @@ import swin_deploy
 from swin_deploy.bench.run import bench
 from swin_deploy.bundle import Bundle
 from swin_deploy.errors import BackendError, InputError, UsageError, VerificationError
+from swin_deploy.exporters import typed_graphs as graphs
 from swin_deploy.exporters.quantization.qdq import linear_layers
 
 pytest.importorskip("onnxruntime", reason="ranges are measured with ONNX Runtime")
@@ -207,8 +208,6 @@ def test_graphs_that_share_weights_change_together_or_not_at_all(tmp_path: Path,
     swin_deploy.export(weights=WEIGHTS[1], output=path, image_sizes=[(32, 32), (16, 32)], target="onnxruntime")
     keep = ["stages.1.steps.block1.fc2"]
     before = swin_deploy.quantize(path, IMAGES).scores
-
-    from swin_deploy.exporters import typed_graphs as graphs
 
     checked, check = [], graphs.check_graph
 

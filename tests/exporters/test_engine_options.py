@@ -13,8 +13,11 @@ from typing import Any
 
 import onnx
 import pytest
+from cli.exported import copied
 from engine_graphs import SM89, attention, linear
 
+import swin_deploy
+from swin_deploy.bundle import Bundle
 from swin_deploy.errors import EngineError, UsageError
 from swin_deploy.exporters.engines.build import layers_file
 from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
@@ -226,10 +229,6 @@ def test_the_progress_of_two_profiles_is_told() -> None:
 
 def test_a_thread_that_waits_finds_what_the_first_one_compiled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Two builds of one engine in one process; tests/cli has those of two processes."""
-    from cli.exported import copied
-
-    import swin_deploy
-
     path, built = copied(2, tmp_path / "b"), []
 
     def build() -> None:
@@ -247,11 +246,6 @@ def test_a_thread_that_waits_finds_what_the_first_one_compiled(tmp_path: Path, c
 
 
 def test_the_layers_are_kept_beside_the_engine(tmp_path: Path) -> None:
-    from cli.exported import copied
-
-    import swin_deploy
-    from swin_deploy.bundle import Bundle
-
     path = copied(1, tmp_path / "b")
     [built] = swin_deploy.build_engine(path, gpus=["sm_89"], batches=[(1, 1, 1), (1, 4, 8)], workspace=1 << 30)
     assert built.file == f"engines/fp16-b1-b1_4_8-workspace1073741824-sm_89-tensorrt-rtx-{trt.__version__}.engine"

@@ -16,7 +16,10 @@ from onnx import TensorProto, helper, numpy_helper
 from plotted import bar_widths
 from torch.utils.flop_counter import FlopCounterMode
 
+import swin_deploy
+from swin_deploy.cli.inspect import ROLE_COLOURS, engine_chart
 from swin_deploy.errors import UsageError
+from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
 from swin_deploy.exporters.engines.layer_report import ROLES, EngineLayer, EngineTensor
 from swin_deploy.exporters.inspection.flops import cost_from_onnx, cost_of_model
 from swin_deploy.exporters.inspection.roofline import GPUS, LAUNCH, find_gpu, roofline
@@ -149,8 +152,6 @@ def test_roles_of_kernels(name: str, kind: str, role: str) -> None:
 
 def test_the_roles_of_an_engine_add_up() -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the graphs of these tests")
-    from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
-
     report = engine_from_onnx(attention(blocks=2).SerializeToString(), SM89).report
     figures = report.to_dict()
     assert set(report.roles) == set(ROLES)
@@ -192,8 +193,6 @@ def test_the_published_figures_are_plausible() -> None:
 @pytest.fixture(scope="module")
 def inspected(tmp_path_factory: pytest.TempPathFactory) -> Any:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engines of these tests")
-    import swin_deploy
-
     path = copied(2, tmp_path_factory.mktemp("inspected") / "b")
     swin_deploy.build_engine(path, gpus=["sm_89", "sm_86"], batches=[(2, 2, 2), (1, 4, 8)])
     swin_deploy.build_engine(path, precision="fp32", gpus=["sm_89"])
@@ -224,15 +223,11 @@ def test_a_bundle_with_engines(inspected: Any) -> None:
 
 
 def test_no_roofline_for_a_gpu_that_does_not_fit_the_engine(inspected: Any) -> None:
-    import swin_deploy
-
     described = swin_deploy.inspect(inspected.path, gpu="l4").engines
     assert [cost.roofline and cost.roofline.gpu for cost in described] == ["l4", None, None, None, "l4"]
 
 
 def test_a_plot_is_to_scale(inspected: Any) -> None:
-    from swin_deploy.cli.inspect import ROLE_COLOURS, engine_chart
-
     assert tuple(ROLE_COLOURS) == ROLES
     known = [(f"<{number}>", cost) for number, cost in enumerate(inspected.engines) if cost.roofline is not None]
     for engines, unit in ((known, "Bytes moved"), ([("all", cost) for cost in inspected.engines], "Kernels")):

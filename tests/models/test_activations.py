@@ -10,9 +10,12 @@ import torch
 import swin_deploy
 from swin_deploy.config import ACTIVATIONS, SwinConfig
 from swin_deploy.errors import CheckpointError
+from swin_deploy.exporters.bundle_from_checkpoint import bundle_from_checkpoint
 from swin_deploy.models import activations
 from swin_deploy.models.checkpoints import random_checkpoint
 from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.runtimes.backends import runtime_from_onnx
+from swin_deploy.specs import ExportSpec
 from swin_deploy.tasks import TaskSpec
 
 ACT2FN = pytest.importorskip("transformers.activations", reason="transformers is what the activations are compared with").ACT2FN
@@ -52,10 +55,6 @@ def test_refused_by_name(name: str) -> None:
 )
 def test_exported(name: str, tmp_path: Path) -> None:
     """The exporter writes these with different operators; the export compares the graph with PyTorch."""
-    from swin_deploy.exporters.bundle_from_checkpoint import bundle_from_checkpoint
-    from swin_deploy.runtimes.backends import runtime_from_onnx
-    from swin_deploy.specs import ExportSpec
-
     bundle_from_checkpoint(random_checkpoint(config(name), TaskSpec()), tmp_path / "b", ExportSpec(), runtime_from_onnx)
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

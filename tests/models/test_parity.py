@@ -20,9 +20,11 @@ from models.random_weights import randomize
 
 import swin_deploy
 from swin_deploy.errors import CheckpointError
+from swin_deploy.exporters.typed_graphs import with_typed_graphs
 from swin_deploy.models.checkpoints import checkpoint_from_hub, checkpoint_from_path
 from swin_deploy.models.swin import SwinNetwork
 from swin_deploy.parity import compare
+from swin_deploy.runtimes.backends import runtime_from_onnx
 from swin_deploy.tasks import TaskSpec
 from swin_deploy.variants import find_variant
 
@@ -180,10 +182,6 @@ def test_buffers_of_older_files_are_ignored(version: int, tmp_path: Path) -> Non
 @pytest.mark.parametrize(("version", "name"), [pytest.param(1, "swin-tiny", marks=pytest.mark.slow), (2, "swinv2-tiny")])
 def test_published_size_through_the_whole_chain(version: int, name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the exported graphs")
-    pytest.importorskip("onnxscript", reason="torch exports through onnxscript")
-    from swin_deploy.exporters.typed_graphs import with_typed_graphs
-    from swin_deploy.runtimes.backends import runtime_from_onnx
-
     fields = find_variant(name).config().to_dict()
     model = reference_model(
         version, {key: value for key, value in fields.items() if key not in ("model_type", "architectures")}

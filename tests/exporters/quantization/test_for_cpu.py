@@ -24,6 +24,7 @@ from swin_deploy.exporters.quantization.qdq import linear_layers
 from swin_deploy.exporters.quantization.resume import ResumeState
 from swin_deploy.parity import sqnr
 from swin_deploy.preprocess import Preprocessor
+from swin_deploy.runtimes.openvino import openvino_core
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +66,6 @@ def test_onnx_runtime_makes_one_node_of_each_layer(quantized: CpuGraphs, tmp_pat
 
 def test_openvino_computes_linear_layers_in_8_bits(quantized: CpuGraphs, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
-    from swin_deploy.runtimes.openvino import openvino_core
-
     model = quantized.model()
     reshaped = norms_of_three_axes(model, {layer.layer.input for layer in quantized.layers.values()})
     onnx.checker.check_model(reshaped, full_check=True)
