@@ -66,9 +66,6 @@ def several(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# The specification of a task.
-
-
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
@@ -140,9 +137,6 @@ def test_features_that_the_config_names(checkpoint: Path, tmp_path: Path) -> Non
     assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(found, wanted, strict=True))
 
 
-# Masked image modelling, against transformers.
-
-
 def test_the_mask_token(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = transformers.SwinForMaskedImageModeling(transformers.SwinConfig(**FIELDS)).eval()
@@ -175,9 +169,6 @@ def test_masked_image_modelling_of_images_that_are_not_square() -> None:
     assert tuple(found.shape) == (2, 3, 32, 64)
     with pytest.raises(RuntimeError):
         transformers.SwinForMaskedImageModeling(transformers.SwinConfig(**FIELDS)).eval()(pixels(2, 3, 32, 64))
-
-
-# Several image sizes in one bundle.
 
 
 def test_every_size_is_verified_and_one_file_holds_each_tensor_once(several: Path, checkpoint: Path) -> None:
@@ -237,9 +228,6 @@ def test_one_size_keeps_its_weights_inside(tmp_path: Path) -> None:
     bundle = swin_deploy.export(weights=one_block(), image_sizes=[(32, 32), (32, 32)], output=tmp_path / "one")
     assert list(bundle.graphs) == ["onnx/model.onnx"]
     assert not list(bundle.path.rglob("*_data"))
-
-
-# The command line.
 
 
 def run(*arguments: object) -> Any:

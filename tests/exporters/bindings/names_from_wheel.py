@@ -3,9 +3,7 @@
     pip download --no-deps tensorrt_cu13_bindings==11.4.0.106
     python tests/exporters/bindings/names_from_wheel.py tensorrt_cu13_bindings-11.4.0.106-*.whl > tensorrt-11.4.json
 
-The bindings are a thin layer over libraries of gigabytes, of which they name nine functions when they are loaded. A C
-compiler makes libraries with just these functions: the bindings then load, and every class and attribute is there to be
-listed. None can be called. The wheel must be of this Python's version.
+The bindings load with empty libraries that have the nine functions they name. The wheel must be for this Python version.
 """
 
 from __future__ import annotations

@@ -26,13 +26,10 @@ FIELDS = {
 }  # fmt: skip
 TENSOR = {"observer": MovingAverageMinMaxObserver, "averaging_constant": 0.1}
 ASYMMETRIC = FakeQuantize.with_args(**TENSOR, dtype=torch.quint8, quant_min=0, quant_max=255)
-SYMMETRIC = FakeQuantize.with_args(
-    **TENSOR, dtype=torch.qint8, quant_min=-128, quant_max=127, qscheme=torch.per_tensor_symmetric
-)  # fmt: skip
-BY_CHANNEL = FakeQuantize.with_args(
-    observer=MovingAveragePerChannelMinMaxObserver, dtype=torch.qint8, quant_min=-128, quant_max=127,
-    qscheme=torch.per_channel_symmetric, ch_axis=0,
-)  # fmt: skip
+INT8 = {"dtype": torch.qint8, "quant_min": -128, "quant_max": 127}
+SYMMETRIC = FakeQuantize.with_args(**TENSOR, **INT8, qscheme=torch.per_tensor_symmetric)
+PER_CHANNEL = {"observer": MovingAveragePerChannelMinMaxObserver, "qscheme": torch.per_channel_symmetric, "ch_axis": 0}
+BY_CHANNEL = FakeQuantize.with_args(**PER_CHANNEL, **INT8)
 
 
 def pixels(count: int, seed: int) -> Any:

@@ -68,11 +68,8 @@ def trained(version: int) -> tuple[SwinConfig, Any, Any]:
     bundle = Bundle.open(digits(version))
     model = onnx.shape_inference.infer_shapes(onnx.load(bundle.path / "onnx/model.onnx"))
     prepare = Preprocessor.from_dict(bundle.read_json(PREPROCESSOR))
-    return (
-        config_and_task(bundle)[0],
-        model,
-        prepare([str(file) for file in sorted((EXAMPLES / "digits/images").glob("*.png"))]),
-    )
+    images = prepare([str(file) for file in sorted((EXAMPLES / "digits/images").glob("*.png"))])
+    return config_and_task(bundle)[0], model, images
 
 
 def noise(size: tuple[int, int]) -> Any:

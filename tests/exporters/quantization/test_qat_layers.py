@@ -61,12 +61,10 @@ def copied(made: Path, folder: Path) -> Path:
 def run(path: Path, feed: Any, plainly: bool = False) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
-    options.graph_optimization_level = (
-        ort.GraphOptimizationLevel.ORT_DISABLE_ALL if plainly else options.graph_optimization_level
-    )
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(
-        None, {"pixel_values": feed.numpy()}
-    )[0]
+    if plainly:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"pixel_values": feed.numpy()})[0]
 
 
 def layer_of(model: Any, canonical: str) -> str:
