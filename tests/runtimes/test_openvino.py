@@ -26,6 +26,7 @@ del second
 third.close()
 del third
 caught = []
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as by a shell in the background
 signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
 signal.raise_signal(signal.SIGTERM)
 try:
