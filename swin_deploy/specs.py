@@ -218,7 +218,7 @@ class EngineSpec(Spec):
             raise UsageError("A number of samples needs images to take them from. Pass --data.")
         if self.backend == "tensorrt-rtx":
             for name, reason in RTX_LACKS.items():
-                if getattr(self, name) not in (None, False):
+                if (value := getattr(self, name)) is not None and value is not False:
                     raise UsageError(
                         f"TensorRT for RTX has no {reason}. Leave out the option, or use the back end tensorrt on the target "
                         f"machine."

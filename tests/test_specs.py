@@ -100,7 +100,7 @@ def test_the_command_line_takes_the_same_values(python: Any, shell: str) -> None
         (lambda: EngineSpec(workspace=2.5), r"Invalid workspace 2\.5"),
         (lambda: EngineSpec(precision="int8", data="x"), "needs no calibration images"),
         (lambda: EngineSpec(samples=3), "Pass --data"),
-        (lambda: EngineSpec(backend="tensorrt-rtx", optimization_level=3), "TensorRT for RTX has no optimization levels"),
+        (lambda: EngineSpec(backend="tensorrt-rtx", optimization_level=0), "TensorRT for RTX has no optimization levels"),
         (lambda: EngineSpec(timing_cache=Path(__file__).parent), "is not a file in an existing folder"),
         (lambda: ExportSpec(image_sizes=(224, 224)), r"for example \[\(224, 224\)\] or \[256, 320\]"),
         (lambda: ExportSpec(image_sizes=[(0, 4)]), r"Invalid image size \(0, 4\)\. Expected HEIGHTxWIDTH"),

@@ -81,7 +81,7 @@ def for_target(spec: EngineSpec, backend: str, gpu: str) -> EngineSpec:
 def compiler_options(spec: EngineSpec) -> dict[str, Any]:
     """Return the options that are not left to the compiler, as JSON values for the manifest."""
     names = ("workspace", "optimization_level", "version_compatible", "hardware_compatible", "strip_weights")
-    return {name: value for name in names if (value := getattr(spec, name)) not in (None, False)}
+    return {name: value for name in names if (value := getattr(spec, name)) is not None and value is not False}
 
 
 def name_of_options(spec: EngineSpec) -> str:
