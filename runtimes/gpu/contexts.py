@@ -42,7 +42,7 @@ class ContextSlot:
     ) -> None:
         self.prepared: tuple[int, int] | None = None  # profile, batch
         self.calls = 0  # since it was prepared
-        self.graphs_disabled = False  # whether TensorRT was told not to capture
+        self.graphs_disabled = False  # whether capturing is switched off in TensorRT
         self._cuda, self._own_graphs, self._errors = cuda, own_graphs, errors
         self._profile: int | None = None
         self._graph: Handle = None

@@ -106,7 +106,7 @@ def _scan_zip(file: IO[bytes], path: Path) -> tuple[set[int], set[str]]:
             if info.compress_type != zipfile.ZIP_STORED or info.header_offset + info.file_size > path.stat().st_size:
                 raise CheckpointError(f"{path}: {info.filename} is compressed or cut off. Expected what torch.save writes.")
         info = entries[pickles[0]]
-        info.CRC = None  # type: ignore[assignment]  # torch.save can be told to write none, and torch.load checks none
+        info.CRC = None  # type: ignore[assignment]  # torch.save can omit it, and torch.load ignores it
         return {info.file_size for info in entries.values()}, _names(io.BytesIO(archive.read(info)), path)
 
 
