@@ -23,10 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import swin_deploy
+from swin_deploy.bundle import size_text
 from swin_deploy.errors import SwinDeployError
 from swin_deploy.models.checkpoints.recognise import RecognisedCheckpoint, recognise_checkpoint
+from swin_deploy.options import Size
 from swin_deploy.parity import TOLERANCES
-from swin_deploy.specs import Size, size_text
 from swin_deploy.tasks import MASK, PIXELS, TaskSpec
 
 Arrays = dict[str, NDArray[Any]]

@@ -118,7 +118,7 @@ def write_graphs(name: str, folder: str) -> None:
     from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
     from swin_deploy.models.checkpoints import random_checkpoint
     from swin_deploy.models.swin import SwinNetwork
-    from swin_deploy.specs import TARGETS
+    from swin_deploy.options import TARGETS
     from swin_deploy.tasks import TaskSpec
     from swin_deploy.variants import find_variant
 

@@ -23,7 +23,7 @@ from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
 from swin_deploy.exporters.precision import typed_from_fp32
 from swin_deploy.models.checkpoints import random_checkpoint
 from swin_deploy.models.swin import SwinNetwork
-from swin_deploy.specs import EngineSpec
+from swin_deploy.options import EngineSpec
 from swin_deploy.tasks import TaskSpec
 from swin_deploy.variants import VARIANTS, Variant
 

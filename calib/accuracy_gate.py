@@ -14,9 +14,9 @@ import numpy as np
 
 from swin_deploy.errors import GateError, MissingDependencyError
 from swin_deploy.evaluation import GraphScorer, Score, evaluate_graphs
+from swin_deploy.options import Array, Progress, Size, no_progress
 from swin_deploy.parity import Runnable, sqnr
 from swin_deploy.plots import BLUE, RED, Bar, bar_chart
-from swin_deploy.specs import Array, Progress, Size, no_progress
 
 _LOG = logging.getLogger(__name__)
 OpenModel = Callable[[Any], AbstractContextManager[Runnable]]  # of a graph in memory

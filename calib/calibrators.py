@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from swin_deploy.errors import unknown
-from swin_deploy.specs import Array
+from swin_deploy.options import Array
 
 METHODS = ("minmax", "percentile", "entropy", "mse")
 TYPE_MAX = {"int8": 127.0, "fp8": 448.0}  # largest number of each type

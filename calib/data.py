@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from swin_deploy.bundle import PREPROCESSOR, Bundle
+from swin_deploy.bundle import PREPROCESSOR, Bundle, TensorSpec
 from swin_deploy.errors import InputError, UsageError
 from swin_deploy.frame_input import Frames, Preparation, preparation_for
+from swin_deploy.options import Array, Size
 from swin_deploy.preprocess import Preprocessor
-from swin_deploy.specs import Array, Size, TensorSpec
 
 from .labels import labels_from_file
 from .readers import ImageFolder, NumpyFile, SampleSequence, SampleSource, spool

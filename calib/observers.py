@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from swin_deploy.errors import InputError
-from swin_deploy.specs import Array
+from swin_deploy.options import Array
 
 from . import calibrators
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from swin_deploy.bundle import sha256_of
 from swin_deploy.errors import InputError
-from swin_deploy.specs import Array
+from swin_deploy.options import Array
 
 IMAGES, PIXELS, LABELS = "images", "pixel_values", "labels"  # the arrays of a NumPy file
 # Formats that Pillow opens only with a third-party plug-in, or that are not pictures.

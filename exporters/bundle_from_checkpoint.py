@@ -12,15 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from swin_deploy.bundle import CONFIG, NEW, PREPROCESSOR, Bundle, Draft, create_bundle, disk_errors
+from swin_deploy.bundle import (
+    CONFIG,
+    NEW,
+    PREPROCESSOR,
+    Bundle,
+    Draft,
+    TensorSpec,
+    create_bundle,
+    disk_errors,
+    graph_file,
+    reference_file,
+    size_text,
+    specs_from_onnx,
+    weights_file,
+)
 from swin_deploy.config import SwinConfig
 from swin_deploy.dependencies import installed_versions, require
 from swin_deploy.errors import CheckpointError, InputError, MissingDependencyError, UsageError, VerificationError
 from swin_deploy.frame_input import Frames, refuse_misfit
+from swin_deploy.options import ExportSpec, Size
 from swin_deploy.parity import OpenGraph, Reference, check_graph, sample_inputs
 from swin_deploy.preprocess import Preprocessor
 from swin_deploy.qat_ranges import RANGES
-from swin_deploy.specs import ExportSpec, Size, TensorSpec, graph_file, reference_file, size_text, specs_from_onnx, weights_file
 from swin_deploy.tasks import PIXELS
 
 from .external_data import WeightFile, embed_weights, weight_bytes

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from swin_deploy.config import SwinConfig
 from swin_deploy.dependencies import require
 from swin_deploy.errors import CheckpointError, UsageError
-from swin_deploy.specs import ExportSpec, Size
+from swin_deploy.options import ExportSpec, Size
 from swin_deploy.tasks import TaskSpec
 from swin_deploy.variants import Variant, find_variant
 

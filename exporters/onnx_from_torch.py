@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from swin_deploy.bundle import TensorSpec
 from swin_deploy.dependencies import require
 from swin_deploy.errors import ExportError
-from swin_deploy.specs import Size, TensorSpec
+from swin_deploy.options import Size
 
 from .external_data import Weights, take_weights
 from .passes import PASSES, PassRecord, run_passes

@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from swin_deploy.bundle import CONFIG, Bundle, disk_errors
+from swin_deploy.bundle import CONFIG, Bundle, disk_errors, graph_file, weights_file
 from swin_deploy.config import SwinConfig
 from swin_deploy.dependencies import require
 from swin_deploy.errors import MissingDependencyError, VerificationError
 from swin_deploy.files import scratch_beside, scratch_folder
+from swin_deploy.options import QUANTIZED, Size
 from swin_deploy.parity import OpenGraph, Reference, Runnable, check_graph
-from swin_deploy.specs import QUANTIZED, Size, graph_file, weights_file
 from swin_deploy.tasks import TaskSpec
 
 from .external_data import WeightFile

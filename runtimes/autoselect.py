@@ -18,13 +18,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from swin_deploy.bundle import Bundle
+from swin_deploy.bundle import Bundle, size_text
 from swin_deploy.dependencies import installed_versions
 from swin_deploy.errors import BackendError, BundleError, MissingDependencyError, MissingKernelError, UsageError
 from swin_deploy.gpus import cuda_devices, cuda_version
 from swin_deploy.machine import processor_name, usable_cores
+from swin_deploy.options import Size
 from swin_deploy.parity import Reference, Verdict, check_runtime, verdict_text
-from swin_deploy.specs import Size, size_text
 
 from .base import Runtime
 from .user_cache import cache_folder, read_cached, write_cached

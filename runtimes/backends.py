@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from swin_deploy.bundle import target_of
 from swin_deploy.dependencies import installed
 from swin_deploy.errors import MissingKernelError, UsageError, unknown
 from swin_deploy.files import scratch_folder
-from swin_deploy.specs import QUANTIZED, TARGETS, device_from_text, target_of
+from swin_deploy.options import QUANTIZED, TARGETS, device_from_text
 
 from .base import Runtime
 

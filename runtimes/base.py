@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
+from swin_deploy.bundle import TensorSpec
 from swin_deploy.errors import BackendError, InputError
-from swin_deploy.specs import Array, TensorSpec
+from swin_deploy.options import Array
 
 from .dlpack import DeviceTensor, from_dlpack
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from swin_deploy.bundle import TensorSpec
 from swin_deploy.errors import InputError, sentence
-from swin_deploy.specs import TensorSpec
 
 _CPU, _CUDA, _CUDA_HOST = 1, 2, 3  # DLDeviceType of dlpack.h
 

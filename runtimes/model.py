@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from swin_deploy.bundle import CONFIG, PREPROCESSOR, Bundle
+from swin_deploy.bundle import CONFIG, PREPROCESSOR, Bundle, TensorSpec, size_text
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import BackendError, InputError, UsageError
 from swin_deploy.frame_input import Frames, preparation_for
-from swin_deploy.options import whole
+from swin_deploy.option_parsers import whole
+from swin_deploy.options import Array, Size
 from swin_deploy.preprocess import Preprocessor
-from swin_deploy.specs import Array, Size, TensorSpec, size_text
 from swin_deploy.tasks import MASK, PIXELS, TaskSpec
 
 from .autoselect import Description

@@ -6,11 +6,11 @@ import os
 import shlex
 from collections.abc import Sequence
 
-from swin_deploy.bundle import Bundle
+from swin_deploy.bundle import Bundle, is_verified, target_of
 from swin_deploy.dependencies import require
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
 from swin_deploy.gpus import cuda_devices, refuse_without_gpu
-from swin_deploy.specs import PRECISIONS, QUANTIZED, TARGETS, LoadSpec, Size, device_from_text, is_verified, target_of
+from swin_deploy.options import PRECISIONS, QUANTIZED, TARGETS, LoadSpec, Size, device_from_text
 
 from .autoselect import LOADING, Candidate, Description, choose
 from .backends import BACKENDS, Backend, backend_named, misread, runtime_from_onnx
@@ -29,7 +29,7 @@ def model_from_bundle(path: str | os.PathLike[str], spec: LoadSpec) -> Model:
 
     def open_file(candidate: Candidate, file: str) -> Runtime:
         if BACKENDS[candidate.backend].engines:
-            from .gpu.engines import open_engine
+            from .gpu.engine_fit import open_engine
 
             return open_engine(bundle, file, candidate.device)
         in_bf16 = bundle.files[file]["precision"] != candidate.precision
@@ -154,7 +154,7 @@ def devices_here(backend: str, device: str) -> list[str]:
 
 def _refuse_engine(bundle: Bundle, backend: str, precision: str, wanted: str | None) -> None:
     """Raise the reason why the engines of that back end do not run on `wanted`, or on the first GPU."""
-    from .gpu.engines import engines_of, fitting_engines
+    from .gpu.engine_fit import engines_of, fitting_engines
 
     if wanted is None or wanted.startswith("cuda"):
         held = dict.fromkeys(str(entry["precision"]) for entry in engines_of(bundle, backend).values())
@@ -181,7 +181,7 @@ def _has_cuda(kind: Backend) -> bool:
 def _files(bundle: Bundle, candidate: Candidate) -> dict[Size, str]:
     """Return the file that the candidate runs for each image size; empty if the bundle has none that fits."""
     if BACKENDS[candidate.backend].engines:
-        from .gpu.engines import fitting_engines
+        from .gpu.engine_fit import fitting_engines
 
         try:
             return fitting_engines(bundle, candidate.backend, candidate.precision, candidate.device)

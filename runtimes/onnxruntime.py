@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from swin_deploy.bundle import TensorSpec
 from swin_deploy.dependencies import EXACT_QDQ, onnxruntime_session, require
 from swin_deploy.errors import BackendError, MissingKernelError, sentence
-from swin_deploy.specs import Array, TensorSpec
+from swin_deploy.options import Array
 
 from .base import Feeds, Pool, Runtime
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from swin_deploy.bundle import TensorSpec
 from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError, UsageError, sentence
-from swin_deploy.specs import Array, TensorSpec
+from swin_deploy.options import Array
 
 from .base import Feeds, Pool, Runtime
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from swin_deploy.bundle import specs_from_onnx
 from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError, MissingDependencyError, UsageError, sentence
 from swin_deploy.gpus import refuse_without_gpu
-from swin_deploy.specs import Array, specs_from_onnx
+from swin_deploy.options import Array
 
 from .base import Feeds, Runtime
 from .dlpack import DeviceTensor

@@ -21,15 +21,18 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import BundleError
 from .files import exchanged, locked, scratch_beside, sweep
-from .options import path as path_option
-from .specs import PRECISIONS, graph_file
+from .option_parsers import path as path_option
+from .options import PRECISIONS, TARGETS, Size
+
+if TYPE_CHECKING:
+    import onnx
 
 MANIFEST = "manifest.json"
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -383,3 +386,71 @@ def _write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def target_of(entry: Mapping[str, Any]) -> str:
+    """Return which of TARGETS a quantized graph was made for, from its entry in a manifest."""
+    return str(entry.get("calibration", {}).get("target", TARGETS[0]))
+
+
+def is_verified(entry: Mapping[str, Any]) -> bool:
+    """Return whether the graph of that entry in a manifest was compared with PyTorch and agreed."""
+    verdict = entry.get("agreement")
+    return isinstance(verdict, Mapping) and bool(verdict.get("verified"))
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named input or output: numpy dtype name, and a shape whose free axes are names (`("batch", 3, 224, 224)`)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    @property
+    def image_size(self) -> Size:
+        """(height, width) of the images of an input: uint8 frames have their channels last, prepared arrays first."""
+        height, width = self.shape[1:3] if self.dtype == "uint8" else self.shape[2:4]
+        return int(height), int(width)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> TensorSpec:
+        return cls(str(raw["name"]), str(raw["dtype"]), tuple(raw["shape"]))
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype} [{', '.join(str(size) for size in self.shape)}]"
+
+
+def specs_from_onnx(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
+    """Names, types and shapes of a graph's inputs or outputs, as it declares them; "?" for an axis of which it says nothing."""
+    import onnx
+
+    specs = []
+    for value in values:
+        tensor = value.type.tensor_type
+        shape = tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or "?") for d in tensor.shape.dim)
+        specs.append(TensorSpec(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape))
+    return tuple(specs)
+
+
+def size_text(size: Size) -> str:
+    """ "256x320" for (256, 320)."""
+    return f"{size[0]}x{size[1]}"
+
+
+def graph_file(precision: str, size: Size | None = None) -> str:
+    """Where a bundle keeps the ONNX graph of `precision`; `size` is for its further sizes, None for its first."""
+    return "onnx/model" + (f"_{size_text(size)}" if size else "") + ("" if precision == "fp32" else f"_{precision}") + ".onnx"
+
+
+def weights_file(precision: str) -> str:
+    """Where the weights are that the graphs of `precision` share, when they are not inside the graph."""
+    return graph_file(precision) + "_data"
+
+
+def reference_file(size: Size | None = None) -> str:
+    """Where PyTorch's answers for a size are; None for the first."""
+    return "reference.npz" if size is None else f"reference_{size_text(size)}.npz"

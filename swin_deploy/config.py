@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from swin_deploy.errors import CheckpointError, UsageError
-from swin_deploy.specs import FRAMEWORKS
+from swin_deploy.options import FRAMEWORKS
 
 # The activations of transformers without parameters (models/activations.py).
 # fmt: off

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from swin_deploy.options import Array, Size
 from swin_deploy.parity import Runnable, decibels, json_figures
-from swin_deploy.specs import Array, Size
 
 LOGITS = "logits"
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from swin_deploy.bundle import size_text
 from swin_deploy.errors import InputError, UsageError
+from swin_deploy.options import Size
 from swin_deploy.preprocess import Preprocessor
-from swin_deploy.specs import Size, size_text
 
 if TYPE_CHECKING:
     from swin_deploy.preprocess import ImageLike

@@ -1,327 +1,407 @@
-"""Options as values: frozen dataclasses whose fields are also the keywords of the Python API and the flags of the command line.
-
-The parser of a field accepts what Python passes and the text of a shell, and returns the form that the package works with.
-"""
+"""The options of every command and function: frozen values, one for each verb, and the choices that they have."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from swin_deploy.errors import UsageError, unknown
+from swin_deploy import option_parsers as parse
+from swin_deploy.errors import EngineError, UsageError, unknown
+from swin_deploy.option_parsers import Progress as Progress
+from swin_deploy.option_parsers import Spec, option, progress_option
+from swin_deploy.option_parsers import no_progress as no_progress
 
-P = ParamSpec("P")
-S = TypeVar("S")
-R = TypeVar("R")
-BundlePath = str | os.PathLike[str]
-Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
-Parser = Callable[[str, Any], Any]  # name of the option, value as given -> value as stored
-METAVARS = {
-    **{"path": "PATH", "images": "PATH", "image_size": "HxW", "image_sizes": "HxW", "per_stage": "N[,N...]"},
-    **{"batches": "N|MIN:OPT:MAX", "memory": "SIZE", "text": "NAME", "whole_number": "N", "finite_number": "X"},
-}
-_BYTES = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from swin_deploy.tasks import TaskSpec
+
+    Array = NDArray[Any]
+else:
+    Array = Any  # only used in annotations; without numpy, `--help` takes half the time
+
+QUANTIZED = ("int8", "fp8")
+PRECISIONS = ("fp32", "fp16", "bf16", *QUANTIZED)
+TARGETS = ("tensorrt", "onnxruntime", "openvino")  # runtimes that a graph layout is made for
+TASKS = ("image-classification", "feature-extraction", "backbone", "masked-image-modeling")
+FRAMEWORKS = ("hf", "timm", "microsoft", "torchvision")  # source of the window, shift and padding rules
+METHODS = ("minmax", "percentile", "entropy", "mse")  # how a range is chosen from what was observed
+COMPILERS = ("tensorrt", "tensorrt-rtx")
+BACKEND_NAMES = ("onnxruntime", "openvino", "onnxruntime-tensorrt", "torch", *COMPILERS)
+MOST_THREADS = 1024  # back ends start as many as they are asked for, until memory runs out
+Size = tuple[int, int]
+Batch = tuple[int, int, int]  # smallest, optimal, largest
+PathLike = str | os.PathLike[str]
 
 
-def no_progress(phase: str, done: int, total: int) -> None:
-    """Report nothing."""
+def device_from_text(text: str) -> str:
+    """Return "cuda:0" for "cuda" or "cuda:0", and "cpu" for "cpu". Raises UsageError for anything else."""
+    if text == "cpu":
+        return text
+    match = re.fullmatch(r"cuda(?::(\d{1,3}))?", text)
+    if match is None:
+        raise UsageError(f'Unknown device "{text}". Expected cpu, cuda, or one of several GPUs such as cuda:1.')
+    return f"cuda:{int(match[1] or 0)}"
+
+
+def device(name: str, value: Any) -> str:
+    """Accept "auto", "cpu", "cuda" or "cuda:1"."""
+    if parse.text(name, value) != "auto":
+        device_from_text(value)
+    return str(value)
 
 
 @dataclass(frozen=True)
-class Option:
-    """How one field of a spec is parsed, documented and spelled on the command line."""
+class ExportSpec(Spec):
+    """Options of `swin_deploy.export` and `swin-deploy export`."""
 
-    parse: Parser
-    help: str  # one sentence, for `--help` and for the docstring of the Python function
-    flags: tuple[str, ...] | None = None  # None: `--` and the name of the field; empty: not on the command line
-    metavar: str | None = None
-    choices: tuple[str, ...] = ()
-    many: bool = False  # the flag may be repeated, and the field is a tuple
-    values_as_flags: bool = False  # each choice is a flag of its own, such as `--fp16`
-    hidden_flags: tuple[str, ...] = ()  # former names that are still accepted
-
-
-def option(default: Any, parse: Parser, help: str, *, shown: bool = True, **spelling: Any) -> Any:
-    """Declare a field of a spec. `shown=False` keeps it out of comparison and `repr`; `spelling` goes to Option."""
-    spelling = {"choices": getattr(parse, "choices", ()), "metavar": METAVARS.get(parse.__name__), **spelling}
-    metadata = {"option": Option(_optional(parse) if default is None else parse, help, **spelling)}
-    return field(default=default, metadata=metadata, compare=shown, repr=shown)
-
-
-def progress_option() -> Any:
-    """Declare the field for the progress callback."""
-    return option(no_progress, function, "Called with a phase, the steps done and the steps in all.", shown=False, flags=())
-
-
-class Spec:
-    """Base class of the specs: parses every field when the value is made, then calls `check`."""
-
-    def __post_init__(self) -> None:
-        for name, one in options_of(type(self)).items():
-            object.__setattr__(self, name, one.parse(name, getattr(self, name)))
-        self.check()
+    variant: str | None = option(
+        None, parse.text, "A published checkpoint, such as swinv2-tiny. `swin-deploy variants` lists them."
+    )
+    _: KW_ONLY
+    weights: PathLike | None = option(
+        None,
+        parse.location,
+        "A checkpoint: a folder, a file, or a Hugging Face hub id. Default: the hub id of the variant.",
+        metavar="PATH|ID",
+    )
+    random_weights: bool = option(False, parse.flag, "Use reproducible random weights instead of a checkpoint.")
+    seed: int = option(0, parse.whole(0), "Seed of the random weights.")
+    task: str | TaskSpec = option("image-classification", parse.anything, "Task head to export.", choices=TASKS)
+    image_sizes: Any = option(
+        (),
+        parse.image_sizes,
+        "Height and width of the images in pixels, one graph for each size. Default: the size of the checkpoint.",
+        flags=("--image-size",),
+        many=True,
+    )
+    output_hidden_states: bool = option(False, parse.flag, "Add the hidden states of every stage to the outputs.")
+    output_attentions: bool = option(False, parse.flag, "Add the attention of the last block of every stage to the outputs.")
+    out_features: Any = option(
+        (),
+        parse.texts,
+        "Feature maps of a backbone: stem, stage1, ..., or their numbers 0, 1, ..., -1.",
+        flags=("--out-features", "--out-indices"),
+        metavar="NAME,...",
+    )
+    use_mask_token: bool = option(False, parse.flag, "Feature extraction with the input bool_masked_pos.")
+    add_pooling_layer: bool = option(
+        True, parse.flag, "Feature extraction with the output pooler_output.", flags=("--no-pooling-layer",)
+    )
+    framework: str | None = option(
+        None,
+        parse.choice("framework", FRAMEWORKS),
+        "Window, shift and padding rules of this framework. Default: those of the checkpoint.",
+        hidden_flags=("--semantics",),
+    )
+    window_size: Any = option(
+        None,
+        parse.per_stage,
+        "Window size in patches, or one for each stage. Position tables of the checkpoint are resized to it.",
+    )
+    pretrained_window_sizes: Any = option(
+        None, parse.per_stage, "Swin V2: the window sizes of the pretraining, one for each stage."
+    )
+    target: str = option(
+        "tensorrt",
+        parse.choice("target", TARGETS),
+        "Runtime whose graph layout is written. fp32 graphs of every layout give the same results everywhere.",
+    )
+    embed_preprocess: bool = option(
+        False, parse.flag, "Write graphs that take uint8 RGB frames [batch, height, width, 3], and rescale and normalize them."
+    )
+    embed_resize: Any = option(
+        None,
+        parse.image_size,
+        "Like --embed-preprocess, for frames of this height and width in pixels, which the graph also resizes and crops.",
+    )
+    output: PathLike | None = option(
+        None,
+        parse.path,
+        "Folder of the bundle to write. Default: ./ and the name of the variant or the checkpoint.",
+        flags=("-o", "--output"),
+    )
+    force: bool = option(False, parse.flag, "Replace an existing bundle.")
+    progress: Progress = progress_option()
 
     def check(self) -> None:
-        """Raise UsageError for options that are not valid together."""
+        self.task_spec()
 
+    def task_spec(self) -> TaskSpec:
+        """Return the task and its options as one value."""
+        from swin_deploy.tasks import TaskSpec
 
-def options_of(spec: type[Any]) -> dict[str, Option]:
-    """Return the options of a spec class by field name, in the order of their declaration."""
-    return {one.name: one.metadata["option"] for one in fields(spec)}
-
-
-def keywords(spec: Callable[P, S]) -> Callable[[Callable[[S], R]], Callable[P, R]]:
-    """Turn `function(spec)` into a function that takes the fields of the spec as keywords."""
-
-    def decorate(function: Callable[[S], R]) -> Callable[P, R]:
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            return function(_made(spec, function.__name__, args, kwargs))
-
-        return _documented(call, function, spec, skip=1)  # type: ignore[no-any-return]
-
-    return decorate
-
-
-def bundle_keywords(
-    spec: Callable[P, S], optional: bool = False
-) -> Callable[[Callable[[Any, S], R]], Callable[Concatenate[BundlePath, P], R]]:
-    """Turn `function(bundle, spec)` into a function of a bundle, which may be `optional`, and the fields of the spec."""
-
-    def decorate(function: Callable[[Any, S], R]) -> Callable[Concatenate[BundlePath, P], R]:
-        def call(bundle: BundlePath | None = None, /, *args: P.args, **kwargs: P.kwargs) -> R:
-            given: Any = kwargs.pop("bundle", bundle)
-            found = None if optional and given is None else path("bundle", given)
-            return function(found, _made(spec, function.__name__, args, kwargs))
-
-        changes = {"default": None} if optional else {}
-        return _documented(call, function, spec, skip=2, **changes)  # type: ignore[no-any-return]
-
-    return decorate
-
-
-def _made(spec: Callable[..., S], verb: str, args: Sequence[Any], kwargs: dict[str, Any]) -> S:
-    try:
-        bound = inspect.signature(spec).bind(*args, **kwargs)
-    except TypeError as error:
-        raise TypeError(f"{verb}() {error}") from None
-    return spec(*bound.args, **bound.kwargs)
-
-
-def _documented(call: Any, function: Callable[..., Any], spec: Callable[..., Any], skip: int, **changes: Any) -> Any:
-    """Give `call` the name, signature and docstring of `function`, with the options of `spec` as its `Args:`."""
-    functools.update_wrapper(call, function)
-    del call.__wrapped__
-    own = inspect.signature(function)
-    first = [one.replace(kind=one.POSITIONAL_ONLY, **changes) for one in list(own.parameters.values())[: skip - 1]]
-    call.__signature__ = own.replace(parameters=[*first, *inspect.signature(spec).parameters.values()])
-    lines = [f"    {name}: {one.help}" for name, one in options_of(spec).items()]  # type: ignore[arg-type]
-    call.__doc__ = (inspect.getdoc(function) or "").replace("{options}", "\n".join(lines).lstrip())
-    return call
-
-
-# Parsers. Each names the option, says what was expected, and accepts the text of a flag.
-
-
-def _refuse(name: str, value: Any, expected: str) -> UsageError:
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 and "\n" not in shown else "..."
-    return UsageError(f"Invalid {name}: {shown} ({type(value).__name__}). Expected {expected}.")
-
-
-def plain(value: Any) -> Any:
-    """Return numbers of numpy as numbers of Python; sequences of them as tuples."""
-    if isinstance(value, list | tuple):
-        return tuple(map(plain, value))
-    return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value
-
-
-def _optional(parse: Parser) -> Parser:
-    return lambda name, value: None if value is None else parse(name, value)
-
-
-def anything(name: str, value: Any) -> Any:
-    """Accept any value: it is checked where it is read."""
-    return value
-
-
-def images(name: str, value: Any) -> Any:
-    """Accept a path, or anything that gives images one after the other or by number, as a data set of PyTorch does."""
-    if isinstance(value, str | os.PathLike):
-        return path(name, value)
-    if isinstance(value, bytes) or not (isinstance(value, Iterable) or hasattr(value, "__getitem__")):
-        raise _refuse(name, value, "a path, or a list of images")
-    return value
-
-
-def text(name: str, value: Any) -> str:
-    """Accept text."""
-    if not isinstance(value, str):
-        raise _refuse(name, value, "text")
-    return value
-
-
-def path(name: str, value: Any) -> Path:
-    """Accept a path that is not empty."""
-    given = os.fspath(value) if isinstance(value, str | os.PathLike) else value
-    if not isinstance(given, str) or not given or "\0" in given:
-        raise _refuse(name, value, "a path")
-    return Path(given)
-
-
-def location(name: str, value: Any) -> str:
-    """Accept a path, or text that may be one or the name of something else, and keep its spelling."""
-    path(name, value)
-    return str(os.fspath(value))
-
-
-def flag(name: str, value: Any) -> bool:
-    """Accept True and False, of Python or numpy."""
-    if not isinstance(value := plain(value), bool):
-        raise _refuse(name, value, "True or False")
-    return value
-
-
-def function(name: str, value: Any) -> Any:
-    """Accept anything that can be called."""
-    if not callable(value):
-        raise _refuse(name, value, "a function")
-    return value
-
-
-def whole(low: int, high: int | None = None) -> Parser:
-    """Return a parser of whole numbers from `low` to `high`."""
-    limits = f"from {low} to {high}" if high is not None else f"of at least {low}"
-
-    def whole_number(name: str, value: Any) -> int:
-        found = int(value) if isinstance(value, str) and re.fullmatch(r"-?\d{1,10}", value.strip()) else plain(value)
-        if type(found) is not int or found < low or (high is not None and found > high):
-            raise _refuse(name, value, f"a whole number {limits}")
-        return found
-
-    return whole_number
-
-
-def number(low: float, high: float = float("inf")) -> Parser:
-    """Return a parser of finite numbers from `low` to `high`."""
-    limits = f"from {low:g} to {high:g}" if high < float("inf") else f"of at least {low:g}"
-
-    def finite_number(name: str, value: Any) -> float:
-        found: Any = plain(value)
-        with contextlib.suppress(ValueError):
-            found = float(value) if isinstance(value, str) else found
-        if type(found) not in (int, float) or not low <= found <= high or found == float("inf"):
-            raise _refuse(name, value, f"a number {limits}")
-        return float(found)
-
-    return finite_number
-
-
-def choice(kind: str, choices: Iterable[str]) -> Parser:
-    """Return a parser that accepts one of `choices`; `kind` names them in the error, for example "precision"."""
-    known = tuple(choices)
-
-    def parse(name: str, value: Any) -> str:
-        if text(name, value) not in known:
-            raise unknown(kind, value, known)
-        return str(value)
-
-    parse.choices = known  # type: ignore[attr-defined]
-    return parse
-
-
-def texts(name: str, value: Any) -> tuple[str, ...]:
-    """Accept several texts, or one text with commas between them."""
-    given = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (None,)
-    if not all(isinstance(one, str) and one.strip(" ,") for one in given):
-        raise _refuse(name, value, "a list of texts")
-    return tuple(part.strip() for one in given for part in one.split(",") if part.strip())
-
-
-def _whole_numbers(value: Any, separator: str) -> tuple[int, ...]:
-    """Return the whole numbers in `value`: a number, a sequence, or text with separators; empty if it is anything else."""
-    value = plain(value)
-    if isinstance(value, str):
-        parts = [part.strip() for part in re.split(separator, value)]
-        value = tuple(int(part) if re.fullmatch(r"\d{1,10}", part) else None for part in parts)
-    found = value if isinstance(value, tuple) else (value,)
-    return found if all(type(one) is int for one in found) else ()
-
-
-def _shown(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) else repr(value)
-
-
-def image_size(name: str, value: Any) -> tuple[int, int]:
-    """Accept (height, width) in pixels, one number for a square, or text such as "256x320"."""
-    found = _whole_numbers(value, "[xX]")
-    height, width = found * 2 if len(found) == 1 else found if len(found) == 2 else (0, 0)
-    if not (1 <= height < 10**6 and 1 <= width < 10**6):
-        raise UsageError(
-            f"Invalid image size {_shown(value)}. Expected HEIGHTxWIDTH in pixels, for example 256x320, or 256 for a square."
+        if isinstance(self.task, TaskSpec):
+            return self.task
+        return TaskSpec(
+            parse.text("task", self.task),
+            output_hidden_states=self.output_hidden_states,
+            output_attentions=self.output_attentions,
+            add_pooling_layer=self.add_pooling_layer,
+            use_mask_token=self.use_mask_token,
+            out_features=self.out_features,
         )
-    return height, width
 
 
-def image_sizes(name: str, value: Any) -> tuple[tuple[int, int], ...]:
-    """Accept several image sizes. A bare tuple of two numbers is refused: it could be one size or two squares."""
-    if isinstance(value, tuple) and len(value) == 2 and _whole_numbers(value, "x"):
-        raise UsageError(f"Invalid {name}: {value!r}. Expected a list of sizes, for example [{value!r}] or [256, 320].")
-    return tuple(image_size(name, one) for one in _several(value))
+# Options that TensorRT for RTX lacks, and why. tests/exporters/test_engine_options.py asks the compiler about each.
+RTX_LACKS = {
+    "optimization_level": "optimization levels: it builds the same engine at each of them",
+    "timing_cache": "timing cache: it times nothing while it compiles, and its timing-cache functions have no effect",
+    "version_compatible": "version-compatible engines: it does not include the lean runtime that would run them",
+    "hardware_compatible": "hardware-compatible engines: it compiles one engine for each GPU",
+}
 
 
-def per_stage(name: str, value: Any) -> tuple[int, ...]:
-    """Accept one whole number, one for each stage, or text such as "8,8,8,4"."""
-    found = _whole_numbers(value, ",")
-    if not found or not all(0 <= one <= 9999 for one in found):
-        raise _refuse(name, value, "a whole number such as 8, or one for each stage such as 8,8,8,4")
-    return found
+@dataclass(frozen=True)
+class EngineSpec(Spec):
+    """Options of `swin_deploy.build_engine` and `swin-deploy build-engine`."""
+
+    _: KW_ONLY
+    precision: str = option(
+        "fp16",
+        parse.choice("precision", PRECISIONS),
+        "Precision to compute in. int8 and fp8 need the graph that `quantize` writes.",
+        values_as_flags=True,
+    )
+    data: Any = option(
+        None, parse.images, "Images to calibrate fp16 with: values that come near the fp16 maximum stay in fp32."
+    )
+    samples: int | None = option(None, parse.whole(1), "Number of images to use from the data, evenly spaced.")
+    gpus: Any = option(
+        (),
+        parse.texts,
+        "GPUs to compile for: sm_86, rtx-4090, ..., or current. Default: this machine's GPU, else sm_86, sm_89 and sm_120.",
+        flags=("--gpu",),
+        metavar="SM,...",
+    )
+    backend: str = option(
+        "auto",
+        parse.choice("compiler", ("auto", *COMPILERS)),
+        "TensorRT compiler. auto: tensorrt if it and a GPU are available, else tensorrt-rtx, which compiles without a GPU.",
+    )
+    batches: Any = option(
+        ((1, 1, 1),), parse.batches, "Batch size or range, one optimization profile for each.", flags=("--batch",), many=True
+    )
+    workspace: Any = option(None, parse.memory, "Scratch memory for each kernel, such as 2GiB.")
+    optimization_level: int | None = option(
+        None, parse.whole(0, 5), "0 compiles fastest, 5 searches the most kernels. tensorrt only."
+    )
+    timing_cache: PathLike | None = option(None, parse.path, "File to read and write kernel timings. tensorrt only.")
+    version_compatible: bool = option(
+        False, parse.flag, "Build an engine that newer TensorRT releases also run. tensorrt only."
+    )
+    hardware_compatible: bool = option(False, parse.flag, "Build an engine for any GPU from Ampere on. tensorrt only.")
+    strip_weights: bool = option(False, parse.flag, "Leave the weights out; `swin-deploy refit` adds them. Needs a GPU.")
+    force: bool = option(False, parse.flag, "Compile again even if the bundle has this engine.")
+    progress: Progress = progress_option()
+
+    def check(self) -> None:
+        if self.data is not None and self.precision != "fp16":
+            raise UsageError(f"{self.precision} has the range of fp32 and needs no calibration images. Leave out the data.")
+        if self.samples is not None and self.data is None:
+            raise UsageError("A number of samples needs images to take them from. Pass --data.")
+        if self.backend == "tensorrt-rtx":
+            for name, reason in RTX_LACKS.items():
+                if (value := getattr(self, name)) is not None and value is not False:
+                    raise UsageError(
+                        f"TensorRT for RTX has no {reason}. Leave out the option, or use the back end tensorrt on the target "
+                        f"machine."
+                    )
+            from swin_deploy.gpus import cuda_devices
+
+            if self.strip_weights and not cuda_devices():
+                raise EngineError(
+                    "TensorRT for RTX needs a GPU to build engines without weights, and this machine has no usable NVIDIA GPU. "
+                    "Run this on a machine with one, or keep the weights in the engine."
+                )
+        cache = self.timing_cache
+        if isinstance(cache, Path) and (cache.is_dir() or not cache.absolute().parent.is_dir()):
+            raise UsageError(f"The timing cache {cache} is not a file in an existing folder. Pass the path of one.")
+
+    @property
+    def gpu(self) -> str:
+        """The first GPU to compile for, or "current"."""
+        return str(self.gpus[0]) if self.gpus else "current"
 
 
-def batch(name: str, value: Any) -> tuple[int, int, int]:
-    """Accept (smallest, optimal, largest) batch size, one number for all three, or text such as "1:8:32"."""
-    found = _whole_numbers(value, ":")
-    low, best, high = found * 3 if len(found) == 1 else found if len(found) == 3 else (0, 0, 0)
-    if not 1 <= low <= best <= high < 1 << 31:
-        raise UsageError(
-            f"Invalid batch range {_shown(value)}. Expected MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX < 2^31, for example 1:8:32 "
-            f"or 8."
-        )
-    return low, best, high
+@dataclass(frozen=True)
+class QuantSpec(Spec):
+    """Options of `swin_deploy.quantize` and `swin-deploy quantize`."""
+
+    data: Any = option(
+        None, parse.images, "Images like those of the application: a folder, an .npz or .npy file, or any iterable."
+    )
+    _: KW_ONLY
+    precision: str = option(
+        "int8", parse.choice("quantized precision", QUANTIZED), "Type of the quantized layers.", values_as_flags=True
+    )
+    target: str | None = option(
+        None, parse.choice("target", TARGETS), "Runtime to quantize for. Default: the one that the bundle was exported for."
+    )
+    method: str | None = option(
+        None, parse.choice("method", METHODS), "How activation ranges are chosen. Default: the least error of the layer."
+    )
+    samples: int | None = option(None, parse.whole(1), "Number of images to use from the data, evenly spaced.")
+    batch: int = option(8, parse.whole(1), "Images to run at a time.")
+    keep: Any = option((), parse.texts, "Layer that is not quantized.", metavar="LAYER", many=True)
+    max_drop: float | None = option(
+        None,
+        parse.number(0),
+        "Largest loss on the data, in percentage points: of top-1 where labels are known, else of top-1 agreement with fp32.",
+        metavar="POINTS",
+    )
+    min_speedup: float | None = option(
+        None,
+        parse.number(0),
+        "Smallest speedup: over the fp32 graph measured on this machine, or for TensorRT over fp16 by the roofline of --gpu.",
+        metavar="FACTOR",
+    )
+    labels: PathLike | None = option(
+        None, parse.path, "File with lines `image,class`. Default: the folders of the images are their classes."
+    )
+    ignore_labels: bool = option(False, parse.flag, "Compare with fp32 only, although the images have labels.")
+    gpu: str | None = option(None, parse.text, "GPU of the roofline that --min-speedup uses, such as rtx-4090.")
+    ranges: PathLike | None = option(None, parse.path, "ONNX graph with Q/DQ nodes of the same network, whose scales are used.")
+    ignore_ranges: bool = option(False, parse.flag, "Measure all ranges, although the checkpoint brought QAT ranges.")
+    progress: Progress = progress_option()
+
+    def check(self) -> None:
+        if self.precision == "fp8" and self.target not in (None, TARGETS[0]):
+            raise UsageError(f"{self.target} does not compute in FP8. Use int8, or --target tensorrt.")
+        if self.data is None and (self.max_drop, self.min_speedup) != (None, None):
+            raise UsageError("--max-drop and --min-speedup are judged on images. Pass --data.")
+        for name in ("samples", "labels", "method"):
+            if self.data is None and getattr(self, name) is not None:
+                raise UsageError(f"--{name} is about the images of --data. Pass --data, or leave out --{name}.")
+        if self.gpu is not None and self.min_speedup is None:
+            raise UsageError(
+                "--gpu is the GPU of the roofline that --min-speedup uses. Pass --min-speedup, or leave out --gpu."
+            )
 
 
-def batches(name: str, value: Any) -> tuple[tuple[int, int, int], ...]:
-    """Accept several batch ranges. A bare tuple of three numbers is refused: it could be one range or three sizes."""
-    if isinstance(value, tuple) and len(value) == 3 and _whole_numbers(value, ":"):
-        raise UsageError(f"Invalid {name}: {value!r}. Expected a list of ranges, for example [{value!r}] or [1, 8, 32].")
-    found = tuple(batch(name, one) for one in _several(value))
-    if not found or len(set(found)) != len(found):
-        raise UsageError(f"Invalid {name}: {value!r}. Expected one or more batch ranges, each of them once.")
-    return found
+@dataclass(frozen=True)
+class LoadSpec(Spec):
+    """Options of `swin_deploy.load`."""
+
+    _: KW_ONLY
+    backend: str = option(
+        "auto", parse.choice("back end", ("auto", *BACKEND_NAMES)), "Back end to run the model. auto: the fastest verified one."
+    )
+    precision: str = option(
+        "auto",
+        parse.choice("precision", ("auto", *PRECISIONS)),
+        "Precision to run. auto: the fastest verified one of the bundle.",
+    )
+    device: str = option("auto", device, "Device: auto, cpu, cuda or cuda:1.")
+    threads: int = option(0, parse.whole(0, MOST_THREADS), "CPU threads. 0: the back end chooses.")
+    rebuild: bool = option(
+        False,
+        parse.flag,
+        "Compile an engine again that does not fit this GPU, TensorRT release or graph, with its own options.",
+    )
+
+    def check(self) -> None:
+        if self.rebuild and self.backend not in COMPILERS:
+            raise UsageError(
+                f"rebuild compiles an engine again and needs its back end, not {self.backend}. Name {' or '.join(COMPILERS)}."
+            )
 
 
-def many(parse: Parser) -> Parser:
-    """Return a parser of several values, or of a single one."""
-    return lambda name, value: tuple(parse(name, one) for one in _several(value))
+@dataclass(frozen=True)
+class VerifySpec(Spec):
+    """Options of `swin_deploy.verify` and `swin-deploy verify`."""
+
+    _: KW_ONLY
+    backend: str = option("onnxruntime", parse.choice("back end", BACKEND_NAMES), "Back end to run the graphs or engines.")
+    device: str = option("cpu", device, "Device: cpu, cuda or cuda:1.")
 
 
-def _several(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
+@dataclass(frozen=True)
+class EvaluateSpec(Spec):
+    """Options of `swin_deploy.evaluate` and `swin-deploy evaluate`."""
+
+    data: Any = option(MISSING, parse.images, "Images with or without labels: a folder, an .npz or .npy file, or any iterable.")
+    _: KW_ONLY
+    labels: PathLike | None = option(
+        None, parse.path, "File with lines `image,class`. Default: the folders of the images are their classes."
+    )
+    ignore_labels: bool = option(False, parse.flag, "Compare with fp32 only, although the images have labels.")
+    samples: int | None = option(None, parse.whole(1), "Number of images to use, evenly spaced, the same number per class.")
+    batch: int = option(8, parse.whole(1), "Images to run at a time.")
+    precisions: Any = option(
+        (),
+        parse.texts,
+        "Precision to evaluate besides fp32. Default: every graph of the bundle.",
+        flags=("--precision",),
+        choices=PRECISIONS,
+        many=True,
+    )
+    backend: str = option("onnxruntime", parse.choice("back end", BACKEND_NAMES), "Back end to run the graphs or engines.")
+    weights: PathLike | None = option(
+        None,
+        parse.location,
+        "The exported checkpoint: a folder, a file, or a hub id. The reference is then PyTorch, not the fp32 graph.",
+        metavar="PATH|ID",
+    )
+    progress: Progress = progress_option()
+
+    def check(self) -> None:
+        for precision in self.precisions:
+            if precision not in PRECISIONS:
+                raise unknown("precision", precision, PRECISIONS)
 
 
-def memory(name: str, value: Any) -> int:
-    """Accept bytes as a whole number, or text such as "2GiB"."""
-    if isinstance(value, str):
-        match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([KMG]B|[KMGT]iB|)", value.strip(), re.IGNORECASE)
-        size: Any = int(float(match[1]) * _BYTES[match[2].lower()]) if match else 0
-    else:
-        size = plain(value)
-    if type(size) is not int or not 1 <= size < 1 << 63:
-        raise UsageError(f"Invalid {name} {value!r}. Expected bytes, or a number and a unit such as 2GiB or 512MiB.")
-    return size
+@dataclass(frozen=True)
+class InspectSpec(Spec):
+    """Options of `swin_deploy.inspect` and `swin-deploy inspect`."""
+
+    _: KW_ONLY
+    gpu: str | None = option(
+        None,
+        parse.text,
+        "GPU of the roofline, such as rtx-4090, l4 or sm_89; an ONNX file is compiled for it. Default: that of the engine.",
+        metavar="NAME",
+    )
+    batch: int = option(1, parse.whole(1), "Batch size to compile an ONNX file for.")
+    backend: str = option("auto", parse.choice("compiler", ("auto", *COMPILERS)), "TensorRT compiler for an ONNX file.")
+    progress: Progress = progress_option()
+
+
+@dataclass(frozen=True)
+class BenchSpec(Spec):
+    """Options of `swin-deploy bench`."""
+
+    _: KW_ONLY
+    backends: Any = option(
+        (),
+        parse.many(parse.choice("back end", BACKEND_NAMES)),
+        "Back end to measure. Default: all that are installed, except torch.",
+        flags=("--backend",),
+        metavar="NAME",
+        many=True,
+    )
+    precisions: Any = option(
+        (),
+        parse.many(parse.choice("precision", PRECISIONS)),
+        "Precision to measure. Default: all that the bundle and the back end have.",
+        flags=("--precision",),
+        metavar="NAME",
+        many=True,
+    )
+    batches: Any = option(
+        (), parse.many(parse.whole(1)), "Batch size to measure. Default: 1 and 8.", flags=("--batch",), metavar="N", many=True
+    )
+    device: str = option("auto", device, "Device: cpu, cuda or cuda:1. auto: the CPU and the first GPU.")
+    weights: str | None = option(
+        None, parse.location, "The exported checkpoint. Adds PyTorch, with which the others are compared.", metavar="PATH|ID"
+    )
+    baselines: bool = option(
+        False, parse.flag, "Add the ONNX exports of transformers and timm, if they are installed.", hidden_flags=("--peers",)
+    )
+    threads: int = option(0, parse.whole(0, MOST_THREADS), "CPU threads. 0: the back end chooses.")
+    seconds: float = option(6.0, parse.number(0.1, 86_400), "Seconds to measure each candidate, over all rounds.", metavar="S")
+    rounds: int = option(10, parse.whole(1), "Measurement rounds; candidates are interleaved within each.")
+    progress: Progress = progress_option()

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from swin_deploy.bundle import Bundle
+from swin_deploy.bundle import Bundle, TensorSpec
 from swin_deploy.errors import BundleError
-from swin_deploy.specs import Array, TensorSpec
+from swin_deploy.options import Array
 
 # Largest relative L2 distance from fp32 PyTorch at which a graph of this precision counts as verified. Published
 # architectures stay below 1.5e-3 in fp16; a Swin V2 whose every block has a head at the largest scale, 100, reaches 6e-3.

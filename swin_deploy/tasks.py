@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from swin_deploy.bundle import TensorSpec
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import UsageError, unknown
-from swin_deploy.specs import TASKS as TASKS
-from swin_deploy.specs import TensorSpec
+from swin_deploy.options import TASKS as TASKS
 
 PIXELS, MASK = "pixel_values", "bool_masked_pos"
 

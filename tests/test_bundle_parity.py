@@ -14,11 +14,10 @@ import pytest
 from cli.exported import copied, digits
 
 import swin_deploy
-from swin_deploy.bundle import Bundle
+from swin_deploy.bundle import Bundle, TensorSpec, reference_file
 from swin_deploy.errors import BackendError, BundleError, MissingDependencyError, UsageError
 from swin_deploy.parity import TOLERANCES, Agreement, Reference, check_graph, compare, sample_inputs, verdict_text
 from swin_deploy.runtimes.base import Runtime
-from swin_deploy.specs import TensorSpec, reference_file
 
 REFERENCE = reference_file()
 

@@ -22,8 +22,8 @@ from swin_deploy.errors import BundleError, CheckpointError, InputError, SwinDep
 from swin_deploy.exporters.typed_graphs import with_typed_graphs
 from swin_deploy.models.checkpoints import checkpoint_from_path, random_checkpoint
 from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.options import ExportSpec
 from swin_deploy.runtimes.backends import runtime_from_onnx
-from swin_deploy.specs import ExportSpec
 from swin_deploy.tasks import MASK, PIXELS, TASKS, TaskSpec
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

@@ -17,8 +17,8 @@ from swin_deploy.exporters.external_data import embed_weights
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
 from swin_deploy.models.checkpoints import random_checkpoint
 from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.options import TARGETS
 from swin_deploy.runtimes.backends import runtime_from_onnx
-from swin_deploy.specs import TARGETS
 from swin_deploy.tasks import TaskSpec
 
 

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from swin_deploy.bundle import Bundle
+from swin_deploy.bundle import Bundle, size_text, target_of
 from swin_deploy.dependencies import require
 from swin_deploy.errors import UsageError
 from swin_deploy.exporters.inspection.roofline import capability_of
 from swin_deploy.exporters.typed_graphs import Calibration, further_size, with_typed_graphs
 from swin_deploy.gpus import cuda_devices
+from swin_deploy.options import QUANTIZED, TARGETS, EngineSpec, Size
 from swin_deploy.parity import OpenGraph
-from swin_deploy.specs import QUANTIZED, TARGETS, EngineSpec, Size, size_text, target_of
 
 from .engine_from_onnx import Engine, engine_from_onnx, resolve_backend
 from .targets import COMPILERS, compiler_options, fingerprint, for_target, has_fp8, name_of_options, target_gpu

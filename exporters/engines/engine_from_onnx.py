@@ -20,7 +20,7 @@ from typing import Any
 from swin_deploy.dependencies import require
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError, unknown
 from swin_deploy.gpus import cuda_devices
-from swin_deploy.specs import Batch, EngineSpec, Progress, no_progress
+from swin_deploy.options import Batch, EngineSpec, Progress, no_progress
 from swin_deploy.tensorrt_log import log_callback
 
 from .layer_report import EngineReport, report_from_inspector, report_from_log, reports_by_profile

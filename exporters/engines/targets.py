@@ -12,7 +12,7 @@ from typing import Any
 from swin_deploy.dependencies import require
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
 from swin_deploy.gpus import cuda_devices, seen_first
-from swin_deploy.specs import EngineSpec
+from swin_deploy.options import EngineSpec
 
 # back end -> (module, name of the product)
 COMPILERS = {"tensorrt": ("tensorrt", "TensorRT"), "tensorrt-rtx": ("tensorrt_rtx", "TensorRT for RTX")}

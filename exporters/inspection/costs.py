@@ -12,7 +12,7 @@ from swin_deploy.exporters.engines.build import layers_file
 from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx, resolve_backend
 from swin_deploy.exporters.engines.targets import for_target, target_gpu
 from swin_deploy.gpus import cuda_devices
-from swin_deploy.specs import EngineSpec, InspectSpec
+from swin_deploy.options import EngineSpec, InspectSpec
 
 from .flops import GraphCost, cost_from_onnx
 from .roofline import GPUS, GpuPeaks, Roofline, find_gpu, roofline

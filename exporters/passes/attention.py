@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from swin_deploy.specs import Array
+from swin_deploy.options import Array
 
 from .base import Graph, Node, Pass, add_after, blocks, constant
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from swin_deploy.specs import Array
+from swin_deploy.options import Array
 
 from .attention import AttentionNodes, attentions
 from .base import Graph, Node, Pass, Tensor, add_after, add_node, blocks, constant

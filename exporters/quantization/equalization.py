@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from swin_deploy.dependencies import require
-from swin_deploy.specs import Array
+from swin_deploy.options import Array
 
 from .qdq import LinearLayer, linear_layers, with_nodes
 

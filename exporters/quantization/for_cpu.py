@@ -18,8 +18,8 @@ from swin_deploy.dependencies import require
 from swin_deploy.errors import unknown
 from swin_deploy.exporters.typed_graphs import NewGraph, config_and_task, scratch_graph
 from swin_deploy.files import scratch_folder
+from swin_deploy.options import Array
 from swin_deploy.parity import sqnr
-from swin_deploy.specs import Array
 
 from .equalization import ChannelStatistics, GraphIndex, best_factors, channels_of, equalize
 from .gptq import CrossMoments, best_activation_scale, quantized_activation, refuse_not_finite, rounded_linear, scale_of_range
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
     from swin_deploy.calib.accuracy_gate import SpeedComparison
     from swin_deploy.calib.data import Samples
+    from swin_deploy.options import QuantSpec
     from swin_deploy.qat_ranges import QatRanges
-    from swin_deploy.specs import QuantSpec
 
 _LOG = logging.getLogger(__name__)
 SampleFeeds = Callable[[], Iterable[Feeds]]  # yields the samples batch by batch, the same ones each time

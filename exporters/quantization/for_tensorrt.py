@@ -37,7 +37,7 @@ from swin_deploy.exporters.passes.cosine_attention import COSINE_AFTER_MATMUL, c
 from swin_deploy.exporters.passes.layer_norms import GATHER_BEFORE_NORM, norm_after_matmul
 from swin_deploy.exporters.precision import BF16_OPSET, low_precision, raise_opset, resize_nodes, types_pass
 from swin_deploy.exporters.typed_graphs import NewGraph, config_and_task, scratch_graph
-from swin_deploy.specs import QUANTIZED, Array, InspectSpec
+from swin_deploy.options import QUANTIZED, Array, InspectSpec
 from swin_deploy.tasks import TaskSpec
 
 from .equalization import equalized
@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
     from swin_deploy.calib.accuracy_gate import SpeedComparison
     from swin_deploy.calib.data import Samples
+    from swin_deploy.options import QuantSpec
     from swin_deploy.qat_ranges import QatRanges
-    from swin_deploy.specs import QuantSpec
 
 OPSET = 21  # the first with the QuantizeLinear that all supported compilers and runtimes read
 HEAD = "classifier"

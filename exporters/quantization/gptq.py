@@ -17,7 +17,7 @@ import numpy as np
 from swin_deploy.calib.calibrators import round_to_fp8
 from swin_deploy.calib.collect import session_for
 from swin_deploy.errors import InputError
-from swin_deploy.specs import Array
+from swin_deploy.options import Array
 
 from .equalization import ChannelStatistics
 from .qdq import ActivationScale

@@ -10,7 +10,7 @@ import numpy as np
 
 from swin_deploy.dependencies import EXACT_QDQ, onnxruntime_session, require
 from swin_deploy.errors import InputError
-from swin_deploy.specs import Array
+from swin_deploy.options import Array
 
 from .equalization import inferred_values
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from swin_deploy.config import SwinConfig
+from swin_deploy.options import Array
 from swin_deploy.qat_ranges import PARTS, ActivationRange, QatRanges, largest, missing_ranges, modules_of
-from swin_deploy.specs import Array
 
 from .qdq import ActivationScale, LinearLayer, QuantizedLinear
 

@@ -14,8 +14,8 @@ from swin_deploy.config import SwinConfig
 from swin_deploy.dependencies import require
 from swin_deploy.errors import InputError
 from swin_deploy.exporters.typed_graphs import config_and_task
+from swin_deploy.options import Array
 from swin_deploy.qat_ranges import PARTS, ActivationRange, LayerRanges, QatRanges, largest, modules_of, softmax_scale
-from swin_deploy.specs import Array
 
 from .equalization import GraphIndex
 

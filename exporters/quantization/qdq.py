@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from swin_deploy.calib.calibrators import TYPE_MAX
 from swin_deploy.dependencies import require
 from swin_deploy.exporters.passes.base import Graph, Node, Tensor, add_node, constant, redirect
-from swin_deploy.specs import Array
+from swin_deploy.options import Array
 
 if TYPE_CHECKING:
     import onnx

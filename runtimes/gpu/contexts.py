@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from swin_deploy.errors import BackendError
+from swin_deploy.options import Array
 from swin_deploy.runtimes.base import Feeds
 from swin_deploy.runtimes.dlpack import DeviceTensor
-from swin_deploy.specs import Array
 from swin_deploy.tensorrt_log import ErrorLog
 
 from .capture_lock import CAPTURE_LOCK

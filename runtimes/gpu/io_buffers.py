@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from swin_deploy.bundle import TensorSpec
 from swin_deploy.errors import BackendError, MissingDependencyError, sentence
+from swin_deploy.options import Array
 from swin_deploy.runtimes.base import resolved
 from swin_deploy.runtimes.dlpack import DeviceTensor
-from swin_deploy.specs import Array, TensorSpec
 
 from .cuda_context import LEGACY_STREAM, CudaContext, Handle
 

@@ -15,13 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from swin_deploy.bundle import TensorSpec
 from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError, MissingDependencyError, sentence
 from swin_deploy.gpus import refuse_without_gpu
+from swin_deploy.options import Array
 from swin_deploy.runtimes.base import Feeds, Pool, Runtime
 from swin_deploy.runtimes.dlpack import DeviceTensor
 from swin_deploy.runtimes.onnxruntime import failed, opened, specs_of
-from swin_deploy.specs import Array, TensorSpec
 
 from .capture_lock import CAPTURE_LOCK
 from .cuda_context import CudaContext, Handle, device_number

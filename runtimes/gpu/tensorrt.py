@@ -11,10 +11,10 @@ from typing import Any
 
 from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError, sentence
+from swin_deploy.options import Array, Batch
 from swin_deploy.runtimes.backends import BACKENDS
 from swin_deploy.runtimes.base import EngineFile, Feeds, Runtime
 from swin_deploy.runtimes.user_cache import read_cached, write_cached
-from swin_deploy.specs import Array, Batch
 from swin_deploy.tensorrt_log import ErrorLog, logger_of
 
 from .capture_lock import CAPTURE_LOCK

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swin_deploy.options import BundlePath, bundle_keywords
-from swin_deploy.specs import EngineSpec
+from swin_deploy.option_parsers import BundlePath, bundle_keywords
+from swin_deploy.options import EngineSpec
 
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle

@@ -7,8 +7,8 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from swin_deploy.options import BundlePath, bundle_keywords
-from swin_deploy.specs import EvaluateSpec, ExportSpec, VerifySpec
+from swin_deploy.option_parsers import BundlePath, bundle_keywords
+from swin_deploy.options import EvaluateSpec, ExportSpec, VerifySpec
 
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from swin_deploy.evaluation import Evaluation
     from swin_deploy.frame_input import Preparation
     from swin_deploy.models.torch_runtime import TorchNetwork
+    from swin_deploy.options import Size
     from swin_deploy.parity import Verdict
-    from swin_deploy.specs import Size
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,12 +45,12 @@ def verify(bundle: BundlePath, spec: VerifySpec) -> tuple[Verdict, ...]:
     Example:
         >>> all(verdict.verified for verdict in swin_deploy.verify("swinv2-tiny"))
     """
-    from swin_deploy.bundle import Bundle
+    from swin_deploy.bundle import Bundle, is_verified
     from swin_deploy.errors import BundleError
+    from swin_deploy.options import device_from_text
     from swin_deploy.parity import Reference, check_runtime
     from swin_deploy.runtimes.backends import misread, runtime_to_check
-    from swin_deploy.runtimes.gpu.engines import open_engine
-    from swin_deploy.specs import device_from_text, is_verified
+    from swin_deploy.runtimes.gpu.engine_fit import open_engine
 
     found = Bundle.open(bundle)
     engines = _engines(found, spec.backend, spec.device)
@@ -81,9 +81,9 @@ def verify(bundle: BundlePath, spec: VerifySpec) -> tuple[Verdict, ...]:
 def _engines(bundle: Bundle, backend: str, device: str) -> Mapping[str, Any] | None:
     """Return the engines that a back end can run on `device`, by file; None for a back end that runs graphs."""
     from swin_deploy.errors import UsageError
+    from swin_deploy.options import device_from_text
     from swin_deploy.runtimes.backends import BACKENDS
-    from swin_deploy.runtimes.gpu.engines import runnable_engines
-    from swin_deploy.specs import device_from_text
+    from swin_deploy.runtimes.gpu.engine_fit import runnable_engines
 
     if not BACKENDS[backend].engines:
         return None
@@ -128,7 +128,7 @@ def evaluate_samples(bundle: Bundle, samples: Samples, spec: EvaluateSpec) -> Ev
     from swin_deploy.calib.data import preparation_and_inputs
     from swin_deploy.evaluation import Evaluation, GraphScorer, evaluate_graphs
     from swin_deploy.runtimes.backends import runtime_to_check
-    from swin_deploy.runtimes.gpu.engines import open_engine
+    from swin_deploy.runtimes.gpu.engine_fit import open_engine
 
     entries, backend, left_out = _selected(bundle, spec)
     classes, labels, rule = class_labels(bundle, samples, spec.ignore_labels)

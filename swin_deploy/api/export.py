@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from swin_deploy.options import keywords
-from swin_deploy.specs import ExportSpec
+from swin_deploy.option_parsers import keywords
+from swin_deploy.options import ExportSpec
 
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle

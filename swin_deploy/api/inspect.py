@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from swin_deploy.options import BundlePath, bundle_keywords
-from swin_deploy.specs import InspectSpec
+from swin_deploy.option_parsers import BundlePath, bundle_keywords
+from swin_deploy.options import InspectSpec
 
 if TYPE_CHECKING:
     from swin_deploy.exporters.inspection.costs import Inspection

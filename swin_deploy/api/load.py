@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from swin_deploy.options import BundlePath, bundle_keywords
-from swin_deploy.specs import PRECISIONS, LoadSpec, device_from_text
+from swin_deploy.option_parsers import BundlePath, bundle_keywords
+from swin_deploy.options import PRECISIONS, LoadSpec, device_from_text
 
 if TYPE_CHECKING:
     from swin_deploy.runtimes.model import Model
@@ -52,7 +52,7 @@ def _rebuild(path: BundlePath, spec: LoadSpec) -> None:
     from swin_deploy.bundle import Bundle
     from swin_deploy.errors import EngineError
     from swin_deploy.runtimes.backends import BACKENDS
-    from swin_deploy.runtimes.gpu.engines import engines_of, fitting_engines, gpu_of, rebuild_options
+    from swin_deploy.runtimes.gpu.engine_fit import engines_of, fitting_engines, gpu_of, rebuild_options
 
     backend, where = spec.backend, device_from_text("cuda" if spec.device == "auto" else spec.device)
     bundle = Bundle.open(path)

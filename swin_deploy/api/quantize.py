@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from swin_deploy.api.evaluate import class_labels, evaluate_samples
 from swin_deploy.bundle import Bundle, sha256_of
 from swin_deploy.errors import UsageError
-from swin_deploy.options import BundlePath, bundle_keywords
+from swin_deploy.option_parsers import BundlePath, bundle_keywords
+from swin_deploy.options import TARGETS, EvaluateSpec, QuantSpec
 from swin_deploy.qat_ranges import RANGES, QatRanges
-from swin_deploy.specs import TARGETS, EvaluateSpec, QuantSpec
 
 if TYPE_CHECKING:
     from swin_deploy.calib.accuracy_gate import GateResult

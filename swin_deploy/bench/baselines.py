@@ -18,10 +18,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swin_deploy.bundle import CONFIG, Bundle
+from swin_deploy.bundle import CONFIG, Bundle, TensorSpec
 from swin_deploy.config import SwinConfig
 from swin_deploy.dependencies import installed, require
-from swin_deploy.specs import Array, BenchSpec, ExportSpec, Size, TensorSpec
+from swin_deploy.options import Array, BenchSpec, ExportSpec, Size
 from swin_deploy.tasks import PIXELS, TaskSpec
 
 from .race import BenchCase, Request

@@ -16,8 +16,8 @@ import numpy as np
 from swin_deploy.errors import BackendError
 from swin_deploy.files import scratch_folder
 from swin_deploy.machine import memory_sizes
+from swin_deploy.options import Array, Progress
 from swin_deploy.parity import compare, json_figures
-from swin_deploy.specs import Array, Progress
 
 from .worker import Child
 

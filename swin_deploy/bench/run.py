@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from swin_deploy.bundle import CONFIG, Bundle
+from swin_deploy.bundle import CONFIG, Bundle, size_text
 from swin_deploy.config import SwinConfig
 from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError, MissingDependencyError, UsageError
 from swin_deploy.files import scratch_folder
 from swin_deploy.gpus import cuda_devices
 from swin_deploy.machine import Machine, this_machine
-from swin_deploy.options import BundlePath, bundle_keywords
-from swin_deploy.specs import BenchSpec, Size, size_text
+from swin_deploy.option_parsers import BundlePath, bundle_keywords
+from swin_deploy.options import BenchSpec, Size
 
 from .race import BenchCase, Measurement, Request, race, reference_of
 
@@ -103,7 +103,7 @@ def _check_batch(batch: int, config: SwinConfig, size: Size, machine: Machine) -
 def plan_cases(bundle: Bundle, spec: BenchSpec) -> dict[BenchCase, Request]:
     """Return what to measure of the bundle itself, and what the process of each case loads."""
     from swin_deploy.runtimes.backends import BACKENDS
-    from swin_deploy.runtimes.gpu.engines import engines_here, engines_of, runnable_engines
+    from swin_deploy.runtimes.gpu.engine_fit import engines_here, engines_of, runnable_engines
     from swin_deploy.runtimes.model_from_bundle import devices_here
 
     for name in spec.backends:

@@ -16,9 +16,10 @@ from typing import IO, Any
 
 import numpy as np
 
+from swin_deploy.bundle import TensorSpec
 from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError
-from swin_deploy.specs import Array, TensorSpec
+from swin_deploy.options import Array
 
 # Not with -m, which would search the current folder for modules first, and that may be a checkout of this package.
 START = "import sys; sys.path[:] = filter(None, sys.path); from swin_deploy.bench.worker import serve; serve()"
@@ -124,7 +125,7 @@ def open_request(request: dict[str, Any]) -> Any:
 
         return open_pytorch(request)
     if "engine" in request:
-        from swin_deploy.runtimes.gpu.engines import open_engine
+        from swin_deploy.runtimes.gpu.engine_fit import open_engine
 
         return open_engine(Bundle.open(request["bundle"]), request["engine"], request["device"])
     from swin_deploy.runtimes.backends import BACKENDS, runtime_from_onnx

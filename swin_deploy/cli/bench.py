@@ -8,8 +8,8 @@ import click
 
 from swin_deploy.cli.flags import given, spec_options
 from swin_deploy.cli.output import console, json_option, print_json, print_table
+from swin_deploy.options import BenchSpec
 from swin_deploy.plots import BLUE, GREY, YELLOW, Bar, bar_chart, check_plot, write_plot
-from swin_deploy.specs import BenchSpec
 
 if TYPE_CHECKING:
     from swin_deploy.bench.race import Measurement

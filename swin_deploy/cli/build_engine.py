@@ -7,7 +7,7 @@ import click
 
 from swin_deploy.cli.flags import given, spec_options
 from swin_deploy.cli.output import console, json_option, print_json, print_table, stdout_kept_clean, verbose_option
-from swin_deploy.specs import EngineSpec
+from swin_deploy.options import EngineSpec
 
 
 @click.command("build-engine", short_help="Compile a bundle into TensorRT engines.")

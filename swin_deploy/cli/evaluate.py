@@ -7,7 +7,7 @@ import click
 
 from swin_deploy.cli.flags import given, spec_options
 from swin_deploy.cli.output import console, json_option, print_json, print_table
-from swin_deploy.specs import EvaluateSpec
+from swin_deploy.options import EvaluateSpec
 
 
 @click.command("evaluate", short_help="Measure the accuracy of a bundle's graphs on images.")
@@ -21,9 +21,8 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
     for the 1000 classes of ImageNet. Every graph is also compared with the fp32 graph, or with PyTorch if --weights is set.
     """
     import swin_deploy
-    from swin_deploy.bundle import Bundle
+    from swin_deploy.bundle import Bundle, is_verified
     from swin_deploy.parity import verdict_text
-    from swin_deploy.specs import is_verified
 
     keywords = given(EvaluateSpec, options)
     with console() as show:

@@ -6,7 +6,7 @@ import click
 
 from swin_deploy.cli.flags import given, spec_options
 from swin_deploy.cli.output import console, json_option, print_json
-from swin_deploy.specs import ExportSpec
+from swin_deploy.options import ExportSpec
 
 
 @click.command("export", short_help="Export a checkpoint to a verified ONNX bundle.")

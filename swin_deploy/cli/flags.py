@@ -10,7 +10,7 @@ import click
 
 from swin_deploy.cli.output import only_flag
 from swin_deploy.errors import UsageError
-from swin_deploy.options import Option, options_of
+from swin_deploy.option_parsers import Option, options_of
 
 
 def spec_options(spec: type[Any], only: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

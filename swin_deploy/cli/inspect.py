@@ -8,8 +8,8 @@ import click
 
 from swin_deploy.cli.flags import given, spec_options
 from swin_deploy.cli.output import console, json_option, print_json, print_table, stdout_kept_clean, verbose_option
+from swin_deploy.options import InspectSpec
 from swin_deploy.plots import BLUE, CYAN, RED, YELLOW, Bar, bar_chart, check_plot, write_plot
-from swin_deploy.specs import InspectSpec
 
 if TYPE_CHECKING:
     from swin_deploy.exporters.inspection.costs import EngineCost, Inspection

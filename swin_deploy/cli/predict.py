@@ -10,7 +10,7 @@ import click
 from swin_deploy.cli.flags import given, spec_options
 from swin_deploy.cli.output import console, json_option, print_json, print_table
 from swin_deploy.errors import UsageError
-from swin_deploy.specs import LoadSpec
+from swin_deploy.options import LoadSpec
 
 
 @click.command("predict", short_help="Classify images.")

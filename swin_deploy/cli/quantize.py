@@ -7,7 +7,7 @@ import click
 
 from swin_deploy.cli.flags import given, spec_options
 from swin_deploy.cli.output import console, json_option, print_json, print_table
-from swin_deploy.specs import QuantSpec
+from swin_deploy.options import QuantSpec
 
 
 @click.command("quantize", short_help="Add INT8 or FP8 graphs to a bundle.")

@@ -7,7 +7,7 @@ import click
 
 from swin_deploy.cli.flags import given, spec_options
 from swin_deploy.cli.output import console, json_option, print_json, print_table
-from swin_deploy.specs import VerifySpec
+from swin_deploy.options import VerifySpec
 
 
 @click.command("verify", short_help="Check the files of a bundle, and compare its graphs with PyTorch.")

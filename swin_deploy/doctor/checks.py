@@ -324,7 +324,7 @@ def _runs(bundle: Bundle, backends: Sequence[str], gpus: Sequence[InstalledGpu])
 def run_engine(bundle: Bundle, file: str, entry: Mapping[str, Any], gpus: Sequence[InstalledGpu]) -> BundleRun:
     """Run an engine of the bundle on the first GPU that it fits, or report why it fits none."""
     from swin_deploy.runtimes.backends import BACKENDS
-    from swin_deploy.runtimes.gpu.engines import incompatibility
+    from swin_deploy.runtimes.gpu.engine_fit import incompatibility
 
     backend, precision, library = str(entry["backend"]), str(entry["precision"]), BACKENDS[entry["backend"]].found
     release = None

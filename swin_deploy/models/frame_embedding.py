@@ -21,8 +21,8 @@ from swin_deploy.errors import UsageError
 from swin_deploy.frame_input import CHANNELS, Frames
 from swin_deploy.models.blocks import Tensors
 from swin_deploy.models.swin import PatchEmbedding, SwinNetwork
+from swin_deploy.options import Size
 from swin_deploy.preprocess import Preprocessor
-from swin_deploy.specs import Size
 
 Weights = NDArray[np.int64]
 

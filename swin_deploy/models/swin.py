@@ -24,7 +24,7 @@ from swin_deploy.models.blocks import (
     shift_mask,
     tensor_or_none,
 )
-from swin_deploy.specs import TARGETS
+from swin_deploy.options import TARGETS
 from swin_deploy.tasks import TaskSpec
 
 

@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from swin_deploy.bundle import CONFIG, Bundle
+from swin_deploy.bundle import CONFIG, Bundle, TensorSpec
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import UsageError
 from swin_deploy.frame_input import Frames
 from swin_deploy.models.checkpoints import Checkpoint
 from swin_deploy.models.swin import SwinNetwork
-from swin_deploy.specs import Size, TensorSpec
+from swin_deploy.options import Size
 from swin_deploy.tasks import TaskSpec
 
 

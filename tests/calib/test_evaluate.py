@@ -18,11 +18,10 @@ from torch import from_numpy, inference_mode
 from transformers import AutoModelForImageClassification
 
 import swin_deploy
-from swin_deploy.bundle import CONFIG, PREPROCESSOR, create_bundle
+from swin_deploy.bundle import CONFIG, PREPROCESSOR, create_bundle, graph_file
 from swin_deploy.calib.labels import class_numbers, labels_from_file
 from swin_deploy.errors import InputError, UsageError
 from swin_deploy.preprocess import Preprocessor
-from swin_deploy.specs import graph_file
 from swin_deploy.tasks import TaskSpec
 
 sklearn = pytest.importorskip("sklearn.metrics", reason="scikit-learn counts the right answers again")

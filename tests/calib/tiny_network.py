@@ -9,8 +9,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from swin_deploy.bundle import TensorSpec
 from swin_deploy.preprocess import Preprocessor
-from swin_deploy.specs import TensorSpec
 
 SIDE = 8
 INPUTS = (TensorSpec("pixel_values", "float32", ("batch", 3, SIDE, SIDE)),)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError
-from swin_deploy.models.checkpoints.recognise import config_from_timm, recognise_checkpoint
+from swin_deploy.models.checkpoints.recognise import recognise_checkpoint
 from swin_deploy.models.checkpoints.state_dict_names import CanonicalStateDict
+from swin_deploy.models.checkpoints.timm_config import config_from_timm
 from swin_deploy.models.windows import relative_coordinates
 from swin_deploy.variants import VARIANTS
 

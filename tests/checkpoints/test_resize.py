@@ -22,7 +22,7 @@ from swin_deploy.errors import SwinDeployError, UsageError
 from swin_deploy.exporters.checkpoint_from_request import checkpoint_from_request
 from swin_deploy.models.checkpoints import Checkpoint, checkpoint_from_path, random_checkpoint, resize_windows
 from swin_deploy.models.swin import SwinNetwork
-from swin_deploy.specs import ExportSpec
+from swin_deploy.options import ExportSpec
 from swin_deploy.tasks import PIXELS, TaskSpec
 from swin_deploy.variants import find_variant
 

@@ -22,9 +22,9 @@ from swin_deploy.errors import UsageError
 from swin_deploy.gpus import CudaDevice, cuda_devices
 from swin_deploy.models.checkpoints import checkpoint_from_path
 from swin_deploy.models.torch_runtime import Placement, TorchNetwork
+from swin_deploy.options import BenchSpec
 from swin_deploy.parity import compare
 from swin_deploy.runtimes import model_from_bundle
-from swin_deploy.specs import BenchSpec
 from swin_deploy.tasks import TaskSpec
 
 QUICK = ("--seconds", 0.1, "--rounds", 2, "--json")

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from swin_deploy.specs import EngineSpec
+from swin_deploy.options import EngineSpec
 
 HEADS, TOKENS, WIDTH = 3, 64, 32
 SM89 = EngineSpec(backend="tensorrt-rtx", gpus="sm_89")

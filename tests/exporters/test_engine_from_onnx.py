@@ -24,7 +24,7 @@ from swin_deploy.exporters.engines.engine_from_onnx import Engine, engine_from_o
 from swin_deploy.exporters.engines.layer_report import EngineTensor, report_from_inspector, report_from_log
 from swin_deploy.exporters.engines.targets import for_target, rtx_gpus, target_gpu
 from swin_deploy.gpus import cuda_devices
-from swin_deploy.specs import EngineSpec
+from swin_deploy.options import EngineSpec
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the graphs of these tests")
 
@@ -263,7 +263,7 @@ INTERRUPTED = """
 import sys
 from pathlib import Path
 from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
-from swin_deploy.specs import EngineSpec
+from swin_deploy.options import EngineSpec
 
 calls = []
 def progress(phase, step, steps):

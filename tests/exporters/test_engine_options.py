@@ -24,8 +24,8 @@ from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
 from swin_deploy.exporters.engines.layer_report import report_from_log, reports_by_profile
 from swin_deploy.exporters.engines.targets import compiler_options, name_of_options
 from swin_deploy.gpus import cuda_devices
-from swin_deploy.options import batch, memory
-from swin_deploy.specs import RTX_LACKS, EngineSpec
+from swin_deploy.option_parsers import batch, memory
+from swin_deploy.options import RTX_LACKS, EngineSpec
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the graphs of these tests")
 

@@ -21,10 +21,10 @@ from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
 from swin_deploy.exporters.passes import ENGINE_PASSES, PassRecord
 from swin_deploy.exporters.passes.cosine_attention import cosine_fallback
 from swin_deploy.exporters.precision import assign_types, typed_from_fp32
+from swin_deploy.options import EngineSpec
 from swin_deploy.parity import TOLERANCES, compare
 from swin_deploy.runtimes.backends import runtime_from_onnx, runtime_to_check
 from swin_deploy.runtimes.emulate import emulated_file
-from swin_deploy.specs import EngineSpec
 from swin_deploy.tasks import TaskSpec
 
 ort = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the graphs")

@@ -14,8 +14,8 @@ from swin_deploy.exporters.bundle_from_checkpoint import bundle_from_checkpoint
 from swin_deploy.models import activations
 from swin_deploy.models.checkpoints import random_checkpoint
 from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.options import ExportSpec
 from swin_deploy.runtimes.backends import runtime_from_onnx
-from swin_deploy.specs import ExportSpec
 from swin_deploy.tasks import TaskSpec
 
 ACT2FN = pytest.importorskip("transformers.activations", reason="transformers is what the activations are compared with").ACT2FN

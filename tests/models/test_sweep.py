@@ -20,15 +20,16 @@ import transformers
 from models.random_weights import randomize
 
 import swin_deploy
+from swin_deploy.bundle import size_text
 from swin_deploy.exporters.external_data import embed_weights
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
 from swin_deploy.exporters.precision import typed_from_fp32
 from swin_deploy.exporters.typed_graphs import with_typed_graphs
 from swin_deploy.models.checkpoints import checkpoint_from_path
 from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.options import Size
 from swin_deploy.parity import TOLERANCES
 from swin_deploy.runtimes.backends import runtime_from_onnx
-from swin_deploy.specs import Size, size_text
 from swin_deploy.tasks import MASK, PIXELS, TASKS, TaskSpec
 
 Arrays = dict[str, np.ndarray[Any, Any]]

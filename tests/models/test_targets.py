@@ -22,10 +22,10 @@ from swin_deploy.models.blocks import shift_mask
 from swin_deploy.models.checkpoints import random_checkpoint
 from swin_deploy.models.swin import SwinNetwork
 from swin_deploy.models.windows import WindowGrid
+from swin_deploy.options import TARGETS
 from swin_deploy.parity import compare, sample_inputs
 from swin_deploy.runtimes.backends import runtime_from_onnx
 from swin_deploy.runtimes.openvino import openvino_core
-from swin_deploy.specs import TARGETS
 from swin_deploy.tasks import TASKS, TaskSpec
 
 # Maps of 16 x 20, 8 x 10 and 4 x 5 tokens at the first size (shifted), of 13 x 18, 7 x 9 and 4 x 5 at the second (padded).

@@ -13,7 +13,7 @@ from fake_gpu import RELEASES, cpu_session
 
 import swin_deploy
 from swin_deploy.bundle import Bundle
-from swin_deploy.specs import Batch
+from swin_deploy.options import Batch
 
 PROFILES: tuple[Batch, ...] = ((1, 1, 1), (1, 4, 8))
 SIZES = ((32, 32), (16, 24))

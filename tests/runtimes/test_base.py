@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from swin_deploy.bundle import TensorSpec
 from swin_deploy.errors import BackendError, InputError
 from swin_deploy.runtimes.base import Runtime
-from swin_deploy.specs import TensorSpec
 
 
 class Adder(Runtime):

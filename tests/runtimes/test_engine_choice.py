@@ -28,8 +28,8 @@ from swin_deploy.bundle import Bundle
 from swin_deploy.doctor.checks import InstalledGpu, run_engine
 from swin_deploy.errors import BackendError, EngineError, MissingDependencyError, SwinDeployError, UsageError
 from swin_deploy.exporters.engines.targets import target_gpu
-from swin_deploy.runtimes.gpu.engines import engines_here, fitting_engines, incompatibility, rebuild_command
-from swin_deploy.specs import BenchSpec
+from swin_deploy.options import BenchSpec
+from swin_deploy.runtimes.gpu.engine_fit import engines_here, fitting_engines, incompatibility, rebuild_command
 
 BATCHES = ((1, 1, 1), (1, 4, 8))
 

@@ -16,11 +16,10 @@ from cli.exported import copied
 from engine_bundles import IMAGES, PROFILES, alone, feed, loaded, two_sizes, with_engines
 from fake_gpu import RELEASES, FakeGpu, simulated, tensorrt_module
 
-from swin_deploy.bundle import Bundle
+from swin_deploy.bundle import Bundle, TensorSpec
 from swin_deploy.errors import BackendError, BundleError, EngineError, MissingDependencyError
 from swin_deploy.runtimes.gpu.io_buffers import BufferLayout
 from swin_deploy.runtimes.gpu.tensorrt import MAX_CONTEXTS, split_batch
-from swin_deploy.specs import TensorSpec
 
 
 @pytest.fixture

@@ -28,10 +28,10 @@ from swin_deploy.exporters.onnx_from_torch import OF_OPENVINO  # noqa: E402
 from swin_deploy.exporters.onnx_from_torch import OPERATORS as EXPORTED  # noqa: E402
 from swin_deploy.exporters.precision import typed_from_fp32  # noqa: E402
 from swin_deploy.exporters.quantization.for_tensorrt import quantized_from_fp32, quantized_layers  # noqa: E402
+from swin_deploy.options import TARGETS  # noqa: E402
 from swin_deploy.parity import TOLERANCES, compare, sample_inputs  # noqa: E402
 from swin_deploy.runtimes.backends import runtime_from_onnx  # noqa: E402
 from swin_deploy.runtimes.torch_operators import OPERATORS  # noqa: E402
-from swin_deploy.specs import TARGETS  # noqa: E402
 from swin_deploy.tasks import TASKS, TaskSpec  # noqa: E402
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]

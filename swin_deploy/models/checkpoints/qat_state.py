@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from swin_deploy.errors import CheckpointError
+from swin_deploy.options import Array
 from swin_deploy.qat_ranges import PARTS, ActivationRange, LayerRanges, QatRanges, largest
-from swin_deploy.specs import Array
 
 from .base import FLOATING
 from .state_dict_names import BLOCK, CanonicalStateDict, QuantizerState

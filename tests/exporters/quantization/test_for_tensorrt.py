@@ -25,9 +25,9 @@ from swin_deploy.exporters.precision import typed_from_fp32
 from swin_deploy.exporters.quantization.for_tensorrt import quantized_from_fp32, quantized_layers
 from swin_deploy.exporters.quantization.qdq import TensorRTWriter
 from swin_deploy.exporters.typed_graphs import config_and_task
+from swin_deploy.options import EngineSpec
 from swin_deploy.preprocess import Preprocessor
 from swin_deploy.runtimes.emulate import emulated
-from swin_deploy.specs import EngineSpec
 from swin_deploy.tasks import TaskSpec
 
 ort = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the graphs")

@@ -16,10 +16,10 @@ from cli.exported import digits
 import swin_deploy
 from swin_deploy.cli.flags import given, spec_options
 from swin_deploy.errors import InputError, SwinDeployError, UsageError
-from swin_deploy.options import options_of
+from swin_deploy.option_parsers import options_of
+from swin_deploy.options import BACKEND_NAMES, COMPILERS, EngineSpec, EvaluateSpec, ExportSpec, LoadSpec, QuantSpec, VerifySpec
 from swin_deploy.preprocess import read_image
 from swin_deploy.runtimes.backends import BACKENDS
-from swin_deploy.specs import BACKEND_NAMES, COMPILERS, EngineSpec, EvaluateSpec, ExportSpec, LoadSpec, QuantSpec, VerifySpec
 from swin_deploy.tasks import TaskSpec
 
 SPECS = {"export": ExportSpec, "build_engine": EngineSpec, "quantize": QuantSpec, "load": LoadSpec, "verify": VerifySpec}

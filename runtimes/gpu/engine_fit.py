@@ -7,14 +7,14 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from swin_deploy.bundle import Bundle
+from swin_deploy.bundle import Bundle, TensorSpec, size_text, target_of
 from swin_deploy.dependencies import require
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError, unknown
 from swin_deploy.gpus import cuda_devices, seen_first
+from swin_deploy.options import QUANTIZED, TARGETS, Size
 from swin_deploy.runtimes.backends import BACKENDS, runtime_from_engine
 from swin_deploy.runtimes.base import EngineFile, Runtime
 from swin_deploy.runtimes.user_cache import cache_folder
-from swin_deploy.specs import QUANTIZED, TARGETS, Size, TensorSpec, size_text, target_of
 
 from .cuda_context import device_number
 
