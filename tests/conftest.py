@@ -85,9 +85,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Exporting a small network takes half as long without what torch does again in every call."""
     if "torch" in sys.modules:
         gc.freeze()  # hundreds of thousands of objects that live as long as the process
-        with contextlib.suppress(ImportError):
+        gc.set_threshold(20_000, 20, 20)
+        with contextlib.suppress(ImportError, AttributeError):
+            from torch._export import utils
             from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+            utils._materialize_cpp_cia_ops = functools.cache(utils._materialize_cpp_cia_ops)
             ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
 

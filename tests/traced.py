@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,17 @@ from swin_deploy.options import TARGETS
 from swin_deploy.runtimes.backends import runtime_from_onnx
 from swin_deploy.tasks import TaskSpec
 
+# What most tests of graphs start from: a shifted block, a merge of patches, and an image of 12 x 12 tokens in windows of 6, or
+# of 11 x 13, which are padded.
+WHOLE, PADDED = (48, 48), (44, 52)
+V1 = SwinConfig(
+    1, image_size=WHOLE, embed_dim=32, depths=(2, 1), num_heads=(2, 4), window_size=(6, 6), pretrained_window_sizes=(0, 0),
+    id2label={i: str(i) for i in range(6)}, encoder_stride=8,
+)  # fmt: skip
+CONFIGS = {1: V1, 2: replace(V1, version=2)}
+LOGITS = TaskSpec()
+EVERYTHING = TaskSpec("feature-extraction", output_hidden_states=True, output_attentions=True)
+
 
 def _file(config: SwinConfig, size: tuple[int, int], task: TaskSpec, target: str) -> Path:
     def make(path: Path) -> None:
@@ -32,7 +44,9 @@ def _file(config: SwinConfig, size: tuple[int, int], task: TaskSpec, target: str
     return once(f"traced-{hashlib.sha256(repr((config, size, task, target)).encode()).hexdigest()[:16]}", make)
 
 
-def traced_once(config: SwinConfig, size: tuple[int, int], task: TaskSpec, target: str = TARGETS[0]) -> onnx.ModelProto:
+def traced_once(
+    config: SwinConfig, size: tuple[int, int] = WHOLE, task: TaskSpec = LOGITS, target: str = TARGETS[0]
+) -> onnx.ModelProto:
     """The graph of random weights, with its weights inside it; the caller's own."""
     return onnx.load(_file(config, size, task, target))
 

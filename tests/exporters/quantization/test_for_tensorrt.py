@@ -12,7 +12,8 @@ import onnx_graphsurgeon as gs
 import pytest
 from cli.exported import EXAMPLES, digits
 from onnx import TensorProto, helper
-from traced import traced_once
+from traced import CONFIGS, EVERYTHING, LOGITS, PADDED, V1, WHOLE
+from traced import traced_once as fp32
 
 from swin_deploy.bundle import PREPROCESSOR, Bundle
 from swin_deploy.config import SwinConfig
@@ -28,18 +29,9 @@ from swin_deploy.exporters.typed_graphs import config_and_task
 from swin_deploy.options import EngineSpec
 from swin_deploy.preprocess import Preprocessor
 from swin_deploy.runtimes.emulate import emulated
-from swin_deploy.tasks import TaskSpec
 
 ort = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the graphs")
 
-WHOLE, PADDED = (48, 48), (44, 52)  # 12 x 12 tokens in windows of 6; 11 x 13, padded
-LOGITS = TaskSpec()
-EVERYTHING = TaskSpec("feature-extraction", output_hidden_states=True, output_attentions=True)
-V1 = SwinConfig(
-    1, image_size=WHOLE, embed_dim=32, depths=(2, 1), num_heads=(2, 4), window_size=(6, 6), pretrained_window_sizes=(0, 0),
-    id2label={i: str(i) for i in range(6)},
-)  # fmt: skip
-CONFIGS = {1: V1, 2: replace(V1, version=2)}
 BOTH = pytest.mark.parametrize("version", [1, 2])
 FORMATS = pytest.mark.parametrize("precision", ["int8", "fp8"])
 
@@ -56,10 +48,6 @@ def remembered(function: Any) -> Any:
         return results[key]
 
     return call
-
-
-def fp32(config: SwinConfig, size: tuple[int, int] = WHOLE, task: TaskSpec = LOGITS) -> Any:
-    return traced_once(config, size, task)
 
 
 @remembered
