@@ -89,7 +89,7 @@ def test_exported_graph_computes_the_same(tmp_path: Path) -> None:
     assert any("divided by the pretrained [8, 8]" in note for note in bundle.manifest["notes"])
     config = bundle.read_json("config.json")
     assert (config["window_size"], config["pretrained_window_sizes"]) == (6, [8, 8])
-    with swin_deploy.load(bundle.path, precision="fp32") as model:
+    with swin_deploy.load(bundle.path, backend="onnxruntime", precision="fp32") as model:
         assert distance(model.run({PIXELS: pixels})["logits"], wanted) < 1e-5
 
 

@@ -182,7 +182,8 @@ def test_buffers_of_older_files_are_ignored(version: int, tmp_path: Path) -> Non
 @pytest.mark.parametrize(("version", "name"), [pytest.param(1, "swin-tiny", marks=pytest.mark.slow), (2, "swinv2-tiny")])
 def test_published_size_through_the_whole_chain(version: int, name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the exported graphs")
-    fields = find_variant(name).config().to_dict()
+    """With as many blocks as each kind of block needs: the others only repeat them."""
+    fields = {**find_variant(name).config().to_dict(), "depths": [1, 1, 2, 1]}
     model = reference_model(
         version, {key: value for key, value in fields.items() if key not in ("model_type", "architectures")}
     )

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 import pytest
 import torch
 from cli.exported import one_block
+from traced import CONFIGS, EVERYTHING, PADDED, WHOLE, traced_once
 
 import swin_deploy
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import UsageError
-from swin_deploy.exporters.external_data import embed_weights
-from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
 from swin_deploy.exporters.passes.cosine_attention import l2_norm_as_rms_norm
 from swin_deploy.machine import this_machine
 from swin_deploy.models.blocks import shift_mask
@@ -35,12 +35,12 @@ FIELDS: dict[str, Any] = {
     "pretrained_window_sizes": (0, 0, 0), "id2label": {i: str(i) for i in range(5)}, "encoder_stride": 16,
 }  # fmt: skip
 CPU = TARGETS[1:]
+BACKBONE = TaskSpec("backbone", output_hidden_states=True, output_attentions=True)
 
 
-def network(version: int, task: str, size: tuple[int, int], target: str, between: bool = True, **changes: Any) -> Any:
-    """With `between`, hidden states and attentions are outputs, too."""
+def network(version: int, task: str, size: tuple[int, int], target: str, **changes: Any) -> Any:
     config = SwinConfig(**{"version": version, **FIELDS, **changes})
-    spec = TaskSpec(task, output_hidden_states=between, output_attentions=between)
+    spec = TaskSpec(task, output_hidden_states=True, output_attentions=True)
     return SwinNetwork(config, size, random_checkpoint(config, spec).tensors, spec, target).eval()
 
 
@@ -50,16 +50,6 @@ def answers(made: Any, size: tuple[int, int]) -> tuple[dict[str, Any], dict[str,
     with torch.no_grad():
         outputs = made.named(*map(torch.from_numpy, feeds.values()))
     return feeds, {name: value.numpy() for name, value in outputs.items()}
-
-
-def exported(made: Any, size: tuple[int, int], target: str, folder: Path) -> tuple[Path, dict[str, int]]:
-    """Export a network. Return the file, and how often each pass matched."""
-    traced = onnx_from_torch(made, size)
-    embed_weights(traced.model, traced.weights)
-    del traced.model.graph.value_info[:]
-    file = folder / f"{target}.onnx"
-    file.write_bytes(traced.model.SerializeToString())
-    return file, {record.name: record.count for record in traced.passes}
 
 
 def assert_agree(found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -94,18 +84,21 @@ def test_without_biases(target: str) -> None:
 @pytest.mark.parametrize(
     ("version", "task", "target", "size"),
     [
-        (1, "feature-extraction", CPU[0], SIZES[0]),
-        pytest.param(1, "backbone", CPU[1], SIZES[1], marks=pytest.mark.slow),
-        pytest.param(2, "backbone", CPU[0], SIZES[0], marks=pytest.mark.slow),
-        (2, "feature-extraction", CPU[1], SIZES[1]),
+        *((version, EVERYTHING, target, PADDED) for version in (1, 2) for target in CPU),
+        pytest.param(1, BACKBONE, CPU[1], WHOLE, marks=pytest.mark.slow),
+        pytest.param(2, BACKBONE, CPU[0], WHOLE, marks=pytest.mark.slow),
     ],
 )
-def test_exported(version: int, task: str, size: tuple[int, int], target: str, tmp_path: Path) -> None:
+def test_exported(version: int, task: TaskSpec, target: str, size: tuple[int, int], tmp_path: Path) -> None:
     pytest.importorskip(target, reason="runs the graph")
-    feeds, wanted = answers(network(version, task, size, TARGETS[0]), size)
-    file, records = exported(network(version, task, size, target), size, target, tmp_path)
-    assert records == ({"l2_norm_as_rms_norm": 12 if version == 2 else 0} if target == "openvino" else {})
-    with runtime_from_onnx(file, target, threads=1) as runtime:
+    checkpoint = random_checkpoint(CONFIGS[version], task)
+    feeds, wanted = answers(SwinNetwork(checkpoint.config, size, checkpoint.tensors, task).eval(), size)
+    model = traced_once(CONFIGS[version], size, task, target)
+    lengths = [node.op_type for node in model.graph.node].count("ReduceL2")
+    assert lengths == (2 * CONFIGS[version].blocks if (version, target) == (2, "onnxruntime") else 0)
+    del model.graph.value_info[:]
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    with runtime_from_onnx(tmp_path / "model.onnx", target, threads=1) as runtime:
         assert_agree(runtime.run(feeds), wanted)
         single = runtime.run({name: feed[:1] for name, feed in feeds.items()})
         assert runtime.inputs[0].shape[0] == "batch"
@@ -150,19 +143,18 @@ def test_openvino_computes_attention_as_one_kernel(version: int, tmp_path: Path)
     pytest.importorskip("openvino", reason="runs the graph")
     if "AVX-512" not in this_machine().features:
         pytest.skip("OpenVINO has this kernel for processors with AVX-512 only")
-    one_stage = {"depths": (2,), "num_heads": (2,), "window_size": (4,), "pretrained_window_sizes": (0,)}
     found = {}
     for target in CPU:
-        made = network(version, TASKS[0], SIZES[0], target, between=False, **one_stage)
-        file, _ = exported(made, SIZES[0], target, tmp_path)
-        model = openvino_core().read_model(str(file))
-        model.reshape([1, 3, *SIZES[0]])
+        graph = gs.import_onnx(traced_once(CONFIGS[version], PADDED, EVERYTHING, target))
+        del graph.outputs[1:]  # of the attentions, which no kernel would give
+        onnx.save(gs.export_onnx(graph.cleanup()), str(tmp_path / "model.onnx"))
+        model = openvino_core().read_model(str(tmp_path / "model.onnx"))
+        model.reshape([1, 3, *PADDED])
         compiled = openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         kinds = [node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()]
         found[target] = {kind: kinds.count(kind) for kind in ("Softmax", "Reduce", "RMS")}
-    # One more Reduce is the mean over all tokens.
-    assert found["onnxruntime"] == {"Softmax": 2, "Reduce": 1 + 4 * (version == 2), "RMS": 0}
-    assert found["openvino"] == {"Softmax": 0, "Reduce": 1, "RMS": 4 * (version == 2)}
+    assert found["onnxruntime"] == {"Softmax": 3, "Reduce": 6 * (version == 2), "RMS": 0}
+    assert found["openvino"] == {"Softmax": 0, "Reduce": 0, "RMS": 6 * (version == 2)}
 
 
 def test_masked_scores_leave_no_denormal_numbers() -> None:

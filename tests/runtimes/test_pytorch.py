@@ -18,11 +18,10 @@ ort = pytest.importorskip("onnxruntime", reason="what it is compared with")
 
 from fake_gpu import FakeDriver  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
-from traced import traced_once  # noqa: E402
+from traced import CONFIGS, EVERYTHING, LOGITS, PADDED, traced_once  # noqa: E402
 
 import swin_deploy  # noqa: E402
 import swin_deploy.gpus  # noqa: E402
-from swin_deploy.config import SwinConfig  # noqa: E402
 from swin_deploy.errors import BackendError, MissingDependencyError, UsageError  # noqa: E402
 from swin_deploy.exporters.onnx_from_torch import OF_OPENVINO  # noqa: E402
 from swin_deploy.exporters.onnx_from_torch import OPERATORS as EXPORTED  # noqa: E402
@@ -32,11 +31,10 @@ from swin_deploy.options import TARGETS  # noqa: E402
 from swin_deploy.parity import TOLERANCES, compare, sample_inputs  # noqa: E402
 from swin_deploy.runtimes.backends import runtime_from_onnx  # noqa: E402
 from swin_deploy.runtimes.torch_operators import OPERATORS  # noqa: E402
-from swin_deploy.tasks import TASKS, TaskSpec  # noqa: E402
+from swin_deploy.tasks import TaskSpec  # noqa: E402
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
-SIZE = (52, 72)  # maps of 13 x 18 tokens in windows of 4: padded and shifted
 RANDOM = np.random.default_rng(0)
 
 
@@ -178,28 +176,28 @@ def test_fp8_rounds_and_saturates_like_the_onnx_reference(tmp_path: Path) -> Non
     assert found.max() == 224
 
 
-def config(version: int) -> SwinConfig:
-    return SwinConfig(
-        version, image_size=(64, 64), embed_dim=16, depths=(2, 1), num_heads=(2, 4), window_size=(4, 4),
-        pretrained_window_sizes=(0, 0), id2label={i: str(i) for i in range(6)}, encoder_stride=8,
-    )  # fmt: skip
-
-
 def answers(model: Any, path: Path, feeds: Arrays, backend: str = "torch") -> Arrays:
     path.write_bytes(model.SerializeToString())
     with runtime_from_onnx(path, backend) as runtime:
         return runtime.run(feeds)
 
 
-@pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("number", range(len(TASKS)), ids=TASKS)
-def test_every_task_matches_onnx_runtime(version: int, number: int, tmp_path: Path) -> None:
-    """All outputs, hidden states and attentions, in the graph layouts of all targets."""
-    task = TaskSpec(TASKS[number], output_hidden_states=True, output_attentions=True)
-    model = traced_once(config(version), SIZE, task, TARGETS[number % len(TARGETS)])
-    feeds = sample_inputs(task.inputs(config(version), SIZE))
+@pytest.mark.parametrize(
+    ("version", "task", "target"),
+    [
+        *((version, EVERYTHING, target) for version in (1, 2) for target in TARGETS),
+        (1, TaskSpec("backbone", output_hidden_states=True, output_attentions=True), "tensorrt"),
+        (2, TaskSpec("masked-image-modeling", output_hidden_states=True, output_attentions=True), "tensorrt"),
+        *((version, LOGITS, "tensorrt") for version in (1, 2)),
+    ],
+)
+def test_every_task_matches_onnx_runtime(version: int, task: TaskSpec, target: str, tmp_path: Path) -> None:
+    """The graph layouts of all targets, and the outputs of all tasks."""
+    shape = CONFIGS[version]
+    model = traced_once(shape, PADDED, task, target)
+    feeds = sample_inputs(task.inputs(shape, PADDED))
     found, wanted = (answers(model, tmp_path / "model.onnx", feeds, backend) for backend in ("torch", "onnxruntime"))
-    assert list(found) == list(task.output_names(config(version)))
+    assert list(found) == list(task.output_names(shape))
     for name in wanted:
         assert (found[name].shape, found[name].dtype) == (wanted[name].shape, wanted[name].dtype)
         # Random weights give sharp attention, which amplifies rounding errors.
@@ -210,9 +208,9 @@ def test_every_task_matches_onnx_runtime(version: int, number: int, tmp_path: Pa
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "fp8"])
 def test_low_precision_graphs_are_computed_in_their_types(version: int, precision: str, tmp_path: Path) -> None:
     """The results differ from fp32 as expected, and less from another runtime than from fp32."""
-    task, shape = TaskSpec(), config(version)
-    fp32 = traced_once(shape, SIZE, task)
-    feeds = sample_inputs(task.inputs(shape, SIZE))
+    task, shape = LOGITS, CONFIGS[version]
+    fp32 = traced_once(shape, PADDED)
+    feeds = sample_inputs(task.inputs(shape, PADDED))
     exact = answers(fp32, tmp_path / "fp32.onnx", feeds)["logits"]
     if precision in ("int8", "fp8"):
         inputs = [name for layer in quantized_layers(fp32, shape, precision) for name in layer.inputs]
