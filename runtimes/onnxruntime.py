@@ -62,9 +62,9 @@ def opened(ort: Any, path: Path, threads: int, providers: Sequence[Any], kind: s
         try:
             return open_session()
         except Exception as error:
-            if "QuantizeLinear" not in str(error):
+            if not any(operator in str(error) for operator in ("QuantizeLinear", "MatMulIntegerToFloat")):
                 raise
-            # ONNX Runtime 1.31 moves some Q/DQ nodes in graphs for GPUs and then rejects the result.
+            # ONNX Runtime 1.31 moves or fuses some Q/DQ nodes in graphs for GPUs and then rejects the result.
             return open_session(config=EXACT_QDQ)
     except Exception as error:
         if "NOT_IMPLEMENTED" in str(error):
