@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cli.exported import exported, one_block
+from cli.exported import exported_bundle, one_block
 from fake_gpu import RELEASES, cpu_session
 
 import swin_deploy
@@ -54,8 +54,7 @@ def with_engines(
 def bundle_of(target: Path, *options: str) -> Path:
     """A copy of the bundle that `export` makes of one block with these options."""
     weights = () if "--weights" in options else ("--weights", str(one_block()))
-    [path] = [path for path in exported(*weights, *options).iterdir() if path.is_dir()]
-    shutil.copytree(path, target)
+    shutil.copytree(exported_bundle(*weights, *options), target)
     return target
 
 

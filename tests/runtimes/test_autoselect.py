@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cli.exported import EXAMPLES, copied, digits
+from engine_bundles import bundle_of
 from fake_gpu import FakeDriver
 
 import swin_deploy
@@ -114,7 +115,7 @@ def test_what_fails_for_one_reason_says_only_that(cache: Path) -> None:
 def test_a_quantised_graph_for_tensorrt_is_no_choice_without_it(cache: Path, tmp_path: Path) -> None:
     """OpenVINO computes wrong results from it and ONNX Runtime is slow; named, it runs where it is correct."""
     pytest.importorskip("openvino", reason="what is refused")
-    path = copied(2, tmp_path / "b")
+    path = bundle_of(tmp_path / "b")
     swin_deploy.quantize(path, EXAMPLES / "digits/images", precision="int8")
     with swin_deploy.load(path) as model:
         assert "int8" not in {row.candidate.precision for row in model.describe().measured}

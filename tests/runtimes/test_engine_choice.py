@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("onnxruntime", reason="the simulated TensorRT computes with it")
 
 from cli.exported import THREE, cli_here, copied, digits, refused, result
-from engine_bundles import with_engines
+from engine_bundles import bundle_of, with_engines
 from fake_gpu import RELEASES, install, simulated
 from once import once
 
@@ -132,7 +132,7 @@ def test_a_quantised_graph_that_was_made_again_for_another_target(tmp_path: Path
     """build-engine refuses that one, so it is made for TensorRT again first; both commands as they are printed."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engine")
     pytest.importorskip("onnx_graphsurgeon", reason="graphs are rewritten with onnx-graphsurgeon")
-    path, images = copied(2, tmp_path / "a bundle"), THREE.parent
+    path, images = bundle_of(tmp_path / "a bundle"), THREE.parent
     quantize = ("quantize", path, "--data", images, "--samples", "2")
     assert cli_here(*quantize, cwd=tmp_path).returncode == 0
     [built] = swin_deploy.build_engine(path, precision="int8", backend="tensorrt-rtx", gpus=("sm_89",))

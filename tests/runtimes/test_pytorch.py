@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli.exported import EXAMPLES, THREE, WEIGHTS, cli_here, copied, digits, exported, one_block, refused, result
+from cli.exported import EXAMPLES, THREE, WEIGHTS, cli_here, copied, digits, exported_bundle, one_block, refused, result
 
 torch = pytest.importorskip("torch", reason="the back end under test")
 onnx = pytest.importorskip("onnx", reason="it reads the graphs")
@@ -228,7 +228,7 @@ def test_low_precision_graphs_are_computed_in_their_types(version: int, precisio
 
 @pytest.mark.parametrize("options", [("--embed-preprocess",), ("--embed-resize", "427x640")], ids=["frames", "resized"])
 def test_graphs_with_embedded_preprocessing(options: tuple[str, ...]) -> None:
-    bundle = exported("--weights", str(WEIGHTS[1]), *options) / WEIGHTS[1].name
+    bundle = exported_bundle("--weights", str(WEIGHTS[1]), *options)
     photo = EXAMPLES / "photos/china.jpg"
     with (
         swin_deploy.load(bundle, backend="torch", precision="fp32") as ours,
@@ -242,7 +242,7 @@ def test_graphs_with_embedded_preprocessing(options: tuple[str, ...]) -> None:
 
 def test_external_weights() -> None:
     options = ("--weights", str(one_block()), "--image-size", "32x32", "--image-size", "16x24")
-    [path] = [path for path in exported(*options).iterdir() if path.is_dir()]
+    path = exported_bundle(*options)
     assert (path / "onnx/model.onnx_data").exists()
     assert all(verdict.verified for verdict in swin_deploy.verify(path, backend="torch"))
 

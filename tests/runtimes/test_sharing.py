@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli.exported import digits, exported, one_block
+from cli.exported import digits, exported_bundle, one_block
 
 import swin_deploy
 from swin_deploy.errors import BackendError, InputError
@@ -24,8 +24,7 @@ SIZES = ((32, 32), (16, 24))
 def two_sizes() -> str:
     """One block at two image sizes."""
     options = [part for height, width in SIZES for part in ("--image-size", f"{height}x{width}")]
-    [path] = [path for path in exported("--weights", str(one_block()), *options).iterdir() if path.is_dir()]
-    return str(path)
+    return str(exported_bundle("--weights", str(one_block()), *options))
 
 
 def same(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> bool:
