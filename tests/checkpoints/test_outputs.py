@@ -112,7 +112,7 @@ def test_the_same_network_is_exported_only_once(name: str, other: str) -> None:
 
 # All of them: pytest -m "slow or not slow" -k exported_graph, or benchmarks/checkpoints.py. One of each framework's rules is
 # run always; the graph follows from the network, which is compared above.
-ALWAYS = ("ms__SwinTransformer__strip_32x96", "timm__SwinTransformer__dynamic_72x56", "tv__SwinTransformerV2__pad_52x68")
+ALWAYS = ("ms__SwinTransformer__strip_32x96", "timm__SwinTransformer__dynamic_72x56", "tv__SwinTransformer__pad_52x68")
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,8 @@ def test_network(version: int, task: str, patch: int, size: Size, folders: dict[
     ],
 )
 def test_exported_graphs(version: int, task: str, size: Size, tmp_path: Path) -> None:
-    """The same in ONNX Runtime, in fp32 and fp16. In fp16, Swin V2 of transformers is NaN if it pads."""
+    """The same in ONNX Runtime, in fp32 and fp16. In fp16, Swin V2 of transformers is NaN if it pads: the norm of a padding
+    token is 0, and its floor of 1e-12 is 0 in fp16."""
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     model = copy.deepcopy(pristine(version, task, 4, exported=True))
     model.save_pretrained(tmp_path / "checkpoint")
@@ -188,11 +189,11 @@ def test_exported_graphs(version: int, task: str, size: Size, tmp_path: Path) ->
             assert {name: value for name, value in relative(halves, exact).items() if not value < TOLERANCES["fp16"]} == {}
 
 
-# All of them: pytest -m "slow or not slow" -k half_precision_sweep. Every 50th is run always.
+# All of them: pytest -m "slow or not slow" -k half_precision_sweep. Every 100th is run always.
 @pytest.mark.parametrize(
     ("version", "task", "patch", "size"),
     [
-        pytest.param(*param.values, id=param.id, marks=() if number % 50 == 0 else pytest.mark.slow)
+        pytest.param(*param.values, id=param.id, marks=() if number % 100 == 0 else pytest.mark.slow)
         for number, param in enumerate(SWEEP)
     ],
 )
@@ -224,19 +225,3 @@ def test_half_precision_sweep(
             record_property(f"{where} {batch}", max(distances.values()))
             limits = {name: 1.25e-2 if where == "torch" and name.startswith("attentions.") else 1e-2 for name in distances}
             assert {name: value for name, value in distances.items() if not value < limits[name]} == {}, where
-
-
-def test_half_precision_of_transformers_is_nan_in_padded_windows() -> None:
-    """The reason to keep cosine attention in fp32: the norm of a padding token is 0, and its floor of 1e-12 is 0 in fp16."""
-    model = copy.deepcopy(pristine(2, "image-classification", 4)).half()
-    assert np.isnan(answers(model, "image-classification", feeds_of("image-classification", (50, 66), 4, 1))["logits"]).all()
-
-
-def test_a_used_model_of_transformers_answers_otherwise() -> None:
-    """The reason for a fresh model each time: Swin V1 stays without shifts after a smaller image had none."""
-    task = "image-classification"
-    feeds, smaller = feeds_of(task, (128, 128), 4, 1), feeds_of(task, (64, 64), 4, 1)
-    used = copy.deepcopy(pristine(1, task, 4))
-    answers(used, task, smaller)
-    wanted = answers(copy.deepcopy(pristine(1, task, 4)), task, feeds)
-    assert relative(answers(used, task, feeds), wanted)["logits"] > 1e-3
