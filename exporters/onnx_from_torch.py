@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from swin_deploy.models.swin import SwinNetwork
 
+BATCH = 1_000_003  # images in a traced batch; prime, and larger than any other axis
 OPSET = 20  # the first with a Gelu operator; every runtime since 2024 supports it
 
 # The operators of a Swin with static shapes. Any other (Shape, If, Loop, Pad, ...) means that something depends on the input
@@ -73,19 +74,26 @@ def onnx_from_torch(network: SwinNetwork, image_size: Size, frame_size: Size | N
 
 
 def _traced(network: SwinNetwork, specs: Sequence[TensorSpec]) -> tuple[Any, dict[str, Any]]:
+    """Trace with a batch that no other axis is a multiple of, and then make it free; a symbolic batch takes twice as long.
+
+    The graphs for OpenVINO repeat constants for every image, which only a symbolic batch expresses.
+    """
     import onnx_ir
     import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    # A batch of two: torch.export specializes on a batch of one.
-    examples = [torch.zeros(2, *(int(n) for n in spec.shape[1:]), dtype=getattr(torch, spec.dtype)) for spec in specs]
-    batch = torch.export.Dim("batch")
+    free = network.target == "openvino"
+    batch = 2 if free else BATCH  # torch.export specializes on a batch of one
+    with contextlib.nullcontext() if free else FakeTensorMode():  # tensors without memory
+        examples = [torch.zeros(batch, *(int(n) for n in one.shape[1:]), dtype=getattr(torch, one.dtype)) for one in specs]
+    axis = torch.export.Dim("batch")
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             network,
             tuple(examples),
             input_names=[spec.name for spec in specs],
             output_names=list(network.output_names),
-            dynamic_shapes=tuple({0: batch} for _ in specs),
+            dynamic_shapes=tuple({0: axis} for _ in specs) if free else None,
             opset_version=OPSET,
             dynamo=True,
             external_data=False,
@@ -94,7 +102,33 @@ def _traced(network: SwinNetwork, specs: Sequence[TensorSpec]) -> tuple[Any, dic
     if program is None:
         raise ExportError("torch.onnx.export returned no program. Install the versions in constraints.txt.")
     weights = take_weights(program.model.graph)
-    return onnx_ir.to_proto(program.model), weights
+    model = onnx_ir.to_proto(program.model)
+    if not free:
+        _free_batch(model)
+    return model, weights
+
+
+def _free_batch(model: onnx.ModelProto) -> None:
+    """Replace multiples of BATCH: by a name in the shapes of inputs and outputs, by -1 in those that Reshape is given."""
+    import numpy as np
+    from onnx import TensorProto, numpy_helper
+
+    graph = model.graph
+    for value in (*graph.input, *graph.output):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_value and size.dim_value % BATCH == 0:
+                times = size.dim_value // BATCH
+                size.dim_param = "batch" if times == 1 else f"{times}*batch"
+    del graph.value_info[:]
+    reshapes = {node.input[1] for node in graph.node if node.op_type == "Reshape"}
+    for tensor in graph.initializer:
+        if tensor.data_type != TensorProto.INT64 or tensor.data_location == TensorProto.EXTERNAL:
+            continue
+        values = numpy_helper.to_array(tensor)
+        batches = (values > 0) & (values % BATCH == 0)
+        if batches.any() and tensor.name not in reshapes:
+            raise ExportError(f"The constant {tensor.name} depends on the batch. Report it, with the options of the export.")
+        tensor.CopyFrom(numpy_helper.from_array(np.where(batches, -1, values), tensor.name))
 
 
 @contextlib.contextmanager
