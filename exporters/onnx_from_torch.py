@@ -109,17 +109,16 @@ def _traced(network: SwinNetwork, specs: Sequence[TensorSpec]) -> tuple[Any, dic
 
 
 def _free_batch(model: onnx.ModelProto) -> None:
-    """Replace multiples of BATCH: by a name in the shapes of inputs and outputs, by -1 in those that Reshape is given."""
+    """Replace multiples of BATCH: by a name in the shapes of values, by -1 in the constants that Reshape reads."""
     import numpy as np
     from onnx import TensorProto, numpy_helper
 
     graph = model.graph
-    for value in (*graph.input, *graph.output):
+    for value in (*graph.input, *graph.value_info, *graph.output):
         for size in value.type.tensor_type.shape.dim:
             if size.dim_value and size.dim_value % BATCH == 0:
                 times = size.dim_value // BATCH
                 size.dim_param = "batch" if times == 1 else f"{times}*batch"
-    del graph.value_info[:]
     reshapes = {node.input[1] for node in graph.node if node.op_type == "Reshape"}
     for tensor in graph.initializer:
         if tensor.data_type != TensorProto.INT64 or tensor.data_location == TensorProto.EXTERNAL:

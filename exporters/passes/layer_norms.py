@@ -47,13 +47,14 @@ def _is_of_patches(norm: Node) -> bool:
 
 
 def _gather_after(node: Node) -> list[Node]:
-    """The Reshape, Gather and Reshape that alone read the output of `node`; empty if there are none."""
+    """The Gather that alone reads the output of `node`, with the Reshape before and after it where there are any; or empty."""
     chain = [node]
     for op in ("Reshape", "Gather", "Reshape"):
         readers = chain[-1].outputs[0].outputs
-        if len(readers) != 1 or readers[0].op != op:
+        if len(readers) == 1 and readers[0].op == op:
+            chain.append(readers[0])
+        elif op == "Gather":
             return []
-        chain.append(readers[0])
     return chain[1:]
 
 
