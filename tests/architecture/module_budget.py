@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,13 +43,13 @@ def _loads_a_module(frame: FrameType | None) -> bool:
 def traced() -> Iterator[set[str]]:
     """Collect the modules of the package that are entered inside the block, in any thread."""
     entered: set[str] = set()
-    modules: dict[CodeType, str | None] = {}
+    modules: dict[str, str | None] = {}
 
     def called(frame: FrameType, event: str, argument: Any) -> None:
-        code = frame.f_code
-        if code not in modules:
-            modules[code] = _module_of(code.co_filename)
-        module = modules[code]
+        file = frame.f_code.co_filename
+        if file not in modules:
+            modules[file] = _module_of(file)
+        module = modules[file]
         if module is not None and module not in entered and not _loads_a_module(frame):
             entered.add(module)
 
