@@ -52,6 +52,7 @@ class SwinConfig:
     encoder_stride: int = 32
     pretrained_window_sizes: tuple[int, ...] = (0, 0, 0, 0)  # V2 only; 0 = trained at `window_size`
     out_features: tuple[str, ...] = ()  # the feature maps of a backbone; empty: its last stage
+    always_partition: bool = False  # whether odd blocks shift full windows even on maps that are not larger than one
     patch_norm: bool = True  # whether the patch embedding ends in a LayerNorm; optional in Microsoft's code
     backbone_maps: bool = True  # whether a V1 backbone's hidden states are maps (transformers 5) or token lists (4)
     framework: str = "hf"  # source of the rules for windows, shifts, padding and masks; "semantics" in config.json
@@ -121,11 +122,12 @@ class SwinConfig:
     def table_window(self, stage: int) -> tuple[int, int]:
         """Return the window (height, width) of the parameters of `stage`.
 
-        If the configured feature map is smaller than the window, Hugging Face V1 and torchvision keep the window. Hugging
-        Face V2 reduces both axes to the height of the map, timm each axis to its own, Microsoft both to the shorter side.
+        If the configured feature map is smaller than the window, Hugging Face V1, torchvision and `always_partition` keep the
+        window. Hugging Face V2 reduces both axes to the height of the map, timm each axis to its own, Microsoft both to the
+        shorter side.
         """
         window = self.window_size[stage]
-        if self.framework == "torchvision" or (self.framework == "hf" and self.version == 1):
+        if self.always_partition or self.framework == "torchvision" or (self.framework == "hf" and self.version == 1):
             return window, window
         rows, columns = self.grid()
         if self.framework == "hf":
@@ -175,6 +177,8 @@ class SwinConfig:
             raw["semantics"] = self.framework
         if not self.patch_norm:
             raw["patch_norm"] = False
+        if self.always_partition:
+            raw["always_partition"] = True
         if self.version == 1:
             del raw["pretrained_window_sizes"]
         return raw
@@ -251,6 +255,7 @@ def _fields_from_json(raw: Mapping[str, Any], version: int) -> dict[str, Any]:
     values["backbone_maps"] = version == 1 and not str(raw.get("transformers_version", "")).startswith("4.")
     values["framework"] = str(raw.get("semantics", "hf"))
     values["patch_norm"] = bool(raw.get("patch_norm", True))
+    values["always_partition"] = bool(raw.get("always_partition", False))
     return values
 
 

@@ -133,7 +133,7 @@ class SwinNetwork(nn.Module):
         self.output_names = self.task.output_names(config)
         self.embeddings = PatchEmbedding(config, image_size, tensors, self.task.masked)
         backbone = self.task.name == "backbone"
-        plan = windows.stage_grids(config, image_size, always_partition=backbone, tokens_first=target != "openvino")
+        plan = windows.stage_grids(config, image_size, backbone=backbone, tokens_first=target != "openvino")
         order = np.arange(plan[0].height * plan[0].width)
         self.stem_rows = RowMajor(order, plan[0].height, plan[0].width)
         self.stages, self.merges = nn.ModuleList(), nn.ModuleList()

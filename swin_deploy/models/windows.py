@@ -93,11 +93,11 @@ class StageGrids:
 
 
 def stage_grids(
-    config: SwinConfig, image_size: tuple[int, int], always_partition: bool = False, tokens_first: bool = True
+    config: SwinConfig, image_size: tuple[int, int], backbone: bool = False, tokens_first: bool = True
 ) -> tuple[StageGrids, ...]:
     """Plan the windows of every stage, for an image of `image_size` (height, width).
 
-    `always_partition` shifts windows even if the map is not larger than one, as Hugging Face's Swin V1 backbone does.
+    Hugging Face's Swin V1 `backbone` shifts windows even if the map is not larger than one, like `config.always_partition`.
     """
     height, width = config.grid(image_size)
     result = []
@@ -105,18 +105,18 @@ def stage_grids(
         window = config.table_window(index)
         grids = []
         for block in range(depth):
-            shift = (0, 0) if block % 2 == 0 else _shift(config, index, (height, width), window, always_partition)
+            shift = (0, 0) if block % 2 == 0 else _shift(config, index, (height, width), window, backbone)
             grids.append(WindowGrid(height, width, window, shift, config.framework == "timm", tokens_first))
         result.append(StageGrids(height, width, tuple(grids)))
         height, width = -(-height // 2), -(-width // 2)
     return tuple(result)
 
 
-def _shift(
-    config: SwinConfig, stage: int, grid: tuple[int, int], window: tuple[int, int], always_partition: bool
-) -> tuple[int, int]:
+def _shift(config: SwinConfig, stage: int, grid: tuple[int, int], window: tuple[int, int], backbone: bool) -> tuple[int, int]:
     """The cyclic shift of an odd block, by the rules of config.framework (from the source of each)."""
     half = config.window_size[stage] // 2
+    if config.always_partition or (backbone and config.framework == "hf" and config.version == 1):
+        return half, half
     if config.framework == "timm":  # each axis by the configured image
         rows, columns = (-(-side // 2**stage) for side in config.grid())
         return (0 if rows <= window[0] else half), (0 if columns <= window[1] else half)
@@ -126,8 +126,6 @@ def _shift(
     if config.framework == "hf" and config.version == 2:
         # By the height of the configured image, regardless of the size at run time.
         return (0, 0) if config.image_size[0] // config.patch_size[0] >> stage <= window[0] else (half, half)
-    if config.framework == "hf" and always_partition:
-        return half, half
     # Both axes by the shorter side. If that is shorter than the window, transformers' V1 fails, because its position table
     # stays as large as the window. Here the map is padded to one window, as in V2 and the backbone.
     return (0, 0) if min(grid) <= min(window) else (half, half)

@@ -13,6 +13,7 @@ from swin_deploy.config import SwinConfig
 from swin_deploy.errors import UsageError
 from swin_deploy.models import windows
 from swin_deploy.models.windows import PAD, StageGrids, WindowGrid
+from swin_deploy.options import FRAMEWORKS
 
 # height, width, window, shift: whole windows, padding on one side, on both, one window, wide and tall
 GRIDS = [
@@ -173,6 +174,15 @@ def test_v2_window_and_shift_come_from_the_configured_height() -> None:
         first, second = windows.stage_grids(asked, size)
         assert [(grid.window, grid.shift) for grid in first.grids] == [((6, 6), (0, 0)), ((6, 6), (3, 3))]
         assert [(grid.window, grid.shift) for grid in second.grids] == [((4, 4), (0, 0))] * 2
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("version", [1, 2])
+def test_always_partition_keeps_windows_and_shifts_in_every_framework(version: int, framework: str) -> None:
+    asked = config(version, image_size=(12, 64), framework=framework, always_partition=True)
+    for stage in windows.stage_grids(asked, (12, 64)):
+        assert [(grid.window, grid.shift) for grid in stage.grids] == [((4, 4), (0, 0)), ((4, 4), (2, 2))]
+    assert SwinConfig.from_dict(asked.to_dict()).always_partition
 
 
 def test_odd_maps_grow_when_they_are_halved() -> None:

@@ -20,8 +20,11 @@ TIMM_ACTIVATIONS = {name: name for name in ("gelu", "quick_gelu", "relu", "silu"
     "swish": "silu",
 }
 
+# timm's arguments with the meaning of a field of SwinConfig -> how their values are read
+PLAIN = {"in_chans": int, "embed_dim": int, "mlp_ratio": float, "qkv_bias": bool, "always_partition": bool}
+
 # timm's arguments that change the computation, and the only supported value of each.
-TIMM_FIXED = {"always_partition": False, "head_dim": None, "embed_layer": None, "ape": False}
+TIMM_FIXED = {"head_dim": None, "embed_layer": None, "ape": False}
 
 
 def config_from_timm(raw: Mapping[str, Any], state_dict: CanonicalStateDict, where: str) -> tuple[SwinConfig, tuple[str, ...]]:
@@ -67,7 +70,7 @@ def _with_arguments(
         values["image_size"] = _pair(list(size)[-2:])
     if "patch_size" in arguments:
         values["patch_size"] = _pair(arguments["patch_size"])
-    for name, read in (("in_chans", int), ("embed_dim", int), ("mlp_ratio", float), ("qkv_bias", bool)):
+    for name, read in PLAIN.items():
         if arguments.get(name) is not None:
             values["num_channels" if name == "in_chans" else name] = read(arguments[name])
     if "act_layer" in arguments:
