@@ -40,6 +40,7 @@ OPERATORS = frozenset({
 })
 # Repeat a constant for every image; OpenVINO folds them if the batch is known.
 OF_OPENVINO = frozenset({"Concat", "Expand", "Shape"})
+OF_POOLS = frozenset({"Concat", "ReduceMax"})  # of the tokens, other than their mean
 # fmt: on
 
 
@@ -64,6 +65,7 @@ def onnx_from_torch(network: SwinNetwork, image_size: Size, frame_size: Size | N
     graph.producer_name = "swin-deploy"
     model = gs.export_onnx(graph)
     known = OPERATORS | (OF_OPENVINO if network.target == "openvino" else frozenset())
+    known |= OF_POOLS if network.config.global_pool != "avg" else frozenset()
     foreign = sorted({node.op_type for node in model.graph.node} - known)
     if foreign:
         raise ExportError(

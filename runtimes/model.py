@@ -132,8 +132,9 @@ class Model:
             UsageError: The model is not a classifier.
         """
         self._must_be("image-classification", "classify")
-        if self.config.num_labels == 0:
-            raise UsageError("This model has no classes: its checkpoint has num_labels 0. Use run() instead.")
+        if not self.config.has_classes:
+            why = "num_labels 0" if self.config.num_labels == 0 else "no pooling (global_pool ''), so its logits form a map"
+            raise UsageError(f"This model has no classes: its checkpoint has {why}. Use run() instead.")
         top_k = whole(1)("top_k", top_k)
         return [
             self._best(logits.astype(np.float64), top_k)
@@ -196,7 +197,7 @@ class Model:
             For a classifier the best classes of the frame, otherwise every output of `run` by name.
         """
         batch, prefetch, top_k = whole(1)("batch", batch), whole(1)("prefetch", prefetch), whole(1)("top_k", top_k)
-        classes = self.task.name == "image-classification" and self.config.num_labels > 0
+        classes = self.task.name == "image-classification" and self.config.has_classes
 
         def run(feeds: Arrays, count: int) -> list[Any]:
             outputs = self.run(feeds)

@@ -179,6 +179,7 @@ OPERATORS: dict[str, Make] = {
     "Min": _plain(lambda *parts: reduce(torch.minimum, parts)),
     "QuantizeLinear": _quantize,
     "ReduceL2": _reduced(torch.linalg.vector_norm),
+    "ReduceMax": _reduced(torch.amax),
     "ReduceMean": _reduced(torch.mean),
     "ReduceSum": _reduced(torch.sum),
     "Reshape": _reshape,

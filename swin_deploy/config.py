@@ -6,12 +6,16 @@ Reads and writes `config.json`. Source: transformers 5.23 configuration_swin.py 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from swin_deploy.errors import CheckpointError, UsageError
 from swin_deploy.options import FRAMEWORKS
+
+Window = int | tuple[int, int]  # the side of a square window, or (height, width), which differ
+
+POOLS = ("avg", "max", "avgmax", "catavgmax", "")  # timm's; "" keeps the map
 
 # The activations of transformers without parameters (models/activations.py).
 # fmt: off
@@ -43,15 +47,16 @@ class SwinConfig:
     embed_dim: int = 96
     depths: tuple[int, ...] = (2, 2, 6, 2)
     num_heads: tuple[int, ...] = (3, 6, 12, 24)
-    window_size: tuple[int, ...] = (7, 7, 7, 7)  # one per stage; a single number in config.json if all are equal
-    mlp_ratio: float = 4.0
+    window_size: tuple[Window, ...] = (7, 7, 7, 7)  # one per stage; a single number in config.json if all are equal
+    mlp_ratio: float | tuple[float, ...] = 4.0  # a tuple holds one ratio per stage
     qkv_bias: bool = True
     hidden_act: str = "gelu"
     use_absolute_embeddings: bool = False
     layer_norm_eps: float = 1e-5
     encoder_stride: int = 32
-    pretrained_window_sizes: tuple[int, ...] = (0, 0, 0, 0)  # V2 only; 0 = trained at `window_size`
+    pretrained_window_sizes: tuple[Window, ...] = (0, 0, 0, 0)  # V2 only; 0 = trained at `window_size`
     out_features: tuple[str, ...] = ()  # the feature maps of a backbone; empty: its last stage
+    global_pool: str = "avg"  # how the classifier pools tokens, one of POOLS
     always_partition: bool = False  # whether odd blocks shift full windows even on maps that are not larger than one
     patch_norm: bool = True  # whether the patch embedding ends in a LayerNorm; optional in Microsoft's code
     backbone_maps: bool = True  # whether a V1 backbone's hidden states are maps (transformers 5) or token lists (4)
@@ -64,7 +69,7 @@ class SwinConfig:
         depths, heads, windows = list(self.depths), list(self.num_heads), list(self.window_size)
         _check(stages > 0 and all(d > 0 for d in depths), f"depths is {depths}, expected positive numbers")
         _check(len(heads) == stages, f"num_heads has {len(heads)} entries for {stages} stages (depths {depths})")
-        fits = len(windows) == stages and all(w > 0 for w in windows)
+        fits = len(windows) == stages and all(min(sides(w)) > 0 for w in windows)
         _check(fits, f"window_size is {windows}, expected a positive number (or one for each of {stages} stages)")
         _check(min(self.image_size) > 0 and min(self.patch_size) > 0, "image_size and patch_size must be positive")
         _check(self.num_channels > 0 and self.embed_dim > 0, "num_channels and embed_dim must be positive")
@@ -74,13 +79,16 @@ class SwinConfig:
         why = f'hidden_act is "{self.hidden_act}", which is not supported; supported: {", ".join(ACTIVATIONS)}'
         _check(self.hidden_act in ACTIVATIONS, why)
         _check(self.framework in FRAMEWORKS, f'framework is "{self.framework}", expected one of {", ".join(FRAMEWORKS)}')
-        positive = all(math.isfinite(value) and value > 0 for value in (self.mlp_ratio, self.layer_norm_eps))
+        _check(self.global_pool in POOLS, f'global_pool is "{self.global_pool}", expected one of {", ".join(map(repr, POOLS))}')
+        ratios = self.mlp_ratio if isinstance(self.mlp_ratio, tuple) else (self.mlp_ratio,) * stages
+        _check(len(ratios) == stages, f"mlp_ratio has {len(ratios)} entries for {stages} stages")
+        positive = all(math.isfinite(value) and value > 0 for value in (*ratios, self.layer_norm_eps))
         _check(positive, "mlp_ratio and layer_norm_eps must be positive numbers")
         if self.version == 2:
             trained = self.pretrained_window_sizes
             _check(len(trained) >= stages, f"pretrained_window_sizes has {len(trained)} entries for {stages} stages")
             why = "pretrained_window_sizes holds 1, for which relative coordinates are 0/0; expected 0 or at least 2"
-            _check(all(w == 0 or w > 1 for w in trained), why)
+            _check(all(side == 0 or side > 1 for window in trained for side in sides(window)), why)
 
     @property
     def model_type(self) -> str:
@@ -95,6 +103,22 @@ class SwinConfig:
         return self.width(len(self.depths) - 1)
 
     @property
+    def pooled_size(self) -> int:
+        """Inputs of the classifier."""
+        return self.hidden_size * (2 if self.global_pool == "catavgmax" else 1)
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether a classifier gives one logit for each class and image. Without pooling, it gives a map of them."""
+        return self.num_labels > 0 and self.global_pool != ""
+
+    @property
+    def fits_transformers(self) -> bool:
+        """Whether the classes of transformers can build this network."""
+        plain = self.patch_norm and not self.always_partition and self.global_pool == "avg"
+        return plain and isinstance(_one_if_equal(self.window_size), int) and isinstance(self.mlp_ratio, float)
+
+    @property
     def blocks(self) -> int:
         return sum(self.depths)
 
@@ -104,7 +128,8 @@ class SwinConfig:
 
     def mlp_width(self, stage: int) -> int:
         """Channels inside the MLP of `stage`, truncated as transformers truncates it."""
-        return int(self.mlp_ratio * self.width(stage))
+        ratio = self.mlp_ratio[stage] if isinstance(self.mlp_ratio, tuple) else self.mlp_ratio
+        return int(ratio * self.width(stage))
 
     def grid(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
         """Return the patches (rows, columns) of an image. torchvision crops a remainder, all others pad it to a patch."""
@@ -126,17 +151,15 @@ class SwinConfig:
         window. Hugging Face V2 reduces both axes to the height of the map, timm each axis to its own, Microsoft both to the
         shorter side.
         """
-        window = self.window_size[stage]
+        height, width = sides(self.window_size[stage])
         if self.always_partition or self.framework == "torchvision" or (self.framework == "hf" and self.version == 1):
-            return window, window
+            return height, width
         rows, columns = self.grid()
-        if self.framework == "hf":
-            side = min(self.image_size[0] // self.patch_size[0] >> stage, window)
-            return side, side
         if self.framework == "timm":
-            return min(-(-rows // 2**stage), window), min(-(-columns // 2**stage), window)
-        side = min(rows >> stage, columns >> stage, window)
-        return side, side
+            return min(-(-rows // 2**stage), height), min(-(-columns // 2**stage), width)
+        shorter = min(rows >> stage, columns >> stage)
+        side = self.image_size[0] // self.patch_size[0] >> stage if self.framework == "hf" else shorter
+        return min(side, height), min(side, width)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> SwinConfig:
@@ -154,9 +177,13 @@ class SwinConfig:
             raise CheckpointError(f"config.json: {error}. Expected the fields of a Hugging Face {kind} config.") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object that transformers writes for an image classifier of this architecture."""
+        """Return the JSON object that transformers writes for an image classifier of this architecture.
+
+        A network that its classes cannot build has no `architectures`, and further keys.
+        """
+        classes = [f"{'Swin' if self.version == 1 else 'Swinv2'}ForImageClassification"]
         raw: dict[str, Any] = {
-            "architectures": [f"{'Swin' if self.version == 1 else 'Swinv2'}ForImageClassification"],
+            **({"architectures": classes} if self.fits_transformers else {}),
             "model_type": self.model_type,
             **{key: list(value) if isinstance(value := getattr(self, key), tuple) else value for key in _READERS},
             "image_size": _one_if_equal(self.image_size),
@@ -179,9 +206,27 @@ class SwinConfig:
             raw["patch_norm"] = False
         if self.always_partition:
             raw["always_partition"] = True
+        if self.global_pool != "avg":
+            raw["global_pool"] = self.global_pool
         if self.version == 1:
             del raw["pretrained_window_sizes"]
         return raw
+
+
+def sides(window: Window) -> tuple[int, int]:
+    """Return (height, width) of a window."""
+    return window if isinstance(window, tuple) else (window, window)
+
+
+def window_text(window: Window) -> str:
+    """Return "7", or "4x8" for a window that is not square."""
+    return "x".join(str(side) for side in dict.fromkeys(sides(window)))
+
+
+def window_from(value: Any) -> Window:
+    """Read a whole number, or a list of height and width. Raises ValueError for anything else."""
+    height, width = _pair(value)
+    return height if height == width else (height, width)
 
 
 def _check(holds: bool, sentence: str) -> None:
@@ -208,8 +253,16 @@ def _integers(value: Any) -> tuple[int, ...]:
     return tuple(_integer(v) for v in value)
 
 
-def _one_if_equal(values: tuple[int, ...]) -> int | list[int]:
-    return values[0] if len(set(values)) == 1 else list(values)
+def _windows(value: Any) -> tuple[Window, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"expected a list of windows, got {value!r}")
+    return tuple(map(window_from, value))
+
+
+def _one_if_equal(values: Sequence[Window]) -> int | list[int | list[int]]:
+    if len(set(values)) == 1 and isinstance(values[0], int):
+        return values[0]
+    return [list(value) if isinstance(value, tuple) else value for value in values]
 
 
 # config.json key -> how its value is read
@@ -220,13 +273,13 @@ _READERS: dict[str, Any] = {
     "embed_dim": _integer,
     "depths": _integers,
     "num_heads": _integers,
-    "mlp_ratio": float,
+    "mlp_ratio": lambda value: tuple(map(float, value)) if isinstance(value, list | tuple) else float(value),
     "qkv_bias": bool,
     "hidden_act": str,
     "use_absolute_embeddings": bool,
     "layer_norm_eps": float,
     "encoder_stride": _integer,
-    "pretrained_window_sizes": _integers,
+    "pretrained_window_sizes": _windows,
 }
 
 
@@ -245,7 +298,7 @@ def _fields_from_json(raw: Mapping[str, Any], version: int) -> dict[str, Any]:
     stages = len(values.get("depths", default["depths"]))
     window = raw.get("window_size", 7)
     try:
-        values["window_size"] = _integers(window) if isinstance(window, list | tuple) else (_integer(window),) * stages
+        values["window_size"] = _windows(window) if isinstance(window, list | tuple) else (_integer(window),) * stages
     except (ValueError, OverflowError) as error:
         raise ValueError(f"window_size: {error}") from error
     if version == 2 and "pretrained_window_sizes" not in values:
@@ -256,6 +309,7 @@ def _fields_from_json(raw: Mapping[str, Any], version: int) -> dict[str, Any]:
     values["framework"] = str(raw.get("semantics", "hf"))
     values["patch_norm"] = bool(raw.get("patch_norm", True))
     values["always_partition"] = bool(raw.get("always_partition", False))
+    values["global_pool"] = str(raw.get("global_pool", "avg"))
     return values
 
 

@@ -24,7 +24,7 @@ BundlePath = str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
 Parser = Callable[[str, Any], Any]  # name of the option, value as given -> value as stored
 METAVARS = {
-    **{"path": "PATH", "images": "PATH", "image_size": "HxW", "image_sizes": "HxW", "per_stage": "N[,N...]"},
+    **{"path": "PATH", "images": "PATH", "image_size": "HxW", "image_sizes": "HxW", "per_stage": "N|HxW[,...]"},
     **{"batches": "N|MIN:OPT:MAX", "memory": "SIZE", "text": "NAME", "whole_number": "N", "finite_number": "X"},
 }
 _BYTES = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
@@ -276,12 +276,13 @@ def image_sizes(name: str, value: Any) -> tuple[tuple[int, int], ...]:
     return tuple(image_size(name, one) for one in _several(value))
 
 
-def per_stage(name: str, value: Any) -> tuple[int, ...]:
-    """Accept one whole number, one for each stage, or text such as "8,8,8,4"."""
-    found = _whole_numbers(value, ",")
-    if not found or not all(0 <= one <= 9999 for one in found):
-        raise _refuse(name, value, "a whole number such as 8, or one for each stage such as 8,8,8,4")
-    return found
+def per_stage(name: str, value: Any) -> tuple[int | tuple[int, int], ...]:
+    """Accept one window, one for each stage, or text such as "8,8,8,4" and "4x8". A window is a number, or height and width."""
+    parts = value.split(",") if isinstance(value, str) else plain(value)
+    windows = [_whole_numbers(part, "[xX]") for part in (parts if isinstance(parts, list | tuple) else [parts])]
+    if not windows or not all(len(one) in (1, 2) and 0 <= min(one) <= max(one) <= 9999 for one in windows):
+        raise _refuse(name, value, "a whole number such as 8, HxW such as 4x8, or one for each stage such as 8,8,8,4")
+    return tuple(one[0] if one[0] == one[-1] else (one[0], one[1]) for one in windows)
 
 
 def batch(name: str, value: Any) -> tuple[int, int, int]:

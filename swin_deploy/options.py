@@ -100,7 +100,7 @@ class ExportSpec(Spec):
     window_size: Any = option(
         None,
         parse.per_stage,
-        "Window size in patches, or one for each stage. Position tables of the checkpoint are resized to it.",
+        "Window size in patches (8, or 4x8), or one for each stage. Position tables of the checkpoint are resized to it.",
     )
     pretrained_window_sizes: Any = option(
         None, parse.per_stage, "Swin V2: the window sizes of the pretraining, one for each stage."

@@ -189,7 +189,7 @@ def class_labels(bundle: Bundle, samples: Samples, ignore: bool = False) -> tupl
     from swin_deploy.config import SwinConfig
 
     config = SwinConfig.from_dict(bundle.read_json(CONFIG))
-    classes = config.num_labels if bundle.manifest["task"]["name"] == "image-classification" else 0
+    classes = config.num_labels if bundle.manifest["task"]["name"] == "image-classification" and config.has_classes else 0
     if not classes or ignore or samples.source.labels is None or samples.labels is None:
         return classes, None, None
     numbers, rule = class_numbers(samples.source.labels, config.id2label)

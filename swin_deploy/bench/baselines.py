@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swin_deploy.bundle import CONFIG, Bundle, TensorSpec
-from swin_deploy.config import SwinConfig
+from swin_deploy.config import SwinConfig, sides
 from swin_deploy.dependencies import installed, require
 from swin_deploy.options import Array, BenchSpec, ExportSpec, Size
 from swin_deploy.tasks import PIXELS, TaskSpec
@@ -103,7 +103,7 @@ class Baselines:
     def _transformers_fits(self) -> bool:
         task = self.bundle.manifest["task"]
         plain = task["name"] == "image-classification" and task["output_hidden_states"] is False and self.config.num_labels > 0
-        return plain and self.config.framework == "hf" and self.config.patch_norm and installed("transformers")
+        return plain and self.config.framework == "hf" and self.config.fits_transformers and installed("transformers")
 
     def _transformers(self) -> tuple[torch.nn.Module, bool]:
         from swin_deploy.models.checkpoints import random_checkpoint
@@ -202,8 +202,9 @@ def timm_network(config: SwinConfig, size: Size) -> torch.nn.Module:
     """Build the architecture in timm with random weights: pixels [batch, 3, height, width] -> logits."""
     models = import_module("timm.models")
     options = {name: getattr(config, name) for name in ("patch_size", "embed_dim", "depths", "num_heads", "mlp_ratio")}
+    options |= {name: getattr(config, name) for name in ("global_pool", "always_partition")}
     options |= {"img_size": size, "in_chans": config.num_channels, "num_classes": config.num_labels}
-    options["window_size"] = config.window_size[0]
+    options["window_size"] = config.window_size[0] if len(set(config.window_size)) == 1 else [*map(sides, config.window_size)]
     kind = models.swin_transformer.SwinTransformer if config.version == 1 else models.swin_transformer_v2.SwinTransformerV2
     if config.version == 2:
         options["pretrained_window_sizes"] = config.pretrained_window_sizes

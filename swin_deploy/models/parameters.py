@@ -72,7 +72,7 @@ def _head(config: SwinConfig, task: TaskSpec) -> dict[str, Shape]:
         return {name: shape for norm in norms for name, shape in norm.items()}
     shapes = _norm("layernorm", config.hidden_size)
     if task.name == "image-classification" and config.num_labels > 0:
-        shapes |= _linear("classifier", config.hidden_size, config.num_labels)
+        shapes |= _linear("classifier", config.pooled_size, config.num_labels)
     if task.name == "masked-image-modeling":
         outputs = config.encoder_stride**2 * config.num_channels
         shapes |= {"decoder.0.weight": (outputs, config.hidden_size, 1, 1), "decoder.0.bias": (outputs,)}

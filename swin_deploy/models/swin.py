@@ -155,8 +155,8 @@ class SwinNetwork(nn.Module):
                 order = target_order
                 self.rows_after.append(RowMajor(order, after.height, after.width))
         self.rows_after.append(self.rows_before[-1])
-        # The mean over tokens is independent of their order, but must not include padding.
-        self.tokens = None if windows.padding_mask(order) is not None else len(order)
+        # Pooling is independent of the order of tokens, but must not include padding.
+        self.tokens = None if config.global_pool == "" or windows.padding_mask(order) is not None else len(order)
         if backbone:
             names = self.task.features(config) if config.version == 1 else ()
             norms = {name: LayerNorm(tensors, f"hidden_states_norms.{name}", DEFAULT_EPS) for name in names}
@@ -201,11 +201,29 @@ class SwinNetwork(nn.Module):
             outputs["reconstruction"] = self._reconstruct(rows(x), rows)
             return
         if self.task.name == "image-classification":
-            pooled = rows(x).mean(1) if self.tokens is None else x.reshape(self.tokens, -1, x.shape[-1]).mean(0)
-            outputs["logits"] = self.classifier(pooled)
+            pooled = (
+                self._pooled(rows(x), 1) if self.tokens is None else self._pooled(x.reshape(self.tokens, -1, x.shape[-1]), 0)
+            )
+            outputs["logits"] = self._map(self.classifier(pooled))
             return
         outputs["last_hidden_state"] = rows(x)
-        outputs["pooler_output"] = outputs["last_hidden_state"].mean(1)
+        outputs["pooler_output"] = self._map(self._pooled(outputs["last_hidden_state"], 1))
+
+    def _pooled(self, tokens: Tensor, axis: int) -> Tensor:
+        """Pool over the tokens along `axis`: [batch, channels]. Without pooling, the rows [batch * tokens, channels]."""
+        kind = self.config.global_pool
+        if kind == "":
+            return tokens.reshape(-1, tokens.shape[-1])
+        if kind == "max":
+            return tokens.amax(axis)
+        if kind == "avgmax":
+            return 0.5 * tokens.mean(axis) + 0.5 * tokens.amax(axis)
+        return torch.cat((tokens.mean(axis), tokens.amax(axis)), -1) if kind == "catavgmax" else tokens.mean(axis)
+
+    def _map(self, pooled: Tensor) -> Tensor:
+        """Rows of tokens that were not pooled -> [batch, height, width, channels], as in timm."""
+        rows = cast(RowMajor, self.rows_before[-1])
+        return pooled if self.config.global_pool else pooled.reshape(-1, rows.height, rows.width, pooled.shape[-1])
 
     def _reconstruct(self, tokens: Tensor, rows: RowMajor) -> Tensor:
         """Tokens [batch, height * width, channels] -> pixels; each token becomes encoder_stride x encoder_stride pixels."""

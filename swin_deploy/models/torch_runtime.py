@@ -77,8 +77,8 @@ class TorchNetwork:
 def refuse_other_network(weights: object, config: SwinConfig, bundle: Bundle) -> None:
     """Raise UsageError if `config`, of the checkpoint `weights`, is not the architecture of `bundle`."""
     ours = SwinConfig.from_dict(bundle.read_json(CONFIG))
-    names = ("version", "embed_dim", "depths", "num_heads", "window_size", "patch_size", "mlp_ratio", "qkv_bias", "num_labels")
-    for name in names:
+    shape = ("version", "embed_dim", "depths", "num_heads", "window_size", "patch_size", "mlp_ratio", "qkv_bias", "num_labels")
+    for name in (*shape, "global_pool", "always_partition"):
         if getattr(ours, name) != getattr(config, name):
             raise UsageError(
                 f"{weights} is not the network in {bundle.path} ({name} {getattr(config, name)}, not {getattr(ours, name)}). "

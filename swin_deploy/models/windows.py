@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from swin_deploy.config import SwinConfig
+from swin_deploy.config import SwinConfig, Window, sides
 
 Index = NDArray[np.int64]
 PAD = -1
@@ -114,21 +114,21 @@ def stage_grids(
 
 def _shift(config: SwinConfig, stage: int, grid: tuple[int, int], window: tuple[int, int], backbone: bool) -> tuple[int, int]:
     """The cyclic shift of an odd block, by the rules of config.framework (from the source of each)."""
-    half = config.window_size[stage] // 2
+    half = sides(config.window_size[stage])[0] // 2, sides(config.window_size[stage])[1] // 2
     if config.always_partition or (backbone and config.framework == "hf" and config.version == 1):
-        return half, half
+        return half
     if config.framework == "timm":  # each axis by the configured image
         rows, columns = (-(-side // 2**stage) for side in config.grid())
-        return (0 if rows <= window[0] else half), (0 if columns <= window[1] else half)
+        return (0 if rows <= window[0] else half[0]), (0 if columns <= window[1] else half[1])
     if config.framework == "torchvision":  # each axis by the padded map
         down, right = (-(-side // part) * part for side, part in zip(grid, window, strict=True))
-        return (0 if window[0] >= down else half), (0 if window[1] >= right else half)
+        return (0 if window[0] >= down else half[0]), (0 if window[1] >= right else half[1])
     if config.framework == "hf" and config.version == 2:
         # By the height of the configured image, regardless of the size at run time.
-        return (0, 0) if config.image_size[0] // config.patch_size[0] >> stage <= window[0] else (half, half)
+        return (0, 0) if config.image_size[0] // config.patch_size[0] >> stage <= window[0] else half
     # Both axes by the shorter side. If that is shorter than the window, transformers' V1 fails, because its position table
     # stays as large as the window. Here the map is padded to one window, as in V2 and the backbone.
-    return (0, 0) if min(grid) <= min(window) else (half, half)
+    return (0, 0) if min(grid) <= min(window) else half
 
 
 def gather_index(source: Index, target: Index) -> Index | None:
@@ -174,12 +174,13 @@ def relative_position_index(window: tuple[int, int]) -> Index:
     return np.asarray(down * (2 * window[1] - 1) + right)
 
 
-def relative_coordinates(window: tuple[int, int], pretrained_window: int) -> NDArray[np.float32]:
+def relative_coordinates(window: tuple[int, int], pretrained_window: Window) -> NDArray[np.float32]:
     """Return [(2 * height - 1) * (2 * width - 1), 2]: Swin V2's log-spaced coordinates, computed in float32 as elsewhere."""
     lines = [np.arange(-(side - 1), side, dtype=np.float32) for side in window]
     table = np.stack(np.meshgrid(*lines, indexing="ij"), axis=-1).reshape(-1, 2)
-    for axis, side in enumerate(window):
-        reach = (pretrained_window if pretrained_window > 0 else side) - 1
+    trained = sides(pretrained_window)
+    for axis, side in enumerate(trained if trained[0] > 0 else window):
+        reach = side - 1
         if reach > 0:
             table[:, axis] /= np.float32(reach)
     table *= np.float32(8)

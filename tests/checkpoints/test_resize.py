@@ -40,7 +40,7 @@ CASES = [
         for window in (3, 6, 8)
     ),
     pytest.param(TIMM_V2, "timm_v2/4", (4,), None, "divided by the new windows", id="timm V2 window 4"),
-    pytest.param(TIMM_V2, "timm_v2/6", (6,), None, "--pretrained-window-sizes 8,4 keeps", id="timm V2 window 6"),
+    pytest.param(TIMM_V2, "timm_v2/6", (6,), None, "--pretrained-window-sizes 8,4x8 keeps", id="timm V2 window 6"),
     pytest.param(TIMM_V2, "timm_v2/6_8", (6,), (8,), r"divided by the pretrained \[8, 8\]", id="timm V2 window 6 pretrained 8"),
 ]
 
@@ -146,7 +146,7 @@ def test_a_variant_by_name_resizes_the_weights_that_are_given(tmp_path: Path, ca
     assert torch.equal(checkpoint.tensors[table.format(3)], small.tensors[table.format(3)])
 
 
-@pytest.mark.parametrize("windows", ["8x8", "8,", "0", "4,4"])
+@pytest.mark.parametrize("windows", ["8x8x8", "8,", "0", "4,4"])
 def test_windows_that_cannot_be_meant(windows: str, tmp_path: Path) -> None:
     ask = ["export", "--weights", str(HF_V2), "-o", str(tmp_path / "bundle"), "--window-size", windows]
     done = CliRunner().invoke(cli, ask)

@@ -23,7 +23,7 @@ from traced import CONFIGS, EVERYTHING, LOGITS, PADDED, traced_once  # noqa: E40
 import swin_deploy  # noqa: E402
 import swin_deploy.gpus  # noqa: E402
 from swin_deploy.errors import BackendError, MissingDependencyError, UsageError  # noqa: E402
-from swin_deploy.exporters.onnx_from_torch import OF_OPENVINO  # noqa: E402
+from swin_deploy.exporters.onnx_from_torch import OF_OPENVINO, OF_POOLS  # noqa: E402
 from swin_deploy.exporters.onnx_from_torch import OPERATORS as EXPORTED  # noqa: E402
 from swin_deploy.exporters.precision import typed_from_fp32  # noqa: E402
 from swin_deploy.exporters.quantization.for_tensorrt import quantized_from_fp32, quantized_layers  # noqa: E402
@@ -92,6 +92,7 @@ CASES: list[tuple[str, dict[str, Any], list[Any]]] = [
     ("QuantizeLinear", {}, [X * 100, np.float32(0.5)]),
     ("ReduceL2", {"keepdims": 1}, [X, integers(-1)]),
     ("ReduceMean", {"keepdims": 0}, [X, integers(2, 3)]),
+    ("ReduceMax", {"keepdims": 0}, [X, integers(2, 3)]),
     ("ReduceSum", {}, [X, integers(1)]),
     ("Relu", {}, [X]),
     ("Reshape", {}, [X, integers(0, -1, 3)]),
@@ -117,7 +118,7 @@ CASES: list[tuple[str, dict[str, Any], list[Any]]] = [
 
 def test_every_exported_operator_exists_and_every_operator_is_tested() -> None:
     assert {name for name, *_ in CASES} == OPERATORS.keys()
-    assert OPERATORS.keys() >= EXPORTED | OF_OPENVINO
+    assert OPERATORS.keys() >= EXPORTED | OF_OPENVINO | OF_POOLS
 
 
 def single(operator: str, attributes: dict[str, Any], values: list[Any], outputs: int = 1) -> Any:

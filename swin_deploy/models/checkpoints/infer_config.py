@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from swin_deploy.config import SwinConfig
+from swin_deploy.config import SwinConfig, Window, sides, window_from
 from swin_deploy.errors import CheckpointError
 from swin_deploy.models.parameters import Shape
 
@@ -105,31 +105,39 @@ class _Inference:
     def _buffer(self, stage: int, name: str) -> Stored | None:
         return self.buffers.get(f"encoder.layers.{stage}.blocks.0.{name}")
 
-    def _window(self, stage: int) -> int:
-        """The side of the window: the table has (2 * side - 1) ** 2 rows, and the index side ** 4 numbers."""
+    def _window(self, stage: int) -> Window:
+        """The window: the table has (2 * height - 1) * (2 * width - 1) rows, and the index (height * width) ** 2 numbers.
+
+        The first row of the index counts down, and skips numbers where the next row of the window starts.
+        """
         index, coordinates = self._buffer(stage, "relative_position_index"), self._buffer(stage, "relative_coords_table")
-        if self.version == 1:
-            rows = self._attention(stage, "relative_position_bias_table", 2)[0]
-            side = (math.isqrt(rows) + 1) // 2
-            square = (2 * side - 1) ** 2 == rows
-        elif coordinates is not None and len(coordinates.shape) == 4:
-            side = (coordinates.shape[1] + 1) // 2
-            square = coordinates.shape == (1, 2 * side - 1, 2 * side - 1, 2)
+        rows = self._attention(stage, "relative_position_bias_table", 2)[0] if self.version == 1 else 0
+        if self.version == 2 and coordinates is not None and len(coordinates.shape) == 4:
+            height, width = (coordinates.shape[1] + 1) // 2, (coordinates.shape[2] + 1) // 2
+            fits = coordinates.shape == (1, 2 * height - 1, 2 * width - 1, 2)
         elif index is not None:
             tokens = math.isqrt(math.prod(index.shape))
-            side = math.isqrt(tokens)
-            square = side**4 == math.prod(index.shape)
+            height = width = math.isqrt(tokens)
+            if width**2 != tokens or (rows and rows != (2 * width - 1) ** 2):
+                first = index.read().reshape(-1)[:tokens]
+                width = int((first != first[:1] - torch.arange(tokens)).to(torch.uint8).argmax()) or tokens
+                height = tokens // width
+            fits = (height * width) ** 2 == math.prod(index.shape) and rows in (0, (2 * height - 1) * (2 * width - 1))
+            fits = fits and (width < tokens or tokens == 1)  # windows of one row and of one column have the same index
+        elif self.version == 1:
+            height = width = (math.isqrt(rows) + 1) // 2
+            fits = (2 * width - 1) ** 2 == rows
         else:
             raise CheckpointError(
                 f"The window size of {self.where} is unknown: the weights of Swin V2 do not depend on it, and the file has no "
                 f"buffers. Pass the folder with config.json, or a file with buffers."
             )
-        if not square:
+        if not fits:
             raise CheckpointError(
-                f"{self.where}: the position table of stage {stage} is not that of a square window. Only square windows are "
-                f"supported."
+                f"{self.where}: the position table of stage {stage} is not that of a square window, and no "
+                f"relative_position_index shows its height and width. Pass a file with this buffer."
             )
-        return side
+        return window_from((height, width))
 
     def _mlp_ratio(self) -> float:
         """The ratio of hidden to stage width. Hidden widths are truncated to integers, so the last stage is most precise."""
@@ -151,22 +159,25 @@ class _Inference:
             )
         return stride or 32
 
-    def _pretrained_window(self, stage: int, window: int) -> int:
-        """V2's pretrained window. The maximum of the table is log2(8 * (window - 1) / (pretrained - 1) + 1) / 3."""
+    def _pretrained_window(self, stage: int, window: Window) -> Window:
+        """V2's pretrained window. On each axis, the maximum of the table is log2(8 * (side - 1) / (pretrained - 1) + 1) / 3."""
         table = self._buffer(stage, "relative_coords_table")
         if table is None or window == 1:
             return 0
-        largest = float(table.read().to(torch.float32).max())
-        exact = 8 * (window - 1) / (2 ** (3 * largest) - 1) + 1 if 0 < largest < 8 else 0.0
-        # A table in bfloat16 has 3 digits, which are enough to distinguish windows.
-        if abs(exact - round(exact)) > 0.3 or round(exact) < 2:
-            raise CheckpointError(
-                f"{self.where}: relative_coords_table of stage {stage} holds values that Swin V2 never computes. "
-                f"The file is damaged."
-            )
-        return 0 if round(exact) == window else round(exact)
+        found = []
+        for side, largest in zip(sides(window), table.read().to(torch.float32).reshape(-1, 2).amax(0).tolist(), strict=True):
+            exact = 8 * (side - 1) / (2 ** (3 * largest) - 1) + 1 if 0 < largest < 8 else 0.0
+            # A table in bfloat16 has 3 digits, which are enough to distinguish windows.
+            if abs(exact - round(exact)) > 0.3 or round(exact) < 2:
+                raise CheckpointError(
+                    f"{self.where}: relative_coords_table of stage {stage} holds values that Swin V2 never computes. "
+                    f"The file is damaged."
+                )
+            found.append(round(exact))
+        trained = window_from(found)
+        return 0 if trained == window else trained
 
-    def _image_size(self, patch: Size, windows: tuple[int, ...], given: Size | None) -> tuple[Size, tuple[str, ...]]:
+    def _image_size(self, patch: Size, windows: tuple[Window, ...], given: Size | None) -> tuple[Size, tuple[str, ...]]:
         """The image size that the file was trained for, and a note if it had to be assumed."""
         exact = self._size_from_masks(patch, windows) or self._size_from_training()
         if exact:
@@ -180,34 +191,33 @@ class _Inference:
         why = f"the file shows only that the shorter side is {side}" if side else "the file does not contain it"
         return size, (f"image size {size[0]}x{size[1]} is assumed: {why}",)
 
-    def _size_from_masks(self, patch: Size, windows: tuple[int, ...]) -> Size | None:
+    def _size_from_masks(self, patch: Size, windows: tuple[Window, ...]) -> Size | None:
         """From the first attn_mask [windows, tokens, tokens]. Only the last window of each row or column has masked pairs."""
         for name, mask in self.buffers.items():
             match = re.fullmatch(r"encoder\.layers\.(\d{1,4})\.blocks\.\d+\.attn_mask", name)
             if match is None or int(match[1]) >= len(windows):
                 continue
             stage = int(match[1])
-            window = windows[stage]
-            count = mask.shape[0] if mask.shape else 0
-            if count == 0 or mask.shape != (count, window**2, window**2):
+            height, width = sides(windows[stage])
+            count, tokens = mask.shape[0] if mask.shape else 0, height * width
+            if count == 0 or mask.shape != (count, tokens, tokens):
                 raise CheckpointError(
-                    f"{self.where}: {name} has shape {list(mask.shape)}. Expected {window**2} tokens per window."
+                    f"{self.where}: {name} has shape {list(mask.shape)}. Expected {tokens} tokens per window."
                 )
             joined = (mask.read() != 0).flatten(1).any(dim=1)
             columns = int(joined.to(torch.uint8).argmax()) + 1
             if not bool(joined.any()) or count % columns:
                 raise CheckpointError(f"{self.where}: {name} holds a mask that Swin never computes. The file is damaged.")
-            scale = window << stage
-            return count // columns * scale * patch[0], columns * scale * patch[1]
+            return count // columns * (height << stage) * patch[0], columns * (width << stage) * patch[1]
         return None
 
-    def _side_without_masks(self, patch: Size, windows: tuple[int, ...]) -> int | None:
+    def _side_without_masks(self, patch: Size, windows: tuple[Window, ...]) -> int | None:
         """The shorter side of the image if no stage shifts: Microsoft's code then uses windows as large as the feature map."""
         silent = [stage for stage, depth in enumerate(self.depths) if depth > 1]
         if self.writer != "microsoft" or not silent or not self._buffer(0, "relative_position_index"):
             return None
-        sides = {(windows[stage] << stage) * patch[0] for stage in silent}
-        return sides.pop() if len(sides) == 1 else None
+        found = {(min(sides(windows[stage])) << stage) * patch[0] for stage in silent}
+        return found.pop() if len(found) == 1 else None
 
     def _size_from_training(self) -> Size | None:
         """From the yacs config in training checkpoints of Microsoft's code."""

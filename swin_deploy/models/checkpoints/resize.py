@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from swin_deploy.config import SwinConfig
+from swin_deploy.config import SwinConfig, Window, window_text
 from swin_deploy.errors import UsageError
 from swin_deploy.models.blocks import position_embeddings
 from swin_deploy.models.parameters import POSITIONS, LazyTensors
+from swin_deploy.options import Size
 
 from .base import Checkpoint
-
-Window = tuple[int, int]
 
 TABLE = re.compile(r"encoder\.layers\.(\d+)\.blocks\.\d+\.attention\.self\.relative_position_bias_table")
 
@@ -37,8 +36,8 @@ V1_RULES = {
 def resize_windows(
     checkpoint: Checkpoint,
     *,
-    window_size: tuple[int, ...] | None = None,
-    pretrained_window_sizes: tuple[int, ...] | None = None,
+    window_size: tuple[Window, ...] | None = None,
+    pretrained_window_sizes: tuple[Window, ...] | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> Checkpoint:
     """Adapt a checkpoint to other windows and another image size.
@@ -72,19 +71,20 @@ def resize_windows(
         tensor = checkpoint.tensors[name]
         return tensor if match is None else _resized_table(tensor, *windows[int(match[1])], old.framework)
 
-    before = old.to_dict()
-    changed = {key: value for key, value in new.to_dict().items() if before.get(key) != value}
+    before, after, raw = old.to_dict(), new.to_dict(), checkpoint.raw_config
+    changed = {key: value for key, value in after.items() if before.get(key) != value}
+    gone = before.keys() - after.keys()  # the classes of transformers, if they cannot build the new network
     return dataclasses.replace(
         checkpoint,
         config=new,
         tensors=LazyTensors(checkpoint.tensors, read),
-        raw_config=None if checkpoint.raw_config is None else {**checkpoint.raw_config, **changed},
+        raw_config=None if raw is None else {key: raw[key] for key in raw if key not in gone} | changed,
         preprocessor=_preprocessor(checkpoint.preprocessor, None if new.image_size == old.image_size else new.image_size),
         notes=(*checkpoint.notes, *_notes(old, new, windows, positions)),
     )
 
 
-def _per_stage(values: tuple[int, ...] | None, config: SwinConfig, what: str) -> tuple[int, ...] | None:
+def _per_stage(values: tuple[Window, ...] | None, config: SwinConfig, what: str) -> tuple[Window, ...] | None:
     if values is None:
         return None
     stages = len(config.depths)
@@ -93,7 +93,7 @@ def _per_stage(values: tuple[int, ...] | None, config: SwinConfig, what: str) ->
     return values * stages if len(values) == 1 else values
 
 
-def _resized_table(table: Tensor, old: Window, new: Window, framework: str) -> Tensor:
+def _resized_table(table: Tensor, old: Size, new: Size, framework: str) -> Tensor:
     """[(2 * height - 1) * (2 * width - 1), heads] for the `new` window."""
     if old == new:
         return table
@@ -136,7 +136,7 @@ def _preprocessor(raw: Mapping[str, Any] | None, size: tuple[int, int] | None) -
     return {**raw, "size": sides, **({"crop_size": sides} if raw.get("do_center_crop") else {})}
 
 
-def _notes(old: SwinConfig, new: SwinConfig, windows: list[tuple[Window, Window]], positions: bool) -> tuple[str, ...]:
+def _notes(old: SwinConfig, new: SwinConfig, windows: list[tuple[Size, Size]], positions: bool) -> tuple[str, ...]:
     notes = []
     if any(before != after for before, after in windows):
         change = f"from {_listed([before for before, _ in windows])} to {_listed([after for _, after in windows])}"
@@ -147,7 +147,8 @@ def _notes(old: SwinConfig, new: SwinConfig, windows: list[tuple[Window, Window]
     if new.version == 2 and (notes or new.pretrained_window_sizes != old.pretrained_window_sizes):
         kept = any(new.pretrained_window_sizes)
         by = f"the pretrained {list(new.pretrained_window_sizes)}" if kept else "the new windows, as in every framework"
-        hint = "" if kept else f"; --pretrained-window-sizes {','.join(str(w[0][0]) for w in windows)} keeps each offset's bias"
+        given = ",".join(window_text(before) for before, _ in windows)
+        hint = "" if kept else f"; --pretrained-window-sizes {given} keeps each offset's bias"
         notes.append(f"its coordinates are divided by {by}{hint}")
     if positions:
         was, now = ("x".join(map(str, config.grid())) for config in (old, new))
@@ -155,7 +156,7 @@ def _notes(old: SwinConfig, new: SwinConfig, windows: list[tuple[Window, Window]
     return tuple(notes)
 
 
-def _listed(windows: list[Window]) -> str:
+def _listed(windows: Sequence[Window]) -> str:
     """ "window 8" if all stages have it, else "windows 16, 16, 16, 8"."""
-    names = [str(rows) if rows == columns else f"{rows}x{columns}" for rows, columns in windows]
+    names = [window_text(window) for window in windows]
     return f"window {names[0]}" if len(set(names)) == 1 else f"windows {', '.join(names)}"

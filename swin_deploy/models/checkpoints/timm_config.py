@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from swin_deploy.config import SwinConfig
+from swin_deploy.config import SwinConfig, Window, sides, window_from
 from swin_deploy.errors import CheckpointError, UsageError
 from swin_deploy.variants import find_variant
 
@@ -15,16 +15,35 @@ from .state_dict_names import CanonicalStateDict
 MOST_LABELS = 1_000_000  # a name is created for each
 
 # timm's name of an activation -> that of transformers
-TIMM_ACTIVATIONS = {name: name for name in ("gelu", "quick_gelu", "relu", "silu")} | {
-    "gelu_tanh": "gelu_pytorch_tanh",
-    "swish": "silu",
+TIMM_ACTIVATIONS = {
+    name: name for name in ("gelu", "quick_gelu", "relu", "relu6", "silu", "leaky_relu", "mish", "sigmoid", "tanh", "hardswish")
+} | {"gelu_tanh": "gelu_pytorch_tanh", "swish": "silu", "hard_swish": "hardswish", "identity": "linear"}
+
+# timm's arguments with the meaning of a field of SwinConfig -> the field, and how the value is read
+FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "img_size": ("image_size", lambda value: sides(window_from(value))),
+    "patch_size": ("patch_size", lambda value: sides(window_from(value))),
+    "in_chans": ("num_channels", int),
+    "global_pool": ("global_pool", lambda value: "avg" if value == "fast" else str(value).lower().removeprefix("fast")),
+    "embed_dim": ("embed_dim", int),
+    "depths": ("depths", lambda value: tuple(map(int, value))),
+    "num_heads": ("num_heads", lambda value: tuple(map(int, value))),
+    "always_partition": ("always_partition", bool),
+    "mlp_ratio": ("mlp_ratio", lambda value: tuple(map(float, value)) if isinstance(value, list | tuple) else float(value)),
+    "qkv_bias": ("qkv_bias", bool),
+    "act_layer": ("hidden_act", lambda value: _activation(value)),
 }
 
-# timm's arguments with the meaning of a field of SwinConfig -> how their values are read
-PLAIN = {"in_chans": int, "embed_dim": int, "mlp_ratio": float, "qkv_bias": bool, "always_partition": bool}
+# The arguments that are read otherwise, or not at all: the tensors show them.
+OTHER_ARGUMENTS = frozenset(("num_classes", "head_dim", "window_size", "pretrained_window_sizes", "patch_norm"))
 
-# timm's arguments that change the computation, and the only supported value of each.
-TIMM_FIXED = {"head_dim": None, "embed_layer": None, "ape": False}
+# Arguments without effect on the trained network: of training, of initialization, and of create_model. An export has
+# images of one size, so it is indifferent whether timm accepts others.
+WITHOUT_EFFECT = frozenset((
+    "strict_img_size", "dynamic_img_size", "drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate", "weight_init",
+    "device", "dtype", "use_checkpoint", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict",
+    "checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "features_only", "out_indices", "feature_cls",
+))  # fmt: skip
 
 
 def config_from_timm(raw: Mapping[str, Any], state_dict: CanonicalStateDict, where: str) -> tuple[SwinConfig, tuple[str, ...]]:
@@ -45,61 +64,80 @@ def config_from_timm(raw: Mapping[str, Any], state_dict: CanonicalStateDict, whe
         raise CheckpointError(
             f"{where}: model_args and pretrained_cfg are not objects. Expected what timm's save_for_hf writes."
         )
-    for key, only in TIMM_FIXED.items():
-        if arguments.get(key, only) != only:
-            raise CheckpointError(f"{where}: model_args has {key} = {arguments[key]!r}, which is not supported.")
+    arguments = {key: value for key, value in arguments.items() if value is not None}  # as create_model does
+    for key, value in arguments.items():
+        if key not in FIELDS.keys() | OTHER_ARGUMENTS | WITHOUT_EFFECT and value is not False:
+            raise CheckpointError(f"{where}: model_args has {key} = {value!r}, which is not supported.")
     try:
-        config, notes = _with_arguments(base, arguments, pretrained, state_dict)
+        config, notes = _with_arguments(base, _defaults(raw, pretrained) | arguments, state_dict)
         labels = _labels(raw, pretrained, arguments)
         return dataclasses.replace(config, id2label=labels), notes
     except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
         raise CheckpointError(f"{where}: {error}. Expected the arguments of timm's {architecture}.") from error
 
 
+def _defaults(raw: Mapping[str, Any], pretrained: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that follow from the other parts of config.json."""
+    found: dict[str, Any] = {}
+    if size := pretrained.get("input_size"):
+        fixed = pretrained.get("fixed_input_size", True)
+        found = {"in_chans": size[0], "img_size": list(size)[-2:] if fixed else 224}  # 224 is the default of both classes
+    pools = [one["global_pool"] for one in (raw, pretrained) if one.get("global_pool") is not None]
+    return found | ({"global_pool": pools[0]} if pools else {})
+
+
 def _with_arguments(
-    base: SwinConfig, arguments: Mapping[str, Any], pretrained: Mapping[str, Any], state_dict: CanonicalStateDict
+    base: SwinConfig, arguments: Mapping[str, Any], state_dict: CanonicalStateDict
 ) -> tuple[SwinConfig, tuple[str, ...]]:
-    values: dict[str, Any] = {
-        name: tuple(int(v) for v in arguments.get(name, getattr(base, name))) for name in ("depths", "num_heads")
-    }
-    stages = len(values["depths"])
-    size = pretrained.get("input_size")
-    if arguments.get("img_size") is not None:
-        values["image_size"] = _pair(arguments["img_size"])
-    elif size and pretrained.get("fixed_input_size", True):
-        values["image_size"] = _pair(list(size)[-2:])
-    if "patch_size" in arguments:
-        values["patch_size"] = _pair(arguments["patch_size"])
-    for name, read in PLAIN.items():
-        if arguments.get(name) is not None:
-            values["num_channels" if name == "in_chans" else name] = read(arguments[name])
-    if "act_layer" in arguments:
-        values["hidden_act"] = TIMM_ACTIVATIONS[str(arguments["act_layer"])]
-    windows = _windows(arguments.get("window_size"), base.window_size, stages)
-    values["window_size"], notes = _windows_in_tables(windows, state_dict) if base.version == 1 else (windows, ())
+    values = {field: _read(arguments, name, read) for name, (field, read) in FIELDS.items() if name in arguments}
+    stages = len(values.get("depths", base.depths))
+    values["window_size"] = _per_stage(_read(arguments, "window_size", _windows) or base.window_size, stages)
     if base.version == 2:
-        trained = arguments.get("pretrained_window_sizes")  # one number, or one for each stage
-        given = (trained,) * stages if isinstance(trained, int) else trained
-        values["pretrained_window_sizes"] = tuple(given) if given else _per_stage(base.pretrained_window_sizes, stages)
-    return dataclasses.replace(base, **values), notes
+        trained = _read(
+            arguments, "pretrained_window_sizes", lambda given: (given,) if isinstance(given, int) else tuple(given)
+        )
+        values["pretrained_window_sizes"] = _per_stage(tuple(map(window_from, trained or base.pretrained_window_sizes)), stages)
+    config = dataclasses.replace(base, **values)
+    windows, notes = _windows_in_tables(config, state_dict) if base.version == 1 else (config.window_size, ())
+    own = [config.width(stage) // heads for stage, heads in enumerate(config.num_heads)]
+    given = arguments.get("head_dim", own)
+    if any(
+        one not in (None, width) for one, width in zip(given if isinstance(given, list) else [given] * stages, own, strict=True)
+    ):
+        raise ValueError(f"head_dim is {given}, and only the widths of the stages divided by the heads are supported, {own}")
+    return dataclasses.replace(config, window_size=windows), notes
 
 
-def _windows(given: Any, base: tuple[int, ...], stages: int) -> tuple[int, ...]:
-    """One window per stage. timm accepts a number, one number per stage, or (rows, columns)."""
-    if given is None:
-        return _per_stage(base, stages)
-    if isinstance(given, int):
-        return (given,) * stages
-    sides = [w if isinstance(w, int) else _square(w) for w in given]
-    return (_square(sides),) * stages if len(sides) == 2 else tuple(sides)
+def _read(arguments: Mapping[str, Any], name: str, read: Callable[[Any], Any]) -> Any:
+    """Read an argument. None if it is not given; errors name it."""
+    try:
+        return read(arguments[name]) if name in arguments else None
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
-def _windows_in_tables(windows: tuple[int, ...], state_dict: CanonicalStateDict) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def _activation(name: Any) -> str:
+    if name not in TIMM_ACTIVATIONS:
+        raise ValueError(f"{name!r} is not supported; supported: {', '.join(TIMM_ACTIVATIONS)}")
+    return TIMM_ACTIVATIONS[name]
+
+
+def _windows(given: Any) -> tuple[Window, ...]:
+    """One window for all stages, or one per stage. Two numbers are always one window (rows, columns)."""
+    if isinstance(given, int) or (len(given) == 2 and isinstance(given[0], int)):
+        return (window_from(given),)
+    return tuple(map(window_from, given))
+
+
+def _windows_in_tables(config: SwinConfig, state_dict: CanonicalStateDict) -> tuple[tuple[Window, ...], tuple[str, ...]]:
     """V1's windows according to the bias tables: timm reduces a window to the size of its feature map."""
-    found, notes = list(windows), []
-    for stage, window in enumerate(windows):
+    found, notes = list(config.window_size), []
+    for stage, window in enumerate(config.window_size):
         shape = state_dict.shapes.get(f"encoder.layers.{stage}.blocks.0.attention.self.relative_position_bias_table")
-        smaller = [side for side in range(1, window) if shape and shape[0] == (2 * side - 1) ** 2]
+        rows, columns = dataclasses.replace(config, framework="timm").table_window(stage)
+        fits = rows != columns and shape and shape[0] == (2 * rows - 1) * (2 * columns - 1)
+        largest = window if isinstance(window, int) and not fits else 0
+        smaller = [side for side in range(1, largest) if shape and shape[0] == (2 * side - 1) ** 2]
         if smaller:
             found[stage] = smaller[0]
             notes.append(f"the window of stage {stage} is {smaller[0]}, the size of its bias table, and not {window}")
@@ -118,24 +156,10 @@ def _labels(raw: Mapping[str, Any], pretrained: Mapping[str, Any], arguments: Ma
     return {i: f"LABEL_{i}" for i in range(count)}
 
 
-def _per_stage(values: tuple[int, ...], stages: int) -> tuple[int, ...]:
+def _per_stage(values: tuple[Window, ...], stages: int) -> tuple[Window, ...]:
     """Repeat `values` for another number of stages, which is defined only if all of them are equal."""
     if len(values) == stages:
         return values
     if len(set(values)) > 1:
         raise ValueError(f"{stages} stages, but windows for {len(values)}")
     return values[:1] * stages
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    first, second = value
-    return int(first), int(second)
-
-
-def _square(value: Any) -> int:
-    rows, columns = value
-    if rows != columns:
-        raise ValueError(f"window {rows}x{columns} is not square, and only square windows are supported")
-    return int(rows)
