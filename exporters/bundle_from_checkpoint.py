@@ -27,7 +27,7 @@ from swin_deploy.bundle import (
     specs_from_onnx,
     weights_file,
 )
-from swin_deploy.config import SwinConfig
+from swin_deploy.config import OWN_KEYS, SwinConfig
 from swin_deploy.dependencies import installed_versions, require
 from swin_deploy.errors import CheckpointError, InputError, MissingDependencyError, UsageError, VerificationError
 from swin_deploy.frame_input import Frames, refuse_misfit
@@ -98,8 +98,9 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec,
         for number, size in enumerate(sizes):
             further = None if number == 0 else size
             _add_graph(draft, checkpoint, spec, size, further, shared, frames[size], open_graph)
-        raw = dict(checkpoint.raw_config or config.to_dict())
-        draft.add_json(CONFIG, raw if config.framework == "hf" else {**raw, "semantics": config.framework})
+        written = config.to_dict()
+        own = {key: written[key] for key in OWN_KEYS if key in written}
+        draft.add_json(CONFIG, {**(checkpoint.raw_config or written), **own})
         if checkpoint.ranges is not None:
             draft.add(RANGES, {}, checkpoint.ranges.to_json().encode())
         draft.add_json(PREPROCESSOR, processor)

@@ -6,13 +6,14 @@ import dataclasses
 import logging
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.dependencies import require
 from swin_deploy.errors import CheckpointError, UsageError
-from swin_deploy.options import ExportSpec, Size
+from swin_deploy.options import ExportSpec
 from swin_deploy.tasks import TaskSpec
 from swin_deploy.variants import Variant, find_variant
 
@@ -53,6 +54,8 @@ def checkpoint_from_request(spec: ExportSpec) -> Checkpoint:
     from swin_deploy.models import checkpoints
 
     task, image_size = spec.task_spec(), spec.image_sizes[0] if spec.image_sizes else None
+    names = ("framework", "weights_key", "head_activation", "always_partition")
+    options = {name: getattr(spec, name) for name in names} | {"image_size": image_size}
     if spec.weights is None:
         if variant is None:
             raise UsageError('Nothing to export. Pass --variant NAME (see "swin-deploy variants"), or --weights PATH.')
@@ -62,16 +65,18 @@ def checkpoint_from_request(spec: ExportSpec) -> Checkpoint:
                 f"--task masked-image-modeling, feature-extraction or backbone."
             )
         if spec.random_weights:
-            config = dataclasses.replace(variant.config(), framework=spec.framework or "hf")
+            config = dataclasses.replace(
+                variant.config(), framework=spec.framework or "hf", always_partition=spec.always_partition
+            )
             checkpoint = checkpoints.random_checkpoint(config, task, spec.seed)
         else:
-            checkpoint = _from_hub(variant, task, image_size, spec.framework)
+            checkpoint = _from_hub(variant, task, options)
     else:
         weights = str(spec.weights)
         if os.path.exists(weights):  # noqa: PTH110 - Path.exists raises for a name that is too long
-            checkpoint = checkpoints.checkpoint_from_path(Path(weights), task, image_size=image_size, framework=spec.framework)
+            checkpoint = checkpoints.checkpoint_from_path(Path(weights), task, **options)
         elif HUB_ID.fullmatch(weights) and not weights.startswith("."):
-            checkpoint = checkpoints.checkpoint_from_hub(weights, task, image_size=image_size, framework=spec.framework)
+            checkpoint = checkpoints.checkpoint_from_hub(weights, task, **options)
         else:
             raise CheckpointError(
                 f"There is no checkpoint {weights}. Expected a folder, a file, or a hub id such as "
@@ -94,7 +99,7 @@ def checkpoint_from_request(spec: ExportSpec) -> Checkpoint:
     return checkpoint
 
 
-def _from_hub(variant: Variant, task: TaskSpec, image_size: Size | None, framework: str | None) -> Checkpoint:
+def _from_hub(variant: Variant, task: TaskSpec, options: Mapping[str, Any]) -> Checkpoint:
     from swin_deploy.models.checkpoints import checkpoint_from_hub
 
     hub_id = variant.hub_id or (variant.timm_name and f"timm/{variant.timm_name}")
@@ -104,7 +109,7 @@ def _from_hub(variant: Variant, task: TaskSpec, image_size: Size | None, framewo
             f"--random-weights."
         )
     _LOG.info("Looking for %s in the Hugging Face cache, then on the hub", hub_id)
-    return checkpoint_from_hub(hub_id, task, image_size=image_size, framework=framework)
+    return checkpoint_from_hub(hub_id, task, **options)
 
 
 def _same_windows(variant: Variant, config: SwinConfig) -> bool:

@@ -26,6 +26,9 @@ ACTIVATIONS = (
 )
 # fmt: on
 
+# Keys of config.json that transformers does not have.
+OWN_KEYS = ("semantics", "patch_norm", "always_partition", "global_pool", "head_widths", "head_act")
+
 # Model types that look like Swin, and what they are.
 OTHER_FAMILIES = {
     "swin2sr": "Swin2SR, an image super-resolution network",
@@ -60,6 +63,8 @@ class SwinConfig:
     always_partition: bool = False  # whether odd blocks shift full windows even on maps that are not larger than one
     patch_norm: bool = True  # whether the patch embedding ends in a LayerNorm; optional in Microsoft's code
     backbone_maps: bool = True  # whether a V1 backbone's hidden states are maps (transformers 5) or token lists (4)
+    head_widths: tuple[int, ...] = ()  # outputs of the linear layers of the classifier before its last one
+    head_act: str = "linear"  # the activation between them
     framework: str = "hf"  # source of the rules for windows, shifts, padding and masks; "semantics" in config.json
     id2label: Mapping[int, str] = field(default_factory=lambda: {0: "LABEL_0", 1: "LABEL_1"})
 
@@ -78,6 +83,7 @@ class SwinConfig:
             _check(fits, f"stage {stage} has width {self.width(stage)}, which {count} attention heads do not divide")
         why = f'hidden_act is "{self.hidden_act}", which is not supported; supported: {", ".join(ACTIVATIONS)}'
         _check(self.hidden_act in ACTIVATIONS, why)
+        _check(self.head_act in ACTIVATIONS, f'head_act is "{self.head_act}"; supported: {", ".join(ACTIVATIONS)}')
         _check(self.framework in FRAMEWORKS, f'framework is "{self.framework}", expected one of {", ".join(FRAMEWORKS)}')
         _check(self.global_pool in POOLS, f'global_pool is "{self.global_pool}", expected one of {", ".join(map(repr, POOLS))}')
         ratios = self.mlp_ratio if isinstance(self.mlp_ratio, tuple) else (self.mlp_ratio,) * stages
@@ -115,8 +121,13 @@ class SwinConfig:
     @property
     def fits_transformers(self) -> bool:
         """Whether the classes of transformers can build this network."""
-        plain = self.patch_norm and not self.always_partition and self.global_pool == "avg"
+        plain = self.patch_norm and not self.always_partition and self.global_pool == "avg" and not self.head_widths
         return plain and isinstance(_one_if_equal(self.window_size), int) and isinstance(self.mlp_ratio, float)
+
+    @property
+    def feature_norms(self) -> bool:
+        """Whether a backbone normalizes its feature maps. timm's features_only does not, nor does any Swin V2."""
+        return self.version == 1 and self.framework != "timm"
 
     @property
     def blocks(self) -> int:
@@ -208,6 +219,8 @@ class SwinConfig:
             raw["always_partition"] = True
         if self.global_pool != "avg":
             raw["global_pool"] = self.global_pool
+        if self.head_widths:
+            raw |= {"head_widths": list(self.head_widths), "head_act": self.head_act}
         if self.version == 1:
             del raw["pretrained_window_sizes"]
         return raw
@@ -310,6 +323,8 @@ def _fields_from_json(raw: Mapping[str, Any], version: int) -> dict[str, Any]:
     values["patch_norm"] = bool(raw.get("patch_norm", True))
     values["always_partition"] = bool(raw.get("always_partition", False))
     values["global_pool"] = str(raw.get("global_pool", "avg"))
+    values["head_widths"] = _integers(raw.get("head_widths", ()))
+    values["head_act"] = str(raw.get("head_act", "linear"))
     return values
 
 

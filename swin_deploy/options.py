@@ -97,6 +97,21 @@ class ExportSpec(Spec):
         "Window, shift and padding rules of this framework. Default: those of the checkpoint.",
         hidden_flags=("--semantics",),
     )
+    weights_key: str | None = option(
+        None,
+        parse.text,
+        "Weights to load from a file with several: model, ema, or the name they are saved under. Default: the EMA, if any.",
+        metavar="KEY",
+    )
+    head_activation: str | None = option(
+        None,
+        parse.text,
+        "Activation between the linear layers of a head that has several: relu, gelu, ...; linear for none.",
+        metavar="NAME",
+    )
+    always_partition: bool = option(
+        False, parse.flag, "Shift windows on feature maps of every size, as detectors with Microsoft's code do."
+    )
     window_size: Any = option(
         None,
         parse.per_stage,

@@ -125,7 +125,8 @@ def quantize_for_cpu(
     from onnx import numpy_helper
 
     qat = qat or QatLayers()
-    keep = keep | {name for name in HEADS if not qat.covers(layer for layer in linear_layers(model) if layer.name == name)}
+    heads = [layer for layer in linear_layers(model) if layer.name.split(".")[0] in HEADS]
+    keep = keep | {layer.name for layer in heads if not qat.covers([layer])}
     groups = _groups(model, keep | small_layers(model) if target == "openvino" else keep)
     if feeds is None:
         qat.refuse_missing(layer for layers in groups.values() for layer in layers)

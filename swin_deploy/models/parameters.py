@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,14 +66,15 @@ def parameters(config: SwinConfig, task: TaskSpec | None = None) -> dict[str, Sh
 
 def _head(config: SwinConfig, task: TaskSpec) -> dict[str, Shape]:
     if task.name == "backbone":
-        if config.version == 2:
+        if not config.feature_norms:
             return {}
         widths = {name: config.width(max(i - 1, 0)) for i, name in enumerate(stage_names(config))}
         norms = [_norm(f"hidden_states_norms.{name}", widths[name]) for name in task.features(config)]
         return {name: shape for norm in norms for name, shape in norm.items()}
     shapes = _norm("layernorm", config.hidden_size)
     if task.name == "image-classification" and config.num_labels > 0:
-        shapes |= _linear("classifier", config.pooled_size, config.num_labels)
+        for place, (inputs, outputs) in enumerate(pairwise((config.pooled_size, *config.head_widths, config.num_labels))):
+            shapes |= _linear(f"classifier.{place}" if config.head_widths else "classifier", inputs, outputs)
     if task.name == "masked-image-modeling":
         outputs = config.encoder_stride**2 * config.num_channels
         shapes |= {"decoder.0.weight": (outputs, config.hidden_size, 1, 1), "decoder.0.bias": (outputs,)}

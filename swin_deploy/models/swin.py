@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.models import windows
+from swin_deploy.models.activations import ACTIVATIONS
 from swin_deploy.models.blocks import (
     DEFAULT_EPS,
     Block,
@@ -112,6 +113,20 @@ class RowMajor(nn.Module):
         return x.transpose(1, 2).reshape(-1, x.shape[-1], self.height, self.width)
 
 
+class Head(nn.Sequential):
+    """A classifier of several linear layers, with an activation between them."""
+
+    def __init__(self, config: SwinConfig, tensors: Tensors) -> None:
+        names = [f"classifier.{place}" for place in range(len(config.head_widths) + 1)]
+        super().__init__(*(Linear(tensors[f"{name}.weight"], tensors[f"{name}.bias"]) for name in names))
+        self.activation = ACTIVATIONS[config.head_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for place, layer in enumerate(self):
+            x = layer(self.activation(x) if place else x)
+        return x
+
+
 class SwinNetwork(nn.Module):
     """pixel_values [batch, channels, height, width] (and bool_masked_pos [batch, patches]) -> the outputs of `task`.
 
@@ -158,14 +173,18 @@ class SwinNetwork(nn.Module):
         # Pooling is independent of the order of tokens, but must not include padding.
         self.tokens = None if config.global_pool == "" or windows.padding_mask(order) is not None else len(order)
         if backbone:
-            names = self.task.features(config) if config.version == 1 else ()
+            names = self.task.features(config) if config.feature_norms else ()
             norms = {name: LayerNorm(tensors, f"hidden_states_norms.{name}", DEFAULT_EPS) for name in names}
             self.norms = nn.ModuleDict(norms)
         else:
             self.norm = LayerNorm(tensors, "layernorm", config.layer_norm_eps)
         if self.task.name == "image-classification":
             self.classifier: nn.Module = (
-                Linear(tensors["classifier.weight"], tensors["classifier.bias"]) if config.num_labels else nn.Identity()
+                Head(config, tensors)
+                if config.head_widths
+                else Linear(tensors["classifier.weight"], tensors["classifier.bias"])
+                if config.num_labels
+                else nn.Identity()
             )
         if self.task.name == "masked-image-modeling":
             weight = tensors["decoder.0.weight"]  # a 1 x 1 convolution, which is a linear layer on tokens
@@ -244,6 +263,6 @@ class SwinNetwork(nn.Module):
         if self.task.name != "backbone" or name not in self.task.features(self.config):
             return
         tokens = rows(x)
-        if self.config.version == 1:
+        if self.config.feature_norms:
             tokens = self.norms[name](tokens)
         outputs[f"feature_maps.{self.task.features(self.config).index(name)}"] = rows.as_map(tokens)

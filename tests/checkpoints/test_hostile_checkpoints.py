@@ -90,10 +90,11 @@ def test_every_way_to_name_a_callable(code: bytes, what: str, tmp_path: Path) ->
 
 
 def test_a_pickled_module_and_an_unknown_network(tmp_path: Path) -> None:
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "a.pth")
+    for saved in (torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).state_dict()):
+        torch.save(saved, tmp_path / "a.pth")
+        refused(tmp_path / "a.pth", r"holds 2 tensors, and not those of a Swin \(the first is weight\)")
+    torch.save({"epoch": 3}, tmp_path / "a.pth")
     refused(tmp_path / "a.pth", r"holds no tensors by name.* save it with torch\.save\(model\.state_dict\(\), \.\.\.\)")
-    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "a.pth")
-    refused(tmp_path / "a.pth", r"holds 2 tensors, and not those of a Swin \(the first is weight\)")
 
 
 @pytest.mark.parametrize(

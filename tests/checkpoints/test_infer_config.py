@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import math
 import pickle
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_cases import DATA, check, state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 
 from swin_deploy.config import SwinConfig
@@ -97,7 +100,10 @@ def test_image_size_that_nothing_tells(tmp_path: Path) -> None:
     weights = without_buffers()
     source = opened(weights, tmp_path)
     assert source.config.image_size == (224, 224)
-    assert source.notes == ("image size 224x224 is assumed: the file does not contain it",)
+    assert source.notes == (
+        "image size 224x224 is assumed: the file does not contain it",
+        "the file has no buffers, so the shifts of Microsoft's classifier are assumed; detectors: --always-partition",
+    )
     assert opened(weights, tmp_path, (64, 128)).config.image_size == (64, 128)
 
 
@@ -113,7 +119,7 @@ def test_image_size_from_position_embeddings(tmp_path: Path) -> None:
     weights = without_buffers()
     weights["absolute_pos_embed"] = torch.zeros(1, 64, 16)
     source = opened(weights, tmp_path)
-    assert (source.config.image_size, source.config.use_absolute_embeddings, len(source.notes)) == ((32, 32), True, 1)
+    assert (source.config.image_size, source.config.use_absolute_embeddings, len(source.notes)) == ((32, 32), True, 2)
     weights["absolute_pos_embed"] = torch.zeros(1, 32, 16)
     assert opened(weights, tmp_path, (16, 32)).config.image_size == (16, 32)
     for given in (None, (32, 32)):
@@ -134,6 +140,30 @@ def test_image_size_from_a_training_config(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "a.pth", weights_only=True)
     assert recognise_checkpoint(tmp_path / "a.pth").config.image_size == (160, 160)
+
+
+@pytest.mark.parametrize("name", ["timm__SwinTransformerV2__rect_h_eq_window", "timm__SwinTransformer__dynamic_72x56"])
+def test_architecture_that_the_trainer_of_timm_states(name: str, tmp_path: Path) -> None:
+    raw = json.loads((DATA / name / "config.json").read_text())
+    weights = load_file(DATA / name / "model.safetensors")
+    arguments = {"img_size": raw["pretrained_cfg"]["input_size"][1:]} | raw["model_args"]
+    file = {"arch": raw["architecture"], "args": argparse.Namespace(model_kwargs=arguments), "state_dict": weights}
+    torch.save(file, tmp_path / "a.pth")
+    source, expected = recognise_checkpoint(tmp_path / "a.pth"), recognise_checkpoint(DATA / name).config
+    assert dataclasses.replace(source.config, id2label=expected.id2label) == expected
+    assert source.notes[-1] == f"the architecture is timm's {raw['architecture']}, which the file states"
+    torch.save(file | {"arch": "swin_large_patch4_window7_224", "args": None}, tmp_path / "a.pth")  # another architecture
+    if expected.version == 1:
+        assert recognise_checkpoint(tmp_path / "a.pth", (64, 64)).notes == ()
+
+
+def test_image_size_from_the_arguments_of_a_trainer(tmp_path: Path) -> None:
+    for key, value, size in (("args", {"img_size": 96}, (96, 96)), ("hyper_parameters", {"input_size": [3, 64, 96]}, (64, 96))):
+        torch.save({"state_dict": without_buffers(), key: argparse.Namespace(**value)}, tmp_path / "a.pth")
+        source = recognise_checkpoint(tmp_path / "a.pth")
+        assert source.config.image_size == size
+        assert source.notes[0] == f"image size {size[0]}x{size[1]} is that of the training arguments in the file"
+        assert recognise_checkpoint(tmp_path / "a.pth", (32, 32)).config.image_size == (32, 32)
 
 
 def test_qkv_bias_and_patch_norm(tmp_path: Path) -> None:

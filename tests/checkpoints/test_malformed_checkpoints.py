@@ -81,7 +81,7 @@ def test_archives_that_torch_did_not_save(tmp_path: Path) -> None:
     write_zip(path, good, zipfile.ZIP_DEFLATED)
     refused(path, "is compressed or cut off")
     write_zip(path, good | {"a/constants.pkl": b""})
-    refused(path, "is a TorchScript program")
+    refused(path, r"is a TorchScript program.* torch\.save\(torch\.jit\.load\('a\.pth'\)\.state_dict\(\)")
     for entries in ({"weights.npy": b""}, good | {"a/DATA.pkl": b""}, good | {"b/data.pkl": b""}):
         write_zip(path, entries)
         refused(path, "is a zip archive, and not one that torch.save wrote")
@@ -207,7 +207,7 @@ def test_configs_that_are_refused(config: dict[str, Any], sentence: str, tmp_pat
         ("patch_embed.proj.weight", (16, 3, 2, 4, 4), "Video Swin"),
         ("backbone.stages.0.blocks.0.attn.w_msa.qkv.weight", (48, 16), "OpenMMLab's Swin.*patch merging orders its channels"),
         ("stages.0.blocks.0.ffn.layers.0.0.weight", (32, 16), "OpenMMLab's Swin"),
-        ("backbone.layers.0.blocks.0.attn.qkv.weight", (48, 16), "a detector or a segmentation network"),
+        ("neck.lateral_convs.0.conv.weight", (48, 16, 1, 1), "a detector or a segmentation network"),
         ("decode_head.conv_seg.weight", (19, 16, 1, 1), "a detector or a segmentation network"),
         ("model.pixel_level_module.encoder.embeddings.norm.weight", (16,), "MaskFormer"),
         ("swinViT.patch_embed.proj.weight", (16, 1, 2, 2, 2), "Swin UNETR"),

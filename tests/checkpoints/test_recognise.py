@@ -88,7 +88,7 @@ def test_torch_reads_the_same(file: str, legacy: bool, tmp_path: Path) -> None:
     if legacy:
         path = tmp_path / "weights.pth"
         torch.save(theirs, path, _use_new_zipfile_serialization=False)
-    stored = open_weights(path).tensors
+    stored = {name.removeprefix("model."): part for name, part in open_weights(path).tensors.items()}
     assert differing({name: part.read() for name, part in stored.items()}, theirs) == []
     assert [str(theirs[name].dtype) for name in stored] == [f"torch.{part.dtype}" for part in stored.values()]
 
@@ -110,7 +110,8 @@ def test_tensors_that_share_or_transpose_their_storage(legacy: bool, tmp_path: P
     }
     torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
     file = open_weights(tmp_path / "a.pth")
-    assert differing({name: part.read() for name, part in file.tensors.items()}, tensors) == []
+    found = {name.removeprefix("state_dict."): part.read() for name, part in file.tensors.items()}
+    assert differing(found, tensors) == []
     assert file.extras == {"epoch": 3}
 
 
@@ -166,6 +167,7 @@ def test_what_training_scripts_save_beside_the_weights(legacy: bool, tmp_path: P
     beside = {
         "args": argparse.Namespace(lr=0.1),
         "hyper_parameters": trainer.ConfigDict(depth=3, inner=trainer.ConfigDict(size=4)),
+        "omega": trainer.Options(_metadata=1, _content={"size": trainer.Options(_val=4)}),
         "options": trainer.Options(mode=trainer.Mode.EVAL, slots=trainer.Slots(0.5)),
         "schedule": torch.optim.lr_scheduler.LambdaLR,
         "metric": np.float64(0.75),
@@ -187,9 +189,9 @@ def test_what_training_scripts_save_beside_the_weights(legacy: bool, tmp_path: P
     known = torch.serialization.get_safe_globals()
     found = open_weights(tmp_path / "a.pth").extras
     assert ("trainer" in sys.modules, set(found)) == (False, set(beside))
-    assert found["args"].state == {"lr": 0.1}
+    assert (found["args"], found["path"]) == ({"lr": 0.1}, ["runs"])
     assert (found["hyper_parameters"]["depth"], found["hyper_parameters"]["inner"]) == (3, {"size": 4})
-    assert found["options"].state["mode"].args == ("eval",)
+    assert (found["options"]["mode"], found["omega"]) == (["eval"], {"size": 4})
     assert (found["queue"], found["counts"], found["dtype"], found["epoch"]) == ([1, 2], {"a": 2}, torch.float16, 3)
     assert set(torch.serialization.get_safe_globals()) == set(known)
 

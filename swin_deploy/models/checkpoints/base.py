@@ -65,10 +65,11 @@ def tensors_for_task(
     """Select exactly the parameters that `task` uses, and check their shapes.
 
     `found` maps the canonical names of all tensors in the file to their shapes. The feature-map norms of a V1 backbone are
-    saved only by backbones. If they are absent they become 1 and 0, as in transformers.
+    saved only by backbones. If they are absent they become 1 and 0, as in transformers. A head without biases has zeros.
     """
     expected = parameters(config, task)
-    absent = [name for name in expected if name not in found and name.startswith("hidden_states_norms.")]
+    heads = any(name.startswith("classifier.") for name in found)
+    absent = [name for name in expected if name not in found and (ABSENT_NORM.match(name) or (heads and HEAD_BIAS.match(name)))]
     missing = [name for name in expected if name not in found and name not in absent]
     if missing and all(name.split(".")[0] in HEADS or name == "embeddings.mask_token" for name in missing):
         part, purpose = HEADS.get(missing[-1].split(".")[0], ("mask token", "masked image modelling"))
@@ -103,9 +104,10 @@ HEADS = {
     "layernorm": ("final norm", "classification, feature extraction or masked image modelling"),
 }
 
+ABSENT_NORM, HEAD_BIAS = re.compile(r"hidden_states_norms\."), re.compile(r"classifier\.(\d+\.)?bias$")
 # Parameters that only some tasks use.
 OTHER_HEADS = re.compile(
-    r"^(classifier|decoder\.0|layernorm|hidden_states_norms\.\w+)\.(weight|bias)$|^embeddings\.(mask_token|position_embeddings)$"
+    r"^(classifier(?:\.\d+)?|decoder\.0|layernorm|hidden_states_norms\.\w+)\.(weight|bias)$|^embeddings\.(mask_token|position_embeddings)$"
 )
 
 

@@ -33,7 +33,9 @@ def infer_config(
 
     `image_size` (height, width) is used if the file does not determine it.
     """
-    return _Inference(state_dict, extras, where).config(image_size)
+    inference = _Inference(state_dict, extras, where)
+    config, notes = inference.config(image_size)
+    return config, notes + inference.notes_on_shifts(config.always_partition)
 
 
 class _Inference:
@@ -65,7 +67,8 @@ class _Inference:
             pretrained_window_sizes=tuple(self._pretrained_window(stage, windows[stage]) for stage in stages)
             if self.version == 2
             else SwinConfig.pretrained_window_sizes,
-            id2label={i: f"LABEL_{i}" for i in range(self.shapes.get("classifier.weight", (0,))[0])},
+            always_partition=self._always_partition((patch[0], patch[1]), windows),
+            id2label={i: f"LABEL_{i}" for i in range(self._labels())},
         )
         return config, notes
 
@@ -78,6 +81,32 @@ class _Inference:
         if len(shape) != axes or not all(shape):
             raise CheckpointError(f"{self.where}: {name} has shape {list(shape)}; expected {axes} sizes, none of them 0.")
         return shape
+
+    def _labels(self) -> int:
+        last = max((name for name in self.shapes if re.fullmatch(r"classifier(\.\d)?\.weight", name)), default="")
+        return self.shapes.get(last, (0,))[0]
+
+    def _always_partition(self, patch: Size, windows: tuple[Window, ...]) -> bool:
+        """Return whether the file follows Microsoft's code for detectors, which computes its masks for each image.
+
+        Microsoft's classifier saves an attn_mask for each map that is larger than the window, and reduces the window on others.
+        """
+        if self.writer != "microsoft" or any(name.endswith(".attn_mask") for name in self.buffers):
+            return False
+        shifting = [stage for stage, depth in enumerate(self.depths) if depth > 1]
+        saved = bool(shifting) and self._buffer(0, "relative_position_index") is not None
+        detector = any(name.startswith("hidden_states_norms.") for name in self.shapes)
+        return detector or (saved and self._side_without_masks(patch, windows) is None)
+
+    def notes_on_shifts(self, always: bool) -> tuple[str, ...]:
+        """Return a note on when windows are shifted, if Microsoft's code has several rules for it and no mask shows which."""
+        if self.writer != "microsoft" or any(name.endswith(".attn_mask") for name in self.buffers):
+            return ()
+        if always:
+            return ("windows are shifted on maps of every size, as in detectors: the file has no attn_mask",)
+        if self.buffers:
+            return ()
+        return ("the file has no buffers, so the shifts of Microsoft's classifier are assumed; detectors: --always-partition",)
 
     def _depths(self) -> tuple[int, ...]:
         blocks: dict[int, set[int]] = {}
@@ -187,6 +216,8 @@ class _Inference:
         side = self._side_without_masks(patch, windows)
         if given and side in (None, min(given)):
             return given, ()
+        if side is None and (trained := self._size_from_arguments()):
+            return trained, (f"image size {trained[0]}x{trained[1]} is that of the training arguments in the file",)
         size = (side, side * patch[1] // patch[0]) if side else DEFAULT_SIZE[self.version]
         why = f"the file shows only that the shorter side is {side}" if side else "the file does not contain it"
         return size, (f"image size {size[0]}x{size[1]} is assumed: {why}",)
@@ -225,6 +256,17 @@ class _Inference:
         for key in ("config", "DATA", "IMG_SIZE"):
             size = size.get(key) if isinstance(size, Mapping) else None
         return (size, size) if isinstance(size, int) and size > 0 else None
+
+    def _size_from_arguments(self) -> Size | None:
+        """From the arguments of timm's and other training scripts: one side, two, or channels and both."""
+        found = [self.extras.get(name) for name in ("args", "hyper_parameters", "config")]
+        for arguments in (one for one in found if isinstance(one, Mapping)):
+            for key in ("img_size", "input_size", "image_size"):
+                size = arguments.get(key)
+                size = [size, size] if isinstance(size, int) else size
+                if isinstance(size, list) and len(size) in (2, 3) and all(isinstance(n, int) and 0 < n <= 8192 for n in size):
+                    return size[-2], size[-1]
+        return None
 
     def _size_from_positions(self, count: int, patch: Size, given: Size | None) -> tuple[Size, tuple[str, ...]]:
         side = math.isqrt(count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError
-from swin_deploy.models.parameters import LazyTensors, Shape
+from swin_deploy.models.parameters import LazyTensors, Shape, parameters
 from swin_deploy.qat_ranges import QatRanges
+from swin_deploy.tasks import TaskSpec
 
 from .infer_config import infer_config
 from .qat_state import qat_ranges_from_state
-from .state_dict_names import Writer, canonical_state_dict
+from .state_dict_names import CanonicalStateDict, Writer, canonical_state_dict
 from .timm_config import MOST_LABELS, config_from_timm
 from .weight_files import open_weights, read_json
 
@@ -40,6 +42,8 @@ class RecognisedCheckpoint:
     preprocessor: Mapping[str, Any] | None = None  # preprocessor_config.json as found
     notes: tuple[str, ...] = ()  # assumptions about what the checkpoint does not contain
     ranges: QatRanges | None = None  # QAT ranges
+    other_head: str = ""  # tensors of a head that is not only linear layers in a row
+    head_between: bool = False  # whether the file lacks what is between the linear layers of the head
 
     @property
     def framework(self) -> str:
@@ -47,11 +51,13 @@ class RecognisedCheckpoint:
         return "hf" if self.writer == "tf" else self.writer
 
 
-def recognise_checkpoint(path: Path, image_size: tuple[int, int] | None = None) -> RecognisedCheckpoint:
+def recognise_checkpoint(
+    path: Path, image_size: tuple[int, int] | None = None, weights_key: str | None = None
+) -> RecognisedCheckpoint:
     """Open a checkpoint and recognise what wrote it.
 
     `path` is a folder or a weight file. A config.json beside the weights is used if it belongs to them. `image_size` (height,
-    width) is used if neither config.json nor the tensors contain it.
+    width) is used if neither config.json nor the tensors contain it. `weights_key` chooses one of several Swins in a file.
     """
     folder = path if path.is_dir() else path.parent
     raw = read_json(folder / "config.json") if path.exists() and (folder / "config.json").is_file() else None
@@ -59,7 +65,7 @@ def recognise_checkpoint(path: Path, image_size: tuple[int, int] | None = None) 
     if raw is not None and not timm and path.is_dir():
         _config(raw, folder)  # the model_type of another network gives the clearest error
     file = open_weights(path)
-    state_dict = canonical_state_dict(file)
+    state_dict = canonical_state_dict(file, weights_key)
     if raw is not None and state_dict.writer not in (("timm", "microsoft") if timm else ("hf", "tf")):
         if path.is_dir():
             raise CheckpointError(
@@ -68,7 +74,10 @@ def recognise_checkpoint(path: Path, image_size: tuple[int, int] | None = None) 
                 f"config.json, pass the path of the weight file."
             )
         raw = None  # it belongs to another file in the same folder
-    if raw is None:
+    if raw is None and (stated := _config_from_arguments(file.extras, state_dict)):
+        state_dict = dataclasses.replace(state_dict, writer="timm")
+        config, notes = stated
+    elif raw is None:
         config, notes = infer_config(state_dict, image_size, file.extras, str(path))
         if state_dict.writer in ("hf", "tf"):
             notes += ("there is no config.json, so the default activation and epsilon of transformers are assumed",)
@@ -78,6 +87,9 @@ def recognise_checkpoint(path: Path, image_size: tuple[int, int] | None = None) 
     else:
         config, notes = _config(raw, folder), ()
     tensors, shapes = state_dict.tensors, state_dict.shapes
+    layers = sum(bool(re.fullmatch(r"classifier\.\d+\.weight", name)) for name in shapes)
+    config = dataclasses.replace(config, head_widths=tuple(shapes[f"classifier.{i}.weight"][0] for i in range(layers - 1)))
+    notes = (*state_dict.notes, *notes)
     if config.blocks > len(tensors):
         raise CheckpointError(f"{path} has {len(tensors)} tensors for {config.blocks} blocks in its config. {FIX}")
     notes += _position_note(config, shapes)
@@ -97,6 +109,8 @@ def recognise_checkpoint(path: Path, image_size: tuple[int, int] | None = None) 
         preprocessor=read_json(preprocessor) if raw is not None and preprocessor.is_file() else None,
         notes=notes,
         ranges=ranges,
+        other_head=state_dict.other_head,
+        head_between=state_dict.head_between,
     )
 
 
@@ -106,6 +120,31 @@ def _config(raw: Mapping[str, Any], folder: Path) -> SwinConfig:
     if (isinstance(labels, int) and labels > MOST_LABELS) or (isinstance(depths, list) and len(depths) > MOST_STAGES):
         raise CheckpointError(f"{folder / 'config.json'} has {labels} labels and {len(depths)} stages, which no Swin has.")
     return SwinConfig.from_dict(raw)
+
+
+def _config_from_arguments(
+    extras: Mapping[str, Any], state_dict: CanonicalStateDict
+) -> tuple[SwinConfig, tuple[str, ...]] | None:
+    """The config that timm's trainer states beside the weights, if they have its shapes. Only it has the windows of V2."""
+    given = extras.get("args")
+    arguments = given if isinstance(given, Mapping) else {}
+    architecture = extras.get("arch") or arguments.get("model")
+    if state_dict.writer not in ("timm", "microsoft") or not isinstance(architecture, str):
+        return None
+    classes = [shape[0] for name, shape in sorted(state_dict.shapes.items()) if re.fullmatch(r"classifier\..*weight", name)]
+    raw = {
+        "architecture": architecture,
+        "num_classes": classes[-1] if classes else 0,
+        "model_args": arguments.get("model_kwargs"),
+    }
+    try:
+        config, notes = config_from_timm(raw, state_dict, architecture)
+        built = dataclasses.replace(config, framework="timm", patch_norm="embeddings.norm.weight" in state_dict.shapes)
+        if any(state_dict.shapes.get(name) != shape for name, shape in parameters(built, TaskSpec("backbone")).items()):
+            return None
+    except CheckpointError:
+        return None
+    return config, (*notes, f"the architecture is timm's {architecture}, which the file states")
 
 
 def _position_note(config: SwinConfig, shapes: Mapping[str, Shape]) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ before the next stage (timm), or into a layer of its own (torchvision). TensorFl
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -20,6 +20,7 @@ from swin_deploy.models.parameters import Shape
 from swin_deploy.qat_ranges import PARTS
 
 from .base import FLOATING, Stored, StoredFile
+from .swin_in_file import ASIDE, LEAF, FoundHead, FoundSwin, find_head, find_swin, plain_names
 
 # Parameter names of other networks. The first match counts.
 OTHER_NETWORKS = tuple(
@@ -32,27 +33,24 @@ OTHER_NETWORKS = tuple(
             "OpenMMLab's Swin (mmdetection, mmsegmentation, mmpretrain), whose patch merging orders its channels otherwise",
         ),
         (r"\.attn\.meta_mlp\.", "timm's swinv2_cr, a different network from Swin V2"),
-        (r"^swin2sr\.|^first_convolution\.", "Swin2SR, an image super-resolution network"),
-        (r"^conv_first\.|\.residual_group\.", "SwinIR or Swin2SR, which restore images"),
+        (r"(^|\.)(swin2sr|first_convolution)\.", "Swin2SR, an image super-resolution network"),
+        (r"(^|\.)(conv_first|residual_group)\.", "SwinIR or Swin2SR, which restore images"),
         (r"\.spatial_mlp\.", "Swin-MLP, which has multi-layer perceptrons in place of attention"),
         (r"\.(_moe_layer|moe_layer)\.|\.experts\.", "Swin-MoE, a mixture of experts"),
-        (r"^swinViT\.", "Swin UNETR, a network for volumes"),
+        (r"(^|\.)swinViT\.", "Swin UNETR, a network for volumes"),
         (r"pixel_level_module\.", "MaskFormer or Mask2Former, a segmentation network"),
-        (r"^decoder\.model\.decoder\.", "Donut, a document reader"),
+        (r"(^|\.)decoder\.model\.decoder\.", "Donut, a document reader"),
         (
-            r"^(neck|rpn_head|roi_head|bbox_head|decode_head|auxiliary_head)\.|^backbone\.",
+            r"(^|\.)(neck|rpn_head|roi_head|bbox_head|decode_head|auxiliary_head)\.",
             "a detector or a segmentation network that has a Swin inside",
         ),
         (r"(^|\.)cls_token$", "a Vision Transformer"),
     )
 )
-PATCH_WEIGHTS = ("patch_embed.proj.weight", "features.0.0.weight", "backbone.patch_embed.proj.weight")
-
+PATCH_WEIGHTS = re.compile(r"(.*\.)?(patch_embed\.proj|features\.0\.0)\.weight")
+COUNTERS = re.compile(r"(.*\.)?(total_ops|total_params)")  # thop adds them to every module
 
 Writer = Literal["hf", "timm", "microsoft", "torchvision", "tf"]
-
-# Written by nn.DataParallel, torch.compile, and transformers' TimmWrapper.
-PREFIXES = ("module.", "_orig_mod.", "timm_model.")
 
 # Tensors of fake-quantization modules: torch.ao, pytorch-quantization and NVIDIA ModelOpt (see qat_state.py).
 QUANTIZER_TENSOR = re.compile(
@@ -65,6 +63,12 @@ ROLES = {"weight_fake_quant": "weight", "activation_post_process": "output", "qu
 ROLES |= {f"{sign}{role}_quantizer": role for sign in ("", "_") for role in ("input", "output", "weight")}
 
 BLOCK = r"encoder\.layers\.\d+\.blocks\.\d+"
+FP8_SCALE = re.compile(r"(.+\.weight)_scale(?:_inv)?|.+\.(?:input|activation)_scale")
+FP8_EXPECTED = (
+    "expected a floating-point tensor of 16 bits or more, or its scale. Save the weights before they are converted: "
+    "model.to(torch.bfloat16).save_pretrained(FOLDER)"
+)
+IN_SWIN = re.compile(r"(encoder|embeddings|patch_embed|features)\.|(absolute_pos_embed|mask_token)$")
 BUFFER = re.compile(rf"{BLOCK}\.(attn_mask|relative_position_index|relative_coords_table)")
 CANONICAL = re.compile(
     rf"""embeddings\.((patch_embeddings\.projection|norm)\.(weight|bias)|position_embeddings|mask_token)
@@ -72,7 +76,7 @@ CANONICAL = re.compile(
     | {BLOCK}\.attention\.self\.((query|key|value)\.(weight|bias)|relative_position_bias_table|logit_scale)
     | {BLOCK}\.attention\.self\.continuous_position_bias_mlp\.(0\.weight|0\.bias|2\.weight)
     | encoder\.layers\.\d+\.downsample\.(reduction\.weight|norm\.(weight|bias))
-    | (layernorm|classifier|decoder\.0|hidden_states_norms\.(stem|stage\d+))\.(weight|bias)""",
+    | (layernorm|classifier(\.\d+)?|decoder\.0|hidden_states_norms\.(stem|stage\d+))\.(weight|bias)""",
     re.VERBOSE,
 )
 
@@ -106,7 +110,7 @@ MICROSOFT = (
     (r"^absolute_pos_embed$", "embeddings.position_embeddings"),
     (r"^mask_token$", "embeddings.mask_token"),
     (r"^norm\.", "layernorm."),
-    (r"^head\.(fc\.)?", "classifier."),
+    (r"^head\.(fc\.)?(?=\w+$)", "classifier."),
     (r"^layers\.", "encoder.layers."),
     (r"\.norm1\.", ".layernorm_before."),
     (r"\.norm2\.", ".layernorm_after."),
@@ -129,6 +133,7 @@ class CanonicalTensor:
     name: str  # in the file
     third: int | None = None  # the third of the rows to take: query, key or value
     axes: tuple[int, ...] | None = None  # the order of the stored axes
+    scale: Stored | None = None  # of fp8 weights: for all of them, for each row, or for each block
 
     @property
     def shape(self) -> Shape:
@@ -138,6 +143,8 @@ class CanonicalTensor:
     def read(self, where: str) -> Tensor:
         """Load the tensor in float32. Raises CheckpointError if it holds NaN or infinity."""
         tensor = self.stored.read()
+        if self.scale is not None:
+            tensor = tensor.to(torch.float32) * _repeated(self.scale.read().to(torch.float32), self.stored.shape)
         if self.third is not None:
             tensor = tensor.chunk(3)[self.third]
         if self.axes is not None:
@@ -146,6 +153,13 @@ class CanonicalTensor:
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{where}: {self.name} holds NaN or infinity. The file is damaged, or its training diverged.")
         return tensor.contiguous()
+
+
+def _repeated(scale: Tensor, shape: Shape) -> Tensor:
+    """A scale for each row, or for each block of a matrix, as one for each number."""
+    for axis in range(scale.dim()):
+        scale = scale.repeat_interleave(-(-shape[axis] // max(scale.shape[axis], 1)), axis).narrow(axis, 0, shape[axis])
+    return scale.reshape(scale.shape + (1,) * (len(shape) - scale.dim())) if scale.dim() else scale
 
 
 @dataclass
@@ -174,6 +188,9 @@ class CanonicalStateDict:
     tensors: Mapping[str, CanonicalTensor]
     buffers: Mapping[str, Stored]  # constants of the network; their shapes contain window and image sizes
     quantizers: list[QuantizerState] = field(default_factory=list)  # of quantization-aware training, see qat_state.py
+    notes: tuple[str, ...] = ()
+    other_head: str = ""  # tensors of a head that is not only linear layers in a row
+    head_between: bool = False  # whether something without parameters is between the linear layers of the head
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -185,18 +202,29 @@ class CanonicalStateDict:
         return tuple(f"{name.removesuffix('qkv')}{part}" for part in PARTS) if name.endswith(".self.qkv") else (name,)
 
 
-def canonical_state_dict(file: StoredFile) -> CanonicalStateDict:
-    """Rename the tensors in `file` canonically, and recognise from their names what wrote it."""
+def canonical_state_dict(file: StoredFile, weights_key: str | None = None) -> CanonicalStateDict:
+    """Find the Swin in `file`, rename its tensors canonically, and recognise from their names what wrote it.
+
+    `weights_key` chooses one of several Swins in the file (see `find_swin`).
+    """
     where = str(file.path)
-    stored_tensors, quantizers = split_quantizers(_without_prefixes(file.tensors))
-    stored_tensors = _without_prefixes(stored_tensors, quantizers)
-    _refuse_other_networks({name: stored.shape for name, stored in stored_tensors.items()}, where)
-    writer = _writer(stored_tensors, file.tensorflow, where)
-    fused_v2 = writer == "torchvision" and any(name.endswith(".logit_scale") for name in stored_tensors)
+    swin, quantizers = FoundSwin("", file.tensors, {}), list[QuantizerState]()
+    if not file.tensorflow:
+        plain, quantizers = split_quantizers(plain_names(file.tensors, where))
+        swin = find_swin(plain, weights_key, where)
+    for one in quantizers:
+        one.layer = one.layer.removeprefix(swin.prefix)
+    _refuse_other_networks({**swin.tensors, **swin.outside}, where)
+    writer = _writer(swin.tensors, file.tensorflow, where)
+    fused_v2 = writer == "torchvision" and any(name.endswith(".logit_scale") for name in swin.tensors)
     tensors: dict[str, CanonicalTensor] = {}
     buffers: dict[str, Stored] = {}
+    rest: dict[str, Stored] = {}  # heads, and what is not of the Swin
     unknown = []
-    for name, stored in stored_tensors.items():
+    scales = {match[1]: stored for name, stored in swin.tensors.items() if (match := FP8_SCALE.fullmatch(name))}
+    for name, stored in swin.tensors.items():
+        if FP8_SCALE.fullmatch(name):
+            continue
         canonical = _canonical(name, writer)
         if BUFFER.fullmatch(canonical):
             buffers[canonical] = stored
@@ -204,48 +232,77 @@ def canonical_state_dict(file: StoredFile) -> CanonicalStateDict:
         if canonical.endswith(".attention.self.k_bias"):  # timm's V2: a buffer of zeros
             continue
         found = _split(canonical, name, stored, fused_v2, where) if ".self.qkv." in canonical else {}
-        if not found and CANONICAL.fullmatch(canonical):
+        of_head = canonical.startswith("classifier.") and writer != "tf"
+        if not found and CANONICAL.fullmatch(canonical) and not of_head:
             axes = TENSORFLOW_AXES.get(len(stored.shape)) if writer == "tf" and "/kernel:" in name else None
             found = {canonical: CanonicalTensor(stored, name, axes=axes)}
-        if not found:
+        if not found and not of_head and IN_SWIN.match(canonical) and not COUNTERS.fullmatch(name):
             unknown.append(name)
-        for key, tensor in found.items():
-            if key in tensors:
-                raise CheckpointError(f"{where} holds {key} twice, as {tensors[key].name} and {name}. Expected it once.")
-            tensors[key] = tensor
+        elif not found:
+            rest[name] = stored
+        _add(tensors, found, where)
+    unknown += rest if writer == "tf" else ()
     if unknown:
         raise CheckpointError(
             f"{where} holds {len(unknown)} tensors that no Swin has: {', '.join(unknown[:3])}"
             f"{', ...' if len(unknown) > 3 else ''}. It is another network, or a damaged file."
         )
-    for tensor in tensors.values():
-        if tensor.stored.dtype not in FLOATING:
-            raise CheckpointError(f"{where}: {tensor.name} is of type {tensor.stored.dtype}; expected a floating-point tensor.")
-    return CanonicalStateDict(writer, tensors, buffers, quantizers)
+    width = max((t.shape[0] for name, t in tensors.items() if name.endswith(".output.dense.weight") and t.shape), default=0)
+    head = find_head(rest, swin.outside, swin.prefix, width)
+    layers = head.layers if head else ()
+    for place, layer in enumerate(layers):
+        name = "classifier" if len(layers) == 1 else f"classifier.{place}"
+        _add(tensors, {f"{name}.{leaf}": CanonicalTensor(stored, at) for leaf, (at, stored) in layer.items()}, where)
+    used = {at for layer in layers for at, _ in layer.values()}
+    left = {name: stored for name, stored in {**rest, **swin.outside}.items() if name not in used}
+    other_head = head.note if head and not layers else ""
+    if head is None:  # layers under names that no classifier has
+        other = [name for name, stored in left.items() if LEAF.search(name) and len(stored.shape) > 1]
+        other_head = ", ".join([name for name in other if not ASIDE.fullmatch(name)][:3])
+    for name, tensor in tensors.items():
+        fp8 = re.match("float8|F8", tensor.stored.dtype)
+        if fp8 and (scale := scales.get(tensor.name)):
+            tensors[name] = replace(tensor, scale=scale)
+        elif tensor.stored.dtype not in FLOATING:
+            expected = FP8_EXPECTED if fp8 else "expected a floating-point tensor."
+            raise CheckpointError(f"{where}: {tensor.name} is of type {tensor.stored.dtype}; {expected}")
+    return CanonicalStateDict(
+        writer,
+        tensors,
+        buffers,
+        quantizers,
+        notes=swin.notes + _notes_on_rest(list(left), head),
+        other_head=other_head,
+        head_between=bool(head and head.between),
+    )
 
 
-def _refuse_other_networks(shapes: Mapping[str, Shape], where: str) -> None:
-    video = any(len(shapes.get(name, ())) == 5 for name in PATCH_WEIGHTS)
-    found = ["Video Swin, a network for video with three-dimensional windows"] if video else []
-    found += [what for pattern, what in OTHER_NETWORKS if any(pattern.search(name) for name in shapes)]
+def _add(tensors: dict[str, CanonicalTensor], found: Mapping[str, CanonicalTensor], where: str) -> None:
+    for key, tensor in found.items():
+        if key in tensors:
+            raise CheckpointError(f"{where} holds {key} twice, as {tensors[key].name} and {tensor.name}. Expected it once.")
+        tensors[key] = tensor
+
+
+def _notes_on_rest(left: list[str], head: FoundHead | None) -> tuple[str, ...]:
+    notes = (head.note,) if head and head.layers and head.note else ()
+    if not left:
+        return notes
+    some = ", ".join(left[:4]) + (", ..." if len(left) > 4 else "")
+    what = (
+        "1 tensor that is not part of the Swin is"
+        if len(left) == 1
+        else f"{len(left)} tensors that are not part of the Swin are"
+    )
+    return (*notes, f"{what} left out: {some}")
+
+
+def _refuse_other_networks(tensors: Mapping[str, Stored], where: str) -> None:
+    video = any(len(stored.shape) == 5 and PATCH_WEIGHTS.fullmatch(name) for name, stored in tensors.items())
+    found = [what for pattern, what in OTHER_NETWORKS if any(pattern.search(name) for name in tensors)]
+    found += ["Video Swin, a network for video with three-dimensional windows"] if video else []
     if found:
         raise CheckpointError(f"{where} is {found[0]}. swin-deploy supports image encoders and classifiers of Swin V1 and V2.")
-
-
-def _without_prefixes(tensors: Mapping[str, Stored], quantizers: Iterable[QuantizerState] = ()) -> Mapping[str, Stored]:
-    """Remove the prefix that all names share, from `quantizers` as well. SimMIM has the network under "encoder."."""
-    for prefix in PREFIXES:
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = _without(prefix, tensors, quantizers)
-    if "encoder.patch_embed.proj.weight" in tensors:
-        tensors = _without("encoder.", tensors, quantizers)
-    return tensors
-
-
-def _without(prefix: str, tensors: Mapping[str, Stored], quantizers: Iterable[QuantizerState]) -> Mapping[str, Stored]:
-    for one in quantizers:
-        one.layer = one.layer.removeprefix(prefix)
-    return {name.removeprefix(prefix): stored for name, stored in tensors.items()}
 
 
 def _writer(tensors: Mapping[str, Stored], tensorflow: bool, where: str) -> Writer:
@@ -255,6 +312,8 @@ def _writer(tensors: Mapping[str, Stored], tensorflow: bool, where: str) -> Writ
         return "torchvision"
     if any(re.match(r"((swin|swinv2)\.)?embeddings\.patch_embeddings\.", name) for name in tensors):
         return "hf"
+    if "patch_embed.proj.weight" in tensors and any(name.startswith("layers_0.blocks.0.attn.") for name in tensors):
+        return "timm"  # with features_only=True
     if "patch_embed.proj.weight" in tensors and any(name.startswith("layers.0.blocks.0.attn.") for name in tensors):
         before = any(name.startswith("layers.1.downsample.") for name in tensors)
         after = any(name.startswith("layers.0.downsample.") for name in tensors)
@@ -270,7 +329,10 @@ def _canonical(name: str, writer: Writer) -> str:
     if writer == "torchvision":
         name = _from_torchvision(name)
     elif writer == "timm":  # it downsamples at the start of stage i + 1; the canonical place is the end of stage i
+        name = re.sub(r"^layers_(?=\d+\.)", "layers.", name)
         name = re.sub(r"^layers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.", name)
+    elif writer == "microsoft":  # detectors have a norm after each stage
+        name = re.sub(r"^norm(\d)\.", lambda m: f"hidden_states_norms.stage{int(m[1]) + 1}.", name)
     for pattern, new in {"hf": HUGGING_FACE, "tf": TENSORFLOW}.get(writer, MICROSOFT):
         name = re.sub(pattern, new, name)
     return name

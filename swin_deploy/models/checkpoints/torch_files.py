@@ -11,10 +11,11 @@ import threading
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
@@ -26,8 +27,9 @@ from .base import Stored, StoredFile
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # before torch 1.6: four pickles and the storages follow it
 OTHER_CALLS = re.compile(r"INST|OBJ|EXT\d|PERSID|NEWOBJ_EX|STACK_GLOBAL")  # instructions that torch.save does not use
 
-# Keys under which training scripts keep the weights: "model" in Microsoft's code and trainers, "state_dict" in timm.
-WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "net")
+# Arguments of a training script. They can hold the model as it was before the training.
+ARGUMENTS = ("hyper_parameters", "hparams", "datamodule_hyper_parameters", "args", "config", "cfg")
+DEEPEST = 8  # dictionaries in dictionaries
 
 # Names that torch itself restores. It accepts more, but some of them can allocate any amount of memory, such as bytearray.
 RESTORED = re.compile(
@@ -42,7 +44,7 @@ HARMLESS = re.compile(
     r"""(argparse|collections|datetime|decimal|enum|fractions|pathlib|typing|uuid)\..+ | types\.SimpleNamespace
     | functools\.partial | copyreg\._reconstructor | re\._compile
     | builtins\.(object|type|frozenset|list|dict|tuple|slice|range|int|float|bool|str|bytes)
-    | torch\.(nn|optim|amp|cuda\.amp|utils\.data|torch_version)\..+""",
+    | torch\.(nn|optim|amp|cuda\.amp|utils\.data|torch_version|_C\._nn)\..+""",
     re.VERBOSE,
 )
 DICTIONARIES = re.compile(r"(.+\.)?(\w*([Dd]ict|CfgNode)|Munch|Box)")  # usual names of dict subclasses
@@ -52,8 +54,12 @@ _LOCK = threading.Lock()  # torch has one table of accepted classes per process
 class Placeholder:
     """An object of a class that is never imported: it holds the arguments and the state, and does nothing."""
 
+    name = ""  # of the class or function, with its module
+    args: tuple[Any, ...] = ()
+    state: Any = None
+
     def __init__(self, *args: Any) -> None:
-        self.args, self.state = args, None
+        self.args = args
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -79,6 +85,7 @@ def open_torch(path: Path) -> StoredFile:
         try:
             sizes, names = _scan_zip(file, path) if zipped else _scan_legacy(file, path)
             top = _load(path, {name: _placeholder(name) for name in names if not RESTORED.fullmatch(name)}, zipped)
+            found = dict(_tensors(top, set()))
         except CheckpointError:
             raise
         except Exception as error:  # torch documents none of its exceptions for damaged files
@@ -87,8 +94,15 @@ def open_torch(path: Path) -> StoredFile:
                 f"{path} cannot be read as what torch.save writes ({type(error).__name__}: {reason}). It is truncated or "
                 f"damaged; fetch it again."
             ) from error
-    weights, extras = _weights(top, path)
-    return StoredFile(path, {name: _stored(name, tensor, sizes, path) for name, tensor in weights.items()}, extras=extras)
+    if not found:
+        raise CheckpointError(
+            f"{path} holds no tensors by name. Expected a state dict, or a dictionary that contains one: save it with "
+            f"torch.save(model.state_dict(), ...)."
+        )
+    tensors = {name: _stored(name, tensor, sizes if mapped else None, path) for name, (tensor, mapped) in found.items()}
+    beside = top.items() if isinstance(top, dict) else ()
+    extras = {str(key): value for key, value in beside if not isinstance(value, Tensor) and not _is_state_dict(value)}
+    return StoredFile(path, tensors, extras=_plain(extras, {}))
 
 
 def _scan_zip(file: IO[bytes], path: Path) -> tuple[set[int], set[str]]:
@@ -100,7 +114,8 @@ def _scan_zip(file: IO[bytes], path: Path) -> tuple[set[int], set[str]]:
             raise CheckpointError(f"{path} is a zip archive, and not one that torch.save wrote.")
         if pickles[0].replace("data.pkl", "constants.pkl") in entries:
             raise CheckpointError(
-                f"{path} is a TorchScript program. Expected weights: save them with torch.save(model.state_dict(), ...)."
+                f"{path} is a TorchScript program, and only its weights are needed. Save them: "
+                f"torch.save(torch.jit.load({path.name!r}).state_dict(), 'weights.pth')"
             )
         for info in entries.values():
             if info.compress_type != zipfile.ZIP_STORED or info.header_offset + info.file_size > path.stat().st_size:
@@ -145,7 +160,7 @@ def _names(file: IO[bytes], path: Path) -> set[str]:
 def _placeholder(name: str) -> type:
     if name == "collections.deque":
         return _List
-    return _Dictionary if DICTIONARIES.fullmatch(name) else Placeholder
+    return _Dictionary if DICTIONARIES.fullmatch(name) else type("Placeholder", (Placeholder,), {"name": name})
 
 
 def _load(path: Path, placeholders: Mapping[str, type], zipped: bool) -> Any:
@@ -161,19 +176,62 @@ def _load(path: Path, placeholders: Mapping[str, type], zipped: bool) -> Any:
             add_safe_globals(before)
 
 
-def _weights(top: Any, path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """The tensors of the state dict, and what a training script saved beside it."""
-    if isinstance(top, dict):
-        for wrapper in (*WRAPPERS, None):  # None: `top` is the state dict itself
-            inside = top if wrapper is None else top.get(wrapper)
+def _tensors(value: Any, seen: set[int], name: str = "", depth: int = 0) -> Iterator[tuple[str, tuple[Tensor, bool]]]:
+    """Every tensor and numpy array by its path in nested dictionaries and modules, and whether it is a record of the file."""
+    if isinstance(value, Tensor):
+        yield name, (value.detach(), True)
+    elif isinstance(value, Placeholder) and value.name.endswith(".multiarray._reconstruct"):
+        yield name, (_array(value), False)
+    elif isinstance(entries := _entries(value), dict) and depth < 3 * DEEPEST and id(value) not in seen:
+        seen.add(id(value))
+        for key, inside in entries.items():
+            if isinstance(key, str) and not (depth == 0 and key in ARGUMENTS):
+                yield from _tensors(inside, seen, f"{name}.{key}" if name else key, depth + 1)
+
+
+def _entries(value: Any) -> Any:
+    """A dictionary itself, and the parameters, buffers and modules of a whole module."""
+    state = value.state if isinstance(value, Placeholder) else None
+    if not isinstance(state, dict) or not isinstance(state.get("_modules"), dict):
+        return value
+    parts = [state.get(part) for part in ("_parameters", "_buffers", "_modules")]
+    return {key: inside for part in parts if isinstance(part, dict) for key, inside in part.items()}
+
+
+def _is_state_dict(value: Any) -> bool:
+    entries = _entries(value)
+    parts = entries.values() if isinstance(entries, dict) else ()
+    return any(isinstance(part, Tensor) or part is not _entries(part) for part in parts)
+
+
+def _array(value: Placeholder) -> Tensor:
+    """The tensor of a numpy array, from the parts that numpy pickles."""
+    _, shape, kind, column_major, data = value.state
+    code = f"{kind.state[1]}{kind.args[0]}"
+    if not re.fullmatch(r"[<>|=][fiub][1248]", code):
+        raise ValueError(f"numpy array of type {code}")
+    array = np.frombuffer(data, np.dtype(code)).reshape(shape, order="F" if column_major else "C")
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+
+
+def _plain(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
+    """`value` without tensors. Objects become dictionaries of their fields (Namespace, OmegaConf), or lists of arguments."""
+    if not isinstance(value, Placeholder | dict | list | tuple) or depth > 2 * DEEPEST:
+        return None if isinstance(value, Tensor | Placeholder | dict | list | tuple) else value
+    if id(value) not in known:
+        known[id(value)] = None  # of an object in itself
+        inside = value
+        if isinstance(value, Placeholder):
+            inside = value.state if isinstance(value.state, dict) else value.args
             if isinstance(inside, dict):
-                found = {name: v.detach() for name, v in inside.items() if isinstance(name, str) and isinstance(v, Tensor)}
-                if found:
-                    return found, {} if wrapper is None else {str(k): v for k, v in top.items() if k != wrapper}
-    raise CheckpointError(
-        f"{path} holds no tensors by name. Expected a state dict, or a checkpoint with one under "
-        f"{', '.join(WRAPPERS)}: save it with torch.save(model.state_dict(), ...)."
-    )
+                inside = next((inside[name] for name in ("_content", "_val") if name in inside), inside)  # OmegaConf
+        if isinstance(inside, dict):
+            known[id(value)] = {key: _plain(part, known, depth + 1) for key, part in inside.items()}
+        elif isinstance(inside, list | tuple):
+            known[id(value)] = [_plain(part, known, depth + 1) for part in inside]
+        else:
+            known[id(value)] = _plain(inside, known, depth + 1)
+    return known[id(value)]
 
 
 def _stored(name: str, tensor: Tensor, sizes: set[int] | None, path: Path) -> Stored:

@@ -19,7 +19,7 @@ from .torch_files import open_torch
 
 # In the order in which transformers looks for them.
 STANDARD = ("model.safetensors", "pytorch_model.bin", "tf_model.h5")
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".h5", ".tar")  # timm writes model_best.pth.tar, which is no tar
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".h5", ".ckpt", ".tar")  # timm writes model_best.pth.tar, which is no tar
 
 _NUMBERS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint"}
 SAFETENSORS_DTYPES = {f"{short}{bits}": f"{name}{bits}" for short, name in _NUMBERS.items() for bits in (8, 16, 32, 64)}
@@ -66,11 +66,18 @@ def open_weights(path: Path) -> StoredFile:
         return _open_shards(path) if path.name.endswith(".index.json") else _open_file(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist. Expected a checkpoint: a folder or a file.")
+    if (path / "adapter_config.json").is_file():
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{path} is a PEFT adapter of {base}, and not a whole model. Merge them and save the result: "
+            f"PeftModel.from_pretrained(model, {path.name!r}).merge_and_unload().save_pretrained(FOLDER)"
+        )
     for name in STANDARD:
         for candidate in (path / name, path / f"{name}.index.json"):
             if candidate.is_file():
                 return open_weights(candidate)
     files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    files = [file for file in files if "optim_states" not in file.name]  # of DeepSpeed
     if len(files) > 1:
         files = [file for file in files if file.stem == "model"] or files
     if len(files) == 1:
