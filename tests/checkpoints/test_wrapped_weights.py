@@ -161,6 +161,20 @@ def test_weights_key(key: str, tmp_path: Path) -> None:
         recognise_checkpoint(tmp_path / "a.pth", weights_key="gen")
 
 
+class Average:
+    """Keeps averaged weights as the classes of many trainers do."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.decay, self.shadow, self.backup = 0.99, weights, {}
+
+
+def test_averages_in_objects_and_lists(tmp_path: Path) -> None:
+    for content in ({"model": noise(MICROSOFT), "ema": Average(MICROSOFT)}, [{"lr": 0.1}, MICROSOFT]):
+        assert equal(saved(content, tmp_path), original("Microsoft")[1])
+    found = saved({"model": MICROSOFT, "ema": {"decay": 0.9, "shadow_params": list(noise(MICROSOFT).values())}}, tmp_path)
+    assert "the averaged weights under ema have no names and are left out: copy them into the model first" in found.notes
+
+
 def test_swins_of_which_none_is_meant_and_one_under_two_names(tmp_path: Path) -> None:
     sentence = r"holds 2 Swins: .*, .*\. Choose one with --weights-key"
     torch.save(two("rgb", "depth"), tmp_path / "a.pth")

@@ -89,7 +89,15 @@ def recognise_checkpoint(
     tensors, shapes = state_dict.tensors, state_dict.shapes
     layers = sum(bool(re.fullmatch(r"classifier\.\d+\.weight", name)) for name in shapes)
     config = dataclasses.replace(config, head_widths=tuple(shapes[f"classifier.{i}.weight"][0] for i in range(layers - 1)))
-    notes = (*state_dict.notes, *notes)
+    unnamed = [key for key, value in file.extras.items() if isinstance(value, Mapping) and "shadow_params" in value]
+    notes = (
+        *state_dict.notes,
+        *(
+            f"the averaged weights under {key} have no names and are left out: copy them into the model first"
+            for key in unnamed
+        ),
+        *notes,
+    )
     if config.blocks > len(tensors):
         raise CheckpointError(f"{path} has {len(tensors)} tensors for {config.blocks} blocks in its config. {FIX}")
     notes += _position_note(config, shapes)

@@ -47,8 +47,11 @@ NOT_PLAIN = (
         "Save them in floating point: model.dequantize().save_pretrained(FOLDER)",
     ),
 )
-HEAD = re.compile(r"(?:(?!aux|dist|proj|rot|ssl)[a-z]+_)?(?:heads?|classifier|fc|cls|linear|logits|mlp)\d*")
+HEAD = re.compile(r"(?:(?!aux|dist|proj|rot|ssl)[a-z]+_)?(?:heads?|classifier|fc|cls|linear|logits|mlp)\d*", re.IGNORECASE)
 OWN_HEADS = ("head", "classifier")  # of the frameworks
+NETWORK = re.compile(
+    r"(?:swin\.|swinv2\.)?(?:patch_embed|layers|norm|features|embeddings|encoder|layernorm|head|classifier|fc)[._]"
+)
 LEAF = re.compile(r"\.(weight|bias|running_(mean|var))$")
 # What a trainer adds that does not change the logits.
 ASIDE = re.compile(
@@ -173,7 +176,8 @@ def _chosen(under: Mapping[str, Mapping[str, Stored]], key: str | None, where: s
 
 
 def _shapes(tensors: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
-    return {name: stored.shape for name, stored in tensors.items() if len(stored.shape) > 1}
+    """The shapes of the network and its head, without what a trainer adds to one of several copies."""
+    return {name: stored.shape for name, stored in tensors.items() if stored.shape and NETWORK.match(name)}
 
 
 def _equal(one: Mapping[str, Stored], other: Mapping[str, Stored]) -> bool:

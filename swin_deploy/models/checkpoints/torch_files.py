@@ -130,7 +130,10 @@ def _scan_legacy(file: IO[bytes], path: Path) -> tuple[None, set[str]]:
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         names = _names(cast("IO[bytes]", data), path)
         if LEGACY_MAGIC.to_bytes(10, "little") not in data[:32]:
-            raise CheckpointError(f"{path} is a pickle, and not one that torch.save wrote. Expected weights of Swin.")
+            raise CheckpointError(
+                f"{path} is a pickle, and not one that torch.save wrote. Load it and save the weights: "
+                f"torch.save(weights, 'weights.pth')"
+            )
         return None, names.union(*(_names(cast("IO[bytes]", data), path) for _ in range(4)))
 
 
@@ -180,9 +183,16 @@ def _tensors(value: Any, seen: set[int], name: str = "", depth: int = 0) -> Iter
     """Every tensor and numpy array by its path in nested dictionaries and modules, and whether it is a record of the file."""
     if isinstance(value, Tensor):
         yield name, (value.detach(), True)
-    elif isinstance(value, Placeholder) and value.name.endswith(".multiarray._reconstruct"):
+        return
+    if isinstance(value, Placeholder) and value.name.endswith(".multiarray._reconstruct"):
         yield name, (_array(value), False)
-    elif isinstance(entries := _entries(value), dict) and depth < 3 * DEEPEST and id(value) not in seen:
+        return
+    entries = _entries(value)
+    if isinstance(entries, Placeholder):  # an object of a trainer, such as an average of weights
+        entries = entries.state
+    if isinstance(entries, list | tuple):
+        entries = {str(place): part for place, part in enumerate(entries) if isinstance(part, dict)}
+    if isinstance(entries, dict) and depth < 3 * DEEPEST and id(value) not in seen:
         seen.add(id(value))
         for key, inside in entries.items():
             if isinstance(key, str) and not (depth == 0 and key in ARGUMENTS):
