@@ -97,7 +97,7 @@ class GraphScorer:
             self.hits_in_five += int((finite & (ranks < 5)).sum())
         if reference is None:
             return
-        if LOGITS in flat:
+        if LOGITS in flat and outputs[LOGITS].ndim == 2:  # not the map of a checkpoint without pooling
             self.agreements += int((finite & (flat[LOGITS].argmax(axis=1) == reference[LOGITS].argmax(axis=1))).sum())
         for name, array in flat.items():
             exact = reference[name].reshape(len(array), -1).astype(np.float64)

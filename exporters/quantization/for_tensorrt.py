@@ -192,7 +192,7 @@ def quantized_layers(model: onnx.ModelProto, config: SwinConfig, precision: str)
             layers.append(LayerTensors(name, (read,) if config.version == 1 and precision == "fp8" else (read, written)))
         elif kind == "proj" and not (config.version == 1 and precision == "int8"):
             layers.append(LayerTensors(name, (read, written)))
-        elif name == HEAD or kind == "proj":
+        elif (name == HEAD and config.global_pool) or kind == "proj":  # without pooling, it has as many rows as other layers
             layers.append(LayerTensors(name, ()))
         if node.name in attended:
             layers.append(attended[node.name])

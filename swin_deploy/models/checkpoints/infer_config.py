@@ -164,7 +164,8 @@ class _Inference:
         if not fits:
             raise CheckpointError(
                 f"{self.where}: the position table of stage {stage} is not that of a square window, and no "
-                f"relative_position_index shows its height and width. Pass a file with this buffer."
+                f"relative_position_index shows its height and width. Pass a folder with config.json, or a file with this "
+                f"buffer."
             )
         return window_from((height, width))
 
