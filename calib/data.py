@@ -217,19 +217,27 @@ def _source(source: Any, preprocessor: Preparation, inputs: tuple[TensorSpec, ..
 def _fitting(found: NumpyFile, inputs: tuple[TensorSpec, ...]) -> NumpyFile:
     """Return `found` if its samples have a valid shape; raise InputError otherwise."""
     shape = _shape(inputs[0])
-    images = found.dtype == np.uint8 and (len(found.shape) == 3 or (len(found.shape) == 4 and found.shape[3] in (1, 3, 4)))
+    channels = shape[-1 if inputs[0].dtype == "uint8" else 0]
+    images = found.dtype == np.uint8 and _has_bands(found.shape, channels)
     sides = ", ".join(map(str, shape))
     if inputs[0].dtype == "uint8" and not images:
         raise InputError(
             f"{found.title} is {found.dtype} {list(found.shape)}, but this graph includes the preprocessing. Expected uint8 "
-            f"images [n, height, width, 3]."
+            f"images [n, height, width, {channels}]."
         )
     if not images and not (found.dtype.kind == "f" and found.shape[1:] == shape):
         raise InputError(
             f"{found.title} is {found.dtype} {list(found.shape)}. Expected prepared float arrays [n, {sides}], or uint8 images "
-            f"[n, height, width, 3]."
+            f"[n, height, width, {channels}]."
         )
     return found
+
+
+def _has_bands(shape: tuple[int, ...], channels: int) -> bool:
+    """Return whether an array of this shape has images for `channels` (see Preprocessor)."""
+    if channels not in (1, 3):
+        return len(shape) == 4 and shape[3] == channels
+    return len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3, 4))
 
 
 def _refuse_uniform(samples: Samples) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -33,9 +34,10 @@ from swin_deploy.errors import CheckpointError, InputError, MissingDependencyErr
 from swin_deploy.frame_input import Frames, refuse_misfit
 from swin_deploy.options import ExportSpec, Size
 from swin_deploy.parity import OpenGraph, Reference, check_graph, sample_inputs
-from swin_deploy.preprocess import Preprocessor
+from swin_deploy.preprocess import Preprocessor, channels_text
 from swin_deploy.qat_ranges import RANGES
 from swin_deploy.tasks import PIXELS
+from swin_deploy.variants import VARIANTS
 
 from .external_data import WeightFile, embed_weights, weight_bytes
 from .onnx_from_torch import OPSET, onnx_from_torch
@@ -63,8 +65,9 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec,
         require(module, "export a model")
     task, frame_size, target = spec.task_spec(), spec.embed_resize, spec.target
     config = checkpoint.config
-    preprocessor = _preprocessor(checkpoint)
-    sizes = tuple(dict.fromkeys(spec.image_sizes)) or (_image_size(preprocessor, config),)
+    stated = preprocessing_of(checkpoint, spec)
+    preprocessor = stated.preprocessor
+    sizes = tuple(dict.fromkeys(spec.image_sizes)) or (checkpoint.image_size or _image_size(preprocessor, config),)
     if not spec.image_sizes and sizes[0] != config.image_size:
         _LOG.info("Using the %s pixels of the image processor as the size of the graph", size_text(sizes[0]))
     if (largest := max(max(size) for size in sizes)) > LARGEST_SIDE:
@@ -75,9 +78,13 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec,
         raise UsageError(
             f"--embed-resize writes one graph, and {len(sizes)} image sizes were given. Export one bundle for each."
         )
-    processor = _preprocessor_config(checkpoint, preprocessor, sizes[0])
-    preparations = {size: Preprocessor.from_dict(processor) for size in sizes[:1]}
-    preparations |= {size: preparations[sizes[0]].with_size(size) for size in sizes[1:]}
+    if _image_size(preprocessor, config) != sizes[0]:
+        preprocessor = preprocessor.with_size(sizes[0])
+    processor = preprocessor.to_dict()
+    if checkpoint.preprocessor is not None and Preprocessor.from_dict(checkpoint.preprocessor) == preprocessor:
+        processor = dict(checkpoint.preprocessor)
+    _report(stated, preprocessor, sizes)
+    preparations = {size: preprocessor if number == 0 else preprocessor.with_size(size) for number, size in enumerate(sizes)}
     embedded = spec.embed_preprocess or frame_size is not None
     frames = {size: Frames(one, frame_size) if embedded else None for size, one in preparations.items()}
     for size, one in frames.items():
@@ -91,6 +98,7 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec,
         "target": target,
         "source": checkpoint.source,
         "notes": list(checkpoint.notes),
+        "preprocessing": {"source": stated.source, "steps": preprocessor.summary(), "assumed": stated.assumed},
         "tools": installed_versions(TOOLS),
     }
     with create_bundle(path, replace=spec.force, facts=facts) as draft:
@@ -105,6 +113,21 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec,
             draft.add(RANGES, {}, checkpoint.ranges.to_json().encode())
         draft.add_json(PREPROCESSOR, processor)
     return Bundle.open(path)
+
+
+def _report(stated: Stated, preprocessor: Preprocessor, sizes: tuple[Size, ...]) -> None:
+    """Log the preprocessing, its source, and what is assumed or not answered."""
+    _LOG.info("Preprocessing: %s (source: %s)", preprocessor.summary(), stated.source)
+    if stated.assumed:
+        _LOG.warning("Warning: %s", stated.assumed)
+    if preprocessor.varies:
+        edge = preprocessor.shortest_edge or 0
+        _LOG.warning(
+            "Warning: The image processor resizes the shorter side to %d and crops nothing, so this bundle accepts only images "
+            "with the aspect ratio of %s. To accept every image, crop the center with --crop-pct 1. To accept other aspect "
+            "ratios, pass --image-size for each, such as %dx%d.",
+            *(edge, " or ".join(map(size_text, sizes)), edge, edge * 3 // 2),
+        )
 
 
 def _add_graph(
@@ -223,34 +246,162 @@ def _image_size(preprocessor: Preprocessor, config: SwinConfig) -> Size:
     """Return the size that the image processor makes, or that of the configuration where it keeps the aspect ratio."""
     if preprocessor.do_center_crop and preprocessor.crop_size is not None:
         return preprocessor.crop_size
+    if preprocessor.varies and min(config.image_size) != preprocessor.shortest_edge:
+        return (preprocessor.shortest_edge or 1,) * 2
     return preprocessor.size if preprocessor.do_resize and preprocessor.shortest_edge is None else config.image_size
 
 
-def _preprocessor_config(checkpoint: Checkpoint, preprocessor: Preprocessor, size: Size) -> dict[str, Any]:
-    """Return preprocessor_config.json for the bundle: that of the checkpoint, adjusted if the graph has another size."""
-    if checkpoint.preprocessor is not None and _image_size(preprocessor, checkpoint.config) == size:
-        return dict(checkpoint.preprocessor)
-    if preprocessor.do_center_crop:
-        return dataclasses.replace(preprocessor, crop_size=size).to_dict()
-    return dataclasses.replace(preprocessor, size=size, shortest_edge=None).to_dict()
+# Architecture in torchvision (version, channels of the first stage, depths) -> sides of its resize and crop.
+TORCHVISION: Mapping[tuple[int, int, tuple[int, ...]], tuple[int, int]] = {
+    (1, 96, (2, 2, 6, 2)): (232, 224),
+    (1, 96, (2, 2, 18, 2)): (246, 224),
+    (1, 128, (2, 2, 18, 2)): (238, 224),
+    (2, 96, (2, 2, 6, 2)): (260, 256),
+    (2, 96, (2, 2, 18, 2)): (260, 256),
+    (2, 128, (2, 2, 18, 2)): (272, 256),
+}
+BY_HAND = "State it with --preprocessor FILE, or with --mean, --std and --crop-pct."
 
 
-def _preprocessor(checkpoint: Checkpoint) -> Preprocessor:
-    config = checkpoint.config
-    found = checkpoint.preprocessor
-    if found is None:
-        if not checkpoint.source.startswith("random weights"):
-            _LOG.info(
-                "The checkpoint has no preprocessor_config.json; using that of the published Swins (bicubic, ImageNet mean)"
+@dataclasses.dataclass(frozen=True)
+class Stated:
+    """A preprocessing and its source, such as "preprocessor_config.json". `assumed` tells what no source states."""
+
+    preprocessor: Preprocessor
+    source: str
+    assumed: str = ""
+
+
+def preprocessing_of(checkpoint: Checkpoint, spec: ExportSpec) -> Stated:
+    """Return the preprocessing that the options, the checkpoint or its framework state, in this order."""
+    channels = checkpoint.config.num_channels
+    if spec.preprocessor is not None:
+        found = Stated(_from_file(Path(spec.preprocessor), checkpoint.config), f"--preprocessor {spec.preprocessor}")
+    else:
+        try:
+            found = _from_checkpoint(checkpoint)
+        except (InputError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{checkpoint.source}: {error}") from error
+    given = {name: getattr(spec, name) for name in ("mean", "std", "crop_pct") if getattr(spec, name) is not None}
+    made = found.preprocessor
+    if spec.crop_pct is not None:
+        made = made.with_crop(_image_size(made, checkpoint.config), spec.crop_pct)
+    for name in ("mean", "std"):
+        if name in given and len(given[name]) not in (1, channels):
+            raise UsageError(
+                f"--{name} has {len(given[name])} values, and this network expects images with {channels_text(channels)}. Pass "
+                f"one value for each channel, or one for all."
             )
-        return Preprocessor.imagenet(config.image_size)
-    kind = str(found.get("image_processor_type") or found.get("feature_extractor_type") or "ViTImageProcessor")
-    if not kind.startswith("ViT"):
-        raise CheckpointError(
-            f"preprocessor_config.json names {kind}; swin-deploy reproduces ViTImageProcessor, which every published Swin "
-            f"uses. Replace the file by one of that kind if the model was trained so."
-        )
+    found = dataclasses.replace(found, preprocessor=made)
+    if made.channels != channels:
+        by_file = checkpoint.preprocessor is not None or spec.preprocessor is not None
+        found = _fitted(found, channels, by_file, bool(given.keys() & {"mean", "std"}))
+    mean, std = found.preprocessor.image_mean, found.preprocessor.image_std
+    mean, std = ((given[name] * channels)[:channels] if name in given else old for name, old in (("mean", mean), ("std", std)))
+    if not given:
+        return found
     try:
-        return Preprocessor.from_dict(found)
+        made = found.preprocessor.with_statistics(mean, std) if given.keys() & {"mean", "std"} else found.preprocessor
     except InputError as error:
-        raise CheckpointError(f"preprocessor_config.json: {error}") from error
+        raise UsageError(f"--mean and --std: {error}") from error
+    flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    return Stated(made, f"{flags}; the rest: {found.source}", "" if len(given) == 3 else found.assumed)
+
+
+def _fitted(found: Stated, channels: int, by_file: bool, given: bool) -> Stated:
+    """Return the preprocessing for `channels`. What a framework states for colour images is not true of other images."""
+    made = found.preprocessor
+    same = len(set(made.image_mean)) == 1 and len(set(made.image_std)) == 1
+    if by_file and made.do_normalize and not (same or given):
+        raise CheckpointError(
+            f"The mean and std of {found.source} are for {channels_text(made.channels)}, and this network expects images with "
+            f"{channels_text(channels)}. Pass --mean and --std with one value for each channel."
+        )
+    statistics = [(round(sum(values) / len(values), 6),) * channels for values in (made.image_mean, made.image_std)]
+    if channels != 1 and not same:
+        statistics = [(0.5,) * channels] * 2
+    made = dataclasses.replace(made.with_statistics(*statistics), do_normalize=made.do_normalize)
+    assumed = f"The mean and std for {channels_text(channels)} are not known. Assumed: {made.summary()}. {BY_HAND}"
+    known = same or given or not made.do_normalize
+    return dataclasses.replace(found, preprocessor=made, assumed=found.assumed if known else assumed)
+
+
+def _from_file(path: Path, config: SwinConfig) -> Preprocessor:
+    """Read --preprocessor FILE, of transformers or timm."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{path} cannot be read as JSON ({error}). Pass a preprocessor_config.json, or timm's config.json."
+        ) from error
+    try:
+        if isinstance(raw, Mapping) and ("pretrained_cfg" in raw or "architecture" in raw or "mean" in raw):
+            return _from_timm(raw.get("pretrained_cfg") or raw, config)
+        return Preprocessor.from_dict(raw, config.num_channels)
+    except (InputError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def _from_timm(stated: Mapping[str, Any], config: SwinConfig) -> Preprocessor:
+    tested = stated.get("test_input_size")
+    if (
+        tested
+        and stated.get("test_crop_pct")
+        and tuple(tested[1:]) == config.image_size != tuple(stated.get("input_size", ()))[1:]
+    ):
+        stated = {**stated, "crop_pct": stated["test_crop_pct"]}
+    return Preprocessor.from_timm(stated, config.image_size, config.num_channels)
+
+
+def _from_checkpoint(checkpoint: Checkpoint) -> Stated:
+    config, extras = checkpoint.config, checkpoint.extras
+    if checkpoint.preprocessor is not None:
+        return Stated(Preprocessor.from_dict(checkpoint.preprocessor, config.num_channels), "preprocessor_config.json")
+    if isinstance(stated := extras.get("pretrained_cfg"), Mapping):
+        return Stated(_from_timm(stated, config), "pretrained_cfg in timm's config.json")
+    assumed = "The checkpoint does not state its preprocessing. Assumed {}: {}. " + BY_HAND
+    side = max(config.image_size)
+    if checkpoint.writer == "timm":
+        arguments = {name: value for name, value in _members(extras.get("args")).items() if value}
+        made = _from_timm({"crop_pct": 0.9 if side < 384 else 1.0, **arguments}, config)
+        if arguments.keys() & {"mean", "std", "crop_pct", "interpolation"}:
+            return Stated(made, "the arguments of timm's training script in the checkpoint")
+        return Stated(made, "timm's default", assumed.format("timm's default for Swin", made.summary()))
+    if checkpoint.writer == "torchvision":
+        known = TORCHVISION.get((config.version, config.embed_dim, config.depths))
+        resized, side = known or (side * 256 // 224, side)
+        made = _resized_and_cropped(side, resized)
+        made = made.with_size(config.image_size)
+        source = "torchvision's transform of this architecture" if known else "torchvision's default"
+        return Stated(made, source, "" if known else assumed.format(source, made.summary()))
+    if checkpoint.writer == "microsoft":
+        data, test = (_members(_members(extras.get("config")).get(part)) for part in ("DATA", "TEST"))
+        crop = test.get("CROP", side < 384)  # the published configurations for 384 pixels do not crop
+        made = _resized_and_cropped(side, side * 256 // 224) if crop else Preprocessor.imagenet(config.image_size)
+        made = made.with_size(config.image_size)
+        made = dataclasses.replace(made, resample=data.get("INTERPOLATION") or made.resample)
+        if "CROP" in test:
+            return Stated(made, "the config in Microsoft's checkpoint (TEST.CROP)")
+        published = any(
+            (one.embed_dim, one.depths, one.num_heads, (one.image_size,) * 2, one.num_labels)
+            == (config.embed_dim, config.depths, config.num_heads, config.image_size, config.num_labels)
+            for one in VARIANTS
+        )
+        source = "the default of Microsoft's code"
+        return Stated(made, source, "" if published else assumed.format(source, made.summary()))
+    made = Preprocessor.imagenet(config.image_size)
+    source = "the published Swin checkpoints" if checkpoint.writer else "random weights"
+    return Stated(made, source, assumed.format(f"that of {source}", made.summary()) if checkpoint.writer else "")
+
+
+def _resized_and_cropped(crop: int, resized: int) -> Preprocessor:
+    """Return torchvision's transform: resize the shorter side, crop the center, normalize as for ImageNet."""
+    return dataclasses.replace(
+        Preprocessor.imagenet(crop), shortest_edge=resized, do_center_crop=True, crop_size=(crop, crop), round_crop=True
+    )
+
+
+def _members(value: Any) -> Mapping[str, Any]:
+    """Return the items of a dictionary, or the attributes of an object that was read as a placeholder."""
+    value = value if isinstance(value, Mapping) else getattr(value, "state", None)
+    return value if isinstance(value, Mapping) else {}

@@ -237,13 +237,15 @@ class Model:
     def _size_of(self, pixels: object) -> Size:
         """Return the image size whose graph takes `pixels`. The runtime checks everything else."""
         shape = tuple(getattr(pixels, "shape", ()))
-        if len(shape) == 4 and len(self.image_sizes) > 1:
+        varies = self.preprocessor.varies and getattr(self.preparation, "frame_size", None) is None
+        if len(shape) == 4 and (len(self.image_sizes) > 1 or varies):
             first = 1 if isinstance(self.preparation, Frames) else 2  # frames have their channels last
             size = (int(shape[first]), int(shape[first + 1]))
             if size not in self._files:
                 raise InputError(
                     f'The input "{PIXELS}" has images of {size_text(size)} pixels. This bundle has graphs for '
-                    f"{', '.join(map(size_text, self.image_sizes))}. Resize the images, or export for that size as well."
+                    f"{', '.join(map(size_text, self.image_sizes))}. Resize the images, or export for that size as well"
+                    f"{', or with --crop-pct 1 to crop the center of every image' * varies}."
                 )
             return size
         return self.image_sizes[0]
@@ -251,7 +253,7 @@ class Model:
     def _batches(
         self, images: ImageLike | Iterable[ImageLike], batch_size: int, mask: NDArray[np.bool_] | None = None
     ) -> Iterator[Mapping[str, Array]]:
-        batch_size = whole(1)("batch_size", batch_size)
+        batch_size = 1 if self.preprocessor.varies else whole(1)("batch_size", batch_size)
         stream = iter(_several(images, batch_size))
         done = 0
         while batch := list(islice(stream, batch_size)):

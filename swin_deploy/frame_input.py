@@ -17,12 +17,10 @@ from swin_deploy.preprocess import Preprocessor
 if TYPE_CHECKING:
     from swin_deploy.preprocess import ImageLike
 
-CHANNELS = 3  # red, green and blue, the result of every image processor
-
 
 @dataclass(frozen=True)
 class Frames:
-    """Turns images into frames, uint8 [batch, height, width, 3] in RGB, for a graph with embedded preprocessing.
+    """Turns images into frames, uint8 [batch, height, width, channels], for a graph with embedded preprocessing.
 
     The graph resizes and crops frames of `frame_size` (height, width). With None, it only rescales and normalizes, and images
     are resized and cropped here. `preprocessor` is the complete preprocessing.
@@ -82,15 +80,21 @@ def preparation_for(preprocessor: Preprocessor, entry: Mapping[str, Any]) -> Pre
 
 def refuse_misfit(frames: Frames, image_size: Size, channels: int) -> None:
     """Raise UsageError if `frames` cannot be turned into the input of a network for images of `image_size`."""
-    if channels != CHANNELS:
-        raise UsageError(
-            f"This network expects images with {channels} channels, but frames have {CHANNELS} (red, green, blue). Export it "
-            f"without embedded preprocessing."
-        )
     if frames.frame_size is None:
         return
     inside = frames.inside
-    made = inside.crop_size if inside.do_center_crop else inside.resized_to(*frames.frame_size)
+    if channels in (2, 4) and inside.do_resize:
+        raise UsageError(
+            f"Images with {channels} channels cannot be resized in the graph: Pillow weights the channels with the last one. "
+            f"Export with --embed-preprocess instead of --embed-resize."
+        )
+    resized = inside.resized_to(*frames.frame_size)
+    if inside.crop_fill is not None and any(a < b for a, b in zip(resized, image_size, strict=True)):
+        raise UsageError(
+            "The image processor adds borders with the mean color, which the graph cannot do. Export with --embed-preprocess "
+            "instead of --embed-resize."
+        )
+    made = inside.crop_size if inside.do_center_crop else resized
     if made != image_size:
         raise UsageError(
             f"The image processor turns frames of {size_text(frames.frame_size)} into "

@@ -26,6 +26,7 @@ Parser = Callable[[str, Any], Any]  # name of the option, value as given -> valu
 METAVARS = {
     **{"path": "PATH", "images": "PATH", "image_size": "HxW", "image_sizes": "HxW", "per_stage": "N|HxW[,...]"},
     **{"batches": "N|MIN:OPT:MAX", "memory": "SIZE", "text": "NAME", "whole_number": "N", "finite_number": "X"},
+    "numbers": "X[,X...]",
 }
 _BYTES = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
@@ -221,6 +222,14 @@ def number(low: float, high: float = float("inf")) -> Parser:
         return float(found)
 
     return finite_number
+
+
+def numbers(name: str, value: Any) -> tuple[float, ...]:
+    """Accept one number of at least 0, several, or text such as "0.485,0.456,0.406"."""
+    given = value.split(",") if isinstance(value, str) else _several(plain(value))
+    if not given:
+        raise _refuse(name, value, "numbers such as 0.485,0.456,0.406")
+    return tuple(number(0)(name, one) for one in given)
 
 
 def choice(kind: str, choices: Iterable[str]) -> Parser:

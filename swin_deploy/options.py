@@ -120,6 +120,14 @@ class ExportSpec(Spec):
     pretrained_window_sizes: Any = option(
         None, parse.per_stage, "Swin V2: the window sizes of the pretraining, one for each stage."
     )
+    preprocessor: PathLike | None = option(
+        None, parse.path, "File that states the preprocessing: preprocessor_config.json, or timm's config.json."
+    )
+    mean: Any = option(None, parse.numbers, "Mean of the pixels divided by 255: one number, or one for each channel.")
+    std: Any = option(None, parse.numbers, "Standard deviation of the pixels divided by 255, like --mean.")
+    crop_pct: float | None = option(
+        None, parse.number(0.01, 1), "Resize the image to the graph's size divided by this number, then crop the center."
+    )
     target: str = option(
         "tensorrt",
         parse.choice("target", TARGETS),

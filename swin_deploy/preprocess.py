@@ -1,18 +1,22 @@
-"""Image preprocessing, bit-identical to the checkpoint's Hugging Face image processor. Needs only numpy and Pillow.
+"""Image preprocessing, bit-identical to the checkpoint's own. Needs only numpy and Pillow.
 
-The reference is `ViTImageProcessor` with its Pillow back end (`ViTImageProcessorPil` in transformers 5), which Swin and
-Swin V2 checkpoints name in preprocessor_config.json. Where transformers fails or its result is undefined:
+The references are the image processors of transformers with their Pillow back end (`ViTImageProcessorPil` in transformers 5),
+and the evaluation transforms of timm, torchvision and Microsoft's code. Where they fail or their result is undefined:
 
 - A file is rotated by its EXIF tag and its alpha channel is dropped, as in `transformers.image_utils.load_image`. A PIL image
   or an array is not rotated, and alpha is blended with white, as by `do_convert_rgb`. Without `do_convert_rgb`, transformers
   fails on anything but RGB; this module converts the image to RGB.
-- 16-bit greyscale keeps its high byte, like 16-bit colour in Pillow; `convert("RGB")` would clip it to white.
-- 32-bit floating-point images are refused, because their range is unknown.
+- Greyscale images of 16 and 32 bits hold 0..255, or 16 bits of which the high byte is kept, like 16-bit colour in Pillow;
+  `convert("RGB")` would clip it to white. The largest value decides. Images whose range is unclear are refused.
+- A network for one channel gets the brightness of an image (mode L). For two channels or more than three, an image has exactly
+  that many bands, and none of them is blended. Pillow weights the bands of LA and RGBA with the last one when it resizes.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,17 +34,47 @@ if TYPE_CHECKING:
     ImageLike: TypeAlias = str | os.PathLike[str] | PILImage.Image | NDArray[np.uint8]
 
 FLAGS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_convert_rgb")
-KEYS = (*FLAGS, "size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
+TIMM_KEYS = ("keep_ratio", "round_crop", "crop_fill", "crop_pct")  # transformers ignores them
+KEYS = (*FLAGS, "size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std", *TIMM_KEYS)
 SIDES = ("height", "width")
+FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by their numbers in Pillow
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# Image processors of transformers that resize, crop and normalize -> where their defaults differ from those of ViT.
+_CLIP = {
+    **{"size": {"shortest_edge": 224}, "crop_size": 224, "do_center_crop": True, "resample": 3, "do_convert_rgb": True},
+    **{"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]},
+    "default_to_square": False,
+}
+PROCESSORS: Mapping[str, Mapping[str, Any]] = {
+    "ViT": {},
+    "Bit": _CLIP,
+    "CLIP": _CLIP,
+    "ConvNext": {"size": {"shortest_edge": 384}, "resample": 3, "default_to_square": False, "crop_pct": 224 / 256},
+    "DeiT": {"size": 256, "crop_size": 224, "do_center_crop": True, "resample": 3},
+    "Beit": {"crop_size": 224, "do_center_crop": False, "resample": 3},
+    "Siglip": {"resample": 3, "do_convert_rgb": True, "default_to_square": False},
+}
+UNSUPPORTED = {
+    "do_pad": "padded batches are",
+    "do_flip_channel_order": "BGR images are",
+    "do_thumbnail": "thumbnails are",
+    "do_align_long_axis": "rotation is",
+    "do_crop_margin": "cropped margins are",
+}
+DARKEST_16_BIT = 4096  # a smaller maximum may also be that of 10 or 12 bits
 
 
 @dataclass(frozen=True)
 class Preprocessor:
     """Turns images into the network's input. Immutable, and safe to share between threads.
 
-    The fields have the names, meanings and defaults of transformers' `ViTImageProcessor`. Sizes are (height, width) in
+    The first fields have the names, meanings and defaults of transformers' `ViTImageProcessor`. Sizes are (height, width) in
     pixels. `shortest_edge` replaces `size` if it is set: the shorter side is resized to it and the aspect ratio is kept.
-    `resample` is a Pillow filter number: 2 for bilinear, 3 for bicubic. An invalid value raises InputError.
+    `resample` is a Pillow filter number or name: 2 or "bilinear", 3 or "bicubic". `image_mean` and `image_std` have one number
+    for each channel. The other fields are those of timm's transforms: with `keep_ratio`, an image keeps its aspect ratio and
+    covers `size` ("cover") or fits into it ("contain"); `round_crop` rounds the position of the crop as torchvision does;
+    `crop_fill` is the colour outside the image; `crop_pct` scales the resize with the crop. An invalid value raises InputError.
     """
 
     do_resize: bool = True
@@ -52,23 +86,37 @@ class Preprocessor:
     do_rescale: bool = True
     rescale_factor: float = 1 / 255
     do_normalize: bool = True
-    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     do_convert_rgb: bool | None = None
+    keep_ratio: str | None = None
+    round_crop: bool | None = None
+    crop_fill: tuple[int, ...] | None = None
+    crop_pct: float | None = None
 
     def __post_init__(self) -> None:
         sizes = 'a positive whole number, [height, width] or {"height": ..., "width": ...}'
-        numbers = "three finite numbers, for red, green and blue"
+        name: object = self.resample
+        if isinstance(name, str) and (found := name.rpartition(".")[2].lower()) in FILTERS:
+            object.__setattr__(self, "resample", FILTERS.index(found))
+        given = [value for value in (self.image_mean, self.image_std) if isinstance(value, (list, tuple)) and value]
+        count = len(given[0]) if given else 3
+        numbers = "three finite numbers, for red, green and blue" if count == 3 else f"{count} finite numbers, one per channel"
         for flag in FLAGS[:3]:
             self._check(flag, lambda one: isinstance(one, bool), "true or false")
-        for flag in FLAGS[3:]:
+        for flag in (*FLAGS[3:], "round_crop"):
             self._check(flag, lambda one: isinstance(one, bool | None), "true or false")
-        self._check("resample", lambda one: one in range(6), "a Pillow filter number from 0 to 5 (3 is bicubic)")
+        expected = "a Pillow filter number from 0 to 5 (3 is bicubic), or the name of a filter"
+        self._check("resample", lambda one: one in range(6), expected)
         self._check("rescale_factor", _is_number, "a finite number")
         self._check("shortest_edge", lambda one: one is None or _is_side(one), "a positive whole number")
         self._check("size", _is_side, sizes + ' or {"shortest_edge": ...}', 2)
-        self._check("image_mean", _is_number, numbers, 3)
-        self._check("image_std", lambda one: _is_number(one) and np.float32(one) > 0, numbers + ", above 0", 3)
+        self._check("image_mean", _is_number, numbers, count)
+        self._check("image_std", lambda one: _is_number(one) and np.float32(one) > 0, numbers + ", above 0", count)
+        self._check("keep_ratio", lambda one: one in (None, "cover", "contain"), '"cover" or "contain"')
+        self._check("crop_pct", lambda one: one is None or (_is_number(one) and one > 0), "a number above 0")
+        if self.crop_fill is not None:
+            self._check("crop_fill", lambda one: one in range(256), "a number from 0 to 255 for each channel", count)
         if self.do_center_crop or self.crop_size is not None:
             self._check("crop_size", _is_side, sizes, 2)
 
@@ -84,32 +132,84 @@ class Preprocessor:
     @classmethod
     def imagenet(cls, size: int | tuple[int, int]) -> Preprocessor:
         """Return the preprocessing of microsoft/swin-* and microsoft/swinv2-*: bicubic resize, ImageNet normalization."""
-        config = {"size": size, "resample": 3, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+        config = {"size": size, "resample": 3, "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
         return cls.from_dict(config)
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> Preprocessor:
+    def from_dict(cls, config: Mapping[str, Any], channels: int = 3) -> Preprocessor:
         """Read the contents of preprocessor_config.json, of an image processor or an older feature extractor.
 
-        Missing keys have the defaults of transformers. null is false for a flag, and the default otherwise. Raises InputError
-        for a value that is invalid or not supported (padding, longest_edge).
+        Missing keys have the defaults of the class in transformers. null is false for a flag, and the default otherwise. A
+        single mean stands for all `channels`. Raises InputError for a processor or a value that is invalid or not supported
+        (padding, longest_edge).
         """
         if not isinstance(config, Mapping):
             raise _invalid("config", config, "a JSON object")
+        if isinstance(timm := config.get("pretrained_cfg"), Mapping):  # TimmWrapperImageProcessor
+            return cls.from_timm(timm, channels=channels)
+        kind = _processor_kind(config)
         given = {key: value for key, value in config.items() if value is not None}
-        if given.get("do_pad"):
-            raise _invalid("do_pad", given["do_pad"], "false: padded batches are not supported")
+        for name in UNSUPPORTED:
+            if given.get(name):
+                raise _invalid(name, given[name], f"false: {UNSUPPORTED[name]} not supported")
         values: dict[str, Any] = {flag: False for flag in FLAGS if flag in config}
-        values.update({name: given[name] for name in KEYS if name in given})
+        values = {**PROCESSORS[kind], **values, **{name: given[name] for name in KEYS if name in given}}
+        given = {**PROCESSORS[kind], **given}
+        values.pop("default_to_square", None)
+        if "image_mean" in values and "image_std" in values:
+            values |= {name: [values[name]] * channels for name in ("image_mean", "image_std") if _is_number(values[name])}
         for name in ("size", "crop_size"):
             if isinstance(size := given.get(name), Mapping) and set(size) == set(SIDES):
                 values[name] = [size[side] for side in SIDES]
-        if _is_side(size := given.get("size")) and given.get("default_to_square") is False:
+        size = given.get("size")
+        if _is_side(size) and given.get("default_to_square") is False and not given.get("use_square_size"):
             size = {"shortest_edge": size}
         if isinstance(size, Mapping) and set(size) == {"shortest_edge"} and size["shortest_edge"] is not None:
             del values["size"]
             values["shortest_edge"] = size["shortest_edge"]
+        if kind == "ConvNext":
+            values = _as_convnext(values)
         return cls(**values)
+
+    @classmethod
+    def from_timm(cls, config: Mapping[str, Any], size: tuple[int, int] | None = None, channels: int = 3) -> Preprocessor:
+        """Return the evaluation transform of timm for `config`, the pretrained_cfg of a checkpoint.
+
+        Missing keys have the defaults of timm's `resolve_data_config`. `size` replaces input_size. Raises InputError.
+        """
+        stated = config.get("input_size")
+        if size is None:
+            if not isinstance(stated, (list, tuple)) or len(stated) != 3 or not all(map(_is_side, stated)):
+                stated = (channels, 224, 224)
+            size = (stated[1], stated[2])
+        mean, std = (config.get(name) or default for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
+        mode, part = config.get("crop_mode") or "center", config.get("crop_pct") or 0.875
+        if mode not in ("center", "squash", "border"):
+            raise _invalid("crop_mode", mode, "center, squash or border")
+        mean, std = _repeated(mean, channels), _repeated(std, channels)
+        made = cls(
+            size=size,
+            resample=config.get("interpolation") or 3,
+            image_mean=mean,
+            image_std=std,
+            do_center_crop=True,
+            crop_size=size,
+            keep_ratio={"center": "cover", "border": "contain"}.get(mode),
+            round_crop=True,
+            crop_fill=(0,) * len(mean) if mode == "border" else None,
+            crop_pct=part,
+        )
+        return made.with_statistics(made.image_mean, made.image_std)._scaled(size)
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the prepared images."""
+        return len(self.image_mean)
+
+    @property
+    def varies(self) -> bool:
+        """Whether the size of the prepared image depends on the aspect ratio of the image."""
+        return self.do_resize and self.shortest_edge is not None and not self.do_center_crop
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of preprocessor_config.json as transformers writes it."""
@@ -122,23 +222,46 @@ class Preprocessor:
                 config[name] = list(value) if isinstance(value, tuple) else value
         return config if self.shortest_edge is None else {**config, "size": {"shortest_edge": self.shortest_edge}}
 
+    def with_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> Preprocessor:
+        """Return the same preprocessing with another normalization. In timm, the colour outside the image is the mean."""
+        fill = self.crop_fill and tuple(min(max(round(255 * value), 0), 255) for value in mean)
+        return replace(self, do_normalize=True, image_mean=mean, image_std=std, crop_fill=fill)
+
+    def summary(self) -> str:
+        """Return the steps in one line."""
+        steps, sides = [], "x".join(map(str, self.size))
+        if self.do_resize:
+            how = {None: f"to {sides}", "cover": f"to cover {sides}", "contain": f"to fit into {sides}"}[self.keep_ratio]
+            short = self.shortest_edge
+            steps.append(f"resize {how if short is None else f'the shorter side to {short}'} ({FILTERS[self.resample]})")
+        if self.do_center_crop:
+            steps.append(f"crop the center {'x'.join(map(str, self.crop_size or ()))}")
+        if self.do_rescale and not math.isclose(self.rescale_factor, 1 / 255):
+            steps.append(f"multiply by {self.rescale_factor:g}")
+        if self.do_normalize:
+            steps += [
+                f"{name} {' '.join(f'{value:g}' for value in values)}"
+                for name, values in (("mean", self.image_mean), ("std", self.image_std))
+            ]
+        return ", ".join(steps) or "none"
+
     def __call__(self, images: ImageLike | list[ImageLike] | tuple[ImageLike, ...]) -> NDArray[np.float32]:
-        """Prepare images for the network, read one at a time: float32 [batch, 3, height, width], contiguous.
+        """Prepare images for the network, read one at a time: float32 [batch, channels, height, width], contiguous.
 
         `images` is one image or a list: paths, PIL images, or uint8 arrays [height, width, 3] in RGB order, [height, width, 4]
-        with alpha, [height, width, 1] or [height, width]. Raises InputError for an image that cannot be read, and for results
-        of different sizes.
+        with alpha, [height, width, 1] or [height, width]. For two channels or more than three, they have exactly that many.
+        Raises InputError for an image that cannot be read, and for results of different sizes.
         """
         output = np.empty(0, dtype=np.float32)
         for index, count, pixels in self._each(images):
             if index == 0:
-                output = np.empty((count, 3, *pixels.shape[:2]), dtype=np.float32)
-            for channel in range(3):  # a uint8 index is always in range; "clip" saves the check and a buffer
+                output = np.empty((count, self.channels, *pixels.shape[:2]), dtype=np.float32)
+            for channel in range(self.channels):  # a uint8 index is always in range; "clip" saves the check and a buffer
                 np.take(self._table[channel], pixels[..., channel], out=output[index, channel], mode="clip")
         return output
 
     def frames(self, images: ImageLike | list[ImageLike] | tuple[ImageLike, ...]) -> NDArray[np.uint8]:
-        """Read, resize and crop images (see __call__), without the rest: uint8 [batch, height, width, 3], contiguous."""
+        """Read, resize and crop images (see __call__), without the rest: uint8 [batch, height, width, channels]."""
         output = np.empty(0, dtype=np.uint8)
         for index, count, pixels in self._each(images):
             if index == 0:
@@ -147,10 +270,42 @@ class Preprocessor:
         return output
 
     def with_size(self, size: tuple[int, int]) -> Preprocessor:
-        """Return the same preprocessing for another input size (height, width) of the network."""
-        if self.do_center_crop:
+        """Return the same preprocessing for another input size (height, width) of the network.
+
+        The resize is scaled along with the crop. Without a crop, an image that keeps its aspect ratio gets the shorter side of
+        `size`.
+        """
+        if not self.do_center_crop or self.crop_size is None:
+            edge = self.shortest_edge
+            return replace(self, size=size, shortest_edge=None) if edge is None else replace(self, shortest_edge=min(size))
+        if not self.do_resize or size == self.crop_size:
             return replace(self, crop_size=size)
-        return replace(self, size=size, shortest_edge=None)
+        return self._scaled(size)
+
+    def _scaled(self, size: tuple[int, int]) -> Preprocessor:
+        """Return the same preprocessing with a crop of `size`, and the resize that belongs to it."""
+        assert self.crop_size is not None
+        short = self.shortest_edge
+        if (part := self.crop_pct) is not None:
+            scaled = tuple(math.floor(side / part) for side in size)
+        elif short is not None:
+            scaled = tuple(side * short // min(self.crop_size) for side in size)
+            if self.crop_size[0] != self.crop_size[1]:  # transformers has no other way to state it
+                return replace(self, shortest_edge=max(min(scaled), 1), crop_size=size)
+        else:
+            scaled = tuple(side * old // crop for side, old, crop in zip(size, self.size, self.crop_size, strict=True))
+        resized = (max(scaled[0], 1), max(scaled[1], 1))
+        keeps, edge = "cover" if short is not None else self.keep_ratio, None
+        if keeps == "cover" and resized[0] == resized[1]:
+            keeps, edge = None, resized[0]
+        return replace(self, size=resized, shortest_edge=edge, keep_ratio=keeps, crop_size=size)
+
+    def with_crop(self, size: tuple[int, int], crop_pct: float) -> Preprocessor:
+        """Return the same preprocessing with a crop: resize to `size` / `crop_pct`, then crop the center `size`."""
+        keeps = "contain" if self.keep_ratio == "contain" else "cover"
+        return replace(
+            self, do_resize=True, shortest_edge=None, keep_ratio=keeps, do_center_crop=True, crop_size=size, crop_pct=crop_pct
+        )._scaled(size)
 
     def for_frames(self) -> Preprocessor:
         """Return the rest of the preprocessing for frames, which are already resized and cropped."""
@@ -160,13 +315,23 @@ class Preprocessor:
         """Return the (height, width) to which an image is resized before it is cropped."""
         if not self.do_resize:
             return height, width
+        if self.keep_ratio is not None:
+            ratios = (height / self.size[0], width / self.size[1])
+            ratio = max(ratios) if self.keep_ratio == "contain" else min(ratios)
+            return round(height / ratio), round(width / ratio)
         if (short := self.shortest_edge) is None:
             return self.size
         long = int(short * max(width, height) / min(width, height))
         return (long, short) if width <= height else (short, long)
 
+    def crop_offset(self, length: int, crop: int) -> int:
+        """Return where a crop begins along one axis; below 0 outside the image."""
+        if self.round_crop:  # torchvision rounds to even, and pads before it crops
+            return round((length - crop) / 2) if crop <= length else -((crop - length) // 2)
+        return (length - crop) // 2
+
     def _each(self, images: Any) -> Iterator[tuple[int, int, NDArray[np.uint8]]]:
-        """Yield the number, the total and the pixels, uint8 [height, width, 3], of each image."""
+        """Yield the number, the total and the pixels, uint8 [height, width, channels], of each image."""
         batch: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
         if not batch:
             raise InputError("The list of images is empty. Expected at least one image.")
@@ -184,33 +349,56 @@ class Preprocessor:
 
     @cached_property
     def _table(self) -> NDArray[np.float32]:
-        """The output for each channel and 8-bit value [3, 256].
+        """The output for each channel and 8-bit value [channels, 256].
 
         transformers rescales in float64, rounds to float32 and normalizes in float32, pixel by pixel. The same steps on the
         256 possible values give the same bits in a fraction of the time.
         """
         scale = self.rescale_factor if self.do_rescale else 1
-        table = np.tile((np.arange(256, dtype=np.float64) * scale).astype(np.float32), (3, 1))
+        table = np.tile((np.arange(256, dtype=np.float64) * scale).astype(np.float32), (self.channels, 1))
         if self.do_normalize:
             mean = np.array(self.image_mean, dtype=np.float32)[:, None]
             table = (table - mean) / np.array(self.image_std, dtype=np.float32)[:, None]
         return table
 
     def _pixels(self, image: Any, label: str) -> NDArray[np.uint8]:
-        """Read, resize and crop one image: uint8 [height, width, 3]."""
-        picture = _as_rgb(image, label, blend_rgb=bool(self.do_convert_rgb))
+        """Read, resize and crop one image: uint8 [height, width, channels]."""
+        from PIL import Image
+
+        if self.channels in (1, 3):
+            picture = _as_rgb(image, label, blend_rgb=bool(self.do_convert_rgb))
+            return np.atleast_3d(np.asarray(self._fitted(picture if self.channels == 3 else picture.convert("L"), label)))
+        bands = _as_bands(image, label, self.channels)
+        if self.channels <= 4:
+            return np.asarray(self._fitted(Image.fromarray(bands), label))
+        parts = [Image.fromarray(np.ascontiguousarray(bands[..., channel])) for channel in range(self.channels)]
+        return np.stack([np.asarray(self._fitted(part, label, channel)) for channel, part in enumerate(parts)], axis=2)
+
+    def _fitted(self, picture: PILImage.Image, label: str, first: int = 0) -> PILImage.Image:
+        """Resize and crop an image, or the band `first` of one."""
+        from PIL import Image
+
         if self.do_resize:
             picture = self._resized(picture, label)
-        if self.do_center_crop and self.crop_size is not None:  # pixels outside the image are black
-            height, width = self.crop_size
-            left, top = (picture.width - width) // 2, (picture.height - height) // 2
-            picture = picture.crop((left, top, left + width, top + height))
-        return np.asarray(picture)
+        if not self.do_center_crop or self.crop_size is None:
+            return picture
+        height, width = self.crop_size
+        left, top = self.crop_offset(picture.width, width), self.crop_offset(picture.height, height)
+        if self.crop_fill is not None and (width > picture.width or height > picture.height):
+            fill = self.crop_fill[first : first + len(picture.getbands())]
+            canvas = Image.new(picture.mode, (width, height), fill if len(fill) > 1 else fill[0])
+            canvas.paste(picture, (-left, -top))
+            return canvas
+        return picture.crop((left, top, left + width, top + height))  # pixels outside the image are black
 
     def _resized(self, picture: PILImage.Image, label: str) -> PILImage.Image:
         from PIL import Image
 
         height, width = self.resized_to(picture.height, picture.width)
+        if not height or not width:
+            raise InputError(
+                f"{label} has {picture.height}x{picture.width} pixels; resizing would make it {height}x{width}. Crop the image."
+            )
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and height * width > 2 * limit:  # Pillow refuses a file of this size
             raise InputError(
@@ -222,14 +410,30 @@ class Preprocessor:
 
 def read_image(path: str | os.PathLike[str]) -> PILImage.Image:
     """Read an image file, or the first frame of an animation, as 8-bit RGB (see the module). Raises InputError."""
-    from PIL import Image, ImageOps
-
     label = _label(path, 0, 1)
+    if os.fspath(path).lower().endswith((".npy", ".npz")) and os.path.isfile(path):  # noqa: PTH113 - as below
+        return _as_rgb(_numpy_image(path, label), label, blend_rgb=False)
+    with _opened(path, label) as opened:
+        return _eight_bit(_turned(opened), label).convert("RGB")
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str], label: str) -> Iterator[PILImage.Image]:
+    """Open an image file. Errors while it is decoded become InputError."""
+    from PIL import Image
+
     # os.path accepts names that are too long. Reading from a pipe would never end.
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):  # noqa: PTH110, PTH112, PTH113
         raise InputError(f"{label} is not a regular file. Expected an image file such as JPEG or PNG.")
     with _decoding(label), Image.open(path) as opened:
-        return _eight_bit(ImageOps.exif_transpose(opened), label).convert("RGB")
+        yield opened
+
+
+def _turned(image: PILImage.Image) -> PILImage.Image:
+    """Return the image of a file, rotated by its EXIF tag."""
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(image)
 
 
 @contextmanager
@@ -259,7 +463,8 @@ def _as_rgb(image: Any, label: str, *, blend_rgb: bool) -> PILImage.Image:
     from PIL import Image
 
     if isinstance(image, (str, os.PathLike)):
-        return read_image(image)
+        picture = read_image(image)
+        return _pil_to_rgb(picture, label, blend_rgb=True) if blend_rgb else picture  # a transparent colour outlives it
     if isinstance(image, np.ndarray):
         return Image.fromarray(_array_to_rgb(image, label))
     if isinstance(image, Image.Image):
@@ -284,20 +489,151 @@ def _pil_to_rgb(image: PILImage.Image, label: str, *, blend_rgb: bool) -> PILIma
 
 
 def _eight_bit(image: PILImage.Image, label: str) -> PILImage.Image:
-    """Return `image` with 8 bits per channel: of 16-bit greyscale (modes I;16 and I) the high byte."""
+    """Return `image` with 8 bits per channel. Greyscale with 16 or 32 bits (modes I;16, I and F) is converted."""
     from PIL import Image
 
-    advice = "Scale it to 0..255 and save it with 8 bits."
     if 0 in image.size:
         raise InputError(f"{label} has no pixels (height {image.height}, width {image.width}). Pass another image.")
-    if image.mode == "F":
-        raise InputError(f"{label} contains 32-bit floats, whose range is unknown. {advice}")
-    if not image.mode.startswith("I"):
-        return image
-    wide = np.asarray(image)
-    if wide.min() < 0 or wide.max() > 65535:
-        raise InputError(f"{label} contains values from {wide.min()} to {wide.max()}. Expected 0..65535. {advice}")
-    return Image.fromarray((wide >> 8).astype(np.uint8))
+    return Image.fromarray(_bytes_of(np.asarray(image), label)) if image.mode[0] in "IF" else image
+
+
+def _bytes_of(wide: NDArray[Any], label: str) -> NDArray[np.uint8]:
+    """Return values of 16 or 32 bits as bytes: as they are up to 255, and the high byte of 16 bits."""
+    if wide.dtype == np.uint8:
+        return wide
+    low, high, advice = wide.min(), wide.max(), "Scale it to 0..255 and save it with 8 bits."
+    if wide.dtype.kind == "f" and not (high > 1 and np.array_equal(wide, np.floor(wide))):
+        raise InputError(f"{label} contains 32-bit floats from {low:g} to {high:g}, whose range is unknown. {advice}")
+    if low < 0 or high > 65535:
+        raise InputError(f"{label} contains values from {low:g} to {high:g}. Expected 0..65535. {advice}")
+    if high <= 255 and high != 1:
+        return wide.astype(np.uint8)
+    if high < DARKEST_16_BIT:
+        raise InputError(
+            f"{label} contains values from {low:g} to {high:g}. Expected those of 8 or of 16 bits; this range is unclear. "
+            f"{advice}"
+        )
+    return (wide.astype(np.uint16) >> 8).astype(np.uint8)
+
+
+def _as_bands(image: Any, label: str, channels: int) -> NDArray[np.uint8]:
+    """Return an image with exactly `channels` bands as uint8 [height, width, channels]."""
+    from PIL import Image
+
+    if isinstance(image, (str, os.PathLike)):
+        if os.fspath(image).lower().endswith((".npy", ".npz")):
+            image = _numpy_image(image, label)
+        else:
+            return _file_bands(image, label, channels)
+    if isinstance(image, Image.Image):
+        return _picture_bands(image, label, channels)
+    if not isinstance(image, np.ndarray):
+        raise InputError(f"{label} has type {type(image).__name__}. Expected a path, a PIL image or a uint8 array.")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != channels or 0 in image.shape:
+        hint = " Move the channels last: array.transpose(1, 2, 0)." if image.ndim == 3 and image.shape[0] == channels else ""
+        raise InputError(
+            f"{label} is an array of type {image.dtype} and shape {image.shape}. Expected uint8 [height, width, {channels}], "
+            f"because this network expects {channels} channels.{hint}"
+        )
+    return image
+
+
+def _numpy_image(path: str | os.PathLike[str], label: str) -> NDArray[Any]:
+    """Read one image from a .npy file, or from a .npz file with one array."""
+    with _decoding(label):
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            if len(loaded.files) != 1:
+                raise InputError(f"{label} contains {len(loaded.files)} arrays. Expected one image.")
+            return np.asarray(loaded[loaded.files[0]])
+
+
+def _file_bands(path: str | os.PathLike[str], label: str, channels: int) -> NDArray[np.uint8]:
+    try:
+        with _opened(path, label) as opened:
+            return _picture_bands(opened, label, channels, _turned)
+    except InputError:
+        if not os.path.isfile(path):  # noqa: PTH113 - as above
+            raise
+        with _decoding(label):
+            bands = _tiff_bands(path, channels)
+        if bands is None:
+            raise
+    return _bytes_of(bands, label)
+
+
+def _picture_bands(
+    image: PILImage.Image, label: str, channels: int, turn: Callable[[PILImage.Image], PILImage.Image] = lambda image: image
+) -> NDArray[np.uint8]:
+    """Return the bands of an image, or the frames of a file with one band each."""
+    from PIL import ImageSequence
+
+    with _decoding(label):
+        frames = getattr(image, "n_frames", 1)
+        if len(image.getbands()) == 1 and frames == channels:
+            return np.dstack([np.asarray(_eight_bit(turn(frame), label)) for frame in ImageSequence.Iterator(image)])
+        bands = np.atleast_3d(np.asarray(_eight_bit(turn(image), label)))
+    if bands.shape[2] != channels:
+        raise InputError(
+            f"{label} has mode {image.mode} with {channels_text(bands.shape[2])}, and this network expects {channels}. Pass an "
+            f"array [height, width, {channels}], or a file with {channels} bands."
+        )
+    return bands
+
+
+def channels_text(channels: int) -> str:
+    """Return the number with its noun."""
+    return f"{channels} channel{'s' * (channels > 1)}"
+
+
+def _tiff_bands(path: str | os.PathLike[str], channels: int) -> NDArray[Any] | None:
+    """Return the samples [height, width, channels] of a TIFF file that Pillow has no mode for; None for any other file.
+
+    Pillow decodes them as one greyscale image, whose rows hold the samples of a pixel side by side, or as one image per band.
+    """
+    import io
+    import struct
+
+    from PIL import Image, TiffImagePlugin
+
+    with open(path, "rb") as file:  # noqa: PTH123
+        data = file.read()
+    if data[:4] not in (b"II*\0", b"MM\0*"):
+        return None
+    tags: Any = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
+    stream = io.BytesIO(data)
+    stream.seek(tags.next)
+    tags.load(stream)
+    if tags.get(277, 1) != channels or tags.get(259, 1) in (6, 7) or len(set(tags.get(258, (1,)))) != 1:
+        return None
+    order, width, height, planes = "<" if data[:2] == b"II" else ">", tags[256], tags[257], tags.get(284, 1) == 2
+    offsets, counts = (324, 325) if 324 in tags else (273, 279)
+    across = 1 if planes else channels
+    parts = len(tags[offsets]) // (channels if planes else 1)
+    images = []
+    for plane in range(channels if planes else 1):
+        chosen = slice(plane * parts, (plane + 1) * parts)
+        entries = {256: [width * across], 257: [height], 258: [tags[258][0]], 259: [tags.get(259, 1)], 262: [1], 277: [1]}
+        entries |= {offsets: tags[offsets][chosen], counts: tags[counts][chosen], 339: [tags.get(339, (1,))[0]]}
+        entries |= {322: [tags[322] * across], 323: [tags[323]]} if 324 in tags else {278: [tags.get(278, height)]}
+        start, table, beyond = len(data) + len(data) % 2, struct.pack(order + "H", len(entries)), b""
+        for tag, values in sorted(entries.items()):
+            packed = struct.pack(f"{order}{len(values)}I", *values)
+            if len(values) > 1:
+                place = start + 2 + 12 * len(entries) + 4 + len(beyond)
+                packed, beyond = struct.pack(order + "I", place), beyond + packed
+            table += struct.pack(order + "HHI", tag, 4, len(values)) + packed
+        made = data[:4] + struct.pack(order + "I", start) + data[8:] + bytes(len(data) % 2) + table + bytes(4) + beyond
+        with Image.open(io.BytesIO(made)) as opened:
+            images.append(np.asarray(opened).reshape(height, width, across))
+    bands = np.concatenate(images, axis=2)
+    if tags.get(317, 1) == 2:  # each sample is stored as the difference from the pixel before it
+        step = tags.get(322, width)
+        tiles = [bands[:, first : first + step] for first in range(0, width, step)]
+        bands = np.concatenate([np.cumsum(tile, axis=1, dtype=bands.dtype) for tile in tiles], axis=1)
+    return bands
 
 
 def _array_to_rgb(array: NDArray[Any], label: str) -> NDArray[np.uint8]:
@@ -329,6 +665,39 @@ def _label(image: Any, index: int, count: int) -> str:
 
 def _invalid(name: str, value: object, expected: str) -> InputError:
     return InputError(f"Invalid {name}: {value!r}. Expected {expected}. Correct preprocessor_config.json.")
+
+
+def _processor_kind(config: Mapping[str, Any]) -> str:
+    """Return the key of PROCESSORS for the image processor that `config` names."""
+    name = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "ViTImageProcessor")
+    for kind in PROCESSORS:
+        if re.fullmatch(f"{kind}(ImageProcessor(Fast|Pil)?|FeatureExtractor)", name, re.IGNORECASE):
+            return kind
+    raise InputError(
+        f"preprocessor_config.json names {name}, whose steps are not supported. Supported are {', '.join(PROCESSORS)} image "
+        f"processors, which resize, crop and normalize. If the model was trained so, state it with --preprocessor FILE."
+    )
+
+
+def _as_convnext(values: dict[str, Any]) -> dict[str, Any]:
+    """Return `values` with the rule of ConvNextImageProcessor: below 384 pixels a crop, otherwise a square without one."""
+    edge: Any = values.get("shortest_edge")
+    part: Any = values.pop("crop_pct")
+    if not values.get("do_resize", True):
+        return values
+    if not _is_side(edge) or not _is_number(part) or part <= 0 or values.get("do_center_crop"):
+        raise _invalid("size", values.get("size", edge), '{"shortest_edge": ...}, crop_pct above 0, and no do_center_crop')
+    del values["shortest_edge"]
+    if edge >= 384:
+        return {**values, "size": edge}
+    return {**values, "shortest_edge": int(edge / part), "do_center_crop": True, "crop_size": edge, "crop_pct": part}
+
+
+def _repeated(values: Any, channels: int) -> Any:
+    """Return one value, or the single one in a list, for each channel."""
+    if isinstance(values, (list, tuple)):
+        return list(values) * channels if len(values) == 1 else values
+    return [values] * channels
 
 
 def _is_side(value: object) -> bool:

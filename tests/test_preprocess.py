@@ -13,9 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from awkward_images import awkward_images, without_transparency
 from PIL import Image, ImageOps
 
+from swin_deploy.config import SwinConfig
 from swin_deploy.errors import InputError
+from swin_deploy.exporters.bundle_from_checkpoint import preprocessing_of
+from swin_deploy.models.checkpoints import Checkpoint
+from swin_deploy.options import ExportSpec
 from swin_deploy.preprocess import Preprocessor, read_image
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -131,6 +136,66 @@ def test_filters_and_statistics_are_bit_identical(resample: int, mean: Any, phot
     same(Preprocessor.from_dict(config)(photos[0]), reference(config, photos[0]))
 
 
+PROCESSORS = ("ViT", "Bit", "CLIP", "ConvNext", "DeiT", "Beit", "Siglip")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "smaller": {"size": {"shortest_edge": 57}, "crop_size": {"height": 48, "width": 50}, "resample": 2},
+    "integers": {"size": 61, "crop_size": 56, "image_mean": [0.4, 0.5, 0.6]},
+    "no crop, no rescale": {"do_center_crop": False, "do_rescale": False, "size": {"height": 40, "width": 60}},
+    "nulls": {"do_center_crop": None, "do_convert_rgb": None, "do_resize": None},
+}
+AWKWARD = awkward_images()
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_all_processors_are_bit_identical_on_awkward_images(kind: str, name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = {"image_processor_type": f"{kind}ImageProcessor", **({} if name == "nulls" else {"do_convert_rgb": True})}
+    config |= OPTIONS[name]
+    if kind == "ConvNext" and name != "nulls":
+        config["size"] = {"smaller": {"shortest_edge": 57}, "integers": 61}.get(name, {"shortest_edge": 384})
+        config.pop("do_center_crop", None)
+    elif kind == "ViT" and name in ("defaults", "nulls", "integers"):
+        config["size"] = 50
+    processor = getattr(transformers, f"{kind}ImageProcessorPil").from_dict(dict(config))
+    preprocessor = Preprocessor.from_dict(config)
+    written = Preprocessor.from_dict(preprocessor.to_dict())
+    assert written == preprocessor
+    for image in AWKWARD.values() if name == "smaller" else list(AWKWARD.values())[::3]:
+        plain = image if config.get("do_convert_rgb") else without_transparency(image)
+        same(preprocessor(plain), processor(plain, return_tensors="np")["pixel_values"])
+
+
+RECORDED = json.loads((Path(__file__).parent / "recorded_transforms.json").read_text())
+
+
+@pytest.mark.parametrize("name", [name for name, value in RECORDED.items() if "config" in value])
+def test_timms_transforms_are_bit_identical(name: str) -> None:
+    compare_with_recorded(name, Preprocessor.from_timm(RECORDED[name]["config"]))
+
+
+@pytest.mark.parametrize("name", [name for name in RECORDED if name.startswith("Swin_")])
+def test_torchvisions_transforms_are_bit_identical(name: str) -> None:
+    depths = (2, 2, 6 if name.endswith("T") else 18, 2)
+    version, width = 2 if "V2" in name else 1, 128 if name.endswith("B") else 96
+    size, heads = (256 if version == 2 else 224,) * 2, tuple(width // 32 << stage for stage in range(4))
+    config = SwinConfig(version=version, embed_dim=width, depths=depths, num_heads=heads, image_size=size)
+    stated = preprocessing_of(Checkpoint(config, {}, "", writer="torchvision"), ExportSpec("swinv2-tiny"))
+    assert (stated.source, stated.assumed) == ("torchvision's transform of this architecture", "")
+    compare_with_recorded(name, stated.preprocessor)
+
+
+def compare_with_recorded(name: str, preprocessor: Preprocessor) -> None:
+    found: list[int | None] = []
+    for image in AWKWARD.values():
+        try:
+            found.append(zlib.crc32(preprocessor(without_transparency(image)).tobytes()))
+        except InputError:
+            found.append(None)  # one side would have no pixel
+    assert [key for key, one, other in zip(AWKWARD, found, RECORDED[name]["crc32"], strict=True) if one != other] == []
+
+
 def test_every_value_is_bit_identical() -> None:
     values = np.arange(256, dtype=np.uint8)
     image = np.stack([values, values[::-1], np.roll(values, 7)], axis=-1).reshape(16, 16, 3)
@@ -239,6 +304,115 @@ def test_16_bit_greyscale_is_scaled_and_not_clipped(photos: list[np.ndarray], tm
     same(preprocessor(Image.fromarray(grey[..., 0].astype(np.int32))), expected)
 
 
+def greyscale(high: float, kind: str) -> np.ndarray:
+    return np.linspace(0, high, 64).round().reshape(8, 8).astype(kind)
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (greyscale(255, "int32"), greyscale(255, "uint8")),
+        (greyscale(200, "uint16"), greyscale(200, "uint8")),
+        (greyscale(200, "float32"), greyscale(200, "uint8")),
+        (greyscale(65535, "int32"), greyscale(65535, "int32") >> 8),
+        (greyscale(4096, "uint16"), greyscale(4096, "uint16") >> 8),
+        (greyscale(65535, "float32"), greyscale(65535, "int32") >> 8),
+        (greyscale(0, "int32"), greyscale(0, "uint8")),
+        (greyscale(4095, "int32"), "contains values from 0 to 4095. Expected those of 8 or of 16 bits; this range is unclear"),
+        (greyscale(256, "uint16"), "contains values from 0 to 256"),
+        (greyscale(1, "int32"), "contains values from 0 to 1"),
+        (greyscale(70000, "int32"), r"contains values from 0 to 70000\. Expected 0..65535"),
+        (greyscale(1, "float32"), "contains 32-bit floats from 0 to 1, whose range is unknown"),
+        (greyscale(255, "float32") + np.float32(0.5), "contains 32-bit floats"),
+    ],
+)
+def test_the_maximum_of_greyscale_decides_its_range(image: np.ndarray, expected: Any, tmp_path: Path) -> None:
+    plain = Preprocessor(do_resize=False, do_rescale=False, do_normalize=False)
+    Image.fromarray(image).save(tmp_path / "grey.tif")
+    for one in (Image.fromarray(image), tmp_path / "grey.tif"):
+        if isinstance(expected, str):
+            with pytest.raises(InputError, match=expected):
+                plain(one)
+        else:
+            assert np.array_equal(plain(one)[0], np.stack([expected] * 3))
+
+
+def test_reported_files(tmp_path: Path) -> None:
+    """A palette file with a transparent colour, and 8 bits in a 32-bit file."""
+    transformers = pytest.importorskip("transformers")
+    reported, config = Path(__file__).parent / "reported", {"do_convert_rgb": True, "size": 32}
+    preprocessor = Preprocessor.from_dict(config)
+    same(preprocessor(reported / "i32.tif"), reference(config, Image.open(reported / "i32.tif")))
+    for name, image in {"P": Image.open(reported / "pal_trns.png"), **AWKWARD}.items():
+        if name in ("P", "P with key", "RGB with key", "L with key"):
+            image.save(tmp_path / "keyed.png")
+            same(preprocessor(tmp_path / "keyed.png"), reference(config, image))
+            loaded = transformers.image_utils.load_image(str(tmp_path / "keyed.png"))
+            same(preprocessor(tmp_path / "keyed.png"), reference(config, loaded))
+
+
+def tiff(bands: np.ndarray, order: str = "<", planes: bool = False, packed: bool = False) -> bytes:
+    """Encode [height, width, channels] in strips of 5 rows, if `packed` compressed and as differences."""
+    height, width, count = bands.shape
+    split = [bands[..., band : band + 1] for band in range(count)] if planes else [bands]
+    strips = [part[row : row + 5] for part in split for row in range(0, height, 5)]
+    if packed:
+        strips = [np.diff(strip, axis=1, prepend=np.zeros_like(strip[:, :1])) for strip in strips]
+    data = [strip.astype(strip.dtype.newbyteorder(order)).tobytes() for strip in strips]
+    data = [zlib.compress(one) for one in data] if packed else data
+    starts = np.cumsum([8, *map(len, data)]).tolist()
+    tags = {256: [width], 257: [height], 258: [8 * bands.itemsize] * count, 259: [8 if packed else 1], 262: [1]}
+    tags |= {273: starts[:-1], 277: [count], 278: [5], 279: list(map(len, data)), 284: [1 + planes], 317: [1 + packed]}
+    start, table, beyond = starts[-1] + starts[-1] % 2, b"", b""
+    for tag, values in tags.items():
+        value = np.array(values, dtype=f"{order}u4").tobytes()
+        if len(values) > 1:
+            place = start + 2 + 12 * len(tags) + 4 + len(beyond)
+            value, beyond = np.array(place, dtype=f"{order}u4").tobytes(), beyond + value
+        table += np.array([tag, 4], dtype=f"{order}u2").tobytes() + np.array(len(values), dtype=f"{order}u4").tobytes() + value
+    header = (b"II*\0" if order == "<" else b"MM\0*") + np.array(start, dtype=f"{order}u4").tobytes()
+    count_of_tags = np.array(len(tags), dtype=f"{order}u2").tobytes()
+    return header + b"".join(data) + bytes(starts[-1] % 2) + count_of_tags + table + bytes(4) + beyond
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5, 6])
+def test_images_of_many_bands(channels: int, tmp_path: Path) -> None:
+    bands = np.random.default_rng(channels).integers(0, 256, (13, 17, channels), dtype=np.uint8)
+    plain = Preprocessor(
+        do_resize=False, do_rescale=False, image_mean=tuple(range(channels)), image_std=tuple(range(1, channels + 1))
+    )
+    expected = plain(bands)[0]
+    for channel in range(channels):
+        assert np.array_equal(expected[channel], (bands[..., channel].astype(np.float32) - channel) / (channel + 1))
+    np.save(tmp_path / "a.npy", bands)
+    np.savez(tmp_path / "b.npz", image=bands)
+    frames = [Image.fromarray(bands[..., channel].copy()) for channel in range(channels)]
+    frames[0].save(tmp_path / "c.tif", save_all=True, append_images=frames[1:])
+    for order in "<>":
+        for planes in (False, True):
+            for packed in (False, True):
+                (tmp_path / f"d{order}{planes}{packed}.tif").write_bytes(tiff(bands, order, planes, packed))
+    (tmp_path / "e.tif").write_bytes(tiff(bands.astype(np.uint16) * 257, packed=True))
+    for path in tmp_path.iterdir():
+        assert np.array_equal(plain(path)[0], expected), path
+    for image in (np.dstack([bands, bands]), Image.new("RGB", (5, 5)), tmp_path / "rgb.png"):
+        Image.new("RGB", (5, 5)).save(tmp_path / "rgb.png")
+        with pytest.raises(InputError, match=rf"network expects {channels}( channels)?\."):
+            plain(image)
+    with pytest.raises(InputError, match=r"Move the channels last: array.transpose\(1, 2, 0\)"):
+        plain(bands.transpose(2, 0, 1))
+    with pytest.raises(InputError, match=r"shape .*\. Expected uint8"):
+        Preprocessor()(tmp_path / "a.npy") if channels in (2, 5, 6) else plain(bands.astype(np.float32))
+
+
+def test_four_channels_are_those_of_transformers() -> None:
+    """Pillow weights the bands of an image with four of them with the last one, in transformers, too."""
+    config = {"size": [20, 31], "resample": 3, "image_mean": [0.1, 0.2, 0.3, 0.4], "image_std": [0.5, 0.6, 0.7, 0.8]}
+    image = AWKWARD["RGBA"]
+    for one in (image, np.asarray(image)):
+        same(Preprocessor.from_dict(config)(one), reference(config, np.asarray(one), input_data_format="channels_last"))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_survives_transformers(name: str, photos: list[np.ndarray], tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
@@ -305,10 +479,10 @@ BAD_CONFIGS: list[tuple[Any, str]] = [
     ({"do_resize": "yes"}, r"Invalid do_resize: 'yes'\. Expected true or false"),
     ({"do_convert_rgb": 1}, r"Invalid do_convert_rgb: 1\. Expected true or false"),
     ({"resample": 9}, r"Invalid resample: 9\. Expected a Pillow filter number"),
-    ({"resample": "bicubic"}, "Invalid resample: 'bicubic'"),
+    ({"resample": "cubic"}, "Invalid resample: 'cubic'"),
     ({"rescale_factor": float("nan")}, r"Invalid rescale_factor: nan\. Expected a finite number"),
     ({"rescale_factor": "1/255"}, "Invalid rescale_factor: '1/255'"),
-    ({"image_mean": [0.5, 0.5]}, r"Invalid image_mean: \[0\.5, 0\.5\]\. Expected three finite numbers"),
+    ({"image_mean": [0.5, 0.5]}, r"Invalid image_std: .* Expected 2 finite numbers, one per channel, above 0"),
     ({"image_mean": [0.5, 0.5, float("inf")]}, "Invalid image_mean: .*inf.* Expected three finite numbers"),
     ({"image_std": [0.2, 0, 0.2]}, "Invalid image_std: .* Expected three finite numbers.* above 0"),
     ({"image_std": [0.2, 1e-60, 0.2]}, "Invalid image_std: .* above 0"),
@@ -329,6 +503,12 @@ def encoded(mode: str, kind: str) -> bytes:
     return buffer.getvalue()
 
 
+def float_tiff() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(buffer, "TIFF")
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
@@ -336,7 +516,7 @@ def encoded(mode: str, kind: str) -> bytes:
         ("empty.png", b"", "is not a valid image"),
         ("cut.jpg", encoded("RGB", "JPEG")[:1500], r"is damaged .*truncated.*\. Save it again"),
         ("cut.png", encoded("RGB", "PNG")[:1500], r"is damaged .*\. Save it again"),
-        ("float.tif", encoded("F", "TIFF"), r"contains 32-bit floats, whose range is unknown\. Scale it"),
+        ("float.tif", float_tiff(), r"contains 32-bit floats from 0 to 1, whose range is unknown\. Scale it"),
         ("wide.tif", encoded("I", "TIFF")[:-4] + b"\xff\xff\xff\x7f", "contains values from .* Expected 0..65535"),
     ],
 )

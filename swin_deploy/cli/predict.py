@@ -28,7 +28,8 @@ def command(bundle: Path, images: tuple[str, ...], top_k: int, as_json: bool, **
     from swin_deploy.preprocess import read_image
 
     # Invalid arguments are refused before the model is loaded, which may take a measurement.
-    if (task := Bundle.open(bundle).manifest["task"]["name"]) != "image-classification":
+    manifest = Bundle.open(bundle).manifest
+    if (task := manifest["task"]["name"]) != "image-classification":
         raise UsageError(
             f"{bundle} was exported for the task {task}, but predict needs image-classification. Run it in Python "
             f"(swin_deploy.load), or export it with --task image-classification."
@@ -36,6 +37,8 @@ def command(bundle: Path, images: tuple[str, ...], top_k: int, as_json: bool, **
     for image in images:
         if not os.path.isfile(image):  # noqa: PTH113 - Path.is_file raises for a name that is too long
             read_image(image)  # raises an error that names the problem
+    if assumed := manifest.get("preprocessing", {}).get("assumed"):
+        click.echo(f"Warning: {assumed}", err=True)
     with console():
         model = swin_deploy.load(bundle, **given(LoadSpec, options))
     with model:

@@ -1,4 +1,4 @@
-"""Preprocessing as part of the network: it accepts uint8 frames [batch, height, width, 3] instead of prepared pixels.
+"""Preprocessing as part of the network: it accepts uint8 frames [batch, height, width, channels] instead of prepared pixels.
 
 Rescaling and normalization are folded into the convolution of the patch embedding. Resizing is two matmuls with constants, in
 integers that float32 represents exactly, so every pixel equals that of Pillow. Most factors of one large matmul would be 0, so
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import UsageError
-from swin_deploy.frame_input import CHANNELS, Frames
+from swin_deploy.frame_input import Frames
 from swin_deploy.models.blocks import Tensors
 from swin_deploy.models.swin import PatchEmbedding, SwinNetwork
 from swin_deploy.options import Size
@@ -45,7 +45,7 @@ def accept_frames(network: SwinNetwork, image_size: Size, tensors: Tensors, fram
 
 
 class FrameEmbedding(PatchEmbedding):
-    """uint8 frames [batch, height, width, 3] -> the patch embedding of the preprocessed frames."""
+    """uint8 frames [batch, height, width, channels] -> the patch embedding of the preprocessed frames."""
 
     of_black: Tensor | None
 
@@ -54,14 +54,14 @@ class FrameEmbedding(PatchEmbedding):
     ) -> None:
         super().__init__(config, image_size, tensors, masked)
         self.cast_first = cast_first
-        inside = frames.inside
-        mean, std = (inside.image_mean, inside.image_std) if inside.do_normalize else ((0.0,) * CHANNELS, (1.0,) * CHANNELS)
+        inside, channels = frames.inside, config.num_channels
+        mean, std = (inside.image_mean, inside.image_std) if inside.do_normalize else ((0.0,) * channels, (1.0,) * channels)
         rescale = inside.rescale_factor if inside.do_rescale else 1.0
-        scale = torch.tensor([rescale / s for s in std], dtype=torch.float64).reshape(1, CHANNELS, 1, 1)
+        scale = torch.tensor([rescale / s for s in std], dtype=torch.float64).reshape(1, channels, 1, 1)
         black = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float64)
         # The convolution is linear: its result is that of a black frame plus that of the pixels. Padding is not black, so the
         # former differs between patches if an image is not a whole number of patches.
-        image = self.padded(black.reshape(1, CHANNELS, 1, 1).expand(1, CHANNELS, *image_size))
+        image = self.padded(black.reshape(1, channels, 1, 1).expand(1, channels, *image_size))
         of_black = F.conv2d(image, self.weight.double(), self.bias.double(), stride=self.patch).float()
         self.register_buffer("of_black", of_black if any(self.missing) else None)
         self.bias = nn.Parameter(of_black[0, :, 0, 0].clone(), requires_grad=False)
@@ -74,7 +74,7 @@ class FrameEmbedding(PatchEmbedding):
             steps = [("columns", columns, Columns), ("rows", rows, Rows)]
             for name, weights, kind in steps[::-1] if rows_first(inside, frames.frame_size) else steps:
                 if not _is_identity(weights):
-                    self.resize.add_module(name, kind(weights))
+                    self.resize.add_module(name, kind(weights, channels))
 
     def project(self, pixel_values: Tensor) -> Tensor:
         if len(self.resize) > 0:
@@ -95,7 +95,7 @@ class AsFloat(nn.Module):
 
 
 class Resampling(nn.Module):
-    """Resizes one axis of frames [batch, height, width, 3]; the result holds integers from 0 to 255 in float32.
+    """Resizes one axis of frames [batch, height, width, channels]; the result holds integers from 0 to 255 in float32.
 
     `weights` [new, old] are those of Pillow. Output lines are computed in blocks of equal size. `index` gathers the input
     granules of all blocks; None if a single block needs all of them.
@@ -103,8 +103,9 @@ class Resampling(nn.Module):
 
     index: Tensor | None
 
-    def __init__(self, weights: Weights, granules: tuple[int, ...]) -> None:
+    def __init__(self, weights: Weights, channels: int, granules: tuple[int, ...]) -> None:
         super().__init__()
+        self.channels = channels
         self.new, old = weights.shape
         high, low, self.shift = split_exactly(weights)
         granule = next(size for size in granules if old % size == 0)
@@ -137,45 +138,45 @@ class Resampling(nn.Module):
 
 
 class Columns(Resampling):
-    """[batch, height, width, 3], float32 or uint8 -> [batch, height, new width, 3]."""
+    """[batch, height, width, channels], float32 or uint8 -> [batch, height, new width, channels]."""
 
     factors: Tensor
 
-    def __init__(self, weights: Weights) -> None:
-        super().__init__(weights, GRANULES)
+    def __init__(self, weights: Weights, channels: int) -> None:
+        super().__init__(weights, channels, GRANULES)
         # A column of the matrix is one colour of one output pixel, and reads that colour only.
-        factors = np.einsum("bhlw,cd->bwchld", self.parts, np.eye(CHANNELS, dtype=np.float32))
-        shape = (self.blocks, self.window * CHANNELS, 2 * self.size * CHANNELS)
+        factors = np.einsum("bhlw,cd->bwchld", self.parts, np.eye(channels, dtype=np.float32))
+        shape = (self.blocks, self.window * channels, 2 * self.size * channels)
         self.register_buffer("factors", torch.from_numpy(factors.reshape(shape)))
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         if self.index is not None:
-            x = x.reshape(-1, height, width // self.granule, self.granule * CHANNELS).index_select(2, self.index)
-        x = x.reshape(-1, height, self.blocks, self.window * CHANNELS).permute(0, 2, 1, 3).float()
-        x, half = torch.matmul(x, self.factors), self.size * CHANNELS
+            x = x.reshape(-1, height, width // self.granule, self.granule * self.channels).index_select(2, self.index)
+        x = x.reshape(-1, height, self.blocks, self.window * self.channels).permute(0, 2, 1, 3).float()
+        x, half = torch.matmul(x, self.factors), self.size * self.channels
         x = self.rounded(x[..., :half], x[..., half:])
-        x = x.permute(0, 2, 1, 3).reshape(-1, height, self.blocks * self.size, CHANNELS)
+        x = x.permute(0, 2, 1, 3).reshape(-1, height, self.blocks * self.size, self.channels)
         return x[:, :, : self.new]
 
 
 class Rows(Resampling):
-    """[batch, height, width, 3], float32 or uint8 -> [batch, new height, width, 3]."""
+    """[batch, height, width, channels], float32 or uint8 -> [batch, new height, width, channels]."""
 
     factors: Tensor
 
-    def __init__(self, weights: Weights) -> None:
-        super().__init__(weights, (1,))
+    def __init__(self, weights: Weights, channels: int) -> None:
+        super().__init__(weights, channels, (1,))
         self.register_buffer("factors", torch.from_numpy(self.parts.reshape(self.blocks, 2 * self.size, self.window)))
 
     def forward(self, x: Tensor) -> Tensor:
         width = x.shape[2]
         if self.index is not None:
             x = x.index_select(1, self.index)
-        x = x.reshape(-1, self.blocks, self.window, width * CHANNELS).float()
+        x = x.reshape(-1, self.blocks, self.window, width * self.channels).float()
         x = torch.matmul(self.factors, x)
         x = self.rounded(x[:, :, : self.size], x[:, :, self.size :])
-        return x.reshape(-1, self.blocks * self.size, width, CHANNELS)[:, : self.new]
+        return x.reshape(-1, self.blocks * self.size, width, self.channels)[:, : self.new]
 
 
 def _hamming(x: float) -> float:
@@ -240,7 +241,10 @@ def frame_weights(preprocessor: Preprocessor, frame_size: Size) -> tuple[Weights
     resized = preprocessor.resized_to(*frame_size)
     both = [axis_weights(length, target, preprocessor.resample) for length, target in zip(frame_size, resized, strict=True)]
     if preprocessor.do_center_crop and preprocessor.crop_size is not None:
-        both = [_cropped(weights, side) for weights, side in zip(both, preprocessor.crop_size, strict=True)]
+        starts = [
+            preprocessor.crop_offset(len(weights), side) for weights, side in zip(both, preprocessor.crop_size, strict=True)
+        ]
+        both = [_cropped(*one) for one in zip(both, preprocessor.crop_size, starts, strict=True)]
     return both[0], both[1]
 
 
@@ -275,8 +279,7 @@ def split_exactly(weights: Weights) -> tuple[NDArray[np.float32], NDArray[np.flo
     )
 
 
-def _cropped(weights: Weights, side: int) -> Weights:
-    first = (len(weights) - side) // 2
+def _cropped(weights: Weights, side: int, first: int) -> Weights:
     result = np.zeros((side, weights.shape[1]), dtype=np.int64)
     inside = [row for row in range(side) if 0 <= first + row < len(weights)]
     result[inside] = weights[[first + row for row in inside]]

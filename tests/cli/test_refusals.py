@@ -183,7 +183,7 @@ def half_a_config(folder: Path) -> None:
         (edited(depths=None), "num_heads has 2 entries for 4 stages"),
         (edited(id2label={str(i): "x" for i in range(100_000)}), "classifier.weight has shape [10, 64]"),
         (edited(window_size=None), "whole number"),
-        (preprocessed('{"image_processor_type": "CLIPImageProcessor"}'), "names CLIPImageProcessor"),
+        (preprocessed('{"image_processor_type": "GLPNImageProcessor"}'), "names GLPNImageProcessor"),
         (preprocessed('{"size": {"longest_edge": 32}}'), "longest_edge"),
         (preprocessed("{"), "preprocessor_config.json cannot be read as JSON"),
     ],

@@ -25,7 +25,15 @@ BICUBIC = {"size": {"height": 48, "width": 40}, "resample": 3, **IMAGENET}
 
 def embedding(preprocessor: Preprocessor, image: tuple[int, int], frame: tuple[int, int] | None, cast_first: bool) -> Any:
     """(the network's patch embedding, the same for frames), with random weights."""
-    config = SwinConfig(version=1, image_size=image, embed_dim=16, depths=(1,), num_heads=(2,), window_size=(4,))
+    config = SwinConfig(
+        version=1,
+        image_size=image,
+        embed_dim=16,
+        depths=(1,),
+        num_heads=(2,),
+        window_size=(4,),
+        num_channels=preprocessor.channels,
+    )
     tensors = random_checkpoint(config, TaskSpec()).tensors
     frames = Frames(preprocessor, frame)
     return PatchEmbedding(config, image, tensors, False), FrameEmbedding(config, image, tensors, False, frames, cast_first)
@@ -101,6 +109,23 @@ def test_tokens_are_those_of_transformers_processor(name: str, image: tuple[int,
         assert float((found - expected).abs().max()) < 1e-6 * scale * 10
 
 
+TIMM = {"input_size": [3, 48, 40], "crop_pct": 0.9, "interpolation": "bicubic"}
+
+
+@pytest.mark.parametrize("timm", [TIMM, {**TIMM, "crop_mode": "squash"}, {**TIMM, "input_size": [3, 45, 45]}])
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_tokens_of_any_number_of_channels(timm: dict[str, Any], channels: int) -> None:
+    timm = {**timm, "mean": [0.1 * (channel + 1) for channel in range(channels)], "std": [0.3]}
+    preprocessor = Preprocessor.from_timm(timm, channels=channels)
+    size = (timm["input_size"][1], timm["input_size"][2])
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 53, channels), dtype=np.uint8)
+    for frame in (None, (70, 53)) if channels != 2 else (None,):
+        outside, inside = embedding(preprocessor, size, frame, cast_first=False)
+        expected = outside.project(torch.from_numpy(preprocessor(pixels)))
+        found = inside.project(torch.from_numpy(Frames(preprocessor, frame)(pixels)))
+        assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
 def test_halves_are_the_whole() -> None:
     weights = np.random.default_rng(0).integers(-(1 << 19), 1 << 22, (5, 9))
     high, low, shift = split_exactly(weights)
@@ -112,8 +137,12 @@ def test_halves_are_the_whole() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     preprocessor = Preprocessor.from_dict(BICUBIC)
     refuse_misfit(Frames(preprocessor, (1080, 1920)), (48, 40), 3)
-    with pytest.raises(UsageError, match="expects images with 4 channels"):
-        refuse_misfit(Frames(preprocessor), (48, 40), 4)
+    refuse_misfit(Frames(preprocessor), (48, 40), 4)
+    with pytest.raises(UsageError, match="with 4 channels cannot be resized in the graph"):
+        refuse_misfit(Frames(preprocessor, (1080, 1920)), (48, 40), 4)
+    border = Preprocessor.from_timm({"input_size": [3, 48, 40], "crop_mode": "border", "crop_pct": 1.0})
+    with pytest.raises(UsageError, match="adds borders with the mean color"):
+        refuse_misfit(Frames(border, (1080, 1920)), (48, 40), 3)
     edge = dataclasses.replace(preprocessor, shortest_edge=48)
     with pytest.raises(UsageError, match=r"turns frames of 100x200 into 48x96, but the graph is for 48x40"):
         refuse_misfit(Frames(edge, (100, 200)), (48, 40), 3)

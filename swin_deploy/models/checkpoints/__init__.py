@@ -50,9 +50,11 @@ def checkpoint_from_path(
         tensors=tensors_for_task(config, task, found.shapes, found.tensors, str(path)),
         source=source or str(path),
         raw_config=found.raw_config if found.writer in ("hf", "tf") else None,
-        preprocessor=found.preprocessor if found.writer in ("hf", "tf") else None,
+        preprocessor=found.preprocessor,
         notes=found.notes + notes,
         ranges=found.ranges,
+        writer=found.framework,
+        extras=found.extras,
     )
 
 

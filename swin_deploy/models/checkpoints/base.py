@@ -50,6 +50,9 @@ class Checkpoint:
     preprocessor: Mapping[str, Any] | None = None  # preprocessor_config.json as found
     notes: tuple[str, ...] = ()  # assumptions about what the checkpoint does not contain
     ranges: QatRanges | None = None  # QAT ranges
+    image_size: tuple[int, int] | None = None  # that of a resized checkpoint, in place of the image processor's
+    writer: str = ""  # framework whose names the weights have; empty for random weights
+    extras: Mapping[str, Any] = field(default_factory=dict)  # timm's pretrained_cfg, and what was saved beside the weights
 
 
 def random_checkpoint(config: SwinConfig, task: TaskSpec, seed: int = 0) -> Checkpoint:

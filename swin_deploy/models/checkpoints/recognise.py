@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class RecognisedCheckpoint:
     ranges: QatRanges | None = None  # QAT ranges
     other_head: str = ""  # tensors of a head that is not only linear layers in a row
     head_between: bool = False  # whether the file lacks what is between the linear layers of the head
+    extras: Mapping[str, Any] = field(default_factory=dict)  # timm's pretrained_cfg, and what was saved beside the weights
 
     @property
     def framework(self) -> str:
@@ -114,11 +115,12 @@ def recognise_checkpoint(
         shapes=shapes,
         patch_norm="embeddings.norm.weight" in shapes,
         raw_config=raw,
-        preprocessor=read_json(preprocessor) if raw is not None and preprocessor.is_file() else None,
+        preprocessor=read_json(preprocessor) if preprocessor.is_file() else None,
         notes=notes,
         ranges=ranges,
         other_head=state_dict.other_head,
         head_between=state_dict.head_between,
+        extras={**file.extras, **({"pretrained_cfg": raw.get("pretrained_cfg") or raw} if raw is not None and timm else {})},
     )
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -79,7 +78,7 @@ def resize_windows(
         config=new,
         tensors=LazyTensors(checkpoint.tensors, read),
         raw_config=None if raw is None else {key: raw[key] for key in raw if key not in gone} | changed,
-        preprocessor=_preprocessor(checkpoint.preprocessor, None if new.image_size == old.image_size else new.image_size),
+        image_size=None if new.image_size == old.image_size else new.image_size,
         notes=(*checkpoint.notes, *_notes(old, new, windows, positions)),
     )
 
@@ -126,14 +125,6 @@ def _along(values: Tensor, axis: int, offsets: NDArray[np.float64], window: int)
     lines = np.moveaxis(values.numpy(), axis, -1)
     result = np.apply_along_axis(lambda line: np.interp(wanted, offsets, line), -1, lines)
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(result, -1, axis), dtype=np.float32))
-
-
-def _preprocessor(raw: Mapping[str, Any] | None, size: tuple[int, int] | None) -> Mapping[str, Any] | None:
-    """preprocessor_config.json for images of `size`; unchanged if None."""
-    if raw is None or size is None:
-        return raw
-    sides = {"height": size[0], "width": size[1]}
-    return {**raw, "size": sides, **({"crop_size": sides} if raw.get("do_center_crop") else {})}
 
 
 def _notes(old: SwinConfig, new: SwinConfig, windows: list[tuple[Size, Size]], positions: bool) -> tuple[str, ...]:
