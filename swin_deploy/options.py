@@ -216,7 +216,9 @@ class EngineSpec(Spec):
     version_compatible: bool = option(
         False, parse.flag, "Build an engine that newer TensorRT releases also run. tensorrt only."
     )
-    hardware_compatible: bool = option(False, parse.flag, "Build an engine for any GPU from Ampere on. tensorrt only.")
+    hardware_compatible: bool = option(
+        False, parse.flag, "Build an engine for any GPU from sm_80 on (FP8: sm_89). tensorrt only."
+    )
     strip_weights: bool = option(False, parse.flag, "Leave the weights out; `swin-deploy refit` adds them. Needs a GPU.")
     force: bool = option(False, parse.flag, "Compile again even if the bundle has this engine.")
     progress: Progress = progress_option()

@@ -44,7 +44,7 @@ def incompatibility(bundle: Bundle, file: str, gpus: Sequence[str], release: str
     if not gpus:
         return f"{file} was compiled for {entry['gpu']}, and this machine has no usable NVIDIA GPU. Use a machine with one."
     if not any(_runs_on(entry, gpu) for gpu in gpus):
-        made_for = "sm_80 and newer" if options.get("hardware_compatible") else entry["gpu"]
+        made_for = f"sm_{_oldest(entry)} and newer" if options.get("hardware_compatible") else entry["gpu"]
         return f'{file} was compiled for {made_for}, and this machine has {", ".join(gpus)}. Compile it with "{again}".'
     if release is None or not _runs_with(entry, release):
         newer = " or a newer compatible release" if options.get("version_compatible") else ""
@@ -167,8 +167,13 @@ def _build_command(bundle: Bundle, precision: str, backend: str, gpu: str) -> li
 
 def _runs_on(entry: Mapping[str, Any], gpu: str) -> bool:
     if entry.get("options", {}).get("hardware_compatible"):  # AMPERE_PLUS
-        return int(gpu.removeprefix("sm_")) >= (89 if entry["precision"] == "fp8" else 80)
+        return int(gpu.removeprefix("sm_")) >= _oldest(entry)
     return bool(entry["gpu"] == gpu)
+
+
+def _oldest(entry: Mapping[str, Any]) -> int:
+    """Return the oldest compute capability that a hardware-compatible engine runs on."""
+    return 89 if entry["precision"] == "fp8" else 80
 
 
 def _runs_with(entry: Mapping[str, Any], release: str) -> bool:
