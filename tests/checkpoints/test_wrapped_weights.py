@@ -30,6 +30,7 @@ from swin_deploy.tasks import TaskSpec
 Weights = dict[str, Tensor]
 DOCS = Path(__file__).parents[2] / "docs/reference/checkpoints.md"
 STRIP = "ms__SwinTransformer__strip_32x96"
+REPORTED = Path(__file__).parent / "reported"
 NAMES = {
     "transformers": "hf523__SwinForImageClassification__sharded",
     "timm": "timm__SwinTransformer__bin_only",
@@ -364,3 +365,23 @@ def test_peft_folders_and_fp8(tmp_path: Path) -> None:
         found = saved(fp8 | {f"{name}_scale_inv": scale, "layers.0.blocks.0.mlp.fc1.input_scale": torch.ones(1)}, tmp_path)
         each = scale.reshape(-1, 1).expand(-1, columns).repeat_interleave(rows // max(scale.numel(), 1), 0)
         assert torch.equal(found.tensors["encoder.layers.0.blocks.0.intermediate.dense.weight"], fp8[name].float() * each)
+
+
+@pytest.mark.parametrize("name", ["lightning.ckpt", "timm_sd_backbone.pth", "timm_train_ema.pth.tar", "plain"])
+def test_files_of_trainers_give_the_logits_of_timm(name: str) -> None:
+    """The files were reported as refused or wrong. timm 1.0.31 computed the logits from the weights that it would load."""
+    with np.load(REPORTED / "expected.npz") as file:
+        pixels, logits = (torch.from_numpy(file[key]) for key in ("pixel_values", name))
+    path = REPORTED / (name if name != "plain" else "timm_train_ema.pth.tar")
+    found = checkpoint_from_path(path, TaskSpec(), image_size=(32, 32), weights_key="model" if name == "plain" else None)
+    network = SwinNetwork(found.config, (32, 32), found.tensors)
+    torch.testing.assert_close(network.named(pixels)["logits"], logits, rtol=1e-5, atol=1e-5)
+    assert ("1 tensor that is not part of the Swin is left out: state_dict.loss.weight" in found.notes) == (
+        name == "lightning.ckpt"
+    )
+
+
+def test_adapter_of_peft() -> None:
+    folder = REPORTED / "peft_adapter"
+    refused(folder, r"is a PEFT adapter of tmp/bugs/w/hf1, .*merge_and_unload\(\)")
+    refused(folder / "adapter_model.safetensors", r"adapter weights .* not merged .*lora_A.*merge_and_unload\(\)")
