@@ -74,7 +74,7 @@ class ExportSpec(Spec):
     image_sizes: Any = option(
         (),
         parse.image_sizes,
-        "Height and width of the images in pixels, one graph for each size. Default: the size of the checkpoint.",
+        "Height and width of the images in pixels, one graph for each size. Default: the size that the image processor makes.",
         flags=("--image-size",),
         many=True,
     )
@@ -87,9 +87,9 @@ class ExportSpec(Spec):
         flags=("--out-features", "--out-indices"),
         metavar="NAME,...",
     )
-    use_mask_token: bool = option(False, parse.flag, "Feature extraction with the input bool_masked_pos.")
+    use_mask_token: bool = option(False, parse.flag, "Add the input bool_masked_pos to feature extraction.")
     add_pooling_layer: bool = option(
-        True, parse.flag, "Feature extraction with the output pooler_output.", flags=("--no-pooling-layer",)
+        True, parse.flag, "The output pooler_output of feature extraction.", flags=("--no-pooling-layer",)
     )
     framework: str | None = option(
         None,
@@ -190,7 +190,7 @@ class EngineSpec(Spec):
         values_as_flags=True,
     )
     data: Any = option(
-        None, parse.images, "Images to calibrate fp16 with: values that come near the fp16 maximum stay in fp32."
+        None, parse.images, "Images to calibrate fp16 with: nodes with values above half of the fp16 maximum stay in fp32."
     )
     samples: int | None = option(None, parse.whole(1), "Number of images to use from the data, evenly spaced.")
     gpus: Any = option(
@@ -267,7 +267,9 @@ class QuantSpec(Spec):
         None, parse.choice("target", TARGETS), "Runtime to quantize for. Default: the one that the bundle was exported for."
     )
     method: str | None = option(
-        None, parse.choice("method", METHODS), "How activation ranges are chosen. Default: the least error of the layer."
+        None,
+        parse.choice("method", METHODS),
+        "How activation ranges are chosen. Default: mse for tensorrt, else the least error of the layer's output.",
     )
     samples: int | None = option(None, parse.whole(1), "Number of images to use from the data, evenly spaced.")
     batch: int = option(8, parse.whole(1), "Images to run at a time.")
@@ -281,7 +283,7 @@ class QuantSpec(Spec):
     min_speedup: float | None = option(
         None,
         parse.number(0),
-        "Smallest speedup: over the fp32 graph measured on this machine, or for TensorRT over fp16 by the roofline of --gpu.",
+        "Smallest speedup: over the fp32 graph on this machine, or for TensorRT over the fp16 graph by the roofline of --gpu.",
         metavar="FACTOR",
     )
     labels: PathLike | None = option(
@@ -289,8 +291,8 @@ class QuantSpec(Spec):
     )
     ignore_labels: bool = option(False, parse.flag, "Compare with fp32 only, although the images have labels.")
     gpu: str | None = option(None, parse.text, "GPU of the roofline that --min-speedup uses, such as rtx-4090.")
-    ranges: PathLike | None = option(None, parse.path, "ONNX graph with Q/DQ nodes of the same network, whose scales are used.")
-    ignore_ranges: bool = option(False, parse.flag, "Measure all ranges, although the checkpoint brought QAT ranges.")
+    ranges: PathLike | None = option(None, parse.path, "ONNX graph of the same network with Q/DQ nodes, whose scales are used.")
+    ignore_ranges: bool = option(False, parse.flag, "Measure all ranges, even if the checkpoint has QAT ranges.")
     progress: Progress = progress_option()
 
     def check(self) -> None:
@@ -325,7 +327,7 @@ class LoadSpec(Spec):
     rebuild: bool = option(
         False,
         parse.flag,
-        "Compile an engine again that does not fit this GPU, TensorRT release or graph, with its own options.",
+        "Recompile, with its own options, an engine that does not fit this GPU, TensorRT release or graph.",
     )
 
     def check(self) -> None:
@@ -387,7 +389,8 @@ class InspectSpec(Spec):
     gpu: str | None = option(
         None,
         parse.text,
-        "GPU of the roofline, such as rtx-4090, l4 or sm_89; an ONNX file is compiled for it. Default: that of the engine.",
+        "GPU of the roofline, such as rtx-4090 or sm_89; an ONNX file is compiled for it. Default: the engine's GPU; for a "
+        "file this machine's GPU, else sm_89.",
         metavar="NAME",
     )
     batch: int = option(1, parse.whole(1), "Batch size to compile an ONNX file for.")

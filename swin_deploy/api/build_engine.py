@@ -58,7 +58,7 @@ def _calibration(bundle: Bundle, spec: EngineSpec) -> Calibration:
 def refit(bundle: BundlePath) -> tuple[Built, ...]:
     """Put the weights back into the engines of a bundle that were built with `strip_weights`.
 
-    The weights come from the graphs of the bundle; the engines are added to it as further files.
+    The weights come from the graphs of the bundle. The complete engines are added to the bundle as further files.
 
     Args:
         bundle: Folder of the bundle.
@@ -67,8 +67,8 @@ def refit(bundle: BundlePath) -> tuple[Built, ...]:
         One entry for each refitted engine.
 
     Raises:
-        EngineError: The GPU or the TensorRT release is another than that of the build.
-        UsageError: No engine of the bundle lacks its weights.
+        EngineError: The GPU or the TensorRT release differs from that of the build.
+        UsageError: No engine of the bundle was built with `strip_weights`.
     """
     from swin_deploy.bundle import Bundle
     from swin_deploy.exporters.engines.refit_engine import refit_engines

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def inspect(bundle: BundlePath, spec: InspectSpec) -> Inspection:
     """Describe the graphs and engines of a bundle, or any ONNX file.
 
-    Engines of a bundle are described from what the compiler reported when it built them. A file is compiled for its figures,
-    and the engine is not kept.
+    Engines of a bundle are described from what the compiler reported when it built them. An ONNX file is compiled to measure
+    it, and the engine is not kept.
 
     Args:
         bundle: Folder of the bundle, or an ONNX file.

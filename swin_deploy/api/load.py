@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 def load(bundle: BundlePath, spec: LoadSpec) -> Model:
     """Load a bundle. Use the model as a context manager, or call its `close()`.
 
-    An option that is named is used, or an error is raised. Where "auto" leaves a choice, the candidates that agree with
-    PyTorch are measured, once for this bundle on this machine, and the fastest is used. Name "fp32" for the most exact
-    results. `model.describe()` reports what was chosen and why.
+    An option that is named is used, or an error is raised. If "auto" leaves a choice, the candidates that agree with PyTorch
+    are measured, once for this bundle on this machine, and the fastest is used. Pass `precision="fp32"` for the most exact
+    results. `model.describe()` reports what was selected and why.
 
     `rebuild` may take minutes and changes the bundle. Full TensorRT rebuilds for the first GPU only.
 

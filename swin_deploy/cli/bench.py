@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 def command(bundle: Path, plot: Path | None, as_json: bool, **options: Any) -> None:
     """Measure BUNDLE on this machine: every back end, device, precision and batch size, each in its own process.
 
-    The ratio is the time relative to the reference, the first row of the same batch and device: PyTorch if --weights names the
-    checkpoint, or if the bundle has random weights. Its interval spans the quartiles of the rounds.
+    The ratio is the time relative to the reference: PyTorch, if --weights names the checkpoint or the bundle has random
+    weights, otherwise the first row of the same batch and device. The quartiles are those of the ratios in each round.
     """
     from swin_deploy.bench.run import bench
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def command(bundle: Path | None, as_json: bool) -> None:
     """Try every library on this machine, and print what works and the commands that install the rest.
 
-    With BUNDLE, also run its graphs and engines, and check its files. Exits with 1 if nothing can run a bundle, or this one.
+    With BUNDLE, also run its graphs and engines, and check its files. The exit code is 1 if this machine cannot run
+    BUNDLE (without BUNDLE: any bundle).
     """
     from swin_deploy.doctor.checks import doctor
 

@@ -17,8 +17,9 @@ from swin_deploy.options import EvaluateSpec
 def command(bundle: Path, as_json: bool, **options: Any) -> None:
     """Run images through every graph of BUNDLE in one pass, and print the accuracy of each.
 
-    Class folders are matched to the classes of the network by name or by number, or in sorted order if there are as many, as
-    for the 1000 classes of ImageNet. Every graph is also compared with the fp32 graph, or with PyTorch if --weights is set.
+    Class folders are matched to the classes of the network by name or by number, or in sorted order if there are as many
+    folders as classes, as for the 1000 classes of ImageNet. Every graph is also compared with the fp32 graph, or with PyTorch
+    if --weights is set.
     """
     import swin_deploy
     from swin_deploy.bundle import Bundle, is_verified

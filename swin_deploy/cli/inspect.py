@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command("inspect", short_help="Count what graphs and engines contain, compute and move.")
 @click.argument("path", metavar="BUNDLE|FILE.onnx", type=click.Path(path_type=Path))
-@click.option("--compare", metavar="BUNDLE|FILE.onnx", type=click.Path(path_type=Path), help="Print a second one side by side.")
+@click.option("--compare", metavar="BUNDLE|FILE.onnx", type=click.Path(path_type=Path), help="Print this one beside the first.")
 @spec_options(InspectSpec)
 @click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw the engines: .svg, .png or .pdf.")
 @verbose_option
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def command(path: Path, compare: Path | None, plot: Path | None, verbose: bool, as_json: bool, **options: Any) -> None:
     """Count the nodes, parameters and FLOPs of graphs, and the kernels and bytes of engines.
 
-    Engines of a bundle are described from what the compiler reported when it built them. Any other ONNX file is compiled for
-    its figures, and the engine is not kept. The roofline is a lower bound for the latency, from bytes, FLOPs and launches at
+    Engines of a bundle are described from what the compiler reported when it built them. Any other ONNX file is compiled to
+    measure it, and the engine is not kept. The roofline is a lower bound for the latency, from bytes, FLOPs and launches at
     the published peaks of the GPU. It is not a measurement.
     """
     import swin_deploy

@@ -20,10 +20,10 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
     A bundle for TensorRT gets a graph for "build-engine --int8" or "--fp8". One that was exported for ONNX Runtime or OpenVINO
     gets a graph for that runtime. The table shows how far each graph is from fp32 on the images.
 
-    QAT ranges of the checkpoint are used as they are. If they are complete, --data is only used to compare.
+    QAT ranges of the checkpoint are used instead of measured ranges. If none is missing, --data is only used to compare.
 
     With --max-drop, the most sensitive layers stay in higher precision, as few as possible. With --min-speedup, the graph must
-    also be faster than the one it replaces. If it cannot be both, the bundle stays as it was, and the exit code is 3.
+    also be faster than the one it replaces. If it cannot meet both, the bundle stays as it was, and the exit code is 3.
     """
     import swin_deploy
     from swin_deploy.bundle import Bundle

@@ -19,7 +19,7 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
 
     With --backend tensorrt or tensorrt-rtx and --device cuda, the engines that fit this machine are compared instead. Graphs
     and engines that cannot be run, or would give wrong results in the back end, are listed as not verified. The exit code is 1
-    if one disagrees.
+    if one disagrees with PyTorch.
     """
     import swin_deploy
     from swin_deploy.bundle import Bundle
