@@ -18,6 +18,8 @@ import pytest
 import torch
 from checkpoint_cases import refused, state_dict, tensor_pickle, write_legacy, write_zip
 
+from swin_deploy.models.checkpoints.weight_files import open_weights
+
 STRIP = "ms__SwinTransformer__strip_32x96"
 
 
@@ -29,6 +31,13 @@ class Call:
 
     def __reduce__(self) -> Any:
         return self.how
+
+
+class Built(Call):
+    """An object whose pickle calls `function`, and then sets a state."""
+
+    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...], state: Any) -> None:
+        self.how = (function, arguments, state)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -190,3 +199,39 @@ def test_hdf5_that_reaches_out_of_its_file(tmp_path: Path) -> None:
         file["a"] = h5py.ExternalLink(str(secret), "/")
         file["b"] = np.array(["text"], dtype=h5py.string_dtype())
     refused(path, "claims shape|holds 1 tensors, and not those of a Swin")
+
+
+def test_dictionaries_in_dictionaries_are_read_once(tmp_path: Path) -> None:
+    """Ten references to each of twelve dictionaries are 10**12 paths; a list in a list 50,000 times overflows a stack."""
+    bomb: Any = {"x": 1}
+    for _ in range(12):
+        bomb = {str(i): bomb for i in range(10)}
+    itself: dict[str, Any] = {"x": 1}
+    itself["itself"] = itself
+    torch.save({"bomb": bomb, "itself": itself}, tmp_path / "a.pth")
+    refused(tmp_path / "a.pth", "holds no tensors by name")
+    write_zip(tmp_path / "a.pth", {"a/data.pkl": b"\x80\x02}X\x01\x00\x00\x00a" + b"]" * 50_000 + b"a" * 49_999 + b"s."})
+    refused(tmp_path / "a.pth", "holds no tensors by name")
+    torch.save({"model": state_dict(STRIP), "config": bomb, "args": itself}, tmp_path / "a.pth")
+    assert open_weights(tmp_path / "a.pth").extras["args"] == {"x": 1, "itself": None}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": (1 << 40,)},
+        {"shape": (-1, 3)},
+        {"shape": "x"},
+        {"kind": "O8"},
+        {"kind": "V8"},
+        {"data": b"abc"},
+        {"data": None},
+        {"data": (1 << 20,)},
+    ],
+)
+def test_hostile_numpy_arrays(change: dict[str, Any], tmp_path: Path) -> None:
+    given = {"shape": (2,), "kind": "f4", "data": bytes(8)} | change
+    kind = Built(np.dtype, (given["kind"], False, True), (3, "<", None, None, None, -1, -1, 0))
+    array = Built(np.zeros(0).__reduce__()[0], (np.ndarray, (0,), b"b"), (1, given["shape"], kind, False, given["data"]))
+    torch.save({"patch_embed.proj.weight": array}, tmp_path / "a.pth")
+    refused(tmp_path / "a.pth", "cannot be read as what torch.save writes")
