@@ -157,7 +157,7 @@ def test_weights_key(key: str, tmp_path: Path) -> None:
     assert not equal(recognise_checkpoint(tmp_path / "a.pth"), original("Microsoft")[1])
     found = recognise_checkpoint(tmp_path / "a.pth", weights_key=key)
     assert equal(found, original("Microsoft")[1])
-    assert not any("--weights-key" in note for note in found.notes)
+    assert found.notes[0] == "the weights under state_dict.net are used, by --weights-key"
     with pytest.raises(UsageError, match=r"no Swin under gen. Expected one of state_dict_ema\.average, state_dict\.net"):
         recognise_checkpoint(tmp_path / "a.pth", weights_key="gen")
 

@@ -167,7 +167,7 @@ def _chosen(under: Mapping[str, Mapping[str, Stored]], key: str | None, where: s
             f"--weights-key {names[best[0]].rsplit('.', 1)[-1] if best[0] else 'model'}"
         )
     if not left:
-        return best[0], ""
+        return best[0], f"the weights under {names[best[0]]} are used, by --weights-key" if key else ""
     kind = "averaged weights (EMA)" if AVERAGED.fullmatch(best[0]) else "weights"
     return best[0], (
         f"the {kind} under {names[best[0]]} are used, and not those under {', '.join(names[p] for p in left)}; "
