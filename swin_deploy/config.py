@@ -122,7 +122,7 @@ class SwinConfig:
     def fits_transformers(self) -> bool:
         """Whether the classes of transformers can build this network."""
         plain = self.patch_norm and not self.always_partition and self.global_pool == "avg" and not self.head_widths
-        return plain and isinstance(_one_if_equal(self.window_size), int) and isinstance(self.mlp_ratio, float)
+        return plain and isinstance(_one_if_equal(self.window_size), int) and not isinstance(self.mlp_ratio, tuple)
 
     @property
     def feature_norms(self) -> bool:
