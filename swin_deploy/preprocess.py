@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from io import BytesIO
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -248,9 +249,10 @@ class Preprocessor:
     def __call__(self, images: ImageLike | list[ImageLike] | tuple[ImageLike, ...]) -> NDArray[np.float32]:
         """Prepare images for the network, read one at a time: float32 [batch, channels, height, width], contiguous.
 
-        `images` is one image or a list: paths, PIL images, or uint8 arrays [height, width, 3] in RGB order, [height, width, 4]
-        with alpha, [height, width, 1] or [height, width]. For two channels or more than three, they have exactly that many.
-        Raises InputError for an image that cannot be read, and for results of different sizes.
+        `images` is one image or a list: paths, PIL images, bytes or file objects of image files, or uint8 arrays or tensors
+        [height, width, 3] in RGB order, [height, width, 4] with alpha, [height, width, 1] or [height, width]. For two channels
+        or more than three, they have exactly that many. Raises InputError for an image that cannot be read, and for results of
+        different sizes.
         """
         output = np.empty(0, dtype=np.float32)
         for index, count, pixels in self._each(images):
@@ -338,7 +340,7 @@ class Preprocessor:
         shape: tuple[int, ...] = ()
         for index, image in enumerate(batch):
             label = _label(image, index, len(batch))
-            pixels = self._pixels(image, label)
+            pixels = self._pixels(_plain_image(image, label), label)
             shape = shape or pixels.shape
             if pixels.shape != shape:
                 raise InputError(
@@ -408,22 +410,27 @@ class Preprocessor:
         return picture.resize((width, height), Image.Resampling(self.resample))
 
 
-def read_image(path: str | os.PathLike[str]) -> PILImage.Image:
+def read_image(path: str | os.PathLike[str] | BytesIO) -> PILImage.Image:
     """Read an image file, or the first frame of an animation, as 8-bit RGB (see the module). Raises InputError."""
     label = _label(path, 0, 1)
-    if os.fspath(path).lower().endswith((".npy", ".npz")) and os.path.isfile(path):  # noqa: PTH113 - as below
-        return _as_rgb(_numpy_image(path, label), label, blend_rgb=False)
+    if not isinstance(path, BytesIO) and os.fspath(path).lower().endswith((".npy", ".npz")):
+        if os.path.isfile(path):  # noqa: PTH113 - as below
+            return _as_rgb(_numpy_image(path, label), label, blend_rgb=False)
     with _opened(path, label) as opened:
         return _eight_bit(_turned(opened), label).convert("RGB")
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str], label: str) -> Iterator[PILImage.Image]:
+def _opened(path: str | os.PathLike[str] | BytesIO, label: str) -> Iterator[PILImage.Image]:
     """Open an image file. Errors while it is decoded become InputError."""
     from PIL import Image
 
     # os.path accepts names that are too long. Reading from a pipe would never end.
-    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):  # noqa: PTH110, PTH112, PTH113
+    if isinstance(path, BytesIO):
+        pass
+    elif not os.path.exists(path):  # noqa: PTH110
+        refuse_address(path, label)
+    elif not (os.path.isfile(path) or os.path.isdir(path)):  # noqa: PTH112, PTH113
         raise InputError(f"{label} is not a regular file. Expected an image file such as JPEG or PNG.")
     with _decoding(label), Image.open(path) as opened:
         yield opened
@@ -462,7 +469,7 @@ def _as_rgb(image: Any, label: str, *, blend_rgb: bool) -> PILImage.Image:
     """Return a path, PIL image or array as an RGB image with 8 bits per channel."""
     from PIL import Image
 
-    if isinstance(image, (str, os.PathLike)):
+    if isinstance(image, (str, os.PathLike, BytesIO)):
         picture = read_image(image)
         return _pil_to_rgb(picture, label, blend_rgb=True) if blend_rgb else picture  # a transparent colour outlives it
     if isinstance(image, np.ndarray):
@@ -520,11 +527,10 @@ def _as_bands(image: Any, label: str, channels: int) -> NDArray[np.uint8]:
     """Return an image with exactly `channels` bands as uint8 [height, width, channels]."""
     from PIL import Image
 
-    if isinstance(image, (str, os.PathLike)):
-        if os.fspath(image).lower().endswith((".npy", ".npz")):
-            image = _numpy_image(image, label)
-        else:
-            return _file_bands(image, label, channels)
+    if isinstance(image, (str, os.PathLike)) and os.fspath(image).lower().endswith((".npy", ".npz")):
+        image = _numpy_image(image, label)
+    if isinstance(image, (str, os.PathLike, BytesIO)):
+        return _file_bands(image, label, channels)
     if isinstance(image, Image.Image):
         return _picture_bands(image, label, channels)
     if not isinstance(image, np.ndarray):
@@ -550,12 +556,12 @@ def _numpy_image(path: str | os.PathLike[str], label: str) -> NDArray[Any]:
             return np.asarray(loaded[loaded.files[0]])
 
 
-def _file_bands(path: str | os.PathLike[str], label: str, channels: int) -> NDArray[np.uint8]:
+def _file_bands(path: str | os.PathLike[str] | BytesIO, label: str, channels: int) -> NDArray[np.uint8]:
     try:
         with _opened(path, label) as opened:
             return _picture_bands(opened, label, channels, _turned)
     except InputError:
-        if not os.path.isfile(path):  # noqa: PTH113 - as above
+        if isinstance(path, BytesIO) or not os.path.isfile(path):  # noqa: PTH113 - as above
             raise
         with _decoding(label):
             bands = _tiff_bands(path, channels)
@@ -644,6 +650,11 @@ def _array_to_rgb(array: NDArray[Any], label: str) -> NDArray[np.uint8]:
             f"{label} is an array of {len(array)} images with shape {array.shape}. Pass a list of images [height, width, 3]: "
             "list(array)."
         )
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and channels not in (1, 3, 4):
+        raise InputError(
+            f"{label} has its channels first: shape {array.shape}. Expected [height, width, {array.shape[0]}]: pass "
+            "array.transpose(1, 2, 0), or tensor.permute(1, 2, 0)."
+        )
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in array.shape:
         raise InputError(
             f"{label} is an array of type {array.dtype} and shape {array.shape}. Expected uint8 [height, width, 3] in RGB "
@@ -655,6 +666,53 @@ def _array_to_rgb(array: NDArray[Any], label: str) -> NDArray[np.uint8]:
         alpha = array[..., 3:4] / 255
         return np.asarray(np.round(alpha * array[..., :3] + (1 - alpha) * 255).astype(np.uint8))
     return array
+
+
+def refuse_address(path: str | os.PathLike[str], label: str) -> None:
+    """Raise InputError if `path` is a web address or a pattern of file names."""
+    text = os.fspath(path)
+    if text.lower().startswith(("http:/", "https:/")):  # a Path has one slash
+        raise InputError(f"{label} is a web address. Download the file, and pass its path.")
+    if any(sign in text for sign in "*?["):
+        raise InputError(f"{label} is a pattern and not a file. Pass the files: sorted(glob.glob({text!r})).")
+
+
+def file_in_memory(image: Any) -> BytesIO | None:
+    """Return the contents of bytes or of a file object; None for anything else."""
+    if hasattr(image, "read"):
+        if hasattr(image, "seekable") and image.seekable():
+            image.seek(0)
+        image = image.read()
+        if isinstance(image, str):
+            raise InputError('A file is opened as text. Open it with "rb", or pass its path.')
+    return BytesIO(image) if isinstance(image, (bytes, bytearray, memoryview)) else None
+
+
+def _plain_image(image: Any, label: str) -> Any:
+    """Return a file in memory for bytes and file objects, and an array for a tensor; name the conversion of other arrays."""
+    from PIL import Image
+
+    if isinstance(image, (str, os.PathLike, Image.Image)):
+        return image
+    if (file := file_in_memory(image)) is not None:
+        return file
+    if not isinstance(image, np.ndarray):
+        if not hasattr(image, "__dlpack__") or not hasattr(image, "shape"):
+            return image
+        try:
+            image = np.asarray(image)
+        except (TypeError, RuntimeError) as error:
+            raise InputError(
+                f"{label} is a tensor on a device, or with gradients. Pass tensor.detach().cpu().numpy()."
+            ) from error
+    if image.dtype.kind == "f" and image.size:
+        low, high = image.min(), image.max()
+        scale = "(array * 255).round()" if high <= 1 else "array.round()"
+        raise InputError(
+            f"{label} is an array of type {image.dtype} with values from {low:g} to {high:g}. Expected uint8 from 0 to 255: "
+            f'pass {scale}.clip(0, 255).astype("uint8").'
+        )
+    return image
 
 
 def _label(image: Any, index: int, count: int) -> str:

@@ -568,7 +568,7 @@ GOOD = np.zeros((8, 8, 3), dtype=np.uint8)
     [
         ([], "The list of images is empty"),
         (None, "The image has type NoneType. Expected a path, a PIL image or a uint8 array"),
-        (b"\xff\xd8", "The image has type bytes"),
+        (b"\xff\xd8", "The image is not a valid image"),
         ([GOOD, 3], "Image 1 of the list has type int"),
         (GOOD.astype(np.float32), "array of type float32 .* Expected uint8"),
         (GOOD[None][[0, 0]], r"an array of 2 images with shape \(2, 8, 8, 3\)\. Pass a list .*: list\(array\)"),
