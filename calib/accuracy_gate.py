@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from swin_deploy.errors import GateError, MissingDependencyError
-from swin_deploy.evaluation import GraphScorer, Score, evaluate_graphs
+from swin_deploy.evaluation import GraphScorer, Score, Targets, evaluate_graphs
 from swin_deploy.options import Array, Progress, Size, no_progress
 from swin_deploy.parity import Runnable, sqnr
 from swin_deploy.plots import BLUE, RED, Bar, bar_chart
@@ -118,24 +118,26 @@ class GateResult:
 class AccuracyGate:
     """Measures how much accuracy quantized graphs lose against the fp32 graph `reference` on all samples.
 
-    `labels` are the class numbers of the samples, None if unknown; `classes` is 0 if the outputs are not logits.
+    `targets` are what the network predicts, with the labels of the samples if they are known.
     """
 
     reference: Any
     batches: Callable[[], Iterator[Mapping[str, Array]]]
     samples: int
     image_size: Size
-    labels: Sequence[int] | None
-    classes: int
+    targets: Targets
     open_model: OpenModel
     progress: Progress = no_progress
 
     @property
     def unit(self) -> str:
         """Unit of a loss."""
-        if not self.classes:
-            return "% relative L2 distance from fp32"
-        return "points of top-1" if self.labels is not None else "% of images with another best class than in fp32"
+        labelled = self.targets.values is not None
+        return {
+            "classes": "points of top-1" if labelled else "% of images with another best class than in fp32",
+            "labels": "points of mAP" if labelled else "% of labels predicted differently than in fp32",
+            "values": "% more mean absolute error than fp32" if labelled else "% relative L2 distance from fp32",
+        }.get(str(self.targets.prediction), "% relative L2 distance from fp32")
 
     def loss(self, model: Any) -> float:
         """Return how many percentage points `model` is worse than fp32, in `unit`."""
@@ -144,11 +146,17 @@ class AccuracyGate:
                 GraphScorer(name, name, self.image_size, stack.enter_context(self.open_model(graph)))
                 for name, graph in (("fp32", self.reference), ("int8", model))
             )
-            feeds = ({self.image_size: batch} for batch in self.batches())
             scores = evaluate_graphs(
-                [fp32, test], feeds, self.labels, self.classes, lambda n: self.progress("Measuring accuracy", n, self.samples)
+                [fp32, test], self._feeds(), self.targets, lambda n: self.progress("Measuring accuracy", n, self.samples)
             )
         return 100 * _loss(*scores)
+
+    def _feeds(self) -> Iterator[tuple[range, dict[Size, Mapping[str, Array]]]]:
+        done = 0
+        for batch in self.batches():
+            count = len(next(iter(batch.values())))
+            yield range(done, done + count), {self.image_size: batch}
+            done += count
 
     def outputs(self, model: Any) -> Array:
         """Return all outputs of `model` on the first RANKING_SAMPLES samples as one vector."""
@@ -185,6 +193,10 @@ def _loss(reference: Score, test: Score) -> float:
         return 1.0
     if test.top1 is not None and reference.top1 is not None:
         return reference.top1 - test.top1
+    if test.mean_average_precision is not None and reference.mean_average_precision is not None:
+        return reference.mean_average_precision - test.mean_average_precision
+    if test.mae is not None and reference.mae is not None:
+        return (test.mae - reference.mae) / max(reference.mae, float(np.finfo(np.float32).tiny))
     return 1 - test.top1_agreement if test.top1_agreement is not None else float(test.relative_l2 or 0.0)
 
 

@@ -9,16 +9,18 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from swin_deploy.bundle import PREPROCESSOR, Bundle, TensorSpec
+from swin_deploy.bundle import CONFIG, PREPROCESSOR, Bundle, TensorSpec
+from swin_deploy.config import SwinConfig
 from swin_deploy.errors import InputError, UsageError
 from swin_deploy.frame_input import Frames, Preparation, preparation_for
 from swin_deploy.options import Array, Size
-from swin_deploy.preprocess import Preprocessor
+from swin_deploy.preprocess import Preprocessor, refuse_address
 
 from .labels import labels_from_file
 from .readers import ImageFolder, NumpyFile, SampleSequence, SampleSource, spool
@@ -34,6 +36,8 @@ class Samples:
     preprocessor: Preparation
     inputs: tuple[TensorSpec, ...]
     chosen: tuple[int, ...]
+    skip: bool = False  # whether samples that cannot be read are left out of batches; otherwise they raise InputError
+    failures: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)  # why, by the name of the sample
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -68,21 +72,45 @@ class Samples:
 
     def batches(self, size: int, start: int = 0) -> Iterator[dict[str, Array]]:
         """Yield feeds for the graph, at most `size` samples each, from sample `start` on. A mask hides nothing."""
+        return (feeds for rows, feeds in self.numbered(size, start) if rows)
+
+    def numbered(self, size: int, start: int = 0) -> Iterator[tuple[list[int], dict[str, Array]]]:
+        """Yield batches as `batches` does, with the numbers of their samples."""
         chosen = self.chosen[start:]
-        stream = zip(chosen, self.source.read(chosen), strict=True)
+        stream = zip(range(start, len(self.chosen)), self.source.read(chosen), strict=True)
         for first in range(0, len(chosen), size):
             count = min(size, len(chosen) - first)
             pixels = np.empty((count, *_shape(self.inputs[0])), dtype=self.inputs[0].dtype)
-            for row, (index, sample) in zip(pixels, stream, strict=False):
-                as_is = isinstance(self.source, NumpyFile) and self.source.prepared
-                if as_is and sample.shape != row.shape:
-                    raise InputError(
-                        f"Samples from an iterable without a length are prepared for one image size ({list(sample.shape)}), "
-                        f"but a graph expects another ({list(row.shape)}). Pass a list instead."
-                    )
-                row[:] = sample if as_is else prepared(sample, self.source.name(index), self.preprocessor, self.inputs)
-            masks = {spec.name: np.zeros((count, *_shape(spec)), dtype=spec.dtype) for spec in self.inputs[1:]}
-            yield {self.inputs[0].name: pixels, **masks}
+            rows: list[int] = []
+            for number, sample in islice(stream, count):
+                try:
+                    pixels[len(rows)] = self._prepared(self.chosen[number], sample, pixels.shape[1:])
+                except InputError as error:
+                    if not self.skip:
+                        raise
+                    self.failures[self.source.name(self.chosen[number])] = str(error)
+                else:
+                    rows.append(number)
+            masks = {spec.name: np.zeros((len(rows), *_shape(spec)), dtype=spec.dtype) for spec in self.inputs[1:]}
+            yield rows, {self.inputs[0].name: pixels[: len(rows)], **masks}
+
+    def _prepared(self, index: int, sample: Any, shape: tuple[int, ...]) -> Array:
+        if not (isinstance(self.source, NumpyFile) and self.source.prepared):
+            return prepared(sample, self.source.name(index), self.preprocessor, self.inputs)
+        if sample.shape != shape:
+            raise InputError(
+                f"Samples from an iterable without a length are prepared for one image size ({list(sample.shape)}), but a "
+                f"graph expects another ({list(shape)}). Pass a list instead."
+            )
+        return np.asarray(sample)
+
+    def readable(self) -> Samples:
+        """Read every sample, and return those that can be used. The result raises InputError for any other."""
+        trial = dataclasses.replace(self, skip=True)
+        kept = [self.chosen[number] for rows, _ in trial.numbered(1) for number in rows]
+        if not kept:
+            raise none_readable(self.source.title, self.failures)
+        return dataclasses.replace(self, skip=False, chosen=tuple(kept))
 
     def with_size(self, preprocessor: Preparation, inputs: tuple[TensorSpec, ...]) -> Samples:
         """Return the same samples for another graph, such as one with another image size."""
@@ -95,27 +123,36 @@ def samples_from(
     inputs: tuple[TensorSpec, ...],
     samples: int | None = None,
     labels: str | os.PathLike[str] | None = None,
+    skip: bool = False,
+    prediction: str = "classes",
 ) -> Samples:
     """Select samples from a folder of images, an .npy or .npz file, or a Python iterable.
 
     `source` is a path, or an iterable of paths, PIL images, uint8 arrays [height, width, 3] or prepared float arrays
     [3, height, width], or of pairs of these and labels. `samples` are evenly spread over the sorted data, and the same number
     per class if labels are known; of an iterable without a length, the first ones. `labels` is a file with the classes of the
-    images in a folder (see labels_from_file). Raises InputError if there are no samples, or all are the same.
+    images in a folder (see labels_from_file, also for `prediction`). With `skip`, samples that cannot be read are left out.
+    Raises InputError if there are no samples, or all are the same.
     """
-    found = _source(source, preprocessor, inputs, samples)
+    failures: dict[str, str] = {}
+    found = _source(source, preprocessor, inputs, samples, failures if skip else None)
     if labels is not None:
         if not isinstance(found, ImageFolder):
             raise UsageError(
                 f"The label file {labels} applies to a folder of images only, but the data is {found.title}. Remove it."
             )
-        found = dataclasses.replace(found, labels=labels_from_file(Path(labels), found.names))
+        found = dataclasses.replace(found, labels=labels_from_file(Path(labels), found.names, prediction))
     chosen = tuple(range(len(found)))
     if samples is not None and samples < len(found):
         chosen = evenly_spread(chosen, samples) if found.labels is None else class_balanced(found.labels, samples)
-    made = Samples(found, preprocessor, inputs, chosen)
+    made = Samples(found, preprocessor, inputs, chosen, skip, failures)
     _refuse_uniform(made)
     return made
+
+
+def none_readable(title: str, failures: Mapping[str, str]) -> InputError:
+    """Return the error for data without a single sample that can be used."""
+    return InputError(f"None of the samples in {title} can be used. The first one: {next(iter(failures.values()))}")
 
 
 def samples_for(
@@ -123,11 +160,14 @@ def samples_for(
     source: str | os.PathLike[str] | Iterable[Any] | Samples,
     samples: int | None = None,
     labels: str | os.PathLike[str] | None = None,
+    skip: bool = False,
 ) -> Samples:
     """Select samples for the first image size of `bundle` (see samples_from). Samples are returned as they are."""
     if isinstance(source, Samples):
         return source
-    return samples_from(source, *preparation_and_inputs(bundle, next(iter(bundle.graphs))), samples, labels)
+    prediction = SwinConfig.from_dict(bundle.read_json(CONFIG)).prediction
+    preparation = preparation_and_inputs(bundle, next(iter(bundle.graphs)))
+    return samples_from(source, *preparation, samples, labels, skip, prediction)
 
 
 def preparation_and_inputs(bundle: Bundle, file: str) -> tuple[Preparation, tuple[TensorSpec, ...]]:
@@ -197,12 +237,19 @@ def class_balanced(labels: Sequence[Any], count: int) -> tuple[int, ...]:
     return tuple(sorted(index for label, number in taken.items() if number for index in evenly_spread(members[label], number)))
 
 
-def _source(source: Any, preprocessor: Preparation, inputs: tuple[TensorSpec, ...], samples: int | None) -> SampleSource:
+def _source(
+    source: Any,
+    preprocessor: Preparation,
+    inputs: tuple[TensorSpec, ...],
+    samples: int | None,
+    failures: dict[str, str] | None,
+) -> SampleSource:
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
             return ImageFolder.at(path)
         if not os.path.isfile(path):  # noqa: PTH113
+            refuse_address(source, str(source))
             raise InputError(f"{path} does not exist. Expected a folder of images, or an .npz or .npy file.")
         if path.suffix.lower() in (".npz", ".npy"):
             return _fitting(NumpyFile.at(path), inputs)
@@ -211,7 +258,7 @@ def _source(source: Any, preprocessor: Preparation, inputs: tuple[TensorSpec, ..
         return SampleSequence(source)
     if not isinstance(source, Iterable) or isinstance(source, Mapping):
         raise InputError(f"Invalid data of type {type(source).__name__}. Expected a folder, a file, or an iterable of images.")
-    return spool(source, samples, lambda index, sample: prepared(sample, f"sample {index}", preprocessor, inputs))
+    return spool(source, samples, lambda index, sample: prepared(sample, f"sample {index}", preprocessor, inputs), failures)
 
 
 def _fitting(found: NumpyFile, inputs: tuple[TensorSpec, ...]) -> NumpyFile:
@@ -243,15 +290,14 @@ def _has_bands(shape: tuple[int, ...], channels: int) -> bool:
 def _refuse_uniform(samples: Samples) -> None:
     """Raise InputError if samples from all over the data have a single colour each, or are all the same."""
     some = dataclasses.replace(samples, chosen=evenly_spread(samples.chosen, CHECKED_SAMPLES))
-    first: Array | None = None
-    plain = same = True
+    seen: list[Array] = []
     for feeds in some.batches(1):
-        pixels = feeds[samples.inputs[0].name][0]
-        first = pixels if first is None else first
-        plain = plain and bool((pixels == pixels[:, :1, :1]).all())
-        same = same and np.array_equal(first, pixels)
-        if not plain and (not same or len(some) == 1):
+        seen.append(feeds[samples.inputs[0].name][0])
+        plain = all(bool((pixels == pixels[:, :1, :1]).all()) for pixels in seen)
+        if not plain and (len(some) == 1 or not np.array_equal(seen[0], seen[-1])):
             return
+    if not seen or (len(seen) == 1 and not plain):  # the others cannot be read
+        return
     which = f"{len(some)} of the {len(samples)} samples" if len(some) < len(samples) else f"all {len(samples)} samples"
     fault = "have a single colour each" if plain else "are the same"
     raise InputError(f"In {samples.source.title}, {which} {fault}. Expected real images.")

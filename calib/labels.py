@@ -1,8 +1,9 @@
-"""Match labels of samples (folder names, a file, numbers) to the class numbers of a network."""
+"""Labels: the names of a network's classes, and what the samples of a data set are labelled with."""
 
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,36 +12,149 @@ from typing import Any
 
 import numpy as np
 
-from swin_deploy.errors import InputError
+import swin_deploy
+from swin_deploy.config import SwinConfig, complete_labels
+from swin_deploy.errors import InputError, sentence
+from swin_deploy.options import Array
 
 WORDNET = re.compile(r"n\d{8}")
 EXPECTED = "a line with file and class for each image, such as cat/1.jpg,cat"
+EXPECTED_NAMES = "one label per line, JSON, or CSV with a column name"
+IMAGENET = "imagenet-1k"  # its 1000 labels, the lemmas of WordNet, are part of the package
+NAMES = ("name", "label", "class", "label_name", "class_name")  # columns of a CSV file, by preference
+NUMBERS = ("id", "index", "idx", "number", "label_id", "class_id", "class_index")
+BITS = {"0": False, "0.0": False, "False": False, "1": True, "1.0": True, "True": True}
 
 
-def labels_from_file(path: Path, names: Sequence[str]) -> tuple[str, ...]:
-    """Read the class of each of `names`, which are paths, from lines "file,class" or "file class".
+def class_names(source: str, classes: int) -> tuple[dict[int, str], str | None]:
+    """Read the label of each of `classes` from a file, and a note if some have none.
 
-    `file` is a path or only its last part; a heading is ignored.
+    `source` is a text file with one label per line, a JSON list or object, a CSV file with the columns of NAMES and NUMBERS,
+    or "imagenet-1k". Raises InputError if it cannot be read, or is for another number of classes.
     """
+    path = Path(source)
+    if source == IMAGENET and not path.exists():
+        path = Path(swin_deploy.__file__).with_name(f"{IMAGENET}.txt")
+    text = _text(path, EXPECTED_NAMES)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = str(error.strerror) if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(f"The label file {path} cannot be read: {why}. Expected {EXPECTED}.") from error
-    rows = [row for row in csv.reader(lines) if row]
-    if rows and all(len(row) == 1 for row in rows):
-        rows = [row[0].rsplit(maxsplit=1) for row in rows if row[0].strip()]
-    known: dict[str, str] = {}
+        found = json.loads(text) if path.suffix == ".json" else _names_from_lines(text.splitlines(), path.suffix)
+        listed = isinstance(found, list) and all(isinstance(name, str) for name in found)
+        if isinstance(found, Mapping):
+            found = found.get("id2label", found)
+            by_name = all(isinstance(value, int) for value in found.values())
+            found = {int(k): v for k, v in ((v, k) if by_name else (k, v) for k, v in found.items())}
+        elif listed:
+            found = dict(enumerate(found))
+        else:
+            raise ValueError("it holds no labels")
+        exact = sorted(found) == list(range(1, classes + 1)) or len(found) == classes
+        fits = exact if listed else exact or max(found, default=0) < classes
+        labels, note = complete_labels(found, classes) if fits else ({}, None)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"The label file {source} cannot be read: {sentence(str(error))}. Expected {EXPECTED_NAMES}."
+        ) from error
+    if not fits:
+        raise InputError(f"{source} has labels for another number of classes than {classes}. Pass one label for each class.")
+    return labels, note
+
+
+def _names_from_lines(lines: list[str], suffix: str) -> Any:
+    """Return the labels in a CSV file, by number if it has such a column; of other files, every line."""
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if suffix not in (".csv", ".tsv"):
+        return [line.strip() for line in lines]
+    rows = [row for row in csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",") if row]
+    head = [cell.strip().casefold() for cell in rows[0]] if rows else []
+    name = next((head.index(column) for column in NAMES if column in head), None)
+    number = next((head.index(column) for column in NUMBERS if column in head), None)
+    if name is None:
+        if any(len(row) != 1 for row in rows):
+            raise ValueError(f"its columns are {', '.join(head)}")
+        return [row[0].strip() for row in rows]
+    if number is None:
+        return [row[name].strip() for row in rows[1:]]
+    return {int(row[number]): row[name].strip() for row in rows[1:]}
+
+
+def labels_from_file(path: Path, names: Sequence[str], prediction: str = "classes") -> tuple[Any, ...]:
+    """Read what each of `names`, which are paths, is labelled with, from lines "file,class" or "file class", or JSON.
+
+    `file` is a path or only its last part; a heading is ignored. JSON is an object from files to labels. Unless `prediction`
+    (see SwinConfig) is "classes", an image has a tuple of labels: all columns of all its lines. A table of 0 and 1 with the
+    labels in its heading is read, too.
+    """
+    text = _text(path, EXPECTED)
+    if path.suffix == ".json":
+        try:
+            listed = json.loads(text).items()
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"The label file {path} is not a JSON object. Expected {EXPECTED}.") from error
+        rows = [[str(file), *map(str, label if isinstance(label, list) else [label])] for file, label in listed]
+    else:
+        rows = [row for row in csv.reader(text.splitlines()) if row]
+        if rows and all(len(row) == 1 for row in rows):
+            rows = [row[0].rsplit(maxsplit=1) for row in rows if row[0].strip()]
+    if prediction == "labels" and len(rows) > 1 and len(rows[0]) > 2 and not set(rows[0][1:]) <= BITS.keys():
+        heading, table = rows[0], rows[1:]
+        if all(len(row) == len(heading) and set(row[1:]) <= BITS.keys() for row in table):
+            rows = [[row[0], *(name for name, bit in zip(heading[1:], row[1:], strict=True) if BITS[bit])] for row in table]
+    known: dict[str, Any] = {}
     for row in rows:
-        if len(row) < 2:
+        if len(row) < 2 and prediction != "labels":
             raise InputError(f"The label file {path} has a line {','.join(row)!r}. Expected {EXPECTED}.")
-        known[row[0].strip().replace("\\", "/").removeprefix("./")] = row[1].strip()
+        file, label = row[0].strip().replace("\\", "/").removeprefix("./"), tuple(cell.strip() for cell in row[1:])
+        known[file] = label[0] if prediction == "classes" else known.get(file, ()) + label
     last = Counter(file.rsplit("/", 1)[-1] for file in known)
     short = {name: label for file, label in known.items() if last[name := file.rsplit("/", 1)[-1]] == 1}
     found = [known.get(name, short.get(name.rsplit("/", 1)[-1])) for name in names]
     if None in found:
         raise InputError(f"The label file {path} has no line for {names[found.index(None)]}. Expected {EXPECTED}.")
-    return tuple(str(label) for label in found)
+    return tuple(found)
+
+
+def _text(path: Path, expected: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        why = str(error.strerror) if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputError(f"The label file {path} cannot be read: {why}. Expected {expected}.") from error
+
+
+def targets_from_labels(labels: Sequence[Any], config: SwinConfig) -> tuple[Array, str]:
+    """Return what the network should predict for each sample, and the rule by which labels were matched to its classes.
+
+    That is a class number; bool [samples, labels] where a sample has several labels; or float [samples, outputs] of a
+    regression. Raises InputError if labels do not fit the network.
+    """
+    if config.prediction == "classes":
+        numbers, rule = class_numbers(labels, config.id2label)
+        return np.array([numbers[label] for label in labels]), rule
+    count, rows = config.num_labels, [_parts(label) for label in labels]
+    if config.prediction == "values":
+        try:
+            values = np.array(rows, np.float64).reshape(len(rows), count)
+        except ValueError as error:
+            raise InputError(
+                f"The labels, such as {labels[0]!r}, are not {count} numbers for each image, which this network predicts. Pass "
+                "them with --labels, or --ignore-labels."
+            ) from error
+        return values, "values"
+    if all(len(row) == count and all(str(one) in BITS for one in row) for row in rows):
+        return np.array([[BITS[str(one)] for one in row] for row in rows]), "0 or 1 for each label"
+    numbers, rule = class_numbers(list(dict.fromkeys(one for row in rows for one in row)), config.id2label)
+    held = np.zeros((len(rows), count), dtype=bool)
+    for place, row in enumerate(rows):
+        held[place, [numbers[one] for one in row]] = True
+    return held, rule
+
+
+def _parts(label: Any) -> tuple[Any, ...]:
+    """Return the labels of one sample; in text they may be separated by ";" or "|"."""
+    given = label if isinstance(label, tuple) else (label,)
+    parts = [one.split(";" if ";" in one else "|") if isinstance(one, str) else [one] for one in given]
+    return tuple(one.strip() if isinstance(one, str) else one for part in parts for one in part if one not in ("", " "))
 
 
 def class_numbers(labels: Sequence[Any], id2label: Mapping[int, str]) -> tuple[dict[Any, int], str]:

@@ -21,6 +21,7 @@ import numpy as np
 from swin_deploy.bundle import sha256_of
 from swin_deploy.errors import InputError
 from swin_deploy.options import Array
+from swin_deploy.preprocess import file_in_memory
 
 IMAGES, PIXELS, LABELS = "images", "pixel_values", "labels"  # the arrays of a NumPy file
 # Formats that Pillow opens only with a third-party plug-in, or that are not pictures.
@@ -143,11 +144,12 @@ class NumpyFile:
         found = cls(f"{path} ({samples})", lambda: _member(path, samples))
         if LABELS in names:
             labels = cls(f"{path} ({LABELS})", lambda: _member(path, LABELS))
-            if labels.shape != (len(found),):
+            if labels.shape[:1] != (len(found),) or len(labels.shape) > 2:
                 raise InputError(
-                    f"{labels.title} has shape {list(labels.shape)}. Expected one label for each of {len(found)} samples."
+                    f"{labels.title} has shape {list(labels.shape)}. Expected one label for each of {len(found)} samples, or "
+                    f"one row."
                 )
-            found.labels = [row.item() for row in labels.read(range(len(labels)))]
+            found.labels = [_plain(row) for row in labels.read(range(len(labels)))]
         return found
 
     @contextlib.contextmanager
@@ -184,7 +186,7 @@ class SampleSequence:
         if len(items) == 0:
             raise InputError("There are no samples: the sequence is empty. Expected at least one image.")
         if len(getattr(items, "targets", ())) == len(items):  # a torchvision data set: without reading every image
-            self.labels = list(items.targets)
+            self.labels = list(map(_plain, items.targets))
         elif _is_pair(items[0]):
             self.labels = [_split(items[index])[1] for index in range(len(items))]
 
@@ -201,22 +203,34 @@ class SampleSequence:
     def digest(self, index: int, sample: Any) -> bytes:
         if isinstance(sample, str | os.PathLike):
             return ImageFolder(Path(), (Path(sample).name,), None).digest(0, Path(sample))
+        if (file := file_in_memory(sample)) is not None:
+            return hashlib.sha256(file.getvalue()).digest()
         return _array_digest(np.asarray(sample))
 
 
-def spool(items: Iterable[Any], limit: int | None, prepare: Callable[[int, Any], Array]) -> NumpyFile:
+def spool(
+    items: Iterable[Any], limit: int | None, prepare: Callable[[int, Any], Array], failures: dict[str, str] | None = None
+) -> NumpyFile:
     """Write at most `limit` samples of an iterable, prepared by `prepare`, to a temporary file.
 
-    An iterable without a length may yield its samples only once.
+    An iterable without a length may yield its samples only once. Samples that cannot be prepared are left out, and added to
+    `failures` with the reason; without `failures`, they raise InputError.
     """
     file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the source
     labels: list[Any] = []
     shape: tuple[int, ...] = ()
     header, count = 128, 0
     file.seek(header)
-    for count, item in enumerate(items, start=1):
+    for number, item in enumerate(items):
         sample, label = _split(item)
-        array = prepare(count - 1, sample)
+        try:
+            array = prepare(number, sample)
+        except InputError as error:
+            if failures is None:
+                raise
+            failures[f"sample {number}"] = str(error)
+            continue
+        count += 1
         shape = array.shape
         file.write(np.ascontiguousarray(array).data)
         if _is_pair(item):
@@ -224,7 +238,8 @@ def spool(items: Iterable[Any], limit: int | None, prepare: Callable[[int, Any],
         if count == limit:
             break
     if not count:
-        raise InputError("There are no samples: the iterable is empty. Expected at least one image.")
+        reason = f"The first one: {next(iter(failures.values()))}" if failures else "Expected at least one image."
+        raise InputError(f"There are no samples{'' if failures else ': the iterable is empty'}. {reason}")
     file.seek(0)
     described = {"descr": array.dtype.str, "fortran_order": False, "shape": (count, *shape)}
     np.lib.format.write_array_header_1_0(file, described)
@@ -269,4 +284,10 @@ def _is_pair(item: Any) -> bool:
 
 
 def _split(item: Any) -> tuple[Any, Any]:
-    return (item[0], item[1]) if _is_pair(item) else (item, None)
+    return (item[0], _plain(item[1])) if _is_pair(item) else (item, None)
+
+
+def _plain(label: Any) -> Any:
+    """Return a label as a value that can be compared: several labels, and the rows of arrays and tensors, as a tuple."""
+    label = label.tolist() if hasattr(label, "tolist") else label
+    return tuple(label) if isinstance(label, list | set | frozenset) else label

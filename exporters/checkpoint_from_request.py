@@ -94,9 +94,31 @@ def checkpoint_from_request(spec: ExportSpec) -> Checkpoint:
         checkpoint = checkpoints.resize_windows(
             checkpoint, window_size=window_size, pretrained_window_sizes=pretrained, image_size=image_size
         )
+    checkpoint = _with_predictions(checkpoint, spec)
     for note in checkpoint.notes:
         _LOG.info("Note: %s", note)
     return checkpoint
+
+
+def _with_predictions(checkpoint: Checkpoint, spec: ExportSpec) -> Checkpoint:
+    """Return `checkpoint` with the labels and the activation that `spec` names."""
+    config, raw, notes = checkpoint.config, dict(checkpoint.raw_config or {}), checkpoint.notes
+    if (spec.labels, spec.activation) == (None, None):
+        return checkpoint
+    if spec.task_spec().name != "image-classification" or not config.has_classes:
+        raise UsageError("--labels and --activation are for networks with classes, which this one has not. Leave them out.")
+    if spec.activation == "softmax" and config.num_labels == 1:
+        raise UsageError("The softmax of one class is always 1. Choose --activation sigmoid or none.")
+    config = dataclasses.replace(config, activation=spec.activation or config.activation)
+    if spec.labels is not None:
+        from swin_deploy.calib.labels import class_names
+
+        labels, note = class_names(spec.labels, config.num_labels)
+        config, notes = dataclasses.replace(config, id2label=labels), (*notes, *((note,) if note else ()))
+    if raw:
+        written = config.to_dict()
+        raw |= {key: written[key] for key in ("id2label", "label2id")}
+    return dataclasses.replace(checkpoint, config=config, raw_config=raw or None, notes=notes)
 
 
 def _from_hub(variant: Variant, task: TaskSpec, options: Mapping[str, Any]) -> Checkpoint:

@@ -6,8 +6,8 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from io import IOBase
 from itertools import islice
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,10 @@ from swin_deploy.bundle import CONFIG, PREPROCESSOR, Bundle, TensorSpec, size_te
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import BackendError, InputError, UsageError
 from swin_deploy.frame_input import Frames, preparation_for
-from swin_deploy.option_parsers import whole
-from swin_deploy.options import Array, Size
+from swin_deploy.option_parsers import choice, number, whole
+from swin_deploy.options import ON_ERROR, Array, LoadSpec, Size
 from swin_deploy.preprocess import Preprocessor
-from swin_deploy.tasks import MASK, PIXELS, TaskSpec
+from swin_deploy.tasks import MASK, PIXELS, TaskSpec, scores_from_logits
 
 from .autoselect import Description
 from .base import Runtime
@@ -37,7 +37,7 @@ Arrays = dict[str, Array]
 
 @dataclass(frozen=True)
 class Prediction:
-    """A class of an image: its index, its label, and its softmax probability."""
+    """A class of an image: its index, its label, and its score, by `SwinConfig.score_activation`."""
 
     index: int
     label: str
@@ -115,17 +115,30 @@ class Model:
             for _ in range(runtime.calls_to_warm):
                 runtime.run({spec.name: np.zeros(shapes[spec.name], spec.dtype) for spec in runtime.inputs})
 
-    def classify(self, images: ImageLike | Iterable[ImageLike], top_k: int = 5, batch_size: int = 8) -> list[list[Prediction]]:
+    def classify(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        top_k: int | None = None,
+        batch_size: int = 8,
+        threshold: float | None = None,
+        on_error: str = "stop",
+    ) -> list[Any]:
         """Classify images.
 
+        Scores are those of transformers' pipeline: sigmoid of a network for several labels or one, the outputs themselves of a
+        regression, else softmax. `export --activation` states another one.
+
         Args:
-            images: One image or several: paths, PIL images, or uint8 RGB arrays [height, width, 3]. They are prepared as the
-                image processor of the checkpoint does it.
-            top_k: Number of classes to return for each image.
+            images: One image or several: paths, PIL images, bytes or file objects of image files, or uint8 RGB arrays or
+                tensors [height, width, 3]. They are prepared as the image processor of the checkpoint does it.
+            top_k: Number of classes to return for each image. Default: 5; all of a network for several labels or a regression.
             batch_size: Images to run at a time. Memory does not grow with the number of images.
+            threshold: Return only classes with a score above it. Default: 0.5 for a network for several labels, unless `top_k`
+                is given; else none.
+            on_error: "stop" raises the error of an image that cannot be read. "continue" returns it in the place of its result.
 
         Returns:
-            The best classes of each image, best first.
+            The best classes of each image, a list of Prediction, best first; or an InputError.
 
         Raises:
             InputError: An image cannot be read.
@@ -135,12 +148,18 @@ class Model:
         if not self.config.has_classes:
             why = "num_labels 0" if self.config.num_labels == 0 else "no pooling (global_pool ''), so its logits form a map"
             raise UsageError(f"This model has no classes: its checkpoint has {why}. Use run() instead.")
-        top_k = whole(1)("top_k", top_k)
-        return [
-            self._best(logits.astype(np.float64), top_k)
-            for outputs in self._batches(images, batch_size)
+        limits = self._limits(top_k, threshold)
+        failed: dict[int, InputError] | None = (
+            {} if choice("reaction to errors", ON_ERROR)("on_error", on_error) == "continue" else None
+        )
+        found: list[Any] = [
+            self._best(logits, *limits)
+            for outputs in self._batches(images, batch_size, failed=failed)
             for logits in outputs["logits"]
         ]
+        for place, error in sorted((failed or {}).items()):
+            found.insert(place, error)
+        return found
 
     def features(self, images: ImageLike | Iterable[ImageLike], batch_size: int = 8) -> Arrays:
         """Return every output of a backbone or feature extractor by name, with the images along the first axis."""
@@ -180,7 +199,14 @@ class Model:
             raise InputError(f"The mask is for {len(mask)} images, and there are {len(made)}. Pass one row for each.")
         return made
 
-    def stream(self, frames: Iterable[ImageLike], batch: int = 1, prefetch: int = 2, top_k: int = 5) -> Iterator[Any]:
+    def stream(
+        self,
+        frames: Iterable[ImageLike],
+        batch: int = 1,
+        prefetch: int = 2,
+        top_k: int | None = None,
+        threshold: float | None = None,
+    ) -> Iterator[Any]:
         """Iterate over the results for a stream of frames, in order.
 
         Frames are read and prepared in one thread and run in another; on a GPU in two, so that it computes while data is
@@ -191,18 +217,19 @@ class Model:
             frames: Paths, PIL images, or uint8 RGB arrays [height, width, 3].
             batch: Frames to run at a time.
             prefetch: Batches to prepare ahead.
-            top_k: Number of classes for each frame.
+            top_k: Number of classes for each frame, as for `classify`.
+            threshold: Score above which a class is returned, as for `classify`.
 
         Yields:
             For a classifier the best classes of the frame, otherwise every output of `run` by name.
         """
-        batch, prefetch, top_k = whole(1)("batch", batch), whole(1)("prefetch", prefetch), whole(1)("top_k", top_k)
+        batch, prefetch, limits = whole(1)("batch", batch), whole(1)("prefetch", prefetch), self._limits(top_k, threshold)
         classes = self.task.name == "image-classification" and self.config.has_classes
 
         def run(feeds: Arrays, count: int) -> list[Any]:
             outputs = self.run(feeds)
             if classes:
-                return [self._best(logits.astype(np.float64), top_k) for logits in outputs["logits"]]
+                return [self._best(logits, *limits) for logits in outputs["logits"]]
             return [
                 {name: array[i * (n := len(array) // count) : (i + 1) * n] for name, array in outputs.items()}
                 for i in range(count)
@@ -223,6 +250,12 @@ class Model:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy the model as its bundle's path and what runs it, which is loaded again without a measurement."""
+        if self._closed:
+            raise BackendError("This model is closed. Load it again to copy it or to pass it to another process.")
+        return _loaded_again, (self.bundle.path, self._description)
 
     def _runtime(self, size: Size) -> Runtime:
         runtime = self._runtimes.get(size)
@@ -251,20 +284,42 @@ class Model:
         return self.image_sizes[0]
 
     def _batches(
-        self, images: ImageLike | Iterable[ImageLike], batch_size: int, mask: NDArray[np.bool_] | None = None
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        batch_size: int,
+        mask: NDArray[np.bool_] | None = None,
+        failed: dict[int, InputError] | None = None,
     ) -> Iterator[Mapping[str, Array]]:
+        """Yield the outputs of batches. Images that cannot be read are left out, and put into `failed` if it is given."""
         batch_size = 1 if self.preprocessor.varies else whole(1)("batch_size", batch_size)
         stream = iter(_several(images, batch_size))
         done = 0
         while batch := list(islice(stream, batch_size)):
+            yield from self._outputs(batch, done, mask, failed)
+            done += len(batch)
+
+    def _outputs(
+        self, batch: list[Any], start: int, mask: NDArray[np.bool_] | None, failed: dict[int, InputError] | None
+    ) -> Iterator[Mapping[str, Array]]:
+        try:
             feeds = self._feeds(batch)
             if mask is not None:
-                rows = mask if mask.ndim == 1 else mask[done : done + len(batch)]
+                rows = mask if mask.ndim == 1 else mask[start : start + len(batch)]
                 if mask.ndim > 2 or (mask.ndim == 2 and len(rows) < len(batch)):
                     raise InputError(f"The mask has shape {list(mask.shape)}. Expected a row for each image.")
                 feeds[MASK][:] = rows
-            done += len(batch)
-            yield self.run(feeds)
+            outputs = self.run(feeds)
+        except InputError as error:
+            if failed is None:
+                raise
+            if len(batch) == 1:
+                failed[start] = error
+                return
+        else:
+            yield outputs
+            return
+        for place, image in enumerate(batch):  # one of them is faulty
+            yield from self._outputs([image], start + place, mask, failed)
 
     def _feeds(self, images: list[Any]) -> Arrays:
         feeds: Arrays = {PIXELS: self.preparation(images)}
@@ -279,19 +334,37 @@ class Model:
                 f"with --task {task}."
             )
 
-    def _best(self, logits: NDArray[np.float64], top_k: int) -> list[Prediction]:
-        odds = np.exp(logits - logits.max())
-        scores = odds / odds.sum()
+    def _limits(self, top_k: int | None, threshold: float | None) -> tuple[int, float]:
+        """Return how many classes to return, and the score that they must exceed."""
+        several = self.config.num_labels > 1 and self.config.prediction in ("labels", "values")
+        if threshold is None:
+            threshold = 0.5 if several and self.config.prediction == "labels" and top_k is None else -np.inf
+        else:
+            threshold = number(0)("threshold", threshold)
+        most = max(self.config.num_labels, 1) if several else 5
+        return most if top_k is None else whole(1)("top_k", top_k), threshold
+
+    def _best(self, logits: NDArray[Any], top_k: int, threshold: float) -> list[Prediction]:
+        scores = scores_from_logits(logits, self.config.score_activation)
         best = np.argsort(-logits, kind="stable")[:top_k]
-        return [Prediction(int(i), self.config.id2label[int(i)], float(scores[i])) for i in best]
+        return [Prediction(int(i), self.config.id2label[int(i)], float(scores[i])) for i in best if not scores[i] <= threshold]
+
+
+def _loaded_again(path: Path, description: Description) -> Model:
+    from .model_from_bundle import model_from_bundle
+
+    named = {name: getattr(description, name) for name in ("backend", "precision", "device", "threads")}
+    model = model_from_bundle(path, LoadSpec(**named))
+    model._description = replace(description, version=model._description.version)
+    return model
 
 
 def _several(images: Any, together: int) -> Iterable[Any]:
     """`images`, or one in a list. Frames that are collected are copied: a camera may reuse the memory."""
     if isinstance(images, str | os.PathLike | np.ndarray) or not isinstance(images, Iterable):
         return [images]
-    if isinstance(images, bytes | bytearray | IOBase) or hasattr(images, "__dlpack__"):
-        return [images]  # not images: the error should name the value, not its first byte, line or row
+    if isinstance(images, bytes | bytearray) or hasattr(images, "read") or hasattr(images, "__dlpack__"):
+        return [images]  # not its bytes, lines or rows
     if together == 1 or isinstance(images, Sequence):
         return images
     return (image.copy() if isinstance(image, np.ndarray) else image for image in images)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from swin_deploy.errors import CheckpointError, UsageError
-from swin_deploy.options import FRAMEWORKS
+from swin_deploy.options import FRAMEWORKS, SCORES
 
 Window = int | tuple[int, int]  # the side of a square window, or (height, width), which differ
 
@@ -27,7 +27,10 @@ ACTIVATIONS = (
 # fmt: on
 
 # Keys of config.json that transformers does not have.
-OWN_KEYS = ("semantics", "patch_norm", "always_partition", "global_pool", "head_widths", "head_act")
+OWN_KEYS = ("semantics", "patch_norm", "always_partition", "global_pool", "head_widths", "head_act", "activation")
+# problem_type of transformers -> the activation that turns logits into scores; None: that of a network without a problem_type
+PROBLEMS = {"single_label_classification": None, "multi_label_classification": "sigmoid", "regression": "none"}
+MOST_LABELS = 1_000_000  # a name is created for each
 
 # Model types that look like Swin, and what they are.
 OTHER_FAMILIES = {
@@ -67,6 +70,8 @@ class SwinConfig:
     head_act: str = "linear"  # the activation between them
     framework: str = "hf"  # source of the rules for windows, shifts, padding and masks; "semantics" in config.json
     id2label: Mapping[int, str] = field(default_factory=lambda: {0: "LABEL_0", 1: "LABEL_1"})
+    problem_type: str | None = None  # one of PROBLEMS
+    activation: str | None = None  # one of SCORES, which replaces that of the problem type
 
     def __post_init__(self) -> None:
         stages = len(self.depths)
@@ -85,6 +90,9 @@ class SwinConfig:
         _check(self.hidden_act in ACTIVATIONS, why)
         _check(self.head_act in ACTIVATIONS, f'head_act is "{self.head_act}"; supported: {", ".join(ACTIVATIONS)}')
         _check(self.framework in FRAMEWORKS, f'framework is "{self.framework}", expected one of {", ".join(FRAMEWORKS)}')
+        for name, known in (("problem_type", PROBLEMS), ("activation", SCORES)):
+            value = getattr(self, name)
+            _check(value is None or value in known, f'{name} is "{value}", expected one of {", ".join(known)}')
         _check(self.global_pool in POOLS, f'global_pool is "{self.global_pool}", expected one of {", ".join(map(repr, POOLS))}')
         ratios = self.mlp_ratio if isinstance(self.mlp_ratio, tuple) else (self.mlp_ratio,) * stages
         _check(len(ratios) == stages, f"mlp_ratio has {len(ratios)} entries for {stages} stages")
@@ -103,6 +111,18 @@ class SwinConfig:
     @property
     def num_labels(self) -> int:
         return len(self.id2label)
+
+    @property
+    def score_activation(self) -> str:
+        """Activation that turns logits into scores, by the rule of transformers' image classification pipeline."""
+        stated = self.activation or PROBLEMS.get(str(self.problem_type))
+        return stated or ("sigmoid" if self.num_labels == 1 else "softmax")
+
+    @property
+    def prediction(self) -> str:
+        """What the logits predict: one of several "classes", any number of "labels", or "values" (regression)."""
+        numeric = self.problem_type == "regression" or self.num_labels == 1
+        return {"softmax": "classes", "sigmoid": "labels"}.get(self.score_activation, "values" if numeric else "classes")
 
     @property
     def hidden_size(self) -> int:
@@ -221,6 +241,7 @@ class SwinConfig:
             raw["global_pool"] = self.global_pool
         if self.head_widths:
             raw |= {"head_widths": list(self.head_widths), "head_act": self.head_act}
+        raw |= {key: value for key in ("problem_type", "activation") if (value := getattr(self, key)) is not None}
         if self.version == 1:
             del raw["pretrained_window_sizes"]
         return raw
@@ -317,6 +338,7 @@ def _fields_from_json(raw: Mapping[str, Any], version: int) -> dict[str, Any]:
     if version == 2 and "pretrained_window_sizes" not in values:
         values["pretrained_window_sizes"] = (0,) * stages
     values["id2label"] = _labels(raw)
+    values |= {key: str(raw[key]) for key in ("problem_type", "activation") if raw.get(key) is not None}
     values["out_features"] = _out_features(raw, stages)
     values["backbone_maps"] = version == 1 and not str(raw.get("transformers_version", "")).startswith("4.")
     values["framework"] = str(raw.get("semantics", "hf"))
@@ -342,16 +364,46 @@ def _out_features(raw: Mapping[str, Any], stages: int) -> tuple[str, ...]:
     return wanted
 
 
+def with_complete_labels(raw: Mapping[str, Any], classes: int | None) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """Return a config.json with a label for each of `classes` (None: unknown), and notes on what id2label lacked."""
+    if raw.get("id2label") is None:
+        return raw, ()
+    try:
+        labels, note = complete_labels(raw["id2label"], classes)
+    except ValueError as error:
+        raise CheckpointError(f"config.json: {error}. Expected a label for each class.") from error
+    if note is None:
+        return raw, ()
+    by_id, by_label = {str(i): label for i, label in labels.items()}, {label: i for i, label in labels.items()}
+    return {**raw, "id2label": by_id, "label2id": by_label}, (note,)
+
+
 def _labels(raw: Mapping[str, Any]) -> dict[int, str]:
-    labels = raw.get("id2label")
-    if labels is not None:
-        if not isinstance(labels, Mapping):
-            raise ValueError(f"id2label: expected an object, got {labels!r}")
-        found = {int(i): str(label) for i, label in labels.items()}
-        if sorted(found) != list(range(len(found))):
-            raise ValueError(f"id2label has {len(found)} labels whose numbers are not 0 to {len(found) - 1}")
-        return dict(sorted(found.items()))
-    count = _integer(raw["num_labels"]) if raw.get("num_labels") is not None else 2
-    if count < 0:
+    count = None if raw.get("num_labels") is None else _integer(raw["num_labels"])
+    if count is not None and count < 0:
         raise ValueError(f"num_labels: expected 0 or more, got {count}")
-    return {i: f"LABEL_{i}" for i in range(count)}
+    if raw.get("id2label") is not None:
+        return complete_labels(raw["id2label"], None)[0]
+    return {i: f"LABEL_{i}" for i in range(2 if count is None else count)}
+
+
+def complete_labels(labels: Any, classes: int | None) -> tuple[dict[int, str], str | None]:
+    """Return a label for each class (None: as many as are named), and a note if `labels`, such as id2label, has gaps."""
+    note = None
+    if isinstance(labels, list):
+        labels, note = dict(enumerate(labels)), "the labels are a list; the first one is class 0"
+    if not isinstance(labels, Mapping):
+        raise ValueError(f"id2label: expected an object, got {labels!r}")
+    found = {int(i): str(label) for i, label in labels.items()}
+    if found and not 0 <= min(found) <= max(found) < MOST_LABELS:
+        raise ValueError(f"id2label has labels for the classes {min(found)} to {max(found)}")
+    count = classes or max(found, default=-1) + 1
+    if sorted(found) == list(range(len(found))) and len(found) >= count:
+        return dict(sorted(found.items())), note  # more labels than classes belong to another network
+    if sorted(found) == list(range(1, count + 1)):
+        return {i - 1: label for i, label in sorted(found.items())}, "the labels are numbered from 1; the first one is class 0"
+    missing = [i for i in range(count) if i not in found]
+    return (
+        {i: found.get(i, f"LABEL_{i}") for i in range(count)},
+        f"only {count - len(missing)} of {count} classes have a label; the others are called LABEL_n",
+    )

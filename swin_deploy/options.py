@@ -28,6 +28,8 @@ PRECISIONS = ("fp32", "fp16", "bf16", *QUANTIZED)
 TARGETS = ("tensorrt", "onnxruntime", "openvino")  # runtimes that a graph layout is made for
 TASKS = ("image-classification", "feature-extraction", "backbone", "masked-image-modeling")
 FRAMEWORKS = ("hf", "timm", "microsoft", "torchvision")  # source of the window, shift and padding rules
+SCORES = ("softmax", "sigmoid", "none")  # activations that turn logits into scores
+ON_ERROR = ("continue", "stop")  # what to do after an image that cannot be read
 METHODS = ("minmax", "percentile", "entropy", "mse")  # how a range is chosen from what was observed
 COMPILERS = ("tensorrt", "tensorrt-rtx")
 BACKEND_NAMES = ("onnxruntime", "openvino", "onnxruntime-tensorrt", "torch", *COMPILERS)
@@ -127,6 +129,17 @@ class ExportSpec(Spec):
     std: Any = option(None, parse.numbers, "Standard deviation of the pixels divided by 255, like --mean.")
     crop_pct: float | None = option(
         None, parse.number(0.01, 1), "Resize the image to the graph's size divided by this number, then crop the center."
+    )
+    labels: str | None = option(
+        None,
+        parse.location,
+        "Names of the classes: a text file with one per line, JSON, CSV with a column `name`, or imagenet-1k.",
+        metavar="FILE",
+    )
+    activation: str | None = option(
+        None,
+        parse.choice("activation", SCORES),
+        "What turns logits into scores. Default: by the problem_type of the checkpoint, softmax if it states none.",
     )
     target: str = option(
         "tensorrt",
@@ -277,7 +290,7 @@ class QuantSpec(Spec):
     max_drop: float | None = option(
         None,
         parse.number(0),
-        "Largest loss on the data, in percentage points: of top-1 where labels are known, else of top-1 agreement with fp32.",
+        "Largest loss on the data, in percentage points: of top-1 or mAP where labels are known, else of agreement with fp32.",
         metavar="POINTS",
     )
     min_speedup: float | None = option(
@@ -287,9 +300,16 @@ class QuantSpec(Spec):
         metavar="FACTOR",
     )
     labels: PathLike | None = option(
-        None, parse.path, "File with lines `image,class`. Default: the folders of the images are their classes."
+        None,
+        parse.path,
+        "File with lines `image,class`, or `image,label,label,...`. Default: the folders of the images are their classes.",
     )
     ignore_labels: bool = option(False, parse.flag, "Compare with fp32 only, although the images have labels.")
+    on_error: str = option(
+        "continue",
+        parse.choice("reaction to errors", ON_ERROR),
+        "After an image that cannot be read: leave it out and exit with 1 at the end, or stop.",
+    )
     gpu: str | None = option(None, parse.text, "GPU of the roofline that --min-speedup uses, such as rtx-4090.")
     ranges: PathLike | None = option(None, parse.path, "ONNX graph of the same network with Q/DQ nodes, whose scales are used.")
     ignore_ranges: bool = option(False, parse.flag, "Measure all ranges, even if the checkpoint has QAT ranges.")
@@ -353,9 +373,19 @@ class EvaluateSpec(Spec):
     data: Any = option(MISSING, parse.images, "Images with or without labels: a folder, an .npz or .npy file, or any iterable.")
     _: KW_ONLY
     labels: PathLike | None = option(
-        None, parse.path, "File with lines `image,class`. Default: the folders of the images are their classes."
+        None,
+        parse.path,
+        "File with lines `image,class`, or `image,label,label,...`. Default: the folders of the images are their classes.",
     )
     ignore_labels: bool = option(False, parse.flag, "Compare with fp32 only, although the images have labels.")
+    threshold: float = option(
+        0.5, parse.number(0), "Score above which a label is predicted, if an image may have several.", metavar="SCORE"
+    )
+    on_error: str = option(
+        "continue",
+        parse.choice("reaction to errors", ON_ERROR),
+        "After an image that cannot be read: leave it out and exit with 1 at the end, or stop.",
+    )
     samples: int | None = option(None, parse.whole(1), "Number of images to use, evenly spaced, the same number per class.")
     batch: int = option(8, parse.whole(1), "Images to run at a time.")
     precisions: Any = option(

@@ -413,9 +413,8 @@ class Preprocessor:
 def read_image(path: str | os.PathLike[str] | BytesIO) -> PILImage.Image:
     """Read an image file, or the first frame of an animation, as 8-bit RGB (see the module). Raises InputError."""
     label = _label(path, 0, 1)
-    if not isinstance(path, BytesIO) and os.fspath(path).lower().endswith((".npy", ".npz")):
-        if os.path.isfile(path):  # noqa: PTH113 - as below
-            return _as_rgb(_numpy_image(path, label), label, blend_rgb=False)
+    if not isinstance(path, BytesIO) and str(path).lower().endswith((".npy", ".npz")) and os.path.isfile(path):  # noqa: PTH113
+        return _as_rgb(_numpy_image(path, label), label, blend_rgb=False)
     with _opened(path, label) as opened:
         return _eight_bit(_turned(opened), label).convert("RGB")
 
@@ -709,8 +708,8 @@ def _plain_image(image: Any, label: str) -> Any:
         low, high = image.min(), image.max()
         scale = "(array * 255).round()" if high <= 1 else "array.round()"
         raise InputError(
-            f"{label} is an array of type {image.dtype} with values from {low:g} to {high:g}. Expected uint8 from 0 to 255: "
-            f'pass {scale}.clip(0, 255).astype("uint8").'
+            f"{label} is an array of type {image.dtype} and shape {image.shape}, with values from {low:g} to {high:g}. "
+            f'Expected uint8 from 0 to 255: pass {scale}.clip(0, 255).astype("uint8").'
         )
     return image
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from swin_deploy.bundle import TensorSpec
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import UsageError, unknown
 from swin_deploy.options import TASKS as TASKS
+from swin_deploy.options import Array
 
 PIXELS, MASK = "pixel_values", "bool_masked_pos"
 
@@ -95,3 +98,14 @@ class TaskSpec:
 def stage_names(config: SwinConfig) -> tuple[str, ...]:
     """Return the feature maps that a backbone can output: "stem", "stage1", ..."""
     return ("stem", *(f"stage{i + 1}" for i in range(len(config.depths))))
+
+
+def scores_from_logits(logits: Array, activation: str) -> Array:
+    """Apply the activation "softmax", "sigmoid" or "none" to logits [..., classes], in float64."""
+    logits = logits.astype(np.float64)
+    if activation == "sigmoid":
+        return np.asarray(np.exp(-np.logaddexp(0, -logits)))
+    if activation == "none":
+        return logits
+    odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(odds / odds.sum(axis=-1, keepdims=True))

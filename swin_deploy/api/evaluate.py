@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from swin_deploy.option_parsers import BundlePath, bundle_keywords
@@ -13,7 +13,7 @@ from swin_deploy.options import EvaluateSpec, ExportSpec, VerifySpec
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
     from swin_deploy.calib.data import Samples
-    from swin_deploy.evaluation import Evaluation
+    from swin_deploy.evaluation import Evaluation, Targets
     from swin_deploy.frame_input import Preparation
     from swin_deploy.models.torch_runtime import TorchNetwork
     from swin_deploy.options import Size
@@ -96,6 +96,9 @@ def _engines(bundle: Bundle, backend: str, device: str) -> Mapping[str, Any] | N
 def evaluate(bundle: BundlePath, spec: EvaluateSpec) -> Evaluation:
     """Run images through the graphs of a bundle in one pass and measure accuracy and the distance from fp32.
 
+    The accuracy is top-1 and top-5; mAP and F1 if the network predicts several labels; the mean absolute error if it is a
+    regression. Images that cannot be read are left out, and are in the result with the reason.
+
     Graphs are compared with the fp32 graph of their image size or, if `weights` is set, with PyTorch. Types that the back end
     has no kernels for are emulated. A back end for engines runs the engines that fit the first GPU, and ONNX Runtime runs the
     fp32 graphs.
@@ -120,18 +123,19 @@ def evaluate(bundle: BundlePath, spec: EvaluateSpec) -> Evaluation:
 
     found = Bundle.open(bundle)
     _selected(found, spec)  # refuses invalid options before any image is read
-    return evaluate_samples(found, samples_for(found, spec.data, spec.samples, spec.labels), spec)
+    samples = samples_for(found, spec.data, spec.samples, spec.labels, skip=spec.on_error == "continue")
+    return evaluate_samples(found, samples, spec)
 
 
 def evaluate_samples(bundle: Bundle, samples: Samples, spec: EvaluateSpec) -> Evaluation:
     """Do what `evaluate` does, on samples that are already selected."""
-    from swin_deploy.calib.data import preparation_and_inputs
+    from swin_deploy.calib.data import none_readable, preparation_and_inputs
     from swin_deploy.evaluation import Evaluation, GraphScorer, evaluate_graphs
     from swin_deploy.runtimes.backends import runtime_to_check
     from swin_deploy.runtimes.gpu.engine_fit import open_engine
 
     entries, backend, left_out = _selected(bundle, spec)
-    classes, labels, rule = class_labels(bundle, samples, spec.ignore_labels)
+    targets = targets_for(bundle, samples, spec.ignore_labels, spec.threshold)
     prepared: dict[Size, Samples] = {}
     graphs: list[GraphScorer] = []
     with contextlib.ExitStack() as stack:
@@ -152,11 +156,24 @@ def evaluate_samples(bundle: Bundle, samples: Samples, spec: EvaluateSpec) -> Ev
             stack.enter_context(runtime)
             graphs.append(GraphScorer(file, str(entry["precision"]), size, runtime))
             prepared.setdefault(size, samples.with_size(preparation, inputs))
-        streams = zip(*(one.batches(spec.batch) for one in prepared.values()), strict=True)
-        batches = (dict(zip(prepared, feeds, strict=True)) for feeds in streams)
-        scores = evaluate_graphs(graphs, batches, labels, classes, lambda done: spec.progress("Evaluating", done, len(samples)))
+        batches = _batches(prepared, spec.batch)
+        scores = evaluate_graphs(graphs, batches, targets, lambda done: spec.progress("Evaluating", done, len(samples)))
+    if not scores[0].samples:
+        raise none_readable(samples.source.title, samples.failures)
     against = "the fp32 graph" if spec.weights is None else "PyTorch fp32"
-    return Evaluation(len(samples), rule, against, scores, left_out)
+    return Evaluation(scores[0].samples, targets.rule, against, scores, left_out, samples.failures)
+
+
+def _batches(prepared: Mapping[Size, Samples], batch: int) -> Iterator[tuple[list[int], dict[Size, Any]]]:
+    """Yield the numbers of samples and their feeds by image size. Samples that fail at one size are left out of all."""
+    for parts in zip(*(one.numbered(batch) for one in prepared.values()), strict=True):
+        rows = [row for row in parts[0][0] if all(row in found for found, _ in parts)]
+        if rows:
+            picked = [
+                feeds if found == rows else {name: array[[found.index(row) for row in rows]] for name, array in feeds.items()}
+                for found, feeds in parts
+            ]
+            yield rows, dict(zip(prepared, picked, strict=True))
 
 
 def _selected(bundle: Bundle, spec: EvaluateSpec) -> tuple[dict[str, Any], str, dict[str, str]]:
@@ -179,21 +196,21 @@ def _selected(bundle: Bundle, spec: EvaluateSpec) -> tuple[dict[str, Any], str, 
     return entries, backend, {} if spec.precisions else dict.fromkeys(wrong, "it was built for TensorRT")
 
 
-def class_labels(bundle: Bundle, samples: Samples, ignore: bool = False) -> tuple[int, list[int] | None, str | None]:
-    """Return the number of classes (0 if the outputs are not logits), and the class number of each sample with the rule used.
-
-    The latter two are None without labels or if `ignore` is set.
-    """
+def targets_for(bundle: Bundle, samples: Samples, ignore_labels: bool = False, threshold: float = 0.5) -> Targets:
+    """Return what the network predicts and, unless labels are unknown or ignored, what it should predict for each sample."""
     from swin_deploy.bundle import CONFIG
-    from swin_deploy.calib.labels import class_numbers
+    from swin_deploy.calib.labels import targets_from_labels
     from swin_deploy.config import SwinConfig
+    from swin_deploy.evaluation import Targets
 
     config = SwinConfig.from_dict(bundle.read_json(CONFIG))
-    classes = config.num_labels if bundle.manifest["task"]["name"] == "image-classification" and config.has_classes else 0
-    if not classes or ignore or samples.source.labels is None or samples.labels is None:
-        return classes, None, None
-    numbers, rule = class_numbers(samples.source.labels, config.id2label)
-    return classes, [numbers[label] for label in samples.labels], rule
+    if bundle.manifest["task"]["name"] != "image-classification" or not config.has_classes:
+        return Targets()
+    values = rule = None
+    if not ignore_labels and samples.source.labels is not None:
+        values, rule = targets_from_labels(samples.source.labels, config)  # of the whole data set, to find the rule
+        values = values[list(samples.chosen)]
+    return Targets(config.prediction, config.num_labels, values, rule, config.score_activation, threshold)
 
 
 def _torch_network(weights: Any, bundle: Bundle, size: Size, preparation: Preparation) -> TorchNetwork:

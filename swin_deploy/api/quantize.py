@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swin_deploy.api.evaluate import class_labels, evaluate_samples
+from swin_deploy.api.evaluate import evaluate_samples, targets_for
 from swin_deploy.bundle import Bundle, sha256_of
-from swin_deploy.errors import UsageError
+from swin_deploy.errors import InputError, UsageError
 from swin_deploy.option_parsers import BundlePath, bundle_keywords
 from swin_deploy.options import TARGETS, EvaluateSpec, QuantSpec
 from swin_deploy.qat_ranges import RANGES, QatRanges
@@ -20,7 +20,7 @@ from swin_deploy.qat_ranges import RANGES, QatRanges
 if TYPE_CHECKING:
     from swin_deploy.calib.accuracy_gate import GateResult
     from swin_deploy.calib.data import Samples
-    from swin_deploy.evaluation import Evaluation
+    from swin_deploy.evaluation import Evaluation, Targets
     from swin_deploy.exporters.quantization.for_cpu import CpuLayout
     from swin_deploy.exporters.quantization.for_tensorrt import TensorRTLayout
     from swin_deploy.exporters.typed_graphs import NewGraph
@@ -52,13 +52,29 @@ def quantize(bundle: BundlePath, spec: QuantSpec) -> Evaluation:
         >>> swin_deploy.quantize("swinv2-tiny", "calibration-images", precision="int8", max_drop=0.5)
     """
     from swin_deploy.calib.data import samples_for
+
+    found = Bundle.open(bundle)
+    spec = _resolved(found, spec)
+    if spec.data is None:
+        return _quantized(found, spec, None)
+    skip = spec.on_error == "continue"
+    data = samples_for(found, spec.data, spec.samples, spec.labels, skip)
+    data = data.readable() if data.failures else replace(data, skip=False)
+    try:
+        return _quantized(found, spec, data)
+    except InputError:  # look for images that cannot be read only if there is one: reading all takes a while
+        readable = data.readable() if skip and not data.failures else data
+        if len(readable) == len(data):
+            raise
+        _LOG.warning("%d of %d images cannot be read and are left out", len(data) - len(readable), len(data))
+        return _quantized(found, spec, readable)
+
+
+def _quantized(found: Bundle, spec: QuantSpec, data: Samples | None) -> Evaluation:
     from swin_deploy.evaluation import Evaluation
     from swin_deploy.exporters.typed_graphs import with_graphs
     from swin_deploy.runtimes.backends import runtime_to_check
 
-    found = Bundle.open(bundle)
-    spec = _resolved(found, spec)
-    data = None if spec.data is None else samples_for(found, spec.data, spec.samples, spec.labels)
     run = _Run(found, spec, data, *_qat_ranges(found, spec))
     if data is None and run.ranges is None:
         raise UsageError(
@@ -126,9 +142,9 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.title = self.spec.precision.upper()
-        self.classes, self.labels = 0, None
+        self.targets: Targets | None = None
         if self.data is not None and self.spec.max_drop is not None:
-            self.classes, self.labels, _ = class_labels(self.bundle, self.data, self.spec.ignore_labels)
+            self.targets = targets_for(self.bundle, self.data, self.spec.ignore_labels)
 
     def request(self) -> dict[str, Any]:
         """The manifest entry by which a later call finds out whether it asks for the same graphs."""
@@ -138,7 +154,8 @@ class _Run:
         if self.ranges_sha256 is not None:
             asked["ranges"] = self.ranges_sha256
         if (spec.max_drop, spec.min_speedup) != (None, None):
-            labels = None if self.labels is None else hashlib.sha256(json.dumps(self.labels).encode()).hexdigest()
+            values = None if self.targets is None or self.targets.values is None else self.targets.values.tolist()
+            labels = None if values is None else hashlib.sha256(json.dumps(values).encode()).hexdigest()
             asked |= {"max_drop": spec.max_drop, "min_speedup": spec.min_speedup, "labels": labels, "gpu": spec.gpu}
         return asked
 
@@ -186,7 +203,8 @@ class _Run:
 
         batches, open_model = partial(feeds.batches, self.spec.batch), partial(opened_graph, runtime_to_check)
         size, progress = feeds.image_size, self.spec.progress
-        gate = AccuracyGate(model, batches, len(feeds), size, self.labels, self.classes, open_model, progress)
+        assert self.targets is not None  # there are images and a limit
+        gate = AccuracyGate(model, batches, len(feeds), size, self.targets, open_model, progress)
         return gate.select_layers(self.title, layout.names, lambda keep: layout.graph(keep).model, max_drop)
 
     def with_plots(self, bundle: Bundle) -> Bundle:

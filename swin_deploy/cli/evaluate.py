@@ -6,8 +6,16 @@ from typing import Any
 import click
 
 from swin_deploy.cli.flags import given, spec_options
-from swin_deploy.cli.output import console, json_option, print_json, print_table
+from swin_deploy.cli.output import console, exit_with_failures, json_option, print_json, print_table
 from swin_deploy.options import EvaluateSpec
+
+# Columns by what the network predicts: heading, field of Score, format. The last ones are for classes.
+ACCURACY = (
+    (("mAP", "mean_average_precision", ".2%"), ("F1", "f1", ".2%")),
+    (("MAE", "mae", ".4g"),),
+    (("top-1", "top1", ".2%"), ("top-5", "top5", ".2%")),
+)
+COLUMNS = ("relative L2", "SQNR dB", "not finite", "back end")
 
 
 @click.command("evaluate", short_help="Measure the accuracy of a bundle's graphs on images.")
@@ -20,6 +28,8 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
     Class folders are matched to the classes of the network by name or by number, or in sorted order if there are as many
     folders as classes, as for the 1000 classes of ImageNet. Every graph is also compared with the fp32 graph, or with PyTorch
     if --weights is set.
+
+    Images that cannot be read are left out and listed, and the exit code is then 1.
     """
     import swin_deploy
     from swin_deploy.bundle import Bundle, is_verified
@@ -44,27 +54,38 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
                 "fp32_against_pytorch": torch,
                 "graphs": [score.to_dict() for score in found.scores],
                 "not_evaluated": [*found.left_out, *engines],
+                "failed": [{"image": name, "error": reason} for name, reason in found.failed.items()],
             }
         )
+        exit_with_failures(found.failed, as_json)
         return
     labelled = f"labels matched by {found.rule}" if found.rule else "no labels"
     show.say(f"{found.samples} samples; {labelled}; compared with {found.against}")
     for file, verdict in torch.items():
         show.say(f"{file} compared with PyTorch: {verdict}")
+    first = found.scores[0]
+    accuracy = next((shown for shown in ACCURACY if getattr(first, shown[0][1]) is not None), ACCURACY[-1])
+    unknown = "-" * (len(accuracy) + 5)
     print_table(
-        ("graph", "precision", "top-1", "top-5", "agreement", "relative L2", "SQNR dB", "not finite", "back end"),
+        ("graph", "precision", *(name for name, _, _ in accuracy), "agreement", *COLUMNS),
         [
             (
                 score.file or "(PyTorch)",
                 score.precision,
-                *("-" if share is None else f"{share:.2%}" for share in (score.top1, score.top5, score.top1_agreement)),
-                "-" if score.relative_l2 is None else f"{score.relative_l2:.2e}",
-                "-" if score.sqnr_db is None else f"{score.sqnr_db:.1f}",
+                *(_figure(getattr(score, field), style) for _, field, style in accuracy),
+                _figure(score.top1_agreement, ".2%"),
+                _figure(score.relative_l2, ".2e"),
+                _figure(score.sqnr_db, ".1f"),
                 score.not_finite,
                 score.backend,
             )
             for score in found.scores
         ]
-        + [(file, *"-------", f"({why})") for file, why in found.left_out.items()]
-        + [(engine, *"-------", "(needs its GPU)") for engine in engines],
+        + [(file, *unknown, f"({why})") for file, why in found.left_out.items()]
+        + [(engine, *unknown, "(needs its GPU)") for engine in engines],
     )
+    exit_with_failures(found.failed, as_json)
+
+
+def _figure(value: float | None, style: str) -> str:
+    return "-" if value is None else format(value, style)

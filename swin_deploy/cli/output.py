@@ -54,6 +54,15 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         click.echo(_encodable("  ".join(padded).rstrip()))
 
 
+def exit_with_failures(failed: Mapping[str, str], as_json: bool) -> None:
+    """If images were left out, exit with 1, after a table of the reasons unless the result was printed as JSON."""
+    if failed and not as_json:
+        click.echo()
+        print_table(("left out", "reason"), list(failed.items()))
+    if failed:
+        click.get_current_context().exit(1)
+
+
 class Console(logging.Handler):
     """Shows on stderr what a verb does: log messages with the seconds since the start, and progress.
 

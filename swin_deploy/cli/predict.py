@@ -9,20 +9,28 @@ import click
 
 from swin_deploy.cli.flags import given, spec_options
 from swin_deploy.cli.output import console, json_option, print_json, print_table
-from swin_deploy.errors import UsageError
-from swin_deploy.options import LoadSpec
+from swin_deploy.errors import InputError, UsageError
+from swin_deploy.options import EvaluateSpec, LoadSpec
 
 
 @click.command("predict", short_help="Classify images.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.option(
-    "-k", "--top-k", default=5, show_default=True, type=click.IntRange(1), help="Number of classes to print per image."
+    "-k",
+    "--top-k",
+    type=click.IntRange(1),
+    help="Number of classes to print per image.  [default: 5; several labels: all above --threshold]",
 )
+@spec_options(EvaluateSpec, only=("threshold", "on_error"))
 @spec_options(LoadSpec, only=("precision", "backend", "device"))
 @json_option
-def command(bundle: Path, images: tuple[str, ...], top_k: int, as_json: bool, **options: Any) -> None:
-    """Print the most likely classes of every IMAGE with their probabilities."""
+def command(bundle: Path, images: tuple[str, ...], top_k: int | None, as_json: bool, **options: Any) -> None:
+    """Print the most likely classes of every IMAGE with their scores.
+
+    Scores are probabilities, or the values of a regression. The row of an IMAGE that cannot be read has the reason, and the
+    exit code is then 1. If it is the only IMAGE, that is an error.
+    """
     import swin_deploy
     from swin_deploy.bundle import Bundle
     from swin_deploy.preprocess import read_image
@@ -34,7 +42,10 @@ def command(bundle: Path, images: tuple[str, ...], top_k: int, as_json: bool, **
             f"{bundle} was exported for the task {task}, but predict needs image-classification. Run it in Python "
             f"(swin_deploy.load), or export it with --task image-classification."
         )
-    for image in images:
+    limits = given(EvaluateSpec, {name: options.pop(name) for name in ("threshold", "on_error")})
+    EvaluateSpec(".", **limits)
+    limits = {"on_error": "continue" if len(images) > 1 else "stop", **limits, "top_k": top_k}
+    for image in images if limits["on_error"] == "stop" else ():
         if not os.path.isfile(image):  # noqa: PTH113 - Path.is_file raises for a name that is too long
             read_image(image)  # raises an error that names the problem
     if assumed := manifest.get("preprocessing", {}).get("assumed"):
@@ -42,16 +53,20 @@ def command(bundle: Path, images: tuple[str, ...], top_k: int, as_json: bool, **
     with console():
         model = swin_deploy.load(bundle, **given(LoadSpec, options))
     with model:
-        found, about = model.classify(images, top_k=top_k), model.describe()
+        found, about = model.classify(images, **limits), model.describe()
+        score = "{:9.4g}" if model.config.score_activation == "none" else "{:7.2%}"
     click.echo(f"Run by {about.backend} {about.version}, {about.precision}, on {about.device}", err=True)
-    if as_json:
-        print_json(
-            [{"image": image, "predictions": [asdict(p) for p in best]} for image, best in zip(images, found, strict=True)]
-        )
-        return
-    rows = [
-        (image if rank == 1 else "", rank, f"{p.score:7.2%}", p.label)
-        for image, predictions in zip(images, found, strict=True)
-        for rank, p in enumerate(predictions, start=1)
-    ]
-    print_table(("image", "rank", "  score", "label"), rows)
+    rows: list[tuple[Any, ...]] = []
+    answers: list[dict[str, Any]] = []
+    for image, best in zip(images, found, strict=True):
+        if isinstance(best, InputError):
+            answers.append({"image": image, "predictions": [], "error": str(best)})
+            rows.append((image, "-", "-", str(best)))
+            continue
+        answers.append({"image": image, "predictions": [asdict(p) for p in best]})
+        lines: list[tuple[Any, ...]] = [(rank, score.format(p.score), p.label) for rank, p in enumerate(best, start=1)]
+        rows += [("" if i else image, *line) for i, line in enumerate(lines or [("-", "-", "(no label above the threshold)")])]
+    print_json(answers) if as_json else print_table(("image", "rank", "  score", "label"), rows)
+    if failures := sum("error" in answer for answer in answers):
+        click.echo(f"{failures} of {len(images)} images cannot be read", err=True)
+        click.get_current_context().exit(1)

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from swin_deploy.cli.flags import given, spec_options
-from swin_deploy.cli.output import console, json_option, print_json, print_table
+from swin_deploy.cli.output import console, exit_with_failures, json_option, print_json, print_table
 from swin_deploy.options import QuantSpec
 
 
@@ -24,6 +24,8 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
 
     With --max-drop, the most sensitive layers stay in higher precision, as few as possible. With --min-speedup, the graph must
     also be faster than the one it replaces. If it cannot meet both, the bundle stays as it was, and the exit code is 3.
+
+    Images that cannot be read are left out and listed. The graph is then written, and the exit code is 1.
     """
     import swin_deploy
     from swin_deploy.bundle import Bundle
@@ -39,7 +41,8 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
         entries = Bundle.open(bundle).files
         gates = [{key: value for key, value in entries[one.file].items() if key in ("gate", "speed")} for one in scores]
         rows = [{**score.to_dict(), **more} for score, more in zip(scores, gates, strict=True)]
-        print_json({"bundle": str(bundle), "samples": found.samples, "graphs": rows})
+        failed = [{"image": name, "error": reason} for name, reason in found.failed.items()]
+        print_json({"bundle": str(bundle), "samples": found.samples, "graphs": rows, "failed": failed})
     elif scores:
         print_table(
             ("graph", "samples", "agrees with fp32", "relative L2", "SQNR dB"),
@@ -54,3 +57,4 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
                 for score in scores
             ],
         )
+    exit_with_failures(found.failed, as_json)

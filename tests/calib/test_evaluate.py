@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +22,10 @@ from transformers import AutoModelForImageClassification
 
 import swin_deploy
 from swin_deploy.bundle import CONFIG, PREPROCESSOR, create_bundle, graph_file
+from swin_deploy.calib.accuracy_gate import AccuracyGate
 from swin_deploy.calib.labels import class_numbers, labels_from_file
 from swin_deploy.errors import InputError, UsageError
+from swin_deploy.evaluation import Evaluation, Score, Targets, _average_precision
 from swin_deploy.preprocess import Preprocessor
 from swin_deploy.tasks import TaskSpec
 
@@ -54,10 +59,11 @@ def graph(precision: str, side: int, output: str = "logits") -> onnx.ModelProto:
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def bundle(path: Path, task: str = "image-classification") -> Path:
+def bundle(path: Path, task: str = "image-classification", **more: Any) -> Path:
     """Create a bundle of graphs that use colours only: three precisions at 8 pixels and two at 16."""
     config = json.loads((WEIGHTS[1] / "config.json").read_text())
     config |= {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
+    config |= more
     output = "logits" if task == "image-classification" else "last_hidden_state"
     with create_bundle(path, replace=False, facts={"name": "colours", "task": TaskSpec(task).to_dict()}) as draft:
         draft.add_json(CONFIG, config)
@@ -105,6 +111,132 @@ def test_figures_equal_those_of_scikit_learn_and_numpy(tmp_path: Path) -> None:
         assert score.relative_l2 == pytest.approx(distances.mean(), rel=1e-4)
         assert score.sqnr_db == pytest.approx(10 * np.log10((fp32**2).sum() / ((test - fp32) ** 2).sum()), rel=1e-4)
     assert found.score("bf16").sqnr_db < found.score("fp16").sqnr_db
+
+
+def figures(path: Path, data: Any, **options: Any) -> tuple[Evaluation, Score, Score]:
+    """What `evaluate` returns, and the scores of two graphs for 8 pixels."""
+    found = swin_deploy.evaluate(path, data, **options)
+    return found, found.score("fp32"), found.score("bf16")
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.9])
+def test_several_labels_equal_scikit_learn(threshold: float, tmp_path: Path) -> None:
+    path, raw = bundle(tmp_path / "b", problem_type="multi_label_classification"), images(40)
+    wanted = np.random.default_rng(1).random((40, len(CLASSES))) < 0.3
+    wanted[:, 2] = False  # a label that no image has
+    forms = {
+        "0 or 1 for each label": [list(map(int, row)) for row in wanted],
+        "class numbers": [set(np.flatnonzero(row).tolist()) for row in wanted],
+        "names of classes": [tuple(CLASSES[i] for i in np.flatnonzero(row)) for row in wanted],
+    }
+    for rule, labels in forms.items():
+        found, fp32, bf16 = figures(path, list(zip(raw, labels, strict=True)), threshold=threshold)
+        assert (found.rule, fp32.top1, fp32.top5, fp32.mae) == (rule, None, None, None)
+        predicted = {}
+        for score in (fp32, bf16):
+            test = logits(score.precision, Preprocessor.imagenet(SIDE)(list(raw)))
+            precisions = [sklearn.average_precision_score(wanted[:, i], test[:, i]) for i in range(len(CLASSES)) if i != 2]
+            assert score.mean_average_precision == pytest.approx(np.mean(precisions))
+            predicted[score.precision] = 1 / (1 + np.exp(-test)) > threshold
+            assert score.f1 == pytest.approx(sklearn.f1_score(wanted, predicted[score.precision], average="micro"))
+        assert bf16.top1_agreement == pytest.approx((predicted["bf16"] == predicted["fp32"]).mean())
+
+
+def test_equal_scores_rank_together() -> None:
+    wanted, scores = np.random.default_rng(0).integers(0, 2, 60).astype(bool), np.random.default_rng(1).integers(0, 6, 60)
+    expected = sklearn.average_precision_score(wanted, scores)
+    assert _average_precision(scores.astype(np.float32), wanted) == pytest.approx(expected)
+    assert _average_precision(np.array([np.nan, 0.0]), np.array([True, False])) == 0.5
+
+
+def test_a_regression_has_a_mean_absolute_error(tmp_path: Path) -> None:
+    path, raw = bundle(tmp_path / "b", problem_type="regression"), images(20)
+    wanted = np.random.default_rng(1).standard_normal((20, len(CLASSES)))
+    np.savez(tmp_path / "data.npz", images=raw, labels=wanted)
+    done = cli_here("evaluate", path, "--data", "data.npz", "--precision", "fp16", cwd=tmp_path)
+    assert done.stdout.split()[:4] == ["graph", "precision", "MAE", "agreement"]
+    found, fp32, bf16 = figures(path, tmp_path / "data.npz")
+    for score in (fp32, bf16):
+        test = logits(score.precision, Preprocessor.imagenet(SIDE)(list(raw)))
+        assert score.mae == pytest.approx(sklearn.mean_absolute_error(wanted, test), rel=1e-5)
+    assert (found.rule, fp32.top1, fp32.f1, bf16.top1_agreement) == ("values", None, None, None)
+    with pytest.raises(InputError, match="are not 7 numbers for each image"):
+        swin_deploy.evaluate(path, [(image, "ant") for image in raw])
+
+
+def test_the_gate_measures_what_the_network_predicts() -> None:
+    """The loss of a graph against the fp32 graph, with labels and without."""
+    fp32, test = np.random.default_rng(0).standard_normal((2, 12, 4)).astype(np.float32)
+    held = np.random.default_rng(1).random((12, 4)) < 0.5
+
+    @contextlib.contextmanager
+    def opened(outputs: np.ndarray) -> Iterator[Any]:
+        yield SimpleNamespace(title="t", outputs=[SimpleNamespace(name="logits")], run=lambda f: {"logits": outputs[f["rows"]]})
+
+    def loss(prediction: str, activation: str, values: Any) -> tuple[float, str]:
+        targets = Targets(prediction, 4, values, None, activation)
+        batches = lambda: ({"rows": np.arange(first, first + 4)} for first in (0, 4, 8))  # noqa: E731
+        gate = AccuracyGate(fp32, batches, 12, (8, 8), targets, opened)
+        return gate.loss(test), gate.unit
+
+    mean = [np.mean([sklearn.average_precision_score(held[:, i], x[:, i]) for i in range(4)]) for x in (fp32, test)]
+    errors = [np.abs(x - 1).mean() for x in (fp32, test)]
+    assert loss("labels", "sigmoid", held) == (pytest.approx(100 * (mean[0] - mean[1])), "points of mAP")
+    assert loss("labels", "sigmoid", None)[0] == pytest.approx(100 * ((fp32 > 0) != (test > 0)).mean())
+    assert loss("values", "none", np.ones((12, 4)))[0] == pytest.approx(100 * (errors[1] / errors[0] - 1), rel=1e-5)
+    assert loss("values", "none", None)[1] == "% relative L2 distance from fp32"
+    assert loss("classes", "softmax", fp32.argmax(1))[0] == pytest.approx(100 * (fp32.argmax(1) != test.argmax(1)).mean())
+
+
+def test_images_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
+    path = bundle(tmp_path / "b")
+    data = folder(tmp_path / "data", {"ant": 30, "bee": 30})
+    whole = result(cli_here("evaluate", path, "--data", data, "--json", cwd=tmp_path))
+    damaged = ["ant/3.png", "bee/0.png", "bee/7.png"]
+    for name in damaged:
+        (data / name).rename(data / name.replace("/", "/spare"))
+        (data / name).write_bytes((data / name.replace("/", "/spare")).read_bytes()[:60])
+    done = cli_here("evaluate", path, "--data", data, "--batch", 4, "--json", cwd=tmp_path)
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["samples"], [one["image"] for one in found["failed"]]) == (1, 60, damaged)
+    for one, other in zip(found["graphs"], whole["graphs"], strict=True):  # in batches of other sizes
+        assert one["sqnr_db"] == pytest.approx(other["sqnr_db"])
+        assert all(one[key] == other[key] for key in ("samples", "top1", "top5", "top1_agreement"))
+    assert all("is damaged" in one["error"] for one in found["failed"])
+    told = cli_here("evaluate", path, "--data", data, cwd=tmp_path)
+    assert (told.returncode, [line.split()[0] for line in told.stdout.splitlines()[-3:]]) == (1, damaged)
+    refused(cli_here("evaluate", path, "--data", data, "--on-error", "stop", cwd=tmp_path), "ant/3.png", "is damaged")
+    stream = (image if number % 9 else "absent.png" for number, image in enumerate(images(30)))
+    failed = swin_deploy.evaluate(path, stream).failed
+    assert list(failed) == ["sample 0", "sample 9", "sample 18", "sample 27"]
+    assert swin_deploy.evaluate(path, ["absent.png", images(1)[0]]).samples == 1
+    with pytest.raises(InputError, match="is a web address"):
+        swin_deploy.evaluate(path, "https://example.org/images")
+    with pytest.raises(InputError, match=r"None of the samples in the samples can be used. The first one: .*a.png"):
+        swin_deploy.evaluate(path, ["a.png", "b.png"])
+
+
+def test_quantize_leaves_out_what_it_cannot_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads the samples several times, so that they are checked before it begins anew."""
+    path, runs = bundle(tmp_path / "b"), []
+
+    def quantized(found: Any, spec: Any, data: Any) -> Any:
+        runs.append(len(data))
+        return SimpleNamespace(
+            samples=sum(len(one["pixel_values"]) for one in data.batches(4)), failed=data.failures, scores=[]
+        )
+
+    monkeypatch.setattr("swin_deploy.api.quantize._quantized", quantized)
+    data = [*images(30), "absent.png", *images(30, seed=1), "gone.png"]
+    found = swin_deploy.quantize(path, data)
+    assert (found.samples, runs, list(found.failed)) == (60, [62, 60], ["absent.png", "gone.png"])
+    assert swin_deploy.quantize(path, images(20)).samples == 20
+    with pytest.raises(InputError, match=r"absent\.png"):
+        swin_deploy.quantize(path, data, on_error="stop")
+    folder(tmp_path / "data", {"": 20})
+    (tmp_path / "data/3.png").write_text("damaged")
+    done = cli_here("quantize", path, "--data", "data", "--json", cwd=tmp_path)
+    assert (done.returncode, [one["image"] for one in json.loads(done.stdout)["failed"]]) == (1, ["3.png"])
 
 
 def test_other_tasks_have_distances_only(tmp_path: Path) -> None:
@@ -240,6 +372,21 @@ def test_labels_from_a_file(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(InputError, match=said):
             labels_from_file(file, ["a.jpg"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("l.csv", "image,labels\na.jpg,cat,dog\nb.jpg,\n", (("cat", "dog"), ("",))),
+        ("l.csv", "a.jpg,cat;dog\nb.jpg,bee\na.jpg,ant\n", (("cat;dog", "ant"), ("bee",))),
+        ("l.csv", "image,cat,dog\na.jpg,1,1\nb.jpg,0,0\n", (("cat", "dog"), ())),
+        ("l.csv", "a.jpg,1,1\nb.jpg,0,0\n", (("1", "1"), ("0", "0"))),
+        ("l.json", '{"a.jpg": ["cat", "dog"], "b.jpg": []}', (("cat", "dog"), ())),
+    ],
+)
+def test_several_labels_from_a_file(name: str, text: str, found: tuple[Any, ...], tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    assert labels_from_file(tmp_path / name, ["a.jpg", "b.jpg"], "labels") == found
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_predict_says_that_it_measures(tmp_path: Path) -> None:
     # What is wrong is said before anything is measured, whose figures would be kept.
     never = {"XDG_CACHE_HOME": str(tmp_path / "other")}
     for image in ("absent.png", "."):
-        assert cli_here("predict", digits(2), THREE, image, cwd=tmp_path, **never).returncode == 2
+        assert cli_here("predict", digits(2), THREE, image, "--on-error", "stop", cwd=tmp_path, **never).returncode == 2
     path = exported_bundle("--weights", str(one_block()), "--task", "feature-extraction", "--output-attentions")
     refused(cli_here("predict", path, THREE, cwd=tmp_path, **never), "the task feature-extraction, but predict needs")
     assert not Path(never["XDG_CACHE_HOME"]).exists()

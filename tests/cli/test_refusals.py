@@ -86,7 +86,7 @@ FILES = (
         (["verify", "file"], ["no bundle at file"]),
         (["predict", "B"], ["IMAGE"]),
         (["predict", "B", "absent.png"], ["absent.png", "does not exist"]),
-        (["predict", "B", THREE, "file"], ["file", "not a valid image"]),
+        (["predict", "B", THREE, "file", "--on-error", "stop"], ["file", "not a valid image"]),
         (["predict", "B", "full"], ["is a folder"]),
         (["predict", "B", "cut.jpg"], ["cut.jpg", "damaged"]),
         (["predict", "B", THREE, "-k", "0"], ["--top-k"]),

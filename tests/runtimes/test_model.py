@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cli.exported import EXAMPLES, FLOWER, THREE, copied, digits, files
 from PIL import Image
 
@@ -94,14 +97,32 @@ def test_what_is_no_image(model: Model, image: object) -> None:
         model.classify(image)  # type: ignore[arg-type]
 
 
-def test_what_is_no_image_is_named_itself_and_not_its_parts(model: Model) -> None:
-    """Such as the bytes of a JPEG, whose first item is a number."""
-    tensor = type("Tensor", (list,), {"__dlpack__": None})
-    with THREE.open("rb") as file:
-        for given, name in ((THREE.read_bytes(), "bytes"), (file, "BufferedReader"), (tensor(), "Tensor")):
-            for answers in (model.classify, lambda images: list(model.stream(images))):
-                with pytest.raises(InputError, match=f"^The image has type {name}. Expected a path, a PIL image or a uint8"):
-                    answers(given)
+def test_files_in_memory_and_tensors_are_images(model: Model) -> None:
+    one, picture = model.classify(THREE), np.array(Image.open(THREE).convert("RGB"))
+    with THREE.open("rb") as file, THREE.open("rb") as read:
+        read.read()
+        for same in (THREE.read_bytes(), bytearray(THREE.read_bytes()), io.BytesIO(THREE.read_bytes()), file, read):
+            assert model.classify(same) == one  # type: ignore[arg-type]
+        assert list(model.stream(torch.from_numpy(picture))) == model.classify([torch.from_numpy(picture)]) == one
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        ("https://example.org/a.png", "is a web address. Download the file"),
+        ("images/*.png", r"is a pattern and not a file. Pass the files: sorted\(glob.glob\('images/\*.png'\)\)"),
+        (b"no image", "^The image is not a valid image"),
+        (np.zeros((3, 9, 8), np.uint8), r"channels first.*pass array.transpose\(1, 2, 0\), or tensor.permute"),
+        (torch.zeros(3, 9, 8, dtype=torch.uint8), "channels first"),
+        (np.ones((8, 8, 3)), r"float64 .* with values from 1 to 1.*pass \(array \* 255\).round\(\).clip\(0, 255\).astype\("),
+        (torch.full((8, 8, 3), 200.0), r"float32 .* with values from 200 to 200.*pass array.round\(\).clip"),
+        (torch.zeros(8, 8, 3, requires_grad=True), r"Pass tensor.detach\(\).cpu\(\).numpy\(\)"),
+        (io.StringIO("text"), 'Open it with "rb"'),
+    ],
+)
+def test_images_that_need_a_conversion_name_it(image: Any, said: str, model: Model) -> None:
+    with pytest.raises(InputError, match=said):
+        model.classify(image)
 
 
 def test_arrays_prepared_as_run_takes_them(model: Model) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from swin_deploy.config import SwinConfig
+from swin_deploy.config import MOST_LABELS, SwinConfig, with_complete_labels
 from swin_deploy.errors import CheckpointError
 from swin_deploy.models.parameters import LazyTensors, Shape, parameters
 from swin_deploy.qat_ranges import QatRanges
@@ -20,7 +20,7 @@ from swin_deploy.tasks import TaskSpec
 from .infer_config import infer_config
 from .qat_state import qat_ranges_from_state
 from .state_dict_names import CanonicalStateDict, Writer, canonical_state_dict
-from .timm_config import MOST_LABELS, config_from_timm
+from .timm_config import config_from_timm
 from .weight_files import open_weights, read_json
 
 WRITERS = {"hf": "transformers", "tf": "transformers' TensorFlow classes", "microsoft": "Microsoft's repository"}
@@ -86,7 +86,9 @@ def recognise_checkpoint(
         state_dict = dataclasses.replace(state_dict, writer="timm")  # up to 0.6 it has the names of Microsoft's code
         config, notes = config_from_timm(raw, state_dict, str(folder / "config.json"))
     else:
-        config, notes = _config(raw, folder), ()
+        head = state_dict.shapes.get("classifier.weight")
+        raw, notes = with_complete_labels(raw, head[0] if head else None)
+        config = _config(raw, folder)
     tensors, shapes = state_dict.tensors, state_dict.shapes
     layers = sum(bool(re.fullmatch(r"classifier\.\d+\.weight", name)) for name in shapes)
     config = dataclasses.replace(config, head_widths=tuple(shapes[f"classifier.{i}.weight"][0] for i in range(layers - 1)))

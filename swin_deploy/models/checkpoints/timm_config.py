@@ -6,13 +6,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from swin_deploy.config import SwinConfig, Window, sides, window_from
+from swin_deploy.config import MOST_LABELS, SwinConfig, Window, complete_labels, sides, window_from
 from swin_deploy.errors import CheckpointError, UsageError
 from swin_deploy.variants import find_variant
 
 from .state_dict_names import CanonicalStateDict
-
-MOST_LABELS = 1_000_000  # a name is created for each
 
 # timm's name of an activation -> that of transformers
 TIMM_ACTIVATIONS = {
@@ -70,8 +68,8 @@ def config_from_timm(raw: Mapping[str, Any], state_dict: CanonicalStateDict, whe
             raise CheckpointError(f"{where}: model_args has {key} = {value!r}, which is not supported.")
     try:
         config, notes = _with_arguments(base, _defaults(raw, pretrained) | arguments, state_dict)
-        labels = _labels(raw, pretrained, arguments)
-        return dataclasses.replace(config, id2label=labels), notes
+        labels, note = _labels(raw, pretrained, arguments)
+        return dataclasses.replace(config, id2label=labels), notes + ((note,) if note else ())
     except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
         raise CheckpointError(f"{where}: {error}. Expected the arguments of timm's {architecture}.") from error
 
@@ -144,16 +142,21 @@ def _windows_in_tables(config: SwinConfig, state_dict: CanonicalStateDict) -> tu
     return tuple(found), tuple(notes)
 
 
-def _labels(raw: Mapping[str, Any], pretrained: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[int, str]:
+def _labels(
+    raw: Mapping[str, Any], pretrained: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> tuple[dict[int, str], str | None]:
+    """Return a label for each class, its description if timm has one, and a note if some have none."""
     count = next((int(s["num_classes"]) for s in (raw, arguments, pretrained) if s.get("num_classes") is not None), 1000)
     if not 0 <= count <= MOST_LABELS:
         raise ValueError(f"num_classes is {count}")
-    names = raw.get("label_names") or pretrained.get("label_names") or raw.get("labels")
-    if isinstance(names, Mapping):
-        names = [names.get(str(i)) for i in range(count)]
-    if isinstance(names, list) and len(names) == count and all(isinstance(name, str) for name in names):
-        return dict(enumerate(names))
-    return {i: f"LABEL_{i}" for i in range(count)}
+    names = raw.get("label_names") or pretrained.get("label_names") or raw.get("labels") or pretrained.get("labels")
+    described = raw.get("label_descriptions") or pretrained.get("label_descriptions")
+    descriptions = described if isinstance(described, Mapping) else {}
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not isinstance(names, Mapping) or not 0 < len(names) <= count:
+        return {i: f"LABEL_{i}" for i in range(count)}, None
+    return complete_labels({i: descriptions.get(name, name) for i, name in names.items() if isinstance(name, str)}, count)
 
 
 def _per_stage(values: tuple[Window, ...], stages: int) -> tuple[Window, ...]:
