@@ -169,15 +169,17 @@ def test_a_mean_for_other_channels_is_refused() -> None:
         stated(config=config, preprocessor={"image_mean": [0.1, 0.2, 0.3]})
 
 
-def test_timm_crop_pct_as_reported() -> None:
+@pytest.mark.parametrize("name", ["timm_crop_pct", "timm_global_pool_max"])
+def test_timm_as_reported(name: str) -> None:
     """Pixels and logits equal those that timm computed for the photograph."""
-    folder = REPORTED / "timm_crop_pct"
+    folder = REPORTED / name
     checkpoint, task = checkpoint_from_path(folder, TaskSpec()), TaskSpec()
     pixels = preprocessing_of(checkpoint, ExportSpec(weights=folder)).preprocessor(FLOWER)
     expected = np.load(folder / "expected.npz")
     assert np.array_equal(pixels[0], expected["pixels"])
     with torch.no_grad():
-        logits = SwinNetwork(checkpoint.config, (64, 64), checkpoint.tensors, task, "tensorrt").eval()(torch.from_numpy(pixels))
+        size = checkpoint.config.image_size
+        logits = SwinNetwork(checkpoint.config, size, checkpoint.tensors, task, "tensorrt").eval()(torch.from_numpy(pixels))
     np.testing.assert_allclose(np.asarray(logits).reshape(-1), expected["logits"], atol=1e-5)
 
 
