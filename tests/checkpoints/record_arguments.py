@@ -135,7 +135,8 @@ def main() -> None:
             signatures["factories"][name] = {**getattr(module, name)(), "img_size": size[1:]}
         setattr(module, create, original)
     HERE.mkdir(exist_ok=True)
-    (HERE / "signatures.json").write_text(json.dumps(signatures, indent=1) + "\n")
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in signatures.items()]
+    (HERE / "signatures.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     configs: dict[str, Any] = {}
