@@ -52,7 +52,7 @@ PROCESSORS: Mapping[str, Mapping[str, Any]] = {
     "Bit": _CLIP,
     "CLIP": _CLIP,
     "ConvNext": {"size": {"shortest_edge": 384}, "resample": 3, "default_to_square": False, "crop_pct": 224 / 256},
-    "DeiT": {"size": 256, "crop_size": 224, "do_center_crop": True, "resample": 3},
+    "DeiT": {"size": [256, 256], "crop_size": 224, "do_center_crop": True, "resample": 3},
     "Beit": {"crop_size": 224, "do_center_crop": False, "resample": 3},
     "Siglip": {"resample": 3, "do_convert_rgb": True, "default_to_square": False},
 }
@@ -742,7 +742,8 @@ def _as_convnext(values: dict[str, Any]) -> dict[str, Any]:
     part: Any = values.pop("crop_pct")
     if not values.get("do_resize", True):
         return values
-    if not _is_side(edge) or not _is_number(part) or part <= 0 or values.get("do_center_crop"):
+    cropped = values.get("do_center_crop") and (not _is_side(edge) or edge < 384)
+    if cropped or not _is_side(edge) or not _is_number(part) or part <= 0:
         raise _invalid("size", values.get("size", edge), '{"shortest_edge": ...}, crop_pct above 0, and no do_center_crop')
     del values["shortest_edge"]
     if edge >= 384:

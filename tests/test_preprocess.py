@@ -141,6 +141,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "smaller": {"size": {"shortest_edge": 57}, "crop_size": {"height": 48, "width": 50}, "resample": 2},
     "integers": {"size": 61, "crop_size": 56, "image_mean": [0.4, 0.5, 0.6]},
+    "not square": {"default_to_square": False, "crop_size": [40, 51]},
     "no crop, no rescale": {"do_center_crop": False, "do_rescale": False, "size": {"height": 40, "width": 60}},
     "nulls": {"do_center_crop": None, "do_convert_rgb": None, "do_resize": None},
 }
