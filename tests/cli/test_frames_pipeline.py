@@ -170,8 +170,8 @@ def test_refusals(tmp_path: Path) -> None:
     twice = ("--embed-resize", "100x200", "--embed-resize", "200x100")
     refused(cli_here(*export, *twice, cwd=tmp_path), "--embed-resize was given 2 times")
     assert contents(tmp_path) == before
-    with pytest.raises(UsageError, match="expects images with 1 channels"):
-        swin_deploy.export(weights=_weights(tmp_path, TaskSpec(), 1), output=tmp_path / "grey", embed_preprocess=True)
+    with pytest.raises(UsageError, match="with 4 channels cannot be resized in the graph"):
+        swin_deploy.export(weights=_weights(tmp_path, TaskSpec(), 4), output=tmp_path / "four", embed_resize=100)
 
 
 def _weights(folder: Path, task: TaskSpec, channels: int) -> Path:
