@@ -385,3 +385,12 @@ def test_adapter_of_peft() -> None:
     folder = REPORTED / "peft_adapter"
     refused(folder, r"is a PEFT adapter of tmp/bugs/w/hf1, .*merge_and_unload\(\)")
     refused(folder / "adapter_model.safetensors", r"adapter weights .* not merged .*lora_A.*merge_and_unload\(\)")
+
+
+def test_config_of_a_trainer_beside_the_weights(tmp_path: Path) -> None:
+    """PyTorchModelHubMixin writes the arguments of the class as config.json."""
+    (tmp_path / "config.json").write_text('{"num_classes": 10, "hidden": 64}')
+    save_file({f"backbone.{name}": tensor for name, tensor in MICROSOFT.items()}, tmp_path / "model.safetensors")
+    found = recognise_checkpoint(tmp_path)
+    assert equal(found, original("Microsoft")[1])
+    assert found.notes[0] == "config.json was written by neither transformers nor timm, and is not used"

@@ -62,6 +62,9 @@ def recognise_checkpoint(
     """
     folder = path if path.is_dir() else path.parent
     raw = read_json(folder / "config.json") if path.exists() and (folder / "config.json").is_file() else None
+    foreign = raw is not None and not raw.keys() & {"architecture", "model_type"}  # of a trainer, such as PyTorchModelHubMixin
+    if foreign:
+        raw = None
     timm = raw is not None and "architecture" in raw
     if raw is not None and not timm and path.is_dir():
         _config(raw, folder)  # the model_type of another network gives the clearest error
@@ -81,19 +84,21 @@ def recognise_checkpoint(
     elif raw is None:
         config, notes = infer_config(state_dict, image_size, file.extras, str(path))
         if state_dict.writer in ("hf", "tf"):
-            notes += ("there is no config.json, so the default activation and epsilon of transformers are assumed",)
+            assumed = "the default activation and epsilon of transformers are assumed"
+            notes += (assumed if foreign else f"there is no config.json, so {assumed}",)
     elif timm:
         state_dict = dataclasses.replace(state_dict, writer="timm")  # up to 0.6 it has the names of Microsoft's code
         config, notes = config_from_timm(raw, state_dict, str(folder / "config.json"))
     else:
-        head = state_dict.shapes.get("classifier.weight")
-        raw, notes = with_complete_labels(raw, head[0] if head else None)
+        heads = [shape for name, shape in sorted(state_dict.shapes.items()) if re.fullmatch(r"classifier\..*weight", name)]
+        raw, notes = with_complete_labels(raw, heads[-1][0] if heads else None)
         config = _config(raw, folder)
     tensors, shapes = state_dict.tensors, state_dict.shapes
     layers = sum(bool(re.fullmatch(r"classifier\.\d+\.weight", name)) for name in shapes)
     config = dataclasses.replace(config, head_widths=tuple(shapes[f"classifier.{i}.weight"][0] for i in range(layers - 1)))
     unnamed = [key for key, value in file.extras.items() if isinstance(value, Mapping) and "shadow_params" in value]
     notes = (
+        *(("config.json was written by neither transformers nor timm, and is not used",) if foreign else ()),
         *state_dict.notes,
         *(
             f"the averaged weights under {key} have no names and are left out: copy them into the model first"
