@@ -5,6 +5,7 @@ An interrupted pass resumes after the last batch saved and gives the same bits a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
@@ -18,6 +19,7 @@ import numpy as np
 from swin_deploy.bundle import disk_errors, sha256_of, write_whole
 from swin_deploy.dependencies import onnxruntime_session, require
 from swin_deploy.errors import BackendError, InputError, UsageError, sentence
+from swin_deploy.files import without_links
 from swin_deploy.options import Array, Progress, no_progress
 
 from .observers import HALF, Observation, from_arrays, to_arrays
@@ -151,11 +153,13 @@ def session_for(
     fetched = [name for name in tensors if name in outputs]
     del graph.graph.output[:]
     graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in fetched)
-    config = {}
-    if isinstance(model, str | os.PathLike):
-        config["session.model_external_initializers_file_folder_path"] = str(Path(model).resolve().parent)
-    try:  # a memory arena would hold the memory of the largest batch twice
-        session = onnxruntime_session(graph.SerializeToString(), threads=threads, config=config, enable_cpu_mem_arena=False)
+    try:
+        with contextlib.nullcontext() if isinstance(model, onnx.ModelProto) else without_links(Path(model)) as file:
+            folder = (
+                {} if file is None else {"session.model_external_initializers_file_folder_path": str(file.absolute().parent)}
+            )
+            # A memory arena would hold the memory of the largest batch twice.
+            session = onnxruntime_session(graph.SerializeToString(), threads=threads, config=folder, enable_cpu_mem_arena=False)
     except Exception as error:
         raise BackendError(f"ONNX Runtime cannot load the graph for calibration: {sentence(str(error))}.") from error
 

@@ -80,7 +80,7 @@ class WeightFile:
                 self._refer(tensor, *self._place(file, array))
 
     def _place(self, file: Any, array: NDArray[Any]) -> tuple[int, int]:
-        data = np.ascontiguousarray(array).data.cast("B")
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data  # numpy has no buffers of bfloat16 or float8
         key = hashlib.sha256(data).digest()
         if key not in self._places:
             gap = -self._end % ALIGNMENT

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from swin_deploy.bundle import CONFIG, Bundle, disk_errors, graph_file, weights_file
+from swin_deploy.bundle import CONFIG, Bundle, disk_errors, graph_file, load_weights, weights_file
 from swin_deploy.config import SwinConfig
 from swin_deploy.dependencies import require
 from swin_deploy.errors import MissingDependencyError, VerificationError
@@ -133,7 +133,7 @@ def _with_shapes(path: Path) -> Any:
 
     bare = onnx.load(str(path), load_external_data=False)  # large weights exceed the protobuf limit of shape inference
     model = onnx.shape_inference.infer_shapes(bare, strict_mode=True)
-    onnx.load_external_data_for_model(model, str(path.parent))
+    load_weights(model.graph.initializer, path.parent)
     return model
 
 

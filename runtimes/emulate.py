@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from swin_deploy.bundle import load_graph
 from swin_deploy.dependencies import require
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def emulated_file(path: Path, folder: Path) -> Path:
     """Write the emulated copy of the graph `path` and its weights into `folder`."""
     onnx = require("onnx", "compare a graph whose types the back end has no kernels for")
     target = folder / "emulated.onnx"
-    onnx.save(emulated(onnx.load(str(path))), str(target), save_as_external_data=True, location="emulated.onnx_data")
+    onnx.save(emulated(load_graph(path)), str(target), save_as_external_data=True, location="emulated.onnx_data")
     return target
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from swin_deploy.bundle import TensorSpec
 from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError, UsageError, sentence
+from swin_deploy.files import without_links
 from swin_deploy.options import Array
 
 from .base import Feeds, Pool, Runtime
@@ -38,7 +39,7 @@ class OpenVino(Runtime):
         if bf16 and not able:
             raise UsageError("This processor does not compute in bf16 (it has neither AVX512_BF16 nor AMX). Use fp32.")
         try:
-            model = self._core.read_model(str(path))
+            model = self._read()
             quantized = any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
             # By default OpenVINO computes fp32 models in bf16 on processors that support it.
             hint = "bf16" if bf16 or (quantized and able) else "f32"
@@ -81,7 +82,11 @@ class OpenVino(Runtime):
                 f"{self._path} was changed or removed after it was loaded, and must be compiled again for batches. Load the "
                 f"bundle again."
             )
-        return self._requests(str(self._path))
+        return self._requests(self._read())
+
+    def _read(self) -> Any:
+        with without_links(self._path) as path:
+            return self._core.read_model(str(path))
 
     def _requests(self, model: Any) -> Pool[Any]:
         compiled = self._core.compile_model(model, "CPU", self._config)

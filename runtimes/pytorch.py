@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from swin_deploy.bundle import specs_from_onnx
+from swin_deploy.bundle import load_weights, specs_from_onnx
 from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError, MissingDependencyError, UsageError, sentence
 from swin_deploy.gpus import refuse_without_gpu
@@ -114,15 +114,14 @@ class PyTorch(Runtime):
 
     def _tensor(self, initializer: onnx.TensorProto, folder: Path) -> Tensor:
         """Copy the values of an initializer, from the external data in `folder` if they are there."""
-        from onnx import TensorProto, external_data_helper, numpy_helper
+        from onnx import TensorProto, numpy_helper
 
         from .torch_operators import torch_type
 
         if initializer.data_location == TensorProto.EXTERNAL:
             reference, initializer = initializer, TensorProto()  # a protobuf message does not free the memory of its fields
             initializer.CopyFrom(reference)
-            external_data_helper.load_external_data_for_tensor(initializer, str(folder))
-            initializer.data_location = TensorProto.DEFAULT
+            load_weights([initializer], folder)
         values = numpy_helper.to_array(initializer).copy()
         as_bytes: Tensor = self._torch.from_numpy(values.reshape(-1).view(np.uint8))  # numpy lacks some of the types
         return as_bytes.view(torch_type(initializer.data_type)).reshape(values.shape)

@@ -436,6 +436,34 @@ def specs_from_onnx(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, 
     return tuple(specs)
 
 
+def load_graph(path: Path) -> onnx.ModelProto:
+    """Load an ONNX file with its external weights, which may be links: onnx itself refuses these."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    constants = (attribute.t for node in model.graph.node for attribute in node.attribute if attribute.HasField("t"))
+    load_weights((*model.graph.initializer, *constants), path.parent)
+    return model
+
+
+def load_weights(tensors: Iterable[onnx.TensorProto], folder: Path) -> None:
+    """Load the values of those `tensors` that are in files of `folder`. Raises ValueError for one outside or too short."""
+    for tensor in tensors:
+        if tensor.data_location != tensor.EXTERNAL:
+            continue
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        location, length = Path(place["location"]), int(place.get("length", -1))
+        if location.is_absolute() or ".." in location.parts:
+            raise ValueError(f"{tensor.name} is in {location}, outside of {folder}")
+        with (folder / location).open("rb") as file:
+            file.seek(int(place.get("offset", 0)))
+            tensor.raw_data = file.read(length)
+        if len(tensor.raw_data) < length:
+            raise ValueError(f"{tensor.name} goes beyond the end of {folder / location}")
+        tensor.data_location = tensor.DEFAULT
+        del tensor.external_data[:]
+
+
 def size_text(size: Size) -> str:
     """ "256x320" for (256, 320)."""
     return f"{size[0]}x{size[1]}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from swin_deploy.errors import MissingDependencyError
+from swin_deploy.files import without_links
 
 # module -> (name in messages, extra that installs it)
 PROVIDERS = {
@@ -83,9 +84,9 @@ def onnxruntime_session(
         setattr(settings, name, value)
     for name, value in (config or {}).items():
         settings.add_session_config_entry(name, value)
-    source = model if isinstance(model, bytes) else str(model)
-    # Without enable_fallback=0, ONNX Runtime replaces a failing provider by the CPU and prints a message.
-    return ort.InferenceSession(source, settings, providers=list(providers), enable_fallback=0)
+    with contextlib.nullcontext(model) if isinstance(model, bytes) else without_links(Path(model)) as source:
+        # Without enable_fallback=0, ONNX Runtime replaces a failing provider by the CPU and prints a message.
+        return ort.InferenceSession(source, settings, providers=list(providers), enable_fallback=0)
 
 
 def installed_versions(distributions: Iterable[str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from swin_deploy.bundle import Bundle
+from swin_deploy.bundle import Bundle, load_graph
 from swin_deploy.config import SwinConfig
 from swin_deploy.dependencies import require
 from swin_deploy.errors import InputError
@@ -30,14 +30,14 @@ SAME = 1e-4  # of the largest weight
 
 def ranges_from_onnx(bundle: Bundle, path: Path) -> QatRanges:
     """Read the ranges of the graph at `path`. Raises InputError if it does not have the network of `bundle`."""
-    onnx = require("onnx", "read ranges from a graph")
+    require("onnx", "read ranges from a graph")
     try:
-        model = onnx.load(str(path))
+        model = load_graph(path)
     except Exception as error:  # protobuf's errors have no common base
         raise InputError(f"{path} cannot be read as an ONNX graph ({' '.join(str(error).split())[:200]}).") from error
     source = next(file for file, entry in bundle.graphs.items() if entry["precision"] == "fp32")
     config, _ = config_and_task(bundle)
-    network = _weights(onnx.load(str(bundle.verified_path(source))), config)
+    network = _weights(load_graph(bundle.verified_path(source)), config)
     return QatRanges(path.name, _ranges(_QdqGraph(model, str(path)), network))
 
 
