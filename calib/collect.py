@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from swin_deploy.bundle import disk_errors, sha256_of, write_whole
+from swin_deploy.bundle import disk_errors, sha256_of, without_links, write_whole
 from swin_deploy.dependencies import onnxruntime_session, require
 from swin_deploy.errors import BackendError, InputError, UsageError, sentence
-from swin_deploy.files import without_links
 from swin_deploy.options import Array, Progress, no_progress
 
 from .observers import HALF, Observation, from_arrays, to_arrays
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
 CACHE = ".calibration"  # folder in a bundle for cached observations
 PHASE = "Measuring ranges"
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 State = tuple[int, dict[str, Observation]]  # number of samples seen, and their observations
 _FORMAT = 2  # of the cache files; files of another format are ignored
 
@@ -155,9 +155,7 @@ def session_for(
     graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in fetched)
     try:
         with contextlib.nullcontext() if isinstance(model, onnx.ModelProto) else without_links(Path(model)) as file:
-            folder = (
-                {} if file is None else {"session.model_external_initializers_file_folder_path": str(file.absolute().parent)}
-            )
+            folder = {} if file is None else {WEIGHTS_FOLDER: str(file.absolute().parent)}
             # A memory arena would hold the memory of the largest batch twice.
             session = onnxruntime_session(graph.SerializeToString(), threads=threads, config=folder, enable_cpu_mem_arena=False)
     except Exception as error:

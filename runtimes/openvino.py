@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from swin_deploy.bundle import TensorSpec
+from swin_deploy.bundle import TensorSpec, without_links
 from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError, UsageError, sentence
-from swin_deploy.files import without_links
 from swin_deploy.options import Array
 
 from .base import Feeds, Pool, Runtime

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BundleError
-from .files import exchanged, locked, scratch_beside, sweep
+from .files import exchanged, locked, scratch_beside, scratch_folder, sweep
 from .option_parsers import path as path_option
 from .options import PRECISIONS, TARGETS, Size
 
@@ -462,6 +462,28 @@ def load_weights(tensors: Iterable[onnx.TensorProto], folder: Path) -> None:
             raise ValueError(f"{tensor.name} goes beyond the end of {folder / location}")
         tensor.data_location = tensor.DEFAULT
         del tensor.external_data[:]
+
+
+@contextlib.contextmanager
+def without_links(graph: Path) -> Iterator[Path]:
+    """Yield the ONNX file `graph`, or a copy beside its weights if these are a symbolic link, as in Hugging Face's cache.
+
+    ONNX Runtime and OpenVINO refuse a link that leaves the folder. Where possible, the weights are linked, not copied.
+    """
+    links = [file for file in graph.parent.glob("*data") if file.is_symlink()]
+    content = graph.read_bytes() if links else b""
+    links = [file for file in links if os.fsencode(file.name) in content]
+    if not links:
+        yield graph
+        return
+    with scratch_folder("weights") as folder:
+        (folder / graph.name).write_bytes(content)
+        for file in links:
+            try:
+                os.link(file.resolve(), folder / file.name)
+            except OSError:  # another file system, or a file of another user
+                shutil.copyfile(file, folder / file.name)
+        yield folder / graph.name
 
 
 def size_text(size: Size) -> str:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from swin_deploy.bundle import without_links
 from swin_deploy.errors import MissingDependencyError
-from swin_deploy.files import without_links
 
 # module -> (name in messages, extra that installs it)
 PROVIDERS = {

@@ -55,28 +55,6 @@ def locked(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[
 
 
 @contextlib.contextmanager
-def without_links(graph: Path) -> Iterator[Path]:
-    """Yield the ONNX file `graph`, or a copy beside its weights if these are a symbolic link, as in Hugging Face's cache.
-
-    ONNX Runtime and OpenVINO refuse a link that leaves the folder. Where possible, the weights are linked, not copied.
-    """
-    links = [file for file in graph.parent.glob("*_data") if file.is_symlink()]
-    content = graph.read_bytes() if links else b""
-    links = [file for file in links if os.fsencode(file.name) in content]
-    if not links:
-        yield graph
-        return
-    with scratch_folder("weights") as folder:
-        (folder / graph.name).write_bytes(content)
-        for file in links:
-            try:
-                os.link(file.resolve(), folder / file.name)
-            except OSError:  # another file system, or a file of another user
-                shutil.copyfile(file, folder / file.name)
-        yield folder / graph.name
-
-
-@contextlib.contextmanager
 def scratch_folder(kind: str) -> Iterator[Path]:
     """Yield a temporary folder, removed at the end. Folders of this kind that killed processes left are removed first."""
     target = Path(tempfile.gettempdir(), f"swin-{kind}")
