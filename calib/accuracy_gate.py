@@ -118,7 +118,8 @@ class GateResult:
 class AccuracyGate:
     """Measures how much accuracy quantized graphs lose against the fp32 graph `reference` on all samples.
 
-    `targets` are what the network predicts, with the labels of the samples if they are known.
+    `targets` are what the network predicts, with the labels of the samples if they are known. `rewrites` is a clause about the
+    rewritten fp32 network, for a refusal.
     """
 
     reference: Any
@@ -128,6 +129,7 @@ class AccuracyGate:
     targets: Targets
     open_model: OpenModel
     progress: Progress = no_progress
+    rewrites: str = "rewrites were not compared"
 
     @property
     def unit(self) -> str:
@@ -179,10 +181,12 @@ class AccuracyGate:
         ranking = rank_layers(names, lambda keep: self.outputs(graph(keep)), self.progress)
         kept, loss = fewest_fp32_layers(ranking, lambda keep: self.loss(graph(keep)), max_drop)
         if len(kept) == len(names):
+            alone = ", ".join(f"{layer.name} {layer.sqnr_db:.1f}" for layer in ranking[:3])
             raise GateError(
                 f"The {title} graph is less accurate than requested: with only the least sensitive of {len(names)} layers "
                 f"quantized ({ranking[-1].name}) it loses {loss:.2f} {self.unit} on {self.samples} samples, and the limit is "
-                f"{max_drop:g}. Use a graph that is not quantized, or raise --max-drop."
+                f"{max_drop:g}. Measured: SQNR in dB with one quantized layer, at worst {alone}; {self.rewrites}. Use a graph "
+                f"that is not quantized, or raise --max-drop."
             )
         _LOG.info("%d of %d layers quantized lose %.2f %s", len(names) - len(kept), len(names), loss, self.unit)
         return GateResult(kept, ranking, loss, self.unit)

@@ -39,7 +39,7 @@ from swin_deploy.qat_ranges import RANGES
 from swin_deploy.tasks import PIXELS
 from swin_deploy.variants import VARIANTS
 
-from .external_data import WeightFile, embed_weights, weight_bytes
+from .external_data import PROTOBUF_LIMIT, WeightFile, embed_weights, weight_bytes
 from .onnx_from_torch import OPSET, onnx_from_torch
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ _LOG = logging.getLogger(__name__)
 TOOLS = ("swin-deploy", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime", "numpy")
 LARGEST_SIDE = 4096  # pixels; a larger graph would not fit into memory
 LARGEST_FRAME = 32768
-PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf message is limited to 2 GiB, and the graph itself needs some
 
 
 def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec, open_graph: OpenGraph) -> Bundle:

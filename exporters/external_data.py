@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import onnx
 
 ALIGNMENT = 4096  # bytes, so that a runtime can memory-map a tensor
+PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf message is limited to 2 GiB, and the graph itself needs some
 SMALLEST = 1024  # bytes; smaller tensors, such as shapes and scalars, stay in the graph
 
 Weights = Mapping[str, Any]  # initializer -> torch tensor or numpy array

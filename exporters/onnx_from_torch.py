@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from swin_deploy.bundle import TensorSpec
-from swin_deploy.dependencies import require
+from swin_deploy.dependencies import installed, require
 from swin_deploy.errors import ExportError
 from swin_deploy.options import Size
+from swin_deploy.parity import sample_inputs
 
-from .external_data import Weights, take_weights
+from .external_data import PROTOBUF_LIMIT, Weights, embed_weights, take_weights, weight_bytes
 from .passes import PASSES, PassRecord, run_passes
+from .passes.base import NetworkCheck
 
 if TYPE_CHECKING:
     import onnx
@@ -56,11 +58,12 @@ class Traced:
 def onnx_from_torch(network: SwinNetwork, image_size: Size, frame_size: Size | None = None) -> Traced:
     """Trace `network` to an fp32 graph for images, or uint8 frames, of one size, and apply the passes of its target."""
     require("onnxscript", "export to ONNX")
-    model, weights = _traced(network, network.task.inputs(network.config, image_size, frame_size))
+    inputs = network.task.inputs(network.config, image_size, frame_size)
+    model, weights = _traced(network, inputs)
     _name_by_module(model)
     gs = require("onnx_graphsurgeon", "rewrite the ONNX graph")
     graph = gs.import_onnx(model)
-    records = run_passes(graph, network.config, PASSES[network.target])
+    records = run_passes(graph, network.config, PASSES[network.target], _check(network, model, weights, inputs))
     graph.name = f"swin_v{network.config.version}"
     graph.producer_name = "swin-deploy"
     model = gs.export_onnx(graph)
@@ -73,6 +76,20 @@ def onnx_from_torch(network: SwinNetwork, image_size: Size, frame_size: Size | N
             f"Install the versions in constraints.txt and, if it persists, report it."
         )
     return Traced(model, weights, records)
+
+
+def _check(network: SwinNetwork, model: Any, weights: Weights, inputs: tuple[TensorSpec, ...]) -> NetworkCheck | None:
+    """The check of the rewrites; None without ONNX Runtime, beyond 2 GB, or if there are none."""
+    if network.target != "openvino" or not installed("onnxruntime") or weight_bytes(weights) > PROTOBUF_LIMIT:
+        return None
+
+    def complete(light: Any) -> Any:
+        whole = type(light)()
+        whole.CopyFrom(light)
+        embed_weights(whole, weights)
+        return whole
+
+    return NetworkCheck(model, sample_inputs(inputs), complete)
 
 
 def _traced(network: SwinNetwork, specs: Sequence[TensorSpec]) -> tuple[Any, dict[str, Any]]:

@@ -19,7 +19,7 @@ from swin_deploy.errors import ExportError
 from swin_deploy.tasks import TaskSpec
 
 from .passes import ENGINE_PASSES, run_passes
-from .passes.base import Graph, Pass, PassRecord, Tensor, add_node, redirect
+from .passes.base import Graph, NetworkCheck, Pass, PassRecord, Tensor, add_node, redirect
 from .passes.cosine_attention import cosine_fallback
 
 if TYPE_CHECKING:
@@ -53,12 +53,21 @@ class TypedGraph:
 
 
 def typed_from_fp32(
-    model: onnx.ModelProto, config: SwinConfig, task: TaskSpec, precision: str, measure: Measure | None = None
+    model: onnx.ModelProto,
+    config: SwinConfig,
+    task: TaskSpec,
+    precision: str,
+    measure: Measure | None = None,
+    check: NetworkCheck | None = None,
 ) -> TypedGraph:
-    """Make the graph in the types of `precision`. `measure`, for fp16, returns the amax of each value on samples."""
+    """Make the graph in the types of `precision`. `measure`, for fp16, returns the amax of each value on samples.
+
+    `check` compares the rewritten fp32 network with `model`.
+    """
     gs = require("onnx_graphsurgeon", f"write the {precision} graph")
     graph = gs.import_onnx(model)
-    records = run_passes(graph, config, ENGINE_PASSES)
+    records = run_passes(graph, config, ENGINE_PASSES, check)
+    counted = measure is None and not (check and check.left_out)
     fallback = set(cosine_fallback(graph))
     by_module = groupby(sorted(fallback), key=lambda name: name.rpartition("/")[0])
     found = [FallbackNodes(at, len(list(names)), COSINE) for at, names in by_module]
@@ -69,7 +78,7 @@ def typed_from_fp32(
         beyond = _beyond_fp16(graph, measure(gs.export_onnx(graph)))
         found += [FallbackNodes(name, 1, reason) for name, reason in beyond.items() if name not in fallback]
         fallback |= beyond.keys()
-    records += run_passes(graph, config, (types_pass(task, precision, fallback, counted=measure is None),))
+    records += run_passes(graph, config, (types_pass(task, precision, fallback, counted),))
     typed = gs.export_onnx(graph)
     if precision == "bf16":
         raise_opset(typed, BF16_OPSET)

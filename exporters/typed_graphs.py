@@ -13,20 +13,21 @@ from typing import Any
 
 from swin_deploy.bundle import CONFIG, Bundle, disk_errors, graph_file, load_weights, weights_file
 from swin_deploy.config import SwinConfig
-from swin_deploy.dependencies import require
+from swin_deploy.dependencies import installed, require
 from swin_deploy.errors import MissingDependencyError, VerificationError
 from swin_deploy.files import scratch_beside, scratch_folder
 from swin_deploy.options import QUANTIZED, Size
 from swin_deploy.parity import OpenGraph, Reference, Runnable, check_graph
 from swin_deploy.tasks import TaskSpec
 
-from .external_data import WeightFile
+from .external_data import PROTOBUF_LIMIT, WeightFile
 from .passes import PassRecord
+from .passes.base import NetworkCheck
 from .precision import typed_from_fp32
 
 _LOG = logging.getLogger(__name__)
 WITH_DATA = "pass images with --data to find the values that must stay in fp32, or build with --fp32 instead."
-OTHER_IMAGES = "pass more images, or images like those of the application, with --data, or build with --fp16 instead."
+OTHER_IMAGES = "keep the most sensitive layers in fp32 with --max-drop, pass images like those of the application, or use fp16."
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,14 @@ class Calibration:
 
 @dataclass(frozen=True)
 class NewGraph:
-    """A graph made from an fp32 graph, the passes applied to it, and further facts for its entry in the manifest."""
+    """A graph made from an fp32 graph, the passes applied to it, further facts for its entry in the manifest, and a clause
+    about what was measured, for a refusal.
+    """
 
     model: Any
     records: tuple[PassRecord, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    measured: str = ""
 
 
 Make = Callable[[str, Any], NewGraph]  # (file of an fp32 graph, the graph with weights and shapes) -> new graph
@@ -62,10 +66,24 @@ def with_typed_graphs(bundle: Bundle, precision: str, open_graph: OpenGraph, cal
 
     def make(source: str, model: Any) -> NewGraph:
         measure = None if calibration is None else partial(calibration.amax, source)
-        typed = typed_from_fp32(model, config, task, precision, measure)
-        return NewGraph(typed.model, typed.records, {"islands": [asdict(nodes) for nodes in typed.fallbacks]})
+        check = network_check(bundle, source, model)
+        typed = typed_from_fp32(model, config, task, precision, measure, check)
+        facts = {"islands": [asdict(nodes) for nodes in typed.fallbacks], **left_out(check)}
+        return NewGraph(typed.model, typed.records, facts, "" if check is None else str(check))
 
     return with_graphs(bundle, precision, make, asked, open_graph)
+
+
+def network_check(bundle: Bundle, source: str, model: Any) -> NetworkCheck | None:
+    """Return the check of rewrites of `model`, the fp32 graph `source`; None without ONNX Runtime, or beyond 2 GB."""
+    if not installed("onnxruntime") or sum(len(tensor.raw_data) for tensor in model.graph.initializer) > PROTOBUF_LIMIT:
+        return None
+    return NetworkCheck(model, Reference.load(bundle, bundle.files[source]["reference"]).feeds)
+
+
+def left_out(check: NetworkCheck | None) -> dict[str, Any]:
+    """Return the manifest entry of the rewrites that changed the network; empty if there are none."""
+    return {"left_out": check.left_out} if check is not None and check.left_out else {}
 
 
 def config_and_task(bundle: Bundle) -> tuple[SwinConfig, TaskSpec]:
@@ -113,7 +131,7 @@ def with_graphs(bundle: Bundle, precision: str, make: Make, asked: Mapping[str, 
                 **({"weights": shared} if shared else {}),
             }
             with disk_errors(bundle.path / file):
-                _write_checked(bundle, graph.model, entry, folder / Path(file).name, file, open_graph)
+                _write_checked(bundle, graph, entry, folder / Path(file).name, file, open_graph)
             entries[file] = entry
         # All passed: now they may replace the existing ones.
         for file, entry in ({shared: {}, **entries} if shared else entries).items():
@@ -137,11 +155,13 @@ def _with_shapes(path: Path) -> Any:
     return model
 
 
-def _write_checked(bundle: Bundle, model: Any, entry: dict[str, Any], path: Path, file: str, open_graph: OpenGraph) -> None:
+def _write_checked(
+    bundle: Bundle, graph: NewGraph, entry: dict[str, Any], path: Path, file: str, open_graph: OpenGraph
+) -> None:
     """Write the graph `file` to `path`, check it, compare it with PyTorch, and store the agreement in `entry`."""
     import onnx
 
-    path.write_bytes(model.SerializeToString())
+    path.write_bytes(graph.model.SerializeToString())
     onnx.checker.check_model(str(path), full_check=True)
     reference = Reference.load(bundle, entry["reference"])
     try:
@@ -151,7 +171,8 @@ def _write_checked(bundle: Bundle, model: Any, entry: dict[str, Any], path: Path
         return
     if not verdict.verified:
         raise VerificationError(
-            f"The {entry['precision']} graph is too far from PyTorch: {verdict.mismatch()}. It was not kept; "
+            f"The {entry['precision']} graph is too far from PyTorch: {verdict.mismatch()}"
+            f"{graph.measured and '; ' + graph.measured}. It was not kept; "
             + (OTHER_IMAGES if entry["precision"] in QUANTIZED else WITH_DATA)
         )
     entry["agreement"] = verdict.to_dict()

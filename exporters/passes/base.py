@@ -1,15 +1,26 @@
-"""Graph rewrites, each of which must rewrite as many places as the architecture has, and node helpers that they share."""
+"""Graph rewrites, each of which must rewrite as many places as the architecture has, and node helpers that they share.
+
+A rewrite never writes into a constant, which other nodes may read as well: it gives its node a constant of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from swin_deploy.config import SwinConfig
+from swin_deploy.dependencies import onnxruntime_session, require
 from swin_deploy.errors import PassError
+from swin_deploy.options import Array
+from swin_deploy.parity import compare
+
+_LOG = logging.getLogger(__name__)
+SAME = 1e-5  # relative L2 distance of the outputs of a rewritten fp32 network from those of the network before
 
 Graph = Any  # onnx_graphsurgeon.Graph, which is not imported at module level
 Node = Any  # onnx_graphsurgeon.Node
@@ -33,12 +44,103 @@ class PassRecord:
     count: int
 
 
-def run_passes(graph: Graph, config: SwinConfig, passes: Sequence[Pass]) -> tuple[PassRecord, ...]:
-    """Run `passes` on `graph` in order and return their records. Raises PassError for a wrong number of places."""
+@dataclass
+class NetworkCheck:
+    """Compares rewritten fp32 networks with the fp32 network `model` on `feeds`.
+
+    Attributes:
+        complete: Makes a model that ONNX Runtime can load, if weights are elsewhere.
+        left_out: How far the rewrites that were left out move the outputs, by name.
+        distance: Relative L2 distance of the outputs of the network accepted last; None before.
+    """
+
+    model: Any
+    feeds: Mapping[str, Array]
+    complete: Callable[[Any], Any] = lambda model: model
+    left_out: dict[str, float] = field(default_factory=dict)
+    distance: float | None = None
+    known: set[tuple[str, ...]] = field(default_factory=set)  # passes whose result was accepted
+
+    def accepts(self, model: Any, *rewrites: str) -> bool:
+        """Return whether `model` computes the same. If it does not, leave out its only rewrite, with a warning."""
+        outputs = self._outputs(model)
+        distance, limit = self._distance(outputs), SAME
+        if not distance <= limit:  # rounding alone may change the outputs of some networks by more
+            limit = max(SAME, 4 * self._noise)
+        if distance <= limit:
+            self.distance = distance
+            self.known.add(rewrites)
+            if len(rewrites) == 1:
+                self.__dict__["_wanted"] = outputs  # the next rewrite is compared with this network
+            return True
+        if len(rewrites) == 1:
+            self.left_out[rewrites[0]] = distance
+            _LOG.warning(
+                'The rewrite "%s" changes the outputs of the fp32 network by %.1e (relative L2), so it is left out. Please '
+                "report it.", rewrites[0], distance,
+            )  # fmt: skip
+        return False
+
+    def __str__(self) -> str:
+        """A clause about what was measured."""
+        if self.distance is None:
+            return "the rewritten fp32 network was not compared with the exported one"
+        return f"the rewritten fp32 network equals the exported one (relative L2 {self.distance:.0e})"
+
+    def _distance(self, outputs: Sequence[Array]) -> float:
+        return max(compare(found, wanted).relative_l2 for found, wanted in zip(outputs, self._wanted, strict=True))
+
+    def _outputs(self, model: Any, **options: Any) -> list[Array]:
+        session = onnxruntime_session(self.complete(model).SerializeToString(), **options)
+        return [np.asarray(output) for output in session.run(None, dict(self.feeds))]
+
+    @cached_property
+    def _wanted(self) -> list[Array]:
+        return self._outputs(self.model)
+
+    @cached_property
+    def _noise(self) -> float:
+        """How far another order of additions moves the outputs."""
+        off = require("onnxruntime", "run a graph").GraphOptimizationLevel.ORT_DISABLE_ALL
+        return self._distance(self._outputs(self.model, graph_optimization_level=off))
+
+
+def run_passes(
+    graph: Graph, config: SwinConfig, passes: Sequence[Pass], check: NetworkCheck | None = None
+) -> tuple[PassRecord, ...]:
+    """Run `passes` on `graph` in order and return their records. Raises PassError for a wrong number of places.
+
+    With `check`, the rewritten network is compared with the one before. If they differ, passes are run and compared one by one,
+    and those that change the outputs are left out.
+    """
+    if check is not None:
+        passes = [step for step in passes if step.name not in check.left_out]
+    before, names = None if check is None else graph.copy(), tuple(step.name for step in passes)
+    done = _run(graph, config, passes, counted=check is None or not check.left_out)
+    if (
+        check is None
+        or names in check.known
+        or not any(record.count for record in done)
+        or check.accepts(_exported(graph), *names)
+    ):
+        return done
+    _restore(graph, before)
+    done = ()
+    for step in passes:
+        before = graph.copy()
+        one = _run(graph, config, (step,), counted=not check.left_out)
+        if not one[0].count or check.accepts(_exported(graph), step.name):
+            done += one
+        else:
+            _restore(graph, before)
+    return done
+
+
+def _run(graph: Graph, config: SwinConfig, passes: Sequence[Pass], counted: bool) -> tuple[PassRecord, ...]:
     done: list[PassRecord] = []
     for step in passes:
         count, expected = step.rewrite(graph), step.expected(config)
-        if count != expected:
+        if counted and count != expected:
             before = ", ".join(record.name for record in done) or "none"
             raise PassError(
                 f'The graph rewrite "{step.name}" found {count} places where this architecture has {expected} (passes run '
@@ -48,6 +150,14 @@ def run_passes(graph: Graph, config: SwinConfig, passes: Sequence[Pass]) -> tupl
         graph.cleanup().toposort()
         done.append(PassRecord(step.name, count))
     return tuple(done)
+
+
+def _exported(graph: Graph) -> Any:
+    return require("onnx_graphsurgeon", "rewrite the graph").export_onnx(graph)
+
+
+def _restore(graph: Graph, before: Graph) -> None:
+    graph.nodes, graph.inputs, graph.outputs = before.nodes, before.inputs, before.outputs
 
 
 def blocks(version: int) -> Callable[[SwinConfig], int]:

@@ -64,7 +64,7 @@ def _limit(attention: AttentionNodes, part: int, longest: float) -> Array | None
     reach = np.sqrt(np.linalg.eigvalsh(mine @ mine.transpose(0, 2, 1))[:, -1]) * longest + np.linalg.norm(added, axis=1)
     factor = np.exp2(np.floor(np.minimum(np.log2(MAX_L2_NORM / np.maximum(reach, 1e-30)), 0)))[:, None]
     mine *= factor[..., None]
-    attention.qkv.inputs[1] = constant(attention.qkv.inputs[1].name + "_", weight)
+    attention.qkv.inputs[1] = constant(f"{attention.qkv.name}_weight", weight)
     return np.asarray((added * factor)[:, None])
 
 
@@ -134,7 +134,10 @@ def _known_bound(tensor: Tensor, found: dict[str, float]) -> float | None:
 
 
 def l2_norm_as_rms_norm(graph: Graph) -> int:
-    """Turn divisions by the L2 norm into divisions by the root mean square. A zero stays zero. Returns their number."""
+    """Turn divisions by the L2 norm into divisions by the root mean square. A zero stays zero.
+
+    Returns the number of operands of matmuls that are divided. Equal queries and keys are one tensor with one division.
+    """
     count = 0
     for divide in [node for node in graph.nodes if node.op == "Div"]:
         clip = divide.inputs[1].inputs[0] if divide.inputs[1].inputs else None
@@ -142,7 +145,7 @@ def l2_norm_as_rms_norm(graph: Graph) -> int:
             continue
         x, width = divide.inputs[0], divide.inputs[0].shape[-1]
         least = float(clip.inputs[1].values) ** 2 / width
-        count += 1
+        count += _operands(divide.outputs[0])
 
         def node(op: str, *inputs: Tensor, name: str = divide.name, **attributes: int) -> Tensor:
             return add_node(graph, f"{name}/{op}", op, inputs, f"{name}/{op}", **attributes)
@@ -154,6 +157,14 @@ def l2_norm_as_rms_norm(graph: Graph) -> int:
         even = constant(f"{divide.name}/even", np.full(width, width**-0.5))
         divide.op, divide.inputs = "Mul", [node("Mul", x, inverse), even]
     return count
+
+
+def _operands(tensor: Tensor) -> int:
+    """The number of operands of matmuls that are made of `tensor`."""
+    total = 0
+    for reader in tensor.outputs:
+        total += sum(one is tensor for one in reader.inputs) if reader.op == "MatMul" else _operands(reader.outputs[0])
+    return total
 
 
 COSINE_AFTER_MATMUL = Pass("cosine_after_matmul", cosine_after_matmul, blocks(2))

@@ -6,7 +6,7 @@ multiplied by it: SmoothQuant and cross-layer equalization. The network computes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,12 @@ from .qdq import LinearLayer, linear_layers, with_nodes
 if TYPE_CHECKING:
     import onnx
 
+    from swin_deploy.exporters.passes.base import NetworkCheck
+
     from .gptq import SecondMoments
 
 STRENGTHS = tuple((a, b) for a in np.linspace(0, 1, 11) for b in (0.0, 1.0 - a))
+WRITTEN = ("LayerNormalization", "Gemm")  # nodes whose constants are changed
 MAX_INSERTED = 2  # Mul nodes, where a node that cannot take a factor reads or writes the channels
 
 
@@ -87,6 +90,25 @@ class GraphIndex:
         return node.op_type == "Reshape" or (node.op_type == "Gather" and not self.attribute(node, "axis"))
 
 
+def with_own_constants(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return `model` with a copy of each constant of a norm or a linear layer that other nodes read, too.
+
+    PyTorch's exporter stores equal constants once, such as the weights of ones of all LayerNorms.
+    """
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    seen = {name for node in model.graph.node if node.op_type not in WRITTEN for name in node.input}
+    result = type(model)()
+    result.CopyFrom(model)
+    for node in result.graph.node:
+        for position, name in enumerate(node.input) if node.op_type in WRITTEN else ():
+            if name in seen and name in constants:
+                node.input[position] = f"{name}/{node.name}/{position}"
+                result.graph.initializer.add().CopyFrom(constants[name])
+                result.graph.initializer[-1].name = node.input[position]
+            seen.add(name)
+    return result
+
+
 def channels_of(graph: GraphIndex, layers: tuple[LinearLayer, ...]) -> list[Channels]:
     """Find the sets of tensors that share factors. The input of each layer is in at most one of them."""
     found: list[Channels] = []
@@ -144,6 +166,10 @@ def equalize(model: onnx.ModelProto, one: Channels, factors: Array) -> None:
     """Divide channels of `model`, in place, by `factors` [width]. The network computes the same as before."""
     onnx = require("onnx", "quantize a model")
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    changed = one.read | {name for name, *_ in one.written}
+    readers = [name for node in model.graph.node for name in node.input if name in changed]
+    if len(readers) > len(set(readers)):
+        raise ValueError("Several nodes read one of the constants to change. Give each its own: with_own_constants.")
 
     def change(name: str, axis: int, first: int, length: int, by: Array) -> None:
         values = onnx.numpy_helper.to_array(constants[name]).copy()
@@ -171,20 +197,48 @@ def equalize(model: onnx.ModelProto, one: Channels, factors: Array) -> None:
     model.CopyFrom(with_nodes(model, nodes, []))
 
 
-def equalized(model: onnx.ModelProto, moments: Mapping[str, SecondMoments]) -> tuple[onnx.ModelProto, dict[str, SecondMoments]]:
+def equalize_all(
+    model: onnx.ModelProto, chosen: Iterable[tuple[Channels, Array]], check: NetworkCheck | None
+) -> tuple[onnx.ModelProto, list[tuple[Channels, Array]]]:
+    """Return a copy of `model` with the `chosen` channels divided by their factors, and which of these `check` accepted."""
+    result, chosen = type(model)(), list(chosen)
+    result.CopyFrom(model)
+    for pair in chosen:
+        equalize(result, *pair)
+    if check is None or not chosen or check.accepts(result, "", "channel equalization"):
+        return result, chosen
+    result.CopyFrom(model)
+    kept = []
+    for one, factors in chosen:
+        trial = type(model)()
+        trial.CopyFrom(result)
+        equalize(trial, one, factors)
+        if check.accepts(trial, f"channel equalization of {min(one.tensors)}"):
+            result = trial
+            kept.append((one, factors))
+    return result, kept
+
+
+def equalized(
+    model: onnx.ModelProto, moments: Mapping[str, SecondMoments], check: NetworkCheck | None = None
+) -> tuple[onnx.ModelProto, dict[str, SecondMoments]]:
     """Equalize, bit-exactly by powers of two, the inputs of the layers of `moments`. Returns the graph and its moments."""
     from onnx import numpy_helper
 
+    model = with_own_constants(model)
     layers = tuple(layer for layer in linear_layers(model) if layer.name in moments)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     statistics = {layer.input: moments[layer.name].statistics for layer in layers}
     read = {layer.weight: (layer.input, numpy_helper.to_array(weights[layer.weight])) for layer in layers}
-    result, found = type(model)(), dict(moments)
-    result.CopyFrom(model)
-    for one in channels_of(GraphIndex(model), layers):
-        if one.after or one.before or (factors := best_factors(one, read, statistics, powers_of_two=True)) is None:
-            continue
-        equalize(result, one, factors)
+    chosen = (
+        (one, factors)
+        for one in channels_of(GraphIndex(model), layers)
+        if not one.after and not one.before
+        if (factors := best_factors(one, read, statistics, powers_of_two=True)) is not None
+    )
+    result, accepted = equalize_all(model, chosen, check)
+    found = dict(moments)
+    for one, factors in accepted:
         for layer in layers:
             if layer.weight in one.read:
                 found[layer.name] = found[layer.name].divided(np.tile(factors, len(found[layer.name].total) // one.width))
@@ -224,7 +278,7 @@ def _connected(graph: GraphIndex, layer: LinearLayer) -> Channels:
 def _written(graph: GraphIndex, one: Channels, name: str) -> list[str]:
     """Add the writer of the tensor `name` to `one`; returns the tensors that it reads and that share its channels."""
     node, length = graph.writer.get(name), graph.widths.get(name, one.width)
-    if node is not None and node.op_type in ("LayerNormalization", "Gemm") and not set(node.input[1:]) - graph.constants.keys():
+    if node is not None and node.op_type in WRITTEN and not set(node.input[1:]) - graph.constants.keys():
         one.written |= {(constant, 0, 0, length) for constant in node.input[1:]}
         return []
     if node is not None and node.op_type == "Add" and not set(node.input) & graph.constants.keys():
@@ -243,6 +297,8 @@ def _values_of_attention(graph: GraphIndex, layer: LinearLayer) -> Channels | No
     """For the projection after attention: the channels of its input are those of the values, which a linear layer wrote."""
     width, name, steps = graph.constants[layer.weight].dims[1], layer.input, []
     for _ in range(6):
+        if len(graph.readers[name]) > 1 or name in graph.outputs:  # equal queries, keys and values are one tensor
+            return None
         node = graph.writer.get(name)
         if node is None or node.op_type not in ("Reshape", "Transpose", "MatMul", "Split"):
             break
@@ -253,8 +309,6 @@ def _values_of_attention(graph: GraphIndex, layer: LinearLayer) -> Channels | No
             break
         first, name = 0, node.input[1 if node.op_type == "MatMul" else 0]
     if node is None or node.op_type != "Gemm" or steps[:5] != ["Reshape", "Transpose", "MatMul", "Transpose", "Reshape"]:
-        return None
-    if len(graph.readers[layer.input]) > 1:
         return None
     written = {(constant, 0, first, width) for constant in node.input[1:] if constant}
     return Channels(width, {layer.input}, written, {layer.weight})

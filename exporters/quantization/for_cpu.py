@@ -16,12 +16,19 @@ from swin_deploy.calib.data import evenly_spread
 from swin_deploy.calib.observers import Observation
 from swin_deploy.dependencies import require
 from swin_deploy.errors import unknown
-from swin_deploy.exporters.typed_graphs import NewGraph, config_and_task, scratch_graph
+from swin_deploy.exporters.typed_graphs import NewGraph, config_and_task, left_out, network_check, scratch_graph
 from swin_deploy.files import scratch_folder
 from swin_deploy.options import Array
 from swin_deploy.parity import sqnr
 
-from .equalization import ChannelStatistics, GraphIndex, best_factors, channels_of, equalize
+from .equalization import (
+    ChannelStatistics,
+    GraphIndex,
+    best_factors,
+    channels_of,
+    equalize_all,
+    with_own_constants,
+)
 from .gptq import CrossMoments, best_activation_scale, quantized_activation, refuse_not_finite, rounded_linear, scale_of_range
 from .layerwise import Feeds, LayerwiseRun
 from .qat_layers import QatLayers, qat_layers
@@ -34,6 +41,7 @@ if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
     from swin_deploy.calib.accuracy_gate import SpeedComparison
     from swin_deploy.calib.data import Samples
+    from swin_deploy.exporters.passes.base import NetworkCheck
     from swin_deploy.options import QuantSpec
     from swin_deploy.qat_ranges import QatRanges
 
@@ -51,6 +59,7 @@ class CpuLayout:
     def __init__(
         self,
         bundle: Bundle,
+        source: str,
         model: Any,
         spec: QuantSpec,
         feeds: Samples | None,
@@ -73,14 +82,18 @@ class CpuLayout:
                 facts = (spec.target, spec.method, sorted(spec.keep), spec.batch, release, self._feeds.fingerprint)
                 resume = ResumeState.for_run(bundle.path / CACHE, model, *facts)
         batches = None if self._feeds is None else partial(self._feeds.batches, spec.batch)
-        self._graphs = quantize_for_cpu(model, str(spec.target), batches, spec.method, frozenset(spec.keep), qat, resume)
+        self.check = network_check(bundle, source, model)
+        self._graphs = quantize_for_cpu(
+            model, str(spec.target), batches, spec.method, frozenset(spec.keep), qat, resume, self.check
+        )
         self.names = tuple(self._graphs.layers)
 
     def graph(self, keep: Set[str]) -> NewGraph:
         """Return the quantized graph, in which the layers `keep` stay fp32."""
         used = {} if self._feeds is None else {"calibrated_with": len(self._feeds)}
         records = [record for record in self._graphs.records if record["name"] not in keep]
-        return NewGraph(self._graphs.model(keep), (), {"layers": records, **used})
+        measured = f"{len(records)} layers are in 8 bits, and {self.check or 'rewrites were not compared'}"
+        return NewGraph(self._graphs.model(keep), (), {"layers": records, **used, **left_out(self.check)}, measured)
 
     def speed(self, model: Any, gpu: str | None) -> SpeedComparison:
         """Measure `model` against the fp32 graph on this machine, one image at a time."""
@@ -94,19 +107,22 @@ class CpuLayout:
 
 @dataclass(frozen=True)
 class CpuGraphs:
-    """A quantized network: the fp32 graph with equalized channels, its layers in INT8, and their entries in the manifest."""
+    """A quantized network: the fp32 graph with equalized channels, its layers in INT8, and their entries in the manifest.
 
-    target: str
+    With `three_axes`, LayerNorms before quantized layers have three axes, for OpenVINO.
+    """
+
     base: onnx.ModelProto
     layers: Mapping[str, QuantizedLinear]
     records: tuple[dict[str, Any], ...]
+    three_axes: bool
 
     def model(self, keep: Set[str] = frozenset()) -> onnx.ModelProto:
         """Return the graph with Q/DQ, in which the layers `keep` stay fp32."""
         layers = [layer for name, layer in self.layers.items() if name not in keep]
         nodes, constants = qdq_nodes(self.base.graph.node, layers)
         made = with_nodes(self.base, nodes, constants.values())
-        return made if self.target != "openvino" else norms_of_three_axes(made, {layer.layer.input for layer in layers})
+        return norms_of_three_axes(made, {layer.layer.input for layer in layers}) if self.three_axes else made
 
 
 def quantize_for_cpu(
@@ -117,21 +133,26 @@ def quantize_for_cpu(
     keep: Set[str] = frozenset(),
     qat: QatLayers | None = None,
     resume: ResumeState | None = None,
+    check: NetworkCheck | None = None,
 ) -> CpuGraphs:
     """Quantize the linear layers of `model` to INT8, with ranges of `qat`, or from `feeds` by `method`.
 
-    In fp32 stay `keep`, a classifier that was not trained in 8 bits, and for OpenVINO layers that are not faster.
+    `check` compares the rewritten fp32 network with `model`. In fp32 stay `keep`, a classifier that was not trained in 8 bits,
+    and for OpenVINO layers that are not faster.
     """
     from onnx import numpy_helper
 
-    qat = qat or QatLayers()
+    qat, model = qat or QatLayers(), with_own_constants(model)
     heads = [layer for layer in linear_layers(model) if layer.name.split(".")[0] in HEADS]
     keep = keep | {layer.name for layer in heads if not qat.covers([layer])}
     groups = _groups(model, keep | small_layers(model) if target == "openvino" else keep)
     if feeds is None:
         qat.refuse_missing(layer for layers in groups.values() for layer in layers)
         feeds = tuple
-    model = equalized_for_cpu(model, feeds, groups, qat)
+    model = equalized_for_cpu(model, feeds, groups, qat, check)
+    three_axes = target == "openvino" and (
+        check is None or check.accepts(norms_of_three_axes(model, set(groups)), "norms of three axes")
+    )
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     done: dict[str, QuantizedLinear] = {}
     records: list[dict[str, Any]] = []
@@ -173,20 +194,24 @@ def quantize_for_cpu(
                 if known is not None:
                     made = known[position]
                 elif layer.name in qat.weights:
-                    made = qat.quantized(layer, matrix, bias, scale)
+                    made = qat.quantized(layer, matrix, bias, scale).with_bias_in_range()
                 else:
-                    made = QuantizedLinear(layer, *rounded_linear(matrix, bias, moments), scale)
+                    made = QuantizedLinear(layer, *rounded_linear(matrix, bias, moments), scale).with_bias_in_range()
                 if resume is not None and known is None:
                     resume.save(made)
                 done[layer.name] = made
                 records.append(_record(made, matrix, qat))
     if resume is not None:
         resume.clear()
-    return CpuGraphs(target, model, done, tuple(records))
+    return CpuGraphs(model, done, tuple(records), three_axes)
 
 
 def equalized_for_cpu(
-    model: onnx.ModelProto, feeds: SampleFeeds, groups: Mapping[str, list[LinearLayer]], qat: QatLayers
+    model: onnx.ModelProto,
+    feeds: SampleFeeds,
+    groups: Mapping[str, list[LinearLayer]],
+    qat: QatLayers,
+    check: NetworkCheck | None = None,
 ) -> onnx.ModelProto:
     """Return `model` with equalized channels, except for those for which `qat` has ranges."""
     from onnx import numpy_helper
@@ -197,15 +222,15 @@ def equalized_for_cpu(
     with scratch_folder("quantize") as scratch:
         run = LayerwiseRun(model, feeds(), scratch)
         statistics = {name: _statistics(run.advance(name), name) for name in groups}
-    result = with_nodes(model, model.graph.node, [])
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     read = {layer.weight: (name, numpy_helper.to_array(weights[layer.weight])) for name in groups for layer in groups[name]}
-    for one in channels_of(GraphIndex(model), layers):
-        if qat.prevents(layers, one.read, {name for name, *_ in one.written}):
-            continue
-        if (factors := best_factors(one, read, statistics)) is not None:
-            equalize(result, one, factors)
-    return result
+    chosen = (
+        (one, factors)
+        for one in channels_of(GraphIndex(model), layers)
+        if not qat.prevents(layers, one.read, {name for name, *_ in one.written})
+        if (factors := best_factors(one, read, statistics)) is not None
+    )
+    return equalize_all(with_nodes(model, model.graph.node, []), chosen, check)[0]
 
 
 def small_layers(model: onnx.ModelProto) -> frozenset[str]:

@@ -32,11 +32,11 @@ from swin_deploy.exporters.passes.attention import (
     equalized_attention,
     query_bias_in_channel,
 )
-from swin_deploy.exporters.passes.base import Graph, Node, Pass, PassRecord, Tensor, blocks, constant
+from swin_deploy.exporters.passes.base import Graph, NetworkCheck, Node, Pass, PassRecord, Tensor, blocks, constant
 from swin_deploy.exporters.passes.cosine_attention import COSINE_AFTER_MATMUL, cosine_fallback
 from swin_deploy.exporters.passes.layer_norms import GATHER_BEFORE_NORM, norm_after_matmul
 from swin_deploy.exporters.precision import BF16_OPSET, low_precision, raise_opset, resize_nodes, types_pass
-from swin_deploy.exporters.typed_graphs import NewGraph, config_and_task, scratch_graph
+from swin_deploy.exporters.typed_graphs import NewGraph, config_and_task, left_out, network_check, scratch_graph
 from swin_deploy.options import QUANTIZED, Array, InspectSpec
 from swin_deploy.tasks import TaskSpec
 
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 OPSET = 21  # the first with the QuantizeLinear that all supported compilers and runtimes read
 HEAD = "classifier"
 ATTENDED = {"int8": range(513), "fp8": range(32, 1 << 30)}  # tokens of a window for which quantized attention is one kernel
+OF_ZEROS = 1e-6  # amax of a tensor of zeros; its scale is the smallest
 GPTQ_SAMPLES = 512  # more samples change the rounding of a weight little
 
 
@@ -82,6 +83,7 @@ class TensorRTLayout:
 
         self._model, self._precision, self._keep = model, spec.precision, frozenset(spec.keep)
         self._config, self._task = config_and_task(bundle)
+        self.check = network_check(bundle, source, model)
         layers = quantized_layers(model, self._config, spec.precision)
         refuse_unknown(layers, self._keep)
         self._layers = [layer for layer in layers if layer.name not in self._keep]
@@ -104,13 +106,13 @@ class TensorRTLayout:
         if ranges is None:  # QAT weights were trained with rounding to nearest, and with the channels as they are
             read = {layer.name: layer.input for layer in linear_layers(model) if layer.name in self.names}
             few = replace(feeds, chosen=evenly_spread(feeds.chosen, GPTQ_SAMPLES))
-            self._model, moments = equalized(model, input_moments(file, read, _reported(few, spec)))
+            self._model, moments = equalized(model, input_moments(file, read, _reported(few, spec)), self.check)
             self._rounding = GptqRounding(moments, spec.precision)
         seen = collect(
             file if ranges is not None else self._model, [name for layer in layers for name in layer.inputs], feeds,
             batch=spec.batch, cache=bundle.path / CACHE, progress=spec.progress,
         )  # fmt: skip
-        measured = {name: one.compute_amax(spec.method or "mse", spec.precision) for name, one in seen.items()}
+        measured = {name: one.compute_amax(spec.method or "mse", spec.precision) or OF_ZEROS for name, one in seen.items()}
         self._amax = {**measured, **self._qat_amax}
 
     def graph(self, keep: Set[str]) -> NewGraph:
@@ -118,7 +120,7 @@ class TensorRTLayout:
         keep = keep | self._keep
         scales = {name: scale for name, scale in self._weight_scales.items() if name not in keep}
         made, records = quantized_from_fp32(
-            self._model, self._config, self._task, self._precision, self._amax, "fp16", scales, keep, self._rounding
+            self._model, self._config, self._task, self._precision, self._amax, "fp16", scales, keep, self._rounding, self.check
         )
         layers = [
             {
@@ -129,7 +131,8 @@ class TensorRTLayout:
             for layer in self._layers
             if layer.name not in keep
         ]
-        return NewGraph(made, records, {"amplitudes": self._amax, "layers": layers})
+        measured = f"{len(layers)} layers are in 8 bits, and {self.check or 'rewrites were not compared'}"
+        return NewGraph(made, records, {"amplitudes": self._amax, "layers": layers, **left_out(self.check)}, measured)
 
     def speed(self, model: Any, gpu: str | None) -> SpeedComparison:
         """Compare `model` with the fp16 graph by the roofline of `gpu`, from the compiler's reports of both."""
@@ -216,11 +219,13 @@ def quantized_from_fp32(
     weight_scales: Mapping[str, Any] | None = None,
     keep: Set[str] = frozenset(),
     rounding: RoundingOfChanged | None = None,
+    check: NetworkCheck | None = None,
 ) -> tuple[onnx.ModelProto, tuple[PassRecord, ...]]:
     """Make the "int8" or "fp8" graph, with `low` for what is not quantized; its inputs and outputs stay float32.
 
     `amax` has each tensor that `quantized_layers` names, `weight_scales` the scale of a layer's weight, or one for each output;
-    V1's attention has none. Layers of `keep` are not quantized. Raises ExportError for an amax that is not a positive number.
+    V1's attention has none. Layers of `keep` are not quantized. `check` compares the rewritten fp32 network with `model`.
+    Raises ExportError for an amax that is not a positive number.
     """
     layers = quantized_layers(model, config, precision)
     refuse_unknown(layers, keep | set(weight_scales or ()))
@@ -233,17 +238,24 @@ def quantized_from_fp32(
     if rounding is not None:
         writer.rounding = plan.rounding(rounding)
     qkv_amax = {f"{name}/Gemm": ranges[0] for name, ranges in plan.ranges.items() if name.endswith(".qkv")}
-    steps = (
+    exact = (
         *((Pass("equalized_attention", plan.equalize, blocks(1)),) if config.version == 1 else ()),
         VALUE_BIAS_IN_PROJECTION,
         Pass("query_bias_in_channel", lambda graph: query_bias_in_channel(graph, qkv_amax), blocks(1)),
         COSINE_AFTER_MATMUL,
         GATHER_BEFORE_NORM,
         Pass("norm_after_matmul", lambda graph: norm_after_matmul(graph, writer.fallback), blocks(1)),
-        Pass(f"{precision}_layers", plan.quantize, lambda config: len(used)),
-        types_pass(task, low, writer.fallback, more=plan.further_casts),
     )
-    records = run_passes(graph, config, steps)
+    records = run_passes(graph, config, exact, check)
+    counted = not (check and check.left_out)
+    records += run_passes(
+        graph,
+        config,
+        (
+            Pass(f"{precision}_layers", plan.quantize, lambda config: len(used)),
+            types_pass(task, low, writer.fallback, counted, plan.further_casts),
+        ),
+    )
     typed = gs.export_onnx(graph)
     raise_opset(typed, BF16_OPSET if low == "bf16" else OPSET)
     typed.ir_version = max(typed.ir_version, 10)  # that of opset 21

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 DAMPING = 0.01  # of the mean diagonal of the Hessian
 BLOCK = 128  # columns
+RETRIES = 20
+Result = TypeVar("Result")
 SHRINK = np.linspace(0.3, 1, 29)  # candidates for a range, as a share of the observed one: values outside are clipped
 SMALLEST = float(np.finfo(np.float32).tiny) * 1e6  # amax of a tensor of zeros
 
@@ -63,6 +65,17 @@ def gptq(weight: Array, hessian: Array, scale: Array, nearest: Callable[[Array],
 def damping(gram: Array) -> float:
     """Return what is added to the diagonal of `gram` to make it positive definite."""
     return max(DAMPING * float(np.trace(gram)) / len(gram), 1e-12)
+
+
+def with_damping(hessian: Array, compute: Callable[[Array], Result]) -> Result:
+    """Return `compute(hessian + damping)`, with more damping if rounding made the matrix indefinite, as for constant inputs."""
+    identity, added = np.eye(len(hessian)), damping(hessian)
+    for _ in range(RETRIES):
+        try:
+            return compute(hessian + identity * added)
+        except np.linalg.LinAlgError:
+            added *= 10
+    return compute(hessian + identity * added)
 
 
 @dataclass
@@ -153,9 +166,8 @@ class GptqRounding:
             return None
         key = layer, hashlib.sha256(weight.tobytes() + scale.tobytes()).digest()
         if key not in self.known:
-            hessian = change.hessian(moments)
-            hessian[np.diag_indices_from(hessian)] += damping(hessian)
-            values = gptq(weight.astype(np.float64), hessian, scale.astype(np.float64), NEAREST[self.format])
+            exact, nearest = (weight.astype(np.float64), scale.astype(np.float64)), NEAREST[self.format]
+            values = with_damping(change.hessian(moments), lambda hessian: gptq(exact[0], hessian, exact[1], nearest))
             self.known[key] = values.astype(np.float32)
         return self.known[key]
 
@@ -193,11 +205,14 @@ def rounded_linear(weight: Array, bias: Array | None, moments: CrossMoments) -> 
     """Quantize a linear layer to INT8 such that it gives the fp32 output, with a bias, from the input that it really reads."""
     gram, cross, seen, expected = moments.centred()
     wanted = weight.astype(np.float64)
-    damped = gram + np.eye(len(gram)) * damping(gram)
-    # The weights that make of `seen` what `weight` makes of `expected`; the damping draws them towards `weight`.
-    target = np.linalg.solve(damped, (cross + damped - gram) @ wanted.T).T
-    scale = int8_scales(target)
-    values = gptq(target, damped, scale)
+
+    def rounded(damped: Array) -> tuple[Array, Array]:
+        # The weights that make of `seen` what `weight` makes of `expected`; the damping draws them towards `weight`.
+        target = np.linalg.solve(damped, (cross + damped - gram) @ wanted.T).T
+        scale = int8_scales(target)
+        return gptq(target, damped, scale), scale
+
+    values, scale = with_damping(gram, rounded)
     found = wanted @ expected - (values * scale[:, None]) @ seen + (0 if bias is None else bias)
     return int8_rounded(values).astype(np.int8), scale.astype(np.float32), found.astype(np.float32)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -176,6 +176,14 @@ class QuantizedLinear:
     def weight(self) -> NDArray[np.float32]:
         """The dequantized weight [outputs, inputs]."""
         return np.asarray(self.values.astype(np.float32) * self.scale[:, None])
+
+    def with_bias_in_range(self) -> QuantizedLinear:
+        """Return the layer with larger scales for rows whose bias does not fit into int32, such as those of zeros."""
+        least = 0.0 if self.bias is None else np.abs(self.bias.astype(np.float64)) / (2.0**30 * self.activation.scale)
+        scale = np.maximum(self.scale, least).astype(np.float32)
+        if (scale == self.scale).all():
+            return self
+        return replace(self, values=np.rint(self.values * (self.scale / scale)[:, None]).astype(np.int8), scale=scale)
 
 
 def linear_layers(model: onnx.ModelProto) -> tuple[LinearLayer, ...]:

@@ -194,7 +194,7 @@ class _Run:
         from swin_deploy.runtimes.backends import runtime_from_onnx
 
         open_graph = partial(runtime_from_onnx, backend=str(self.spec.target))
-        return CpuLayout(self.bundle, model, self.spec, feeds, self.ranges, open_graph)
+        return CpuLayout(self.bundle, source, model, self.spec, feeds, self.ranges, open_graph)
 
     def _gate(self, model: Any, layout: TensorRTLayout | CpuLayout, feeds: Samples, max_drop: float) -> GateResult:
         from swin_deploy.calib.accuracy_gate import AccuracyGate
@@ -204,7 +204,8 @@ class _Run:
         batches, open_model = partial(feeds.batches, self.spec.batch), partial(opened_graph, runtime_to_check)
         size, progress = feeds.image_size, self.spec.progress
         assert self.targets is not None  # there are images and a limit
-        gate = AccuracyGate(model, batches, len(feeds), size, self.targets, open_model, progress)
+        rewrites = str(layout.check or AccuracyGate.rewrites)
+        gate = AccuracyGate(model, batches, len(feeds), size, self.targets, open_model, progress, rewrites)
         return gate.select_layers(self.title, layout.names, lambda keep: layout.graph(keep).model, max_drop)
 
     def with_plots(self, bundle: Bundle) -> Bundle:
