@@ -84,7 +84,7 @@ class NetworkCheck:
     def __str__(self) -> str:
         """A clause about what was measured."""
         if self.distance is None:
-            return "the rewritten fp32 network was not compared with the exported one"
+            return "no rewrite changed the fp32 network"
         return f"the rewritten fp32 network equals the exported one (relative L2 {self.distance:.0e})"
 
     def _distance(self, outputs: Sequence[Array]) -> float:
