@@ -281,48 +281,41 @@ def preprocessing_of(checkpoint: Checkpoint, spec: ExportSpec) -> Stated:
             found = _from_checkpoint(checkpoint)
         except (InputError, TypeError, ValueError) as error:
             raise CheckpointError(f"{checkpoint.source}: {error}") from error
-    given = {name: getattr(spec, name) for name in ("mean", "std", "crop_pct") if getattr(spec, name) is not None}
-    made = found.preprocessor
+    made, assumed = found.preprocessor, found.assumed
     if spec.crop_pct is not None:
         made = made.with_crop(_image_size(made, checkpoint.config), spec.crop_pct)
-    for name in ("mean", "std"):
-        if name in given and len(given[name]) not in (1, channels):
-            raise UsageError(
-                f"--{name} has {len(given[name])} values, and this network expects images with {channels_text(channels)}. Pass "
-                f"one value for each channel, or one for all."
-            )
-    found = dataclasses.replace(found, preprocessor=made)
+    flags = [f"--{name.replace('_', '-')}" for name in ("mean", "std", "crop_pct") if getattr(spec, name) is not None]
+    statistics = {"mean": made.image_mean, "std": made.image_std}
     if made.channels != channels:
         by_file = checkpoint.preprocessor is not None or spec.preprocessor is not None
-        found = _fitted(found, channels, by_file, bool(given.keys() & {"mean", "std"}))
-    mean, std = found.preprocessor.image_mean, found.preprocessor.image_std
-    mean, std = ((given[name] * channels)[:channels] if name in given else old for name, old in (("mean", mean), ("std", std)))
-    if not given:
-        return found
+        same = all(len(set(values)) == 1 for values in statistics.values()) or not made.do_normalize
+        if not same and not (spec.mean and spec.std):
+            if by_file and not (spec.mean or spec.std):
+                raise CheckpointError(
+                    f"The mean and std of {found.source} are for {channels_text(made.channels)}, and this network expects "
+                    f"images with {channels_text(channels)}. Pass --mean and --std with one value for each channel."
+                )
+            assumed = assumed or f"values for {channels_text(channels)}"
+        plain = {name: sum(values) / len(values) if same or channels == 1 else 0.5 for name, values in statistics.items()}
+        statistics = {name: (round(value, 6),) * channels for name, value in plain.items()}
+    for name in ("mean", "std"):
+        given = getattr(spec, name) or statistics[name]
+        if len(given) not in (1, channels):
+            raise UsageError(
+                f"--{name} has {len(given)} values, and this network expects images with {channels_text(channels)}. Pass one "
+                f"value for each channel, or one for all."
+            )
+        statistics[name] = (given * channels)[:channels]
     try:
-        made = found.preprocessor.with_statistics(mean, std) if given.keys() & {"mean", "std"} else found.preprocessor
+        normalize = made.do_normalize or bool(spec.mean or spec.std)
+        made = dataclasses.replace(made.with_statistics(statistics["mean"], statistics["std"]), do_normalize=normalize)
     except InputError as error:
         raise UsageError(f"--mean and --std: {error}") from error
-    flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-    return Stated(made, f"{flags}; the rest: {found.source}", "" if len(given) == 3 else found.assumed)
-
-
-def _fitted(found: Stated, channels: int, by_file: bool, given: bool) -> Stated:
-    """Return the preprocessing for `channels`. What a framework states for colour images is not true of other images."""
-    made = found.preprocessor
-    same = len(set(made.image_mean)) == 1 and len(set(made.image_std)) == 1
-    if by_file and made.do_normalize and not (same or given):
-        raise CheckpointError(
-            f"The mean and std of {found.source} are for {channels_text(made.channels)}, and this network expects images with "
-            f"{channels_text(channels)}. Pass --mean and --std with one value for each channel."
-        )
-    statistics = [(round(sum(values) / len(values), 6),) * channels for values in (made.image_mean, made.image_std)]
-    if channels != 1 and not same:
-        statistics = [(0.5,) * channels] * 2
-    made = dataclasses.replace(made.with_statistics(*statistics), do_normalize=made.do_normalize)
-    assumed = f"The mean and std for {channels_text(channels)} are not known. Assumed: {made.summary()}. {BY_HAND}"
-    known = same or given or not made.do_normalize
-    return dataclasses.replace(found, preprocessor=made, assumed=found.assumed if known else assumed)
+    if assumed and len(flags) < 3:
+        what = "how images are resized" if spec.mean and spec.std else "its preprocessing"
+        assumed = f"The checkpoint does not state {what}. Assumed {assumed}: {made.summary()}. {BY_HAND}"
+    source = f"{', '.join(flags)}; the rest: {found.source}" if flags else found.source
+    return Stated(made, source, assumed if len(flags) < 3 else "")
 
 
 def _from_file(path: Path, config: SwinConfig) -> Preprocessor:
@@ -358,21 +351,20 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Stated:
         return Stated(Preprocessor.from_dict(checkpoint.preprocessor, config.num_channels), "preprocessor_config.json")
     if isinstance(stated := extras.get("pretrained_cfg"), Mapping):
         return Stated(_from_timm(stated, config), "pretrained_cfg in timm's config.json")
-    assumed = "The checkpoint does not state its preprocessing. Assumed {}: {}. " + BY_HAND
     side = max(config.image_size)
     if checkpoint.writer == "timm":
         arguments = {name: value for name, value in _members(extras.get("args")).items() if value}
         made = _from_timm({"crop_pct": 0.9 if side < 384 else 1.0, **arguments}, config)
         if arguments.keys() & {"mean", "std", "crop_pct", "interpolation"}:
             return Stated(made, "the arguments of timm's training script in the checkpoint")
-        return Stated(made, "timm's default", assumed.format("timm's default for Swin", made.summary()))
+        return Stated(made, "timm's default", "timm's default for Swin")
     if checkpoint.writer == "torchvision":
         known = TORCHVISION.get((config.version, config.embed_dim, config.depths))
         resized, side = known or (side * 256 // 224, side)
         made = _resized_and_cropped(side, resized)
         made = made.with_size(config.image_size)
         source = "torchvision's transform of this architecture" if known else "torchvision's default"
-        return Stated(made, source, "" if known else assumed.format(source, made.summary()))
+        return Stated(made, source, "" if known else source)
     if checkpoint.writer == "microsoft":
         data, test = (_members(_members(extras.get("config")).get(part)) for part in ("DATA", "TEST"))
         crop = test.get("CROP", side < 384)  # the published configurations for 384 pixels do not crop
@@ -387,10 +379,10 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Stated:
             for one in VARIANTS
         )
         source = "the default of Microsoft's code"
-        return Stated(made, source, "" if published else assumed.format(source, made.summary()))
+        return Stated(made, source, "" if published else source)
     made = Preprocessor.imagenet(config.image_size)
     source = "the published Swin checkpoints" if checkpoint.writer else "random weights"
-    return Stated(made, source, assumed.format(f"that of {source}", made.summary()) if checkpoint.writer else "")
+    return Stated(made, source, f"that of {source}" if checkpoint.writer else "")
 
 
 def _resized_and_cropped(crop: int, resized: int) -> Preprocessor:
