@@ -231,6 +231,7 @@ def test_other_tensors_are_left_out_and_named(tmp_path: Path) -> None:
         (BODY | linear("classifier", 7) | linear("aux_head", 9), "classifier", False),
         (AROUND | linear("model.fc", 7) | {"n_averaged": torch.tensor(3), "loss.weight": torch.ones(7)}, "model.fc", True),
         (AROUND | linear("head.last", 7) | linear("proj_head", 9), "head.last", True),
+        ({f"0.{name}": tensor for name, tensor in BODY.items()} | linear("2", 7), "2", True),  # nn.Sequential
         ({"backbone": BODY, "head": {"weight": torch.ones(7, WIDTH)}}, "head", True),
     ],
 )
@@ -255,6 +256,8 @@ def test_heads_of_one_linear_layer(weights: Any, name: str, noted: bool, tmp_pat
         (AROUND | linear("model.fc", 7) | {"model.bn.weight": torch.ones(WIDTH)}, r"model\.bn\.weight"),
         (AROUND | linear("color_head", 7) | linear("type_head", 9), "color_head, type_head"),
         (AROUND | linear("tower", 7), r"tower\.weight"),
+        (BODY | linear("fc", 7) | {"bn.weight": torch.ones(WIDTH)}, r"bn\.weight"),
+        (BODY | {"head.weight_g": torch.ones(7, 1), "head.weight_v": torch.ones(7, WIDTH)}, r"head\.weight_g"),
     ],
 )
 def test_heads_that_are_something_else(weights: Weights, what: str, tmp_path: Path) -> None:
@@ -280,6 +283,22 @@ def test_heads_of_several_linear_layers(activation: str, tmp_path: Path) -> None
     encoder = SwinNetwork(pooled.config, (32, 32), pooled.tensors, TaskSpec("feature-extraction"))
     torch.testing.assert_close(logits, head(encoder.named(pixels)["pooler_output"]))
     assert SwinConfig.from_dict(found.config.to_dict()) == dataclasses.replace(found.config, backbone_maps=True)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        AROUND | linear("model.fc1", 12) | linear("model.fc2", 7, 12),
+        BODY | linear("head.fc1", 12) | linear("head.fc2", 7, 12),
+        AROUND | linear("model.backbone.head", 12) | linear("classifier", 7, 12),
+        {f"0.{name}": tensor for name, tensor in BODY.items()} | linear("1", 12) | linear("3", 7, 12),
+    ],
+)
+def test_layers_that_continue_a_head_are_part_of_it(weights: Weights, tmp_path: Path) -> None:
+    config = saved(weights, tmp_path).config
+    assert (config.head_widths, config.num_labels) == ((12,), 7)
+    with pytest.raises(CheckpointError, match=r"a head of 2 linear layers"):
+        checkpoint_from_path(tmp_path / "a.pth", TaskSpec())
 
 
 def test_features_only_of_timm() -> None:

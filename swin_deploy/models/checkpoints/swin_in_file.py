@@ -190,39 +190,41 @@ def find_head(inside: Mapping[str, Stored], outside: Mapping[str, Stored], prefi
 
     None without one. `layers` is empty if there is a head that is something else; its note says what.
     """
-    own, around = _heads(inside), _heads(outside, prefix)
-    named = [root for root in OWN_HEADS if root in own]
-    chains = {root: chain for root, group in own.items() if (chain := _chain(group, width))}
-    if named:
-        head = chains.get(named[0]) or _chain(own[named[0]], None)
+    own = {f"{prefix}{root}": group for root, group in _heads(inside).items()}
+    groups = _heads(outside, prefix) | own
+    root = next((f"{prefix}{name}" for name in OWN_HEADS if f"{prefix}{name}" in own), None)
+    note = ""
+    if root is not None:
+        head = _chain(own[root], width) or _chain(own[root], None)
         if head is None:
-            return FoundHead((), note=f"{', '.join(list(own[named[0]])[:3])}")
-        follows = [chain for group in around.values() if (chain := _chain(group, head.layers[-1]["weight"][1].shape[0]))]
-        if len(follows) == 1 and head.layers[-1]["weight"][1].shape[0] != width:
-            return FoundHead((*head.layers, *follows[0].layers), True)
-        return head
-    if not chains and outside:
-        heads = {name for group in around.values() for name in group}
-        others = [name for name in outside if LEAF.search(name) and name not in heads and not ASIDE.fullmatch(name)]
-        if around and others:  # the head may be applied to their output
-            return FoundHead((), note=", ".join(others[:3]))
+            return FoundHead((), note=", ".join(list(own[root])[:3]))
+    else:
+        chains: dict[str, FoundHead] = {}
         for depth in range(prefix.count("."), -1, -1):  # the nearest first
-            near = ".".join(prefix.split(".")[:depth])
-            chains = {
-                root: chain
-                for root, group in around.items()
-                if root.startswith(f"{near}." if near else "") and (chain := _chain(group, width))
-            }
-            if chains:
-                break
-    if len(chains) > 1:
-        exact = [root for root in chains if root.split(".")[-1] in ("fc", *OWN_HEADS)]
-        if len(exact) != 1:
-            return FoundHead((), note=", ".join(chains))
-        chains = {root: chains[root] for root in exact}
-    for root, chain in chains.items():
-        return FoundHead(chain.layers, chain.between, f"the head is {root}, by its name and its shape")
-    return None
+            near = "".join(f"{part}." for part in prefix.split(".")[:depth])
+            found = {at: chain for at, group in groups.items() if at.startswith(near) and (chain := _chain(group, width))}
+            chains = chains or found
+        if not chains:
+            return None
+        heads = {name for group in groups.values() for name in group}
+        others = [n for n in (*inside, *outside) if LEAF.search(n) and n not in heads and not ASIDE.fullmatch(n)]
+        exact = [at for at in chains if at.split(".")[-1] in ("fc", *OWN_HEADS)]
+        if others or (len(chains) > 1 and len(exact) != 1):  # the head may be applied to the output of others
+            return FoundHead((), note=", ".join(others[:3] or chains))
+        root = (exact or list(chains))[0]
+        head, note = chains[root], f"the head is {root}, by its name and its shape"
+    layers, between = head.layers, head.between
+    rest = {at: group for at, group in groups.items() if at != root}
+    while (outputs := layers[-1]["weight"][1].shape[0]) != width:
+        follows = {at: chain for at, group in rest.items() if (chain := _chain(group, outputs))}
+        if len(follows) > 1:
+            return FoundHead((), note=", ".join([root, *follows]))
+        if not follows:
+            break
+        for at, chain in follows.items():
+            layers, between = layers + chain.layers, True
+            del rest[at]
+    return FoundHead(layers, between, note)
 
 
 def _heads(tensors: Mapping[str, Stored], prefix: str = "") -> dict[str, dict[str, Stored]]:
@@ -230,11 +232,20 @@ def _heads(tensors: Mapping[str, Stored], prefix: str = "") -> dict[str, dict[st
     found: dict[str, dict[str, Stored]] = {}
     for name, stored in tensors.items():
         parts = name.split(".")
-        paths = [".".join(parts[: i + 1]) for i, part in enumerate(parts[:-1]) if HEAD.fullmatch(part)]
+        paths = [
+            ".".join(parts[: i + 1]) for i, p in enumerate(parts[:-1]) if HEAD.fullmatch(p) or _is_after(parts[: i + 1], prefix)
+        ]
         root = next((path for path in paths if not prefix.startswith(f"{path}.")), None)
         if root is not None and stored.shape:
             found.setdefault(root, {})[name] = stored
     return found
+
+
+def _is_after(parts: list[str], prefix: str) -> bool:
+    """Return whether a module comes after the one with the Swin in an nn.Sequential."""
+    *parent, last = parts
+    around = prefix.split(".")[: len(parts)]
+    return around[:-1] == parent and around[-1].isdigit() and last.isdigit() and int(last) > int(around[-1])
 
 
 def _chain(group: Mapping[str, Stored], width: int | None) -> FoundHead | None:
