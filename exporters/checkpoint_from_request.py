@@ -106,7 +106,7 @@ def _with_predictions(checkpoint: Checkpoint, spec: ExportSpec) -> Checkpoint:
     if (spec.labels, spec.activation) == (None, None):
         return checkpoint
     if spec.task_spec().name != "image-classification" or not config.has_classes:
-        raise UsageError("--labels and --activation are for networks with classes, which this one has not. Leave them out.")
+        raise UsageError("--labels and --activation apply to networks with classes, and this one has none. Leave them out.")
     if spec.activation == "softmax" and config.num_labels == 1:
         raise UsageError("The softmax of one class is always 1. Choose --activation sigmoid or none.")
     config = dataclasses.replace(config, activation=spec.activation or config.activation)

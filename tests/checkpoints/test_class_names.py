@@ -119,5 +119,5 @@ def test_labels_and_activation_by_hand(tmp_path: Path) -> None:
     found = checkpoint_from_request(ExportSpec(weights=WEIGHTS[2], labels=tmp_path / "l.txt", activation="sigmoid"))
     assert (found.config.activation, found.config.prediction) == ("sigmoid", "labels")
     assert found.config.id2label == SwinConfig.from_dict(found.raw_config or {}).id2label == {i: f"n{i}" for i in range(10)}
-    with pytest.raises(UsageError, match="are for networks with classes"):
+    with pytest.raises(UsageError, match="apply to networks with classes"):
         checkpoint_from_request(ExportSpec(weights=WEIGHTS[2], task="backbone", activation="sigmoid"))
