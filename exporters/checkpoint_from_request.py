@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swin_deploy.bundle import CONFIG, Bundle
 from swin_deploy.config import SwinConfig
 from swin_deploy.dependencies import require
 from swin_deploy.errors import CheckpointError, UsageError
-from swin_deploy.options import ExportSpec
+from swin_deploy.options import ExportSpec, Size
 from swin_deploy.tasks import TaskSpec
 from swin_deploy.variants import Variant, find_variant
 
@@ -37,6 +38,20 @@ def bundle_name(variant_name: str | None, weights: str | os.PathLike[str] | None
         path = Path(os.path.realpath(str(weights)))
         variant_name = path.stem if os.path.isfile(path) else path.name  # noqa: PTH113 - as below
     return variant_name.rsplit("/", 1)[-1]
+
+
+def spec_of_export(bundle: Bundle, weights: str | os.PathLike[str], size: Size) -> ExportSpec:
+    """Return the options with which the checkpoint `weights` is the network of `bundle`, for images of `size`."""
+    config = SwinConfig.from_dict(bundle.read_json(CONFIG))
+    return ExportSpec(
+        weights=weights,
+        task=TaskSpec.from_dict(bundle.manifest["task"]),
+        image_sizes=[size],
+        framework=bundle.manifest["semantics"],
+        weights_key=bundle.manifest.get("weights_key"),
+        head_activation=config.head_act if config.head_widths else None,
+        always_partition=config.always_partition,
+    )
 
 
 def checkpoint_from_request(spec: ExportSpec) -> Checkpoint:

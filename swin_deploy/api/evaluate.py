@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from swin_deploy.option_parsers import BundlePath, bundle_keywords
-from swin_deploy.options import EvaluateSpec, ExportSpec, VerifySpec
+from swin_deploy.options import EvaluateSpec, VerifySpec
 
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
@@ -214,14 +214,12 @@ def targets_for(bundle: Bundle, samples: Samples, ignore_labels: bool = False, t
 
 
 def _torch_network(weights: Any, bundle: Bundle, size: Size, preparation: Preparation) -> TorchNetwork:
-    from swin_deploy.exporters.checkpoint_from_request import checkpoint_from_request
+    from swin_deploy.exporters.checkpoint_from_request import checkpoint_from_request, spec_of_export
     from swin_deploy.frame_input import Frames
     from swin_deploy.models.torch_runtime import TorchNetwork, refuse_other_network
     from swin_deploy.tasks import TaskSpec
 
     task = TaskSpec.from_dict(bundle.manifest["task"])
-    checkpoint = checkpoint_from_request(
-        ExportSpec(weights=weights, task=task, image_sizes=[size], framework=bundle.manifest["semantics"])
-    )
+    checkpoint = checkpoint_from_request(spec_of_export(bundle, weights, size))
     refuse_other_network(weights, checkpoint.config, bundle)
     return TorchNetwork(checkpoint, task, size, preparation if isinstance(preparation, Frames) else None)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from swin_deploy.bundle import CONFIG, Bundle, TensorSpec
 from swin_deploy.config import SwinConfig, sides
 from swin_deploy.dependencies import installed, require
-from swin_deploy.options import Array, BenchSpec, ExportSpec, Size
+from swin_deploy.options import Array, BenchSpec, Size
 from swin_deploy.tasks import PIXELS, TaskSpec
 
 from .race import BenchCase, Request
@@ -124,15 +124,15 @@ class Baselines:
 
 def bundle_checkpoint(bundle: Bundle, weights: str | None, seed: int) -> Checkpoint:
     """Return the checkpoint that was exported: the one at `weights`, or else random weights."""
-    from swin_deploy.exporters.checkpoint_from_request import checkpoint_from_request
+    from swin_deploy.exporters.checkpoint_from_request import checkpoint_from_request, spec_of_export
     from swin_deploy.models.checkpoints import random_checkpoint
     from swin_deploy.models.torch_runtime import refuse_other_network
 
     task = TaskSpec.from_dict(bundle.manifest["task"])
     if weights is None:
         return random_checkpoint(SwinConfig.from_dict(bundle.read_json(CONFIG)), task, seed)
-    size, framework = next(iter(bundle.graphs.values()))["image_size"], str(bundle.manifest["semantics"])
-    checkpoint = checkpoint_from_request(ExportSpec(weights=weights, task=task, image_sizes=[size], framework=framework))
+    height, width = next(iter(bundle.graphs.values()))["image_size"]
+    checkpoint = checkpoint_from_request(spec_of_export(bundle, weights, (height, width)))
     refuse_other_network(weights, checkpoint.config, bundle)
     return checkpoint
 

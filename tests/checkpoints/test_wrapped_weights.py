@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import re
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError, UsageError
+from swin_deploy.exporters.checkpoint_from_request import spec_of_export
 from swin_deploy.models.checkpoints import checkpoint_from_path
 from swin_deploy.models.checkpoints.recognise import RecognisedCheckpoint, recognise_checkpoint
 from swin_deploy.models.swin import SwinNetwork
@@ -413,3 +415,13 @@ def test_config_of_a_trainer_beside_the_weights(tmp_path: Path) -> None:
     found = recognise_checkpoint(tmp_path)
     assert equal(found, original("Microsoft")[1])
     assert found.notes[0] == "config.json was written by neither transformers nor timm, and is not used"
+
+
+def test_later_commands_load_the_weights_that_were_exported() -> None:
+    """`evaluate --weights` and `bench --weights` compare with the checkpoint, with the options of the export."""
+    config = SwinConfig(1, head_widths=(12,), head_act="relu", always_partition=True)
+    manifest = {"task": TaskSpec().to_dict(), "semantics": "timm", "weights_key": "model"}
+    bundle: Any = types.SimpleNamespace(manifest=manifest, read_json=lambda name: config.to_dict())
+    spec = spec_of_export(bundle, "a.pth", (64, 96))
+    found = (spec.weights, spec.image_sizes, spec.framework, spec.weights_key, spec.head_activation, spec.always_partition)
+    assert found == ("a.pth", ((64, 96),), "timm", "model", "relu", True)
