@@ -160,11 +160,11 @@ def l2_norm_as_rms_norm(graph: Graph) -> int:
 
 
 def _operands(tensor: Tensor) -> int:
-    """The number of operands of matmuls that are made of `tensor`."""
+    """The number of operands of matmuls that are made of `tensor`; 1 for an output of the graph."""
     total = 0
     for reader in tensor.outputs:
         total += sum(one is tensor for one in reader.inputs) if reader.op == "MatMul" else _operands(reader.outputs[0])
-    return total
+    return total or 1
 
 
 COSINE_AFTER_MATMUL = Pass("cosine_after_matmul", cosine_after_matmul, blocks(2))
