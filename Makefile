@@ -1,5 +1,6 @@
 # make demo    export, compile, verify and run two models, into demo/
-# make test    ruff, mypy, pytest in as many processes as there are processors, four at most
+# make test    ruff, and pytest in as many processes as there are processors, four at most; one test runs mypy
+# make lint    ruff and mypy
 # make docs    the documentation as a site, into site/
 # make clean   remove everything that these made, the environment included
 #
@@ -25,7 +26,9 @@ demo: venv
 	cd demo && swin-deploy verify swinv2-tiny
 	cd demo && swin-deploy predict swinv2-tiny ../examples/photos/flower.jpg
 
-test: lint
+test: venv
+	ruff check
+	ruff format --check
 	pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: venv

@@ -1,11 +1,12 @@
 """Report which modules each verb enters. Run: python tests/architecture/module_budget.py [VERB ...]
 
 A module is entered when one of its functions is called; loading a module is not counted. The verbs run in one process on
-the digits checkpoint, exported for two image sizes.
+a Swin V2 of two blocks, exported for two image sizes.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 import threading
@@ -17,7 +18,6 @@ from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-DIGITS = ROOT / "examples/digits"
 FOLDERS = ("swin_deploy", "exporters", "runtimes", "calib")
 # Most modules that a verb may enter.
 LIMITS = {"export": 30, "load": 15, "classify": 7, "build-engine": 28, "quantize": 36}
@@ -64,9 +64,17 @@ def traced() -> Iterator[set[str]]:
 
 def entered_modules(folder: Path) -> Iterator[tuple[str, set[str]]]:
     """Run the five verbs in `folder` and yield each with the modules that it entered."""
-    from swin_deploy import build_engine, export, load, quantize
+    from safetensors.torch import save_file
 
-    bundle, images = folder / "bundle", DIGITS / "images"
+    from swin_deploy import build_engine, export, load, quantize
+    from swin_deploy.config import SwinConfig
+    from swin_deploy.models.checkpoints import random_checkpoint
+    from swin_deploy.tasks import TaskSpec
+
+    config = SwinConfig(version=2, image_size=(32, 32), embed_dim=32, depths=(2,), num_heads=(2,), window_size=(4,))
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    save_file(dict(random_checkpoint(config, TaskSpec()).tensors), folder / "model.safetensors")
+    bundle, images = folder / "bundle", ROOT / "examples/digits/images"
     model: Any = None
 
     def open_model() -> None:
@@ -74,7 +82,7 @@ def entered_modules(folder: Path) -> Iterator[tuple[str, set[str]]]:
         model = load(bundle, backend="onnxruntime", device="cpu")
 
     steps: dict[str, Callable[[], object]] = {
-        "export": lambda: export(weights=DIGITS / "swinv2-digits", image_sizes=[(32, 32), (48, 48)], output=bundle),
+        "export": lambda: export(weights=folder, image_sizes=[(32, 32), (48, 48)], output=bundle),
         "load": open_model,
         "classify": lambda: model.classify(images / "3.png"),
         "build-engine": lambda: build_engine(bundle, precision="fp16", gpus=("sm_89",)),

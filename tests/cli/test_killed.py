@@ -21,9 +21,7 @@ SAID = {
     ("name", "line", "calls"),
     [
         ("SIGTERM", "Loading", 1),
-        ("SIGTERM", "Tracing", 100_000),
         ("SIGTERM", "Comparing", 1),
-        ("SIGINT", "Tracing", 1_000),
         ("SIGINT", "Tracing", 300_000),
         ("SIGKILL", "Tracing", 30_000),
         ("SIGKILL", "Comparing", 100),

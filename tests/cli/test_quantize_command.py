@@ -38,7 +38,7 @@ def digits_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "train.npz", folder / "test.npz"
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_for_tensorrt(version: int, digits_data: tuple[Path, Path], tmp_path: Path) -> None:
     """INT8 loses at most 0.3 points of top-1 on held-out digits, FP8 0.15, and engines take no more kernels than fp16."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engines")
