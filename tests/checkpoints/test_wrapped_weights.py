@@ -303,13 +303,20 @@ def test_layers_that_continue_a_head_are_part_of_it(weights: Weights, tmp_path: 
         checkpoint_from_path(tmp_path / "a.pth", TaskSpec())
 
 
-def test_features_only_of_timm() -> None:
+@pytest.mark.parametrize(
+    ("file", "expected", "side"),
+    [
+        (DATA / "timm__features_only/model.pth", DATA / "timm__features_only/reference.npz", 48),
+        (REPORTED / "timm_features_only.pth", REPORTED / "expected.npz", 32),
+    ],
+)
+def test_features_only_of_timm(file: Path, expected: Path, side: int) -> None:
     """The maps of timm 1.0.31, which does not normalize them."""
-    with np.load(DATA / "timm__features_only" / "reference.npz") as file:
-        arrays = dict(file)
+    with np.load(expected) as recorded:
+        arrays = dict(recorded)
     task = TaskSpec("backbone", out_features=("stage1", "stage2"))
-    found = checkpoint_from_path(DATA / "timm__features_only" / "model.pth", task, image_size=(48, 48))
-    maps = SwinNetwork(found.config, (48, 48), found.tensors, task).named(torch.from_numpy(arrays["pixel_values"]))
+    found = checkpoint_from_path(file, task, image_size=(side, side))
+    maps = SwinNetwork(found.config, (side, side), found.tensors, task).named(torch.from_numpy(arrays["pixel_values"]))
     for name, features in maps.items():
         torch.testing.assert_close(features.detach(), torch.from_numpy(arrays[name]), rtol=1e-5, atol=1e-5)
 
@@ -388,7 +395,9 @@ def test_peft_folders_and_fp8(tmp_path: Path) -> None:
         assert torch.equal(found.tensors["encoder.layers.0.blocks.0.intermediate.dense.weight"], fp8[name].float() * each)
 
 
-@pytest.mark.parametrize("name", ["lightning.ckpt", "timm_sd_backbone.pth", "timm_train_ema.pth.tar", "plain"])
+@pytest.mark.parametrize(
+    "name", ["lightning.ckpt", "timm_sd_backbone.pth", "timm_train_ema.pth.tar", "ms_ema_only.pth", "plain"]
+)
 def test_files_of_trainers_give_the_logits_of_timm(name: str) -> None:
     """The files were reported as refused or wrong. timm 1.0.31 computed the logits from the weights that it would load."""
     with np.load(REPORTED / "expected.npz") as file:
@@ -404,7 +413,7 @@ def test_files_of_trainers_give_the_logits_of_timm(name: str) -> None:
 
 def test_adapter_of_peft() -> None:
     folder = REPORTED / "peft_adapter"
-    refused(folder, r"is a PEFT adapter of tmp/bugs/w/hf1, .*merge_and_unload\(\)")
+    refused(folder, r"is a PEFT adapter of user/swin, .*merge_and_unload\(\)")
     refused(folder / "adapter_model.safetensors", r"adapter weights .* not merged .*lora_A.*merge_and_unload\(\)")
 
 

@@ -200,6 +200,29 @@ def test_hf_gray_as_reported() -> None:
         assert torch.allclose(network.named(torch.from_numpy(pixels))["logits"], theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("path", "size", "theirs"),
+    [
+        ("crop_and_larger_image_size", 32, {}),
+        ("crop_and_larger_image_size", 64, {"size": {"shortest_edge": 72}, "crop_size": {"height": 64, "width": 64}}),
+        ("preprocessor_beside_pth/model.pth", 32, {}),
+        ("shortest_edge_without_crop", None, {}),  # of the photograph, 427 x 640
+    ],
+)
+def test_processors_as_reported(path: str, size: int | None, theirs: dict[str, Any]) -> None:
+    """Pixels equal those of transformers; for a larger image, with the resize and the crop enlarged alike."""
+    transformers = pytest.importorskip("transformers")
+    file = REPORTED / path
+    spec = ExportSpec(weights=file, image_sizes=[size] if size else ())
+    checkpoint = checkpoint_from_path(file, TaskSpec(), image_size=(size, size) if size else None)
+    found = preprocessing_of(checkpoint, spec)
+    assert (found.source, found.assumed) == ("preprocessor_config.json", "")
+    prepared = found.preprocessor.with_size((size, size)) if size else found.preprocessor
+    processor = transformers.ViTImageProcessorPil.from_pretrained(file if file.is_dir() else file.parent, **theirs)
+    expected = processor(Image.open(FLOWER), return_tensors="np")["pixel_values"]
+    assert np.array_equal(prepared(FLOWER), expected)
+
+
 def test_a_file_beside_a_weight_file_is_used(tmp_path: Path) -> None:
     source = next((DATA / "ms__SwinTransformer__train_ckpt").glob("*.pth"))
     (tmp_path / "model.pth").symlink_to(source)
