@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from cli.exported import EXAMPLES, WEIGHTS, cli_here, contents, copied, digits_split, refused, result
+from cli.exported import EXAMPLES, WEIGHTS, cli_here, contents, copied, digits_split, one_block, refused, result
 from PIL import Image
 
 import swin_deploy
@@ -205,8 +205,8 @@ def test_another_gate_judges_again(tmp_path: Path) -> None:
 def test_graphs_that_share_weights_change_together_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second run that is refused for one size leaves graphs of the first one, with the weights that are theirs."""
     path = tmp_path / "b"
-    swin_deploy.export(weights=WEIGHTS[1], output=path, image_sizes=[(32, 32), (16, 32)], target="onnxruntime")
-    keep = ["stages.1.steps.block1.fc2"]
+    swin_deploy.export(weights=one_block(), output=path, image_sizes=[(32, 32), (16, 32)], target="onnxruntime")
+    keep = ["stages.0.steps.block0.fc2"]
     before = swin_deploy.quantize(path, IMAGES).scores
 
     checked, check = [], graphs.check_graph
@@ -278,7 +278,7 @@ def test_engines_need_the_graph_and_a_gpu_that_can(tmp_path: Path) -> None:
 
 def test_the_gate_puts_back_as_few_layers_as_it_takes(tmp_path: Path) -> None:
     """Feature maps are to be nearer to fp32 than all layers in 8 bits leave them; as near as fp32 itself they cannot come."""
-    swin_deploy.export(weights=WEIGHTS[2], output=tmp_path / "b", task="backbone", target="onnxruntime")
+    swin_deploy.export(weights=one_block(), output=tmp_path / "b", task="backbone", target="onnxruntime")
     arguments = ["quantize", "b", "--data", IMAGES, "--json"]
     [score] = result(cli_here(*arguments, cwd=tmp_path))["graphs"]
     most = 0.7 * 100 * score["relative_l2"]
@@ -324,7 +324,7 @@ def test_what_is_not_faster_is_refused_and_nothing_kept(target: str, tmp_path: P
         pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the graphs")
         copied(1, tmp_path / "b")
     else:
-        swin_deploy.export(weights=WEIGHTS[1], output=tmp_path / "b", target=target)
+        swin_deploy.export(weights=one_block(), output=tmp_path / "b", target=target)
     arguments = ["quantize", "b", "--data", IMAGES, "--json", "--min-speedup"]
     before = contents(tmp_path)
     refusal = refused(cli_here(*arguments, "1000", cwd=tmp_path), "slower than requested", "the minimum is 1000", code=3)
