@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
+import torch
 from cli.exported import (
     FLOWER,
     THREE,
@@ -23,8 +25,14 @@ from cli.exported import (
     refused,
     result,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 from swin_deploy.bundle import Bundle
+from swin_deploy.exporters.inspection.flops import cost_from_onnx
+from swin_deploy.models.checkpoints import random_checkpoint
+from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.tasks import TaskSpec
+from swin_deploy.variants import find_variant
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engines of these tests")
 
@@ -99,6 +107,20 @@ def test_from_an_empty_directory_to_a_photograph(large: Made) -> None:
     scores = [prediction["score"] for prediction in answer["predictions"]]
     assert len(scores) == 3
     assert scores == sorted(scores, reverse=True)
+
+
+def test_operations_match_the_counter_of_torch(large: Made) -> None:
+    """torch counts while the network runs, and we count in the exported graph."""
+    file = large.folder / large.exported["bundle"] / "onnx/model.onnx"
+    config = find_variant(large.exported["variant"]).config()
+    network = SwinNetwork(config, config.image_size, random_checkpoint(config, TaskSpec()).tensors).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 3, *config.image_size))
+    cost = cost_from_onnx(file)
+    assert cost.flops == {"float": counter.get_total_flops()}
+    assert cost.parameters == pytest.approx(28.3e6, rel=0.04)  # the published count, and folded tables
+    assert cost.parameter_bytes == 4 * cost.parameters
+    assert sum(cost.nodes.values()) == len(onnx.load(file).graph.node)
 
 
 def test_a_trained_model_all_the_way(trained: Made) -> None:
