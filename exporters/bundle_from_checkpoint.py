@@ -82,7 +82,8 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec,
     processor = preprocessor.to_dict()
     if checkpoint.preprocessor is not None and Preprocessor.from_dict(checkpoint.preprocessor) == preprocessor:
         processor = dict(checkpoint.preprocessor)
-    _report(stated, preprocessor, sizes)
+    assumed = stated.warning(preprocessor)
+    _report(preprocessor, stated.source, assumed, sizes)
     preparations = {size: preprocessor if number == 0 else preprocessor.with_size(size) for number, size in enumerate(sizes)}
     embedded = spec.embed_preprocess or frame_size is not None
     frames = {size: Frames(one, frame_size) if embedded else None for size, one in preparations.items()}
@@ -98,7 +99,7 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec,
         "source": checkpoint.source,
         **({"weights_key": spec.weights_key} if spec.weights_key else {}),
         "notes": list(checkpoint.notes),
-        "preprocessing": {"source": stated.source, "steps": preprocessor.summary(), "assumed": stated.assumed},
+        "preprocessing": {"source": stated.source, "steps": preprocessor.summary(), "assumed": assumed},
         "tools": installed_versions(TOOLS),
     }
     with create_bundle(path, replace=spec.force, facts=facts) as draft:
@@ -115,11 +116,11 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec,
     return Bundle.open(path)
 
 
-def _report(stated: Stated, preprocessor: Preprocessor, sizes: tuple[Size, ...]) -> None:
+def _report(preprocessor: Preprocessor, source: str, assumed: str, sizes: tuple[Size, ...]) -> None:
     """Log the preprocessing, its source, and what is assumed or not answered."""
-    _LOG.info("Preprocessing: %s (source: %s)", preprocessor.summary(), stated.source)
-    if stated.assumed:
-        _LOG.warning("Warning: %s", stated.assumed)
+    _LOG.info("Preprocessing: %s (source: %s)", preprocessor.summary(), source)
+    if assumed:
+        _LOG.warning("Warning: %s", assumed)
     if preprocessor.varies:
         edge = preprocessor.shortest_edge or 0
         _LOG.warning(
@@ -271,6 +272,10 @@ class Stated:
     source: str
     assumed: str = ""
 
+    def warning(self, used: Preprocessor) -> str:
+        """Return what is assumed, with the steps of `used`, which may be for another image size. Empty if nothing is."""
+        return self.assumed and f"{self.assumed}: {used.summary()}. {BY_HAND}"
+
 
 def preprocessing_of(checkpoint: Checkpoint, spec: ExportSpec) -> Stated:
     """Return the preprocessing that the options, the checkpoint or its framework state, in this order."""
@@ -314,7 +319,7 @@ def preprocessing_of(checkpoint: Checkpoint, spec: ExportSpec) -> Stated:
         raise UsageError(f"--mean and --std: {error}") from error
     if assumed and len(flags) < 3:
         what = "how images are resized" if spec.mean and spec.std else "its preprocessing"
-        assumed = f"The checkpoint does not state {what}. Assumed {assumed}: {made.summary()}. {BY_HAND}"
+        assumed = f"The checkpoint does not state {what}. Assumed {assumed}"
     source = f"{', '.join(flags)}; the rest: {found.source}" if flags else found.source
     return Stated(made, source, assumed if len(flags) < 3 else "")
 

@@ -87,7 +87,8 @@ def test_sources(writer: str, fields: dict[str, Any], source: str, steps: str, a
     assert source in found.source
     assert steps in found.preprocessor.summary()
     assert bool(found.assumed) == assumed
-    assert ("State it with --preprocessor FILE" in found.assumed) == assumed
+    warning = found.warning(found.preprocessor.with_size((96, 96)))
+    assert ("96x96" in warning and "State it with --preprocessor FILE" in warning) == assumed
 
 
 def test_published_sizes_of_microsoft_are_not_assumed() -> None:
