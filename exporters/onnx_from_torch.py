@@ -101,9 +101,9 @@ def _traced(network: SwinNetwork, specs: Sequence[TensorSpec]) -> tuple[Any, dic
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    free = network.target == "openvino"
-    batch = 2 if free else BATCH  # torch.export specializes on a batch of one
-    with contextlib.nullcontext() if free else FakeTensorMode():  # tensors without memory
+    symbolic = network.target == "openvino"
+    batch = 2 if symbolic else BATCH  # torch.export specializes on a batch of one
+    with contextlib.nullcontext() if symbolic else FakeTensorMode():  # tensors without memory
         examples = [torch.zeros(batch, *(int(n) for n in one.shape[1:]), dtype=getattr(torch, one.dtype)) for one in specs]
     axis = torch.export.Dim("batch")
     with torch.no_grad(), _quiet():
@@ -112,7 +112,7 @@ def _traced(network: SwinNetwork, specs: Sequence[TensorSpec]) -> tuple[Any, dic
             tuple(examples),
             input_names=[spec.name for spec in specs],
             output_names=list(network.output_names),
-            dynamic_shapes=tuple({0: axis} for _ in specs) if free else None,
+            dynamic_shapes=tuple({0: axis} for _ in specs) if symbolic else None,
             opset_version=OPSET,
             dynamo=True,
             external_data=False,
@@ -122,7 +122,7 @@ def _traced(network: SwinNetwork, specs: Sequence[TensorSpec]) -> tuple[Any, dic
         raise ExportError("torch.onnx.export returned no program. Install the versions in constraints.txt.")
     weights = take_weights(program.model.graph)
     model = onnx_ir.to_proto(program.model)
-    if not free:
+    if not symbolic:
         _free_batch(model)
     return model, weights
 
@@ -139,12 +139,15 @@ def _free_batch(model: onnx.ModelProto) -> None:
                 times = size.dim_value // BATCH
                 size.dim_param = "batch" if times == 1 else f"{times}*batch"
     reshapes = {node.input[1] for node in graph.node if node.op_type == "Reshape"}
+    reshapes -= {name for node in graph.node if node.op_type != "Reshape" for name in node.input}
     for tensor in graph.initializer:
         if tensor.data_type != TensorProto.INT64 or tensor.data_location == TensorProto.EXTERNAL:
             continue
         values = numpy_helper.to_array(tensor)
         batches = (values > 0) & (values % BATCH == 0)
-        if batches.any() and tensor.name not in reshapes:
+        if not batches.any():
+            continue
+        if tensor.name not in reshapes:
             raise ExportError(f"The constant {tensor.name} depends on the batch. Report it, with the options of the export.")
         tensor.CopyFrom(numpy_helper.from_array(np.where(batches, -1, values), tensor.name))
 

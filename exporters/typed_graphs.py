@@ -68,7 +68,7 @@ def with_typed_graphs(bundle: Bundle, precision: str, open_graph: OpenGraph, cal
         measure = None if calibration is None else partial(calibration.amax, source)
         check = network_check(bundle, source, model)
         typed = typed_from_fp32(model, config, task, precision, measure, check)
-        facts = {"islands": [asdict(nodes) for nodes in typed.fallbacks], **left_out(check)}
+        facts = {"fallbacks": [asdict(nodes) for nodes in typed.fallbacks], **left_out(check)}
         return NewGraph(typed.model, typed.records, facts, "" if check is None else str(check))
 
     return with_graphs(bundle, precision, make, asked, open_graph)

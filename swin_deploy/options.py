@@ -56,6 +56,22 @@ def device(name: str, value: Any) -> str:
     return str(value)
 
 
+def _on_error_option() -> Any:
+    return option(
+        "continue",
+        parse.choice("reaction to errors", ON_ERROR),
+        "After an image that cannot be read: leave it out and exit with 1 at the end, or stop.",
+    )
+
+
+def _image_labels_option() -> Any:
+    return option(
+        None,
+        parse.path,
+        "File with lines `image,class`, or `image,label,label,...`. Default: the folders of the images are their classes.",
+    )
+
+
 @dataclass(frozen=True)
 class ExportSpec(Spec):
     """Options of `swin_deploy.export` and `swin-deploy export`."""
@@ -299,17 +315,9 @@ class QuantSpec(Spec):
         "Smallest speedup: over the fp32 graph on this machine, or for TensorRT over the fp16 graph by the roofline of --gpu.",
         metavar="FACTOR",
     )
-    labels: PathLike | None = option(
-        None,
-        parse.path,
-        "File with lines `image,class`, or `image,label,label,...`. Default: the folders of the images are their classes.",
-    )
+    labels: PathLike | None = _image_labels_option()
     ignore_labels: bool = option(False, parse.flag, "Compare with fp32 only, although the images have labels.")
-    on_error: str = option(
-        "continue",
-        parse.choice("reaction to errors", ON_ERROR),
-        "After an image that cannot be read: leave it out and exit with 1 at the end, or stop.",
-    )
+    on_error: str = _on_error_option()
     gpu: str | None = option(None, parse.text, "GPU of the roofline that --min-speedup uses, such as rtx-4090.")
     ranges: PathLike | None = option(None, parse.path, "ONNX graph of the same network with Q/DQ nodes, whose scales are used.")
     ignore_ranges: bool = option(False, parse.flag, "Measure all ranges, even if the checkpoint has QAT ranges.")
@@ -372,20 +380,12 @@ class EvaluateSpec(Spec):
 
     data: Any = option(MISSING, parse.images, "Images with or without labels: a folder, an .npz or .npy file, or any iterable.")
     _: KW_ONLY
-    labels: PathLike | None = option(
-        None,
-        parse.path,
-        "File with lines `image,class`, or `image,label,label,...`. Default: the folders of the images are their classes.",
-    )
+    labels: PathLike | None = _image_labels_option()
     ignore_labels: bool = option(False, parse.flag, "Compare with fp32 only, although the images have labels.")
     threshold: float = option(
         0.5, parse.number(0), "Score above which a label is predicted, if an image may have several.", metavar="SCORE"
     )
-    on_error: str = option(
-        "continue",
-        parse.choice("reaction to errors", ON_ERROR),
-        "After an image that cannot be read: leave it out and exit with 1 at the end, or stop.",
-    )
+    on_error: str = _on_error_option()
     samples: int | None = option(None, parse.whole(1), "Number of images to use, evenly spaced, the same number per class.")
     batch: int = option(8, parse.whole(1), "Images to run at a time.")
     precisions: Any = option(

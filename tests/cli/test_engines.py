@@ -72,11 +72,11 @@ def test_ranges_measured_on_images_are_in_the_manifest(tmp_path: Path) -> None:
     result(cli_here(*BUILD, "--json", "--data", str(images), "--samples", "2", cwd=tmp_path))
     entry = Bundle.open(path).graphs["onnx/model_fp16.onnx"]
     assert entry["ranges"]["samples"] == 2
-    islands = {island["at"]: (island["nodes"], island["reason"]) for island in entry["islands"]}
+    fallbacks = {one["at"]: (one["nodes"], one["reason"]) for one in entry["fallbacks"]}
     blocks = sum(json.loads((path / "config.json").read_text())["depths"])
-    assert len(islands) == blocks, "nothing in this network comes near 65504"
-    assert all(name.endswith(".attention") and nodes == 9 for name, (nodes, _) in islands.items())
-    assert all("padding token" in reason for _, reason in islands.values())
+    assert len(fallbacks) == blocks, "nothing in this network comes near 65504"
+    assert all(name.endswith(".attention") and nodes == 9 for name, (nodes, _) in fallbacks.items())
+    assert all("padding token" in reason for _, reason in fallbacks.values())
     [again] = result(cli_here(*BUILD, "--json", "--data", str(images), cwd=tmp_path))
     assert again["reused"]
     assert Bundle.open(path).graphs["onnx/model_fp16.onnx"]["ranges"]["samples"] > 2

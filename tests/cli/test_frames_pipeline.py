@@ -139,8 +139,8 @@ def test_every_precision_and_engines(options: tuple[str, ...], tmp_path: Path) -
         entry = bundle.graphs[f"onnx/model_{precision}.onnx"]
         assert entry["inputs"] == bundle.graphs["onnx/model.onnx"]["inputs"]
         assert entry["preprocessing"] == bundle.graphs["onnx/model.onnx"]["preprocessing"]
-    islands = bundle.graphs["onnx/model_fp16.onnx"]["islands"]
-    assert [island["at"] for island in islands] == (["embeddings.resize"] if "--embed-resize" in options else [])
+    fallbacks = bundle.graphs["onnx/model_fp16.onnx"]["fallbacks"]
+    assert [one["at"] for one in fallbacks] == (["embeddings.resize"] if "--embed-resize" in options else [])
     assert all(verdict.verified for verdict in swin_deploy.verify(bundle.path))
 
 
