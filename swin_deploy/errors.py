@@ -21,13 +21,22 @@ quantized graph that misses its accuracy or speed limit.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+
+# Control characters, which a terminal obeys, and those that change the direction of text.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+_UNPRINTABLE = re.compile(_CONTROL.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))  # all but tabs and line ends
+SHOWN, LONGEST = 300, 8000  # characters: of one foreign text in a message, and of a message
 
 
 class SwinDeployError(Exception):
-    """Base class of all errors that swin-deploy raises on purpose."""
+    """Base class of all errors that swin-deploy raises on purpose. Control characters in its message are escaped."""
 
     exit_code = 2
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(shortened(one, LONGEST)) if isinstance(one, str) else one for one in args))
 
 
 class UsageError(SwinDeployError):
@@ -90,7 +99,26 @@ def unknown(kind: str, value: object, choices: Iterable[str]) -> UsageError:
         value: What was given.
         choices: All valid names, in the order to list them.
     """
-    return UsageError(f'Unknown {kind} "{value}". Choose one of: {", ".join(choices)}.')
+    return UsageError(f'Unknown {kind} "{shown(str(value))}". Choose one of: {", ".join(choices)}.')
+
+
+def printable(text: str, pattern: re.Pattern[str] = _UNPRINTABLE) -> str:
+    """Return `text` with its control characters escaped as in Python (ESC as \\x1b), except tabs and line ends."""
+    return pattern.sub(lambda sign: sign[0].encode("unicode_escape").decode(), text)
+
+
+def shortened(text: str, limit: int = SHOWN) -> str:
+    """Return at most `limit` characters of `text`."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def shown(value: object) -> str:
+    """Return foreign text, or the repr of another value, for a message: one line of at most 300 printable characters."""
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except (ValueError, RecursionError):  # a number with more than 4300 digits, or a deeply nested list
+        text = f"<{type(value).__name__}>"
+    return shortened(printable(shortened(text), _CONTROL))
 
 
 def sentence(text: str) -> str:
