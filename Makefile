@@ -8,7 +8,7 @@
 
 SHELL := bash
 PYTHON ?= python3
-EXTRAS := export,hub,tensorflow,onnxruntime,openvino,tensorrt-rtx,plots,bench,test
+EXTRAS := export,hub,tensorflow,onnxruntime,openvino,tensorrt-rtx,plots,tiff,bench,test
 DIGITS := examples/digits
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 

@@ -29,6 +29,8 @@ PROVIDERS = {
     "tensorrt_lean": ("TensorRT's lean runtime", "tensorrt"),
     "tensorrt_rtx": ("TensorRT for RTX", "tensorrt-rtx"),
     "matplotlib": ("matplotlib", "plots"),
+    "tifffile": ("tifffile", "tiff"),
+    "imagecodecs": ("imagecodecs", "tiff"),
     "psutil": ("psutil", "bench"),
     "cpuinfo": ("py-cpuinfo", "bench"),
 }

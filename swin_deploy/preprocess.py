@@ -14,6 +14,7 @@ and the evaluation transforms of timm, torchvision and Microsoft's code. Where t
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -63,6 +64,8 @@ UNSUPPORTED = {
     "do_align_long_axis": "rotation is",
     "do_crop_margin": "cropped margins are",
 }
+TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+TIFF_CODECS = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, PackBits, deflate, LZMA, Zstandard
 DARKEST_16_BIT = 4096  # a smaller maximum may also be that of 10 or 12 bits
 
 
@@ -560,13 +563,18 @@ def _file_bands(path: str | os.PathLike[str] | BytesIO, label: str, channels: in
         with _opened(path, label) as opened:
             return _picture_bands(opened, label, channels, _turned)
     except InputError:
-        if isinstance(path, BytesIO) or not os.path.isfile(path):  # noqa: PTH113 - as above
+        if not _is_tiff(path):
             raise
-        with _decoding(label):
-            bands = _tiff_bands(path, channels)
-        if bands is None:
-            raise
-    return _bytes_of(bands, label)
+    return _bytes_of(_tiff_bands(path, label, channels), label)
+
+
+def _is_tiff(path: str | os.PathLike[str] | BytesIO) -> bool:
+    if isinstance(path, BytesIO):
+        return path.getvalue().startswith(TIFF_SIGNATURES)
+    if not os.path.isfile(path) or not os.access(path, os.R_OK):  # noqa: PTH113 - as above
+        return False
+    with open(path, "rb") as file:  # noqa: PTH123
+        return file.read(4) in TIFF_SIGNATURES
 
 
 def _picture_bands(
@@ -581,11 +589,15 @@ def _picture_bands(
             return np.dstack([np.asarray(_eight_bit(turn(frame), label)) for frame in ImageSequence.Iterator(image)])
         bands = np.atleast_3d(np.asarray(_eight_bit(turn(image), label)))
     if bands.shape[2] != channels:
-        raise InputError(
-            f"{label} has mode {image.mode} with {channels_text(bands.shape[2])}, and this network expects {channels}. Pass an "
-            f"array [height, width, {channels}], or a file with {channels} bands."
-        )
+        raise _wrong_bands(label, f"has mode {image.mode} with {channels_text(bands.shape[2])}", channels)
     return bands
+
+
+def _wrong_bands(label: str, found: str, channels: int) -> InputError:
+    return InputError(
+        f"{label} {found}, and this network expects {channels}. Pass an array [height, width, {channels}], or a file with "
+        f"{channels} bands."
+    )
 
 
 def channels_text(channels: int) -> str:
@@ -593,52 +605,32 @@ def channels_text(channels: int) -> str:
     return f"{channels} channel{'s' * (channels > 1)}"
 
 
-def _tiff_bands(path: str | os.PathLike[str], channels: int) -> NDArray[Any] | None:
-    """Return the samples [height, width, channels] of a TIFF file that Pillow has no mode for; None for any other file.
+def _tiff_bands(file: str | os.PathLike[str] | BytesIO, label: str, channels: int) -> NDArray[Any]:
+    """Return the samples [height, width, channels] of a TIFF file that Pillow has no mode for."""
+    from PIL import Image
 
-    Pillow decodes them as one greyscale image, whose rows hold the samples of a pixel side by side, or as one image per band.
-    """
-    import io
-    import struct
+    from swin_deploy.dependencies import require
 
-    from PIL import Image, TiffImagePlugin
-
-    with open(path, "rb") as file:  # noqa: PTH123
-        data = file.read()
-    if data[:4] not in (b"II*\0", b"MM\0*"):
-        return None
-    tags: Any = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
-    stream = io.BytesIO(data)
-    stream.seek(tags.next)
-    tags.load(stream)
-    if tags.get(277, 1) != channels or tags.get(259, 1) in (6, 7) or len(set(tags.get(258, (1,)))) != 1:
-        return None
-    order, width, height, planes = "<" if data[:2] == b"II" else ">", tags[256], tags[257], tags.get(284, 1) == 2
-    offsets, counts = (324, 325) if 324 in tags else (273, 279)
-    across = 1 if planes else channels
-    parts = len(tags[offsets]) // (channels if planes else 1)
-    images = []
-    for plane in range(channels if planes else 1):
-        chosen = slice(plane * parts, (plane + 1) * parts)
-        entries = {256: [width * across], 257: [height], 258: [tags[258][0]], 259: [tags.get(259, 1)], 262: [1], 277: [1]}
-        entries |= {offsets: tags[offsets][chosen], counts: tags[counts][chosen], 339: [tags.get(339, (1,))[0]]}
-        entries |= {322: [tags[322] * across], 323: [tags[323]]} if 324 in tags else {278: [tags.get(278, height)]}
-        start, table, beyond = len(data) + len(data) % 2, struct.pack(order + "H", len(entries)), b""
-        for tag, values in sorted(entries.items()):
-            packed = struct.pack(f"{order}{len(values)}I", *values)
-            if len(values) > 1:
-                place = start + 2 + 12 * len(entries) + 4 + len(beyond)
-                packed, beyond = struct.pack(order + "I", place), beyond + packed
-            table += struct.pack(order + "HHI", tag, 4, len(values)) + packed
-        made = data[:4] + struct.pack(order + "I", start) + data[8:] + bytes(len(data) % 2) + table + bytes(4) + beyond
-        with Image.open(io.BytesIO(made)) as opened:
-            images.append(np.asarray(opened).reshape(height, width, across))
-    bands = np.concatenate(images, axis=2)
-    if tags.get(317, 1) == 2:  # each sample is stored as the difference from the pixel before it
-        step = tags.get(322, width)
-        tiles = [bands[:, first : first + step] for first in range(0, width, step)]
-        bands = np.concatenate([np.cumsum(tile, axis=1, dtype=bands.dtype) for tile in tiles], axis=1)
-    return bands
+    tifffile, _ = (require(name, "read a TIFF file with several bands") for name in ("tifffile", "imagecodecs"))
+    if isinstance(file, BytesIO):
+        file.seek(0)
+    if not (log := logging.getLogger("tifffile")).handlers:
+        log.addHandler(logging.NullHandler())  # otherwise its warnings about a damaged file are printed
+    with _decoding(label), tifffile.TiffFile(file) as opened:
+        page = opened.pages.first
+        if page.samplesperpixel != channels:
+            raise _wrong_bands(label, f"is a TIFF file with {channels_text(page.samplesperpixel)}", channels)
+        if page.imagedepth != 1 or page.dtype is None or page.dtype.kind not in "uif" or page.compression not in TIFF_CODECS:
+            raise InputError(f"{label} has samples or a compression that are not supported. Save it without compression.")
+        largest = max(page.nbytes, math.prod(page.chunks) * page.dtype.itemsize)
+        if Image.MAX_IMAGE_PIXELS is not None and largest > 8 * Image.MAX_IMAGE_PIXELS:  # Pillow's limit, of four channels
+            raise Image.DecompressionBombError
+        parts = math.prod(page.chunked)
+        if not len(page.dataoffsets) == len(page.databytecounts) == parts or sum(page.databytecounts) > opened.filehandle.size:
+            raise InputError(f"{label} is damaged: its table of contents does not match its size. Save it again.")
+        samples = page.asarray(squeeze=False, maxworkers=1)  # [separate samples, 1, height, width, adjacent samples]
+        height, width = samples.shape[2:4]
+        return np.asarray(samples[:, 0].transpose(1, 2, 0, 3).reshape(height, width, channels))
 
 
 def _array_to_rgb(array: NDArray[Any], label: str) -> NDArray[np.uint8]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import zlib
@@ -17,7 +18,7 @@ from awkward_images import awkward_images, without_transparency
 from PIL import Image, ImageOps
 
 from swin_deploy.config import SwinConfig
-from swin_deploy.errors import InputError
+from swin_deploy.errors import InputError, MissingDependencyError
 from swin_deploy.exporters.bundle_from_checkpoint import preprocessing_of
 from swin_deploy.models.checkpoints import Checkpoint
 from swin_deploy.options import ExportSpec
@@ -352,28 +353,12 @@ def test_reported_files(tmp_path: Path) -> None:
             same(preprocessor(tmp_path / "keyed.png"), reference(config, loaded))
 
 
-def tiff(bands: np.ndarray, order: str = "<", planes: bool = False, packed: bool = False) -> bytes:
-    """Encode [height, width, channels] in strips of 5 rows, if `packed` compressed and as differences."""
-    height, width, count = bands.shape
-    split = [bands[..., band : band + 1] for band in range(count)] if planes else [bands]
-    strips = [part[row : row + 5] for part in split for row in range(0, height, 5)]
-    if packed:
-        strips = [np.diff(strip, axis=1, prepend=np.zeros_like(strip[:, :1])) for strip in strips]
-    data = [strip.astype(strip.dtype.newbyteorder(order)).tobytes() for strip in strips]
-    data = [zlib.compress(one) for one in data] if packed else data
-    starts = np.cumsum([8, *map(len, data)]).tolist()
-    tags = {256: [width], 257: [height], 258: [8 * bands.itemsize] * count, 259: [8 if packed else 1], 262: [1]}
-    tags |= {273: starts[:-1], 277: [count], 278: [5], 279: list(map(len, data)), 284: [1 + planes], 317: [1 + packed]}
-    start, table, beyond = starts[-1] + starts[-1] % 2, b"", b""
-    for tag, values in tags.items():
-        value = np.array(values, dtype=f"{order}u4").tobytes()
-        if len(values) > 1:
-            place = start + 2 + 12 * len(tags) + 4 + len(beyond)
-            value, beyond = np.array(place, dtype=f"{order}u4").tobytes(), beyond + value
-        table += np.array([tag, 4], dtype=f"{order}u2").tobytes() + np.array(len(values), dtype=f"{order}u4").tobytes() + value
-    header = (b"II*\0" if order == "<" else b"MM\0*") + np.array(start, dtype=f"{order}u4").tobytes()
-    count_of_tags = np.array(len(tags), dtype=f"{order}u2").tobytes()
-    return header + b"".join(data) + bytes(starts[-1] % 2) + count_of_tags + table + bytes(4) + beyond
+def write_tiff(path: Path, bands: np.ndarray, order: str = "<", *, planes: bool = False, **options: Any) -> None:
+    """Write [height, width, channels] in strips of 5 rows."""
+    tifffile = pytest.importorskip("tifffile", reason="tifffile is not installed")
+    layout = {"planarconfig": "separate" if planes else "contig", "rowsperstrip": 5, **options}
+    samples = bands.transpose(2, 0, 1) if planes else bands
+    tifffile.imwrite(path, samples, byteorder=order, photometric="minisblack", metadata=None, **layout)
 
 
 @pytest.mark.parametrize("channels", [2, 4, 5, 6])
@@ -389,13 +374,17 @@ def test_images_of_many_bands(channels: int, tmp_path: Path) -> None:
     np.savez(tmp_path / "b.npz", image=bands)
     frames = [Image.fromarray(bands[..., channel].copy()) for channel in range(channels)]
     frames[0].save(tmp_path / "c.tif", save_all=True, append_images=frames[1:])
+    codecs: list[dict[str, Any]] = [{}, *({"compression": name, "predictor": True} for name in ("zlib", "lzw", "zstd"))]
     for order in "<>":
         for planes in (False, True):
-            for packed in (False, True):
-                (tmp_path / f"d{order}{planes}{packed}.tif").write_bytes(tiff(bands, order, planes, packed))
-    (tmp_path / "e.tif").write_bytes(tiff(bands.astype(np.uint16) * 257, packed=True))
+            for index, codec in enumerate(codecs):
+                write_tiff(tmp_path / f"d{order}{planes}{index}.tif", bands, order, planes=planes, **codec)
+    write_tiff(tmp_path / "e.tif", bands.astype(np.uint16) * 257, **codecs[1])
+    write_tiff(tmp_path / "f.tif", bands, rowsperstrip=None, tile=(16, 16), compression="packbits")
+    write_tiff(tmp_path / "g.tif", bands, bigtiff=True, compression="lzma")
     for path in tmp_path.iterdir():
         assert np.array_equal(plain(path)[0], expected), path
+        assert path.suffix != ".tif" or np.array_equal(plain(path.read_bytes())[0], expected), path
     for image in (np.dstack([bands, bands]), Image.new("RGB", (5, 5)), tmp_path / "rgb.png"):
         Image.new("RGB", (5, 5)).save(tmp_path / "rgb.png")
         with pytest.raises(InputError, match=rf"network expects {channels}( channels)?\."):
@@ -404,6 +393,34 @@ def test_images_of_many_bands(channels: int, tmp_path: Path) -> None:
         plain(bands.transpose(2, 0, 1))
     with pytest.raises(InputError, match=r"shape .*\. Expected uint8"):
         Preprocessor()(tmp_path / "a.npy") if channels in (2, 5, 6) else plain(bands.astype(np.float32))
+
+
+def test_damaged_and_oversized_tiff_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, plain = tmp_path / "a.tif", Preprocessor(do_resize=False, image_mean=(0,) * 5, image_std=(1,) * 5)
+
+    def refused(pattern: str, changes: dict[int, int] | None = None, cut: int | None = None, **options: Any) -> None:
+        write_tiff(path, np.zeros((13, 17, 5), dtype=options.pop("dtype", np.uint8)), **options)
+        data = bytearray(path.read_bytes())
+        for tag, value in (changes or {}).items():
+            place = data.index(struct.pack("<H", tag), 8)
+            data[place + 8 : place + 12] = struct.pack("<I", value)
+        path.write_bytes(data[:cut])
+        with pytest.raises(InputError, match=pattern):
+            plain(path)
+
+    for tag in (256, 257):  # width and height
+        refused("more pixels than", {tag: 2**31 - 1})
+        refused("is damaged", {tag: 50})
+    refused("more pixels than", {322: 2**20, 323: 2**20}, rowsperstrip=None, tile=(16, 16))
+    refused("is a TIFF file with 9 channels", {277: 9})
+    refused("compression that are not supported", {259: 7})
+    refused("compression that are not supported", dtype=np.complex64)
+    refused("is damaged", cut=-300)
+    for module in ("tifffile", "imagecodecs"):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(MissingDependencyError, match=rf"{module} is needed to read a TIFF file .*swin-deploy\[tiff\]"):
+            plain(path)
+        monkeypatch.undo()
 
 
 def test_four_channels_are_those_of_transformers() -> None:
