@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import os
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +18,7 @@ import numpy as np
 from swin_deploy.bundle import disk_errors, sha256_of, without_links, write_whole
 from swin_deploy.dependencies import onnxruntime_session, require
 from swin_deploy.errors import BackendError, InputError, UsageError, sentence
+from swin_deploy.numpy_files import read_arrays
 from swin_deploy.options import Array, Progress, no_progress
 
 from .observers import HALF, Observation, from_arrays, to_arrays
@@ -30,6 +30,7 @@ CACHE = ".calibration"  # folder in a bundle for cached observations
 PHASE = "Measuring ranges"
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 State = tuple[int, dict[str, Observation]]  # number of samples seen, and their observations
+CACHE_BYTES = 1 << 31  # of the arrays in one cache file; a tensor takes 0.3 MB
 _FORMAT = 2  # of the cache files; files of another format are ignored
 
 
@@ -201,10 +202,9 @@ class _Store:
 def load_arrays(path: Path, key: str) -> dict[str, Array] | None:
     """Return the arrays of a file; None if it is missing, damaged or has another key, since it can be made again."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)  # every array is checked against its CRC-32
+        arrays = read_arrays(path, CACHE_BYTES)
         return arrays if str(arrays["key"]) == key else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (InputError, ValueError, KeyError):
         return None
 
 

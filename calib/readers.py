@@ -19,13 +19,19 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from swin_deploy.bundle import sha256_of
-from swin_deploy.errors import InputError
+from swin_deploy.errors import InputError, shown
+from swin_deploy.files import open_regular
+from swin_deploy.numpy_files import ADVICE, archive_of, numpy_errors, read_header
 from swin_deploy.options import Array
 from swin_deploy.preprocess import file_in_memory
 
 IMAGES, PIXELS, LABELS = "images", "pixel_values", "labels"  # the arrays of a NumPy file
 # Formats that Pillow opens only with a third-party plug-in, or that are not pictures.
 UNREADABLE = {"BUFR", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
+SAMPLE_BYTES = 1 << 30  # of one sample in a NumPy file
+MOST_SAMPLES = 10_000_000  # in a NumPy file
+LABEL_BYTES = 1 << 27  # of all labels in a NumPy file
+Stream = tuple[IO[bytes], int]  # and its size
 
 
 class SampleSource(Protocol):
@@ -103,12 +109,23 @@ class ImageFolder:
 class NumpyFile:
     """Rows of one array in an .npy or .npz file, read one by one; the file is never loaded as a whole."""
 
-    def __init__(self, title: str, open_array: Callable[[], contextlib.AbstractContextManager[IO[bytes]]]) -> None:
+    def __init__(self, title: str, open_array: Callable[[], contextlib.AbstractContextManager[Stream]]) -> None:
         self.title, self._open = title, open_array
         self.labels: Sequence[Any] | None = None
         self.prepared = False  # whether the samples are inputs of the graph, whatever their type
-        with self._reading() as stream:
+        with self._reading() as (stream, size):
             self.shape, self.dtype = self._header(stream)
+            if (needed := self._row_bytes * len(self)) > (left := size - stream.tell()):
+                raise ValueError(f"its shape {list(self.shape)} needs {needed} bytes, and it has {left}")
+        if self._row_bytes > SAMPLE_BYTES or len(self) > MOST_SAMPLES:
+            raise InputError(
+                f"{self.title} has {len(self)} samples of {self._row_bytes} bytes. Expected at most {MOST_SAMPLES} samples, "
+                f"each of at most {SAMPLE_BYTES} bytes."
+            )
+
+    @property
+    def _row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -117,8 +134,8 @@ class NumpyFile:
         return f"sample {index} of {self.title}"
 
     def read(self, wanted: Sequence[int]) -> Iterator[Array]:
-        size, place = math.prod(self.shape[1:]) * self.dtype.itemsize, 0
-        with self._reading() as stream:
+        size, place = self._row_bytes, 0
+        with self._reading() as (stream, _):
             self._header(stream)
             for index in wanted:
                 stream.seek((index - place) * size, os.SEEK_CUR)
@@ -127,6 +144,9 @@ class NumpyFile:
                 if len(data) != size:
                     raise InputError(f"{self.title} is damaged: it ends after {index} of {len(self)} samples. Write it again.")
                 yield np.frombuffer(data, self.dtype).reshape(self.shape[1:])
+            if isinstance(stream, zipfile.ZipExtFile):
+                while stream.read(1 << 20):  # its CRC-32 is checked at the end
+                    pass
 
     def digest(self, index: int, sample: Array) -> bytes:
         return _array_digest(sample)
@@ -135,11 +155,12 @@ class NumpyFile:
     def at(cls, path: Path) -> NumpyFile:
         """Open an .npy file, or an .npz file with `pixel_values` or `images`, and optionally `labels`."""
         if path.suffix.lower() == ".npy":
-            return cls(str(path), lambda: path.open("rb"))
-        names = _members(path)
+            return cls(str(path), lambda: _whole(path))
+        with numpy_errors(str(path)), open_regular(path, InputError, ADVICE) as file, archive_of(file) as (_, members):
+            names = list(members)
         samples = next((name for name in (PIXELS, IMAGES) if name in names), None)
         if samples is None:
-            held = ", ".join(names) or "nothing"
+            held = shown(", ".join(names)) or "nothing"
             raise InputError(f"{path} has no array {PIXELS} or {IMAGES}, but {held}. Write one of these with np.savez.")
         found = cls(f"{path} ({samples})", lambda: _member(path, samples))
         if LABELS in names:
@@ -149,25 +170,18 @@ class NumpyFile:
                     f"{labels.title} has shape {list(labels.shape)}. Expected one label for each of {len(found)} samples, or "
                     f"one row."
                 )
+            if len(labels) * labels._row_bytes > LABEL_BYTES:
+                raise InputError(f"{labels.title} has more than {LABEL_BYTES} bytes. Expected one label for each sample.")
             found.labels = [_plain(row) for row in labels.read(range(len(labels)))]
         return found
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[IO[bytes]]:
-        try:
-            with self._open() as stream:
-                yield stream
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{self.title} cannot be read as a NumPy array ({error}). Write it with np.save.") from error
+    def _reading(self) -> Iterator[Stream]:
+        with numpy_errors(self.title), self._open() as opened:
+            yield opened
 
     def _header(self, stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(stream)
-        if dtype.hasobject:
-            raise InputError(f"{self.title} contains Python objects, which are not loaded. Write an array of numbers.")
+        shape, fortran, dtype = read_header(stream)
         if not shape or 0 in shape:
             raise InputError(f"{self.title} contains no samples: its shape is {list(shape)}. Expected at least one.")
         if fortran:
@@ -246,9 +260,10 @@ def spool(
     assert file.tell() == header  # NumPy pads headers to 64 bytes, and this one needs at most 128
 
     @contextlib.contextmanager
-    def rewound() -> Iterator[IO[bytes]]:
+    def rewound() -> Iterator[Stream]:
+        size = file.seek(0, os.SEEK_END)
         file.seek(0)
-        yield file
+        yield file, size
 
     source = NumpyFile("the samples", rewound)
     source.prepared = True
@@ -260,18 +275,20 @@ def _refuse_unreadable(error: OSError) -> None:
     raise InputError(f"{error.filename} cannot be read: {error.strerror}. Change its permissions.")
 
 
-def _members(path: Path) -> list[str]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
-    except (OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} cannot be read as an .npz file ({error}). Write it with np.savez.") from error
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Stream]:
+    with open_regular(path, InputError, ADVICE) as file:
+        yield file, os.fstat(file.fileno()).st_size
 
 
 @contextlib.contextmanager
-def _member(path: Path, name: str) -> Iterator[IO[bytes]]:
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
-        yield stream
+def _member(path: Path, name: str) -> Iterator[Stream]:
+    with (
+        open_regular(path, InputError, ADVICE) as file,
+        archive_of(file) as (archive, members),
+        archive.open(members[name]) as it,
+    ):
+        yield it, members[name].file_size
 
 
 def _array_digest(array: Array) -> bytes:

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from swin_deploy.bundle import Bundle, TensorSpec
-from swin_deploy.errors import BundleError
+from swin_deploy.errors import BundleError, shown
+from swin_deploy.numpy_files import read_arrays
 from swin_deploy.options import Array
 
 # Largest relative L2 distance from fp32 PyTorch at which a graph of this precision counts as verified. Published
@@ -20,6 +21,7 @@ from swin_deploy.options import Array
 # bf16 has 3 bits less. The accuracy of a quantized graph depends on the images and is measured on them (`swin-deploy
 # evaluate`); on the noise in the bundle it only has to be recognizable as the same network.
 TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 8e-2, "int8": 0.3, "fp8": 0.3}
+REFERENCE_BYTES = 1 << 26  # of all arrays; more if the file itself is large
 SEED = 20210325  # the day of the first Swin paper; any number would do
 
 
@@ -132,14 +134,19 @@ class Reference:
     @classmethod
     def load(cls, bundle: Bundle, file: str) -> Reference:
         """Read `file` of `bundle` after checking its sha256. Raises BundleError if it is damaged."""
-        try:
-            with np.load(bundle.verified_path(file), allow_pickle=False) as arrays:
-                parts: dict[str, dict[str, Array]] = {"input": {}, "output": {}, "noise": {}}
-                for key in arrays:
-                    kind, name = key.split("/", 1)
-                    parts[kind][name] = arrays[key]
-        except (KeyError, ValueError) as error:
-            raise BundleError(f"{bundle.path / file} cannot be read ({error}). Export the bundle again.") from error
+        path, again = bundle.verified_path(file), "Export the bundle again."
+        limit = max(REFERENCE_BYTES, 20 * path.stat().st_size)  # floating-point values hardly compress
+        parts: dict[str, dict[str, Array]] = {"input": {}, "output": {}, "noise": {}}
+        for key, array in read_arrays(path, limit, BundleError, again).items():
+            kind, _, name = key.partition("/")
+            if kind not in parts or array.dtype.kind not in "fbu" or (array.ndim == 0) != (kind == "noise"):
+                raise BundleError(f"{path} has an array {shown(key)}, which is no input, output or noise. {again}")
+            parts[kind][name] = array
+        samples = {len(array) for kind in ("input", "output") for array in parts[kind].values()}
+        if not (parts["input"] and parts["output"] and len(samples) == 1 and min(samples) > 0):
+            raise BundleError(f"{path} does not have inputs and outputs of the same number of samples. {again}")
+        if not all(0 <= value < math.inf for value in parts["noise"].values()):
+            raise BundleError(f"{path} has a noise that is not a positive number. {again}")
         feeds = {n: a.astype(np.float32) if a.dtype == np.float16 else a for n, a in parts["input"].items()}
         return cls(feeds, parts["output"], {name: float(value) for name, value in parts["noise"].items()})
 
@@ -238,6 +245,13 @@ def check_runtime(reference: Reference, runtime: Runnable, file: str, precision:
     found = [runtime.run({name: feed[i : i + 1] for name, feed in reference.feeds.items()}) for i in range(reference.samples)]
     if together:
         found.insert(0, runtime.run(reference.feeds))
+    for name, expected in reference.outputs.items():
+        given = found[0].get(name)
+        if given is None or given.shape[1:] != expected.shape[1:]:
+            raise BundleError(
+                f"The reference outputs for {file} contain {shown(name)} with shape {list(expected.shape[1:])}, but the graph "
+                f"gives {'none' if given is None else list(given.shape[1:])}. Export the bundle again."
+            )
     agreements = {
         name: compare(np.concatenate([outputs[name] for outputs in found]), np.concatenate([expected] * (1 + together)))
         for name, expected in reference.outputs.items()

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swin_deploy.errors import InputError, sentence
+from swin_deploy.numpy_files import read_arrays
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -66,6 +67,7 @@ UNSUPPORTED = {
 }
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TIFF_CODECS = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, PackBits, deflate, LZMA, Zstandard
+ARRAY_BYTES = 1 << 30  # of an image in a NumPy file
 DARKEST_16_BIT = 4096  # a smaller maximum may also be that of 10 or 12 bits
 
 
@@ -548,14 +550,10 @@ def _as_bands(image: Any, label: str, channels: int) -> NDArray[np.uint8]:
 
 def _numpy_image(path: str | os.PathLike[str], label: str) -> NDArray[Any]:
     """Read one image from a .npy file, or from a .npz file with one array."""
-    with _decoding(label):
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            if len(loaded.files) != 1:
-                raise InputError(f"{label} contains {len(loaded.files)} arrays. Expected one image.")
-            return np.asarray(loaded[loaded.files[0]])
+    found = list(read_arrays(path, ARRAY_BYTES, name=label).values())
+    if len(found) != 1:
+        raise InputError(f"{label} contains {len(found)} arrays. Expected one image.")
+    return found[0]
 
 
 def _file_bands(path: str | os.PathLike[str] | BytesIO, label: str, channels: int) -> NDArray[np.uint8]:

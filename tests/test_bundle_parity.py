@@ -146,7 +146,7 @@ def test_a_reference_is_stored_without_loss(tmp_path: Path) -> None:
 def test_an_invalid_reference_file_is_refused(tmp_path: Path) -> None:
     bundle = Bundle.open(copied(2, tmp_path / "b"))
     for write in (lambda path: np.savez(path.open("wb"), x=1), lambda path: path.write_bytes(b"PK") and None):
-        with pytest.raises(BundleError, match=r"reference\.npz cannot be read"):
+        with pytest.raises(BundleError, match=r"reference\.npz (cannot be read|has an array x)"):
             Reference.load(bundle.with_file(REFERENCE, {}, write), REFERENCE)
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
+import struct
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from swin_deploy import errors, files
 from swin_deploy.errors import CheckpointError, InputError, shown
 from swin_deploy.files import json_file, json_from, read_regular
+from swin_deploy.numpy_files import read_arrays
 
 
 def special(kind: str, folder: Path) -> Path:
@@ -100,3 +107,113 @@ def test_foreign_text_in_messages() -> None:
     error = errors.UsageError("two\nlines\x1b[2J" + "x" * 10_000)
     assert str(error).startswith("two\nlines\\x1b[2J")
     assert len(str(error)) < 8100
+
+
+ARRAYS: dict[str, Any] = {
+    "a": np.arange(6.0).reshape(2, 3),
+    "fortran": np.asfortranarray(np.arange(6, dtype=np.uint8).reshape(2, 3)),
+    "text": np.array(["ab", "c"]),
+    "scalar": np.float16(3),
+    "empty": np.zeros((0, 3), bool),
+}
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_every_flipped_byte_of_an_archive_is_found(save: Callable[..., None], tmp_path: Path) -> None:
+    """An archive with a flipped byte gives the arrays of numpy.load, or one sentence."""
+    path = tmp_path / "x.npz"
+    save(path, **ARRAYS)
+    whole, refused = path.read_bytes(), []
+    for place in range(-1, len(whole), 5):
+        content = bytearray(whole)
+        if place >= 0:
+            content[place] ^= 1 << place % 8
+        path.write_bytes(content)
+        try:
+            found = read_arrays(path, 1000)
+        except InputError as error:
+            refused.append(str(error))
+        else:
+            assert found.keys() == ARRAYS.keys()
+            assert all(np.array_equal(found[name], array) for name, array in ARRAYS.items())
+    assert len(refused) > len(whole) // 5 * 0.6
+    assert all(said.startswith(f"{path} cannot be read as a NumPy file (") for said in refused)
+    assert not any("allow_pickle" in said for said in refused)
+
+
+def npy(text: str, version: int = 1, length: int | None = None, data: bytes = bytes(8)) -> bytes:
+    """Return an .npy file with this header."""
+    size = len(text) if length is None else length
+    return b"\x93NUMPY" + bytes([version, 0]) + size.to_bytes(2 if version == 1 else 4, "little") + text.encode() + data
+
+
+def header(descr: str = "'<f4'", order: str = "False", shape: str = "(2,)") -> str:
+    return f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (npy(header(shape="(100000000000000000000000,)")), "too large"),
+        (npy(header(shape="(100000000000000,)")), "needs 400000000000000 bytes, and it has 8"),
+        (npy(header(shape="(3,)"), data=b""), "needs 12 bytes"),
+        (npy(header(shape="(2, -1)")), "does not describe"),
+        (npy(header(shape="(" + "1," * 40 + ")")), "too large"),
+        (npy(header("'|O'")), "Python objects"),
+        (npy(header("[('a', '<f4')]")), "does not describe"),
+        (npy(header("'<f3'")), ""),
+        (npy(header("'<M8[s]'")), "not one of numbers"),
+        (npy(header("'<U99999999'")), "needs"),
+        (npy(header("'<U999999999'")), "not understood"),
+        (npy(header(order="1")), "does not describe"),
+        (npy(header() + "9**9**9"), "does not describe"),
+        (npy("(" * 5000), "does not describe"),
+        (npy("{" + "-" * 9000 + "1}"), "does not describe"),
+        (npy(header(), 2, 1 << 31), "the limit is 10000"),
+        (npy(header(), 9), "does not start like"),
+        (npy("", length=0), "does not describe"),
+        (b"\x93NUMPY", "does not start like"),
+    ],
+)
+def test_headers_of_arrays(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "x.npy").write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.npy cannot be read as a NumPy file") as caught:
+        read_arrays(tmp_path / "x.npy", 100)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", [header(), header("'<f4'").replace("'", '"'), header(shape="(2L,)"), header().replace(" ", "")]
+)
+def test_headers_of_other_programs(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.npy").write_bytes(npy(text))
+    assert np.array_equal(read_arrays(tmp_path / "x.npy", 100)[""], np.zeros(2, np.float32))
+
+
+def archive(*members: tuple[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    """Return a zip archive, without a warning about equal names."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as made:
+        for name, content in members:
+            made.writestr(zipfile.ZipInfo(name), content, method)
+    return file.getvalue()
+
+
+ONE = npy(header())
+DAMAGED = {
+    "a bomb": (archive(("a.npy", npy(header(shape="(25000000,)"), data=bytes(10**8)))), "take 100000074 bytes, and the limit"),
+    "another method": (archive(("a.npy", ONE), method=zipfile.ZIP_LZMA), "in a way that NumPy does not use"),
+    "another version": (archive(("a.npy", ONE)).replace(b"PK\1\2\x14\3\x14", b"PK\1\2\x14\3\xff"), "zip file version"),
+    "encryption": (archive(("a.npy", ONE)).replace(b"PK\3\4\x14\0\0", b"PK\3\4\x14\0\1"), "encrypted"),
+    "too much data": (archive(("a.npy", ONE + b"12")), "more bytes than its shape needs"),
+    "a huge directory": (b"x" * (5 << 20) + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, 5 << 20, 0, 0), "its directory has"),
+    "other text": (b"PK no archive", "not a zip file"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_archives_within_limits(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "x.npz").write_bytes(DAMAGED[kind][0])
+    with pytest.raises(InputError, match="cannot be read as a NumPy file") as caught:
+        read_arrays(tmp_path / "x.npz", 1000)
+    assert DAMAGED[kind][1] in str(caught.value)
