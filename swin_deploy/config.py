@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from swin_deploy.errors import CheckpointError, UsageError
+from swin_deploy.errors import CheckpointError, UsageError, shortened, shown
 from swin_deploy.options import FRAMEWORKS, SCORES
 
 Window = int | tuple[int, int]  # the side of a square window, or (height, width), which differ
@@ -30,7 +30,13 @@ ACTIVATIONS = (
 OWN_KEYS = ("semantics", "patch_norm", "always_partition", "global_pool", "head_widths", "head_act", "activation")
 # problem_type of transformers -> the activation that turns logits into scores; None: that of a network without a problem_type
 PROBLEMS = {"single_label_classification": None, "multi_label_classification": "sigmoid", "regression": "none"}
+# Limits of what a config can describe; the largest published Swin has 3 billion parameters and 54 blocks.
 MOST_LABELS = 1_000_000  # a name is created for each
+MOST_STAGES, MOST_BLOCKS = 16, 1000
+MOST_PARAMETERS = 20_000_000_000
+MOST_SCORES = 1_000_000_000  # of one window, in all heads: a constant of the graph
+LARGEST_NUMBER = 1_000_000  # of pixels, channels, tokens
+LARGEST_RATIO = 1000
 
 # Model types that look like Swin, and what they are.
 OTHER_FAMILIES = {
@@ -76,33 +82,69 @@ class SwinConfig:
     def __post_init__(self) -> None:
         stages = len(self.depths)
         _check(self.version in (1, 2), f"version is {self.version}, but Swin has versions 1 and 2")
+        _check(stages <= MOST_STAGES, f"it has {stages} stages, and the limit is {MOST_STAGES}")
         depths, heads, windows = list(self.depths), list(self.num_heads), list(self.window_size)
         _check(stages > 0 and all(d > 0 for d in depths), f"depths is {depths}, expected positive numbers")
+        _check(sum(depths) <= MOST_BLOCKS, f"it has {sum(depths)} blocks, and the limit is {MOST_BLOCKS}")
         _check(len(heads) == stages, f"num_heads has {len(heads)} entries for {stages} stages (depths {depths})")
         fits = len(windows) == stages and all(min(sides(w)) > 0 for w in windows)
         _check(fits, f"window_size is {windows}, expected a positive number (or one for each of {stages} stages)")
         _check(min(self.image_size) > 0 and min(self.patch_size) > 0, "image_size and patch_size must be positive")
         _check(self.num_channels > 0 and self.embed_dim > 0, "num_channels and embed_dim must be positive")
+        numbers = (*self.image_size, *self.patch_size, *(side for window in windows for side in sides(window)))
+        numbers += (self.num_channels, self.embed_dim, self.encoder_stride)
+        _check(max(numbers) <= LARGEST_NUMBER, f"it contains {max(numbers)}, and the limit is {LARGEST_NUMBER}")
         for stage, count in enumerate(heads):
             fits = count > 0 and self.width(stage) % count == 0
             _check(fits, f"stage {stage} has width {self.width(stage)}, which {count} attention heads do not divide")
-        why = f'hidden_act is "{self.hidden_act}", which is not supported; supported: {", ".join(ACTIVATIONS)}'
+        why = f'hidden_act is "{shown(self.hidden_act)}", which is not supported; supported: {", ".join(ACTIVATIONS)}'
         _check(self.hidden_act in ACTIVATIONS, why)
-        _check(self.head_act in ACTIVATIONS, f'head_act is "{self.head_act}"; supported: {", ".join(ACTIVATIONS)}')
-        _check(self.framework in FRAMEWORKS, f'framework is "{self.framework}", expected one of {", ".join(FRAMEWORKS)}')
+        _check(self.head_act in ACTIVATIONS, f'head_act is "{shown(self.head_act)}"; supported: {", ".join(ACTIVATIONS)}')
+        why = f'framework is "{shown(self.framework)}", expected one of {", ".join(FRAMEWORKS)}'
+        _check(self.framework in FRAMEWORKS, why)
         for name, known in (("problem_type", PROBLEMS), ("activation", SCORES)):
             value = getattr(self, name)
-            _check(value is None or value in known, f'{name} is "{value}", expected one of {", ".join(known)}')
-        _check(self.global_pool in POOLS, f'global_pool is "{self.global_pool}", expected one of {", ".join(map(repr, POOLS))}')
+            _check(value is None or value in known, f'{name} is "{shown(value)}", expected one of {", ".join(known)}')
+        why = f'global_pool is "{shown(self.global_pool)}", expected one of {", ".join(map(repr, POOLS))}'
+        _check(self.global_pool in POOLS, why)
         ratios = self.mlp_ratio if isinstance(self.mlp_ratio, tuple) else (self.mlp_ratio,) * stages
         _check(len(ratios) == stages, f"mlp_ratio has {len(ratios)} entries for {stages} stages")
-        positive = all(math.isfinite(value) and value > 0 for value in (*ratios, self.layer_norm_eps))
-        _check(positive, "mlp_ratio and layer_norm_eps must be positive numbers")
+        _check(all(0 < value <= LARGEST_RATIO for value in ratios), f"mlp_ratio must be above 0 and at most {LARGEST_RATIO}")
+        _check(0 < self.layer_norm_eps <= 1, "layer_norm_eps must be above 0 and at most 1")
+        _check(
+            len(self.head_widths) <= MOST_STAGES, f"head_widths has {len(self.head_widths)} entries, at most {MOST_STAGES} fit"
+        )
+        _check(all(0 < width <= LARGEST_NUMBER for width in self.head_widths), "head_widths must be positive numbers")
         if self.version == 2:
             trained = self.pretrained_window_sizes
             _check(len(trained) >= stages, f"pretrained_window_sizes has {len(trained)} entries for {stages} stages")
             why = "pretrained_window_sizes holds 1, for which relative coordinates are 0/0; expected 0 or at least 2"
             _check(all(side == 0 or side > 1 for window in trained for side in sides(window)), why)
+        self._check_size()
+
+    def _check_size(self) -> None:
+        """Refuse a network too large to be built, and one whose last feature maps would be empty."""
+        patches = math.prod(math.ceil(side / patch) for side, patch in zip(self.image_size, self.patch_size, strict=True))
+        parameters = self.embed_dim * (self.num_channels * math.prod(self.patch_size) + patches * self.use_absolute_embeddings)
+        scores = 0
+        for stage, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):
+            width, (height, across) = self.width(stage), self.table_window(stage)
+            rows, columns = self.image_size
+            why = f"an image of {rows}x{columns} pixels is too small for stage {stage}, whose map would be empty"
+            _check(min(height, across) > 0, why)
+            _check(self.mlp_width(stage) > 0, f"mlp_ratio is too small for the width {width} of stage {stage}")
+            parameters += (
+                depth * (4 * width**2 + 2 * width * self.mlp_width(stage) + 4 * height * across * heads) + 8 * width**2
+            )
+            scores = max(scores, heads * (height * across) ** 2)
+        outputs = (*self.head_widths, self.num_labels)
+        parameters += sum(map(math.prod, zip((self.pooled_size, *outputs), outputs, strict=False)))
+        parameters += self.hidden_size * self.encoder_stride**2 * self.num_channels
+        why = f"it describes a network of {parameters:.3g} parameters, and the limit is {MOST_PARAMETERS:.3g}"
+        _check(parameters <= MOST_PARAMETERS, why)
+        _check(
+            scores <= MOST_SCORES, f"one of its windows has {scores:.3g} attention scores, and the limit is {MOST_SCORES:.3g}"
+        )
 
     @property
     def model_type(self) -> str:
@@ -200,12 +242,14 @@ class SwinConfig:
         kind = raw.get("model_type")
         if kind not in ("swin", "swinv2"):
             named = OTHER_FAMILIES.get(str(kind))
-            what = f"model_type {kind!r}" + (f" is {named}" if named else " is not a Swin")
+            what = f"model_type {shown(repr(kind))}" + (f" is {named}" if named else " is not a Swin")
             raise CheckpointError(f'config.json: {what}. swin-deploy supports model_type "swin" and "swinv2".')
         try:
             return cls(**_fields_from_json(raw, 1 if kind == "swin" else 2))
         except (TypeError, ValueError, KeyError, OverflowError) as error:
-            raise CheckpointError(f"config.json: {error}. Expected the fields of a Hugging Face {kind} config.") from error
+            raise CheckpointError(
+                f"config.json: {shortened(str(error), 1000)}. Expected the fields of a Hugging Face {kind} config."
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object that transformers writes for an image classifier of this architecture.
@@ -265,32 +309,52 @@ def window_from(value: Any) -> Window:
 
 def _check(holds: bool, sentence: str) -> None:
     if not holds:
-        raise CheckpointError(f"Bad Swin config: {sentence}.")
+        raise CheckpointError(f"Bad Swin config: {shortened(sentence, 1000)}.")
 
 
 def _pair(value: Any) -> tuple[int, int]:
     values = value if isinstance(value, list | tuple) else (value, value)
     if len(values) != 2:
-        raise ValueError(f"expected a number or two, got {value!r}")
+        raise ValueError(f"expected a number or two, got {shown(value)}")
     return _integer(values[0]), _integer(values[1])
 
 
 def _integer(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or int(value) != value:
-        raise ValueError(f"expected a whole number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**63 or int(value) != value:
+        raise ValueError(f"expected a whole number, got {shown(value)}")
     return int(value)
 
 
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e38:
+        raise ValueError(f"expected a number, got {shown(value)}")
+    return float(value)
+
+
+def _boolean(value: Any) -> bool:
+    if value not in (0, 1):
+        raise ValueError(f"expected true or false, got {shown(value)}")
+    return bool(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected text, got {shown(value)}")
+    return value
+
+
+def _listed(value: Any, what: str) -> list[Any] | tuple[Any, ...]:
+    if not isinstance(value, list | tuple) or len(value) > 100:
+        raise ValueError(f"expected a list of at most 100 {what}, got {shown(value)}")
+    return value
+
+
 def _integers(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"expected a list of whole numbers, got {value!r}")
-    return tuple(_integer(v) for v in value)
+    return tuple(map(_integer, _listed(value, "whole numbers")))
 
 
 def _windows(value: Any) -> tuple[Window, ...]:
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"expected a list of windows, got {value!r}")
-    return tuple(map(window_from, value))
+    return tuple(map(window_from, _listed(value, "windows")))
 
 
 def _one_if_equal(values: Sequence[Window]) -> int | list[int | list[int]]:
@@ -307,11 +371,11 @@ _READERS: dict[str, Any] = {
     "embed_dim": _integer,
     "depths": _integers,
     "num_heads": _integers,
-    "mlp_ratio": lambda value: tuple(map(float, value)) if isinstance(value, list | tuple) else float(value),
-    "qkv_bias": bool,
-    "hidden_act": str,
-    "use_absolute_embeddings": bool,
-    "layer_norm_eps": float,
+    "mlp_ratio": lambda value: tuple(map(_number, _listed(value, "numbers"))) if isinstance(value, list) else _number(value),
+    "qkv_bias": _boolean,
+    "hidden_act": _text,
+    "use_absolute_embeddings": _boolean,
+    "layer_norm_eps": _number,
     "encoder_stride": _integer,
     "pretrained_window_sizes": _windows,
 }
@@ -338,12 +402,12 @@ def _fields_from_json(raw: Mapping[str, Any], version: int) -> dict[str, Any]:
     if version == 2 and "pretrained_window_sizes" not in values:
         values["pretrained_window_sizes"] = (0,) * stages
     values["id2label"] = _labels(raw)
-    values |= {key: str(raw[key]) for key in ("problem_type", "activation") if raw.get(key) is not None}
+    values |= {key: _text(raw[key]) for key in ("problem_type", "activation") if raw.get(key) is not None}
     values["out_features"] = _out_features(raw, stages)
     values["backbone_maps"] = version == 1 and not str(raw.get("transformers_version", "")).startswith("4.")
     values["framework"] = str(raw.get("semantics", "hf"))
-    values["patch_norm"] = bool(raw.get("patch_norm", True))
-    values["always_partition"] = bool(raw.get("always_partition", False))
+    values["patch_norm"] = _boolean(raw.get("patch_norm", True))
+    values["always_partition"] = _boolean(raw.get("always_partition", False))
     values["global_pool"] = str(raw.get("global_pool", "avg"))
     values["head_widths"] = _integers(raw.get("head_widths", ()))
     values["head_act"] = str(raw.get("head_act", "linear"))
@@ -353,14 +417,14 @@ def _fields_from_json(raw: Mapping[str, Any], version: int) -> dict[str, Any]:
 def _out_features(raw: Mapping[str, Any], stages: int) -> tuple[str, ...]:
     names = ("stem", *(f"stage{i + 1}" for i in range(stages)))
     features, indices = raw.get("out_features"), raw.get("out_indices")
-    wanted = () if features is None else tuple(map(str, features))
+    wanted = () if features is None else tuple(map(str, _listed(features, "names")))
     if indices is not None:
         meant = tuple(names[place] if -len(names) <= place < len(names) else "" for place in _integers(indices))
         if features is not None and meant != wanted:
             raise ValueError(f"out_features names {', '.join(wanted)}, but out_indices {list(indices)} name others")
         wanted = meant
     if unknown := [name for name in wanted if name not in names]:
-        raise ValueError(f"out_features names {unknown[0]!r}, but this network has {', '.join(names)}")
+        raise ValueError(f"out_features names {shown(unknown[0])}, but this network has {', '.join(names)}")
     return wanted
 
 
@@ -380,8 +444,8 @@ def with_complete_labels(raw: Mapping[str, Any], classes: int | None) -> tuple[M
 
 def _labels(raw: Mapping[str, Any]) -> dict[int, str]:
     count = None if raw.get("num_labels") is None else _integer(raw["num_labels"])
-    if count is not None and count < 0:
-        raise ValueError(f"num_labels: expected 0 or more, got {count}")
+    if count is not None and not 0 <= count <= MOST_LABELS:
+        raise ValueError(f"num_labels: expected 0 to {MOST_LABELS}, because each label gets a name, got {count}")
     if raw.get("id2label") is not None:
         return complete_labels(raw["id2label"], None)[0]
     return {i: f"LABEL_{i}" for i in range(2 if count is None else count)}
@@ -393,7 +457,9 @@ def complete_labels(labels: Any, classes: int | None) -> tuple[dict[int, str], s
     if isinstance(labels, list):
         labels, note = dict(enumerate(labels)), "the labels are a list; the first one is class 0"
     if not isinstance(labels, Mapping):
-        raise ValueError(f"id2label: expected an object, got {labels!r}")
+        raise ValueError(f"id2label: expected an object, got {shown(labels)}")
+    if len(labels) > MOST_LABELS:
+        raise ValueError(f"id2label has {len(labels)} labels, and the limit is {MOST_LABELS}")
     found = {int(i): str(label) for i, label in labels.items()}
     if found and not 0 <= min(found) <= max(found) < MOST_LABELS:
         raise ValueError(f"id2label has labels for the classes {min(found)} to {max(found)}")

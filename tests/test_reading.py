@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from swin_deploy import errors, files
+from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError, InputError, shown
 from swin_deploy.files import json_file, json_from, read_regular
 from swin_deploy.numpy_files import read_arrays
@@ -217,3 +218,68 @@ def test_archives_within_limits(kind: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read as a NumPy file") as caught:
         read_arrays(tmp_path / "x.npz", 1000)
     assert DAMAGED[kind][1] in str(caught.value)
+
+
+ODD_CONFIGS: list[tuple[dict[str, Any], str]] = [
+    *(
+        ({key: value}, f"{key}: expected")
+        for key in ("embed_dim", "num_channels", "window_size", "image_size", "encoder_stride")
+        for value in ("96", True, 96.5, {}, 1e300, 2**64, float("inf"), float("nan"))
+    ),
+    *(
+        ({key: value}, key)
+        for key in ("embed_dim", "num_channels", "window_size", "image_size", "patch_size")
+        for value in (0, -1)
+    ),
+    *(
+        ({key: value}, "is 1000001|contains 1000001")
+        for key in ("embed_dim", "window_size", "image_size", "patch_size")
+        for value in (1000001,)
+    ),
+    *(
+        ({key: value}, key)
+        for key in ("mlp_ratio", "layer_norm_eps")
+        for value in ("4", True, 0, -1, 1e300, float("inf"), float("nan"), [[1]], {})
+    ),
+    *(
+        ({key: value}, f"{key}: expected true or false")
+        for key in ("qkv_bias", "use_absolute_embeddings")
+        for value in ("no", 2, [])
+    ),
+    *(({key: [2] * 10**6}, f"{key}: expected a list of at most 100") for key in ("depths", "num_heads", "window_size")),
+    ({"mlp_ratio": 1001.0}, "mlp_ratio must be above 0 and at most 1000"),
+    ({"mlp_ratio": 0.001}, "mlp_ratio is too small for the width 96 of stage 0"),
+    ({"depths": [1] * 17, "num_heads": [1] * 17}, "17 stages, and the limit is 16"),
+    ({"depths": [1000, 1, 1, 1]}, "1003 blocks, and the limit is 1000"),
+    ({"depths": "2262"}, "depths: expected a list"),
+    ({"num_heads": [3, 6, 12, 25]}, "which 25 attention heads do not divide"),
+    ({"num_heads": [0, 6, 12, 24]}, "which 0 attention heads do not divide"),
+    ({"embed_dim": 60000}, r"describes a network of 1.26e\+13 parameters, and the limit is 2e\+10"),
+    ({"num_channels": 1000000, "patch_size": 1000}, "parameters, and the limit is"),
+    ({"window_size": 200}, "attention scores, and the limit is 1e"),
+    ({"model_type": "swinv2", "image_size": 3}, "an image of 3x3 pixels is too small for stage 0"),
+    ({"num_labels": 10**9}, "num_labels: expected 0 to 1000000, because each label gets a name"),
+    ({"num_labels": -1}, "num_labels: expected 0"),
+    ({"id2label": {"1000000000": "cat"}}, "id2label has labels for the classes 1000000000"),
+    ({"id2label": {"x": "cat"}}, "invalid literal"),
+    ({"id2label": 5}, "id2label: expected an object"),
+    ({"out_features": ["stage1"] * 101}, "list of at most 100 names"),
+    ({"model_type": "\x1b[2J" * 1000}, r"config.json: model_type '\\x1b\[2J"),
+    ({"hidden_act": "\x1b" * 1000}, r'hidden_act is "\\x1b'),
+    ({"hidden_act": ["gelu"]}, "hidden_act: expected text"),
+    ({"semantics": "\x1b"}, r'framework is "\\x1b"'),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), ODD_CONFIGS)
+def test_configs_within_limits(changes: dict[str, Any], said: str) -> None:
+    raw = {"model_type": "swin", "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], **changes}
+    with pytest.raises(CheckpointError, match=said) as caught:
+        SwinConfig.from_dict(raw)
+    assert len(str(caught.value)) < 1200
+    assert "\x1b" not in str(caught.value)
+
+
+def test_the_largest_published_configs_are_within_limits() -> None:
+    giant = {"model_type": "swinv2", "embed_dim": 512, "depths": [2, 2, 42, 4], "num_heads": [16, 32, 64, 128]}
+    assert SwinConfig.from_dict({**giant, "image_size": 1536, "window_size": 48, "num_labels": 21841}).hidden_size == 4096
