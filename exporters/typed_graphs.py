@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -15,7 +14,7 @@ from swin_deploy.bundle import CONFIG, Bundle, disk_errors, graph_file, load_wei
 from swin_deploy.config import SwinConfig
 from swin_deploy.dependencies import installed, require
 from swin_deploy.errors import MissingDependencyError, VerificationError
-from swin_deploy.files import scratch_beside, scratch_folder
+from swin_deploy.files import scratch, scratch_folder
 from swin_deploy.options import QUANTIZED, Size
 from swin_deploy.parity import OpenGraph, Reference, Runnable, check_graph
 from swin_deploy.tasks import TaskSpec
@@ -181,13 +180,11 @@ def _write_checked(
 @contextlib.contextmanager
 def _scratch_folder(target: Path) -> Iterator[Path]:
     """Yield a folder beside `target` for files that are checked before they are moved."""
-    with disk_errors(target):
-        folder = scratch_beside(target)
-        folder.mkdir()
-    try:
+    with contextlib.ExitStack() as stack:
+        with disk_errors(target):
+            folder = stack.enter_context(scratch(target))
+            folder.mkdir()
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

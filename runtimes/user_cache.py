@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
+import re
+import stat
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from swin_deploy.files import scratch_beside
+from swin_deploy.files import scratch, sweep_folder
 
+_LOG = logging.getLogger(__name__)
 DAYS, MOST_FILES = 90, 64  # files of each kind that are kept, those used last
+LARGEST = 1 << 30  # bytes
+_OURS = re.compile(r"[0-9a-f]{32}[\w-]*\.(?:json|cache)")  # no other file is ever deleted
 
 
 def cache_folder(kind: str) -> Path | None:
@@ -28,12 +35,18 @@ def cache_folder(kind: str) -> Path | None:
 
 
 def read_cached(file: Path | None) -> bytes:
-    """Return the content of a file and mark it as used now; empty if it cannot be read."""
-    if file is not None:
-        with suppress(OSError):
-            os.utime(file)
-        with suppress(OSError):
-            return file.read_bytes()
+    """Return the content of a file and mark it as used now; empty if it cannot be read or somebody else can write it."""
+    if file is None or not _trusted(file.parent):
+        return b""
+    with suppress(OSError):
+        handle = os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(handle, "rb") as opened:
+            facts = os.fstat(handle)
+            if not stat.S_ISREG(facts.st_mode) or facts.st_size > LARGEST:
+                return b""
+            with suppress(OSError):
+                os.utime(file)
+            return opened.read()
     return b""
 
 
@@ -41,22 +54,48 @@ def write_cached(file: Path | None, content: bytes) -> None:
     """Write a file atomically and delete old files beside it; does nothing if the folder cannot be written."""
     if file is None:
         return
-    scratch = scratch_beside(file)
     with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            scratch.write_bytes(content)
-            scratch.replace(file)
-        finally:
-            scratch.unlink(missing_ok=True)
+        for folder in (file.parents[1], file.parent):
+            folder.mkdir(0o700, parents=True, exist_ok=True)
+        if not _trusted(file.parent):
+            return
+        sweep_folder(file.parent)
+        with scratch(file) as path:
+            path.write_bytes(content)
+            path.replace(file)
         _remove_old(file.parent)
+
+
+def _trusted(folder: Path) -> bool:
+    """Return whether only this user can write into a cache folder and the one that holds it."""
+    if os.name == "nt":
+        return True
+    for place in (folder, folder.parent):
+        try:
+            facts = place.stat()
+        except OSError:
+            return False
+        if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
+            _refuse(place)
+            return False
+    return True
+
+
+@functools.cache  # one line for each folder
+def _refuse(folder: Path) -> None:
+    _LOG.warning(
+        "Warning: The cache folder %s belongs to another user or can be written by others, so it is not used. Change its owner "
+        "and permissions (chmod go-w), or set XDG_CACHE_HOME to another folder.",
+        folder,
+    )
 
 
 def _remove_old(folder: Path) -> None:
     times: list[tuple[float, Path]] = []
     for file in folder.iterdir():
         with suppress(OSError):  # another process has removed it
-            times.append((file.stat().st_mtime, file))
+            if _OURS.fullmatch(file.name) and stat.S_ISREG((facts := file.lstat()).st_mode):
+                times.append((facts.st_mtime, file))
     oldest = time.time() - DAYS * 24 * 3600
     for number, (used, file) in enumerate(sorted(times, reverse=True)):
         if used < oldest or number >= MOST_FILES:

@@ -20,6 +20,7 @@ import json
 import os
 import shlex
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,14 +28,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BundleError
-from .files import exchanged, locked, scratch_beside, scratch_folder, sweep
+from .files import (
+    MANIFEST,
+    exchanged,
+    locked,
+    put_back,
+    replaced_by,
+    scratch,
+    scratch_folder,
+    set_aside,
+    sweep,
+    sweep_folder,
+    synced,
+)
 from .option_parsers import path as path_option
 from .options import PRECISIONS, TARGETS, Size
 
 if TYPE_CHECKING:
     import onnx
 
-MANIFEST = "manifest.json"
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 SCHEMA = 1
 
@@ -70,6 +82,8 @@ class Bundle:
         folder = path_option("path", path)
         file = folder / MANIFEST
         try:
+            if not file.exists():
+                put_back(folder)
             is_folder, is_complete = folder.is_dir(), file.exists()
         except OSError as error:  # no permission, or a name that is too long
             advice = "Change its permissions." if isinstance(error, PermissionError) else "Expected the folder of a bundle."
@@ -142,12 +156,21 @@ class Bundle:
         if not os.access(self.path, os.W_OK):
             raise BundleError(f"{self.path} cannot be written: it is read-only. {EXISTING}")
 
+    def sweep(self) -> None:
+        """Remove what killed commands left in the bundle, beside it, and among temporary files."""
+        sweep(Path(os.path.realpath(self.path)))
+        for folder, _, _ in os.walk(self.path):  # follows no links
+            sweep_folder(Path(folder))
+        with contextlib.suppress(OSError):  # there is no folder for temporary files
+            sweep_folder(Path(tempfile.gettempdir()), "swin-")
+
     @contextlib.contextmanager
     def compiling(self, waiting: Callable[[], None]) -> Iterator[Bundle]:
         """Yield the current bundle, held against other compiling processes; `waiting` is called once if one holds it."""
         with contextlib.ExitStack() as stack:
             with disk_errors(self.path / "onnx"):
                 stack.enter_context(locked(self.path / "onnx", waiting))
+            self.sweep()
             yield Bundle.open(self.path)
 
     def with_file(self, file: str, entry: Entry, content: Content) -> Bundle:
@@ -157,28 +180,27 @@ class Bundle:
             target.parent.mkdir(parents=True, exist_ok=True)
             sweep(target)
             sweep(self.path / MANIFEST)
-            scratch = scratch_beside(target)
-            try:
-                _write(scratch, content)
-                described = {**entry, **_facts(scratch)}
+            with scratch(target) as path:
+                _write(path, content)
+                synced(path)
+                described = {**entry, **_facts(path)}
                 with locked(self.path):
-                    manifest = _read_manifest(self.path / MANIFEST)  # another process may have added a file
+                    manifest = self._current()  # another process may have added a file
                     if (before := manifest["files"].pop(file, None)) is not None:
                         if before["sha256"] != described["sha256"]:
                             files = manifest["files"].items()
                             manifest["files"] = {name: other for name, other in files if other.get("weights") != file}
                         _write_manifest(self.path, manifest)  # if killed next, no entry describes a wrong file
-                    scratch.replace(target)
+                    path.replace(target)
+                    synced(target.parent)
                     manifest["files"][file] = described
                     _write_manifest(self.path, manifest)
-            finally:
-                scratch.unlink(missing_ok=True)
         return Bundle(self.path, manifest)
 
     def with_entry(self, file: str, changes: Mapping[str, Any]) -> Bundle:
         """Change the manifest entry of `file`, unless the file was replaced meanwhile, and return the new bundle."""
         with disk_errors(self.path / MANIFEST), locked(self.path):
-            manifest = _read_manifest(self.path / MANIFEST)
+            manifest = self._current()
             now = manifest["files"].get(file)
             if now is not None and now["sha256"] == self.files[file]["sha256"]:
                 now |= changes
@@ -188,11 +210,18 @@ class Bundle:
     def without(self, file: str) -> Bundle:
         """Remove a file and return the new bundle."""
         with disk_errors(self.path / MANIFEST), locked(self.path):
-            manifest = _read_manifest(self.path / MANIFEST)
+            manifest = self._current()
             manifest["files"].pop(file, None)
             _write_manifest(self.path, manifest)
             (self.path / file).unlink(missing_ok=True)
         return Bundle(self.path, manifest)
+
+    def _current(self) -> dict[str, Any]:
+        """Read the manifest again, to change it."""
+        manifest = _read_manifest(self.path / MANIFEST)
+        if manifest.get("created") != self.manifest.get("created"):
+            raise BundleError(f"{self.path} was exported again meanwhile, so nothing was added to it. Run the command again.")
+        return manifest
 
 
 class Draft:
@@ -222,12 +251,12 @@ def create_bundle(path: Path, *, replace: bool, facts: Mapping[str, Any]) -> Ite
     manifest.
     """
     path = replaceable_path(path, replace)
-    with disk_errors(path, NEW):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path)
-        staging = scratch_beside(path)
-        staging.mkdir()
-    try:
+    with contextlib.ExitStack() as stack:
+        with disk_errors(path, NEW):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sweep(path)
+            staging = stack.enter_context(scratch(path))
+            staging.mkdir()
         draft = Draft(staging)
         yield draft
         manifest = {
@@ -237,11 +266,13 @@ def create_bundle(path: Path, *, replace: bool, facts: Mapping[str, Any]) -> Ite
             "files": draft.files,
         }
         with disk_errors(path, NEW):
-            _write_manifest(staging, manifest)
+            for written in (*(staging / file for file in draft.files), *{(staging / file).parent for file in draft.files}):
+                synced(written)
+            _write_text(staging / MANIFEST, _manifest_text(manifest))
+            synced(staging)
             replaceable_path(path, replace)
             _move_into_place(staging, path)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            synced(path.parent)
 
 
 def newest_bundle(folder: Path) -> Bundle:
@@ -271,12 +302,9 @@ def write_whole(target: Path, write: Callable[[Path], object]) -> None:
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target)
-        scratch = scratch_beside(target)
-        try:
-            write(scratch)
-            scratch.replace(target)
-        finally:
-            scratch.unlink(missing_ok=True)
+        with scratch(target) as path:
+            write(path)
+            path.replace(target)
 
 
 def sha256_of(path: Path) -> str:
@@ -308,6 +336,7 @@ def disk_errors(path: Path, advice: str = EXISTING) -> Iterator[None]:
 def replaceable_path(path: Path, replace: bool) -> Path:
     """Return the real path of a new bundle at `path`. Raises BundleError if it has content; `replace` allows a bundle."""
     try:
+        put_back(path)
         occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}. Choose another folder with -o.") from error
@@ -319,26 +348,30 @@ def replaceable_path(path: Path, replace: bool) -> Path:
             f"another folder with -o."
         )
     with disk_errors(path, NEW):
-        real, here = Path(os.path.realpath(path)), Path.cwd()
-    if here.is_relative_to(real):
+        real = Path(os.path.realpath(path))
+    if _standing_in(real):
         raise BundleError(f"{path} contains the current directory and cannot be replaced. Name a folder in it with -o.")
     if real.is_symlink():
         raise BundleError(f"{path} is a link that leads to itself. Choose another folder with -o.")
     return real
 
 
+def _standing_in(folder: Path) -> bool:
+    try:
+        return Path.cwd().is_relative_to(folder)
+    except OSError:  # the current directory was removed
+        return False
+
+
 def _move_into_place(staging: Path, path: Path) -> None:
     if not (path.exists() and any(path.iterdir())):
         staging.replace(path)
-    elif not exchanged(staging, path):
-        old = scratch_beside(path)
-        path.replace(old)
-        try:
+        return
+    with locked(path):
+        if not exchanged(staging, path):
+            # If this fails or is killed before the new bundle is in place, the old one is put back.
+            set_aside(path, replaced_by(staging))
             staging.replace(path)
-        except BaseException:
-            old.replace(path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:
@@ -363,12 +396,10 @@ def _read_manifest(file: Path) -> dict[str, Any]:
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    scratch = scratch_beside(folder / MANIFEST)
-    try:
-        _write_text(scratch, _manifest_text(manifest))
-        scratch.replace(folder / MANIFEST)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with scratch(folder / MANIFEST) as path:
+        _write_text(path, _manifest_text(manifest))
+        path.replace(folder / MANIFEST)
+    synced(folder)
 
 
 def _manifest_text(manifest: Mapping[str, Any]) -> str:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import glob
+import errno
+import functools
+import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -15,12 +18,21 @@ import shutil
 import stat
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import InputError, SwinDeployError, shown
+from .errors import InputError, SwinDeployError, sentence, shown
 
+_LOG = logging.getLogger(__name__)
+MANIFEST = "manifest.json"  # a folder that has one is a whole bundle
+OLD = 7 * 24 * 3600  # s; after this time, scratch is removed even where locks prove nothing
+SLOW = 10.0  # s of waiting for a lock, until a line names its holder
+# Hidden names: of scratch, of the bundle that it replaces, and of its lock. Releases before 0.2 added machine and process.
+_SCRATCH = re.compile(r"\.(.+)\.(?:partial|replaced)-((?:.*-\d+-)?[0-9a-f]{8})(?:\.lock)?", re.DOTALL)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 JSON_BYTES = 1 << 26  # largest JSON file; one with a name for each of 1,000,000 classes fits
 JSON_VALUES = 4_000_000  # each takes up to 100 bytes of memory
 JSON_LEVELS = 64  # of nested lists and objects
@@ -150,66 +162,302 @@ def exchanged(one: Path, other: Path) -> bool:
     return bool(renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0)
 
 
-@contextlib.contextmanager
-def locked(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Lock a folder against other processes inside the block, on systems that have such locks.
-
-    Args:
-        folder: An existing folder.
-        waiting: Called once if another process holds the lock.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
+def synced(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    if os.name == "nt":
         return
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if waiting is not None:
-                waiting()
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a umask without read permission
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):  # it has no fsync
+            raise
     finally:
         os.close(handle)
 
 
 @contextlib.contextmanager
-def scratch_folder(kind: str) -> Iterator[Path]:
-    """Yield a temporary folder, removed at the end. Folders of this kind that killed processes left are removed first."""
-    target = Path(tempfile.gettempdir(), f"swin-{kind}")
-    sweep(target)
-    folder = scratch_beside(target)
-    folder.mkdir(0o700)
+def locked(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Lock a folder against other processes inside the block, on file systems that have such locks.
+
+    Args:
+        folder: An existing folder.
+        waiting: Called once if another process holds the lock.
+    """
+    if os.name == "nt":
+        yield
+        return
+    while True:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            if _lock(handle) is False:
+                if waiting is not None:
+                    waiting()
+                _wait(handle, folder)
+            if _is_at(handle, folder):  # otherwise it was replaced meanwhile
+                yield
+                return
+        finally:
+            os.close(handle)
+
+
+def _lock(handle: int, wait: bool = False) -> bool | None:
+    """Lock an open file or folder and return whether that succeeded; None if its file system has no locks."""
     try:
-        yield folder
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        return None
+    except BlockingIOError:
+        return False
+    except OSError as error:  # Lustre, some network file systems
+        _no_locks(error.strerror)
+        return None
+    return True
+
+
+@functools.cache  # one line for each process
+def _no_locks(reason: str) -> None:
+    _LOG.warning(
+        "Warning: This file system has no file locks (%s), so commands on one bundle are not kept apart. Run one at a time.",
+        sentence(reason),
+    )
+
+
+def _wait(handle: int, path: Path) -> None:
+    """Wait for a lock. After ten seconds, log which process holds it."""
+    timer = threading.Timer(SLOW, lambda: _LOG.warning("Still waiting for the lock of %s, held by %s", path, _holder(handle)))
+    timer.daemon = True
+    timer.start()
+    try:
+        _lock(handle, wait=True)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        timer.cancel()
+        timer.join()
 
 
-def scratch_beside(target: Path) -> Path:
-    """Return an unused name beside `target` that contains machine and process, so that `sweep` can find leftovers."""
-    return target.with_name(f".{target.name}.partial-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}")
+def _holder(handle: int) -> str:
+    """Return which process of this machine holds the lock, as far as Linux shows it to this process."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        inode = f":{os.fstat(handle).st_ino}"
+        for line in Path("/proc/locks").read_text().splitlines():
+            _, kind, _, _, pid, place = line.split()[:6]
+            if kind == "FLOCK" and place.endswith(inode) and int(pid) > 0:
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
+                shown = sentence("".join(filter(str.isprintable, " ".join(command))))[:200]
+                return f"process {pid} on {platform.node()}: {shown}"
+    return "a process of another container or machine"
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Return whether an open file or folder is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def scratch_folder(kind: str) -> Iterator[Path]:
+    """Yield a temporary folder, removed at the end. Folders that killed processes left are removed first."""
+    with contextlib.ExitStack() as stack:
+        place = None
+        try:
+            place = Path(tempfile.gettempdir())
+            sweep_folder(place, "swin-")
+            folder = stack.enter_context(scratch(place / f"swin-{kind}"))
+            folder.mkdir(0o700)
+            yield folder
+        except OSError as error:
+            if place is not None and error.errno not in _NO_SPACE and " requested and " not in str(error):  # of numpy
+                raise
+            where = place or f"any of the folders for temporary files: {error.strerror}"
+            raise SwinDeployError(
+                f"There is no space in {where}. Free some space, or set the environment variable TMPDIR to a folder with space."
+            ) from error
+
+
+@contextlib.contextmanager
+def scratch(target: Path) -> Iterator[Path]:
+    """Yield an unused hidden path beside `target`, for a file or folder that is removed at the end unless it was moved away.
+
+    Meanwhile, a file beside it is locked: `sweep` removes what is not locked, which a killed process left.
+    """
+    while True:
+        path = target.with_name(f".{_stem(target)}.partial-{secrets.token_hex(4)}")
+        handle = os.open(_lock_file(path), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        if _lock(handle) is not False and _is_at(handle, _lock_file(path)):
+            break
+        os.close(handle)  # another process has just swept it
+    try:
+        with contextlib.suppress(OSError):  # a full disk
+            os.write(handle, f"{_boot()}\n{platform.node()}\n{os.getpid()}\n".encode("utf-8", "replace"))
+        yield path
+    finally:
+        _put_back(replaced_by(path), target)
+        _discard(path)
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            _lock_file(path).unlink(missing_ok=True)
+
+
+def replaced_by(path: Path) -> Path:
+    """Return where the bundle is that the scratch folder `path` replaces, between the two renames."""
+    stem, key = _parts(path.name)
+    return path.with_name(f".{stem}.replaced-{key}")
+
+
+def set_aside(path: Path, old: Path) -> None:
+    """Rename a bundle, or copy and remove it where it cannot be renamed: in overlayfs, one of a lower layer."""
+    try:
+        path.replace(old)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copytree(path, old, symlinks=True, ignore=lambda folder, names: {MANIFEST} if Path(folder) == path else set())
+        for copy in old.rglob("*"):
+            if not copy.is_symlink():
+                synced(copy)
+        shutil.copy2(path / MANIFEST, old / MANIFEST)  # last: from now on, it counts
+        synced(old / MANIFEST)
+        _discard(path)
+        if path.exists():
+            raise
+
+
+def put_back(path: Path) -> None:
+    """Put back the bundle at `path` if a killed command had renamed it away. A running command is waited for."""
+    path = Path(os.path.realpath(path))
+    for _ in range(3):
+        aside = [path.with_name(name) for name in _names(path.parent, _stem(path)) if ".replaced-" in name]
+        if not aside or (path / MANIFEST).exists():
+            return
+        sweep(path)
+        for old in aside:
+            with contextlib.suppress(OSError):  # it is gone, or read-only
+                handle = os.open(_lock_file(old.with_name(old.name.replace(".replaced-", ".partial-"))), os.O_RDWR)
+                try:
+                    _wait(handle, path)
+                finally:
+                    os.close(handle)
 
 
 def sweep(target: Path) -> None:
-    """Remove scratch files and folders of `target` that killed processes of this machine left."""
-    if os.name == "nt":  # os.kill(pid, 0) would end the process there
+    """Remove what killed processes left beside `target`, and put back a bundle that they had renamed away."""
+    _sweep(target.parent, _stem(target), target)
+
+
+def sweep_folder(folder: Path, start: str = "") -> None:
+    """Remove the scratch of killed processes in a folder, of every target whose name begins with `start`."""
+    for stem in {_parts(name)[0] for name in _names(folder)}:
+        if stem.startswith(start):
+            _sweep(folder, stem, None)
+
+
+def _sweep(folder: Path, stem: str, target: Path | None) -> None:
+    for key in {_parts(name)[1] for name in _names(folder, stem)}:
+        path = folder / f".{stem}.partial-{key}"
+        with _unused(path) as unused:
+            if unused is not False and target is not None:
+                _put_back(replaced_by(path), target)
+            if unused:
+                _discard(path)
+
+
+@contextlib.contextmanager
+def _unused(path: Path) -> Iterator[bool | None]:
+    """Lock scratch and yield whether no process uses it; None if nobody knows, since there are no common locks."""
+    file = _lock_file(path)
+    without_lock = not os.path.lexists(file)  # so it was swept partly, or is of an earlier release
+    try:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o600)
+    except OSError:  # it belongs to another user
+        yield False
         return
-    ours = f".{target.name}.partial-{platform.node()}-"
-    for leftover in target.parent.glob(glob.escape(ours) + "*"):
-        made = re.fullmatch(r"(\d+)-[0-9a-f]{8}", leftover.name.removeprefix(ours))
-        if made is None:  # from a machine whose name begins like this one's
-            continue
+    unused: bool | None = False
+    try:
+        held = _lock(handle)
+        if held is not False and _is_at(handle, file):
+            proven = (held and not _of_another_machine(handle)) or without_lock
+            unused = True if proven or time.time() - os.fstat(handle).st_mtime > OLD else None
+        yield unused
+    finally:
+        os.close(handle)
+        if unused:
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
+
+
+def _of_another_machine(handle: int) -> bool:
+    """Return whether the lock was made by another machine, whose locks a shared file system may not show to this one."""
+    lines = os.read(handle, 1000).decode("utf-8", "replace").split("\n")
+    return len(lines) > 2 and lines[0] != _boot() and lines[1] != platform.node()
+
+
+@functools.cache
+def _boot() -> str:
+    """Return what identifies the running kernel, in every container on it; empty if nothing does."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+def _put_back(old: Path, path: Path) -> None:
+    """Move a bundle that was renamed away back to `path`, or remove it if there is another one."""
+    with contextlib.suppress(OSError):
+        if (path / MANIFEST).exists() or not (old / MANIFEST).exists():
+            _discard(old)
+            return
         try:
-            os.kill(int(made[1]), 0)
-        except (ProcessLookupError, OverflowError):
-            with contextlib.suppress(OSError):  # it belongs to another user
-                if leftover.is_dir():
-                    shutil.rmtree(leftover, ignore_errors=True)
-                else:
-                    leftover.unlink(missing_ok=True)
+            old.replace(path)
         except OSError:
-            pass  # the process runs and belongs to another user
+            # It was copied, and its original partly removed: overlayfs. Anything else in that folder stays as it is.
+            names = {file.relative_to(old) for file in old.rglob("*")}
+            if not path.is_dir() or any(file.relative_to(path) not in names for file in path.rglob("*")):
+                raise
+            for name in sorted(names, key=lambda name: (name == Path(MANIFEST), len(name.parts))):
+                if (old / name).is_dir() and not (old / name).is_symlink():
+                    (path / name).mkdir(exist_ok=True)
+                else:
+                    (old / name).replace(path / name)
+            _discard(old)
+        _LOG.info("Put back %s: a command that was to replace it had been killed", path)
+
+
+def _discard(path: Path) -> None:
+    """Remove a file or folder that may not exist; of a folder the manifest first, so that none with a manifest lacks files."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            (path / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _names(folder: Path, stem: str | None = None) -> list[str]:
+    """Return the names of scratch in a folder; empty if it cannot be read."""
+    with contextlib.suppress(OSError):
+        found = [path.name for path in folder.iterdir() if path.name.startswith(".") and _SCRATCH.fullmatch(path.name)]
+        return [name for name in found if stem is None or _parts(name)[0] == stem]
+    return []
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """Return target and key of the name of scratch."""
+    match = _SCRATCH.fullmatch(name)
+    assert match is not None
+    return match[1], match[2]
+
+
+def _stem(target: Path) -> str:
+    """Return the name of `target`, or a digest of a name so long that nothing can be added to it."""
+    name = os.fsencode(target.name)
+    return target.name if len(name) < 200 else hashlib.sha256(name).hexdigest()[:32]
+
+
+def _lock_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")

@@ -236,8 +236,9 @@ def test_what_a_killed_process_left_is_swept_by_the_next(what: str, tmp_path: Pa
     code = subprocess.run([sys.executable, "-c", KILLED, str(bundle.path), what]).returncode
     assert code == -9
     assert text_of(Bundle.open(bundle.path)) == "old"
-    left = [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
-    assert len(left) == 1  # hidden, beside it, and no bundle
+    left = sorted(path.name for path in tmp_path.rglob("*") if path.name.startswith("."))
+    assert len(left) == 2  # hidden, beside it, and no bundle; and its lock
+    assert left[1] == f"{left[0]}.lock"
     if what == "file":
         bundle.with_file("onnx/model.onnx", {"precision": "fp32"}, lambda path: path.write_text("old") and None)
     else:

@@ -6,7 +6,6 @@ Every network is strongly typed: the engine computes in the types of the graph.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import signal
 import threading
@@ -19,6 +18,7 @@ from typing import Any
 
 from swin_deploy.dependencies import require
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError, unknown
+from swin_deploy.files import scratch, sweep
 from swin_deploy.gpus import cuda_devices
 from swin_deploy.options import Batch, EngineSpec, Progress, no_progress
 from swin_deploy.tensorrt_log import log_callback
@@ -259,15 +259,13 @@ def _timing_cache(config: Any, path: Path | None, title: str, watch: Watch) -> I
             f"{path} is not a timing cache of {title} and this GPU: {joined(watch.errors)}. Delete it, or pass another file."
         )
     yield
-    scratch = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        timings = config.get_timing_cache()
-        scratch.write_bytes(bytes(timings.serialize()))
-        scratch.replace(path)
+        sweep(path)
+        with scratch(path) as file:
+            file.write_bytes(bytes(config.get_timing_cache().serialize()))
+            file.replace(path)
     except OSError as error:  # the engine is done, and worth more
         watch.hear("warning", f"the timing cache {path} could not be written: {error.strerror}")
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _monitor(trt: Any, watch: Watch) -> Any:

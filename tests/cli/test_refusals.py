@@ -237,8 +237,7 @@ def test_export_sweeps_takes_an_empty_folder_and_overwrites_only_with_force(tmp_
     export = ("export", "--weights", str(one_block()), "-o", "b/")
     if os.name != "nt":
         stopped_at("Tracing", 1, signal.SIGKILL, *export, cwd=tmp_path)
-        [left] = tmp_path.iterdir()
-        assert left.name.startswith(".b.partial-")
+        assert all(left.name.startswith(".b.partial-") for left in tmp_path.iterdir())
         refused(cli_here("build-engine", cwd=tmp_path), "no bundle in")
     (tmp_path / "b").mkdir()
     assert cli_here(*export, cwd=tmp_path).stdout == "b\n"
