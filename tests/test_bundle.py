@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli.exported import contents, exported_bundle, one_block, small_disk
@@ -21,6 +25,14 @@ from swin_deploy.bundle import Bundle, Draft, create_bundle, newest_bundle
 from swin_deploy.errors import BundleError
 
 FACTS = {"name": "small", "tolerance": 1e-05, "label": "Grüße"}
+
+
+@pytest.fixture(autouse=True)
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was written to the disk, which no test waits for."""
+    order: list[str] = []
+    monkeypatch.setattr("os.fsync", lambda handle: order.append(Path(f"/proc/self/fd/{handle}").resolve().name))
+    return order
 
 
 def fill(draft: Draft, text: str = "graph") -> None:
@@ -46,6 +58,17 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert bundle.files["onnx/model.onnx"]["bytes"] == 5
     assert bundle.read_json("config.json")["labels"][1] == "\N{CAT}"
     assert set(contents(tmp_path / "a b")) == {"ünï", "ünï/config.json", "ünï/manifest.json", "ünï/onnx", "ünï/onnx/model.onnx"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of open files are read from /proc")
+def test_the_files_are_on_the_disk_before_the_manifest_that_names_them(tmp_path: Path, synced: list[str]) -> None:
+    bundle = make(tmp_path / "b")
+    assert synced.index("manifest.json") > max(synced.index(name) for name in ("model.onnx", "config.json", "onnx"))
+    assert synced[-1] == tmp_path.name
+    synced.clear()
+    bundle.with_file("onnx/new.onnx", {}, b"graph")
+    file, folder, manifest, root = (re.sub("partial-.*", "", name) for name in synced)
+    assert (file, folder, manifest, root) == (".new.onnx.", "onnx", ".manifest.json.", "b")
 
 
 def test_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:
@@ -135,13 +158,7 @@ def test_no_bundle_there(name: str, tmp_path: Path) -> None:
         Bundle.open(tmp_path / name)
 
 
-@pytest.mark.parametrize("exchange", [True, False])
-def test_an_existing_bundle_is_replaced_only_when_asked(
-    exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With and without an exchange of the operating system."""
-    if not exchange:
-        monkeypatch.setattr("swin_deploy.bundle.exchanged", lambda one, other: False)
+def test_an_existing_bundle_is_replaced_only_when_asked(tmp_path: Path) -> None:
     make(tmp_path / "b", "old")
     before = contents(tmp_path)
     with pytest.raises(BundleError, match="--force"):
@@ -214,36 +231,70 @@ def test_a_folder_that_appears_meanwhile_is_left(tmp_path: Path) -> None:
     assert text_of(Bundle.open(tmp_path / "b")) == "early"
 
 
-KILLED = """
-import os, sys
-from pathlib import Path
-from swin_deploy.bundle import Bundle, create_bundle
-def kill(path):
-    path.write_text("half")
-    os.kill(os.getpid(), 9)
-if sys.argv[2] == "file":
-    Bundle.open(sys.argv[1]).with_file("onnx/model.onnx", {}, kill)
-with create_bundle(Path(sys.argv[1]), replace=True, facts={}) as draft:
-    draft.add("onnx/model.onnx", {}, kill)
-"""
+def without_exchange(monkeypatch: pytest.MonkeyPatch, cannot_rename: bool = False) -> None:
+    """As on NFS, FUSE and macOS; and as in overlayfs, where a folder of a lower layer cannot be renamed, either."""
+    monkeypatch.setattr("swin_deploy.bundle.exchanged", lambda one, other: False)
+    replace = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if ".replaced-" in Path(target).name:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return replace(self, target)
+
+    if cannot_rename:
+        monkeypatch.setattr(Path, "replace", refuse)
+
+
+def killed_at(step: int, action: Callable[[], object]) -> bool:
+    """Whether `action`, in a process that is killed before its change number `step` of the disk, was killed."""
+    process = os.fork()
+    if process == 0:
+        steps = 0
+
+        def count(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal steps
+            writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+                steps += 1
+                if steps == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        code = 1
+        try:
+            action()
+            code = 0
+        finally:
+            os._exit(code)
+    status = os.waitpid(process, 0)[1]
+    assert status in (0, signal.SIGKILL)
+    return status != 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
-@pytest.mark.parametrize("what", ["bundle", "file"])
-def test_what_a_killed_process_left_is_swept_by_the_next(what: str, tmp_path: Path) -> None:
-    bundle = make(tmp_path / "b", "old")
-    before = contents(tmp_path)
-    code = subprocess.run([sys.executable, "-c", KILLED, str(bundle.path), what]).returncode
-    assert code == -9
-    assert text_of(Bundle.open(bundle.path)) == "old"
-    left = sorted(path.name for path in tmp_path.rglob("*") if path.name.startswith("."))
-    assert len(left) == 2  # hidden, beside it, and no bundle; and its lock
-    assert left[1] == f"{left[0]}.lock"
-    if what == "file":
-        bundle.with_file("onnx/model.onnx", {"precision": "fp32"}, lambda path: path.write_text("old") and None)
-    else:
-        make(tmp_path / "b", "old", replace=True)
-    assert contents(tmp_path).keys() == before.keys()
+@pytest.mark.parametrize("what", ["exchange", "two renames", "copy", "file"])
+def test_whoever_is_killed_leaves_the_old_or_the_new_and_the_next_sweeps(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if what != "exchange":
+        without_exchange(monkeypatch, what == "copy")
+    path, step = tmp_path / "b", 0
+
+    def change(text: str = "new") -> None:
+        if what == "file":
+            Bundle.open(path).with_file("onnx/model.onnx", {"precision": "fp32"}, text.encode())
+        else:
+            make(path, text, replace=True)
+
+    make(path, "old")
+    names, found = contents(tmp_path).keys(), set()
+    while killed_at(step := step + 1, change):
+        bundle = Bundle.open(path)
+        found.add(text_of(bundle) if "onnx/model.onnx" in bundle.files else "none")
+        change("old")
+        assert contents(tmp_path).keys() == names
+    assert found - {"none"} == {"old", "new"}
+    assert ("none" in found) == (what == "file")
 
 
 def test_the_entry_goes_before_its_file_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
