@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +12,9 @@ from typing import Any
 import numpy as np
 
 import swin_deploy
-from swin_deploy.config import SwinConfig, complete_labels
-from swin_deploy.errors import InputError, sentence
+from swin_deploy.config import MOST_LABELS, SwinConfig, complete_labels
+from swin_deploy.errors import InputError, sentence, shown
+from swin_deploy.files import json_from, read_regular
 from swin_deploy.options import Array
 
 WORDNET = re.compile(r"n\d{8}")
@@ -23,6 +23,8 @@ EXPECTED_NAMES = "one label per line, JSON, or CSV with a column name"
 IMAGENET = "imagenet-1k"  # its 1000 labels, the lemmas of WordNet, are part of the package
 NAMES = ("name", "label", "class", "label_name", "class_name")  # columns of a CSV file, by preference
 NUMBERS = ("id", "index", "idx", "number", "label_id", "class_id", "class_index")
+NAMES_BYTES, LABELS_BYTES = 1 << 26, 1 << 28  # largest files with the names of classes, and with the labels of samples
+MOST_LINES = 5_000_000
 BITS = {"0": False, "0.0": False, "False": False, "1": True, "1.0": True, "True": True}
 
 
@@ -35,9 +37,12 @@ def class_names(source: str, classes: int) -> tuple[dict[int, str], str | None]:
     path = Path(source)
     if source == IMAGENET and not path.exists():
         path = Path(swin_deploy.__file__).with_name(f"{IMAGENET}.txt")
-    text = _text(path, EXPECTED_NAMES)
+    content, name = _content(path, NAMES_BYTES, EXPECTED_NAMES), f"The label file {source}"
     try:
-        found = json.loads(text) if path.suffix == ".json" else _names_from_lines(text.splitlines(), path.suffix)
+        if path.suffix == ".json":
+            found = json_from(content, name, advice=f"Expected {EXPECTED_NAMES}.")
+        else:
+            found = _names_from_lines(_lines(content, MOST_LABELS), path.suffix)
         listed = isinstance(found, list) and all(isinstance(name, str) for name in found)
         if isinstance(found, Mapping):
             found = found.get("id2label", found)
@@ -50,10 +55,10 @@ def class_names(source: str, classes: int) -> tuple[dict[int, str], str | None]:
         exact = sorted(found) == list(range(1, classes + 1)) or len(found) == classes
         fits = exact if listed else exact or max(found, default=0) < classes
         labels, note = complete_labels(found, classes) if fits else ({}, None)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"The label file {source} cannot be read: {sentence(str(error))}. Expected {EXPECTED_NAMES}."
-        ) from error
+    except InputError:
+        raise
+    except (ValueError, TypeError, AttributeError, csv.Error) as error:
+        raise InputError(f"{name} cannot be read: {sentence(shown(str(error)))}. Expected {EXPECTED_NAMES}.") from error
     if not fits:
         raise InputError(f"{source} has labels for another number of classes than {classes}. Pass one label for each class.")
     return labels, note
@@ -71,8 +76,10 @@ def _names_from_lines(lines: list[str], suffix: str) -> Any:
     number = next((head.index(column) for column in NUMBERS if column in head), None)
     if name is None:
         if any(len(row) != 1 for row in rows):
-            raise ValueError(f"its columns are {', '.join(head)}")
+            raise ValueError(f"its columns are {shown(', '.join(head))}")
         return [row[0].strip() for row in rows]
+    if any(len(row) <= max(name, number or 0) for row in rows):
+        raise ValueError("it has lines with fewer columns than the first one")
     if number is None:
         return [row[name].strip() for row in rows[1:]]
     return {int(row[number]): row[name].strip() for row in rows[1:]}
@@ -85,15 +92,17 @@ def labels_from_file(path: Path, names: Sequence[str], prediction: str = "classe
     (see SwinConfig) is "classes", an image has a tuple of labels: all columns of all its lines. A table of 0 and 1 with the
     labels in its heading is read, too.
     """
-    text = _text(path, EXPECTED)
+    content, where = _content(path, LABELS_BYTES, EXPECTED), f"The label file {path}"
     if path.suffix == ".json":
-        try:
-            listed = json.loads(text).items()
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"The label file {path} is not a JSON object. Expected {EXPECTED}.") from error
-        rows = [[str(file), *map(str, label if isinstance(label, list) else [label])] for file, label in listed]
+        listed = json_from(content, where, advice=f"Expected {EXPECTED}.")
+        if not isinstance(listed, dict):
+            raise InputError(f"{where} is not a JSON object. Expected {EXPECTED}.")
+        rows = [[str(file), *map(str, label if isinstance(label, list) else [label])] for file, label in listed.items()]
     else:
-        rows = [row for row in csv.reader(text.splitlines()) if row]
+        try:
+            rows = [row for row in csv.reader(_lines(content, MOST_LINES)) if row]
+        except (ValueError, csv.Error) as error:
+            raise InputError(f"{where} cannot be read: {sentence(shown(str(error)))}. Expected {EXPECTED}.") from error
         if rows and all(len(row) == 1 for row in rows):
             rows = [row[0].rsplit(maxsplit=1) for row in rows if row[0].strip()]
     if prediction == "labels" and len(rows) > 1 and len(rows[0]) > 2 and not set(rows[0][1:]) <= BITS.keys():
@@ -103,23 +112,30 @@ def labels_from_file(path: Path, names: Sequence[str], prediction: str = "classe
     known: dict[str, Any] = {}
     for row in rows:
         if len(row) < 2 and prediction != "labels":
-            raise InputError(f"The label file {path} has a line {','.join(row)!r}. Expected {EXPECTED}.")
+            raise InputError(f"{where} has a line {shown(repr(','.join(row)))}. Expected {EXPECTED}.")
         file, label = row[0].strip().replace("\\", "/").removeprefix("./"), tuple(cell.strip() for cell in row[1:])
         known[file] = label[0] if prediction == "classes" else known.get(file, ()) + label
     last = Counter(file.rsplit("/", 1)[-1] for file in known)
     short = {name: label for file, label in known.items() if last[name := file.rsplit("/", 1)[-1]] == 1}
     found = [known.get(name, short.get(name.rsplit("/", 1)[-1])) for name in names]
     if None in found:
-        raise InputError(f"The label file {path} has no line for {names[found.index(None)]}. Expected {EXPECTED}.")
+        raise InputError(f"{where} has no line for {shown(names[found.index(None)])}. Expected {EXPECTED}.")
     return tuple(found)
 
 
-def _text(path: Path, expected: str) -> str:
+def _content(path: Path, limit: int, expected: str) -> bytes:
+    return read_regular(path, limit, InputError, f"Expected {expected}.", f"The label file {path}")
+
+
+def _lines(content: bytes, limit: int) -> list[str]:
+    """Return the lines of UTF-8 text, whatever the system ends lines with."""
+    if max(content.count(b"\n"), content.count(b"\r")) > limit:
+        raise ValueError(f"it has more than {limit} lines")
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        why = str(error.strerror) if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(f"The label file {path} cannot be read: {why}. Expected {expected}.") from error
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not UTF-8 text") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def targets_from_labels(labels: Sequence[Any], config: SwinConfig) -> tuple[Array, str]:
@@ -137,8 +153,8 @@ def targets_from_labels(labels: Sequence[Any], config: SwinConfig) -> tuple[Arra
             values = np.array(rows, np.float64).reshape(len(rows), count)
         except ValueError as error:
             raise InputError(
-                f"The labels, such as {labels[0]!r}, are not {count} numbers for each image, which this network predicts. Pass "
-                "them with --labels, or --ignore-labels."
+                f"The labels, such as {shown(repr(labels[0]))}, are not {count} numbers for each image, which this network "
+                f"predicts. Pass them with --labels, or --ignore-labels."
             ) from error
         return values, "values"
     if all(len(row) == count and all(str(one) in BITS for one in row) for row in rows):
@@ -186,8 +202,9 @@ def class_numbers(labels: Sequence[Any], id2label: Mapping[int, str]) -> tuple[d
         return order, f"the {count} {'WordNet ids' if words else 'labels'} in sorted order"
     strange = [text for label, text in texts.items() if numbers[label] is None]
     unknown = next((text for text in strange if text not in numeric or int(text) not in id2label), strange[0])
+    first = shown(id2label[0])
     raise InputError(
-        f'The label "{unknown}" is not a class of this network ("{id2label[0]}", ...), and there are {len(texts)} labels for '
+        f'The label "{shown(unknown)}" is not a class of this network ("{first}", ...), and there are {len(texts)} labels for '
         f"its {count} classes. Name the folders like the classes, pass --labels with class numbers, or --ignore-labels."
     )
 

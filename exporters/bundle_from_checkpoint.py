@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -31,6 +30,7 @@ from swin_deploy.bundle import (
 from swin_deploy.config import OWN_KEYS, SwinConfig
 from swin_deploy.dependencies import installed_versions, require
 from swin_deploy.errors import CheckpointError, InputError, MissingDependencyError, UsageError, VerificationError
+from swin_deploy.files import json_file
 from swin_deploy.frame_input import Frames, refuse_misfit
 from swin_deploy.options import ExportSpec, Size
 from swin_deploy.parity import OpenGraph, Reference, check_graph, sample_inputs
@@ -326,12 +326,7 @@ def preprocessing_of(checkpoint: Checkpoint, spec: ExportSpec) -> Stated:
 
 def _from_file(path: Path, config: SwinConfig) -> Preprocessor:
     """Read --preprocessor FILE, of transformers or timm."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{path} cannot be read as JSON ({error}). Pass a preprocessor_config.json, or timm's config.json."
-        ) from error
+    raw = json_file(path, UsageError, "Pass a preprocessor_config.json, or timm's config.json.")
     try:
         if isinstance(raw, Mapping) and ("pretrained_cfg" in raw or "architecture" in raw or "mean" in raw):
             return _from_timm(raw.get("pretrained_cfg") or raw, config)

@@ -21,6 +21,7 @@ from typing import Any
 from swin_deploy.bundle import Bundle, size_text
 from swin_deploy.dependencies import installed_versions
 from swin_deploy.errors import BackendError, BundleError, MissingDependencyError, MissingKernelError, UsageError
+from swin_deploy.files import json_from
 from swin_deploy.gpus import cuda_devices, cuda_version
 from swin_deploy.machine import processor_name, usable_cores
 from swin_deploy.options import Size
@@ -214,7 +215,7 @@ def _cache_file(key: Mapping[str, Any]) -> Path | None:
 def _read(file: Path | None, key: Mapping[str, Any], candidates: Sequence[Candidate]) -> Kept | None:
     """Return a cached measurement; None if there is none, or it cannot be read."""
     try:
-        raw = json.loads(read_cached(file))
+        raw = json_from(read_cached(file), str(file))
         if raw["key"] != key:
             return None
         rows = tuple(

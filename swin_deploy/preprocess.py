@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from swin_deploy.errors import InputError, sentence
+from swin_deploy.errors import InputError, sentence, shortened, shown
 from swin_deploy.numpy_files import read_arrays
 
 if TYPE_CHECKING:
@@ -68,6 +68,9 @@ UNSUPPORTED = {
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TIFF_CODECS = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, PackBits, deflate, LZMA, Zstandard
 ARRAY_BYTES = 1 << 30  # of an image in a NumPy file
+MOST_VALUES = 1 << 28  # height x width x channels of a prepared image
+MOST_CHANNELS = 10_000
+RATIOS = (0.01, 100.0)  # of crop_pct
 DARKEST_16_BIT = 4096  # a smaller maximum may also be that of 10 or 12 bits
 
 
@@ -113,18 +116,28 @@ class Preprocessor:
         for flag in (*FLAGS[3:], "round_crop"):
             self._check(flag, lambda one: isinstance(one, bool | None), "true or false")
         expected = "a Pillow filter number from 0 to 5 (3 is bicubic), or the name of a filter"
-        self._check("resample", lambda one: one in range(6), expected)
+        self._check("resample", lambda one: type(one) is int and one in range(6), expected)
         self._check("rescale_factor", _is_number, "a finite number")
         self._check("shortest_edge", lambda one: one is None or _is_side(one), "a positive whole number")
         self._check("size", _is_side, sizes + ' or {"shortest_edge": ...}', 2)
+        if count > MOST_CHANNELS:
+            raise _invalid("image_mean", f"{count} values", f"at most {MOST_CHANNELS}")
         self._check("image_mean", _is_number, numbers, count)
-        self._check("image_std", lambda one: _is_number(one) and np.float32(one) > 0, numbers + ", above 0", count)
+        self._check("image_std", lambda one: _is_number(one) and one > 1e-9, numbers + ", above 0", count)
         self._check("keep_ratio", lambda one: one in (None, "cover", "contain"), '"cover" or "contain"')
-        self._check("crop_pct", lambda one: one is None or (_is_number(one) and one > 0), "a number above 0")
+        self._check("crop_pct", lambda one: one is None or _is_ratio(one), "a number from {} to {}".format(*RATIOS))
         if self.crop_fill is not None:
-            self._check("crop_fill", lambda one: one in range(256), "a number from 0 to 255 for each channel", count)
+            fits = lambda one: type(one) is int and one in range(256)  # noqa: E731
+            self._check("crop_fill", fits, "a number from 0 to 255 for each channel", count)
         if self.do_center_crop or self.crop_size is not None:
             self._check("crop_size", _is_side, sizes, 2)
+        for name, pair in (
+            ("size", self.size),
+            ("crop_size", self.crop_size),
+            ("shortest_edge", (self.shortest_edge or 1,) * 2),
+        ):
+            if pair is not None and pair[0] * pair[1] * count > MOST_VALUES:
+                raise _invalid(name, pair, f"at most {MOST_VALUES // count} pixels for {channels_text(count)}")
 
     def _check(self, name: str, fits: Callable[[Any], bool], expected: str, parts: int = 0) -> None:
         """Raise InputError for an invalid field. A field of several parts becomes a tuple; one value stands for all parts."""
@@ -464,7 +477,7 @@ def _decoding(label: str) -> Iterator[None]:
     except (InputError, MemoryError):
         raise
     except Exception as error:  # on damaged data Pillow raises SyntaxError, struct.error, IndexError and others
-        reason = sentence(str(error)) or type(error).__name__
+        reason = sentence(shown(str(error))) or type(error).__name__
         damaged = f"is damaged or has an unknown format ({reason}). Save it again as JPEG or PNG."
         raise InputError(f"{label} {known.get(type(error), damaged)}") from error
 
@@ -582,13 +595,41 @@ def _picture_bands(
     from PIL import ImageSequence
 
     with _decoding(label):
-        frames = getattr(image, "n_frames", 1)
-        if len(image.getbands()) == 1 and frames == channels:
-            return np.dstack([np.asarray(_eight_bit(turn(frame), label)) for frame in ImageSequence.Iterator(image)])
+        if len(image.getbands()) == 1 and _has_frames(image, channels):
+            _refuse_bomb(channels * image.width * image.height)
+            size, frames = image.size, []
+            for frame in ImageSequence.Iterator(image):
+                if frame.size != size:
+                    raise InputError(f"{label} has frames of different sizes. Expected {channels} of the same size.")
+                frames.append(np.asarray(_eight_bit(turn(frame), label)))
+            return np.dstack(frames)
         bands = np.atleast_3d(np.asarray(_eight_bit(turn(image), label)))
     if bands.shape[2] != channels:
         raise _wrong_bands(label, f"has mode {image.mode} with {channels_text(bands.shape[2])}", channels)
     return bands
+
+
+def _has_frames(image: PILImage.Image, count: int) -> bool:
+    """Return whether a file has exactly `count` frames. n_frames would read the others, too."""
+    try:
+        image.seek(count - 1)
+    except EOFError:
+        return False
+    try:
+        image.seek(count)
+    except EOFError:
+        return True
+    finally:
+        image.seek(0)
+    return False
+
+
+def _refuse_bomb(size: int) -> None:
+    """Raise Pillow's error for decoded samples of more bytes than its limit of pixels with four channels has."""
+    from PIL import Image
+
+    if Image.MAX_IMAGE_PIXELS is not None and size > 8 * Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError
 
 
 def _wrong_bands(label: str, found: str, channels: int) -> InputError:
@@ -605,7 +646,6 @@ def channels_text(channels: int) -> str:
 
 def _tiff_bands(file: str | os.PathLike[str] | BytesIO, label: str, channels: int) -> NDArray[Any]:
     """Return the samples [height, width, channels] of a TIFF file that Pillow has no mode for."""
-    from PIL import Image
 
     from swin_deploy.dependencies import require
 
@@ -621,8 +661,7 @@ def _tiff_bands(file: str | os.PathLike[str] | BytesIO, label: str, channels: in
         if page.imagedepth != 1 or page.dtype is None or page.dtype.kind not in "uif" or page.compression not in TIFF_CODECS:
             raise InputError(f"{label} has samples or a compression that are not supported. Save it without compression.")
         largest = max(page.nbytes, math.prod(page.chunks) * page.dtype.itemsize)
-        if Image.MAX_IMAGE_PIXELS is not None and largest > 8 * Image.MAX_IMAGE_PIXELS:  # Pillow's limit, of four channels
-            raise Image.DecompressionBombError
+        _refuse_bomb(largest)
         parts = math.prod(page.chunked)
         if not len(page.dataoffsets) == len(page.databytecounts) == parts or sum(page.databytecounts) > opened.filehandle.size:
             raise InputError(f"{label} is damaged: its table of contents does not match its size. Save it again.")
@@ -706,12 +745,12 @@ def _plain_image(image: Any, label: str) -> Any:
 
 def _label(image: Any, index: int, count: int) -> str:
     if isinstance(image, (str, os.PathLike)):
-        return f"Image file {os.fspath(image)!r}"
+        return f"Image file {shortened(os.fspath(image), 4096)!r}"
     return "The image" if count == 1 else f"Image {index} of the list"
 
 
 def _invalid(name: str, value: object, expected: str) -> InputError:
-    return InputError(f"Invalid {name}: {value!r}. Expected {expected}. Correct preprocessor_config.json.")
+    return InputError(f"Invalid {name}: {shown(repr(value))}. Expected {expected}. Correct preprocessor_config.json.")
 
 
 def _processor_kind(config: Mapping[str, Any]) -> str:
@@ -721,8 +760,9 @@ def _processor_kind(config: Mapping[str, Any]) -> str:
         if re.fullmatch(f"{kind}(ImageProcessor(Fast|Pil)?|FeatureExtractor)", name, re.IGNORECASE):
             return kind
     raise InputError(
-        f"preprocessor_config.json names {name}, whose steps are not supported. Supported are {', '.join(PROCESSORS)} image "
-        f"processors, which resize, crop and normalize. If the model was trained so, state it with --preprocessor FILE."
+        f"preprocessor_config.json names {shown(name)}, whose steps are not supported. Supported are "
+        f"{', '.join(PROCESSORS)} image processors, which resize, crop and normalize. If the model was trained so, state it "
+        f"with --preprocessor FILE."
     )
 
 
@@ -733,8 +773,9 @@ def _as_convnext(values: dict[str, Any]) -> dict[str, Any]:
     if not values.get("do_resize", True):
         return values
     cropped = values.get("do_center_crop") and (not _is_side(edge) or edge < 384)
-    if cropped or not _is_side(edge) or not _is_number(part) or part <= 0:
-        raise _invalid("size", values.get("size", edge), '{"shortest_edge": ...}, crop_pct above 0, and no do_center_crop')
+    if cropped or not _is_side(edge) or not _is_ratio(part):
+        expected = '{{"shortest_edge": ...}}, crop_pct from {} to {}, and no do_center_crop'.format(*RATIOS)
+        raise _invalid("size", values.get("size", edge), expected)
     del values["shortest_edge"]
     if edge >= 384:
         return {**values, "size": edge}
@@ -749,9 +790,13 @@ def _repeated(values: Any, channels: int) -> Any:
 
 
 def _is_side(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_VALUES
+
+
+def _is_ratio(value: object) -> bool:
+    return _is_number(value) and RATIOS[0] <= value <= RATIOS[1]  # type: ignore[operator]
 
 
 def _is_number(value: object) -> bool:
-    # NaN fails the comparison, and smaller numbers fit float32
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e38
+    # NaN fails the comparison; of smaller numbers, all results are finite in float32
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9

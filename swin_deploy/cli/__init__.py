@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
-from swin_deploy.errors import SwinDeployError
+from swin_deploy.errors import SwinDeployError, printable
 
 # Raised by click 8.2 and newer without arguments; the help text is shown.
 NO_ARGUMENTS: tuple[type[click.UsageError], ...] = tuple(
@@ -121,7 +121,7 @@ def _stopped() -> NoReturn:
 
 def _fail(sentence: str, code: int) -> NoReturn:
     # One line, even if the message of a library has several.
-    click.echo(f"swin-deploy: {' '.join(sentence.splitlines())}", err=True)
+    click.echo(f"swin-deploy: {' '.join(printable(sentence).splitlines())}", err=True)
     if sys.stdout is not None:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.close()  # otherwise Python tries to flush again at exit, and complains

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from swin_deploy.errors import UsageError
+from swin_deploy.errors import UsageError, printable, shown
 
 TENSORRT = "swin_deploy.tensorrt"  # the logger of the compiler's own messages
 SECONDS_BETWEEN_LINES = 10  # of progress, where stderr is no terminal
@@ -42,8 +42,8 @@ def only_flag(given: Mapping[str, bool]) -> str | None:
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table on stdout: text aligned to the left, numbers to the right."""
-    cells = [list(head), *([str(value) for value in row] for row in rows)]
+    """Print a table on stdout: text aligned to the left, numbers to the right. Long text is cut (see `shown`)."""
+    cells = [list(head), *([shown(str(value)) for value in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     right = [bool(rows) and all(isinstance(row[column], int | float) for row in rows) for column in range(len(head))]
     for row in cells:
@@ -51,7 +51,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
             text.rjust(width) if to_right else text.ljust(width)
             for text, width, to_right in zip(row, widths, right, strict=True)
         ]
-        click.echo(_encodable("  ".join(padded).rstrip()))
+        click.echo("  ".join(padded).rstrip())
 
 
 def exit_with_failures(failed: Mapping[str, str], as_json: bool) -> None:
@@ -89,7 +89,7 @@ class Console(logging.Handler):
         """Print a line as it is, and end the progress bar."""
         self.clear()
         self.last = time.monotonic()
-        click.echo(line, err=True)
+        click.echo(printable(line), err=True)
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         if sys.stderr is None:

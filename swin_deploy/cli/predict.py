@@ -9,7 +9,7 @@ import click
 
 from swin_deploy.cli.flags import given, spec_options
 from swin_deploy.cli.output import console, json_option, print_json, print_table
-from swin_deploy.errors import InputError, UsageError
+from swin_deploy.errors import InputError, UsageError, shown
 from swin_deploy.options import EvaluateSpec, LoadSpec
 
 
@@ -49,7 +49,7 @@ def command(bundle: Path, images: tuple[str, ...], top_k: int | None, as_json: b
         if not os.path.isfile(image):  # noqa: PTH113 - Path.is_file raises for a name that is too long
             read_image(image)  # raises an error that names the problem
     if assumed := manifest.get("preprocessing", {}).get("assumed"):
-        click.echo(f"Warning: {assumed}", err=True)
+        click.echo(f"Warning: {shown(assumed)}", err=True)
     with console():
         model = swin_deploy.load(bundle, **given(LoadSpec, options))
     with model:

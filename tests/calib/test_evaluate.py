@@ -394,7 +394,7 @@ def test_refusals(tmp_path: Path) -> None:
     data = folder(tmp_path / "data", {"ant": 2, "zebra": 2})
     refused(cli_here("evaluate", path, "--data", data, cwd=tmp_path), '"zebra" is not a class', "--labels")
     refused(cli_here("evaluate", path, "--data", "absent", cwd=tmp_path), "absent does not exist")
-    refused(cli_here("evaluate", path, "--data", data, "--labels", "absent.csv", cwd=tmp_path), "absent.csv cannot be read")
+    refused(cli_here("evaluate", path, "--data", data, "--labels", "absent.csv", cwd=tmp_path), "absent.csv does not exist")
     assert cli_here("evaluate", path, "--data", data, "--ignore-labels", cwd=tmp_path).returncode == 0
     with pytest.raises(UsageError, match="has no int8 graph"):
         swin_deploy.evaluate(path, data, precisions=["int8"])

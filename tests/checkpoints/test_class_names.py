@@ -53,7 +53,7 @@ def test_label_files(name: str, text: str, labels: dict[int, str], note: str | N
         ("l.json", '{"0": "cat", "7": "bee"}', "another number of classes than 3"),
         ("l.json", '{"cat": "dog"}', "cannot be read: invalid literal"),
         ("l.json", "[[1]]", "cannot be read: it holds no labels"),
-        ("l.json", "cat", "cannot be read: Expecting value"),
+        ("l.json", "cat", "cannot be read as JSON .Expecting value"),
         ("l.csv", "a,b\n1,2\n", "cannot be read: its columns are a, b"),
     ],
 )

@@ -110,7 +110,10 @@ FILES = (
         (["inspect", "fifo"], ["no bundle at fifo", "it is not a folder"]),
         (["verify", "loop"], ["no bundle at loop", "it is a broken link"]),
         (["export", "--weights", NETWORK, "-o", "loop"], ["loop is a link that leads to itself"]),
-        (["evaluate", "B", "--data", NETWORK.parent / "images", "--labels", "nosuch"], ["nosuch", "No such file", "1.jpg,cat"]),
+        (
+            ["evaluate", "B", "--data", NETWORK.parent / "images", "--labels", "nosuch"],
+            ["nosuch does not exist", "1.jpg,cat"],
+        ),
         (["bench", "absent"], ["no bundle at absent"]),
         (["exprot"], ["exprot", "swin-deploy --help"]),
         (["predict", "--frobnicate"], ["--frobnicate"]),
