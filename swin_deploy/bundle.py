@@ -20,7 +20,6 @@ import json
 import os
 import shlex
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from .files import (
     set_aside,
     sweep,
     sweep_folder,
+    sweep_temporary,
     synced,
 )
 from .option_parsers import path as path_option
@@ -161,8 +161,7 @@ class Bundle:
         sweep(Path(os.path.realpath(self.path)))
         for folder, _, _ in os.walk(self.path):  # follows no links
             sweep_folder(Path(folder))
-        with contextlib.suppress(OSError):  # there is no folder for temporary files
-            sweep_folder(Path(tempfile.gettempdir()), "swin-")
+        sweep_temporary()
 
     @contextlib.contextmanager
     def compiling(self, waiting: Callable[[], None]) -> Iterator[Bundle]:

@@ -267,8 +267,8 @@ def scratch_folder(kind: str) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         place = None
         try:
-            place = Path(tempfile.gettempdir())
-            sweep_folder(place, "swin-")
+            place = _temporary()
+            sweep_temporary()
             folder = stack.enter_context(scratch(place / f"swin-{kind}"))
             folder.mkdir(0o700)
             yield folder
@@ -356,6 +356,21 @@ def sweep_folder(folder: Path, start: str = "") -> None:
     for stem in {_parts(name)[0] for name in _names(folder)}:
         if stem.startswith(start):
             _sweep(folder, stem, None)
+
+
+def sweep_temporary() -> None:
+    """Remove what killed processes left among temporary files."""
+    with contextlib.suppress(OSError):
+        sweep_folder(_temporary(), "swin-")
+
+
+def _temporary() -> Path:
+    """Return the folder that tempfile uses; tempfile itself writes a file to find it, which stays if it is killed there."""
+    for place in (tempfile.tempdir, *map(os.environ.get, ("TMPDIR", "TEMP", "TMP")), "/tmp"):
+        with contextlib.suppress(OSError):
+            if place and os.access(place, os.W_OK | os.X_OK) and shutil.disk_usage(place).free:
+                return Path(os.fsdecode(place))
+    return Path(tempfile.gettempdir())
 
 
 def _sweep(folder: Path, stem: str, target: Path | None) -> None:

@@ -54,6 +54,7 @@ def verify(bundle: BundlePath, spec: VerifySpec) -> tuple[Verdict, ...]:
 
     found = Bundle.open(bundle)
     engines = _engines(found, spec.backend, spec.device)
+    found.sweep()
     for file in found.files:
         found.verified_path(file)
     verdicts = []
