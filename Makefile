@@ -1,6 +1,7 @@
 # make demo    export, compile, verify and run two models, into demo/
 # make test    ruff, and pytest in as many processes as there are processors, four at most; one test runs mypy
 # make lint    ruff and mypy
+# make fuzz    20,000 changed and hostile inputs, in half an hour (benchmarks/README.md)
 # make docs    the documentation as a site, into site/
 # make clean   remove everything that these made, the environment included
 #
@@ -12,7 +13,7 @@ EXTRAS := export,hub,tensorflow,onnxruntime,openvino,tensorrt-rtx,plots,tiff,ben
 DIGITS := examples/digits
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test lint docs clean venv
+.PHONY: demo test lint fuzz docs clean venv
 
 demo: venv
 	rm -rf demo
@@ -35,6 +36,9 @@ lint: venv
 	ruff check
 	ruff format --check
 	python tests/architecture/typecheck.py
+
+fuzz: venv
+	python -m benchmarks.fuzz all
 
 docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
