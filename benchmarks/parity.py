@@ -180,7 +180,7 @@ def agreement(variant: Variant, folder: Path, precision: str, cases: Cases, thre
 
     expected = np.load(folder / LOGITS)
     distance, equal, images = 0.0, 0, 0
-    with swin_deploy.load(folder / BUNDLE, precision=precision, threads=threads) as model:
+    with swin_deploy.load(folder / BUNDLE, precision=precision, backend="onnxruntime", threads=threads) as model:
         for name, batch in zip(expected.files, cases.images(variant), strict=True):
             found = compare(model.run({"pixel_values": batch})["logits"], expected[name])
             distance = max(distance, found.relative_l2)
