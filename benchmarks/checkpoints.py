@@ -148,7 +148,7 @@ def measured(weights: Path, task: TaskSpec, runs: Mapping[str, Arrays], sizes: S
     with tempfile.TemporaryDirectory() as folder:
         bundle = swin_deploy.export(weights=weights, task=task, image_sizes=sizes, output=Path(folder) / "bundle")
         allowed = {tuple(entry["image_size"]): entry["agreement"]["outputs"] for entry in bundle.graphs.values()}
-        with swin_deploy.load(bundle.path, precision="fp32") as model:
+        with swin_deploy.load(bundle.path, precision="fp32", backend="onnxruntime") as model:
             for run, arrays in runs.items():
                 size = _size(arrays)
                 feeds = {PIXELS: arrays[PIXELS]}
