@@ -31,6 +31,7 @@ from .files import (
     MANIFEST,
     exchanged,
     locked,
+    move_scratch,
     put_back,
     replaced_by,
     scratch,
@@ -160,8 +161,12 @@ class Bundle:
         """Remove what killed commands left in the bundle, beside it, and among temporary files."""
         sweep(Path(os.path.realpath(self.path)))
         for folder, _, _ in os.walk(self.path):  # follows no links
-            sweep_folder(Path(folder))
+            sweep_folder(Path(folder), kept=self._lists)
         sweep_temporary()
+
+    def _lists(self, path: Path) -> bool:
+        """Return whether the manifest, as it is now, names a file."""
+        return path.relative_to(self.path).as_posix() in Bundle.open(self.path).files
 
     @contextlib.contextmanager
     def compiling(self, waiting: Callable[[], None]) -> Iterator[Bundle]:
@@ -177,8 +182,7 @@ class Bundle:
         target = self.path / file
         with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            sweep(target)
-            sweep(self.path / MANIFEST)
+            self.sweep()
             with scratch(target) as path:
                 _write(path, content)
                 synced(path)
@@ -190,7 +194,7 @@ class Bundle:
                             files = manifest["files"].items()
                             manifest["files"] = {name: other for name, other in files if other.get("weights") != file}
                         _write_manifest(self.path, manifest)  # if killed next, no entry describes a wrong file
-                    path.replace(target)
+                    move_scratch(path, target)
                     synced(target.parent)
                     manifest["files"][file] = described
                     _write_manifest(self.path, manifest)

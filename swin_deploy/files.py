@@ -305,6 +305,13 @@ def scratch(target: Path) -> Iterator[Path]:
             _lock_file(path).unlink(missing_ok=True)
 
 
+def move_scratch(path: Path, target: Path) -> None:
+    """Move a scratch file to `target`, so that `sweep_folder` removes it there if this process is killed next."""
+    with contextlib.suppress(OSError), _lock_file(path).open("a") as lock:  # a full disk
+        lock.write(f"{path.stat().st_ino}\n")
+    path.replace(target)
+
+
 def replaced_by(path: Path) -> Path:
     """Return where the bundle is that the scratch folder `path` replaces, between the two renames."""
     stem, key = _parts(path.name)
@@ -351,11 +358,14 @@ def sweep(target: Path) -> None:
     _sweep(target.parent, _stem(target), target)
 
 
-def sweep_folder(folder: Path, start: str = "") -> None:
-    """Remove the scratch of killed processes in a folder, of every target whose name begins with `start`."""
+def sweep_folder(folder: Path, start: str = "", kept: Callable[[Path], bool] = lambda file: True) -> None:
+    """Remove the scratch of killed processes in a folder, of every target whose name begins with `start`.
+
+    Files that they had moved to their target are removed, too, unless they are to be `kept`.
+    """
     for stem in {_parts(name)[0] for name in _names(folder)}:
         if stem.startswith(start):
-            _sweep(folder, stem, None)
+            _sweep(folder, stem, None, kept)
 
 
 def sweep_temporary() -> None:
@@ -373,13 +383,17 @@ def _temporary() -> Path:
     return Path(tempfile.gettempdir())
 
 
-def _sweep(folder: Path, stem: str, target: Path | None) -> None:
+def _sweep(folder: Path, stem: str, target: Path | None, kept: Callable[[Path], bool] = lambda file: True) -> None:
     for key in {_parts(name)[1] for name in _names(folder, stem)}:
         path = folder / f".{stem}.partial-{key}"
         with _unused(path) as unused:
             if unused is not False and target is not None:
                 _put_back(replaced_by(path), target)
             if unused:
+                with contextlib.suppress(OSError):
+                    moved, file = _lock_file(path).read_text(errors="replace").split("\n")[3:4], folder / stem
+                    if moved == [str(file.lstat().st_ino)] and not kept(file):
+                        file.unlink()
                 _discard(path)
 
 
