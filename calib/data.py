@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from swin_deploy.bundle import CONFIG, PREPROCESSOR, Bundle, TensorSpec
-from swin_deploy.config import SwinConfig
+from swin_deploy.bundle import Bundle, TensorSpec
 from swin_deploy.errors import InputError, UsageError
 from swin_deploy.frame_input import Frames, Preparation, preparation_for
 from swin_deploy.options import Array, Size
-from swin_deploy.preprocess import Preprocessor, refuse_address
+from swin_deploy.preprocess import refuse_address
 
 from .labels import labels_from_file
 from .readers import ImageFolder, NumpyFile, SampleSequence, SampleSource, spool
@@ -165,20 +164,17 @@ def samples_for(
     """Select samples for the first image size of `bundle` (see samples_from). Samples are returned as they are."""
     if isinstance(source, Samples):
         return source
-    prediction = SwinConfig.from_dict(bundle.read_json(CONFIG)).prediction
-    preparation = preparation_and_inputs(bundle, next(iter(bundle.graphs)))
+    prediction = bundle.config.prediction
+    preparation = preparation_and_inputs(bundle, next(iter(bundle.graphs_of("fp32"))))
     return samples_from(source, *preparation, samples, labels, skip, prediction)
 
 
 def preparation_and_inputs(bundle: Bundle, file: str) -> tuple[Preparation, tuple[TensorSpec, ...]]:
-    """Return the preprocessing for the graph `file` of `bundle` and the graph's inputs."""
-    entry: Mapping[str, Any] = bundle.files[file]
-    inputs = tuple(TensorSpec.from_dict(spec) for spec in entry["inputs"])
-    preprocessor = Preprocessor.from_dict(bundle.read_json(PREPROCESSOR))
-    first = next(iter(bundle.graphs.values()))["image_size"]
-    if entry["image_size"] != first:  # the bundle's preprocessor is for the first size
-        preprocessor = preprocessor.with_size((int(entry["image_size"][0]), int(entry["image_size"][1])))
-    return preparation_for(preprocessor, entry), inputs
+    """Return the preprocessing for the graph `file` of `bundle`, or of the engine, and the graph's inputs."""
+    graph, preprocessor = bundle.graph_of(file), bundle.preprocessor
+    if graph.image_size != bundle.image_size:  # the bundle's preprocessor is for the first size
+        preprocessor = preprocessor.with_size(graph.image_size)
+    return preparation_for(preprocessor, graph.preprocessing), graph.inputs
 
 
 def prepared(sample: Any, name: str, preprocessor: Preparation, inputs: tuple[TensorSpec, ...]) -> Array:

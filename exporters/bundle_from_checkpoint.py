@@ -32,6 +32,7 @@ from swin_deploy.dependencies import installed_versions, require
 from swin_deploy.errors import CheckpointError, InputError, MissingDependencyError, UsageError, VerificationError
 from swin_deploy.files import json_file
 from swin_deploy.frame_input import Frames, refuse_misfit
+from swin_deploy.manifest import LARGEST_FRAME, LARGEST_SIDE
 from swin_deploy.options import ExportSpec, Size
 from swin_deploy.parity import OpenGraph, Reference, check_graph, sample_inputs
 from swin_deploy.preprocess import Preprocessor, channels_text
@@ -50,8 +51,6 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 TOOLS = ("swin-deploy", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime", "numpy")
-LARGEST_SIDE = 4096  # pixels; a larger graph would not fit into memory
-LARGEST_FRAME = 32768
 
 
 def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec, open_graph: OpenGraph) -> Bundle:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swin_deploy.bundle import CONFIG, Bundle
+from swin_deploy.bundle import Bundle
 from swin_deploy.config import SwinConfig
 from swin_deploy.dependencies import require
 from swin_deploy.errors import CheckpointError, UsageError
@@ -42,13 +42,13 @@ def bundle_name(variant_name: str | None, weights: str | os.PathLike[str] | None
 
 def spec_of_export(bundle: Bundle, weights: str | os.PathLike[str], size: Size) -> ExportSpec:
     """Return the options with which the checkpoint `weights` is the network of `bundle`, for images of `size`."""
-    config = SwinConfig.from_dict(bundle.read_json(CONFIG))
+    config = bundle.config
     return ExportSpec(
         weights=weights,
-        task=TaskSpec.from_dict(bundle.manifest["task"]),
+        task=bundle.task,
         image_sizes=[size],
-        framework=bundle.manifest["semantics"],
-        weights_key=bundle.manifest.get("weights_key"),
+        framework=bundle.manifest.semantics,
+        weights_key=bundle.manifest.weights_key,
         head_activation=config.head_act if config.head_widths else None,
         always_partition=config.always_partition,
     )

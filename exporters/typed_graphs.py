@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from swin_deploy.bundle import CONFIG, Bundle, disk_errors, graph_file, load_weights, weights_file
+from swin_deploy.bundle import Bundle, disk_errors, graph_file, load_weights, weights_file
 from swin_deploy.config import SwinConfig
 from swin_deploy.dependencies import installed, require
 from swin_deploy.errors import MissingDependencyError, VerificationError
@@ -77,7 +77,7 @@ def network_check(bundle: Bundle, source: str, model: Any) -> NetworkCheck | Non
     """Return the check of rewrites of `model`, the fp32 graph `source`; None without ONNX Runtime, or beyond 2 GB."""
     if not installed("onnxruntime") or sum(len(tensor.raw_data) for tensor in model.graph.initializer) > PROTOBUF_LIMIT:
         return None
-    return NetworkCheck(model, Reference.load(bundle, bundle.files[source]["reference"]).feeds)
+    return NetworkCheck(model, Reference.load(bundle, bundle.graphs[source].reference).feeds)
 
 
 def left_out(check: NetworkCheck | None) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def left_out(check: NetworkCheck | None) -> dict[str, Any]:
 
 def config_and_task(bundle: Bundle) -> tuple[SwinConfig, TaskSpec]:
     """Return the configuration and the task of the network of a bundle."""
-    return SwinConfig.from_dict(bundle.read_json(CONFIG)), TaskSpec.from_dict(bundle.manifest["task"])
+    return bundle.config, bundle.task
 
 
 def with_graphs(bundle: Bundle, precision: str, make: Make, asked: Mapping[str, Any], open_graph: OpenGraph) -> Bundle:
@@ -96,12 +96,12 @@ def with_graphs(bundle: Bundle, precision: str, make: Make, asked: Mapping[str, 
     A graph made earlier from the same fp32 graph with the same `asked`, the options stored in its entry, is reused. Raises
     VerificationError, and leaves the bundle as it was, if a graph is too far from PyTorch.
     """
-    sources = [file for file, entry in bundle.graphs.items() if entry["precision"] == "fp32"]
+    sources = list(bundle.graphs_of("fp32"))
     pairs = [(source, graph_file(precision, further_size(bundle, source, number))) for number, source in enumerate(sources)]
-    missing = [(source, file) for source, file in pairs if not _known(bundle, file, bundle.files[source]["sha256"], asked)]
+    missing = [(source, file) for source, file in pairs if not _known(bundle, file, bundle.files[source].sha256, asked)]
     if not missing:
         return bundle
-    shared = weights_file(precision) if bundle.files[sources[0]].get("weights") else None
+    shared = weights_file(precision) if bundle.graphs[sources[0]].weights else None
     if shared is not None:
         missing = pairs  # graphs that share a weights file are written together
     bundle.refuse_read_only()
@@ -110,7 +110,7 @@ def with_graphs(bundle: Bundle, precision: str, make: Make, asked: Mapping[str, 
     for source, file in missing:
         _LOG.info("Writing %s", file)
         made.append(make(source, _with_shapes(bundle.verified_path(source))))
-    with _scratch_folder(bundle.path / missing[0][1]) as folder:
+    with _scratch_folder(bundle.place(missing[0][1])) as folder:
         entries: dict[str, dict[str, Any]] = {}
         if shared is not None:
             with disk_errors(bundle.path / shared):
@@ -118,12 +118,16 @@ def with_graphs(bundle: Bundle, precision: str, make: Make, asked: Mapping[str, 
                 for graph in made:
                     weights.take(graph.model)
         for (source, file), graph in zip(missing, made, strict=True):
-            origin = bundle.files[source]
+            origin = bundle.graphs[source]
             entry: dict[str, Any] = {
-                **{key: origin.get(key) for key in ("image_size", "inputs", "outputs", "preprocessing", "reference")},
+                "image_size": list(origin.image_size),
+                "inputs": [spec.to_dict() for spec in origin.inputs],
+                "outputs": [spec.to_dict() for spec in origin.outputs],
+                "preprocessing": None if origin.preprocessing is None else origin.preprocessing.to_dict(),
+                "reference": origin.reference,
                 "opset": next(domain.version for domain in graph.model.opset_import if not domain.domain),
                 "precision": precision,
-                "parent": origin["sha256"],
+                "parent": origin.sha256,
                 "passes": [asdict(record) for record in graph.records],
                 **graph.facts,
                 **asked,
@@ -140,8 +144,7 @@ def with_graphs(bundle: Bundle, precision: str, make: Make, asked: Mapping[str, 
 
 def further_size(bundle: Bundle, source: str, number: int) -> Size | None:
     """Return the image size in the file names of graph number `number`; None for the first graph."""
-    height, width = bundle.files[source]["image_size"]
-    return None if number == 0 else (height, width)
+    return None if number == 0 else bundle.graphs[source].image_size
 
 
 def _with_shapes(path: Path) -> Any:
@@ -205,7 +208,7 @@ def opened_graph(open_graph: OpenGraph, model: Any) -> Iterator[Runnable]:
 
 def _known(bundle: Bundle, file: str, parent: str, asked: Mapping[str, Any]) -> bool:
     """Return whether the bundle has `file`, made from the graph with sha256 `parent` with the options `asked`."""
-    known = bundle.files.get(file)
-    if known is None or known["parent"] != parent or any(known.get(key) != value for key, value in asked.items()):
+    known = bundle.graphs.get(file)
+    if known is None or known.parent != parent or not known.has(asked):
         return False
-    return all((bundle.path / name).exists() for name in (file, known.get("weights")) if name)
+    return all(bundle.place(name).exists() for name in (file, known.weights) if name)

@@ -111,8 +111,6 @@ def choose(
 
     Candidates in `failed` are excluded this time. Raises BackendError if no candidate runs and agrees with PyTorch.
     """
-    if len(candidates) == 1:
-        return candidates[0], "the only candidate on this machine", ()
     key = _key(bundle, candidates, threads)
     file = _cache_file(key)
     now = dt.datetime.now().astimezone().isoformat(timespec="seconds")
@@ -161,7 +159,7 @@ def _measure(bundle: Bundle, candidate: Candidate, open_first: Open, best: float
     except LOADING as error:
         return Measured(candidate, None, str(error), not isinstance(error, MissingKernelError | UsageError), error)
     with runtime:
-        reference = Reference.load(bundle, _reference_of(bundle, file))
+        reference = Reference.load(bundle, bundle.graph_of(file).reference)
         try:
             verdict: Verdict = check_runtime(reference, runtime, file, candidate.precision, together=False)
             if not verdict.verified:
@@ -178,18 +176,13 @@ def _measure(bundle: Bundle, candidate: Candidate, open_first: Open, best: float
                 times.append((time.perf_counter() - start) * 1e3)
         except BackendError as error:
             return Measured(candidate, None, str(error), failed=True)
-    return Measured(candidate, min(times), verdict_text({"verified": True, **verdict.agreement.to_dict()}))
-
-
-def _reference_of(bundle: Bundle, file: str) -> str:
-    entry = bundle.files[file]
-    return str(entry["reference"] if "reference" in entry else bundle.files[entry["graph"]]["reference"])
+    return Measured(candidate, min(times), verdict_text(verdict.agreement.relative_l2))
 
 
 def _key(bundle: Bundle, candidates: Sequence[Candidate], threads: int) -> dict[str, Any]:
     """Return everything that the choice depends on, as JSON values."""
     return {
-        "bundle": hashlib.sha256(json.dumps(sorted((f, e["sha256"]) for f, e in bundle.files.items())).encode()).hexdigest(),
+        "bundle": hashlib.sha256(json.dumps(sorted((f, e.sha256) for f, e in bundle.files.items())).encode()).hexdigest(),
         "candidates": [asdict(candidate) for candidate in candidates],
         "threads": threads,
         "libraries": installed_versions(LIBRARIES),

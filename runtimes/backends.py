@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from swin_deploy.bundle import target_of
 from swin_deploy.dependencies import installed
 from swin_deploy.errors import MissingKernelError, UsageError, unknown
 from swin_deploy.files import scratch_folder
@@ -73,13 +72,12 @@ def backend_named(name: str) -> Backend:
 
 def misread(bundle: Bundle, file: str, backend: str) -> str | None:
     """Return why a back end would compute wrong results from that graph of a bundle; None if it would not."""
-    entry = bundle.files[file]
-    precision = str(entry["precision"])
-    if backend != "openvino" or precision not in QUANTIZED or target_of(entry) != TARGETS[0]:
+    entry = bundle.graphs.get(file)
+    if entry is None or backend != "openvino" or entry.precision not in QUANTIZED or entry.target != TARGETS[0]:
         return None
     command = ["swin-deploy", "quantize", str(bundle.path), "--int8", "--target", "openvino", "--data", "DIR"]
     return (
-        f"The {precision.upper()} graph in {bundle.path} was built for TensorRT and gives wrong results in OpenVINO. "
+        f"The {entry.precision.upper()} graph in {bundle.path} was built for TensorRT and gives wrong results in OpenVINO. "
         f"Build one for OpenVINO: {shlex.join(command)}"
     )
 

@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from swin_deploy.bundle import CONFIG, PREPROCESSOR, Bundle, TensorSpec, size_text
-from swin_deploy.config import SwinConfig
+from swin_deploy.bundle import Bundle, TensorSpec, size_text
 from swin_deploy.errors import BackendError, InputError, UsageError
-from swin_deploy.frame_input import Frames, preparation_for
+from swin_deploy.frame_input import Frames, Preparation, preparation_for
 from swin_deploy.option_parsers import choice, number, whole
 from swin_deploy.options import ON_ERROR, Array, LoadSpec, Size
-from swin_deploy.preprocess import Preprocessor
 from swin_deploy.tasks import MASK, PIXELS, TaskSpec, scores_from_logits
 
 from .autoselect import Description
@@ -56,11 +54,11 @@ class Model:
         """Load the graph of the first image size. `description` names the files; its version is filled in from the runtime."""
         files = description.graphs
         self.bundle, self.precision = bundle, description.precision
-        self.config = SwinConfig.from_dict(bundle.read_json(CONFIG))
-        self.task = TaskSpec.from_dict(bundle.manifest["task"])
-        self.preprocessor = Preprocessor.from_dict(bundle.read_json(PREPROCESSOR))
-        first = bundle.files[next(iter(files.values()))]
-        self.preparation = preparation_for(self.preprocessor, bundle.files[first["graph"]] if "graph" in first else first)
+        self.config, self.preprocessor = bundle.config, bundle.preprocessor
+        graph = bundle.graph_of(next(iter(files.values())))
+        self.preparation: Preparation = self.preprocessor
+        if graph.preprocessing is not None:
+            self.preparation = preparation_for(self.preprocessor, graph.preprocessing)
         self.image_sizes: tuple[Size, ...] = tuple(files)
         self._files, self._open = dict(files), open_file
         self._runtimes: dict[Size, Runtime] = {}
@@ -71,6 +69,11 @@ class Model:
     def describe(self) -> Description:
         """Return what runs this model, and why: back end, device, precision, files and measurements. Print it to read it."""
         return self._description
+
+    @property
+    def task(self) -> TaskSpec:
+        """The task head of the network."""
+        return self.bundle.task
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:

@@ -6,13 +6,13 @@ import os
 import shlex
 from collections.abc import Sequence
 
-from swin_deploy.bundle import Bundle, is_verified, target_of
+from swin_deploy.bundle import Bundle
 from swin_deploy.dependencies import require
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
 from swin_deploy.gpus import cuda_devices, refuse_without_gpu
 from swin_deploy.options import PRECISIONS, QUANTIZED, TARGETS, LoadSpec, Size, device_from_text
 
-from .autoselect import LOADING, Candidate, Description, choose
+from .autoselect import LOADING, Candidate, Description, Measured, choose
 from .backends import BACKENDS, Backend, backend_named, misread, runtime_from_onnx
 from .base import Runtime
 from .model import Model
@@ -32,7 +32,7 @@ def model_from_bundle(path: str | os.PathLike[str], spec: LoadSpec) -> Model:
             from .gpu.engine_fit import open_engine
 
             return open_engine(bundle, file, candidate.device)
-        in_bf16 = bundle.files[file]["precision"] != candidate.precision
+        in_bf16 = bundle.graphs[file].precision != candidate.precision
         return runtime_from_onnx(bundle.verified_path(file), candidate.backend, spec.threads, in_bf16, candidate.device)
 
     def open_first(candidate: Candidate) -> tuple[str, Runtime]:
@@ -40,8 +40,11 @@ def model_from_bundle(path: str | os.PathLike[str], spec: LoadSpec) -> Model:
         return file, open_file(candidate, file)
 
     failed: dict[Candidate, Exception] = {}
+    chosen, reason = next(iter(candidates)), "the only candidate on this machine"
+    measured: tuple[Measured, ...] = ()
     while True:
-        chosen, reason, measured = choose(bundle, tuple(candidates), open_first, spec.threads, failed)
+        if len(candidates) > 1:
+            chosen, reason, measured = choose(bundle, tuple(candidates), open_first, spec.threads, failed)
         files = candidates[chosen]
         why = reason if AUTO in (spec.backend, spec.precision, spec.device) else NAMED
         described = Description(
@@ -90,7 +93,7 @@ def _refuse(bundle: Bundle, spec: LoadSpec, named: dict[str, Backend], wanted: s
     backend, precision = spec.backend, spec.precision
     if backend == AUTO and all(kind.engines for kind in named.values()):
         for name in named:
-            if any(entry.get("backend") == name for entry in bundle.files.values()):
+            if any(entry.backend == name for entry in bundle.engines.values()):
                 _refuse_engine(bundle, name, precision, wanted)
         raise MissingDependencyError('No back end that runs models is installed. Run: pip install "swin-deploy[onnxruntime]"')
     for file in _files(bundle, Candidate(backend, precision, "cpu")).values() if backend != AUTO else ():
@@ -106,7 +109,7 @@ def _refuse(bundle: Bundle, spec: LoadSpec, named: dict[str, Backend], wanted: s
     graphs = [kind for kind in named.values() if "cuda" in kind.devices and not kind.engines]
     if backend == AUTO and wanted not in (None, "cpu") and not any(map(_has_cuda, graphs)):
         raise MissingDependencyError(f'No installed back end runs graphs on {wanted}. Run: pip install "swin-deploy[gpu]"')
-    held = dict.fromkeys(str(entry["precision"]) for entry in bundle.graphs.values())
+    held = dict.fromkeys(entry.precision for entry in bundle.graphs.values())
     asked = "graph that fits" if precision == AUTO else f"{precision} graph"
     remedy = "" if precision == AUTO else f" {_remedy(bundle, backend, precision)}"
     raise UsageError(f"The bundle {bundle.path} has no {asked}, only {', '.join(held)}.{remedy}")
@@ -114,7 +117,7 @@ def _refuse(bundle: Bundle, spec: LoadSpec, named: dict[str, Backend], wanted: s
 
 def _remedy(bundle: Bundle, backend: str, precision: str) -> str:
     """Return what to do to get a graph of that precision that the back end runs."""
-    layout = str(bundle.manifest.get("target", TARGETS[0]))
+    layout = bundle.manifest.target
     if precision == "fp8" and backend == "openvino":
         return "OpenVINO does not compute in FP8; use int8."
     if precision != "int8" and layout != TARGETS[0]:
@@ -138,7 +141,7 @@ def _suits(bundle: Bundle, candidate: Candidate, files: dict[Size, str], auto: b
     """
     if candidate.precision not in QUANTIZED or BACKENDS[candidate.backend].engines:
         return True
-    made = [target_of(bundle.files[file]) for file in files.values()]
+    made = [bundle.graphs[file].target for file in files.values()]
     if TARGETS[0] not in made or candidate.backend == "onnxruntime-tensorrt":
         return True
     return not auto and candidate.backend != "openvino"
@@ -157,7 +160,7 @@ def _refuse_engine(bundle: Bundle, backend: str, precision: str, wanted: str | N
     from .gpu.engine_fit import engines_of, fitting_engines
 
     if wanted is None or wanted.startswith("cuda"):
-        held = dict.fromkeys(str(entry["precision"]) for entry in engines_of(bundle, backend).values())
+        held = dict.fromkeys(entry.precision for entry in engines_of(bundle, backend).values())
         fitting_engines(bundle, backend, next(iter(held), "fp16") if precision == AUTO else precision, wanted or "cuda:0")
 
 
@@ -189,17 +192,16 @@ def _files(bundle: Bundle, candidate: Candidate) -> dict[Size, str]:
             return {}
     # OpenVINO computes fp32 graphs in bf16 itself.
     stored = "fp32" if (candidate.backend, candidate.precision) == ("openvino", "bf16") else candidate.precision
-    found = {file: entry["image_size"] for file, entry in bundle.graphs.items() if entry["precision"] == stored}
-    return {(int(height), int(width)): file for file, (height, width) in found.items()}
+    return {entry.image_size: file for file, entry in bundle.graphs.items() if entry.precision == stored}
 
 
 def _verified(bundle: Bundle, candidates: dict[Candidate, dict[Size, str]]) -> dict[Candidate, dict[Size, str]]:
     """Return the candidates whose graphs, or the graphs of whose engines, all agreed with PyTorch."""
-    graphs = {one: [bundle.files[file].get("graph", file) for file in files.values()] for one, files in candidates.items()}
-    found = {one: candidates[one] for one, names in graphs.items() if all(is_verified(bundle.files[name]) for name in names)}
+    graphs = {one: [bundle.graph_file_of(file) for file in files.values()] for one, files in candidates.items()}
+    found = {one: candidates[one] for one, names in graphs.items() if all(bundle.graphs[name].verified for name in names)}
     if found:
         return found
-    never = dict.fromkeys(name for names in graphs.values() for name in names if not is_verified(bundle.files[name]))
+    never = dict.fromkeys(name for names in graphs.values() for name in names if not bundle.graphs[name].verified)
     command = ["swin-deploy", "verify", str(bundle.path)]
     if not BACKENDS["onnxruntime"].installed:
         command += ["--backend", next((name for name in ("openvino", "torch") if BACKENDS[name].installed), "onnxruntime")]

@@ -15,24 +15,30 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import errno
+import functools
 import hashlib
 import json
 import os
 import shlex
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import BundleError
+from .errors import BundleError, SwinDeployError, shown
 from .files import (
+    JSON_BYTES,
     MANIFEST,
     exchanged,
+    json_from,
     locked,
     move_scratch,
     put_back,
+    read_regular,
     replaced_by,
     scratch,
     scratch_folder,
@@ -42,22 +48,33 @@ from .files import (
     sweep_temporary,
     synced,
 )
+from .manifest import EngineEntry, FileEntry, GraphEntry, Manifest, manifest_from_json
+from .manifest import TensorSpec as TensorSpec
+from .onnx_files import external_data
 from .option_parsers import path as path_option
-from .options import PRECISIONS, TARGETS, Size
+from .options import PRECISIONS, Size
 
 if TYPE_CHECKING:
     import onnx
 
+    from .config import SwinConfig
+    from .preprocess import Preprocessor
+    from .tasks import TaskSpec
+
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 SCHEMA = 1
+MANIFEST_BYTES = 1 << 24
 
 Entry = dict[str, Any]
+T = TypeVar("T")
 Content = bytes | Callable[[Path], object]  # of a file, or a function that writes it to a path
+AGAIN = "Export the bundle again."
 NEW = "Choose another folder with -o, or check its free space and permissions."
 EXISTING = "Check free space and permissions, or copy the bundle to a writable folder and use the copy."
 
 # (device, inode, size, modification time) of a file -> its sha256, so that each file is read once per process.
 _DIGESTS: dict[tuple[int, ...], str] = {}
+_CHECKED: set[tuple[str, str | None, int]] = set()  # sha256 of a graph, its weights file and that file's size
 _CLOCK_STEP = 50_000_000  # ns; two changes within one tick of a file system's clock get the same time
 
 
@@ -67,11 +84,11 @@ class Bundle:
 
     Attributes:
         path: Its folder.
-        manifest: The content of its manifest.json, already checked against its digest.
+        manifest: The content of its manifest.json, checked against its digest. `to_dict()` returns it as JSON values.
     """
 
     path: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
@@ -97,25 +114,92 @@ class Bundle:
             raise BundleError(
                 f"{folder} is not a bundle: it has no {MANIFEST}, which export writes last. Create one: swin-deploy export"
             )
-        return cls(folder, _read_manifest(file))
+        return cls.with_manifest(folder, _read_manifest(file))
+
+    @classmethod
+    def with_manifest(cls, folder: Path, manifest: Mapping[str, Any]) -> Bundle:
+        """Return the bundle in a folder whose manifest has these JSON values. Raises BundleError if one is invalid."""
+        return cls(folder, manifest_from_json(manifest, folder / MANIFEST))
 
     @property
     def name(self) -> str:
         """Name of the model, such as swinv2-tiny."""
-        return str(self.manifest["name"])
+        return self.manifest.name
 
     @property
-    def files(self) -> Mapping[str, Entry]:
+    def files(self) -> Mapping[str, FileEntry]:
         """Manifest entries of all files except the manifest, by path inside the bundle."""
-        files: Mapping[str, Entry] = self.manifest["files"]
-        return files
+        return self.manifest.files
 
-    @property
-    def graphs(self) -> Mapping[str, Entry]:
+    @functools.cached_property
+    def graphs(self) -> Mapping[str, GraphEntry]:
         """Manifest entries of the ONNX graphs, by path inside the bundle; the first image size comes first."""
         first = {graph_file(precision) for precision in PRECISIONS}  # a graph that was rewritten is last in the manifest
-        files = sorted((file for file in self.files if file.endswith(".onnx")), key=lambda file: file not in first)
-        return {file: self.files[file] for file in files}
+        found = {file: entry for file, entry in self.files.items() if isinstance(entry, GraphEntry)}
+        return dict(sorted(found.items(), key=lambda item: item[0] not in first))
+
+    @property
+    def engines(self) -> Mapping[str, EngineEntry]:
+        """Manifest entries of the engines, by path inside the bundle."""
+        return {file: entry for file, entry in self.files.items() if isinstance(entry, EngineEntry)}
+
+    def graphs_of(self, precision: str) -> Mapping[str, GraphEntry]:
+        """Return the entries of the graphs of one precision. Raises BundleError if the bundle has no fp32 graph at all."""
+        found = {file: entry for file, entry in self.graphs.items() if entry.precision == precision}
+        if not found and precision == "fp32":
+            raise BundleError(f"{self.path} has no fp32 graph. Export the bundle again.")
+        return found
+
+    def graph_file_of(self, file: str) -> str:
+        """Return the graph that an engine was compiled from, or the graph itself."""
+        entry = self.files[file]
+        return entry.graph if isinstance(entry, EngineEntry) else file
+
+    def graph_of(self, file: str) -> GraphEntry:
+        """Return the manifest entry of the graph that an engine was compiled from, or of the graph itself."""
+        return self.graphs[self.graph_file_of(file)]
+
+    @property
+    def image_size(self) -> Size:
+        """The first image size."""
+        return next(iter(self.graphs_of("fp32").values())).image_size
+
+    @functools.cached_property
+    def config(self) -> SwinConfig:
+        """The architecture. Raises BundleError if config.json is damaged or invalid."""
+        from .config import SwinConfig
+
+        return self._parsed(CONFIG, SwinConfig.from_dict)
+
+    @functools.cached_property
+    def preprocessor(self) -> Preprocessor:
+        """The preprocessing for the first image size. Raises BundleError if its file is damaged or invalid."""
+        from .preprocess import Preprocessor
+
+        return self._parsed(PREPROCESSOR, Preprocessor.from_dict)
+
+    @functools.cached_property
+    def task(self) -> TaskSpec:
+        """The task head of the network."""
+        from .tasks import TaskSpec
+
+        task = self.manifest.task
+        try:
+            return TaskSpec(**{name: getattr(task, name) for name in TaskSpec.__dataclass_fields__})
+        except SwinDeployError as error:
+            raise BundleError(f"{self.path / MANIFEST}: {error}") from error
+
+    def _parsed(self, file: str, parse: Callable[[dict[str, Any]], T]) -> T:
+        try:
+            return parse(self.read_json(file))
+        except BundleError:
+            raise
+        except (SwinDeployError, TypeError, ValueError) as error:
+            raise BundleError(f"{self.path / file}: {str(error).removeprefix(f'{file}: ')}") from error
+
+    def place(self, file: str) -> Path:
+        """Return the path of a file of the bundle, to read, write or delete it: see `inside`."""
+        return inside(self.path, file)
 
     def verified_path(self, file: str, remedy: str = "") -> Path:
         """Return the path of a file after checking its sha256, and that of the weights that it refers to.
@@ -130,7 +214,7 @@ class Bundle:
         entry = self.files.get(file)
         if entry is None:
             raise BundleError(f"The bundle {self.path} has no {file}. It contains: {', '.join(sorted(self.files))}.")
-        path = self.path / file
+        path = self.place(file)
         is_engine = file.endswith((".engine", ".layers.json"))
         rebuild = f"Compile it again with its options: swin-deploy build-engine {shlex.quote(str(self.path))} --force"
         remedy = remedy or (rebuild if is_engine else "Export the bundle again.")
@@ -139,18 +223,46 @@ class Bundle:
         except OSError as error:
             remedy = "Change its permissions." if isinstance(error, PermissionError) else remedy
             raise BundleError(f"{path} cannot be read: {error.strerror}. {remedy}") from error
-        if actual != entry["sha256"]:
+        if actual != entry.sha256:
             raise BundleError(
                 f"{path} is not the file that was {'compiled' if is_engine else 'exported'}: its sha256 is {actual[:12]}..., "
-                f"but the manifest has {entry['sha256'][:12]}.... {remedy}"
+                f"but the manifest has {entry.sha256[:12]}.... {remedy}"
             )
-        if entry.get("weights"):
-            self.verified_path(entry["weights"])
+        if isinstance(entry, GraphEntry):
+            self._check_weights(path, entry)
         return path
+
+    def _check_weights(self, path: Path, entry: GraphEntry) -> None:
+        """Raise BundleError unless all data outside of the graph at `path` is in its weights file, which must be intact."""
+        size = 0
+        if entry.weights is not None:
+            self.verified_path(entry.weights)
+            size = self.files[entry.weights].bytes
+        if (key := (entry.sha256, entry.weights, size)) in _CHECKED:
+            return
+        listed = entry.weights and PurePosixPath(entry.weights).name
+        try:
+            for place in external_data(path):
+                location, start, length = place.get("location"), int(place.get("offset", 0)), int(place.get("length", 0))
+                if location != listed:
+                    expected = f"only {listed}" if listed else "no other file"
+                    raise BundleError(
+                        f"{path} reads weights from {shown(location)}, and the manifest lists {expected} for it. Export the "
+                        f"bundle again."
+                    )
+                if min(start, length) < 0 or start + length > size:
+                    raise ValueError(f"it reads bytes {start} to {start + length} of {listed}, which has {size}")
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path} is not a valid ONNX file: {error}. Export the bundle again.") from error
+        _CHECKED.add(key)
 
     def read_json(self, file: str) -> dict[str, Any]:
         """Return the JSON object in `file` after checking its sha256."""
-        return dict(json.loads(self.verified_path(file).read_text(encoding="utf-8")))
+        path = self.verified_path(file)
+        value = json_from(read_regular(path, JSON_BYTES, BundleError, AGAIN), str(path), BundleError, AGAIN)
+        if not isinstance(value, dict):
+            raise BundleError(f"{path} does not hold a JSON object. {AGAIN}")
+        return value
 
     def refuse_read_only(self) -> None:
         """Raise BundleError if the bundle is read-only. Call it before work whose result would be lost."""
@@ -179,7 +291,7 @@ class Bundle:
 
     def with_file(self, file: str, entry: Entry, content: Content) -> Bundle:
         """Write a file atomically and return the new bundle. Graphs of weights that change leave the manifest."""
-        target = self.path / file
+        target = self.place(file)
         with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             self.sweep()
@@ -198,31 +310,32 @@ class Bundle:
                     synced(target.parent)
                     manifest["files"][file] = described
                     _write_manifest(self.path, manifest)
-        return Bundle(self.path, manifest)
+        return Bundle.with_manifest(self.path, manifest)
 
     def with_entry(self, file: str, changes: Mapping[str, Any]) -> Bundle:
         """Change the manifest entry of `file`, unless the file was replaced meanwhile, and return the new bundle."""
         with disk_errors(self.path / MANIFEST), locked(self.path):
             manifest = self._current()
             now = manifest["files"].get(file)
-            if now is not None and now["sha256"] == self.files[file]["sha256"]:
+            if now is not None and now["sha256"] == self.files[file].sha256:
                 now |= changes
                 _write_manifest(self.path, manifest)
-        return Bundle(self.path, manifest)
+        return Bundle.with_manifest(self.path, manifest)
 
     def without(self, file: str) -> Bundle:
         """Remove a file and return the new bundle."""
+        target = self.place(file)
         with disk_errors(self.path / MANIFEST), locked(self.path):
             manifest = self._current()
             manifest["files"].pop(file, None)
             _write_manifest(self.path, manifest)
-            (self.path / file).unlink(missing_ok=True)
-        return Bundle(self.path, manifest)
+            target.unlink(missing_ok=True)
+        return Bundle.with_manifest(self.path, manifest)
 
     def _current(self) -> dict[str, Any]:
         """Read the manifest again, to change it."""
         manifest = _read_manifest(self.path / MANIFEST)
-        if manifest.get("created") != self.manifest.get("created"):
+        if manifest.get("created") != self.manifest.created:
             raise BundleError(f"{self.path} was exported again meanwhile, so nothing was added to it. Run the command again.")
         return manifest
 
@@ -236,7 +349,7 @@ class Draft:
 
     def add(self, file: str, entry: Entry, content: Content) -> None:
         """Write a file and record its manifest entry."""
-        target = self.path / file
+        target = inside(self.path, file)
         with disk_errors(target, NEW):
             target.parent.mkdir(parents=True, exist_ok=True)
             _write(target, content)
@@ -290,7 +403,22 @@ def newest_bundle(folder: Path) -> Bundle:
             f"There is no bundle in {folder.resolve()}. Pass the path of one, or create one: "
             f"swin-deploy export --variant swinv2-tiny"
         )
-    return max(found, key=lambda bundle: str(bundle.manifest["created"]))
+    return max(found, key=lambda bundle: bundle.manifest.created)
+
+
+def inside(folder: Path, file: str) -> Path:
+    """Return the path of `file` in a folder of ours, to read, write or delete it.
+
+    The file itself may be a link, as in a cache of Hugging Face: writing and deleting replace the link. Raises BundleError for
+    a path that leaves the folder, by its parts or through a link to another folder.
+    """
+    target, parts = folder / file, PurePosixPath(file).parts
+    if not parts or file.startswith("/") or ".." in parts or set(file) & {"\\", "\0"}:
+        raise BundleError(f"{shown(file)} is not a path inside {folder}. Expected a relative path such as onnx/model.onnx.")
+    last = target if target.is_dir() else target.parent
+    if not Path(os.path.realpath(last)).is_relative_to(os.path.realpath(folder)):
+        raise BundleError(f"{last} leads out of {folder}. Copy the folder into the bundle instead of linking it.")
+    return target
 
 
 def _write(path: Path, content: Content) -> None:
@@ -312,6 +440,8 @@ def write_whole(target: Path, write: Callable[[Path], object]) -> None:
 
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file in hexadecimal. An unchanged file is read only once per process."""
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO blocks
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     with path.open("rb") as file:
         facts = os.fstat(file.fileno())
         key = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
@@ -378,24 +508,20 @@ def _move_into_place(staging: Path, path: Path) -> None:
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:
-    damaged = f"{file} is damaged, so the files of this bundle cannot be checked. Export the bundle again."
-    try:
-        text = file.read_bytes().decode("utf-8")
-        manifest = json.loads(text)
-        del manifest["sha256"]
-        intact = text == _manifest_text(manifest)  # byte by byte, including spaces and line ends
-    except OSError as error:
-        raise BundleError(f"{file} cannot be read: {error.strerror}. Check its permissions.") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BundleError(damaged) from error
+    damaged = "The manifest is damaged, so the files of this bundle cannot be checked. Export the bundle again."
+    content = read_regular(file, MANIFEST_BYTES, BundleError, "Check its permissions, or export the bundle again.")
+    manifest: dict[str, Any] = json_from(content, str(file), BundleError, damaged)
+    intact = False
+    if isinstance(manifest, dict) and manifest.pop("sha256", None) is not None:
+        intact = content == _manifest_text(manifest).encode()  # byte by byte, including spaces and line ends
     if not intact:
-        raise BundleError(damaged)
-    if manifest.get("schema") != SCHEMA:
+        raise BundleError(f"{file}: {damaged}")
+    if type(schema := manifest.get("schema")) is not int or schema != SCHEMA:
         raise BundleError(
-            f"{file} has schema {manifest.get('schema')}, but this release of swin-deploy reads schema {SCHEMA}. "
+            f"{file} has schema {shown(schema)}, but this release of swin-deploy reads schema {SCHEMA}. "
             f"Use the release that wrote it, or export the bundle again."
         )
-    return dict(manifest)
+    return manifest
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -420,42 +546,6 @@ def _write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def target_of(entry: Mapping[str, Any]) -> str:
-    """Return which of TARGETS a quantized graph was made for, from its entry in a manifest."""
-    return str(entry.get("calibration", {}).get("target", TARGETS[0]))
-
-
-def is_verified(entry: Mapping[str, Any]) -> bool:
-    """Return whether the graph of that entry in a manifest was compared with PyTorch and agreed."""
-    verdict = entry.get("agreement")
-    return isinstance(verdict, Mapping) and bool(verdict.get("verified"))
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A named input or output: numpy dtype name, and a shape whose free axes are names (`("batch", 3, 224, 224)`)."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-    @property
-    def image_size(self) -> Size:
-        """(height, width) of the images of an input: uint8 frames have their channels last, prepared arrays first."""
-        height, width = self.shape[1:3] if self.dtype == "uint8" else self.shape[2:4]
-        return int(height), int(width)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> TensorSpec:
-        return cls(str(raw["name"]), str(raw["dtype"]), tuple(raw["shape"]))
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.dtype} [{', '.join(str(size) for size in self.shape)}]"
 
 
 def specs_from_onnx(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
@@ -486,14 +576,18 @@ def load_weights(tensors: Iterable[onnx.TensorProto], folder: Path) -> None:
         if tensor.data_location != tensor.EXTERNAL:
             continue
         place = {entry.key: entry.value for entry in tensor.external_data}
-        location, length = Path(place["location"]), int(place.get("length", -1))
+        location, length = Path(place.get("location", "")), int(place.get("length", -1))
         if location.is_absolute() or ".." in location.parts:
             raise ValueError(f"{tensor.name} is in {location}, outside of {folder}")
-        with (folder / location).open("rb") as file:
-            file.seek(int(place.get("offset", 0)))
-            tensor.raw_data = file.read(length)
-        if len(tensor.raw_data) < length:
-            raise ValueError(f"{tensor.name} goes beyond the end of {folder / location}")
+        file = folder / location
+        if not file.is_file():
+            raise ValueError(f"{tensor.name} is in {file}, which is not a file")
+        start, size = int(place.get("offset", 0)), file.stat().st_size
+        if start < 0 or start + length > size:
+            raise ValueError(f"{tensor.name} goes beyond the end of {file}")
+        with file.open("rb") as content:
+            content.seek(start)
+            tensor.raw_data = content.read(size - start if length < 0 else length)
         tensor.data_location = tensor.DEFAULT
         del tensor.external_data[:]
 

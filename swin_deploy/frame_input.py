@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from swin_deploy.bundle import size_text
 from swin_deploy.errors import InputError, UsageError
+from swin_deploy.manifest import EmbeddedSteps
 from swin_deploy.options import Size
 from swin_deploy.preprocess import Preprocessor
 
@@ -69,13 +69,9 @@ class Frames:
 Preparation: TypeAlias = Preprocessor | Frames
 
 
-def preparation_for(preprocessor: Preprocessor, entry: Mapping[str, Any]) -> Preparation:
-    """Return the preprocessing before a graph, from its entry in the manifest; `preprocessor` is the complete one."""
-    embedded = entry.get("preprocessing")
-    if embedded is None:
-        return preprocessor
-    size = embedded["frame_size"]
-    return Frames(preprocessor, None if size is None else (int(size[0]), int(size[1])))
+def preparation_for(preprocessor: Preprocessor, embedded: EmbeddedSteps | None) -> Preparation:
+    """Return the preprocessing before a graph that includes the steps `embedded`; `preprocessor` is the complete one."""
+    return preprocessor if embedded is None else Frames(preprocessor, embedded.frame_size)
 
 
 def refuse_misfit(frames: Frames, image_size: Size, channels: int) -> None:

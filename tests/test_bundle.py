@@ -24,7 +24,14 @@ import swin_deploy
 from swin_deploy.bundle import Bundle, Draft, create_bundle, newest_bundle
 from swin_deploy.errors import BundleError
 
-FACTS = {"name": "small", "tolerance": 1e-05, "label": "Grüße"}
+FACTS = {"name": "small", "tolerance": 1e-05, "label": "Grüße", "task": {"name": "image-classification"}}
+INPUT = {"name": "pixel_values", "dtype": "float32", "shape": ["batch", 3, 8, 8]}
+GRAPH = {"precision": "fp32", "image_size": [8, 8], "inputs": [INPUT], "outputs": [], "reference": "config.json"}
+
+
+def onnx(text: str) -> bytes:
+    """An ONNX model that has nothing but a producer."""
+    return b"\x12" + bytes([min(len(text), 127)]) + text.encode()
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +43,7 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def fill(draft: Draft, text: str = "graph") -> None:
-    draft.add("onnx/model.onnx", {"precision": "fp32"}, lambda path: path.write_text(text) and None)
+    draft.add("onnx/model.onnx", GRAPH, onnx(text))
     draft.add_json("config.json", {"labels": ["Katze", "\N{CAT}", "\ud800"]})
 
 
@@ -47,7 +54,7 @@ def make(path: Path, text: str = "graph", replace: bool = False) -> Bundle:
 
 
 def text_of(bundle: Bundle) -> str:
-    return bundle.verified_path("onnx/model.onnx").read_text()
+    return bundle.verified_path("onnx/model.onnx").read_text()[2:]
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -55,7 +62,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert bundle.name == "small"
     assert bundle.manifest["label"] == "Grüße"
     assert text_of(bundle) == "graph"
-    assert bundle.files["onnx/model.onnx"]["bytes"] == 5
+    assert bundle.files["onnx/model.onnx"]["bytes"] == 7
     assert bundle.read_json("config.json")["labels"][1] == "\N{CAT}"
     assert set(contents(tmp_path / "a b")) == {"ünï", "ünï/config.json", "ünï/manifest.json", "ünï/onnx", "ünï/onnx/model.onnx"}
 
@@ -66,9 +73,9 @@ def test_the_files_are_on_the_disk_before_the_manifest_that_names_them(tmp_path:
     assert synced.index("manifest.json") > max(synced.index(name) for name in ("model.onnx", "config.json", "onnx"))
     assert synced[-1] == tmp_path.name
     synced.clear()
-    bundle.with_file("onnx/new.onnx", {}, b"graph")
+    bundle.with_file("onnx/new.npz", {}, b"graph")
     file, folder, manifest, root = (re.sub("partial-.*", "", name) for name in synced)
-    assert (file, folder, manifest, root) == (".new.onnx.", "onnx", ".manifest.json.", "b")
+    assert (file, folder, manifest, root) == (".new.npz.", "onnx", ".manifest.json.", "b")
 
 
 def test_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:
@@ -111,8 +118,8 @@ def test_each_file_is_read_once_for_all_graphs(tmp_path: Path, monkeypatch: pyte
 def test_every_byte_of_a_file_counts(tmp_path: Path) -> None:
     bundle = make(tmp_path / "b")
     file = bundle.path / "onnx/model.onnx"
-    for position in range(5):
-        changed = bytearray(b"graph")
+    for position in range(7):
+        changed = bytearray(onnx("graph"))
         changed[position] ^= 0x80
         file.write_bytes(changed)
         with pytest.raises(BundleError, match=r"model\.onnx is not the file that was exported"):
@@ -125,20 +132,17 @@ def test_every_byte_of_a_file_counts(tmp_path: Path) -> None:
 
 
 def test_a_changed_engine_names_the_way_out(tmp_path: Path) -> None:
-    bundle = make(tmp_path / "b").with_file("engines/x.engine", {}, lambda path: path.write_bytes(b"plan") and None)
-    (bundle.path / "engines/x.engine").write_bytes(b"plam")
+    bundle = make(tmp_path / "b").with_file("engines/x.layers.json", {}, lambda path: path.write_bytes(b"plan") and None)
+    (bundle.path / "engines/x.layers.json").write_bytes(b"plam")
     with pytest.raises(BundleError, match=rf"build-engine {tmp_path}/b --force"):
-        bundle.verified_path("engines/x.engine")
+        bundle.verified_path("engines/x.layers.json")
 
 
 def test_no_graph_is_listed_with_weights_that_are_not_its_own(tmp_path: Path) -> None:
-    def write(text: str) -> Callable[[Path], None]:
-        return lambda path: path.write_text(text) and None
-
-    bundle = make(tmp_path / "b").with_file("onnx/w.bin", {}, write("old"))
-    bundle = bundle.with_file("onnx/model_int8.onnx", {"precision": "int8", "weights": "onnx/w.bin"}, write("graph"))
-    assert "onnx/model_int8.onnx" in bundle.with_file("onnx/w.bin", {}, write("old")).files
-    assert "onnx/model_int8.onnx" not in bundle.with_file("onnx/w.bin", {}, write("new")).files
+    bundle = make(tmp_path / "b").with_file("onnx/w.bin", {}, b"old")
+    bundle = bundle.with_file("onnx/model_int8.onnx", {**GRAPH, "precision": "int8", "weights": "onnx/w.bin"}, onnx("graph"))
+    assert "onnx/model_int8.onnx" in bundle.with_file("onnx/w.bin", {}, b"old").files
+    assert "onnx/model_int8.onnx" not in bundle.with_file("onnx/w.bin", {}, b"new").files
     assert Bundle.open(bundle.path).files.keys() >= {"onnx/w.bin", "onnx/model.onnx"}
 
 
@@ -282,7 +286,7 @@ def test_whoever_is_killed_leaves_the_old_or_the_new_and_the_next_sweeps(
 
     def change(text: str = "new") -> None:
         if what == "file":
-            Bundle.open(path).with_file("onnx/model.onnx", {"precision": "fp32"}, text.encode())
+            Bundle.open(path).with_file("onnx/model.onnx", GRAPH, onnx(text))
         else:
             make(path, text, replace=True)
 
@@ -310,7 +314,7 @@ def test_the_entry_goes_before_its_file_is_replaced(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        bundle.with_file("onnx/model.onnx", {}, lambda path: path.write_text("new") and None)
+        bundle.with_file("onnx/model.onnx", GRAPH, onnx("new"))
     found = Bundle.open(bundle.path)
     assert "onnx/model.onnx" not in found.files
     assert list(found.files) == ["config.json"]
@@ -329,7 +333,7 @@ def test_a_full_or_read_only_disk_is_one_sentence_and_leaves_nothing(disk: Path)
         for action in (
             lambda text=text: make(disk / "c", text),
             lambda text=text: make(disk / "b", text, replace=True),
-            lambda text=text: bundle.with_file("engines/x.engine", {}, lambda path: path.write_text(text) and None),
+            lambda text=text: bundle.with_file("engines/x.layers.json", {}, lambda path: path.write_text(text) and None),
         ):
             with pytest.raises(BundleError, match=f"cannot be written: {sentence}"):
                 action()
@@ -360,12 +364,12 @@ ADD = """
 import sys
 from swin_deploy.bundle import Bundle
 path, number = sys.argv[1:]
-Bundle.open(path).with_file(f"engines/{number}.engine", {}, lambda target: target.write_text(number) and None)
+Bundle.open(path).with_file(f"engines/{number}.layers.json", {}, lambda target: target.write_text(number) and None)
 """
 
 
 def add(path: Path, number: int) -> None:
-    Bundle.open(path).with_file(f"engines/{number}.engine", {}, lambda target: target.write_text(str(number)) and None)
+    Bundle.open(path).with_file(f"engines/{number}.layers.json", {}, lambda target: target.write_text(str(number)) and None)
 
 
 def test_threads_and_processes_lose_no_entry(tmp_path: Path) -> None:
@@ -376,31 +380,31 @@ def test_threads_and_processes_lose_no_entry(tmp_path: Path) -> None:
     assert [process.wait() for process in processes] == [0] * 4
     bundle = Bundle.open(path)
     for number in range(40):
-        assert bundle.verified_path(f"engines/{number}.engine").read_text() == str(number)
+        assert bundle.verified_path(f"engines/{number}.layers.json").read_text() == str(number)
     assert not list(path.rglob(".*"))
 
 
 def test_the_first_size_stays_first_when_its_graph_is_made_again(tmp_path: Path) -> None:
     with create_bundle(tmp_path / "b", replace=False, facts=FACTS) as draft:
         for file in ("onnx/model.onnx", "onnx/model_32x64.onnx", "config.json"):
-            draft.add(file, {}, lambda path: path.write_text("x") and None)
+            draft.add(file, GRAPH, onnx("x"))
     bundle = Bundle.open(tmp_path / "b")
     for file in ("onnx/model_32x64_fp16.onnx", "onnx/model_fp16.onnx", "onnx/model.onnx"):
-        bundle = bundle.with_file(file, {}, lambda path: path.write_text("y") and None)
+        bundle = bundle.with_file(file, GRAPH, onnx("y"))
     assert [file for file in bundle.graphs if "fp16" not in file] == ["onnx/model.onnx", "onnx/model_32x64.onnx"]
     assert [file for file in bundle.graphs if "fp16" in file] == ["onnx/model_fp16.onnx", "onnx/model_32x64_fp16.onnx"]
 
 
 def test_an_entry_is_of_the_file_that_was_seen(tmp_path: Path) -> None:
     """What is said of a graph is not entered for one that somebody has put in its place meanwhile."""
-    seen = make(tmp_path / "b").with_entry("onnx/model.onnx", {"agreement": "verified"})
-    assert Bundle.open(seen.path).files["onnx/model.onnx"]["agreement"] == "verified"
+    seen = make(tmp_path / "b").with_entry("onnx/model.onnx", {"agreement": {"verified": True}})
+    assert Bundle.open(seen.path).files["onnx/model.onnx"]["agreement"] == {"verified": True}
     assert text_of(seen) == "graph"
-    seen.with_file("onnx/model.onnx", {}, lambda path: path.write_text("another") and None)
-    assert "agreement" not in seen.with_entry("onnx/model.onnx", {"agreement": "verified"}).files["onnx/model.onnx"]
+    seen.with_file("onnx/model.onnx", GRAPH, onnx("another"))
+    assert "agreement" not in seen.with_entry("onnx/model.onnx", {"agreement": {"verified": True}}).files["onnx/model.onnx"]
     assert "agreement" not in Bundle.open(seen.path).files["onnx/model.onnx"]
     seen.without("onnx/model.onnx")
-    assert "onnx/model.onnx" not in seen.with_entry("onnx/model.onnx", {"agreement": "verified"}).files
+    assert "onnx/model.onnx" not in seen.with_entry("onnx/model.onnx", {"agreement": {"verified": True}}).files
 
 
 def test_the_newest_bundle(tmp_path: Path) -> None:

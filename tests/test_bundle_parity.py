@@ -218,5 +218,5 @@ def test_errors_of_a_back_end_are_not_hidden(reference: Reference) -> None:
 
 
 def test_verdict_text() -> None:
-    assert verdict_text({"verified": True, "relative_l2": 3.14e-7}) == "verified (relative L2 3.1e-07)"
-    assert verdict_text({"verified": False, "relative_l2": 0.1}) == verdict_text(None) == "not verified"
+    assert verdict_text(3.14e-7) == "verified (relative L2 3.1e-07)"
+    assert verdict_text(None) == "not verified"

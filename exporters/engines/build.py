@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from swin_deploy.bundle import Bundle, size_text, target_of
+from swin_deploy.bundle import Bundle, size_text
 from swin_deploy.dependencies import require
 from swin_deploy.errors import UsageError
 from swin_deploy.exporters.inspection.roofline import capability_of
 from swin_deploy.exporters.typed_graphs import Calibration, further_size, with_typed_graphs
 from swin_deploy.gpus import cuda_devices
+from swin_deploy.manifest import EngineEntry
 from swin_deploy.options import QUANTIZED, TARGETS, EngineSpec, Size
 from swin_deploy.parity import OpenGraph
 
@@ -31,7 +32,7 @@ class Built:
     """An engine in a bundle; `reused` if the bundle already had it, of the same graph, options, compiler and GPU."""
 
     file: str
-    entry: Mapping[str, Any]
+    entry: EngineEntry
     reused: bool
 
 
@@ -44,7 +45,7 @@ def build_engines(
     time compiles into a bundle; another one waits and reuses what it finds then.
     """
     precision = spec.precision
-    if (target := bundle.manifest.get("target", TARGETS[0])) != TARGETS[0]:
+    if (target := bundle.manifest.target) != TARGETS[0]:
         raise UsageError(
             f"The bundle {bundle.path} was exported for {target}, and TensorRT needs another graph layout. "
             f'Export it again with "--target {TARGETS[0]}".'
@@ -63,27 +64,27 @@ def build_engines(
     release = str(require(COMPILERS[chosen][0], "compile engines").__version__)
     built = []
     with bundle.compiling(lambda: _LOG.info("Waiting for another process that compiles into %s", bundle.path)) as bundle:
-        for file, entry in bundle.graphs.items():
-            if entry["precision"] == "fp32" and not (bundle.path / file).exists():
+        for file in bundle.graphs_of("fp32"):
+            if not bundle.place(file).exists():
                 bundle.verified_path(file)  # raises and says what to do; the other graphs can be made again
         _refuse_layout(bundle, precision)  # another process may have changed it while this one waited
         if precision not in QUANTIZED:
             bundle = with_typed_graphs(bundle, precision, open_graph, calibration)
-        graphs = [file for file, entry in bundle.graphs.items() if entry["precision"] == precision]
+        graphs = list(bundle.graphs_of(precision))
         for number, graph in enumerate(graphs):
-            path, entry = bundle.verified_path(graph), bundle.files[graph]
+            path, entry = bundle.verified_path(graph), bundle.graphs[graph]
             for one in specs:
                 file = _engine_file(one, precision, further_size(bundle, graph, number), release)
                 wanted: dict[str, Any] = {
                     "graph": graph,
-                    "parent": entry["sha256"],
+                    "parent": entry.sha256,
                     "backend": one.backend,
                     "backend_version": release,
                     "gpu": one.gpu,
                     "options": compiler_options(one),
                 }
                 wanted["fingerprint"] = fingerprint({**wanted, "profiles": one.batches})
-                known = bundle.files.get(file)
+                known = bundle.engines.get(file)
                 if known is not None and not spec.force and _has(bundle, file, wanted["fingerprint"]):
                     bundle.verified_path(file)
                     _LOG.info("Reusing %s, which was compiled from this graph", file)
@@ -92,10 +93,9 @@ def build_engines(
                 bundle.refuse_read_only()
                 _LOG.info("Compiling %s for %s with %s", graph, one.gpu, COMPILERS[chosen][1])
                 engine = engine_from_onnx(path, one)
-                bundle = _with_engine(
-                    bundle, file, engine, one, {"precision": precision, "image_size": entry["image_size"], **wanted}
-                )
-                built.append(Built(file, bundle.files[file], reused=False))
+                facts = {"precision": precision, "image_size": list(entry.image_size), **wanted}
+                bundle = _with_engine(bundle, file, engine, one, facts)
+                built.append(Built(file, bundle.engines[file], reused=False))
     return bundle, tuple(built)
 
 
@@ -108,8 +108,8 @@ def _refuse_layout(bundle: Bundle, precision: str) -> None:
     """Raise UsageError if the bundle has no quantized graph of the precision that was made for TensorRT."""
     if precision not in QUANTIZED:
         return
-    held = [entry for entry in bundle.graphs.values() if entry["precision"] == precision]
-    others = [made for entry in held if (made := target_of(entry)) != TARGETS[0]]
+    held = bundle.graphs_of(precision).values()
+    others = [entry.target for entry in held if entry.target != TARGETS[0]]
     if not held or others:
         has = f"has an {precision.upper()} graph for {others[0]} only" if others else f"has no {precision.upper()} graph"
         command = ["swin-deploy", "quantize", str(bundle.path), f"--{precision}", "--data", "DIR"]
@@ -118,9 +118,9 @@ def _refuse_layout(bundle: Bundle, precision: str) -> None:
 
 def _has(bundle: Bundle, file: str, wanted: str) -> bool:
     """Return whether the bundle has this very engine and its layers, and neither file was deleted."""
-    known, layers = bundle.files[file], bundle.files.get(layers_file(file), {})
-    whole = known.get("fingerprint") == wanted and layers.get("parent") == known["sha256"]
-    return whole and all((bundle.path / name).exists() for name in (file, layers_file(file)))
+    known, layers = bundle.engines[file], bundle.files.get(layers_file(file))
+    whole = known.fingerprint == wanted and layers is not None and layers.parent == known.sha256
+    return whole and all(bundle.place(name).exists() for name in (file, layers_file(file)))
 
 
 def _with_engine(bundle: Bundle, file: str, engine: Engine, spec: EngineSpec, facts: Mapping[str, Any]) -> Bundle:
@@ -134,7 +134,7 @@ def _with_engine(bundle: Bundle, file: str, engine: Engine, spec: EngineSpec, fa
     }
     bundle = bundle.with_file(file, entry, engine.plan)
     text = json.dumps({"profiles": described}) + "\n"
-    return bundle.with_file(layers_file(file), {"parent": bundle.files[file]["sha256"]}, text.encode())
+    return bundle.with_file(layers_file(file), {"parent": bundle.files[file].sha256}, text.encode())
 
 
 def _engine_file(spec: EngineSpec, precision: str, further: Size | None, release: str) -> str:

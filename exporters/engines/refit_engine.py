@@ -20,7 +20,7 @@ _LOG = logging.getLogger(__name__)
 
 def refit_engines(bundle: Bundle) -> tuple[Built, ...]:
     """Refit the engines of a bundle that lack weights, add them to it, and return them. Existing ones are reused."""
-    stripped = [file for file, entry in bundle.files.items() if entry.get("options", {}).get("strip_weights")]
+    stripped = [file for file, entry in bundle.engines.items() if entry.options.strip_weights]
     if not stripped:
         raise UsageError(
             f'No engine in {bundle.path} was built without weights. Build one with "swin-deploy build-engine --strip-weights", '
@@ -29,29 +29,32 @@ def refit_engines(bundle: Bundle) -> tuple[Built, ...]:
     built = []
     with bundle.compiling(lambda: _LOG.info("Waiting for another process that compiles into %s", bundle.path)) as bundle:
         for file in stripped:
-            entry = bundle.files[file]
-            options = {name: value for name, value in entry["options"].items() if name != "strip_weights"}
-            facts = {**entry, "options": {**options, "refitted": True}, "refitted_from": entry["sha256"]}
-            del facts["bytes"], facts["sha256"], facts["seconds"]
-            facts["fingerprint"] = fingerprint({"refitted_from": entry["sha256"], "graph": entry["parent"]})
+            entry = bundle.engines[file]
+            facts = {**entry.to_dict(), "options": {**entry.options.chosen("strip_weights"), "refitted": True}}
+            facts = {name: value for name, value in facts.items() if name not in ("bytes", "sha256", "seconds")}
+            facts["refitted_from"] = entry.sha256
+            facts["fingerprint"] = fingerprint({"refitted_from": entry.sha256, "graph": entry.parent})
             target = file.replace("-stripped-", "-refitted-")
-            known = bundle.files.get(target)
-            if known is not None and known.get("fingerprint") == facts["fingerprint"] and (bundle.path / target).exists():
+            if target == file:
+                target = file.removesuffix(".engine") + "-refitted.engine"
+            known = bundle.engines.get(target)
+            if known is not None and known.fingerprint == facts["fingerprint"] and bundle.place(target).exists():
                 bundle.verified_path(target)
                 _LOG.info("Reusing %s", target)
                 built.append(Built(target, known, reused=True))
                 continue
-            if bundle.files.get(entry["graph"], {}).get("sha256") != entry["parent"]:
+            graph = bundle.graphs.get(entry.graph)
+            if graph is None or graph.sha256 != entry.parent:
                 raise EngineError(
-                    f"{file} was built from another version of {entry['graph']} and accepts only its weights. "
+                    f"{file} was built from another version of {entry.graph} and accepts only its weights. "
                     'Build it again with "swin-deploy build-engine --strip-weights".'
                 )
-            _LOG.info("Refitting %s from %s", file, entry["graph"])
+            _LOG.info("Refitting %s from %s", file, entry.graph)
             with natives_freed():
-                paths = bundle.verified_path(file), bundle.verified_path(entry["graph"])
-                plan = refitted_plan(entry["backend"], entry["backend_version"], entry["gpu"], *paths)
+                paths = bundle.verified_path(file), bundle.verified_path(entry.graph)
+                plan = refitted_plan(entry.backend, entry.backend_version, entry.gpu, *paths)
             bundle = bundle.with_file(target, facts, plan)
-            built.append(Built(target, bundle.files[target], reused=False))
+            built.append(Built(target, bundle.engines[target], reused=False))
     return tuple(built)
 
 

@@ -12,6 +12,7 @@ from swin_deploy.exporters.engines.build import layers_file
 from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx, resolve_backend
 from swin_deploy.exporters.engines.targets import for_target, target_gpu
 from swin_deploy.gpus import cuda_devices
+from swin_deploy.manifest import EngineProfile, profiles_from_json
 from swin_deploy.options import EngineSpec, InspectSpec
 
 from .flops import GraphCost, cost_from_onnx
@@ -30,7 +31,7 @@ class EngineCost:
     image_size: tuple[int, ...]
     gpu: str
     batch: tuple[int, ...]
-    figures: Mapping[str, Any]
+    figures: EngineProfile
     roofline: Roofline | None
 
     @property
@@ -45,13 +46,13 @@ class EngineCost:
 
     def bytes_of(self, direction: str) -> int | None:
         """Return the bytes that all kernels move; `direction` is "read" or "written"."""
-        parts = [role[f"bytes_{direction}"] for role in self.figures["roles"].values()]
+        parts = [getattr(role, f"bytes_{direction}") for role in self.figures.roles.values()]
         return None if None in parts else sum(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values."""
         bound = None if self.roofline is None else self.roofline.to_dict()
-        values = {"engine": self.name, **vars(self), "roofline": bound, **self.figures}
+        values = {"engine": self.name, **vars(self), "roofline": bound, **self.figures.to_dict()}
         del values["name"], values["figures"]
         return values
 
@@ -78,17 +79,15 @@ def inspect_bundle(bundle: Bundle, gpu: str | None) -> Inspection:
     named = None if gpu is None else find_gpu(gpu)
     graphs = {file: cost_from_onnx(bundle.verified_path(file)) for file in bundle.graphs}
     engines = []
-    for file, entry in bundle.files.items():
-        if not file.endswith(".engine"):
-            continue
-        profiles = entry["profiles"]
-        layers = bundle.files.get(layers_file(file), {})
-        if layers.get("parent") == entry["sha256"]:  # a refitted engine has the layers of the original
-            profiles = bundle.read_json(layers_file(file))["profiles"]
-        flops = graphs[entry["graph"]].flops if entry["graph"] in graphs else None
+    for file, entry in bundle.engines.items():
+        profiles = entry.profiles
+        layers = bundle.files.get(layers_file(file))
+        if layers is not None and layers.parent == entry.sha256:  # a refitted engine has the layers of the original
+            profiles = profiles_from_json(bundle.read_json(layers_file(file)), bundle.place(layers_file(file)))
+        flops = graphs[entry.graph].flops if entry.graph in graphs else None
         for profile in profiles:
-            size, batch, bound = entry["image_size"], profile["batch"], _bound(entry["gpu"], named, profile, flops)
-            engines.append(EngineCost(file, entry["precision"], tuple(size), entry["gpu"], tuple(batch), profile, bound))
+            bound = _bound(entry.gpu, named, profile, flops)
+            engines.append(EngineCost(file, entry.precision, entry.image_size, entry.gpu, profile.batch, profile, bound))
     return Inspection(bundle.path, graphs, tuple(engines))
 
 
@@ -102,19 +101,17 @@ def inspect_onnx(path: Path, spec: InspectSpec) -> Inspection:
     engine = engine_from_onnx(path, for_target(EngineSpec(batches=batch, progress=spec.progress), chosen, target))
     flops = cost.flops or {}
     precision = PRECISION_OF.get(max(flops, key=flops.__getitem__, default=""), "unknown")
-    profile = {"batch": [batch] * 3, **engine.report.to_dict()}
+    profile = EngineProfile.read({"batch": [batch] * 3, **engine.report.to_dict()})
     per_image = None if cost.flops is None else {kind: count / batch for kind, count in cost.flops.items()}
     bound = _bound(target, named, profile, per_image)
     described = EngineCost(path.name, precision, (), target, (batch,) * 3, profile, bound)
     return Inspection(path, {path.name: cost}, (described,))
 
 
-def _bound(
-    target: str, named: GpuPeaks | None, profile: Mapping[str, Any], flops: Mapping[str, float] | None
-) -> Roofline | None:
+def _bound(target: str, named: GpuPeaks | None, profile: EngineProfile, flops: Mapping[str, float] | None) -> Roofline | None:
     """Return the roofline on the GPU that was named, or on the first known one; None if it does not fit `target`."""
     gpu = next((row for row in ((named,) if named else GPUS) if row.capability == target), None)
     if gpu is None or flops is None:
         return None
-    of_batch = {kind: round(count * profile["batch"][1]) for kind, count in flops.items()}
-    return roofline(gpu, profile["kernels"], profile["bytes_moved"], of_batch)
+    of_batch = {kind: round(count * profile.batch[1]) for kind, count in flops.items()}
+    return roofline(gpu, profile.kernels, profile.bytes_moved, of_batch)

@@ -80,7 +80,7 @@ class CpuLayout:
             if ranges is None:
                 release = require("onnxruntime", "quantize a model").__version__
                 facts = (spec.target, spec.method, sorted(spec.keep), spec.batch, release, self._feeds.fingerprint)
-                resume = ResumeState.for_run(bundle.path / CACHE, model, *facts)
+                resume = ResumeState.for_run(bundle.place(CACHE), model, *facts)
         batches = None if self._feeds is None else partial(self._feeds.batches, spec.batch)
         self.check = network_check(bundle, source, model)
         self._graphs = quantize_for_cpu(

@@ -102,7 +102,7 @@ class TensorRTLayout:
             from swin_deploy.qat_ranges import missing_ranges
 
             raise missing_ranges(missing, self._source)
-        file = bundle.path / source
+        file = bundle.place(source)
         if ranges is None:  # QAT weights were trained with rounding to nearest, and with the channels as they are
             read = {layer.name: layer.input for layer in linear_layers(model) if layer.name in self.names}
             few = replace(feeds, chosen=evenly_spread(feeds.chosen, GPTQ_SAMPLES))
@@ -110,7 +110,7 @@ class TensorRTLayout:
             self._rounding = GptqRounding(moments, spec.precision)
         seen = collect(
             file if ranges is not None else self._model, [name for layer in layers for name in layer.inputs], feeds,
-            batch=spec.batch, cache=bundle.path / CACHE, progress=spec.progress,
+            batch=spec.batch, cache=bundle.place(CACHE), progress=spec.progress,
         )  # fmt: skip
         measured = {name: one.compute_amax(spec.method or "mse", spec.precision) or OF_ZEROS for name, one in seen.items()}
         self._amax = {**measured, **self._qat_amax}

@@ -35,7 +35,7 @@ def ranges_from_onnx(bundle: Bundle, path: Path) -> QatRanges:
         model = load_graph(path)
     except Exception as error:  # protobuf's errors have no common base
         raise InputError(f"{path} cannot be read as an ONNX graph ({' '.join(str(error).split())[:200]}).") from error
-    source = next(file for file, entry in bundle.graphs.items() if entry["precision"] == "fp32")
+    source = next(iter(bundle.graphs_of("fp32")))
     config, _ = config_and_task(bundle)
     network = _weights(load_graph(bundle.verified_path(source)), config)
     return QatRanges(path.name, _ranges(_QdqGraph(model, str(path)), network))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from swin_deploy.bundle import inside
 from swin_deploy.calib.collect import load_arrays, save_arrays
 
 from .qdq import ActivationScale, LinearLayer, QuantizedLinear
@@ -22,7 +23,7 @@ class ResumeState:
     """Files in `folder`, one for each finished layer. Those of another `key` are not found."""
 
     def __init__(self, folder: Path, key: str) -> None:
-        self._folder, self._key = folder / f"layers-{key[:32]}", key
+        self._folder, self._key = inside(folder, f"layers-{key[:32]}"), key
 
     @classmethod
     def for_run(cls, folder: Path, model: onnx.ModelProto, *facts: Any) -> ResumeState:
@@ -53,4 +54,4 @@ class ResumeState:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _file(self, layer: LinearLayer) -> Path:
-        return self._folder / f"{layer.name}.npz"
+        return inside(self._folder, f"{layer.name}.npz")

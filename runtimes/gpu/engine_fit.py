@@ -7,10 +7,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from swin_deploy.bundle import Bundle, TensorSpec, size_text, target_of
+from swin_deploy.bundle import Bundle, size_text
 from swin_deploy.dependencies import require
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError, unknown
 from swin_deploy.gpus import cuda_devices, seen_first
+from swin_deploy.manifest import EngineEntry
 from swin_deploy.options import QUANTIZED, TARGETS, Size
 from swin_deploy.runtimes.backends import BACKENDS, runtime_from_engine
 from swin_deploy.runtimes.base import EngineFile, Runtime
@@ -19,10 +20,10 @@ from swin_deploy.runtimes.user_cache import cache_folder
 from .cuda_context import device_number
 
 
-def engines_of(bundle: Bundle, backend: str, precision: str | None = None) -> dict[str, Mapping[str, Any]]:
+def engines_of(bundle: Bundle, backend: str, precision: str | None = None) -> dict[str, EngineEntry]:
     """Return the engines of a bundle for a back end and, if given, a precision; the last added comes first."""
-    found = [(file, entry) for file, entry in bundle.files.items() if file.endswith(".engine") and entry["backend"] == backend]
-    return {file: entry for file, entry in reversed(found) if precision in (None, entry["precision"])}
+    found = [(file, entry) for file, entry in bundle.engines.items() if entry.backend == backend]
+    return {file: entry for file, entry in reversed(found) if precision in (None, entry.precision)}
 
 
 def incompatibility(bundle: Bundle, file: str, gpus: Sequence[str], release: str | None) -> str | None:
@@ -30,36 +31,36 @@ def incompatibility(bundle: Bundle, file: str, gpus: Sequence[str], release: str
 
     `release` is the installed release of its back end; None if it is not installed.
     """
-    entry = bundle.files[file]
-    options, backend = entry.get("options", {}), str(entry["backend"])
+    entry = bundle.engines[file]
+    options, backend = entry.options, entry.backend
     again = rebuild_command(bundle, file, gpus)
-    graph = bundle.files.get(entry["graph"])
-    if graph is None or graph["sha256"] != entry["parent"]:
-        changed = f"{file} was compiled from another version of {entry['graph']}."
-        if entry["precision"] in QUANTIZED and (graph is None or target_of(graph) != TARGETS[0]):
-            quantize = ["quantize", str(bundle.path), f"--{entry['precision']}", "--target", TARGETS[0], "--data", "DIR"]
+    graph = bundle.graphs.get(entry.graph)
+    if graph is None or graph.sha256 != entry.parent:
+        changed = f"{file} was compiled from another version of {entry.graph}."
+        if entry.precision in QUANTIZED and (graph is None or graph.target != TARGETS[0]):
+            quantize = ["quantize", str(bundle.path), f"--{entry.precision}", "--target", TARGETS[0], "--data", "DIR"]
             command = shlex.join(["swin-deploy", *quantize])
             return f'{changed} Create the graph for TensorRT with "{command}", then compile it with "{again}".'
         return f'{changed} Compile it again with "{again}".'
     if not gpus:
-        return f"{file} was compiled for {entry['gpu']}, and this machine has no usable NVIDIA GPU. Use a machine with one."
+        return f"{file} was compiled for {entry.gpu}, and this machine has no usable NVIDIA GPU. Use a machine with one."
     if not any(_runs_on(entry, gpu) for gpu in gpus):
-        made_for = f"sm_{_oldest(entry)} and newer" if options.get("hardware_compatible") else entry["gpu"]
+        made_for = f"sm_{_oldest(entry)} and newer" if options.hardware_compatible else entry.gpu
         return f'{file} was compiled for {made_for}, and this machine has {", ".join(gpus)}. Compile it with "{again}".'
     if release is None or not _runs_with(entry, release):
-        newer = " or a newer compatible release" if options.get("version_compatible") else ""
+        newer = " or a newer compatible release" if options.version_compatible else ""
         return (
-            f"{file} needs {backend} {entry['backend_version']}{newer}; installed: {release or 'none'}. Install that release, "
+            f"{file} needs {backend} {entry.backend_version}{newer}; installed: {release or 'none'}. Install that release, "
             f'or compile the engine with "{again}".'
         )
     kind = BACKENDS[backend]
-    if kind.found == kind.lean and not options.get("version_compatible"):
+    if kind.found == kind.lean and not options.version_compatible:
         lean = rebuild_command(bundle, file, gpus, version_compatible=True)
         return (
             f"{file} needs {kind.library}. Only {kind.lean} is installed, which runs version-compatible engines. Install "
             f'{kind.library}, or compile the engine with "{lean}".'
         )
-    if options.get("strip_weights"):
+    if options.strip_weights:
         refit = shlex.join([*seen_first(gpus[0]), "swin-deploy", "refit", str(bundle.path)])
         return f'{file} was compiled without its weights. Add them with "{refit}".'
     return None
@@ -69,10 +70,10 @@ def fitting_engines(bundle: Bundle, backend: str, precision: str, device: str) -
     """Return for each image size the last added engine that runs on `device`, such as "cuda:0"; raise where there is none."""
     gpu = gpu_of(device, backend)
     held = _held(bundle, backend, gpu, precision)
-    sizes = [_size(entry) for entry in bundle.graphs.values() if entry["precision"] == precision]
+    sizes = [entry.image_size for entry in bundle.graphs.values() if entry.precision == precision]
     chosen = {}
-    for size in dict.fromkeys([*sizes, *map(_size, held.values())]):
-        of_size = {file: entry for file, entry in held.items() if _size(entry) == size}
+    for size in dict.fromkeys([*sizes, *(entry.image_size for entry in held.values())]):
+        of_size = {file: entry for file, entry in held.items() if entry.image_size == size}
         if not of_size:
             again = rebuild_command(bundle, next(iter(held)), [gpu])
             raise EngineError(f'{bundle.path} has no {precision} engine for {size_text(size)}. Build it with "{again}".')
@@ -80,13 +81,13 @@ def fitting_engines(bundle: Bundle, backend: str, precision: str, device: str) -
     return chosen
 
 
-def runnable_engines(bundle: Bundle, backend: str, device: str) -> dict[str, Mapping[str, Any]]:
+def runnable_engines(bundle: Bundle, backend: str, device: str) -> dict[str, EngineEntry]:
     """Return all engines of a back end that run on `device`, in the order of the manifest; raise if there are none."""
     gpu = gpu_of(device, backend)
     return dict(reversed(_fitting(bundle, _held(bundle, backend, gpu), gpu, _release(backend)).items()))
 
 
-def engines_here(bundle: Bundle, backend: str, device: str) -> dict[str, Mapping[str, Any]]:
+def engines_here(bundle: Bundle, backend: str, device: str) -> dict[str, EngineEntry]:
     """Return the same as `runnable_engines`, or nothing where that raises."""
     try:
         return runnable_engines(bundle, backend, device)
@@ -94,10 +95,10 @@ def engines_here(bundle: Bundle, backend: str, device: str) -> dict[str, Mapping
         return {}
 
 
-def _held(bundle: Bundle, backend: str, gpu: str, precision: str | None = None) -> dict[str, Mapping[str, Any]]:
+def _held(bundle: Bundle, backend: str, gpu: str, precision: str | None = None) -> dict[str, EngineEntry]:
     found = engines_of(bundle, backend, precision)
     if not found:
-        others = dict.fromkeys(str(entry["precision"]) for entry in engines_of(bundle, backend).values())
+        others = dict.fromkeys(entry.precision for entry in engines_of(bundle, backend).values())
         only = f", only {', '.join(others)}" if others else ""
         kind = f"{precision} engine" if precision else "engine"
         command = shlex.join(_build_command(bundle, precision or "fp16", backend, gpu))
@@ -105,7 +106,7 @@ def _held(bundle: Bundle, backend: str, gpu: str, precision: str | None = None) 
     return found
 
 
-def _fitting(bundle: Bundle, held: Mapping[str, Mapping[str, Any]], gpu: str, release: str) -> dict[str, Mapping[str, Any]]:
+def _fitting(bundle: Bundle, held: Mapping[str, EngineEntry], gpu: str, release: str) -> dict[str, EngineEntry]:
     """Return the engines of `held` that run; otherwise raise EngineError for the one for this GPU, or else the first."""
     reasons = {file: incompatibility(bundle, file, [gpu], release) for file in held}
     if None not in reasons.values():
@@ -115,16 +116,16 @@ def _fitting(bundle: Bundle, held: Mapping[str, Mapping[str, Any]], gpu: str, re
 
 def open_engine(bundle: Bundle, file: str, device: str) -> Runtime:
     """Load an engine of the bundle on `device`; its sha256 is checked before it is read."""
-    entry = bundle.files[file]
-    graph, backend = bundle.files[entry["graph"]], str(entry["backend"])
+    entry, graph = bundle.engines[file], bundle.graph_of(file)
+    backend = entry.backend
     gpu, folder = cuda_devices()[device_number(device)], cache_folder(backend)
     again = rebuild_command(bundle, file, [gpu.capability])
-    name = re.sub(r"\W+", "-", f"{entry['sha256'][:32]} {gpu.name}")
+    name = re.sub(r"\W+", "-", f"{entry.sha256[:32]} {gpu.name}")
     engine = EngineFile(
         bundle.verified_path(file, f"Compile it again: {again} --force"),
-        tuple(map(TensorSpec.from_dict, graph["inputs"])),
-        tuple(map(TensorSpec.from_dict, graph["outputs"])),
-        host_code=bool(entry["options"].get("version_compatible")),
+        graph.inputs,
+        graph.outputs,
+        host_code=entry.options.version_compatible,
         cache=folder / f"{name}.cache" if folder else None,
         again=again,
     )
@@ -141,17 +142,17 @@ def gpu_of(device: str, backend: str) -> str:
     return gpus[number].capability
 
 
-def rebuild_options(entry: Mapping[str, Any]) -> dict[str, Any]:
+def rebuild_options(entry: EngineEntry) -> dict[str, Any]:
     """Return the options of build_engine that compile an engine of the manifest again."""
-    kept = {name: value for name, value in entry["options"].items() if name not in ("strip_weights", "refitted")}
-    batches = [tuple(profile["batch"]) for profile in entry["profiles"]]
-    return {"precision": entry["precision"], "backend": entry["backend"], "batches": batches, **kept}
+    batches = [profile.batch for profile in entry.profiles]
+    kept = entry.options.chosen("strip_weights", "refitted")
+    return {"precision": entry.precision, "backend": entry.backend, "batches": batches, **kept}
 
 
 def rebuild_command(bundle: Bundle, file: str, gpus: Sequence[str], **changes: Any) -> str:
     """Return the command that compiles an engine again, for the first of `gpus` or, without one, for its previous GPU."""
-    options = {**rebuild_options(bundle.files[file]), **changes}
-    gpu = gpus[0] if gpus else str(bundle.files[file]["gpu"])
+    options = {**rebuild_options(bundle.engines[file]), **changes}
+    gpu = gpus[0] if gpus else bundle.engines[file].gpu
     command = _build_command(bundle, options.pop("precision"), options.pop("backend"), gpu)
     for low, best, high in options.pop("batches"):
         command += ["--batch", str(best) if low == best == high else f"{low}:{best}:{high}"]
@@ -165,28 +166,24 @@ def _build_command(bundle: Bundle, precision: str, backend: str, gpu: str) -> li
     return [*command, "--gpu", gpu] if backend == "tensorrt-rtx" else [*seen_first(gpu), *command]
 
 
-def _runs_on(entry: Mapping[str, Any], gpu: str) -> bool:
-    if entry.get("options", {}).get("hardware_compatible"):  # AMPERE_PLUS
+def _runs_on(entry: EngineEntry, gpu: str) -> bool:
+    if entry.options.hardware_compatible:  # AMPERE_PLUS
         return int(gpu.removeprefix("sm_")) >= _oldest(entry)
-    return bool(entry["gpu"] == gpu)
+    return entry.gpu == gpu
 
 
-def _oldest(entry: Mapping[str, Any]) -> int:
+def _oldest(entry: EngineEntry) -> int:
     """Return the oldest compute capability that a hardware-compatible engine runs on."""
-    return 89 if entry["precision"] == "fp8" else 80
+    return 89 if entry.precision == "fp8" else 80
 
 
-def _runs_with(entry: Mapping[str, Any], release: str) -> bool:
+def _runs_with(entry: EngineEntry, release: str) -> bool:
     """Version-compatible engines run with newer releases of the same major version, and those of 10 with 11 as well."""
-    if not entry.get("options", {}).get("version_compatible"):
-        return bool(entry["backend_version"] == release)
-    made, here = (tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (str(entry["backend_version"]), release))
+    if not entry.options.version_compatible:
+        return entry.backend_version == release
+    made, here = (tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (entry.backend_version, release))
     return made <= here and (made[0] == here[0] or (made[0], here[0]) == (10, 11))
 
 
 def _release(backend: str) -> str:
     return str(require(BACKENDS[backend].found, f"run models with the back end {backend}").__version__)
-
-
-def _size(entry: Mapping[str, Any]) -> Size:
-    return int(entry["image_size"][0]), int(entry["image_size"][1])

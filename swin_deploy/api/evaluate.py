@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from swin_deploy.calib.data import Samples
     from swin_deploy.evaluation import Evaluation, Targets
     from swin_deploy.frame_input import Preparation
+    from swin_deploy.manifest import EngineEntry, GraphEntry
     from swin_deploy.models.torch_runtime import TorchNetwork
     from swin_deploy.options import Size
     from swin_deploy.parity import Verdict
@@ -45,7 +46,7 @@ def verify(bundle: BundlePath, spec: VerifySpec) -> tuple[Verdict, ...]:
     Example:
         >>> all(verdict.verified for verdict in swin_deploy.verify("swinv2-tiny"))
     """
-    from swin_deploy.bundle import Bundle, is_verified
+    from swin_deploy.bundle import Bundle
     from swin_deploy.errors import BundleError
     from swin_deploy.options import device_from_text
     from swin_deploy.parity import Reference, check_runtime
@@ -62,16 +63,16 @@ def verify(bundle: BundlePath, spec: VerifySpec) -> tuple[Verdict, ...]:
         if engines is None and (why := misread(found, file, spec.backend)) is not None:
             _LOG.info("Not verified: %s. %s", file, why)
             continue
-        reference = Reference.load(found, found.files[entry.get("graph", file)]["reference"])
+        reference = Reference.load(found, found.graph_of(file).reference)
         runtime: Any = (
-            runtime_to_check(found.path / file, spec.backend, spec.device)
+            runtime_to_check(found.place(file), spec.backend, spec.device)
             if engines is None
             else open_engine(found, file, device_from_text(spec.device))
         )
         with runtime:
-            verdicts.append(check_runtime(reference, runtime, file, str(entry["precision"])))
+            verdicts.append(check_runtime(reference, runtime, file, entry.precision))
     for verdict in verdicts if engines is None else ():
-        if verdict.verified and not is_verified(found.files[verdict.file]):
+        if verdict.verified and not found.graphs[verdict.file].verified:
             try:
                 found.with_entry(verdict.file, {"agreement": verdict.to_dict()})
             except BundleError as error:  # the verdict itself is valid
@@ -79,7 +80,7 @@ def verify(bundle: BundlePath, spec: VerifySpec) -> tuple[Verdict, ...]:
     return tuple(verdicts)
 
 
-def _engines(bundle: Bundle, backend: str, device: str) -> Mapping[str, Any] | None:
+def _engines(bundle: Bundle, backend: str, device: str) -> Mapping[str, EngineEntry] | None:
     """Return the engines that a back end can run on `device`, by file; None for a back end that runs graphs."""
     from swin_deploy.errors import UsageError
     from swin_deploy.options import device_from_text
@@ -132,6 +133,7 @@ def evaluate_samples(bundle: Bundle, samples: Samples, spec: EvaluateSpec) -> Ev
     """Do what `evaluate` does, on samples that are already selected."""
     from swin_deploy.calib.data import none_readable, preparation_and_inputs
     from swin_deploy.evaluation import Evaluation, GraphScorer, evaluate_graphs
+    from swin_deploy.manifest import EngineEntry
     from swin_deploy.runtimes.backends import runtime_to_check
     from swin_deploy.runtimes.gpu.engine_fit import open_engine
 
@@ -141,21 +143,21 @@ def evaluate_samples(bundle: Bundle, samples: Samples, spec: EvaluateSpec) -> Ev
     graphs: list[GraphScorer] = []
     with contextlib.ExitStack() as stack:
         for file, entry in entries.items():
-            size = (int(entry["image_size"][0]), int(entry["image_size"][1]))
+            size = entry.image_size
             if samples.ready and size != samples.image_size:
                 left_out[file] = "the data has another image size"
                 continue
-            if file in left_out or (spec.precisions and entry["precision"] not in ("fp32", *spec.precisions)):
+            if file in left_out or (spec.precisions and entry.precision not in ("fp32", *spec.precisions)):
                 continue
-            engine = "graph" in entry
-            preparation, inputs = preparation_and_inputs(bundle, entry["graph"] if engine else file)
+            engine = isinstance(entry, EngineEntry)
+            preparation, inputs = preparation_and_inputs(bundle, file)
             if spec.weights is not None and size not in prepared:
                 graphs.append(GraphScorer("", "fp32", size, _torch_network(spec.weights, bundle, size, preparation)))
             runtime: Any = (
                 open_engine(bundle, file, "cuda:0") if engine else runtime_to_check(bundle.verified_path(file), backend)
             )
             stack.enter_context(runtime)
-            graphs.append(GraphScorer(file, str(entry["precision"]), size, runtime))
+            graphs.append(GraphScorer(file, entry.precision, size, runtime))
             prepared.setdefault(size, samples.with_size(preparation, inputs))
         batches = _batches(prepared, spec.batch)
         scores = evaluate_graphs(graphs, batches, targets, lambda done: spec.progress("Evaluating", done, len(samples)))
@@ -177,35 +179,35 @@ def _batches(prepared: Mapping[Size, Samples], batch: int) -> Iterator[tuple[lis
             yield rows, dict(zip(prepared, picked, strict=True))
 
 
-def _selected(bundle: Bundle, spec: EvaluateSpec) -> tuple[dict[str, Any], str, dict[str, str]]:
+def _selected(bundle: Bundle, spec: EvaluateSpec) -> tuple[dict[str, GraphEntry | EngineEntry], str, dict[str, str]]:
     """Return the graphs and engines that can be run, fp32 first; the back end for graphs; and why others are left out."""
     from swin_deploy.errors import UsageError
+    from swin_deploy.manifest import EngineEntry
     from swin_deploy.runtimes.backends import misread
 
-    entries, backend, kind = dict(bundle.graphs), spec.backend, "graph"
+    entries: dict[str, GraphEntry | EngineEntry] = dict(bundle.graphs)
+    backend, kind = spec.backend, "graph"
     if (engines := _engines(bundle, spec.backend, "cuda")) is not None:
         backend, kind = "onnxruntime", "engine that runs on this machine"
-        entries = {file: entry for file, entry in entries.items() if entry["precision"] == "fp32"} | dict(engines)
-    held = dict.fromkeys(str(entry["precision"]) for entry in entries.values())
+        entries = {file: entry for file, entry in entries.items() if entry.precision == "fp32"} | dict(engines)
+    held = dict.fromkeys(entry.precision for entry in entries.values())
     if missing := [precision for precision in spec.precisions if precision not in held]:
         raise UsageError(f"The bundle {bundle.path} has no {missing[0]} {kind}. Choose one of: {', '.join(held)}.")
     wrong = {file: why for file in entries if (why := misread(bundle, file, backend)) is not None}
     for file, why in wrong.items():
-        if entries[file]["precision"] in spec.precisions:
+        if entries[file].precision in spec.precisions:
             raise UsageError(why)
-    entries = dict(sorted(entries.items(), key=lambda item: (item[1]["precision"] != "fp32", "graph" in item[1])))
+    entries = dict(sorted(entries.items(), key=lambda item: (item[1].precision != "fp32", isinstance(item[1], EngineEntry))))
     return entries, backend, {} if spec.precisions else dict.fromkeys(wrong, "it was built for TensorRT")
 
 
 def targets_for(bundle: Bundle, samples: Samples, ignore_labels: bool = False, threshold: float = 0.5) -> Targets:
     """Return what the network predicts and, unless labels are unknown or ignored, what it should predict for each sample."""
-    from swin_deploy.bundle import CONFIG
     from swin_deploy.calib.labels import targets_from_labels
-    from swin_deploy.config import SwinConfig
     from swin_deploy.evaluation import Targets
 
-    config = SwinConfig.from_dict(bundle.read_json(CONFIG))
-    if bundle.manifest["task"]["name"] != "image-classification" or not config.has_classes:
+    config = bundle.config
+    if bundle.manifest.task.name != "image-classification" or not config.has_classes:
         return Targets()
     values = rule = None
     if not ignore_labels and samples.source.labels is not None:
@@ -218,9 +220,7 @@ def _torch_network(weights: Any, bundle: Bundle, size: Size, preparation: Prepar
     from swin_deploy.exporters.checkpoint_from_request import checkpoint_from_request, spec_of_export
     from swin_deploy.frame_input import Frames
     from swin_deploy.models.torch_runtime import TorchNetwork, refuse_other_network
-    from swin_deploy.tasks import TaskSpec
 
-    task = TaskSpec.from_dict(bundle.manifest["task"])
     checkpoint = checkpoint_from_request(spec_of_export(bundle, weights, size))
     refuse_other_network(weights, checkpoint.config, bundle)
-    return TorchNetwork(checkpoint, task, size, preparation if isinstance(preparation, Frames) else None)
+    return TorchNetwork(checkpoint, bundle.task, size, preparation if isinstance(preparation, Frames) else None)

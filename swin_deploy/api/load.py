@@ -58,7 +58,7 @@ def _rebuild(path: BundlePath, spec: LoadSpec) -> None:
     bundle = Bundle.open(path)
     if where.partition(":")[0] not in BACKENDS[backend].devices:
         return  # loading refuses that
-    held = dict.fromkeys(str(entry["precision"]) for entry in engines_of(bundle, backend).values())
+    held = dict.fromkeys(entry.precision for entry in engines_of(bundle, backend).values())
     for precision in held if spec.precision not in PRECISIONS else [spec.precision]:
         try:
             fitting_engines(bundle, backend, precision, where)

@@ -100,7 +100,7 @@ def _quantized(found: Bundle, spec: QuantSpec, data: Samples | None) -> Evaluati
 
 def _resolved(bundle: Bundle, spec: QuantSpec) -> QuantSpec:
     """`spec` with the target of `bundle` if it names none. Raises UsageError for what the bundle or a GPU does not support."""
-    exported_for = str(bundle.manifest.get("target", TARGETS[0]))
+    exported_for = bundle.manifest.target
     spec = replace(spec, target=spec.target or exported_for)
     if spec.target == TARGETS[0] != exported_for:
         raise UsageError(
@@ -126,7 +126,7 @@ def _qat_ranges(bundle: Bundle, spec: QuantSpec) -> tuple[QatRanges | None, str 
         return ranges_from_onnx(bundle, Path(spec.ranges)), sha256_of(Path(spec.ranges))
     if spec.ignore_ranges or RANGES not in bundle.files:
         return None, None
-    return QatRanges.from_dict(bundle.read_json(RANGES)), str(bundle.files[RANGES]["sha256"])
+    return QatRanges.from_dict(bundle.read_json(RANGES)), bundle.files[RANGES].sha256
 
 
 @dataclass
@@ -214,12 +214,12 @@ class _Run:
 
         for file, entry in list(bundle.graphs.items()):
             plot, drawn = file.removesuffix(".onnx") + ".sensitivity.svg", None
-            gates = [gate for source, gate in self.gates.items() if bundle.files[source]["sha256"] == entry.get("parent")]
-            fresh = bool(gates) and entry["precision"] == self.spec.precision
+            gates = [gate for source, gate in self.gates.items() if bundle.files[source].sha256 == entry.parent]
+            fresh = bool(gates) and entry.precision == self.spec.precision
             if fresh:
                 drawn = sensitivity_svg(f"{bundle.name}, {self.title}, {file}", gates[0].ranking, gates[0].kept)
             if drawn is not None:
-                bundle = bundle.with_file(plot, {"parent": entry["sha256"]}, drawn)
-            elif plot in bundle.files and (fresh or "sensitivity" not in entry):  # of an earlier graph
+                bundle = bundle.with_file(plot, {"parent": entry.sha256}, drawn)
+            elif plot in bundle.files and (fresh or entry.sensitivity is None):  # of an earlier graph
                 bundle = bundle.without(plot)
         return bundle

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swin_deploy.bundle import CONFIG, Bundle, TensorSpec
+from swin_deploy.bundle import Bundle, TensorSpec
 from swin_deploy.config import SwinConfig, sides
 from swin_deploy.dependencies import installed, require
 from swin_deploy.options import Array, BenchSpec, Size
@@ -48,10 +48,10 @@ class Baselines:
 
     def pytorch(self, batches: Sequence[int], devices: Sequence[str]) -> dict[BenchCase, Request]:
         """Plan PyTorch, the reference, on each device; on a GPU also in fp16 and with torch.compile."""
-        weights, seed = self.spec.weights, re.fullmatch(r"random weights, seed (\d+)", str(self.bundle.manifest["source"]))
+        weights, seed = self.spec.weights, re.fullmatch(r"random weights, seed (\d+)", self.bundle.manifest.source)
         if weights is not None:
             require("torch", "measure PyTorch")
-        elif seed is None or self.bundle.manifest["notes"] or not installed("torch"):
+        elif seed is None or self.bundle.manifest.notes or not installed("torch"):
             why = "torch is not installed" if seed else "pass the checkpoint that was exported as --weights"
             _LOG.info("No rows of PyTorch: %s", why)
             return {}
@@ -82,7 +82,7 @@ class Baselines:
             if not installed(model) or not installed("torch"):
                 _LOG.info("No rows of %s: it is not installed (pip install %s)", model, model)
                 continue
-            if self.bundle.manifest["task"]["name"] != "image-classification":
+            if self.bundle.manifest.task.name != "image-classification":
                 _LOG.info("No rows of %s: only image classifiers are compared with it", model)
                 continue
             try:
@@ -101,8 +101,8 @@ class Baselines:
         return found
 
     def _transformers_fits(self) -> bool:
-        task = self.bundle.manifest["task"]
-        plain = task["name"] == "image-classification" and task["output_hidden_states"] is False and self.config.num_labels > 0
+        task = self.bundle.manifest.task
+        plain = task.name == "image-classification" and not task.output_hidden_states and self.config.num_labels > 0
         return plain and self.config.framework == "hf" and self.config.fits_transformers and installed("transformers")
 
     def _transformers(self) -> tuple[torch.nn.Module, bool]:
@@ -128,11 +128,9 @@ def bundle_checkpoint(bundle: Bundle, weights: str | None, seed: int) -> Checkpo
     from swin_deploy.models.checkpoints import random_checkpoint
     from swin_deploy.models.torch_runtime import refuse_other_network
 
-    task = TaskSpec.from_dict(bundle.manifest["task"])
     if weights is None:
-        return random_checkpoint(SwinConfig.from_dict(bundle.read_json(CONFIG)), task, seed)
-    height, width = next(iter(bundle.graphs.values()))["image_size"]
-    checkpoint = checkpoint_from_request(spec_of_export(bundle, weights, (height, width)))
+        return random_checkpoint(bundle.config, bundle.task, seed)
+    checkpoint = checkpoint_from_request(spec_of_export(bundle, weights, bundle.image_size))
     refuse_other_network(weights, checkpoint.config, bundle)
     return checkpoint
 
@@ -146,7 +144,7 @@ def open_pytorch(request: dict[str, Any]) -> Any:
         return TransformersNetwork(Path(request["transformers"]), (height, width), placement)
     bundle = Bundle.open(request["torch"])
     checkpoint = bundle_checkpoint(bundle, request["weights"], request["seed"])
-    return TorchNetwork(checkpoint, TaskSpec.from_dict(bundle.manifest["task"]), (height, width), placement=placement)
+    return TorchNetwork(checkpoint, bundle.task, (height, width), placement=placement)
 
 
 def transformers_folder(checkpoint: Checkpoint, folder: Path) -> None:

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from swin_deploy.bundle import CONFIG, Bundle, size_text
+from swin_deploy.bundle import Bundle, size_text
 from swin_deploy.config import SwinConfig
 from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError, MissingDependencyError, UsageError
 from swin_deploy.files import scratch_folder
 from swin_deploy.gpus import cuda_devices
 from swin_deploy.machine import Machine, this_machine
+from swin_deploy.manifest import EngineEntry, GraphEntry
 from swin_deploy.option_parsers import BundlePath, bundle_keywords
 from swin_deploy.options import BenchSpec, Size
 
@@ -51,9 +52,8 @@ def bench(bundle: BundlePath, spec: BenchSpec) -> BenchResult:
     What is named and does not run is an error; of the defaults it is skipped.
     """
     found, machine = Bundle.open(bundle), this_machine()
-    config = SwinConfig.from_dict(found.read_json(CONFIG))
-    height, width = next(iter(found.graphs.values()))["image_size"]
-    size, batches = (int(height), int(width)), tuple(dict.fromkeys(spec.batches or BATCHES))
+    config = found.config
+    size, batches = found.image_size, tuple(dict.fromkeys(spec.batches or BATCHES))
     for batch in batches:
         _check_batch(batch, config, size, machine)
     ours = plan_cases(found, spec)
@@ -117,11 +117,11 @@ def plan_cases(bundle: Bundle, spec: BenchSpec) -> dict[BenchCase, Request]:
         # A back end that is named is planned even if it does not run there: loading it reports the reason.
         named = [BACKENDS[backend].devices[0] if spec.device == "auto" else spec.device] if spec.backends else []
         for device in devices_here(backend, spec.device) or named:
-            entries: Mapping[str, Any] = bundle.graphs
+            entries: Mapping[str, GraphEntry | EngineEntry] = bundle.graphs
             if engines:
                 on_gpu = runnable_engines if spec.backends else engines_here  # runnable_engines raises if there is none
                 entries = on_gpu(bundle, backend, device) if device != "cpu" else engines_of(bundle, backend)
-            held = dict.fromkeys(str(entry["precision"]) for entry in entries.values())
+            held = dict.fromkeys(entry.precision for entry in entries.values())
             asked = spec.precisions or (*held, *(["bf16"] if backend == "openvino" else []))
             if engines and not spec.backends:
                 asked = tuple(precision for precision in asked if precision in held)

@@ -31,21 +31,21 @@ def command(bundle: Path | None, verbose: bool, as_json: bool, **options: Any) -
             show.say(f"Using the newest bundle in this directory, {bundle.name or bundle.resolve().name}")
         built = swin_deploy.build_engine(bundle, **keywords, progress=show)
     if as_json:
-        print_json([{"engine": str(bundle / one.file), "reused": one.reused, **one.entry} for one in built])
+        print_json([{"engine": str(bundle / one.file), "reused": one.reused, **one.entry.to_dict()} for one in built])
         return
     print_table(
         ("engine", "batch", "kernels", "fused attention", "MB moved", "MB", "seconds"),
         [
             (
                 str(bundle / one.file),
-                ":".join(str(size) for size in dict.fromkeys(profile["batch"])),
-                "unknown" if profile["kernels"] is None else profile["kernels"],
-                "unknown" if profile["fused_attention"] is None else profile["fused_attention"],
-                "unknown" if profile["bytes_moved"] is None else f"{profile['bytes_moved'] / 1e6:.1f}",
-                f"{one.entry['bytes'] / 1e6:.1f}",
-                one.entry["seconds"],
+                ":".join(str(size) for size in dict.fromkeys(profile.batch)),
+                "unknown" if profile.kernels is None else profile.kernels,
+                "unknown" if profile.fused_attention is None else profile.fused_attention,
+                "unknown" if profile.bytes_moved is None else f"{profile.bytes_moved / 1e6:.1f}",
+                f"{one.entry.bytes / 1e6:.1f}",
+                "unknown" if one.entry.seconds is None else one.entry.seconds,
             )
             for one in built
-            for profile in one.entry["profiles"]
+            for profile in one.entry.profiles
         ],
     )

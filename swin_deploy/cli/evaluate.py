@@ -32,7 +32,7 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
     Images that cannot be read are left out and listed, and the exit code is then 1.
     """
     import swin_deploy
-    from swin_deploy.bundle import Bundle, is_verified
+    from swin_deploy.bundle import Bundle
     from swin_deploy.parity import verdict_text
 
     keywords = given(EvaluateSpec, options)
@@ -40,9 +40,8 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
         found = swin_deploy.evaluate(bundle, **keywords, progress=show)
     held = Bundle.open(bundle)
     run = {score.file for score in found.scores}
-    engines = [file for file in held.files if file.endswith(".engine") and file not in run]
-    exact = {file: entry for file, entry in held.graphs.items() if entry["precision"] == "fp32"}
-    torch = {file: verdict_text(entry["agreement"] if is_verified(entry) else None) for file, entry in exact.items()}
+    engines = [file for file in held.engines if file not in run]
+    torch = {file: verdict_text(entry.relative_l2) for file, entry in held.graphs_of("fp32").items()}
     if as_json:
         print_json(
             {

@@ -23,11 +23,10 @@ def command(as_json: bool, **options: Any) -> None:
     with console() as show:
         bundle = swin_deploy.export(**given(ExportSpec, options), progress=show)
         for file, entry in bundle.graphs.items():
-            agreement = entry["agreement"] if isinstance(entry["agreement"], dict) else None
-            show.say(f"Wrote {bundle.path / file}: {verdict_text(agreement)}")
-            if agreement is None:
+            show.say(f"Wrote {bundle.path / file}: {verdict_text(entry.relative_l2)}")
+            if entry.agreement is None:
                 show.say('Not compared, because ONNX Runtime is not installed: pip install "swin-deploy[onnxruntime]"')
     if as_json:
-        print_json({"bundle": str(bundle.path), **bundle.manifest})
+        print_json({"bundle": str(bundle.path), **bundle.manifest.to_dict()})
     else:
         click.echo(str(bundle.path))

@@ -70,17 +70,17 @@ ROLE_WORDS = {"attention": "fused attention", "product": "matmuls", "move": "dat
 
 def engine_chart(engines: Sequence[tuple[str, EngineCost]], file_format: str) -> bytes:
     """Draw the bytes that the kernels of each engine move, by role; kernels where the bytes of an engine are unknown."""
-    by_bytes = all(cost.figures["bytes_moved"] is not None for _, cost in engines)
+    by_bytes = all(cost.figures.bytes_moved is not None for _, cost in engines)
     bars = []
     for title, cost in engines:
-        rows = ((colour, cost.figures["roles"][role]) for role, colour in ROLE_COLOURS.items())
+        rows = ((colour, cost.figures.of(role)) for role, colour in ROLE_COLOURS.items())
         parts = [
-            ((row["bytes_read"] + row["bytes_written"]) / 1e6 if by_bytes else row["kernels"] or 0, colour)
+            (((row.bytes_read or 0) + (row.bytes_written or 0)) / 1e6 if by_bytes else row.kernels or 0, colour)
             for colour, row in rows
         ]
-        note = "kernels unknown" if cost.figures["kernels"] is None else f"{cost.figures['kernels']} kernels"
-        if cost.figures["bytes_moved"] is not None:
-            note += f", {cost.figures['bytes_moved'] / 1e6:.0f} MB"
+        note = "kernels unknown" if cost.figures.kernels is None else f"{cost.figures.kernels} kernels"
+        if cost.figures.bytes_moved is not None:
+            note += f", {cost.figures.bytes_moved / 1e6:.0f} MB"
         if cost.roofline is not None:
             note += f"\nroofline {cost.roofline.seconds * 1e3:.2f} ms on {cost.roofline.gpu}"
         bars.append(Bar(title, parts, note))
@@ -109,9 +109,9 @@ def _figures(cost: EngineCost) -> dict[str, Any]:
     moved = {f"MB {way}": cost.bytes_of(way) for way in ("read", "written")}
     times = {"memory ms": "memory", "compute ms": "compute", "launch ms": "launch", "roofline ms": "seconds"}
     figures = {
-        "kernels": cost.figures["kernels"],
-        "fused attention": cost.figures["fused_attention"],
-        "only move data": cost.figures["roles"]["move"]["kernels"],
+        "kernels": cost.figures.kernels,
+        "fused attention": cost.figures.fused_attention,
+        "only move data": cost.figures.of("move").kernels,
         **{name: None if count is None else round(count / 1e6, 1) for name, count in moved.items()},
         **{name: cost.roofline and round(getattr(cost.roofline, part) * 1e3, 3) for name, part in times.items()},
     }
@@ -125,7 +125,7 @@ def _print_engines(found: Sequence[Inspection]) -> None:
             _shown(one, cost.name),
             ":".join(str(size) for size in dict.fromkeys(cost.batch)),
             *_figures(cost).values(),
-            ", ".join(f"{kind} {count}" for kind, count in cost.figures["types"].items()),
+            ", ".join(f"{kind} {count}" for kind, count in cost.figures.types.items()),
         )
         for one, cost in engines
     ]

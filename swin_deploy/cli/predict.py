@@ -37,7 +37,7 @@ def command(bundle: Path, images: tuple[str, ...], top_k: int | None, as_json: b
 
     # Invalid arguments are refused before the model is loaded, which may take a measurement.
     manifest = Bundle.open(bundle).manifest
-    if (task := manifest["task"]["name"]) != "image-classification":
+    if (task := manifest.task.name) != "image-classification":
         raise UsageError(
             f"{bundle} was exported for the task {task}, but predict needs image-classification. Run it in Python "
             f"(swin_deploy.load), or export it with --task image-classification."
@@ -48,8 +48,8 @@ def command(bundle: Path, images: tuple[str, ...], top_k: int | None, as_json: b
     for image in images if limits["on_error"] == "stop" else ():
         if not os.path.isfile(image):  # noqa: PTH113 - Path.is_file raises for a name that is too long
             read_image(image)  # raises an error that names the problem
-    if assumed := manifest.get("preprocessing", {}).get("assumed"):
-        click.echo(f"Warning: {shown(assumed)}", err=True)
+    if (stated := manifest.preprocessing) is not None and stated.assumed:
+        click.echo(f"Warning: {shown(stated.assumed)}", err=True)
     with console():
         model = swin_deploy.load(bundle, **given(LoadSpec, options))
     with model:

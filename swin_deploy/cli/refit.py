@@ -22,6 +22,6 @@ def command(bundle: Path, verbose: bool, as_json: bool) -> None:
     with console(verbose), stdout_kept_clean():
         built = swin_deploy.refit(bundle)
     if as_json:
-        print_json([{"engine": str(bundle / one.file), "reused": one.reused, **one.entry} for one in built])
+        print_json([{"engine": str(bundle / one.file), "reused": one.reused, **one.entry.to_dict()} for one in built])
         return
-    print_table(("engine", "MB"), [(str(bundle / one.file), round(one.entry["bytes"] / 1e6, 1)) for one in built])
+    print_table(("engine", "MB"), [(str(bundle / one.file), round(one.entry.bytes / 1e6, 1)) for one in built])

@@ -24,6 +24,7 @@ from swin_deploy.errors import BackendError, BundleError, MissingDependencyError
 from swin_deploy.files import scratch_folder
 from swin_deploy.gpus import CudaDevice, cuda_devices
 from swin_deploy.machine import Machine, this_machine
+from swin_deploy.manifest import EngineEntry
 
 from .packages import VersionConflict, install_command, installed_conflicts, versions_of
 
@@ -312,22 +313,21 @@ def _runs(bundle: Bundle, backends: Sequence[str], gpus: Sequence[InstalledGpu])
     """Run every precision of the bundle in every back end, and every engine that fits this machine."""
     held: dict[str, str] = {}
     for file, entry in bundle.graphs.items():
-        held.setdefault(str(entry["precision"]), file)  # the first image size
+        held.setdefault(entry.precision, file)  # the first image size
     runs = [
         _tried(bundle, file, backend, precision, {"backend": backend, "precision": precision, "threads": 0})
         for backend in backends
         for precision, file in {**held, **({"bf16": held["fp32"]} if backend == "openvino" else {})}.items()
     ]
-    engines = [(file, entry) for file, entry in bundle.files.items() if file.endswith(".engine")]
-    return (*runs, *(run_engine(bundle, file, entry, gpus) for file, entry in engines))
+    return (*runs, *(run_engine(bundle, file, entry, gpus) for file, entry in bundle.engines.items()))
 
 
-def run_engine(bundle: Bundle, file: str, entry: Mapping[str, Any], gpus: Sequence[InstalledGpu]) -> BundleRun:
+def run_engine(bundle: Bundle, file: str, entry: EngineEntry, gpus: Sequence[InstalledGpu]) -> BundleRun:
     """Run an engine of the bundle on the first GPU that it fits, or report why it fits none."""
     from swin_deploy.runtimes.backends import BACKENDS
     from swin_deploy.runtimes.gpu.engine_fit import incompatibility
 
-    backend, precision, library = str(entry["backend"]), str(entry["precision"]), BACKENDS[entry["backend"]].found
+    backend, precision, library = entry.backend, entry.precision, BACKENDS[entry.backend].found
     release = None
     with contextlib.suppress(MissingDependencyError, OSError):
         release = str(require(library, "run engines").__version__)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from swin_deploy.bundle import CONFIG, Bundle, TensorSpec
+from swin_deploy.bundle import Bundle, TensorSpec
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import UsageError
 from swin_deploy.frame_input import Frames
@@ -76,7 +76,7 @@ class TorchNetwork:
 
 def refuse_other_network(weights: object, config: SwinConfig, bundle: Bundle) -> None:
     """Raise UsageError if `config`, of the checkpoint `weights`, is not the architecture of `bundle`."""
-    ours = SwinConfig.from_dict(bundle.read_json(CONFIG))
+    ours = bundle.config
     shape = ("version", "embed_dim", "depths", "num_heads", "window_size", "patch_size", "mlp_ratio", "qkv_bias", "num_labels")
     for name in (*shape, "global_pool", "always_partition"):
         if getattr(ours, name) != getattr(config, name):

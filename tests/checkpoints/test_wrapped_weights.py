@@ -429,8 +429,8 @@ def test_config_of_a_trainer_beside_the_weights(tmp_path: Path) -> None:
 def test_later_commands_load_the_weights_that_were_exported() -> None:
     """`evaluate --weights` and `bench --weights` compare with the checkpoint, with the options of the export."""
     config = SwinConfig(1, head_widths=(12,), head_act="relu", always_partition=True)
-    manifest = {"task": TaskSpec().to_dict(), "semantics": "timm", "weights_key": "model"}
-    bundle: Any = types.SimpleNamespace(manifest=manifest, read_json=lambda name: config.to_dict())
+    manifest = types.SimpleNamespace(semantics="timm", weights_key="model")
+    bundle: Any = types.SimpleNamespace(manifest=manifest, config=config, task=TaskSpec())
     spec = spec_of_export(bundle, "a.pth", (64, 96))
     found = (spec.weights, spec.image_sizes, spec.framework, spec.weights_key, spec.head_activation, spec.always_partition)
     assert found == ("a.pth", ((64, 96),), "timm", "model", "relu", True)

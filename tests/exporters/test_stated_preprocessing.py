@@ -266,7 +266,7 @@ def test_the_manifest_and_the_messages_name_the_source(tmp_path: Path, caplog: p
         assert len(model.classify([image.resize((40, 40)), image.resize((60, 40)), image.resize((41, 41))])) == 3
         with pytest.raises(InputError, match="--crop-pct 1 to crop the center"):
             model.classify(image.resize((80, 40)))
-    _write_manifest(bundle.path, {**bundle.manifest, "preprocessing": {"assumed": "Nobody knows."}})
+    _write_manifest(bundle.path, {**bundle.manifest.to_dict(), "preprocessing": {"assumed": "Nobody knows."}})
     Image.open(FLOWER).resize((40, 40)).save(tmp_path / "square.png")
     done = cli_here("predict", bundle.path, tmp_path / "square.png", "--backend", "onnxruntime", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ from PIL import Image
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import InputError, UsageError
 from swin_deploy.frame_input import Frames, preparation_for, refuse_misfit
+from swin_deploy.manifest import EmbeddedSteps
 from swin_deploy.models.checkpoints import random_checkpoint
 from swin_deploy.models.frame_embedding import FrameEmbedding, split_exactly
 from swin_deploy.models.swin import PatchEmbedding
@@ -153,8 +154,8 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_a_manifest_gives_back_what_was_embedded() -> None:
     preprocessor = Preprocessor.from_dict(BICUBIC)
     for one in (Frames(preprocessor), Frames(preprocessor, (1080, 1920))):
-        assert preparation_for(preprocessor, {"preprocessing": one.entry()}) == one
-    assert preparation_for(preprocessor, {"preprocessing": None}) is preprocessor
+        assert preparation_for(preprocessor, EmbeddedSteps.read(one.entry())) == one
+    assert preparation_for(preprocessor, None) is preprocessor
     steps = Frames(preprocessor, (1080, 1920)).entry()["steps"]
     assert list(steps) == ["resize", "rescale", "normalize"]
     assert list(Frames(preprocessor).entry()["steps"]) == ["rescale", "normalize"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from cli.exported import EXAMPLES, FLOWER, THREE, copied, digits, files
@@ -189,7 +190,8 @@ def test_a_precision_that_is_not_there_yet(tmp_path: Path) -> None:
 def test_a_graph_that_the_back_end_refuses_is_one_line(backend: str, tmp_path: Path) -> None:
     pytest.importorskip(backend, reason=f"{backend} is not installed")
     bundle = Bundle.open(copied(2, tmp_path / "b"))
-    bundle.with_file("onnx/model.onnx", bundle.files["onnx/model.onnx"], lambda path: path.write_bytes(b"no graph") and None)
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Unknown", ["pixel_values"], ["logits"])], "g", [], [])
+    bundle.with_file("onnx/model.onnx", bundle.files["onnx/model.onnx"], onnx.helper.make_model(graph).SerializeToString())
     with pytest.raises(BackendError, match="cannot load") as caught:
         swin_deploy.load(bundle.path, backend=backend, precision="fp32")
     assert "\n" not in str(caught.value)
