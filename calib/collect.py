@@ -181,14 +181,11 @@ class _Store:
         self._key = key
 
     def finished(self) -> dict[str, Observation]:
-        arrays = load_arrays(self._whole, self._key)
-        return {} if arrays is None else from_arrays(arrays)
+        return _observations(load_arrays(self._whole, self._key))[1]
 
     def unfinished(self, tensors: Sequence[str]) -> State:
-        arrays = load_arrays(self._part, self._key)
-        if arrays is None or tuple(arrays["names"]) != tuple(tensors):
-            return 0, {}
-        return int(arrays["done"]), from_arrays(arrays)
+        state = _observations(load_arrays(self._part, self._key))
+        return state if tuple(state[1]) == tuple(tensors) else (0, {})
 
     def save(self, done: int, observations: Mapping[str, Observation]) -> None:
         save_arrays(self._part, self._key, {"done": np.int64(done), **to_arrays(observations)})
@@ -197,6 +194,14 @@ class _Store:
         save_arrays(self._whole, self._key, to_arrays(observations))
         with disk_errors(self._part):
             self._part.unlink(missing_ok=True)
+
+
+def _observations(arrays: Mapping[str, Array] | None) -> State:
+    """Return the state in a cache file; an empty one if it holds anything else, since it can be made again."""
+    try:
+        return (0, {}) if arrays is None else (int(arrays.get("done", 0)), from_arrays(arrays))
+    except (ValueError, KeyError, TypeError):
+        return 0, {}
 
 
 def load_arrays(path: Path, key: str) -> dict[str, Array] | None:

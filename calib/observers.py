@@ -87,7 +87,13 @@ def to_arrays(observations: Mapping[str, Observation]) -> dict[str, Array]:
 
 
 def from_arrays(arrays: Mapping[str, Array]) -> dict[str, Observation]:
-    """Restore what `to_arrays` converted, bit for bit."""
+    """Restore what `to_arrays` converted, bit for bit. Raises ValueError or KeyError for anything else."""
+    shapes = {"names": (len(arrays["names"]),), "counts": (len(arrays["names"]), 2 * HALF), "whole": (len(arrays["names"]), 3)}
+    kinds = {"names": "U", "counts": "i", "whole": "i"}
+    if len(arrays["names"]) == 0:
+        return {}
+    if any(arrays[key].shape != shape or arrays[key].dtype.kind != kinds[key] for key, shape in shapes.items()):
+        raise ValueError("these are no observations")
     found: dict[str, Observation] = {}
     for name, counts, whole, ends in zip(*(arrays[key] for key in ("names", "counts", "whole", "ends")), strict=True):
         exponent, samples, values = map(int, whole)

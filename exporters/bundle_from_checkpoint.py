@@ -29,7 +29,7 @@ from swin_deploy.bundle import (
 )
 from swin_deploy.config import OWN_KEYS, SwinConfig
 from swin_deploy.dependencies import installed_versions, require
-from swin_deploy.errors import CheckpointError, InputError, MissingDependencyError, UsageError, VerificationError
+from swin_deploy.errors import CheckpointError, InputError, MissingDependencyError, UsageError, VerificationError, shown
 from swin_deploy.files import json_file
 from swin_deploy.frame_input import Frames, refuse_misfit
 from swin_deploy.manifest import LARGEST_FRAME, LARGEST_SIDE
@@ -334,13 +334,14 @@ def _from_file(path: Path, config: SwinConfig) -> Preprocessor:
         raise UsageError(f"{path}: {error}") from error
 
 
-def _from_timm(stated: Mapping[str, Any], config: SwinConfig) -> Preprocessor:
-    tested = stated.get("test_input_size")
-    if (
-        tested
-        and stated.get("test_crop_pct")
-        and tuple(tested[1:]) == config.image_size != tuple(stated.get("input_size", ()))[1:]
-    ):
+def _from_timm(stated: Any, config: SwinConfig) -> Preprocessor:
+    if not isinstance(stated, Mapping):
+        raise InputError(f"Invalid pretrained_cfg: {shown(repr(stated))}. Expected a JSON object.")
+    sizes = [stated.get(name) for name in ("test_input_size", "input_size")]
+    if not all(isinstance(size, list | tuple | None) for size in sizes):
+        raise InputError(f"Invalid input_size: {shown(repr(sizes))}. Expected a list of channels, height and width.")
+    tested, trained = (size and tuple(size[1:]) for size in sizes)
+    if tested and stated.get("test_crop_pct") and tested == config.image_size != trained:
         stated = {**stated, "crop_pct": stated["test_crop_pct"]}
     return Preprocessor.from_timm(stated, config.image_size, config.num_channels)
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swin_deploy.config import SwinConfig
-from swin_deploy.errors import UsageError
+from swin_deploy.errors import BundleError, UsageError, shown
 
 RANGES = "ranges.json"  # their file in a bundle
 SMALLEST_SCALE = np.float32(1e-30)  # of a channel whose weights are all 0
@@ -70,8 +70,12 @@ class QatRanges:
         return f'{{"source": {json.dumps(self.source)}, "layers": {{\n{lines}\n}}}}\n'
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> QatRanges:
-        return cls(str(values["source"]), {name: _layer(layer) for name, layer in values["layers"].items()})
+    def from_dict(cls, values: Any) -> QatRanges:
+        """Read the content of ranges.json. Raises BundleError if it is invalid."""
+        layers = values.get("layers") if isinstance(values, Mapping) else None
+        if not isinstance(layers, Mapping):
+            raise _invalid("content", values, 'an object with "layers"')
+        return cls(str(values.get("source", "")), {name: _layer(name, layer) for name, layer in layers.items()})
 
     def input_of(self, modules: Iterable[str]) -> ActivationRange | None:
         """Return the range of the tensor that `modules` read: the largest that one of them has."""
@@ -84,6 +88,8 @@ class QatRanges:
             return None
         parts = []
         for name, scales in found.items():
+            if len(scales or ()) not in (1, rows // len(found)):
+                raise _invalid(f"weight of {name}", f"{len(scales or ())} scales", f"one, or {rows // len(found)}")
             part = np.broadcast_to(np.asarray(scales, np.float32), rows // len(found))
             parts.append(np.maximum(part * np.float32(softmax_scale(name, config)), SMALLEST_SCALE))
         return np.concatenate(parts)
@@ -129,6 +135,31 @@ def modules_of(layer: str) -> tuple[str, ...]:
     return {"classifier": ("classifier",), "decoder": ("decoder.0",)}.get(layer, ())
 
 
-def _layer(values: Mapping[str, Any]) -> LayerRanges:
-    input, output = (ActivationRange(**values[name]) if name in values else None for name in ("input", "output"))
-    return LayerRanges(input, output, tuple(values["weight"]) if "weight" in values else None)
+def _layer(name: str, values: Any) -> LayerRanges:
+    if not isinstance(values, Mapping):
+        raise _invalid(name, values, "an object")
+    input, output = (_range(f"{part} of {name}", values.get(part)) for part in ("input", "output"))
+    weight = values.get("weight")
+    if weight is None:
+        return LayerRanges(input, output)
+    if not isinstance(weight, list) or not weight or not all(map(_is_amount, weight)):
+        raise _invalid(f"weight of {name}", weight, "a list of numbers of at least 0")
+    return LayerRanges(input, output, tuple(map(float, weight)))
+
+
+def _range(name: str, values: Any) -> ActivationRange | None:
+    if values is None:
+        return None
+    given = values if isinstance(values, Mapping) else {}
+    zero_point = given.get("zero_point")
+    if type(zero_point) is int and 0 <= zero_point <= 255 and all(_is_amount(given.get(key)) for key in ("scale", "amplitude")):
+        return ActivationRange(float(given["scale"]), zero_point, float(given["amplitude"]))
+    raise _invalid(name, values, "a scale and an amplitude of at least 0, and a zero_point from 0 to 255")
+
+
+def _is_amount(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e38
+
+
+def _invalid(name: str, value: object, expected: str) -> BundleError:
+    return BundleError(f"{RANGES}: Invalid {shown(name)}: {shown(value)}. Expected {expected}. Export the bundle again.")

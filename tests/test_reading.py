@@ -13,12 +13,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from swin_deploy import errors, files
+from swin_deploy.bundle import TensorSpec
+from swin_deploy.calib.data import samples_from
+from swin_deploy.calib.labels import class_names, labels_from_file
+from swin_deploy.cli.output import print_table
 from swin_deploy.config import SwinConfig
-from swin_deploy.errors import CheckpointError, InputError, shown
+from swin_deploy.errors import BundleError, CheckpointError, InputError, shown
 from swin_deploy.files import json_file, json_from, read_regular
 from swin_deploy.numpy_files import read_arrays
+from swin_deploy.preprocess import Preprocessor
+from swin_deploy.qat_ranges import QatRanges
 
 
 def special(kind: str, folder: Path) -> Path:
@@ -283,3 +290,108 @@ def test_configs_within_limits(changes: dict[str, Any], said: str) -> None:
 def test_the_largest_published_configs_are_within_limits() -> None:
     giant = {"model_type": "swinv2", "embed_dim": 512, "depths": [2, 2, 42, 4], "num_heads": [16, 32, 64, 128]}
     assert SwinConfig.from_dict({**giant, "image_size": 1536, "window_size": 48, "num_labels": 21841}).hidden_size == 4096
+
+
+BIG = {"height": 30000, "width": 30000}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"crop_size": BIG, "do_center_crop": True}, "at most 44739242 pixels for 3 channels"),
+        ({"size": BIG}, "at most 44739242 pixels"),
+        ({"size": {"shortest_edge": 10**6}}, "at most 44739242 pixels"),
+        ({"size": 2**64}, "Expected a positive whole number"),
+        ({"size": 224.0}, "Expected a positive whole number"),
+        ({"resample": 3.0}, "Expected a Pillow filter"),
+        ({"resample": True}, "Expected a Pillow filter"),
+        ({"rescale_factor": 1e300}, "Expected a finite number"),
+        ({"image_mean": [float("nan")] * 3}, "Expected three finite numbers"),
+        ({"image_mean": [0.5] * 20_000, "image_std": [0.5] * 20_000}, "Expected at most 10000"),
+        ({"image_std": [0, 1, 1]}, "above 0"),
+        ({"image_std": 1e-40}, "above 0"),
+        ({"crop_pct": 1e-320}, "a number from 0.01 to 100"),
+        ({"crop_fill": [0.5] * 3}, "a number from 0 to 255"),
+        ({"image_processor_type": "\x1b[2J" * 999}, r"names \\x1b\[2J"),
+        ({"keep_ratio": "\x1b" * 999}, r"Invalid keep_ratio: '\\x1b"),
+    ],
+)
+def test_preprocessing_within_limits(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        Preprocessor.from_dict(changes)
+    assert len(str(caught.value)) < 800
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "frames", "said"),
+    [
+        ((1, 3000), 3, 1, "would be resized from 3000x1 to 672000x224 pixels"),
+        ((200, 200), 3, 1, "more pixels than PIL.Image.MAX_IMAGE_PIXELS"),
+        ((100, 100), 20, 20, "more pixels than PIL.Image.MAX_IMAGE_PIXELS"),
+        ((8, 8), 4, 5, "has mode [LP] with 1 channel, and this network expects 4"),
+    ],
+)
+def test_images_within_limits(
+    size: tuple[int, int], channels: int, frames: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    pictures = [Image.new("L", size, shade) for shade in range(frames)]
+    pictures[0].save(tmp_path / "x.gif", save_all=True, append_images=pictures[1:])
+    prepare = Preprocessor(shortest_edge=224, image_mean=(0.5,) * channels, image_std=(0.5,) * channels)
+    with pytest.raises(InputError, match=said):
+        prepare(tmp_path / "x.gif")
+
+
+NAMES = {
+    ".txt": (b"a\n" * 1_000_001, "more than 1000000 lines"),
+    ".csv": (b'id,name\n0,"' + b"a" * 200_000 + b'"\n', "field larger than field limit"),
+    ".tsv": (b"name\tid\n\x1b\n", "fewer columns than the first one"),
+    ".json": (b'{"1000000000": "cat"}', "labels for another number of classes"),
+    ".names": (b"\xff\xfe", "not UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize("suffix", NAMES)
+def test_label_files_within_limits(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"labels{suffix}"
+    path.write_bytes(NAMES[suffix][0])
+    with pytest.raises(InputError, match=NAMES[suffix][1]):
+        class_names(str(path), 3)
+    if suffix == ".csv":
+        with pytest.raises(InputError, match="field larger than field limit"):
+            labels_from_file(path, ["a"])
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        (5, "Invalid classifier: 5. Expected an object"),
+        ({"input": {"scale": 0.1, "zero_point": 256, "amplitude": 1}}, "zero_point from 0 to 255"),
+        ({"output": {"scale": "0.1", "zero_point": 0, "amplitude": 1}}, "Invalid output of classifier"),
+        ({"output": {"scale": 1e39, "zero_point": 0, "amplitude": 1}}, "Invalid output of classifier"),
+        ({"weight": []}, "Expected a list of numbers"),
+        ({"weight": [1, None]}, "Expected a list of numbers"),
+        ({"weight": [0.1, 0.2]}, "Invalid weight of classifier: 2 scales. Expected one, or 3"),
+    ],
+)
+def test_ranges_within_limits(layer: Any, said: str) -> None:
+    with pytest.raises(BundleError, match=said):
+        QatRanges.from_dict({"layers": {"classifier": layer}}).weight_of("classifier", 3, SwinConfig(2))
+
+
+def test_a_damaged_archive_of_samples_is_refused(tmp_path: Path) -> None:
+    """The samples are streamed, so the checksum is known after the last one."""
+    path, inputs = tmp_path / "x.npz", (TensorSpec("pixel_values", "float32", ("batch", 3, 8, 8)),)
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    np.savez(path, images=images)
+    path.write_bytes(path.read_bytes().replace(images[3].tobytes()[:8], bytes(8)))
+    with pytest.raises(InputError, match="Bad CRC-32"):
+        list(samples_from(path, Preprocessor(size=(8, 8)), inputs).batches(2))
+    np.savez_compressed(path, images=np.zeros((20_000_000, 1, 1), np.uint8))
+    with pytest.raises(InputError, match=r"has 20000000 samples of 1 bytes\. Expected at most 10000000 samples"):
+        samples_from(path, Preprocessor(size=(8, 8)), inputs)
+
+
+def test_foreign_text_in_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(("label",), [("\x1b[2J" + "x" * 400,)])
+    assert capsys.readouterr().out.splitlines()[1] == "\\x1b[2J" + "x" * 290 + "..."

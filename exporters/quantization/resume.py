@@ -37,9 +37,12 @@ class ResumeState:
         found = []
         for layer in layers:
             kept = load_arrays(self._file(layer), self._key)
-            if kept is None:
+            try:
+                if kept is None or kept["values"].ndim != 2 or kept["scale"].shape != kept["values"].shape[:1]:
+                    return None
+                scale = ActivationScale(float(kept["activation"]), int(kept["zero_point"]))
+            except (KeyError, TypeError, ValueError):
                 return None
-            scale = ActivationScale(float(kept["activation"]), int(kept["zero_point"]))
             found.append(QuantizedLinear(layer, kept["values"], kept["scale"], kept.get("bias"), scale))
         return found
 

@@ -125,7 +125,7 @@ def test_options_state_it_by_hand(tmp_path: Path) -> None:
         ({}, '{"size": 0}', r"any\.json: Invalid size: 0"),
         ({}, '{"image_processor_type": "GLPNImageProcessor"}', "names GLPNImageProcessor, whose steps are not supported"),
         ({}, '{"mean": [0.5], "crop_mode": "corner"}', "Invalid crop_mode: 'corner'. Expected center, squash or border"),
-        ({}, '{"mean": [0.5], "test_input_size": 3, "test_crop_pct": 1}', "not subscriptable"),
+        ({}, '{"mean": [0.5], "test_input_size": 3, "test_crop_pct": 1}', "Invalid input_size"),
     ],
 )
 def test_invalid_statements_are_refused(spec: dict[str, Any], file: str | None, message: str, tmp_path: Path) -> None:
