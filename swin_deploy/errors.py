@@ -26,7 +26,7 @@ from collections.abc import Iterable
 
 # Control characters, which a terminal obeys, and those that change the direction of text.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
-_UNPRINTABLE = re.compile(_CONTROL.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))  # all but tabs and line ends
+UNPRINTABLE = re.compile(_CONTROL.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))  # all but tabs and line ends
 SHOWN, LONGEST = 300, 8000  # characters: of one foreign text in a message, and of a message
 
 
@@ -102,7 +102,7 @@ def unknown(kind: str, value: object, choices: Iterable[str]) -> UsageError:
     return UsageError(f'Unknown {kind} "{shown(str(value))}". Choose one of: {", ".join(choices)}.')
 
 
-def printable(text: str, pattern: re.Pattern[str] = _UNPRINTABLE) -> str:
+def printable(text: str, pattern: re.Pattern[str] = UNPRINTABLE) -> str:
     """Return `text` with its control characters escaped as in Python (ESC as \\x1b), except tabs and line ends."""
     return pattern.sub(lambda sign: sign[0].encode("unicode_escape").decode(), text)
 

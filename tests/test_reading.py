@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import socket
 import struct
@@ -19,7 +20,7 @@ from swin_deploy import errors, files
 from swin_deploy.bundle import TensorSpec
 from swin_deploy.calib.data import samples_from
 from swin_deploy.calib.labels import class_names, labels_from_file
-from swin_deploy.cli.output import print_table
+from swin_deploy.cli.output import print_json, print_table
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import BundleError, CheckpointError, InputError, shown
 from swin_deploy.files import json_file, json_from, read_regular
@@ -392,6 +393,11 @@ def test_a_damaged_archive_of_samples_is_refused(tmp_path: Path) -> None:
         samples_from(path, Preprocessor(size=(8, 8)), inputs)
 
 
-def test_foreign_text_in_tables(capsys: pytest.CaptureFixture[str]) -> None:
+def test_foreign_text_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    label = "\x1b[2J\x9b\u202eä" + "x" * 400
+    print_json({"label": label})
+    printed = capsys.readouterr().out
+    assert json.loads(printed) == {"label": label}
+    assert "\\u001b[2J\\u009b\\u202eä" in printed
     print_table(("label",), [("\x1b[2J" + "x" * 400,)])
     assert capsys.readouterr().out.splitlines()[1] == "\\x1b[2J" + "x" * 290 + "..."

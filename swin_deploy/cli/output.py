@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 import click
 
-from swin_deploy.errors import UsageError, printable, shown
+from swin_deploy.errors import UNPRINTABLE, UsageError, printable, shown
 
 TENSORRT = "swin_deploy.tensorrt"  # the logger of the compiler's own messages
 SECONDS_BETWEEN_LINES = 10  # of progress, where stderr is no terminal
@@ -25,12 +24,8 @@ verbose_option = click.option("-v", "--verbose", is_flag=True, help="Show all me
 
 def print_json(value: Any) -> None:
     """Print `value` as JSON on stdout."""
-    click.echo(_encodable(json.dumps(value, indent=2, ensure_ascii=False)))
-
-
-def _encodable(text: str) -> str:
-    """Return `text` with lone surrogates, which UTF-8 cannot encode, escaped as in JSON."""
-    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    click.echo(UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text))  # the same values for a parser of JSON
 
 
 def only_flag(given: Mapping[str, bool]) -> str | None:
