@@ -114,7 +114,7 @@ def test_a_pickled_module_and_an_unknown_network(tmp_path: Path) -> None:
         (b"\x80\x02h\x07.", "cannot be read as what torch.save writes"),  # a memo that was never written
         (b"\x80\x02N}u.", "cannot be read as what torch.save writes"),
         (b"\x80\x02Nr\xff\xff\xff\xff.", "holds no tensors by name"),  # C's unpickler would make room for 4 billion
-        (b"\x80\x02X\xff\xff\xff\xffab.", "expected 4294967295 bytes in a unicodestring4"),
+        (b"\x80\x02X\xff\xff\xff\xffab.", "expected 4294967295 bytes, found 3"),
         (b"\x80\x02\x8d\xff\xff\xff\xff\xff\xff\xff\x7fab.", "is truncated or damaged"),
         (b"\x80\x02" + b"(" * 20_000 + b"." + b"0" * 9, "is truncated or damaged"),
         (b"\x80\x02)" + b"\x862" * 60 + b"Ks.", "cannot be read as what torch.save writes"),
@@ -146,11 +146,12 @@ def test_hostile_sizes_in_safetensors(tmp_path: Path) -> None:
     ("shape", "stride", "sentence"),
     [
         ((4,), (1,), "holds 1 tensors, and not those of a Swin"),  # a good file
-        ((5,), (1,), "Trying to resize storage that is not resizable.* is truncated or damaged"),
+        ((5,), (1,), r"claims shape \[5\], and the file holds 4 numbers for it. It is truncated or damaged"),
+        ((2,), (4,), r"claims shape \[2\], and the file holds 4 numbers"),
         ((1 << 62, 1 << 62), (1 << 62, 1), "is truncated or damaged"),
         ((1 << 40,), (1,), "is truncated or damaged"),
         ((1 << 20,), (0,), r"claims shape \[1048576\], and the file holds 4 numbers"),  # one number, a million times
-        ((0, 1 << 60), (1, 1), "and the file holds 4 numbers"),
+        ((0, 1 << 60), (1, 1), r"claims shape \[0, 1152921504606846976\], and is empty"),
         ((2, 2), (1,), "is truncated or damaged"),
         ((-1,), (1,), "is truncated or damaged"),
         ((2,), (-1,), "is truncated or damaged"),
@@ -163,7 +164,7 @@ def test_hostile_sizes_in_a_pickle(
     code = tensor_pickle(shape, stride, view=b"N" if legacy else b"")
     if legacy:
         write_legacy(tmp_path / "a.pth", code, bytes(16))
-        refused(tmp_path / "a.pth", sentence.replace("Trying to resize storage that is not resizable", "wrong byte size"))
+        refused(tmp_path / "a.pth", sentence)
     else:
         write_zip(tmp_path / "a.pth", {"a/data.pkl": code, "a/data/0": bytes(16)})
         refused(tmp_path / "a.pth", sentence)
@@ -172,9 +173,9 @@ def test_hostile_sizes_in_a_pickle(
 def test_storages_that_are_not_there(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     write_zip(path, {"a/data.pkl": tensor_pickle((4,), (1,), key="1"), "a/data/0": bytes(16)})
-    refused(path, "failed locating file data/1: file not found.* is truncated or damaged")
+    refused(path, "storage 1 has 16 bytes, and its record is missing.* is truncated or damaged")
     write_zip(path, {"a/data.pkl": tensor_pickle((4,), (1,)), "a/data/0": bytes(8), "a/data/1": bytes(32)})
-    refused(path, r"claims shape \[4\]|not resizable")  # the numbers of another tensor follow
+    refused(path, "storage 0 has 16 bytes, and its record 8")  # the numbers of another tensor follow
     write_zip(path, {"a/data.pkl": tensor_pickle((4,), (1,), storage="QInt8Storage"), "a/data/0": bytes(16)})
     refused(path, r"asks for torch\.QInt8Storage")
 

@@ -17,6 +17,8 @@ from swin_deploy.models.parameters import POSITIONS, LazyTensors, Shape, paramet
 from swin_deploy.qat_ranges import QatRanges
 from swin_deploy.tasks import TaskSpec
 
+DAMAGED = "It is truncated or damaged; fetch it again."
+LONGEST_NAME = 300  # characters in the name of a tensor, with those of the dictionaries around it
 FLOATING = ("float32", "float16", "bfloat16", "float64")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from swin_deploy.config import SwinConfig, Window, sides, window_from
+from swin_deploy.config import MOST_STAGES, SwinConfig, Window, sides, window_from
 from swin_deploy.errors import CheckpointError
 from swin_deploy.models.parameters import Shape
 
@@ -119,8 +119,11 @@ class _Inference:
                 raise CheckpointError(
                     f"{self.where} lacks a stage or a block before the last one. It is damaged; fetch it again."
                 )
-        if not depths:
-            raise CheckpointError(f"{self.where} holds no Swin block. Expected a checkpoint of Swin V1 or V2.")
+        if not 0 < len(depths) <= MOST_STAGES:
+            raise CheckpointError(
+                f"{self.where} holds {len(depths)} stages of Swin blocks. Expected a checkpoint of Swin V1 or V2, with at most "
+                f"{MOST_STAGES} stages."
+            )
         return depths
 
     def _attention(self, stage: int, name: str, axes: int) -> Shape:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from swin_deploy.config import MOST_LABELS, SwinConfig, with_complete_labels
+from swin_deploy.config import SwinConfig, with_complete_labels
 from swin_deploy.errors import CheckpointError
 from swin_deploy.models.parameters import LazyTensors, Shape, parameters
 from swin_deploy.qat_ranges import QatRanges
@@ -24,7 +24,6 @@ from .timm_config import config_from_timm
 from .weight_files import open_weights, read_json
 
 WRITERS = {"hf": "transformers", "tf": "transformers' TensorFlow classes", "microsoft": "Microsoft's repository"}
-MOST_STAGES = 16  # each doubles the channels
 FIX = "Check that config.json belongs to these weights."
 
 
@@ -67,7 +66,7 @@ def recognise_checkpoint(
         raw = None
     timm = raw is not None and "architecture" in raw
     if raw is not None and not timm and path.is_dir():
-        _config(raw, folder)  # the model_type of another network gives the clearest error
+        SwinConfig.from_dict(raw)  # the model_type of another network gives the clearest error
     file = open_weights(path)
     state_dict = canonical_state_dict(file, weights_key)
     if raw is not None and state_dict.writer not in (("timm", "microsoft") if timm else ("hf", "tf")):
@@ -92,7 +91,7 @@ def recognise_checkpoint(
     else:
         heads = [shape for name, shape in sorted(state_dict.shapes.items()) if re.fullmatch(r"classifier\..*weight", name)]
         raw, notes = with_complete_labels(raw, heads[-1][0] if heads else None)
-        config = _config(raw, folder)
+        config = SwinConfig.from_dict(raw)
     tensors, shapes = state_dict.tensors, state_dict.shapes
     layers = sum(bool(re.fullmatch(r"classifier\.\d+\.weight", name)) for name in shapes)
     config = dataclasses.replace(config, head_widths=tuple(shapes[f"classifier.{i}.weight"][0] for i in range(layers - 1)))
@@ -129,14 +128,6 @@ def recognise_checkpoint(
         head_between=state_dict.head_between,
         extras={**file.extras, **({"pretrained_cfg": raw.get("pretrained_cfg") or raw} if raw is not None and timm else {})},
     )
-
-
-def _config(raw: Mapping[str, Any], folder: Path) -> SwinConfig:
-    """Read the config.json of transformers, after checking that it does not ask for millions of stages or labels."""
-    labels, depths = raw.get("num_labels", 0), raw.get("depths", ())
-    if (isinstance(labels, int) and labels > MOST_LABELS) or (isinstance(depths, list) and len(depths) > MOST_STAGES):
-        raise CheckpointError(f"{folder / 'config.json'} has {labels} labels and {len(depths)} stages, which no Swin has.")
-    return SwinConfig.from_dict(raw)
 
 
 def _config_from_arguments(

@@ -262,6 +262,9 @@ def canonical_state_dict(file: StoredFile, weights_key: str | None = None) -> Ca
     for name, tensor in tensors.items():
         fp8 = re.match("float8|F8", tensor.stored.dtype)
         if fp8 and (scale := scales.get(tensor.name)):
+            whole = tensor.stored.shape
+            if len(scale.shape) > len(whole) or not all(0 < n <= of for n, of in zip(scale.shape, whole, strict=False)):
+                raise CheckpointError(f"{where}: the scale of {tensor.name} has shape {list(scale.shape)} for {list(whole)}.")
             tensors[name] = replace(tensor, scale=scale)
         elif tensor.stored.dtype not in FLOATING:
             expected = FP8_EXPECTED if fp8 else "expected a floating-point tensor."
@@ -350,7 +353,7 @@ def _from_torchvision(name: str) -> str:
 
 def _split(canonical: str, name: str, stored: Stored, without_key_bias: bool, where: str) -> dict[str, CanonicalTensor]:
     """Split one matrix or bias into query, key and value. torchvision's V2 ignores the key bias in its files."""
-    if not stored.shape or stored.shape[0] % 3:
+    if not stored.shape or not stored.shape[0] or stored.shape[0] % 3:
         raise CheckpointError(f"{where}: {name} has shape {list(stored.shape)}; expected rows for query, key and value.")
     parts = {
         canonical.replace(".qkv.", f".{part}."): CanonicalTensor(stored, name, third=third) for third, part in enumerate(PARTS)
@@ -377,7 +380,7 @@ def split_quantizers(tensors: Mapping[str, Stored]) -> tuple[Mapping[str, Stored
 
 
 def _unwrapped(name: str, wrapped: set[str]) -> str:
-    parts = name.split(".")
+    parts = name.split(".") if wrapped else []
     for layer in (".".join(parts[:count]) for count in range(len(parts))):
         inside = f"{layer}.module" if layer else "module"
         if layer in wrapped and (name == inside or name.startswith(f"{inside}.")):

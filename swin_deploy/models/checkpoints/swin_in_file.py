@@ -28,6 +28,7 @@ FAMILIES = tuple(
         (r"features\.0\.0\.weight$", r"features\.1\.0\.attn\."),
     )
 )
+MOST_SWINS = 10  # each is compared with all others
 # Names of averaged weights, and of copies that are not the trained network itself.
 AVERAGED = re.compile(
     r"(?:.*[._])?(?:(?:model|net|student)?ema(?:model|net)?|teacher|averaged?|avg|swa|shadow)(?:[._].*)?", re.IGNORECASE
@@ -97,6 +98,8 @@ def find_swin(tensors: Mapping[str, Stored], key: str | None, where: str) -> Fou
     Averaged weights (EMA) are preferred to the plain ones. `key` names others: a part of their prefix, or "ema" or "model".
     """
     prefixes = list(dict.fromkeys(prefix for patterns in FAMILIES for prefix in _prefixes(tensors, *patterns)))
+    if len(prefixes) > MOST_SWINS:
+        raise CheckpointError(f"{where} holds {len(prefixes)} Swins. Expected at most {MOST_SWINS}.")
     if not prefixes:
         if key is not None:
             raise UsageError(f"{where} holds no Swin under {key}. Leave out --weights-key.")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from swin_deploy.config import MOST_LABELS, SwinConfig, Window, complete_labels, sides, window_from
-from swin_deploy.errors import CheckpointError, UsageError
+from swin_deploy.errors import CheckpointError, UsageError, sentence, shown
 from swin_deploy.variants import find_variant
 
 from .state_dict_names import CanonicalStateDict
@@ -65,13 +66,15 @@ def config_from_timm(raw: Mapping[str, Any], state_dict: CanonicalStateDict, whe
     arguments = {key: value for key, value in arguments.items() if value is not None}  # as create_model does
     for key, value in arguments.items():
         if key not in FIELDS.keys() | OTHER_ARGUMENTS | WITHOUT_EFFECT and value is not False:
-            raise CheckpointError(f"{where}: model_args has {key} = {value!r}, which is not supported.")
+            raise CheckpointError(f"{where}: model_args has {shown(key)} = {shown(repr(value))}, which is not supported.")
     try:
         config, notes = _with_arguments(base, _defaults(raw, pretrained) | arguments, state_dict)
         labels, note = _labels(raw, pretrained, arguments)
         return dataclasses.replace(config, id2label=labels), notes + ((note,) if note else ())
     except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
-        raise CheckpointError(f"{where}: {error}. Expected the arguments of timm's {architecture}.") from error
+        raise CheckpointError(
+            f"{where}: {shown(sentence(str(error)))}. Expected the arguments of timm's {architecture}."
+        ) from error
 
 
 def _defaults(raw: Mapping[str, Any], pretrained: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,8 +118,8 @@ def _read(arguments: Mapping[str, Any], name: str, read: Callable[[Any], Any]) -
 
 
 def _activation(name: Any) -> str:
-    if name not in TIMM_ACTIVATIONS:
-        raise ValueError(f"{name!r} is not supported; supported: {', '.join(TIMM_ACTIVATIONS)}")
+    if not isinstance(name, str) or name not in TIMM_ACTIVATIONS:
+        raise ValueError(f"{shown(repr(name))} is not supported; supported: {', '.join(TIMM_ACTIVATIONS)}")
     return TIMM_ACTIVATIONS[name]
 
 
@@ -135,10 +138,10 @@ def _windows_in_tables(config: SwinConfig, state_dict: CanonicalStateDict) -> tu
         rows, columns = dataclasses.replace(config, framework="timm").table_window(stage)
         fits = rows != columns and shape and shape[0] == (2 * rows - 1) * (2 * columns - 1)
         largest = window if isinstance(window, int) and not fits else 0
-        smaller = [side for side in range(1, largest) if shape and shape[0] == (2 * side - 1) ** 2]
-        if smaller:
-            found[stage] = smaller[0]
-            notes.append(f"the window of stage {stage} is {smaller[0]}, the size of its bias table, and not {window}")
+        side = (math.isqrt(shape[0]) + 1) // 2 if shape else 0
+        if side < largest and shape and shape[0] == (2 * side - 1) ** 2:
+            found[stage] = side
+            notes.append(f"the window of stage {stage} is {side}, the size of its bias table, and not {window}")
     return tuple(found), tuple(notes)
 
 

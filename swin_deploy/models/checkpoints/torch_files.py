@@ -2,52 +2,38 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
 import mmap
-import pickletools
+import os
 import re
-import sys
+import struct
+import tarfile
 import threading
 import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
-from swin_deploy.errors import CheckpointError
+from swin_deploy.errors import CheckpointError, shown
+from swin_deploy.files import open_regular
+from swin_deploy.options import Array
 
-from .base import Stored, StoredFile
+from .base import DAMAGED, LONGEST_NAME, Stored, StoredFile
+from .pickle_scan import DICTIONARIES, LISTS, RESTORED, Damaged, PickleScan
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # before torch 1.6: four pickles and the storages follow it
-OTHER_CALLS = re.compile(r"INST|OBJ|EXT\d|PERSID|NEWOBJ_EX|STACK_GLOBAL")  # instructions that torch.save does not use
 
 # Arguments of a training script. They can hold the model as it was before the training.
 ARGUMENTS = ("hyper_parameters", "hparams", "datamodule_hyper_parameters", "args", "config", "cfg")
 DEEPEST = 8  # dictionaries in dictionaries
-
-# Names that torch itself restores. It accepts more, but some of them can allocate any amount of memory, such as bytearray.
-RESTORED = re.compile(
-    r"""collections\.(OrderedDict|Counter) | builtins\.(set|complex) | _codecs\.encode
-    | torch\.(Size|device|bool|(b?float|complex|u?int)\d+\w*) | torch\.(storage\.)?(?!Q)\w+Storage
-    | torch\.nn\.parameter\.Parameter | torch\.serialization\._get_layout
-    | torch\._utils\._rebuild_(tensor(_v[23])?|parameter(_with_state)?)""",
-    re.VERBOSE,
-)
-# Names of the standard library and of torch that become placeholders, as those of all other packages do.
-HARMLESS = re.compile(
-    r"""(argparse|collections|datetime|decimal|enum|fractions|pathlib|typing|uuid)\..+ | types\.SimpleNamespace
-    | functools\.partial | copyreg\._reconstructor | re\._compile
-    | builtins\.(object|type|frozenset|list|dict|tuple|slice|range|int|float|bool|str|bytes)
-    | torch\.(nn|optim|amp|cuda\.amp|utils\.data|torch_version|_C\._nn)\..+""",
-    re.VERBOSE,
-)
-DICTIONARIES = re.compile(r"(.+\.)?(\w*([Dd]ict|CfgNode)|Munch|Box)")  # usual names of dict subclasses
 _LOCK = threading.Lock()  # torch has one table of accepted classes per process
 
 
@@ -80,88 +66,156 @@ def open_torch(path: Path) -> StoredFile:
 
     Zip files are mapped, so a tensor takes memory only when it is read. Legacy files are read into memory.
     """
-    with path.open("rb") as file:
+    with open_regular(path, CheckpointError) as file:
         zipped = file.read(4) == b"PK\x03\x04"
         try:
-            sizes, names = _scan_zip(file, path) if zipped else _scan_legacy(file, path)
+            names = _scan_zip(file, path) if zipped else _scan_legacy(file, path)
             top = _load(path, {name: _placeholder(name) for name in names if not RESTORED.fullmatch(name)}, zipped)
             found = dict(_tensors(top, set()))
         except CheckpointError:
             raise
         except Exception as error:  # torch documents none of its exceptions for damaged files
             reason = str(error).split("WeightsUnpickler error:")[-1].strip().partition("\n")[0].partition(". ")[0]
+            kind = "" if isinstance(error, Damaged) else f"{type(error).__name__}: "
             raise CheckpointError(
-                f"{path} cannot be read as what torch.save writes ({type(error).__name__}: {reason}). It is truncated or "
-                f"damaged; fetch it again."
+                f"{path} cannot be read as what torch.save writes ({kind}{shown(reason)}). {DAMAGED}"
             ) from error
     if not found:
         raise CheckpointError(
             f"{path} holds no tensors by name. Expected a state dict, or a dictionary that contains one: save it with "
             f"torch.save(model.state_dict(), ...)."
         )
-    tensors = {name: _stored(name, tensor, sizes if mapped else None, path) for name, (tensor, mapped) in found.items()}
-    beside = top.items() if isinstance(top, dict) else ()
-    extras = {str(key): value for key, value in beside if not isinstance(value, Tensor) and not _is_state_dict(value)}
-    return StoredFile(path, tensors, extras=_plain(extras, {}))
+    extras = {}
+    if isinstance(top, dict):
+        weights = {id(value) for value in {id(value): value for value in top.values()}.values() if _is_state_dict(value)}
+        extras = {key: value for key, value in top.items() if isinstance(key, str) and id(value) not in weights}
+    return StoredFile(path, {name: _stored(tensor) for name, tensor in found.items()}, extras=_plain(extras, {}))
 
 
-def _scan_zip(file: IO[bytes], path: Path) -> tuple[set[int], set[str]]:
-    """The sizes of the records in a zip file, and the names in its pickle."""
+def _scan_zip(file: BinaryIO, path: Path) -> set[str]:
+    """Check the structure and the checksums of a zip file, and return the names in its pickle."""
+    size = os.fstat(file.fileno()).st_size
     with zipfile.ZipFile(file) as archive:
-        entries = {info.filename.lower(): info for info in archive.infolist()}  # torch ignores case, too
+        records = archive.infolist()
+        entries = {info.filename.lower(): info for info in records}  # torch ignores case, too
         pickles = [name for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
-        if len(pickles) != 1 or len(entries) != len(archive.infolist()):
+        if len(pickles) != 1 or len(entries) != len(records):
             raise CheckpointError(f"{path} is a zip archive, and not one that torch.save wrote.")
         if pickles[0].replace("data.pkl", "constants.pkl") in entries:
             raise CheckpointError(
                 f"{path} is a TorchScript program, and only its weights are needed. Save them: "
                 f"torch.save(torch.jit.load({path.name!r}).state_dict(), 'weights.pth')"
             )
-        for info in entries.values():
-            if info.compress_type != zipfile.ZIP_STORED or info.header_offset + info.file_size > path.stat().st_size:
-                raise CheckpointError(f"{path}: {info.filename} is compressed or cut off. Expected what torch.save writes.")
-        info = entries[pickles[0]]
-        info.CRC = None  # type: ignore[assignment]  # torch.save can omit it, and torch.load ignores it
-        return {info.file_size for info in entries.values()}, _names(io.BytesIO(archive.read(info)), path)
+        for info in records:
+            if info.compress_type != zipfile.ZIP_STORED or info.header_offset + info.file_size > size:
+                raise CheckpointError(
+                    f"{path}: {shown(info.filename)} is compressed or cut off. Expected what torch.save writes."
+                )
+    starts = _check_records(file, size, records)
+    info = entries[pickles[0]]
+    file.seek(starts[info.orig_filename])
+    scan = PickleScan(file.read(info.file_size), path)
+    scan.next()
+    _check_sums(path, records, starts)
+    folder = pickles[0].removesuffix("data.pkl")
+    for key, (held, _) in scan.storages.items():
+        record = entries.get(f"{folder}data/{key}".lower())
+        if record is None or record.file_size != held:
+            raise Damaged(
+                f"storage {shown(key)} has {held} bytes, and its record {record.file_size if record else 'is missing'}"
+            )
+    return scan.names
 
 
-def _scan_legacy(file: IO[bytes], path: Path) -> tuple[None, set[str]]:
-    """None, because torch itself checks the sizes of storages in legacy files; and the names in its pickles."""
+def _check_records(file: BinaryIO, size: int, records: list[zipfile.ZipInfo]) -> dict[str, int]:
+    """Compare the directory of a zip file with the headers of its records, and return where each record starts.
+
+    torch reads the headers, and zipfile the directory: where they differ, the wrong numbers would be loaded.
+    """
+    file.seek(max(size - 98, 0))
+    tail = file.read().rjust(98, b"\0")
+    mark, *_, count, length, at, comment = struct.unpack("<4s4H2LH", tail[-22:])
+    end = size - 22
+    if tail[-42:-38] == b"PK\x06\x07":  # zip64
+        end = size - 98
+        where = struct.unpack("<4xLQL", tail[-42:-22])[1]
+        *_, count, length, at = struct.unpack("<4sQ2H2L4Q", tail[:56])
+        mark = mark if where == end and tail.startswith(b"PK\x06\x06") else b""
+    if mark != b"PK\x05\x06" or comment or count != len(records) or at + length != end:
+        raise Damaged("its zip directory does not end the file")
+    starts, before = {}, 0
+    for info in sorted(records, key=lambda info: info.header_offset):
+        file.seek(info.header_offset)
+        sign, _, flags, method, _, _, *sums, named, extra = struct.unpack("<4s5H3L2H", file.read(30))
+        name = file.read(named).decode("utf-8" if flags & 0x800 else "cp437", "replace")
+        known = [info.CRC, info.file_size, info.file_size]
+        same = (sign, flags, method, name) == (b"PK\x03\x04", info.flag_bits, 0, info.orig_filename) and name == info.filename
+        same = (
+            same
+            and not flags & 1
+            and (sums == known or (sums[0] == info.CRC and 0xFFFFFFFF in sums[1:]) or (flags & 8 and not any(sums)))
+        )
+        start = info.header_offset + 30 + named + extra
+        if not same or info.compress_size != info.file_size or info.header_offset < before or start + info.file_size > at:
+            raise Damaged(f"the header of its record {shown(info.filename)} does not fit its directory")
+        starts[info.orig_filename], before = start, start + info.file_size
+    return starts
+
+
+def _check_sums(path: Path, records: list[zipfile.ZipInfo], starts: Mapping[str, int]) -> None:
+    """Compare the checksums of all records. torch.load does not, and torch.save can leave out all of them."""
+    if not any(info.CRC for info in records):
+        return
+
+    def is_damaged(info: zipfile.ZipInfo) -> bool:
+        left, found = info.file_size, 0
+        with path.open("rb", buffering=0) as file:
+            file.seek(starts[info.orig_filename])
+            while left and (piece := file.read(min(left, 1 << 20))):
+                left, found = left - len(piece), zlib.crc32(piece, found)
+        return found != info.CRC or left > 0
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as threads:
+        damaged = [info.filename for info, wrong in zip(records, threads.map(is_damaged, records), strict=True) if wrong]
+    if damaged:
+        raise CheckpointError(
+            f"{path} is damaged: {len(damaged)} of its {len(records)} records do not have their checksum "
+            f"({shown(', '.join(damaged[:3]))}). Fetch it again."
+        )
+
+
+def _scan_legacy(file: BinaryIO, path: Path) -> set[str]:
+    """Check the pickles of a legacy file, and that all storages which they name follow. Return the names in the pickles."""
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        names = _names(cast("IO[bytes]", data), path)
+        scan = PickleScan(data, path)
         if LEGACY_MAGIC.to_bytes(10, "little") not in data[:32]:
+            try:
+                scan.next()
+            except Damaged:
+                if scan.at >= len(data):
+                    raise
             raise CheckpointError(
                 f"{path} is a pickle, and not one that torch.save wrote. Load it and save the weights: "
                 f"torch.save(weights, 'weights.pth')"
             )
-        return None, names.union(*(_names(cast("IO[bytes]", data), path) for _ in range(4)))
-
-
-def _names(file: IO[bytes], path: Path) -> set[str]:
-    """The classes and functions in the next pickle, under the names that torch looks up. Refuses what could run code."""
-    names = set()
-    for op, argument, _ in pickletools.genops(file):
-        if op.name == "PROTO" and cast(int, argument) > 2:
-            raise CheckpointError(
-                f"{path} was saved with pickle protocol {argument}, and torch loads only protocol 2 without running code. Save "
-                f"it again with torch.save(model.state_dict(), ...) and its default protocol."
-            )
-        if op.name == "GLOBAL":
-            module, name = str(argument).split(" ", 1)
-            module, name = NAME_MAPPING.get((module, name)) or (IMPORT_MAPPING.get(module, module), name)
-            names.add(f"{module}.{name}")
-        elif OTHER_CALLS.fullmatch(op.name):
-            raise _refusal(f"the instruction {op.name}", path)
-    for name in names:
-        top = name.split(".")[0]
-        known = RESTORED.fullmatch(name) or HARMLESS.fullmatch(name)
-        if not known and (top in sys.stdlib_module_names or top == "torch"):
-            raise _refusal(name, path)
-    return names
+        with contextlib.suppress(tarfile.HeaderError):  # torch would read a file that begins like a tar archive as one
+            tarfile.TarInfo.frombuf(data[:512], "utf-8", "surrogateescape")
+            raise Damaged("it begins like a tar archive")
+        _, _, _, _, keys = (scan.next() for _ in range(5))
+        if not isinstance(keys, list) or sorted(keys) != sorted(scan.storages):
+            raise Damaged("the list of its storages does not name those of its tensors")
+        for key in keys:
+            held, item = scan.storages[key]
+            if data[scan.at : scan.at + 8] != (held // item).to_bytes(8, "little"):
+                raise Damaged(f"storage {shown(key)} is cut off, or of another size than its tensors")
+            scan.at += 8 + held
+        if scan.at != len(data):
+            raise Damaged(f"it has {len(data)} bytes, and its tensors end at {scan.at}")
+        return scan.names
 
 
 def _placeholder(name: str) -> type:
-    if name == "collections.deque":
+    if name in LISTS:
         return _List
     return _Dictionary if DICTIONARIES.fullmatch(name) else type("Placeholder", (Placeholder,), {"name": name})
 
@@ -179,49 +233,57 @@ def _load(path: Path, placeholders: Mapping[str, type], zipped: bool) -> Any:
             add_safe_globals(before)
 
 
-def _tensors(value: Any, seen: set[int], name: str = "", depth: int = 0) -> Iterator[tuple[str, tuple[Tensor, bool]]]:
-    """Every tensor and numpy array by its path in nested dictionaries and modules, and whether it is a record of the file."""
+def _tensors(value: Any, seen: set[int], name: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor | Array]]:
+    """Every tensor and numpy array by its path in nested dictionaries and modules."""
+    if len(name) > LONGEST_NAME:
+        raise Damaged(f"the name of a tensor has more than {LONGEST_NAME} characters")
     if isinstance(value, Tensor):
-        yield name, (value.detach(), True)
+        yield name, value.detach()
         return
     if isinstance(value, Placeholder) and value.name.endswith(".multiarray._reconstruct"):
-        yield name, (_array(value), False)
+        yield name, _array(value)
         return
+    if id(value) in seen or depth >= 3 * DEEPEST or not isinstance(value, dict | list | tuple | Placeholder):
+        return
+    seen.add(id(value))
     entries = _entries(value)
     if isinstance(entries, Placeholder):  # an object of a trainer, such as an average of weights
         entries = entries.state
     if isinstance(entries, list | tuple):
         entries = {str(place): part for place, part in enumerate(entries) if isinstance(part, dict)}
-    if isinstance(entries, dict) and depth < 3 * DEEPEST and id(value) not in seen:
-        seen.add(id(value))
+    if isinstance(entries, dict):
         for key, inside in entries.items():
             if isinstance(key, str) and not (depth == 0 and key in ARGUMENTS):
                 yield from _tensors(inside, seen, f"{name}.{key}" if name else key, depth + 1)
 
 
+def _is_module(value: Any) -> bool:
+    state = value.state if isinstance(value, Placeholder) else None
+    return isinstance(state, dict) and isinstance(state.get("_modules"), dict)
+
+
 def _entries(value: Any) -> Any:
     """A dictionary itself, and the parameters, buffers and modules of a whole module."""
-    state = value.state if isinstance(value, Placeholder) else None
-    if not isinstance(state, dict) or not isinstance(state.get("_modules"), dict):
+    if not _is_module(value):
         return value
-    parts = [state.get(part) for part in ("_parameters", "_buffers", "_modules")]
+    parts = [value.state.get(part) for part in ("_parameters", "_buffers", "_modules")]
     return {key: inside for part in parts if isinstance(part, dict) for key, inside in part.items()}
 
 
 def _is_state_dict(value: Any) -> bool:
     entries = _entries(value)
     parts = entries.values() if isinstance(entries, dict) else ()
-    return any(isinstance(part, Tensor) or part is not _entries(part) for part in parts)
+    return any(isinstance(part, Tensor) or _is_module(part) for part in parts)
 
 
-def _array(value: Placeholder) -> Tensor:
-    """The tensor of a numpy array, from the parts that numpy pickles."""
+def _array(value: Placeholder) -> Array:
+    """A numpy array, from the parts that numpy pickles. It shares the memory of its bytes."""
     _, shape, kind, column_major, data = value.state
     code = f"{kind.state[1]}{kind.args[0]}"
     if not re.fullmatch(r"[<>|=][fiub][1248]", code):
         raise ValueError(f"numpy array of type {code}")
-    array = np.frombuffer(data, np.dtype(code)).reshape(shape, order="F" if column_major else "C")
-    return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+    array: Array = np.frombuffer(data, np.dtype(code)).reshape(shape, order="F" if column_major else "C")
+    return array
 
 
 def _plain(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
@@ -244,21 +306,9 @@ def _plain(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
     return known[id(value)]
 
 
-def _stored(name: str, tensor: Tensor, sizes: set[int] | None, path: Path) -> Stored:
-    held = tensor.untyped_storage().nbytes()
-    numbers = held // tensor.itemsize if tensor.numel() else 1 << 20  # an empty tensor can have a huge axis
-    # A stride of 0 repeats one number without end. A storage larger than its record contains other records.
-    if max(tensor.numel(), *tensor.shape, 0) > numbers or (held and sizes is not None and held not in sizes):
-        raise CheckpointError(
-            f"{path}: {name} claims shape {list(tensor.shape)}, and the file holds {held // tensor.itemsize} numbers for it. "
-            f"It is truncated or damaged; fetch it again."
-        )
-    return Stored(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), lambda: tensor)
-
-
-def _refusal(what: str, path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{path} asks for {what}, which weights do not need: it could run code, and nothing of it was run. "
-        f"Expected tensors, numbers and names. Save the weights alone with torch.save(model.state_dict(), ...), or "
-        f"get them as safetensors."
-    )
+def _stored(found: Tensor | Array) -> Stored:
+    if isinstance(found, Tensor):
+        aligned = found.data_ptr() % found.itemsize == 0  # torch.save aligns its records, other programs do not
+        return Stored(tuple(found.shape), str(found.dtype).removeprefix("torch."), lambda: found if aligned else found.clone())
+    native = found.dtype.newbyteorder("=")
+    return Stored(tuple(found.shape), native.name, lambda: torch.from_numpy(found.astype(native)))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from swin_deploy.dependencies import require
-from swin_deploy.errors import CheckpointError
+from swin_deploy.errors import CheckpointError, shown
+from swin_deploy.files import json_file, json_from, open_regular
 
-from .base import Stored, StoredFile
+from .base import DAMAGED, LONGEST_NAME, Stored, StoredFile
 from .torch_files import open_torch
 
 # In the order in which transformers looks for them.
@@ -24,6 +27,13 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".h5", ".ckpt", ".tar")  # ti
 _NUMBERS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint"}
 SAFETENSORS_DTYPES = {f"{short}{bits}": f"{name}{bits}" for short, name in _NUMBERS.items() for bits in (8, 16, 32, 64)}
 SAFETENSORS_DTYPES["BOOL"] = "bool"
+
+MOST_TENSORS = 20_000
+LARGEST_HEADER = 1 << 22  # bytes of the names, types and shapes in a safetensors file
+DEEPEST_GROUP = 32  # groups in groups of an HDF5 file
+FILTERS = (2, 3)  # of HDF5: shuffle and checksums, which do not compress
+READ_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, OverflowError, MemoryError)
+AGAIN = "Fetch it again."
 
 # The files of a repository. Those of OTHER_FORMATS are downloaded only if it has no safetensors.
 CONFIGS = ["config.json", "preprocessor_config.json"]
@@ -62,10 +72,8 @@ def _has_weights(folder: Path) -> bool:
 
 def open_weights(path: Path) -> StoredFile:
     """Open a weight file, a shard index, or the weights in a folder."""
-    if path.is_file():
-        return _open_shards(path) if path.name.endswith(".index.json") else _open_file(path)
     if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist. Expected a checkpoint: a folder or a file.")
+        return _open_shards(path) if path.name.endswith(".index.json") else _open_file(path)
     if (path / "adapter_config.json").is_file():
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         raise CheckpointError(
@@ -95,12 +103,9 @@ def open_weights(path: Path) -> StoredFile:
 
 def read_json(path: Path) -> Mapping[str, Any]:
     """Read a JSON object. Raises CheckpointError if the file holds anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}). Fetch it again.") from error
+    value = json_file(path, CheckpointError, AGAIN)
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object. Fetch it again.")
+        raise CheckpointError(f"{path} does not hold a JSON object. {AGAIN}")
     return value
 
 
@@ -108,12 +113,12 @@ def _open_shards(index: Path) -> StoredFile:
     shards = read_json(index).get("weight_map")
     names = set(shards.values()) if isinstance(shards, dict) and all(isinstance(n, str) for n in shards.values()) else set()
     if not names or not all(name not in ("", "..") and Path(name).name == name and "\\" not in name for name in names):
-        raise CheckpointError(f"{index} does not list the shards' file names. Fetch it again.")
+        raise CheckpointError(f"{index} does not list the shards' file names. {AGAIN}")
     tensors: dict[str, Stored] = {}
     files = []
     for name in sorted(names):
-        if not (index.parent / name).is_file():
-            raise CheckpointError(f"{index.parent} lacks {name}, which {index.name} lists. Fetch the checkpoint again.")
+        if not os.path.lexists(index.parent / name):
+            raise CheckpointError(f"{index.parent} lacks {shown(name)}, which {index.name} lists. Fetch the checkpoint again.")
         file = _open_file(index.parent / name)
         if twice := tensors.keys() & file.tensors.keys():
             raise CheckpointError(f"{index.parent} holds {min(twice)} in two shards. Expected each tensor once.")
@@ -125,11 +130,30 @@ def _open_shards(index: Path) -> StoredFile:
 
 
 def _open_file(path: Path) -> StoredFile:
-    try:
-        with path.open("rb") as file:
+    """Open a weight file of any format, and check names and shapes: messages contain names, and patterns search them."""
+    file = _open_format(path)
+    for name, stored in file.tensors.items():
+        if not math.prod(stored.shape) and max(stored.shape) > 1 << 20:  # nothing limits the other axes of an empty tensor
+            raise CheckpointError(f"{path}: {shown(name)} claims shape {shown(list(stored.shape))}, and is empty. {DAMAGED}")
+    _check_names(path, file.tensors)
+    return file
+
+
+def _check_names(path: Path, names: Collection[str]) -> None:
+    bad = next((name for name in names if len(name) > LONGEST_NAME or not name.isprintable()), None)
+    if bad is not None or len(names) > MOST_TENSORS:
+        raise CheckpointError(
+            f"{path} holds {f'{len(names)} tensors' if bad is None else f'a tensor called {shown(bad)}'}. Expected at most "
+            f"{MOST_TENSORS} tensors, with names of up to {LONGEST_NAME} printable characters."
+        )
+
+
+def _open_format(path: Path) -> StoredFile:
+    with open_regular(path, CheckpointError, "Expected a checkpoint: a folder or a file.") as file:
+        try:
             head = file.read(512)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error}).") from error
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error}).") from error
     if not head:
         raise CheckpointError(f"{path} is empty. Fetch it again.")
     if head.startswith(b"version https://git-lfs"):
@@ -149,20 +173,41 @@ def _open_file(path: Path) -> StoredFile:
 
 def _open_safetensors(path: Path) -> StoredFile:
     safetensors = require("safetensors", "read checkpoints")
+    with path.open("rb") as file:
+        count = int.from_bytes(file.read(8), "little")
+        if count > LARGEST_HEADER:
+            raise CheckpointError(
+                f"{path} cannot be read as safetensors (its header has {count} bytes, and at most {LARGEST_HEADER} are "
+                f"expected). {DAMAGED}"
+            )
+        header = json_from(
+            file.read(count), f"The header of {path}", CheckpointError, DAMAGED
+        )  # without names that occur twice
+    _check_names(path, header if isinstance(header, dict) else ())
     try:
         reader = safetensors.safe_open(str(path), framework="pt")
         found = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (not iterable)
         kinds = {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in found.items()}
         metadata = reader.metadata() or {}
-    except (safetensors.SafetensorError, OSError, OverflowError, MemoryError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as safetensors ({error}). It is truncated or damaged; fetch it again."
-        ) from error
+    except (safetensors.SafetensorError, *READ_ERRORS) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors ({shown(str(error))}). {DAMAGED}") from error
 
     def tensor(name: str) -> Tensor:
         # A new mapping for each tensor is freed with it. One mapping would keep all pages that were ever read.
-        found: Tensor = safetensors.safe_open(str(path), framework="pt").get_tensor(name)
-        return found
+        shape, dtype = kinds[name]
+        start, end = header[name]["data_offsets"]
+        try:
+            if dtype not in SAFETENSORS_DTYPES:
+                found: Tensor = safetensors.safe_open(str(path), framework="pt").get_tensor(name)
+                return found
+            kind = getattr(torch, SAFETENSORS_DTYPES[dtype])
+            if start == end:
+                return torch.empty(shape, dtype=kind)
+            mapped = np.memmap(path, np.uint8, "c", 8 + count + start, end - start)
+            found = torch.from_numpy(mapped).view(kind).reshape(shape)
+        except (safetensors.SafetensorError, *READ_ERRORS) as error:
+            raise CheckpointError(f"{path}: {name} cannot be read ({shown(str(error))}). {DAMAGED}") from error
+        return found if found.data_ptr() % found.itemsize == 0 else found.clone()
 
     def stored(name: str) -> Stored:
         shape, dtype = kinds[name]
@@ -173,36 +218,56 @@ def _open_safetensors(path: Path) -> StoredFile:
 
 def _open_hdf5(path: Path) -> StoredFile:
     h5py = require("h5py", f"read {path.name}")
-    datasets: dict[str, Any] = {}
-
-    def visit(name: str, entry: Any) -> None:  # visititems follows no link that leads out of the file
-        if isinstance(entry, h5py.Dataset):
-            datasets[name] = entry
-
     try:
-        h5py.File(path, "r").visititems(visit)
+        datasets = dict(_datasets(h5py, h5py.File(path, "r")))
         tensors = {name: _dataset(name, dataset, path) for name, dataset in datasets.items()}
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as HDF5 ({error}). It is truncated or damaged; fetch it again."
-        ) from error
+        claimed = sum(dataset.size * dataset.dtype.itemsize for dataset in datasets.values())
+    except READ_ERRORS as error:
+        raise CheckpointError(f"{path} cannot be read as HDF5 ({shown(str(error))}). {DAMAGED}") from error
+    if claimed > path.stat().st_size:
+        raise CheckpointError(f"{path} claims {claimed} bytes of tensors, and has {path.stat().st_size}. {DAMAGED}")
     return StoredFile(path, tensors, tensorflow=True)
 
 
+def _datasets(h5py: Any, file: Any) -> Iterator[tuple[str, Any]]:
+    """Every dataset and its path, once. No link that leads out of the file is followed."""
+    groups, seen = [("", file)], set()
+    for prefix, group in groups:
+        for key in group:
+            if not isinstance(group.get(key, getlink=True), h5py.HardLink):
+                continue
+            name, entry = f"{prefix}{key}", group[key]
+            at = h5py.h5o.get_info(entry.id).addr
+            if at in seen:
+                continue
+            seen.add(at)
+            if len(seen) > MOST_TENSORS or name.count("/") > DEEPEST_GROUP:
+                raise ValueError(f"it has more than {MOST_TENSORS} entries, or more than {DEEPEST_GROUP} groups in each other")
+            if isinstance(entry, h5py.Group):
+                groups.append((f"{name}/", entry))
+            elif isinstance(entry, h5py.Dataset):
+                yield name, entry
+
+
 def _dataset(name: str, dataset: Any, path: Path) -> Stored:
-    # HDF5 can refer to other files, and can declare data that it does not contain.
+    # HDF5 can refer to other files, declare data that it does not contain, and compress a million zeros into one byte.
     if dataset.external or dataset.is_virtual:
-        raise CheckpointError(f"{path}: {name} is stored in another file. Expected all weights in this one.")
-    if dataset.id.get_storage_size() < dataset.nbytes:
+        raise CheckpointError(f"{path}: {shown(name)} is stored in another file. Expected all weights in this one.")
+    filters = dataset.id.get_create_plist()
+    if any(filters.get_filter(place)[0] not in FILTERS for place in range(filters.get_nfilters())):
+        raise CheckpointError(f"{path}: {shown(name)} is compressed. Save the weights without compression, as Keras does.")
+    held, chunk = dataset.id.get_storage_size(), math.prod(dataset.chunks or ()) * dataset.dtype.itemsize
+    if held < dataset.size * dataset.dtype.itemsize or chunk > path.stat().st_size:
         raise CheckpointError(
-            f"{path}: {name} claims shape {list(dataset.shape)}, and the file holds {dataset.id.get_storage_size()} bytes for "
-            f"it. It is truncated or damaged; fetch it again."
+            f"{path}: {shown(name)} claims shape {list(dataset.shape)}, and the file holds {held} bytes for it. {DAMAGED}"
         )
 
     def read() -> Tensor:
         try:
+            if dataset.dtype.kind not in "fiub":
+                raise ValueError(f"its type is {dataset.dtype}")
             return torch.from_numpy(dataset[...].astype(dataset.dtype.newbyteorder("=")))
-        except OSError as error:
-            raise CheckpointError(f"{path}: {name} cannot be read ({error}). The file is damaged; fetch it again.") from error
+        except READ_ERRORS as error:
+            raise CheckpointError(f"{path}: {shown(name)} cannot be read ({shown(str(error))}). {DAMAGED}") from error
 
     return Stored(tuple(dataset.shape), str(dataset.dtype.newbyteorder("=")), read)
