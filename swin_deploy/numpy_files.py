@@ -12,6 +12,7 @@ import math
 import os
 import re
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -85,7 +86,9 @@ def numpy_errors(name: str, error: type[SwinDeployError] = InputError, advice: s
 @contextlib.contextmanager
 def archive_of(file: BinaryIO) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]]:
     """Yield the archive in a file, and its arrays by name, after comparing both headers of each. Raises ValueError."""
-    with zipfile.ZipFile(_Bounded(file.raw)) as archive:  # type: ignore[attr-defined]
+    bounded = _Bounded(file.raw)  # type: ignore[attr-defined]
+    with zipfile.ZipFile(bounded) as archive:
+        bounded.limit = sys.maxsize  # samples can be larger than a directory
         listed = sorted(archive.infolist(), key=lambda one: one.header_offset)
         members = {one.filename.removesuffix(".npy"): one for one in listed if one.filename.endswith(".npy")}
         if len(listed) > MOST_MEMBERS or len({one.filename for one in listed}) < len(listed):
@@ -101,11 +104,13 @@ def archive_of(file: BinaryIO) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipf
 class _Bounded(io.BufferedReader):
     """A file that reads only so much at once; `zipfile` reads a directory as long as the file declares."""
 
+    limit = DIRECTORY_BYTES
+
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or size < 0:
-            size = DIRECTORY_BYTES  # the end of an archive
-        if size > DIRECTORY_BYTES:
-            raise ValueError(f"its directory has more than {DIRECTORY_BYTES} bytes")
+            size = self.limit  # the end of an archive
+        if size > self.limit:
+            raise ValueError(f"its directory has more than {self.limit} bytes")
         return super().read(size)
 
 

@@ -388,6 +388,8 @@ def test_a_damaged_archive_of_samples_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(images[3].tobytes()[:8], bytes(8)))
     with pytest.raises(InputError, match="Bad CRC-32"):
         list(samples_from(path, Preprocessor(size=(8, 8)), inputs).batches(2))
+    np.savez(path, images=np.arange(10_000_000, dtype=np.uint8).reshape(2, 1000, 1000, 5)[..., :3])
+    assert len(samples_from(path, Preprocessor(size=(8, 8)), inputs)) == 2  # a sample is larger than a directory may be
     np.savez_compressed(path, images=np.zeros((20_000_000, 1, 1), np.uint8))
     with pytest.raises(InputError, match=r"has 20000000 samples of 1 bytes\. Expected at most 10000000 samples"):
         samples_from(path, Preprocessor(size=(8, 8)), inputs)
