@@ -18,7 +18,7 @@ from typing import Any
 
 from swin_deploy.dependencies import require
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError, unknown
-from swin_deploy.files import scratch, sweep
+from swin_deploy.files import read_regular, scratch, sweep
 from swin_deploy.gpus import cuda_devices
 from swin_deploy.options import Batch, EngineSpec, Progress, no_progress
 from swin_deploy.tensorrt_log import log_callback
@@ -26,6 +26,7 @@ from swin_deploy.tensorrt_log import log_callback
 from .layer_report import EngineReport, report_from_inspector, report_from_log, reports_by_profile
 from .targets import COMPILERS, target_gpu
 
+TIMINGS_BYTES = 1 << 30  # of a timing cache
 OLDEST_TENSORRT = (10, 12)  # the first release whose strongly typed networks accept all our graphs
 
 _LOG = logging.getLogger("swin_deploy.tensorrt")
@@ -249,10 +250,7 @@ def _timing_cache(config: Any, path: Path | None, title: str, watch: Watch) -> I
     if path is None:
         yield
         return
-    try:
-        known = path.read_bytes() if path.exists() else b""
-    except OSError as error:
-        raise UsageError(f"The timing cache {path} cannot be read: {error.strerror}. Pass another file.") from error
+    known = read_regular(path, TIMINGS_BYTES, UsageError, name=f"The timing cache {path}") if path.exists() else b""
     cache = config.create_timing_cache(known)
     if cache is None or not config.set_timing_cache(cache, False):
         raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ from swin_deploy.bundle import Bundle, load_graph
 from swin_deploy.config import SwinConfig
 from swin_deploy.dependencies import require
 from swin_deploy.errors import InputError
+from swin_deploy.exporters.external_data import PROTOBUF_LIMIT
 from swin_deploy.exporters.typed_graphs import config_and_task
+from swin_deploy.files import open_regular
 from swin_deploy.options import Array
 from swin_deploy.qat_ranges import PARTS, ActivationRange, LayerRanges, QatRanges, largest, modules_of, softmax_scale
 
@@ -31,6 +34,9 @@ SAME = 1e-4  # of the largest weight
 def ranges_from_onnx(bundle: Bundle, path: Path) -> QatRanges:
     """Read the ranges of the graph at `path`. Raises InputError if it does not have the network of `bundle`."""
     require("onnx", "read ranges from a graph")
+    with open_regular(path, InputError, "Pass an ONNX file.") as file:
+        if (size := os.fstat(file.fileno()).st_size) > PROTOBUF_LIMIT:
+            raise InputError(f"{path} has {size} bytes, and an ONNX file has at most {PROTOBUF_LIMIT}. Pass another file.")
     try:
         model = load_graph(path)
     except Exception as error:  # protobuf's errors have no common base
