@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 
 from swin_deploy.bundle import Bundle
 from swin_deploy.dependencies import require
-from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
+from swin_deploy.errors import EngineError, MissingDependencyError, UntrustedEngineError, UsageError
 from swin_deploy.gpus import cuda_devices, refuse_without_gpu
 from swin_deploy.options import PRECISIONS, QUANTIZED, TARGETS, LoadSpec, Size, device_from_text
 
-from .autoselect import LOADING, Candidate, Description, Measured, choose
+from .autoselect import LOADING, LOG, Candidate, Description, Measured, choose
 from .backends import BACKENDS, Backend, backend_named, misread, runtime_from_onnx
 from .base import Runtime
 from .model import Model
@@ -22,10 +23,10 @@ AUTO, NAMED = "auto", "asked for by name"
 
 def model_from_bundle(path: str | os.PathLike[str], spec: LoadSpec) -> Model:
     """Load the bundle at `path`; see `swin_deploy.load`. The sha256 of every file is checked before the file is read."""
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path, spec.trust)
     candidates = _candidates(bundle, spec)
     # Graphs of further image sizes are opened when they are needed, and the current directory may have changed by then.
-    bundle = Bundle(bundle.path.absolute(), bundle.manifest)
+    bundle = replace(bundle, path=bundle.path.absolute())
 
     def open_file(candidate: Candidate, file: str) -> Runtime:
         if BACKENDS[candidate.backend].engines:
@@ -78,7 +79,7 @@ def _candidates(bundle: Bundle, spec: LoadSpec) -> dict[Candidate, dict[Size, st
             if backend != AUTO or where == "cpu" or _has_cuda(kind):
                 for one in _precisions(name, precision):
                     candidate = Candidate(name, one, where)
-                    files = _files(bundle, candidate)
+                    files = _files(bundle, candidate, report=backend == AUTO)
                     if files and _suits(bundle, candidate, files, precision == AUTO):
                         found[candidate] = files
     if found and precision == AUTO:
@@ -181,14 +182,19 @@ def _has_cuda(kind: Backend) -> bool:
     return "CUDAExecutionProvider" in providers
 
 
-def _files(bundle: Bundle, candidate: Candidate) -> dict[Size, str]:
-    """Return the file that the candidate runs for each image size; empty if the bundle has none that fits."""
+def _files(bundle: Bundle, candidate: Candidate, report: bool = False) -> dict[Size, str]:
+    """Return the file that the candidate runs for each image size; empty if the bundle has none that fits.
+
+    `report` logs that engines are not used because they were compiled elsewhere.
+    """
     if BACKENDS[candidate.backend].engines:
         from .gpu.engine_fit import fitting_engines
 
         try:
             return fitting_engines(bundle, candidate.backend, candidate.precision, candidate.device)
-        except (EngineError, MissingDependencyError, UsageError):
+        except (EngineError, MissingDependencyError, UsageError) as error:
+            if report and isinstance(error, UntrustedEngineError):
+                LOG.warning("Not used: %s", error)
             return {}
     # OpenVINO computes fp32 graphs in bf16 itself.
     stored = "fp32" if (candidate.backend, candidate.precision) == ("openvino", "bf16") else candidate.precision

@@ -7,31 +7,17 @@ import logging
 import os
 import re
 import stat
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
+from swin_deploy.bundle import cache_folder as cache_folder
 from swin_deploy.files import scratch, sweep_folder
 
 _LOG = logging.getLogger(__name__)
 DAYS, MOST_FILES = 90, 64  # files of each kind that are kept, those used last
 LARGEST = 1 << 30  # bytes
 _OURS = re.compile(r"[0-9a-f]{32}[\w-]*\.(?:json|cache)")  # no other file is ever deleted
-
-
-def cache_folder(kind: str) -> Path | None:
-    """The folder for one kind of file; None where there is no home for it. It need not exist yet."""
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        folder = Path(given)
-    elif sys.platform == "win32":
-        folder = Path(os.environ.get("LOCALAPPDATA", ""))
-    else:
-        try:
-            folder = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-        except RuntimeError:
-            return None
-    return folder / "swin-deploy" / kind if folder.is_absolute() else None
 
 
 def read_cached(file: Path | None) -> bytes:

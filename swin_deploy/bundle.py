@@ -23,11 +23,12 @@ import os
 import shlex
 import shutil
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from .errors import BundleError, SwinDeployError, shown
 from .files import (
@@ -75,6 +76,8 @@ EXISTING = "Check free space and permissions, or copy the bundle to a writable f
 # (device, inode, size, modification time) of a file -> its sha256, so that each file is read once per process.
 _DIGESTS: dict[tuple[int, ...], str] = {}
 _CHECKED: set[tuple[str, str | None, int]] = set()  # sha256 of a graph, its weights file and that file's size
+RECORD_BYTES = 1 << 20  # of a record of known files; the oldest are dropped
+_RECORDED: set[tuple[str, str]] = set()
 _CLOCK_STEP = 50_000_000  # ns; two changes within one tick of a file system's clock get the same time
 
 
@@ -85,13 +88,15 @@ class Bundle:
     Attributes:
         path: Its folder.
         manifest: The content of its manifest.json, checked against its digest. `to_dict()` returns it as JSON values.
+        trust: Whether the caller trusts the author of its engines.
     """
 
     path: Path
     manifest: Manifest
+    trust: bool = False
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+    def open(cls, path: str | os.PathLike[str], trust: bool = False) -> Bundle:
         """Open the bundle in a folder.
 
         Raises:
@@ -114,12 +119,12 @@ class Bundle:
             raise BundleError(
                 f"{folder} is not a bundle: it has no {MANIFEST}, which export writes last. Create one: swin-deploy export"
             )
-        return cls.with_manifest(folder, _read_manifest(file))
+        return cls.with_manifest(folder, _read_manifest(file), trust)
 
     @classmethod
-    def with_manifest(cls, folder: Path, manifest: Mapping[str, Any]) -> Bundle:
+    def with_manifest(cls, folder: Path, manifest: Mapping[str, Any], trust: bool = False) -> Bundle:
         """Return the bundle in a folder whose manifest has these JSON values. Raises BundleError if one is invalid."""
-        return cls(folder, manifest_from_json(manifest, folder / MANIFEST))
+        return cls(folder, manifest_from_json(manifest, folder / MANIFEST), trust)
 
     @property
     def name(self) -> str:
@@ -230,6 +235,7 @@ class Bundle:
             )
         if isinstance(entry, GraphEntry):
             self._check_weights(path, entry)
+            self._check_graph(file)
         return path
 
     def _check_weights(self, path: Path, entry: GraphEntry) -> None:
@@ -255,6 +261,40 @@ class Bundle:
         except (OSError, ValueError) as error:
             raise BundleError(f"{path} is not a valid ONNX file: {error}. Export the bundle again.") from error
         _CHECKED.add(key)
+
+    def foreign(self, file: str) -> bool:
+        """Whether this user, on this machine, did not write a graph with its weights, or an engine, as far as is known."""
+        return not all(recorded("made", key) for key in self._keys(file))
+
+    def untrusted(self, file: str, again: str) -> str | None:
+        """Explain why an engine is not run, and that the command `again` compiles it here; None if it may be run."""
+        if self.trust or not self.foreign(file):
+            return None
+        return (
+            f"{file} was compiled on another machine or by another user, and an engine is code. If you trust its author, pass "
+            f'--trust (in Python: trust=True). Otherwise compile it again with "{again}".'
+        )
+
+    def _keys(self, file: str) -> list[str]:
+        """Return what identifies a file and its weights in the record of known files."""
+        entry = self.files[file]
+        weights = entry.weights if isinstance(entry, GraphEntry) else None
+        return [_key(entry.sha256, weights), *([_key(self.files[weights].sha256, None)] if weights else [])]
+
+    def _check_graph(self, file: str) -> None:
+        """Check the structure of a graph that was neither written nor checked on this machine."""
+        if self._known(file):
+            return
+        from .graph_check import ExternalData, check_structure
+
+        entry = self.graphs[file]
+        weights = ExternalData(PurePosixPath(entry.weights).name, self.place(entry.weights)) if entry.weights else None
+        check_structure(self.place(file), entry.inputs, entry.outputs, weights)
+        for key in self._keys(file):
+            record("checked", key)
+
+    def _known(self, file: str) -> bool:
+        return all(recorded("made", key) or recorded("checked", key) for key in self._keys(file))
 
     def read_json(self, file: str) -> dict[str, Any]:
         """Return the JSON object in `file` after checking its sha256."""
@@ -287,7 +327,7 @@ class Bundle:
             with disk_errors(self.path / "onnx"):
                 stack.enter_context(locked(self.path / "onnx", waiting))
             self.sweep()
-            yield Bundle.open(self.path)
+            yield Bundle.open(self.path, self.trust)
 
     def with_file(self, file: str, entry: Entry, content: Content) -> Bundle:
         """Write a file atomically and return the new bundle. Graphs of weights that change leave the manifest."""
@@ -298,7 +338,7 @@ class Bundle:
             with scratch(target) as path:
                 _write(path, content)
                 synced(path)
-                described = {**entry, **_facts(path)}
+                described = _described(entry, path)
                 with locked(self.path):
                     manifest = self._current()  # another process may have added a file
                     if (before := manifest["files"].pop(file, None)) is not None:
@@ -310,7 +350,7 @@ class Bundle:
                     synced(target.parent)
                     manifest["files"][file] = described
                     _write_manifest(self.path, manifest)
-        return Bundle.with_manifest(self.path, manifest)
+        return Bundle.with_manifest(self.path, manifest, self.trust)
 
     def with_entry(self, file: str, changes: Mapping[str, Any]) -> Bundle:
         """Change the manifest entry of `file`, unless the file was replaced meanwhile, and return the new bundle."""
@@ -320,7 +360,7 @@ class Bundle:
             if now is not None and now["sha256"] == self.files[file].sha256:
                 now |= changes
                 _write_manifest(self.path, manifest)
-        return Bundle.with_manifest(self.path, manifest)
+        return Bundle.with_manifest(self.path, manifest, self.trust)
 
     def without(self, file: str) -> Bundle:
         """Remove a file and return the new bundle."""
@@ -330,7 +370,7 @@ class Bundle:
             manifest["files"].pop(file, None)
             _write_manifest(self.path, manifest)
             target.unlink(missing_ok=True)
-        return Bundle.with_manifest(self.path, manifest)
+        return Bundle.with_manifest(self.path, manifest, self.trust)
 
     def _current(self) -> dict[str, Any]:
         """Read the manifest again, to change it."""
@@ -353,7 +393,7 @@ class Draft:
         with disk_errors(target, NEW):
             target.parent.mkdir(parents=True, exist_ok=True)
             _write(target, content)
-            self.files[file] = {**entry, **_facts(target)}
+            self.files[file] = _described(entry, target)
 
     def add_json(self, file: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file."""
@@ -537,8 +577,68 @@ def _manifest_text(manifest: Mapping[str, Any]) -> str:
     return json.dumps({**manifest, "sha256": digest}, indent=2) + "\n"
 
 
-def _facts(path: Path) -> Entry:
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+def _described(entry: Entry, path: Path) -> Entry:
+    """Return the manifest entry of a file that was just written, and record the file as made on this machine."""
+    entry = {**entry, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    record("made", _key(entry["sha256"], entry.get("weights")))
+    return entry
+
+
+def _key(sha256: str, weights: str | None) -> str:
+    return f"{sha256} {weights or '-'}\n"
+
+
+def cache_folder(kind: str) -> Path | None:
+    """The folder of the user's cache for one kind of file; None where there is no home for it. It need not exist yet."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        folder = Path(given)
+    elif sys.platform == "win32":
+        folder = Path(os.environ.get("LOCALAPPDATA", ""))
+    else:
+        try:
+            folder = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+        except RuntimeError:
+            return None
+    return folder / "swin-deploy" / kind if folder.is_absolute() else None
+
+
+def recorded(kind: str, key: str) -> bool:
+    """Return whether a file is in one of the two records of this user: "made" on this machine, or "checked"."""
+    if (kind, key) in _RECORDED:
+        return True
+    with contextlib.suppress(OSError), _record(cache_folder("known"), kind, os.O_RDONLY) as file:
+        return f"\n{key}".encode() in b"\n" + file.read()
+    return False
+
+
+def record(kind: str, key: str) -> None:
+    """Add a file to a record, if the user's cache folder can be written."""
+    if recorded(kind, key):
+        return
+    _RECORDED.add((kind, key))  # for this process, if there is no cache folder
+    if (folder := cache_folder("known")) is None:
+        return
+    with contextlib.suppress(OSError):
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        with _record(folder, kind, os.O_RDWR | os.O_CREAT | os.O_APPEND) as file:
+            if (size := os.fstat(file.fileno()).st_size) > RECORD_BYTES:  # drop the older half
+                file.seek(size // 2)
+                kept = file.read().partition(b"\n")[2]
+                file.truncate(0)
+                file.write(kept)
+            file.write(key.encode())
+
+
+def _record(folder: Path | None, kind: str, flags: int) -> IO[bytes]:
+    """Open a record of known files. Raises OSError if anybody but this user could have written it."""
+    if folder is None:
+        raise FileNotFoundError
+    handle = os.open(folder / kind, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o600)
+    facts = os.fstat(handle)
+    if not stat.S_ISREG(facts.st_mode) or (os.name != "nt" and (facts.st_uid != os.geteuid() or facts.st_mode & 0o022)):
+        os.close(handle)
+        raise PermissionError
+    return open(handle, "r+b" if flags & os.O_RDWR else "rb", buffering=0)  # noqa: PTH123 - a file descriptor
 
 
 def _write_text(path: Path, text: str) -> None:

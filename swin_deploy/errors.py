@@ -9,6 +9,7 @@
     ├── ExportError              the ONNX graph could not be created
     │   └── PassError            a graph pass did not find the pattern that it rewrites
     ├── EngineError              the TensorRT compiler refused the graph, or an engine does not fit this machine
+    │   └── UntrustedEngineError an engine was compiled elsewhere, and its author is not trusted
     ├── BackendError             a back end failed while loading or running (its own error is the cause)
     │   └── MissingKernelError   the back end has no kernel for an operator in the type that the graph uses
     ├── VerificationError        a model runs, but its results differ from PyTorch's
@@ -69,6 +70,10 @@ class PassError(ExportError):
 
 class EngineError(SwinDeployError):
     """The TensorRT compiler refused the graph or the target, or an engine does not fit this machine."""
+
+
+class UntrustedEngineError(EngineError):
+    """An engine was compiled elsewhere, and the caller does not say that its author is trusted."""
 
 
 class BackendError(SwinDeployError):

@@ -64,6 +64,12 @@ def _on_error_option() -> Any:
     )
 
 
+def _trust_option() -> Any:
+    return option(
+        False, parse.flag, "Run engines that were compiled elsewhere. An engine is code: pass it only if you trust its author."
+    )
+
+
 def _image_labels_option() -> Any:
     return option(
         None,
@@ -357,6 +363,7 @@ class LoadSpec(Spec):
         parse.flag,
         "Recompile, with its own options, an engine that does not fit this GPU, TensorRT release or graph.",
     )
+    trust: bool = _trust_option()
 
     def check(self) -> None:
         if self.rebuild and self.backend not in COMPILERS:
@@ -372,6 +379,15 @@ class VerifySpec(Spec):
     _: KW_ONLY
     backend: str = option("onnxruntime", parse.choice("back end", BACKEND_NAMES), "Back end to run the graphs or engines.")
     device: str = option("cpu", device, "Device: cpu, cuda or cuda:1.")
+    trust: bool = _trust_option()
+
+
+@dataclass(frozen=True)
+class RefitSpec(Spec):
+    """Options of `swin_deploy.refit` and `swin-deploy refit`."""
+
+    _: KW_ONLY
+    trust: bool = _trust_option()
 
 
 @dataclass(frozen=True)
@@ -403,6 +419,7 @@ class EvaluateSpec(Spec):
         "The exported checkpoint: a folder, a file, or a hub id. The reference is then PyTorch, not the fp32 graph.",
         metavar="PATH|ID",
     )
+    trust: bool = _trust_option()
     progress: Progress = progress_option()
 
     def check(self) -> None:
@@ -462,4 +479,5 @@ class BenchSpec(Spec):
     threads: int = option(0, parse.whole(0, MOST_THREADS), "CPU threads. 0: the back end chooses.")
     seconds: float = option(6.0, parse.number(0.1, 86_400), "Seconds to measure each candidate, over all rounds.", metavar="S")
     rounds: int = option(10, parse.whole(1), "Measurement rounds; candidates are interleaved within each.")
+    trust: bool = _trust_option()
     progress: Progress = progress_option()

@@ -186,6 +186,11 @@ class Verdict:
         """Tolerance of the worst output."""
         return self.tolerances[self.worst]
 
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Verdict:
+        """Return the verdict from its fields as JSON values."""
+        return cls(**{**raw, "agreements": {name: Agreement(**one) for name, one in raw["agreements"].items()}})
+
     def mismatch(self) -> str:
         """Describe the worst output as a clause of a sentence."""
         if not self.agreement.finite:

@@ -117,10 +117,10 @@ def _refuse_layout(bundle: Bundle, precision: str) -> None:
 
 
 def _has(bundle: Bundle, file: str, wanted: str) -> bool:
-    """Return whether the bundle has this very engine and its layers, and neither file was deleted."""
+    """Return whether this machine wrote this very engine into the bundle, and neither it nor its layers were deleted."""
     known, layers = bundle.engines[file], bundle.files.get(layers_file(file))
     whole = known.fingerprint == wanted and layers is not None and layers.parent == known.sha256
-    return whole and all(bundle.place(name).exists() for name in (file, layers_file(file)))
+    return whole and not bundle.foreign(file) and all(bundle.place(name).exists() for name in (file, layers_file(file)))
 
 
 def _with_engine(bundle: Bundle, file: str, engine: Engine, spec: EngineSpec, facts: Mapping[str, Any]) -> Bundle:

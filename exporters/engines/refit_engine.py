@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from swin_deploy.bundle import Bundle
-from swin_deploy.errors import EngineError, UsageError
+from swin_deploy.errors import EngineError, UntrustedEngineError, UsageError
 from swin_deploy.gpus import cuda_devices, seen_first
 from swin_deploy.tensorrt_log import log_callback
 
@@ -38,7 +38,7 @@ def refit_engines(bundle: Bundle) -> tuple[Built, ...]:
             if target == file:
                 target = file.removesuffix(".engine") + "-refitted.engine"
             known = bundle.engines.get(target)
-            if known is not None and known.fingerprint == facts["fingerprint"] and bundle.place(target).exists():
+            if known is not None and known.fingerprint == facts["fingerprint"] and _is_ours(bundle, target):
                 bundle.verified_path(target)
                 _LOG.info("Reusing %s", target)
                 built.append(Built(target, known, reused=True))
@@ -49,6 +49,8 @@ def refit_engines(bundle: Bundle) -> tuple[Built, ...]:
                     f"{file} was built from another version of {entry.graph} and accepts only its weights. "
                     'Build it again with "swin-deploy build-engine --strip-weights".'
                 )
+            if (why := bundle.untrusted(file, "swin-deploy build-engine --strip-weights")) is not None:
+                raise UntrustedEngineError(why)
             _LOG.info("Refitting %s from %s", file, entry.graph)
             with natives_freed():
                 paths = bundle.verified_path(file), bundle.verified_path(entry.graph)
@@ -56,6 +58,10 @@ def refit_engines(bundle: Bundle) -> tuple[Built, ...]:
             bundle = bundle.with_file(target, facts, plan)
             built.append(Built(target, bundle.engines[target], reused=False))
     return tuple(built)
+
+
+def _is_ours(bundle: Bundle, file: str) -> bool:
+    return bundle.place(file).exists() and not bundle.foreign(file)
 
 
 def refitted_plan(backend: str, release: str, gpu: str, file: Path, graph: Path) -> bytes:

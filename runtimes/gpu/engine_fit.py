@@ -9,7 +9,7 @@ from typing import Any
 
 from swin_deploy.bundle import Bundle, size_text
 from swin_deploy.dependencies import require
-from swin_deploy.errors import EngineError, MissingDependencyError, UsageError, unknown
+from swin_deploy.errors import EngineError, MissingDependencyError, UntrustedEngineError, UsageError, unknown
 from swin_deploy.gpus import cuda_devices, seen_first
 from swin_deploy.manifest import EngineEntry
 from swin_deploy.options import QUANTIZED, TARGETS, Size
@@ -66,6 +66,11 @@ def incompatibility(bundle: Bundle, file: str, gpus: Sequence[str], release: str
     return None
 
 
+def untrusted(bundle: Bundle, file: str, gpus: Sequence[str]) -> str | None:
+    """Explain why an engine is not run although it fits: it was compiled elsewhere. None if it may be run."""
+    return bundle.untrusted(file, rebuild_command(bundle, file, gpus))
+
+
 def fitting_engines(bundle: Bundle, backend: str, precision: str, device: str) -> dict[Size, str]:
     """Return for each image size the last added engine that runs on `device`, such as "cuda:0"; raise where there is none."""
     gpu = gpu_of(device, backend)
@@ -111,14 +116,20 @@ def _fitting(bundle: Bundle, held: Mapping[str, EngineEntry], gpu: str, release:
     reasons = {file: incompatibility(bundle, file, [gpu], release) for file in held}
     if None not in reasons.values():
         raise EngineError(reasons[next((file for file in held if _runs_on(held[file], gpu)), next(iter(held)))])
-    return {file: entry for file, entry in held.items() if reasons[file] is None}
+    fitting = [file for file in held if reasons[file] is None]
+    found = {file: held[file] for file in fitting if untrusted(bundle, file, [gpu]) is None}
+    if not found:
+        raise UntrustedEngineError(untrusted(bundle, fitting[0], [gpu]))
+    return found
 
 
 def open_engine(bundle: Bundle, file: str, device: str) -> Runtime:
-    """Load an engine of the bundle on `device`; its sha256 is checked before it is read."""
+    """Load an engine of the bundle on `device`; its origin and its sha256 are checked before it is read."""
     entry, graph = bundle.engines[file], bundle.graph_of(file)
     backend = entry.backend
     gpu, folder = cuda_devices()[device_number(device)], cache_folder(backend)
+    if (why := untrusted(bundle, file, [gpu.capability])) is not None:
+        raise UntrustedEngineError(why)
     again = rebuild_command(bundle, file, [gpu.capability])
     name = re.sub(r"\W+", "-", f"{entry.sha256[:32]} {gpu.name}")
     engine = EngineFile(

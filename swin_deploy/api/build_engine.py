@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swin_deploy.option_parsers import BundlePath, bundle_keywords
-from swin_deploy.options import EngineSpec
+from swin_deploy.options import EngineSpec, RefitSpec
 
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
@@ -55,13 +55,15 @@ def _calibration(bundle: Bundle, spec: EngineSpec) -> Calibration:
     return Calibration(len(chosen), chosen.fingerprint, amax)
 
 
-def refit(bundle: BundlePath) -> tuple[Built, ...]:
+@bundle_keywords(RefitSpec)
+def refit(bundle: BundlePath, spec: RefitSpec) -> tuple[Built, ...]:
     """Put the weights back into the engines of a bundle that were built with `strip_weights`.
 
     The weights come from the graphs of the bundle. The complete engines are added to the bundle as further files.
 
     Args:
         bundle: Folder of the bundle.
+        {options}
 
     Returns:
         One entry for each refitted engine.
@@ -73,4 +75,4 @@ def refit(bundle: BundlePath) -> tuple[Built, ...]:
     from swin_deploy.bundle import Bundle
     from swin_deploy.exporters.engines.refit_engine import refit_engines
 
-    return refit_engines(Bundle.open(bundle))
+    return refit_engines(Bundle.open(bundle, spec.trust))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from swin_deploy.option_parsers import BundlePath, bundle_keywords
 from swin_deploy.options import EvaluateSpec, VerifySpec
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from swin_deploy.bundle import Bundle
     from swin_deploy.calib.data import Samples
     from swin_deploy.evaluation import Evaluation, Targets
@@ -27,6 +32,7 @@ _LOG = logging.getLogger(__name__)
 def verify(bundle: BundlePath, spec: VerifySpec) -> tuple[Verdict, ...]:
     """Check the sha256 of every file of a bundle and compare its graphs with the outputs of PyTorch recorded in it.
 
+    A bundle that another machine wrote is run in another process: if a library dies of it, that is an error like any other.
     A back end that runs engines compares the engines that fit this machine instead. A graph that was built for another
     runtime and would give wrong results is left out, with a log message. A successful comparison updates the manifest of a
     bundle that can be written. A graph that disagrees is reported in the result and does not raise an error.
@@ -48,29 +54,21 @@ def verify(bundle: BundlePath, spec: VerifySpec) -> tuple[Verdict, ...]:
     """
     from swin_deploy.bundle import Bundle
     from swin_deploy.errors import BundleError
-    from swin_deploy.options import device_from_text
-    from swin_deploy.parity import Reference, check_runtime
-    from swin_deploy.runtimes.backends import misread, runtime_to_check
-    from swin_deploy.runtimes.gpu.engine_fit import open_engine
+    from swin_deploy.runtimes.backends import misread
 
-    found = Bundle.open(bundle)
+    found = Bundle.open(bundle, spec.trust)
     engines = _engines(found, spec.backend, spec.device)
     found.sweep()
     for file in found.files:
         found.verified_path(file)
-    verdicts = []
-    for file, entry in (found.graphs if engines is None else engines).items():
-        if engines is None and (why := misread(found, file, spec.backend)) is not None:
+    left_out = {} if engines is not None else {file: misread(found, file, spec.backend) for file in found.graphs}
+    for file, why in left_out.items():
+        if why is not None:
             _LOG.info("Not verified: %s. %s", file, why)
-            continue
-        reference = Reference.load(found, found.graph_of(file).reference)
-        runtime: Any = (
-            runtime_to_check(found.place(file), spec.backend, spec.device)
-            if engines is None
-            else open_engine(found, file, device_from_text(spec.device))
-        )
-        with runtime:
-            verdicts.append(check_runtime(reference, runtime, file, entry.precision))
+    files = [file for file in (found.graphs if engines is None else engines) if left_out.get(file) is None]
+    # The libraries that run graphs may die of one that is malicious.
+    apart = engines is None and not spec.trust and any(map(found.foreign, files))
+    verdicts = _verdicts_apart(found, files, spec) if apart else [_verdict(found, file, spec) for file in files]
     for verdict in verdicts if engines is None else ():
         if verdict.verified and not found.graphs[verdict.file].verified:
             try:
@@ -78,6 +76,63 @@ def verify(bundle: BundlePath, spec: VerifySpec) -> tuple[Verdict, ...]:
             except BundleError as error:  # the verdict itself is valid
                 _LOG.warning("%s is verified, but the manifest cannot be updated. %s", verdict.file, error)
     return tuple(verdicts)
+
+
+def _verdict(bundle: Bundle, file: str, spec: VerifySpec) -> Verdict:
+    """Run a graph or an engine of a bundle in this process and compare it with PyTorch."""
+    from swin_deploy.options import device_from_text
+    from swin_deploy.parity import Reference, check_runtime
+    from swin_deploy.runtimes.backends import runtime_to_check
+    from swin_deploy.runtimes.gpu.engine_fit import open_engine
+
+    reference = Reference.load(bundle, bundle.graph_of(file).reference)
+    runtime: Any = (
+        open_engine(bundle, file, device_from_text(spec.device))
+        if file in bundle.engines
+        else runtime_to_check(bundle.verified_path(file), spec.backend, spec.device)
+    )
+    entry = bundle.engines.get(file) or bundle.graphs[file]
+    with runtime:
+        return check_runtime(reference, runtime, file, entry.precision)
+
+
+def _verdicts_apart(bundle: Bundle, files: Sequence[str], spec: VerifySpec) -> list[Verdict]:
+    """Run graphs in another process, which may die of them."""
+    from swin_deploy.bench.worker import Process
+    from swin_deploy.parity import Verdict
+
+    verdicts = []
+    with Process("from swin_deploy.api.evaluate import answer_with_verdicts; answer_with_verdicts()") as process:
+        for file in files:
+            process.title = f"The process that ran {bundle.place(file)}"
+            question = {"bundle": str(bundle.path), "file": file, "backend": spec.backend, "device": spec.device}
+            verdicts.append(Verdict.from_json(process.ask(question)))
+    return verdicts
+
+
+def answer_with_verdicts() -> None:
+    """Run the graphs that are named on stdin, each in a line of JSON, and answer with their verdicts."""
+    from swin_deploy.bench.worker import answers
+    from swin_deploy.bundle import Bundle
+
+    with answers() as answer:
+        while line := sys.stdin.readline():
+            question = json.loads(line)
+            bundle, file = Bundle.open(question["bundle"]), question["file"]
+            _check_with_onnx(bundle.verified_path(file))
+            answer(**asdict(_verdict(bundle, file, VerifySpec(backend=question["backend"], device=question["device"]))))
+
+
+def _check_with_onnx(path: Path) -> None:
+    """Check a graph with onnx's own checker, which is native code as well, if onnx is installed."""
+    from swin_deploy.dependencies import installed, require
+    from swin_deploy.errors import BundleError, sentence
+
+    if installed("onnx"):
+        try:
+            require("onnx", "check the graph").checker.check_model(str(path), full_check=True)
+        except Exception as error:
+            raise BundleError(f"{path} is not a valid ONNX graph: {sentence(str(error))}. Export the bundle again.") from error
 
 
 def _engines(bundle: Bundle, backend: str, device: str) -> Mapping[str, EngineEntry] | None:
@@ -123,7 +178,7 @@ def evaluate(bundle: BundlePath, spec: EvaluateSpec) -> Evaluation:
     from swin_deploy.bundle import Bundle
     from swin_deploy.calib.data import samples_for
 
-    found = Bundle.open(bundle)
+    found = Bundle.open(bundle, spec.trust)
     _selected(found, spec)  # refuses invalid options before any image is read
     samples = samples_for(found, spec.data, spec.samples, spec.labels, skip=spec.on_error == "continue")
     return evaluate_samples(found, samples, spec)

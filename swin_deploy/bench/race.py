@@ -142,7 +142,7 @@ def _summary(case: BenchCase, child: Child, rounds: Rounds, reference: Rounds, d
     low, middle, high = np.quantile(medians / usual, (0.25, 0.5, 0.75)).tolist()
     return Measurement(
         case=case,
-        run_by=child.title,
+        run_by=child.model,
         runs=len(times),
         percentiles_ms={p: float(np.percentile(times, p)) for p in PERCENTILES},
         round_ms=tuple(medians.tolist()),

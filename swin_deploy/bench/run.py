@@ -51,7 +51,7 @@ def bench(bundle: BundlePath, spec: BenchSpec) -> BenchResult:
 
     What is named and does not run is an error; of the defaults it is skipped.
     """
-    found, machine = Bundle.open(bundle), this_machine()
+    found, machine = Bundle.open(bundle, spec.trust), this_machine()
     config = found.config
     size, batches = found.image_size, tuple(dict.fromkeys(spec.batches or BATCHES))
     for batch in batches:
@@ -129,7 +129,7 @@ def plan_cases(bundle: Bundle, spec: BenchSpec) -> dict[BenchCase, Request]:
                 request = {"bundle": str(bundle.path), "backend": backend, "precision": precision, "device": device}
                 for batch in dict.fromkeys(spec.batches or BATCHES):
                     case = BenchCase("swin-deploy", backend, precision, batch, device=device)
-                    found[case] = {**request, "threads": spec.threads}
+                    found[case] = {**request, "threads": spec.threads, "trust": spec.trust}
     if not found and spec.device != "auto":
         raise UsageError(f"No installed back end runs on {spec.device}. Use another device, or see: swin-deploy doctor")
     if not found:

@@ -1,57 +1,46 @@
-"""Both sides of a measuring process: `Child` starts one and asks it, `serve` is what it runs."""
+"""Processes that load models: `Process` starts one and asks it; `Child` and `serve` are the two sides of one that measures."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from swin_deploy import errors
 from swin_deploy.bundle import TensorSpec
 from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError
 from swin_deploy.options import Array
 
-# Not with -m, which would search the current folder for modules first, and that may be a checkout of this package.
-START = "import sys; sys.path[:] = filter(None, sys.path); from swin_deploy.bench.worker import serve; serve()"
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class Child(contextlib.AbstractContextManager["Child"]):
-    """A process that has loaded a model and run it once; use it as a context manager, which ends the process.
+class Process:
+    """A Python process that runs the text `start` and answers lines of JSON; use it as a context manager, which ends it."""
 
-    `cold_start` is in seconds, `peak_memory` in bytes. Raises BackendError with the message of a process that cannot load it.
-    """
+    title = "The process"  # in errors
 
-    def __init__(self, request: Mapping[str, Any]) -> None:
-        begin = time.perf_counter()
-        self.peak_memory = 0
+    def __init__(self, start: str) -> None:
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - close() does
         # In a session of its own, so that Ctrl-C on the terminal only reaches this process, which then ends the others.
+        # Not with -m, which would search the current folder for modules first, and that may be a checkout of this package.
+        command = [sys.executable, "-c", f"import sys; sys.path[:] = filter(None, sys.path); {start}"]
         self._process = subprocess.Popen(
-            [sys.executable, "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True,
-            start_new_session=True,
-        )  # fmt: skip
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True, start_new_session=True
+        )
         self.pid = self._process.pid
-        try:
-            loaded = self._ask(request)
-            self.title, self.inputs = str(loaded["title"]), loaded["inputs"]
-        except BaseException:
-            self.close()
-            raise
-        self.cold_start = time.perf_counter() - begin
-
-    def milliseconds(self, seconds: float) -> list[float]:
-        """Run the model for `seconds`, at least once after a warm-up, and return the time of each call."""
-        return list(self._ask({"seconds": seconds})["ms"])
 
     def close(self) -> None:
         """End the process, whatever it does."""
@@ -62,36 +51,79 @@ class Child(contextlib.AbstractContextManager["Child"]):
                 with contextlib.suppress(OSError):
                     stream.close()
 
-    def _ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+    def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the answer to a question. Raises the error that the process reports, or BackendError if it has ended."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdout is not None
         with contextlib.suppress(BrokenPipeError):  # the process has ended; reading shows that
             print(json.dumps(question), file=stdin, flush=True)
         if not (line := stdout.readline()):
-            raise BackendError(f"The measuring process {self._end()}.")
+            raise BackendError(f"{self.title} {self._end()}.")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise BackendError(str(answer["error"]))
-        self.peak_memory = int(answer["peak_memory"])
+            kind = vars(errors).get(str(answer.get("kind")))
+            if not (isinstance(kind, type) and issubclass(kind, errors.SwinDeployError)):
+                kind = BackendError
+            raise kind(str(answer["error"]))
         return answer
 
     def _end(self) -> str:
         code = self._process.wait()
         if code == -9:  # SIGKILL
             return "was killed by the system, most likely because memory ran out"
+        if code < 0:
+            return f"died with {signal.Signals(-code).name}"
         self._stderr.seek(0)
         lines = self._stderr.read().decode("utf-8", "replace").splitlines()
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
         return f"died (exit code {code}): {last}"
 
+    def __enter__(self) -> Self:
+        return self
+
     def __exit__(self, *error: object) -> None:
         self.close()
 
 
-def serve() -> None:
-    """Run the measuring process: the first line on stdin is its request, each further one the seconds to run for.
+class Child(Process):
+    """A process that has loaded a model and run it once.
 
-    Every line is answered with one on stdout. What libraries print goes to stderr.
+    `cold_start` is in seconds, `peak_memory` in bytes. Raises BackendError with the message of a process that cannot load it.
+    """
+
+    title = "The measuring process"
+
+    def __init__(self, request: Mapping[str, Any]) -> None:
+        begin = time.perf_counter()
+        self.peak_memory = 0
+        super().__init__("from swin_deploy.bench.worker import serve; serve()")
+        try:
+            loaded = self.ask(request)
+            self.model, self.inputs = str(loaded["title"]), loaded["inputs"]
+        except BaseException:
+            self.close()
+            raise
+        self.cold_start = time.perf_counter() - begin
+
+    def milliseconds(self, seconds: float) -> list[float]:
+        """Run the model for `seconds`, at least once after a warm-up, and return the time of each call."""
+        return list(self.ask({"seconds": seconds})["ms"])
+
+    def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the answer to a question, and keep the peak memory that it states. Raises BackendError for any error."""
+        try:
+            answer = super().ask(question)
+        except errors.SwinDeployError as error:
+            raise BackendError(str(error)) from error
+        self.peak_memory = int(answer["peak_memory"])
+        return answer
+
+
+@contextlib.contextmanager
+def answers() -> Iterator[Callable[..., None]]:
+    """Yield a function that answers on stdout with its keywords as JSON. Errors are answered, too.
+
+    What libraries print goes to stderr.
     """
     stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -100,6 +132,19 @@ def serve() -> None:
         print(json.dumps(values), file=stdout, flush=True)
 
     try:
+        yield answer
+    except MemoryError:
+        answer(error="Memory ran out. Use a smaller batch.")
+    except Exception as error:  # noqa: BLE001 - the process that asked reports it
+        answer(error=" ".join(str(error).split()) or type(error).__name__, kind=type(error).__name__)
+
+
+def serve() -> None:
+    """Run the measuring process: the first line on stdin is its request, each further one the seconds to run for.
+
+    Every line is answered with one on stdout.
+    """
+    with answers() as answer:
         request = json.loads(sys.stdin.readline())
         model = open_request(request)
         feeds = _feeds(model.inputs, int(request["batch"]))
@@ -107,10 +152,6 @@ def serve() -> None:
         answer(title=model.title, inputs={spec.name: spec.dtype for spec in model.inputs}, peak_memory=peak_memory())
         while line := sys.stdin.readline():
             answer(ms=_timed(model, feeds, float(json.loads(line)["seconds"])), peak_memory=peak_memory())
-    except MemoryError:
-        answer(error="Memory ran out. Use a smaller batch.")
-    except Exception as error:  # noqa: BLE001 - the process that asked reports it
-        answer(error=" ".join(str(error).split()) or type(error).__name__)
 
 
 def open_request(request: dict[str, Any]) -> Any:
@@ -136,7 +177,8 @@ def open_request(request: dict[str, Any]) -> Any:
         return runtime_from_onnx(Path(request["onnx"]), backend, threads, request["bf16"], device)
     from swin_deploy.api.load import load
 
-    model = load(request["bundle"], precision=request["precision"], backend=backend, device=device, threads=threads)
+    options = {"precision": request["precision"], "trust": request.get("trust", False)}
+    model = load(request["bundle"], backend=backend, device=device, threads=threads, **options)
     return SimpleNamespace(title=f"{backend} {model.describe().version}", inputs=model.inputs, run=model.run)
 
 

@@ -23,7 +23,7 @@ from swin_deploy.options import EvaluateSpec, LoadSpec
     help="Number of classes to print per image.  [default: 5; several labels: all above --threshold]",
 )
 @spec_options(EvaluateSpec, only=("threshold", "on_error"))
-@spec_options(LoadSpec, only=("precision", "backend", "device"))
+@spec_options(LoadSpec, only=("precision", "backend", "device", "trust"))
 @json_option
 def command(bundle: Path, images: tuple[str, ...], top_k: int | None, as_json: bool, **options: Any) -> None:
     """Print the most likely classes of every IMAGE with their scores.

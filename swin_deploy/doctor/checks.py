@@ -325,13 +325,14 @@ def _runs(bundle: Bundle, backends: Sequence[str], gpus: Sequence[InstalledGpu])
 def run_engine(bundle: Bundle, file: str, entry: EngineEntry, gpus: Sequence[InstalledGpu]) -> BundleRun:
     """Run an engine of the bundle on the first GPU that it fits, or report why it fits none."""
     from swin_deploy.runtimes.backends import BACKENDS
-    from swin_deploy.runtimes.gpu.engine_fit import incompatibility
+    from swin_deploy.runtimes.gpu.engine_fit import incompatibility, untrusted
 
     backend, precision, library = entry.backend, entry.precision, BACKENDS[entry.backend].found
     release = None
     with contextlib.suppress(MissingDependencyError, OSError):
         release = str(require(library, "run engines").__version__)
-    if (why := incompatibility(bundle, file, [gpu.capability for gpu in gpus], release)) is not None:
+    names = [gpu.capability for gpu in gpus]
+    if (why := incompatibility(bundle, file, names, release) or untrusted(bundle, file, names)) is not None:
         return BundleRun(file, backend, precision, False, why)
     fitting = (i for i, gpu in enumerate(gpus) if incompatibility(bundle, file, [gpu.capability], release) is None)
     return _tried(bundle, file, backend, precision, {"engine": file, "device": f"cuda:{next(fitting)}"})
@@ -344,7 +345,7 @@ def _tried(bundle: Bundle, file: str, backend: str, precision: str, request: Map
         try:
             answer = str(folder / "answer.npz")
             with Child({"bundle": str(bundle.path), **request, "batch": 1, "answer": answer}) as child:
-                message = f"{child.title}; first result {child.cold_start:.1f} s after the start of its process"
+                message = f"{child.model}; first result {child.cold_start:.1f} s after the start of its process"
                 return BundleRun(file, backend, precision, True, message)
         except BackendError as error:
             return BundleRun(file, backend, precision, False, str(error))
