@@ -19,6 +19,7 @@ import errno
 import functools
 import hashlib
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -30,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from .errors import BundleError, SwinDeployError, shown
+from .errors import BundleError, SwinDeployError, shown, system_limit
 from .files import (
     JSON_BYTES,
     MANIFEST,
@@ -38,6 +39,7 @@ from .files import (
     json_from,
     locked,
     move_scratch,
+    put_aside,
     put_back,
     read_regular,
     replaced_by,
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from .preprocess import Preprocessor
     from .tasks import TaskSpec
 
+_LOG = logging.getLogger(__name__)
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 SCHEMA = 1
 MANIFEST_BYTES = 1 << 24
@@ -109,6 +112,8 @@ class Bundle:
                 put_back(folder)
             is_folder, is_complete = folder.is_dir(), file.exists()
         except OSError as error:  # no permission, or a name that is too long
+            if (limit := system_limit(error)) is not None:
+                raise BundleError(f"{folder} cannot be read. {limit}") from error
             advice = "Change its permissions." if isinstance(error, PermissionError) else "Expected the folder of a bundle."
             raise BundleError(f"{folder} cannot be read: {error.strerror}. {advice}") from error
         if not is_folder:
@@ -216,6 +221,19 @@ class Bundle:
         Raises:
             BundleError: The bundle has no such file, or the file cannot be read or has changed.
         """
+        try:
+            return self._checked(file, remedy)
+        except BundleError:
+            with contextlib.suppress(OSError), locked(self.path):  # another command may just be writing the file
+                pass
+            now = Bundle.open(self.path)
+            if now.manifest == self.manifest:
+                raise
+        if now.manifest.created != self.manifest.created:
+            raise BundleError(f"{self.path} was exported again while it was read. Run the command again.")
+        return now._checked(file, remedy)
+
+    def _checked(self, file: str, remedy: str) -> Path:
         entry = self.files.get(file)
         if entry is None:
             raise BundleError(f"The bundle {self.path} has no {file}. It contains: {', '.join(sorted(self.files))}.")
@@ -435,9 +453,21 @@ def newest_bundle(folder: Path) -> Bundle:
     """Return the bundle `folder`, or else the newest bundle directly inside it."""
     if (folder / MANIFEST).exists():
         return Bundle.open(folder)
+    for name in put_aside(folder):
+        put_back(folder / name)
     # Other programs write a manifest.json, too; only a bundle has this graph.
     candidates = [graph.parents[1] for graph in folder.glob("*/onnx/model.onnx")]
-    found = [Bundle.open(path) for path in candidates if (path / MANIFEST).exists() and not path.name.startswith(".")]
+    found, damaged = [], list[BundleError]()
+    for path in candidates:
+        if (path / MANIFEST).exists() and not path.name.startswith("."):
+            try:
+                found.append(Bundle.open(path))
+            except BundleError as error:
+                damaged.append(error)
+    if not found and damaged:
+        raise damaged[0]
+    for error in damaged:
+        _LOG.warning("Warning: One bundle is ignored. %s", error)
     if not found:
         raise BundleError(
             f"There is no bundle in {folder.resolve()}. Pass the path of one, or create one: "
@@ -502,6 +532,8 @@ def disk_errors(path: Path, advice: str = EXISTING) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if (limit := system_limit(error)) is not None:
+            raise BundleError(f"{path} cannot be written. {limit}") from error
         reason = error.strerror or str(error)
         raise BundleError(f"{path} cannot be written: {reason}. {advice}") from error
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from swin_deploy.bundle import without_links
-from swin_deploy.errors import MissingDependencyError
+from swin_deploy.errors import GONE, MissingDependencyError, SwinDeployError, system_limit
 
 # module -> (name in messages, extra that installs it)
 PROVIDERS = {
@@ -39,6 +39,8 @@ PROVIDERS = {
 def require(module: str, purpose: str) -> Any:
     """Import and return `module`; `purpose` completes "... is needed to". Raises MissingDependencyError if that fails."""
     top = module.partition(".")[0]
+    if top == "torch" and top not in sys.modules:
+        _refuse_what_ends_torch()
     if top == "onnxruntime":
         # From 1.29 on it sends telemetry, with an id of the device that it keeps in the user's cache folder. It reads this
         # variable once, when it is imported. Set it to 0 to allow telemetry.
@@ -47,10 +49,30 @@ def require(module: str, purpose: str) -> Any:
         return _openvino(module) if top == "openvino" else importlib.import_module(module)
     except (ImportError, OSError) as error:  # OSError: a shared library of the package is missing or damaged
         name, extra = PROVIDERS[top]
+        if (limit := system_limit(error)) is not None:
+            raise SwinDeployError(f"{name} cannot be imported. {limit}") from error
         why = f"installed and fails to import ({error}). Reinstall it: pip install --force-reinstall"
         if isinstance(error, ModuleNotFoundError) and error.name == top:
             why = "not installed. Run: pip install"
         raise MissingDependencyError(f'{name} is needed to {purpose}, but it is {why} "swin-deploy[{extra}]"') from error
+
+
+def _refuse_what_ends_torch() -> None:
+    """Raise SwinDeployError where the import of torch would end this process, instead of raising an error."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise SwinDeployError(f"PyTorch cannot be imported. {GONE}") from None
+    with contextlib.suppress(ImportError, OSError):  # not Linux
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        if limit != resource.RLIM_INFINITY and limit - used < TORCH_BYTES:
+            raise SwinDeployError(
+                f"PyTorch needs {TORCH_BYTES >> 20} MiB of address space to start, and {limit - used >> 20} MiB are left of "
+                f"the {limit >> 20} MiB of this process. Raise this limit (ulimit -v)."
+            )
 
 
 def _openvino(module: str) -> Any:
@@ -66,6 +88,7 @@ def _openvino(module: str) -> Any:
         del sys.modules[reports]
 
 
+TORCH_BYTES = 520 << 20  # address space that the import of torch 2.13 takes, without CUDA
 EXACT_QDQ = {"session.disable_quant_qdq": "1"}  # compute Q/DQ as ONNX defines it, without 8-bit kernels
 
 

@@ -22,12 +22,19 @@ quantized graph that misses its accuracy or speed limit.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 # Control characters, which a terminal obeys, and those that change the direction of text.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 UNPRINTABLE = re.compile(_CONTROL.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))  # all but tabs and line ends
+_MEMORY = re.compile(
+    r"bad_alloc|(?:cannot|can't|failed to|unable to) allocate memory|not enough memory|failed to map segment|start new thread",
+    re.IGNORECASE,
+)
+GONE = "The current directory no longer exists. Change to another one, and run the command again."
 SHOWN, LONGEST = 300, 8000  # characters: of one foreign text in a message, and of a message
 
 
@@ -129,3 +136,47 @@ def shown(value: object) -> str:
 def sentence(text: str) -> str:
     """Return `text` on one line and without its final period, to embed it in a sentence."""
     return " ".join(text.split()).rstrip(".")
+
+
+def system_limit(error: BaseException) -> str | None:
+    """Return the sentences for an error that a limit of the system caused: memory, open files, or a removed directory.
+
+    Returns None for any other error.
+    """
+    text, what = str(error), f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    if _is_of_memory(error):
+        limit, reason = _limit_of("RLIMIT_AS"), f" ({shortened(shown(sentence(text)), 100)})" if text else ""
+        if limit is None:
+            return f"Memory ran out{reason}. Free some memory, or use a machine with more."
+        allowed = f"This process is limited to {limit >> 20} MiB of address space"
+        return f"Memory ran out{reason}. {allowed}. Raise this limit (ulimit -v)."
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
+        limit = _limit_of("RLIMIT_NOFILE")
+        return f"{what}Too many files are open; the limit is {limit}. Raise it (ulimit -n 1024)."
+    if isinstance(error, FileNotFoundError):
+        try:
+            Path.cwd()
+        except OSError:
+            return GONE
+    return None
+
+
+def _is_of_memory(error: BaseException | None) -> bool:
+    """Return whether an error, or one that led to it, reports that memory ran out."""
+    # With a limit, allocations of CPython itself that fail can end as a SystemError.
+    kinds = (MemoryError,) if _limit_of("RLIMIT_AS") is None else (MemoryError, SystemError)
+    while error is not None:
+        text = str(error)
+        if isinstance(error, kinds) or (_MEMORY.search(text) and "CUDA" not in text):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _limit_of(name: str) -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    limit = resource.getrlimit(getattr(resource, name))[0]
+    return None if limit == resource.RLIM_INFINITY else limit

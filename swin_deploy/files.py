@@ -336,6 +336,11 @@ def set_aside(path: Path, old: Path) -> None:
             raise
 
 
+def put_aside(folder: Path) -> set[str]:
+    """Return the names of the bundles in a folder that were renamed away to be replaced."""
+    return {_parts(name)[0] for name in _names(folder) if ".replaced-" in name}
+
+
 def put_back(path: Path) -> None:
     """Put back the bundle at `path` if a killed command had renamed it away. A running command is waited for."""
     path = Path(os.path.realpath(path))

@@ -10,12 +10,12 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from swin_deploy.errors import UsageError, unknown
+from swin_deploy.errors import SwinDeployError, UsageError, system_limit, unknown
 
 P = ParamSpec("P")
 S = TypeVar("S")
@@ -83,7 +83,8 @@ def keywords(spec: Callable[P, S]) -> Callable[[Callable[[S], R]], Callable[P, R
 
     def decorate(function: Callable[[S], R]) -> Callable[P, R]:
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            return function(_made(spec, function.__name__, args, kwargs))
+            with _limits_explained():
+                return function(_made(spec, function.__name__, args, kwargs))
 
         return _documented(call, function, spec, skip=1)  # type: ignore[no-any-return]
 
@@ -99,12 +100,26 @@ def bundle_keywords(
         def call(bundle: BundlePath | None = None, /, *args: P.args, **kwargs: P.kwargs) -> R:
             given: Any = kwargs.pop("bundle", bundle)
             found = None if optional and given is None else path("bundle", given)
-            return function(found, _made(spec, function.__name__, args, kwargs))
+            with _limits_explained():
+                return function(found, _made(spec, function.__name__, args, kwargs))
 
         changes = {"default": None} if optional else {}
         return _documented(call, function, spec, skip=2, **changes)  # type: ignore[no-any-return]
 
     return decorate
+
+
+@contextlib.contextmanager
+def _limits_explained() -> Iterator[None]:
+    """Raise SwinDeployError with what to do for an error that a limit of the system caused, such as too little memory."""
+    try:
+        yield
+    except SwinDeployError:
+        raise
+    except Exception as error:
+        if (sentences := system_limit(error)) is None:
+            raise
+        raise SwinDeployError(sentences) from error
 
 
 def _made(spec: Callable[..., S], verb: str, args: Sequence[Any], kwargs: dict[str, Any]) -> S:

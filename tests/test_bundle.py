@@ -22,7 +22,7 @@ from cli.exported import contents, exported_bundle, one_block, small_disk
 
 import swin_deploy
 from swin_deploy.bundle import Bundle, Draft, create_bundle, newest_bundle
-from swin_deploy.errors import BundleError
+from swin_deploy.errors import BundleError, SwinDeployError, system_limit
 
 FACTS = {"name": "small", "tolerance": 1e-05, "label": "Grüße", "task": {"name": "image-classification"}}
 INPUT = {"name": "pixel_values", "dtype": "float32", "shape": ["batch", 3, 8, 8]}
@@ -346,7 +346,7 @@ def test_a_file_that_may_not_grow_is_one_sentence(tmp_path: Path) -> None:
 import resource, sys
 from pathlib import Path
 from swin_deploy.bundle import create_bundle
-from swin_deploy.errors import BundleError
+from swin_deploy.errors import BundleError, SwinDeployError, system_limit
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     with create_bundle(Path(sys.argv[1]), replace=False, facts={}) as draft:
@@ -407,7 +407,7 @@ def test_an_entry_is_of_the_file_that_was_seen(tmp_path: Path) -> None:
     assert "onnx/model.onnx" not in seen.with_entry("onnx/model.onnx", {"agreement": {"verified": True}}).files
 
 
-def test_the_newest_bundle(tmp_path: Path) -> None:
+def test_the_newest_bundle(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(BundleError, match=f"no bundle in {tmp_path}"):
         newest_bundle(tmp_path)
     make(tmp_path / "z")
@@ -417,3 +417,69 @@ def test_the_newest_bundle(tmp_path: Path) -> None:
     (tmp_path / "web-app/manifest.json").write_text(json.dumps({"name": "another program's"}))
     assert newest_bundle(tmp_path).path == newest.path
     assert newest_bundle(newest.path).path == newest.path
+    newest.path.rename(tmp_path / ".a.replaced-0123abcd")  # by a command that was killed then
+    assert newest_bundle(tmp_path).path == newest.path
+    (tmp_path / "z/manifest.json").write_text("{")
+    assert newest_bundle(tmp_path).path == newest.path
+    assert f"ignored. {tmp_path / 'z/manifest.json'} is damaged" in caplog.text
+    (newest.path / "manifest.json").write_text("{")
+    with pytest.raises(BundleError, match="damaged"):
+        newest_bundle(tmp_path)
+
+
+def test_a_reader_that_meets_a_writer_reads_the_manifest_again(tmp_path: Path) -> None:
+    reader = make(tmp_path / "b", "old")
+    reader.with_file("onnx/model.onnx", {"precision": "fp32"}, b"new")
+    assert text_of(reader) == "new"
+    reader.without("onnx/model.onnx")
+    with pytest.raises(BundleError, match="has no onnx/model"):
+        text_of(reader)
+    make(tmp_path / "b", "another", replace=True)
+    with pytest.raises(BundleError, match="exported again while it was read"):
+        text_of(reader)
+    with pytest.raises(BundleError, match="exported again meanwhile"):
+        reader.with_file("onnx/new.onnx", {}, b"new")
+
+
+def test_a_removed_current_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    make(tmp_path / "b")
+    (tmp_path / "gone").rmdir()
+    for action in (lambda: newest_bundle(Path()), lambda: Bundle.open("b"), lambda: swin_deploy.build_engine()):
+        with pytest.raises((FileNotFoundError, SwinDeployError)) as caught:
+            action()
+        assert "current directory no longer exists" in (system_limit(caught.value) or str(caught.value))
+    make(tmp_path / "b", replace=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentences"),
+    [
+        (MemoryError(), "Memory ran out"),
+        (RuntimeError("unable to mmap 551848 bytes from file <x>: Cannot allocate memory (12)"), "Memory ran out"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
+            "Memory ran out",
+        ),
+        (RuntimeError("can't start new thread"), "Memory ran out"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "Memory ran out"),
+        (OSError(errno.EMFILE, "Too many open files", "a.png"), "a.png: Too many files are open"),
+        (RuntimeError("CUDA out of memory. Cannot allocate memory"), None),
+        (FileNotFoundError(2, "No such file", "a.png"), None),
+        (ValueError("wrong"), None),
+    ],
+)
+def test_limits_of_the_system_are_named(error: Exception, sentences: str | None) -> None:
+    found = system_limit(error)
+    assert (found is None) if sentences is None else (found or "").startswith(sentences)
+    wrapped = RuntimeError("export failed")
+    wrapped.__cause__ = error
+    assert sentences != "Memory ran out" or (system_limit(wrapped) or "").startswith(sentences)
+
+
+def test_too_little_address_space_for_torch(tmp_path: Path) -> None:
+    code = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 29,) * 2)\nimport swin_deploy; swin_deploy.export('swin-tiny')"
+    pytest.importorskip("resource", reason="this system has no limits of a process")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "SwinDeployError: PyTorch needs 520 MiB of address space to start" in done.stderr

@@ -35,10 +35,12 @@ def export(spec: ExportSpec) -> Bundle:
         >>> bundle = swin_deploy.export("swinv2-tiny", image_sizes=[256, "256x320"])
     """
     from swin_deploy.bundle import replaceable_path
+    from swin_deploy.dependencies import require
     from swin_deploy.exporters.bundle_from_checkpoint import bundle_from_checkpoint
     from swin_deploy.exporters.checkpoint_from_request import bundle_name, checkpoint_from_request
     from swin_deploy.runtimes.backends import runtime_to_check
 
+    require("torch", "export a model")
     path = Path(spec.output or bundle_name(spec.variant, spec.weights))
     if os.path.lexists(path):
         replaceable_path(path, spec.force)  # before the work, and again after it

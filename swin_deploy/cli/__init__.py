@@ -6,11 +6,12 @@ import contextlib
 import importlib
 import signal
 import sys
+import traceback
 from typing import Any, NoReturn
 
 import click
 
-from swin_deploy.errors import SwinDeployError, printable
+from swin_deploy.errors import SwinDeployError, printable, system_limit
 
 # Raised by click 8.2 and newer without arguments; the help text is shown.
 NO_ARGUMENTS: tuple[type[click.UsageError], ...] = tuple(
@@ -84,19 +85,23 @@ def main() -> None:
     except SwinDeployError as error:
         if _signals:
             _stopped()
-        _fail(str(error), error.exit_code)
+        gone = system_limit(FileNotFoundError())  # then relative paths lead nowhere
+        _fail(f"{error} {gone}" if gone and gone not in str(error) else str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         _stopped()
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
-    except OSError as error:  # such as a full disk
-        what = f"{error.filename}: " if error.filename else ""
-        _fail(f"The operating system refused: {what}{error.strerror or error}.", 2)
-    except Exception:
-        if not _signals:
+    except Exception as error:
+        if _signals:
+            _stopped()  # torch wraps an interrupt as a failed export
+        traceback.clear_frames(error.__traceback__)  # if memory ran out, the sentence needs some
+        if (sentences := system_limit(error)) is not None:
+            _fail(sentences, 2)
+        if not isinstance(error, OSError):
             raise
-        _stopped()  # torch wraps an interrupt as a failed export
+        what = f"{error.filename}: " if error.filename else ""  # such as a full disk
+        _fail(f"The operating system refused: {what}{error.strerror or error}.", 2)
     sys.exit(code if isinstance(code, int) else 0)
 
 
