@@ -466,8 +466,8 @@ def newest_bundle(folder: Path) -> Bundle:
                 damaged.append(error)
     if not found and damaged:
         raise damaged[0]
-    for error in damaged:
-        _LOG.warning("Warning: One bundle is ignored. %s", error)
+    for reason in damaged:
+        _LOG.warning("Warning: One bundle is ignored. %s", reason)
     if not found:
         raise BundleError(
             f"There is no bundle in {folder.resolve()}. Pass the path of one, or create one: "

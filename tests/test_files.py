@@ -51,7 +51,7 @@ def test_what_the_killed_left_is_swept(namespace: bool, tmp_path: Path, monkeypa
         other.mkdir()
     (killed, left), (alive, used) = held(tmp_path, *prefix), held(tmp_path, *prefix)
     killed.kill()
-    killed.communicate()
+    killed.wait()  # and keep its input open, which a child would read until it is killed, too
     assert (left / "large.npz").exists()
     while not sweep(tmp_path / "swin-test") and left.exists():  # --kill-child does not wait for the child
         time.sleep(0.01)
@@ -59,7 +59,8 @@ def test_what_the_killed_left_is_swept(namespace: bool, tmp_path: Path, monkeypa
         assert {path for path in tmp_path.iterdir() if not path.name.endswith(".lock")} == {*others, used, mine}
         assert mine.stat().st_mode & 0o077 == 0
         assert (used / "large.npz").exists()
-    alive.communicate("\n")
+    for process in (killed, alive):
+        process.communicate("\n")
     assert sorted(tmp_path.iterdir()) == sorted(others)
 
 
