@@ -71,7 +71,8 @@ def bundle(path: Path, task: str = "image-classification", **more: Any) -> Path:
         for side, precisions in ((SIDE, ("fp32", "bf16", "fp16")), (2 * SIDE, ("fp32", "fp16"))):
             inputs = [{"name": "pixel_values", "dtype": "float32", "shape": ["batch", 3, side, side]}]
             for precision in precisions:
-                entry: dict[str, Any] = {"precision": precision, "image_size": [side, side], "inputs": inputs}
+                entry: dict[str, Any] = {"precision": precision, "image_size": [side, side], "inputs": inputs, "outputs": []}
+                entry["reference"] = CONFIG  # there are no outputs of PyTorch
                 file = graph_file(precision, None if side == SIDE else (side, side))
                 model = graph(precision, side, output)
                 draft.add(file, entry, lambda path, model=model: onnx.save(model, str(path)))  # type: ignore[misc]
