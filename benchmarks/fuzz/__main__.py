@@ -62,6 +62,7 @@ def main() -> int:
     parser.add_argument("--only", type=int, help="Run this case alone, and keep its folder.")
     parser.add_argument("--keep", type=Path, help="Keep the folders of cases with a fault here.")
     parser.add_argument("--seeds", type=Path, help="Folder of the intact inputs, which is made once. Default: a temporary one.")
+    parser.add_argument("--bundle", type=Path, help="Change this bundle, instead of two that are exported first.")
     given = parser.parse_args()
     import_everything()
     folder = given.seeds or Path(tempfile.mkdtemp(prefix="swin-fuzz-seeds-"))
@@ -69,7 +70,7 @@ def main() -> int:
         given.keep.mkdir(parents=True, exist_ok=True)
     rows = []
     try:
-        seeds = made_seeds(folder)
+        seeds = made_seeds(folder, given.bundle)
         for kind in KINDS if given.kind == "all" else (given.kind,):
             total = sum(count for _, count in KINDS.values())
             count = KINDS[kind][1] if given.cases is None else given.cases

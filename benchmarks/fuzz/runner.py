@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-LATE = 10.0  # s of processor time, or three times that of waiting
+LATE = 10.0  # s of processor time, or three times that without any work
 MEMORY = 2 << 30  # bytes above what half of the cases of the same verb need
 WRONG, BROKEN = 70, 71  # exit codes of a case: a tensor differs, or the harness itself failed
 FAULTS = ("traceback", "late", "memory", "death", "outside", "wrong tensor", "sentence", "harness")
@@ -228,14 +228,21 @@ def _watch(case: _Running) -> None:
     case.peak = max(case.peak, pages * PAGE)
     own = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
     used = sum(map(int, fields[11:15])) / TICKS
-    waited = time.monotonic() - case.begun
+    idle = time.monotonic() - case.begun - _scheduled(case.pid)
     if case.peak > own + 2 * MEMORY:
         case.killed = "memory"
-    elif used > LATE or waited > 3 * LATE:
+    elif used > LATE or idle > 3 * LATE:
         case.killed = "late"
     if case.killed:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(case.pid, signal.SIGKILL)
+
+
+def _scheduled(pid: int) -> float:
+    """Return the seconds that a process ran, or waited for a processor that was busy."""
+    with contextlib.suppress(OSError, ValueError):
+        return sum(map(int, Path(f"/proc/{pid}/schedstat").read_text().split()[:2])) / 1e9
+    return 0.0
 
 
 def _text(file: Path) -> str:

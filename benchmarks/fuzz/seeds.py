@@ -17,7 +17,7 @@ REPORTED = Path(__file__).parents[2] / "tests/reported"
 
 @dataclass(frozen=True)
 class Seeds:
-    """Folders of intact inputs. `bundles` are a small one and, unless the run is short, one with a file of every kind."""
+    """Folders of intact inputs. `bundles` are a small one, and one with a file of every kind."""
 
     checkpoint: Path
     bundles: tuple[Path, ...]
@@ -50,16 +50,17 @@ def in_a_child(call: Callable[[], object]) -> None:
         raise SystemExit("fuzz: the intact inputs cannot be made")
 
 
-def made_seeds(folder: Path) -> Seeds:
-    """Make all intact inputs in a folder, unless they are there."""
-    seeds = Seeds(folder / "checkpoint", (folder / "small", folder / "full"), folder / "data")
+def made_seeds(folder: Path, bundle: Path | None = None) -> Seeds:
+    """Make all intact inputs in a folder, unless they are there. A `bundle` that is given replaces those that are exported."""
+    bundles = (folder / "small", folder / "full") if bundle is None else (bundle,)
+    seeds = Seeds(folder / "checkpoint", bundles, folder / "data")
     if not (folder / "done").exists():
-        in_a_child(lambda: _make(seeds))
+        in_a_child(lambda: _make(seeds, bundle is None))
         (folder / "done").touch()
     return seeds
 
 
-def _make(seeds: Seeds) -> None:
+def _make(seeds: Seeds, export: bool) -> None:
     import swin_deploy
     from swin_deploy.bundle import Bundle
     from swin_deploy.exporters.typed_graphs import with_typed_graphs
@@ -68,6 +69,8 @@ def _make(seeds: Seeds) -> None:
 
     write_checkpoint(seeds.checkpoint)
     write_data(seeds.data)
+    if not export:
+        return
     small, full = seeds.bundles
     swin_deploy.export(weights=seeds.checkpoint, output=small, force=True)
     swin_deploy.export(weights=seeds.checkpoint, output=full, image_sizes=[32, "16x24"], force=True)
