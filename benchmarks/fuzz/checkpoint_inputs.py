@@ -448,22 +448,39 @@ def configs(seeds: Seeds, rng: random.Random, folder: Path) -> Planned:
     source = rng.choice((seeds.checkpoint, rng.choice([path for path in seeds.checkpoints if list(path.glob("*.json"))])))
     target, task = folder / "inputs/checkpoint", task_of(source)
     shutil.copytree(source, target)
-    options: tuple[object, ...] = ()
+    options: dict[str, Any] = {}
     if rng.random() < 0.05:
-        odd = (("--image-size", rng.choice((1, 2, 3, 64, "1x64"))), ("--window-size", rng.choice((1, 2, 7, 64, 10**6))))
-        smaller = ("--image-size", 2, "--window-size", 2)
-        framework = ("--framework", rng.choice(("timm", "torchvision", "microsoft")), "--image-size", 3)
-        options = rng.choice((*odd, smaller, framework, ("--crop-pct", 0.02), ("--embed-resize", rng.choice((1, "2x3")))))
-        done = " ".join(map(str, options))
+        sizes = [{"image_size": rng.choice(("1", "2", "3", "64", "1x64"))}, {"window_size": rng.choice((1, 2, 7, 64, 10**6))}]
+        smaller = {"image_size": "2", "window_size": 2}
+        framework = {"framework": rng.choice(("timm", "torchvision", "microsoft")), "image_size": "3"}
+        options = rng.choice((*sizes, smaller, framework, {"crop_pct": 0.02}, {"embed_resize": rng.choice(("1", "2x3"))}))
+        done = str(options)
     else:
         file = rng.choice(sorted(target.glob("*.json")))
         data, done = change.changed_json_file(rng, file.read_bytes())
         file.write_bytes(data)
         done = f"{source.name}/{file.name}: {done}"
-    if options or rng.random() < 0.004:
-        call = command("export", "--weights", target, "--task", task, "-o", folder / "bundle/out", *options)
+    if rng.random() < (0.1 if options else 0.004):
+        flags = [str(part) for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+        call = command("export", "--weights", target, "--task", task, "-o", folder / "bundle/out", *flags)
         return Planned("export", done, call)
+    if options:
+        return Planned("options", done, lambda: _with_options(target, task, options))
     return Planned("read", done, lambda: read_checkpoint(target, task))
+
+
+def _with_options(path: Path, task: str, options: Mapping[str, Any]) -> None:
+    """Load a checkpoint with options of an export, and build its network."""
+    from swin_deploy.exporters.checkpoint_from_request import checkpoint_from_request
+    from swin_deploy.models.swin import SwinNetwork
+    from swin_deploy.options import ExportSpec
+
+    given = dict(options)
+    size = given.pop("image_size", None)
+    spec = ExportSpec(weights=path, task=task, image_sizes=[size] if size else None, **given)
+    checkpoint = checkpoint_from_request(spec)
+    sizes = spec.image_sizes or (checkpoint.config.image_size,)
+    SwinNetwork(checkpoint.config, sizes[0], checkpoint.tensors, spec.task_spec(), "tensorrt")
 
 
 STATED = {  # what training scripts of Microsoft and timm save beside the weights
