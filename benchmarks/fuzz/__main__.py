@@ -81,8 +81,8 @@ def main() -> int:
             ended = run_cases(kind, plan_of(kind, seeds), given.seed, numbers, given.workers, given.keep)
             rows.append(table(kind, ended, time.monotonic() - begun))
             for one in ended:
-                if one.fault or given.only is not None:
-                    print(one if given.only is None else f"{one}\n{one.text}", flush=True)
+                if given.only is not None or one.fault == "memory":
+                    print(f"{one}\n{one.text}", flush=True)
             print(" ".join(f"{name}: {value}" for name, value in rows[-1].items()), flush=True)
     finally:
         if given.seeds is None:

@@ -109,6 +109,8 @@ def run_cases(kind: str, plan: Plan, seed: int, numbers: Sequence[int], workers:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(case.pid, signal.SIGKILL)  # what the case started
                 ended.append(_classified(case, status, usage))
+                if ended[-1].fault:
+                    print(ended[-1], flush=True)
                 if ended[-1].fault and keep is not None:
                     target = keep / f"{kind}-{seed}-{case.number}"
                     shutil.rmtree(target, ignore_errors=True)
