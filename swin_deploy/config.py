@@ -34,7 +34,8 @@ PROBLEMS = {"single_label_classification": None, "multi_label_classification": "
 MOST_LABELS = 1_000_000  # a name is created for each
 MOST_STAGES, MOST_BLOCKS = 16, 1000
 MOST_PARAMETERS = 20_000_000_000
-MOST_SCORES = 1_000_000_000  # of one window, in all heads: a constant of the graph
+MOST_TOKENS = 10_000  # of one window
+MOST_SCORES = 1_000_000_000  # of one window in all heads, or of all windows in one head: constants of the graph
 LARGEST_NUMBER = 1_000_000  # of pixels, channels, tokens
 LARGEST_RATIO = 1000
 
@@ -136,15 +137,17 @@ class SwinConfig:
             parameters += (
                 depth * (4 * width**2 + 2 * width * self.mlp_width(stage) + 4 * height * across * heads) + 8 * width**2
             )
-            scores = max(scores, heads * (height * across) ** 2)
+            grid = [math.ceil(side / patch / 2**stage) for side, patch in zip(self.image_size, self.patch_size, strict=True)]
+            windows = math.ceil(grid[0] / height) * math.ceil(grid[1] / across)
+            _check(height * across <= MOST_TOKENS, f"a window has {height}x{across} tokens, and the limit is {MOST_TOKENS}")
+            scores = max(scores, max(heads, windows) * (height * across) ** 2)
         outputs = (*self.head_widths, self.num_labels)
         parameters += sum(map(math.prod, zip((self.pooled_size, *outputs), outputs, strict=False)))
         parameters += self.hidden_size * self.encoder_stride**2 * self.num_channels
         why = f"it describes a network of {parameters:.3g} parameters, and the limit is {MOST_PARAMETERS:.3g}"
         _check(parameters <= MOST_PARAMETERS, why)
-        _check(
-            scores <= MOST_SCORES, f"one of its windows has {scores:.3g} attention scores, and the limit is {MOST_SCORES:.3g}"
-        )
+        why = f"attention has a bias or mask of {scores:.3g} values, and the limit is {MOST_SCORES:.3g}"
+        _check(scores <= MOST_SCORES, why)
 
     @property
     def model_type(self) -> str:
