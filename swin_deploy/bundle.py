@@ -53,7 +53,6 @@ from .files import (
 )
 from .manifest import EngineEntry, FileEntry, GraphEntry, Manifest, manifest_from_json
 from .manifest import TensorSpec as TensorSpec
-from .onnx_files import external_data
 from .option_parsers import path as path_option
 from .options import PRECISIONS, Size
 
@@ -78,7 +77,6 @@ EXISTING = "Check free space and permissions, or copy the bundle to a writable f
 
 # (device, inode, size, modification time) of a file -> its sha256, so that each file is read once per process.
 _DIGESTS: dict[tuple[int, ...], str] = {}
-_CHECKED: set[tuple[str, str | None, int]] = set()  # sha256 of a graph, its weights file and that file's size
 RECORD_BYTES = 1 << 20  # of a record of known files; the oldest are dropped
 _RECORDED: set[tuple[str, str]] = set()
 _CLOCK_STEP = 50_000_000  # ns; two changes within one tick of a file system's clock get the same time
@@ -252,33 +250,10 @@ class Bundle:
                 f"but the manifest has {entry.sha256[:12]}.... {remedy}"
             )
         if isinstance(entry, GraphEntry):
-            self._check_weights(path, entry)
+            if entry.weights is not None:
+                self.verified_path(entry.weights)
             self._check_graph(file)
         return path
-
-    def _check_weights(self, path: Path, entry: GraphEntry) -> None:
-        """Raise BundleError unless all data outside of the graph at `path` is in its weights file, which must be intact."""
-        size = 0
-        if entry.weights is not None:
-            self.verified_path(entry.weights)
-            size = self.files[entry.weights].bytes
-        if (key := (entry.sha256, entry.weights, size)) in _CHECKED:
-            return
-        listed = entry.weights and PurePosixPath(entry.weights).name
-        try:
-            for place in external_data(path):
-                location, start, length = place.get("location"), int(place.get("offset", 0)), int(place.get("length", 0))
-                if location != listed:
-                    expected = f"only {listed}" if listed else "no other file"
-                    raise BundleError(
-                        f"{path} reads weights from {shown(location)}, and the manifest lists {expected} for it. Export the "
-                        f"bundle again."
-                    )
-                if min(start, length) < 0 or start + length > size:
-                    raise ValueError(f"it reads bytes {start} to {start + length} of {listed}, which has {size}")
-        except (OSError, ValueError) as error:
-            raise BundleError(f"{path} is not a valid ONNX file: {error}. Export the bundle again.") from error
-        _CHECKED.add(key)
 
     def foreign(self, file: str) -> bool:
         """Whether this user, on this machine, did not write a graph with its weights, or an engine, as far as is known."""

@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from cli.exported import contents, digits
 from once import once
-from onnx import TensorProto, helper
 
 import swin_deploy
-from swin_deploy.bundle import Bundle, _manifest_text, inside
+from swin_deploy.bundle import Bundle, _manifest_text, inside, load_graph
 from swin_deploy.errors import BundleError, SwinDeployError
+from swin_deploy.exporters.external_data import WeightFile
 from swin_deploy.exporters.quantization.resume import ResumeState
-from swin_deploy.onnx_files import external_data
 from swin_deploy.runtimes.gpu.engine_fit import incompatibility, rebuild_command
 
 GRAPH, FP16, ENGINE = "onnx/model.onnx", "onnx/model_fp16.onnx", "engines/fp16-stripped-sm_89.engine"
@@ -292,122 +290,28 @@ def test_any_value_is_a_sentence_or_works(path: Path) -> None:
     assert contents(rewrite(path, manifest()).parent) == before
 
 
-def tensor(name: str, location: str | None = "w.bin", **place: object) -> TensorProto:
-    """A tensor of four numbers in another file; in the graph if `location` is None."""
-    made = helper.make_tensor(name, TensorProto.FLOAT, [4], np.zeros(4, np.float32).tobytes(), raw=True)
-    if location is not None:
-        made.ClearField("raw_data")
-        made.data_location = TensorProto.EXTERNAL
-        for key, value in {"location": location, **place}.items():
-            made.external_data.add(key=key, value=str(value))
-    return made
+LISTED = {"location": "model.onnx_data", "offset": "0"}
+PLACES: list[tuple[dict[str, str], dict[str, Any], str]] = [
+    (LISTED, {"weights": None}, r"its data is in model\.onnx_data, which the manifest does not list for it"),
+    ({"location": "../secret"}, {}, r"its data is in \.\./secret, which"), ({"location": "/etc/passwd"}, {}, "in /etc/passwd"),
+    ({"location": "./model.onnx_data"}, {}, r"in \./model"), ({"location": "\x1b[2J"}, {}, r"in \\x1b"),
+    ({"location": ""}, {}, "in , "), ({"location": "*/_ORT_MEM_ADDR_/*"}, {}, "_ORT_MEM_ADDR_"), ({"offset": "-8"}, {}, "invalid offset"),
+    ({"offset": "x"}, {}, "invalid offset"), ({"length": "9" * 30}, {}, "invalid offset or length"),
+    ({"offset": "99999999"}, {}, "beyond the end"), (LISTED, {"weights": "onnx/other.onnx_data"}, "in model"),
+]  # fmt: skip
 
 
-def graph(*nodes: Any, tensors: Any = (), sparse: Any = ()) -> Any:
-    return helper.make_graph(nodes, "g", [], [], tensors, sparse_initializer=sparse)
-
-
-def sparse(location: str) -> Any:
-    indices = helper.make_tensor("i", TensorProto.INT64, [1], [0])
-    return helper.make_sparse_tensor(tensor("s", location), indices, [4])
-
-
-def constant(**attribute: Any) -> Any:
-    return helper.make_node("Constant", [], ["c"], **attribute)
-
-
-def model(*graphs: Any, functions: Any = ()) -> onnx.ModelProto:
-    made = helper.make_model(graphs[0], functions=functions)
-    for training in graphs[1:]:
-        made.training_info.add().algorithm.CopyFrom(training)
-    return made
-
-
-WITH_FILES = {
-    "initializer": lambda: model(graph(tensors=[tensor("a", None), tensor("b", offset=0, length=16), tensor("c", "d.bin")])),
-    "attribute": lambda: model(graph(constant(value=tensor("a")))),
-    "attributes": lambda: model(graph(constant(values=[tensor("a"), tensor("b", "d.bin")]))),
-    "subgraph": lambda: model(graph(helper.make_node("If", ["x"], ["y"], then_branch=graph(tensors=[tensor("a")])))),
-    "subgraphs": lambda: model(graph(helper.make_node("X", [], [], parts=[graph(), graph(constant(value=tensor("a")))]))),
-    "sparse": lambda: model(graph(sparse=[sparse("s.bin")])),
-    "sparse attribute": lambda: model(graph(constant(sparse_value=sparse("s.bin")))),
-    "training": lambda: model(graph(), graph(tensors=[tensor("a")])),
-    "function": lambda: model(
-        graph(), functions=[helper.make_function("d", "f", [], [], [constant(value=tensor("a"))], [], [])]
-    ),
-    "none": lambda: model(graph(constant(value=tensor("a", None)), tensors=[tensor("b", None)])),
-}
-
-
-def tensors_of(message: Any) -> Iterator[TensorProto]:
-    """All tensors of a message, found by onnx's own classes."""
-    if isinstance(message, TensorProto):
-        yield message
-        return
-    for field, value in message.ListFields():
-        if field.message_type is not None:
-            for part in value if field.is_repeated else [value]:
-                yield from tensors_of(part)
-
-
-@pytest.mark.parametrize("kind", WITH_FILES)
-def test_every_external_tensor_is_found(kind: str, tmp_path: Path) -> None:
-    made = WITH_FILES[kind]()
-    (tmp_path / "m.onnx").write_bytes(made.SerializeToString())
-    places = [{entry.key: entry.value for entry in one.external_data} for one in tensors_of(made) if one.external_data]
-    assert list(external_data(tmp_path / "m.onnx")) == places
-    assert bool(places) == (kind != "none")
-
-
-def bundle_with(path: Path, content: bytes, **entry: Any) -> Bundle:
-    """The bundle with another fp32 graph, and weights of 16 bytes."""
-    bundle = Bundle.open(path).with_file("onnx/w.bin", {}, bytes(16))
-    return bundle.with_file(GRAPH, {**bundle.files[GRAPH], **entry}, content)
-
-
-@pytest.mark.parametrize(
-    ("made", "entry", "sentence"),
-    [
-        (tensor("a"), {}, r"reads weights from w\.bin, and the manifest lists no other file"),
-        (tensor("a", "../secret"), {"weights": "onnx/w.bin"}, r"weights from \.\./secret, and the manifest lists only w\.bin"),
-        (tensor("a", "/etc/passwd"), {"weights": "onnx/w.bin"}, "weights from /etc/passwd"),
-        (tensor("a", "./w.bin"), {"weights": "onnx/w.bin"}, r"weights from \./w\.bin"),
-        (tensor("a", "\x1b[2J"), {"weights": "onnx/w.bin"}, r"from \\x1b"),
-        (tensor("a", ""), {}, "weights from "),
-        (tensor("a", offset=8, length=16), {"weights": "onnx/w.bin"}, "bytes 8 to 24"),
-        (tensor("a", offset=-8), {"weights": "onnx/w.bin"}, "not a valid ONNX file"),
-        (tensor("a", offset="x"), {"weights": "onnx/w.bin"}, "not a valid ONNX file"),
-        (tensor("a", offset=0, length=10**30), {"weights": "onnx/w.bin"}, "not a valid ONNX file"),
-    ],
-)
-def test_a_graph_reads_only_the_weights_that_are_listed(made: Any, entry: Any, sentence: str, path: Path) -> None:
-    bundle = bundle_with(path, model(graph(tensors=[made])).SerializeToString(), **entry)
+@pytest.mark.parametrize(("place", "entry", "sentence"), PLACES)
+def test_a_graph_reads_only_the_weights_that_are_listed(place: Any, entry: Any, sentence: str, path: Path) -> None:
+    """Before a runtime reads it, and whatever is beside it."""
+    model, weights = load_graph(path / GRAPH), "onnx/model.onnx_data"
+    bundle = Bundle.open(path).with_file(weights, {}, lambda target: WeightFile(target, "model.onnx_data").take(model))
+    bundle = bundle.with_file("onnx/other.onnx_data", {}, b"other")
+    whole = bundle.with_file(GRAPH, {**bundle.files[GRAPH], "weights": weights}, model.SerializeToString())
+    assert whole.verified_path(GRAPH) == path / GRAPH
+    for one in next(one for one in model.graph.initializer if one.external_data).external_data:
+        one.value = place.get(one.key, one.value)
+    whole.with_file(GRAPH, {**whole.files[GRAPH], **entry}, model.SerializeToString())
     for verb in ("load", "verify", "evaluate"):
         with pytest.raises(BundleError, match=sentence):
             VERBS[verb](path)
-    content = model(graph(tensors=[tensor("a", offset=0, length=16)])).SerializeToString()
-    whole = bundle_with(
-        path, content, weights="onnx/w.bin", outputs=[]
-    )  # the structure of a graph without outputs is not checked
-    assert whole.verified_path(GRAPH) == bundle.path / GRAPH
-
-
-def part(number: int, content: bytes) -> bytes:
-    """A field of protobuf."""
-    return bytes([number << 3 | 2, 0x80 | len(content) & 0x7F, len(content) >> 7]) + content
-
-
-TWICE = model(graph(tensors=[tensor("a")])).SerializeToString()
-BROKEN = {
-    "text": b"no graph", "cut": TWICE[:5], "group": b"\x0b\x0c", "long tag": b"\xba\x80\x80\x80\x10\x00",
-    "no field": b"\x02\x00", "endless number": b"\x08" + b"\xff" * 20, "length beyond": b"\x3a\xff\xff\xff\xff\x07",
-    "two locations": TWICE.replace(b"j\x11\n\x08location\x12\x05w.bin", b"j\x11\n\x08location\x12\x05w.bin" * 2),
-    "deep": part(7, functools.reduce(lambda inner, _: part(1, part(5, part(6, inner))), range(40), part(10, b"location"))),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_graph_is_one_sentence(kind: str, path: Path) -> None:
-    bundle = bundle_with(path, BROKEN[kind])
-    with pytest.raises(BundleError, match="not a valid ONNX file"):
-        bundle.verified_path(GRAPH)
