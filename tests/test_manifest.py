@@ -295,7 +295,8 @@ PLACES: list[tuple[dict[str, str], dict[str, Any], str]] = [
     (LISTED, {"weights": None}, r"its data is in model\.onnx_data, which the manifest does not list for it"),
     ({"location": "../secret"}, {}, r"its data is in \.\./secret, which"), ({"location": "/etc/passwd"}, {}, "in /etc/passwd"),
     ({"location": "./model.onnx_data"}, {}, r"in \./model"), ({"location": "\x1b[2J"}, {}, r"in \\x1b"),
-    ({"location": ""}, {}, "in , "), ({"location": "*/_ORT_MEM_ADDR_/*"}, {}, "_ORT_MEM_ADDR_"), ({"offset": "-8"}, {}, "invalid offset"),
+    ({"location": ""}, {}, "in , "), ({"location": "*/_ORT_MEM_ADDR_/*"}, {}, "_ORT_MEM_ADDR_"),
+    ({"offset": "-8"}, {}, "invalid offset"),
     ({"offset": "x"}, {}, "invalid offset"), ({"length": "9" * 30}, {}, "invalid offset or length"),
     ({"offset": "99999999"}, {}, "beyond the end"), (LISTED, {"weights": "onnx/other.onnx_data"}, "in model"),
 ]  # fmt: skip
