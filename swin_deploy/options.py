@@ -113,7 +113,7 @@ class ExportSpec(Spec):
     )
     use_mask_token: bool = option(False, parse.flag, "Add the input bool_masked_pos to feature extraction.")
     add_pooling_layer: bool = option(
-        True, parse.flag, "The output pooler_output of feature extraction.", flags=("--no-pooling-layer",)
+        True, parse.flag, "Add pooler_output to the outputs of feature extraction.", flags=("--no-pooling-layer",)
     )
     framework: str | None = option(
         None,
@@ -169,7 +169,9 @@ class ExportSpec(Spec):
         "Runtime whose graph layout is written. fp32 graphs of every layout give the same results everywhere.",
     )
     embed_preprocess: bool = option(
-        False, parse.flag, "Write graphs that take uint8 RGB frames [batch, height, width, 3], and rescale and normalize them."
+        False,
+        parse.flag,
+        "Write graphs that take uint8 frames [batch, height, width, channels], and rescale and normalize them.",
     )
     embed_resize: Any = option(
         None,
@@ -306,7 +308,7 @@ class QuantSpec(Spec):
         parse.choice("method", METHODS),
         "How activation ranges are chosen. Default: mse for tensorrt, else the least error of the layer's output.",
     )
-    samples: int | None = option(None, parse.whole(1), "Number of images to use from the data, evenly spaced.")
+    samples: int | None = option(None, parse.whole(1), "Number of images to use, evenly spaced, the same number per class.")
     batch: int = option(8, parse.whole(1), "Images to run at a time.")
     keep: Any = option((), parse.texts, "Layer that is not quantized.", metavar="LAYER", many=True)
     max_drop: float | None = option(

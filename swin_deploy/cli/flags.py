@@ -40,7 +40,7 @@ def _decorators(name: str, one: Option, default: Any) -> list[Callable[..., Any]
             for value in one.choices
         ]
     if isinstance(default, bool):
-        text = one.help if default is False else f"Leave out: {one.help[0].lower()}{one.help[1:]}"
+        text = one.help if default is False else f"Do not {one.help[0].lower()}{one.help[1:]}"
         hidden = [click.option(old, f"{name}__former", is_flag=True, hidden=True) for old in one.hidden_flags]
         return [click.option(*flags, name, is_flag=True, help=text), *hidden]
     shown = f"  [default: {default}]" if isinstance(default, str | int | float) else ""

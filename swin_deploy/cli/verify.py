@@ -22,17 +22,21 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
     if one disagrees with PyTorch.
     """
     import swin_deploy
-    from swin_deploy.bundle import Bundle
+    from swin_deploy.bundle import CONFIG, Bundle
+    from swin_deploy.config import SwinConfig
 
     with console():
         verdicts = swin_deploy.verify(bundle, **given(VerifySpec, options))
     run = {verdict.file for verdict in verdicts}
     kinds = (".engine", ".onnx") if any(file.endswith(".onnx") for file in run) else ".engine"
-    others = [file for file in Bundle.open(bundle).files if file.endswith(kinds) and file not in run]
+    opened = Bundle.open(bundle)
+    others = [file for file in opened.files if file.endswith(kinds) and file not in run]
     if as_json:
         rows = [{"file": v.file, **v.to_dict()} for v in verdicts]
         print_json({"bundle": str(bundle), "files_intact": True, "graphs": rows, "not_verified": others})
     else:
+        classifies = opened.manifest["task"]["name"] == "image-classification"
+        one_class = classifies and SwinConfig.from_dict(opened.read_json(CONFIG)).prediction == "classes"
         print_table(
             ("file", "verdict", "relative L2", "tolerance", "max abs", "top-1 agreement", "back end"),
             [
@@ -42,7 +46,7 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
                     f"{v.agreement.relative_l2:.2e}",
                     f"{v.tolerance:.0e}",
                     f"{v.agreement.max_abs:.2e}",
-                    f"{v.agreement.top1:.0%}",
+                    f"{v.agreement.top1:.0%}" if one_class else "-",
                     v.backend,
                 )
                 for v in verdicts

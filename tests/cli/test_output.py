@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.exported import THREE, cli_here, digits, result
+from cli.exported import THREE, cli_here, copied, digits, result
 
 from swin_deploy.bundle import CONFIG, Bundle
 from swin_deploy.cli import output
@@ -43,3 +43,12 @@ def test_progress_without_a_terminal_is_a_line_every_ten_seconds(
         console("Compiling", step, 40)
         now[0] += 1
     assert capsys.readouterr().err == "".join(f"[{n:6.1f} s] Compiling: {n} of 40\n" for n in (10, 20, 30))
+
+
+def test_verify_shows_no_top_1_agreement_of_a_multi_label_network(tmp_path: Path) -> None:
+    bundle = Bundle.open(copied(2, tmp_path / "b"))
+    config = bundle.read_json(CONFIG) | {"problem_type": "multi_label_classification"}
+    bundle.with_file(CONFIG, {}, lambda file: file.write_text(json.dumps(config)) and None)
+    for file, cell in (("b", "-"), (digits(2), "100%")):
+        table = cli_here("verify", file, cwd=tmp_path).stdout.splitlines()
+        assert [line.split()[5] for line in table[1:]] == [cell, cell]
