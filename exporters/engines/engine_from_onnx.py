@@ -259,8 +259,9 @@ def _timing_cache(config: Any, path: Path | None, title: str, watch: Watch) -> I
     yield
     try:
         sweep(path)
+        timings = config.get_timing_cache()
         with scratch(path) as file:
-            file.write_bytes(bytes(config.get_timing_cache().serialize()))
+            file.write_bytes(bytes(timings.serialize()))
             file.replace(path)
     except OSError as error:  # the engine is done, and worth more
         watch.hear("warning", f"the timing cache {path} could not be written: {error.strerror}")

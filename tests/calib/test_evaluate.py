@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 import pytest
 from cli.exported import WEIGHTS, cli_here, digits, refused, result
-from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+from small_graphs import model_from_text
 from tiny_network import SIDE, folder, images
 from torch import from_numpy, inference_mode
 from transformers import AutoModelForImageClassification
@@ -44,19 +44,12 @@ def weights(precision: str) -> np.ndarray:
 
 def graph(precision: str, side: int, output: str = "logits") -> onnx.ModelProto:
     """pixel_values [batch, 3, side, side] -> mean colours [batch, 3] -> logits [batch, 7]."""
-    value = helper.make_tensor_value_info
-    nodes = [
-        helper.make_node("ReduceMean", ["pixel_values", "axes"], ["mean"], keepdims=0),
-        helper.make_node("MatMul", ["mean", "weights"], [output]),
-    ]
-    made = helper.make_graph(
-        nodes,
-        "colours",
-        [value("pixel_values", TensorProto.FLOAT, ["batch", 3, side, side])],
-        [value(output, TensorProto.FLOAT, ["batch", len(CLASSES)]), value("mean", TensorProto.FLOAT, ["batch", 3])],
-        [numpy_helper.from_array(np.array([2, 3]), "axes"), numpy_helper.from_array(weights(precision), "weights")],
-    )
-    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    text = f"""colours (float[batch, 3, {side}, {side}] pixel_values)
+        => (float[batch, {len(CLASSES)}] {output}, float[batch, 3] mean) {{
+        mean = ReduceMean <keepdims = 0> (pixel_values, axes)
+        {output} = MatMul(mean, weights)
+    }}"""
+    return model_from_text(text, axes=np.array([2, 3]), weights=weights(precision))
 
 
 def bundle(path: Path, task: str = "image-classification", **more: Any) -> Path:
@@ -262,7 +255,7 @@ def test_an_output_that_is_not_finite(tmp_path: Path) -> None:
     path = bundle(tmp_path / "b")
     file = path / "onnx/model_fp16.onnx"
     broken = onnx.load(str(file))
-    broken.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.full((3, 7), np.nan, np.float32), "weights"))
+    broken.graph.initializer[1].CopyFrom(onnx.numpy_helper.from_array(np.full((3, 7), np.nan, np.float32), "weights"))
     held = swin_deploy.bundle.Bundle.open(path)
     held.with_file("onnx/model_fp16.onnx", dict(held.files["onnx/model_fp16.onnx"]), lambda p: onnx.save(broken, str(p)))
     done = cli_here("evaluate", path, "--data", folder(tmp_path / "d", {"ant": 3, "bee": 3}), "--json", cwd=tmp_path)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+from small_graphs import model_from_text
 
 from swin_deploy.bundle import TensorSpec
 from swin_deploy.preprocess import Preprocessor
@@ -26,20 +26,13 @@ def network(seed: int = 0) -> onnx.ModelProto:
         "w2": rng.standard_normal((16, 4)).astype(np.float32),
         "shape": np.array([-1, 3 * SIDE * SIDE]),
     }
-    nodes = [
-        helper.make_node("Reshape", ["pixel_values", "shape"], ["flat"]),
-        helper.make_node("Gemm", ["flat", "w1"], ["hidden"]),
-        helper.make_node("Gelu", ["hidden"], ["gelu"]),
-        helper.make_node("Gemm", ["gelu", "w2"], ["logits"]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "tiny",
-        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, SIDE, SIDE])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 4])],
-        [numpy_helper.from_array(array, name) for name, array in weights.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    text = f"""tiny (float[batch, 3, {SIDE}, {SIDE}] pixel_values) => (float[batch, 4] logits) {{
+        flat = Reshape(pixel_values, shape)
+        hidden = Gemm(flat, w1)
+        gelu = Gelu(hidden)
+        logits = Gemm(gelu, w2)
+    }}"""
+    return model_from_text(text, **weights)
 
 
 def images(count: int, seed: int = 0) -> np.ndarray:

@@ -49,18 +49,17 @@ def cli(*args: object, cwd: Path, prefix: Iterable[str] = (), **env: str) -> Don
 
 def cli_here(*args: object, cwd: Path, **env: str) -> Done:
     """As `cli`, in this process, which has paid for the import of torch. What libraries write to the descriptors counts too."""
-    changed = {**OFFLINE, **env}
-    before = {name: os.environ.get(name) for name in changed}
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    standing, argv, streams, kept = Path.cwd(), sys.argv, (sys.stdout, sys.stderr), (os.dup(1), os.dup(2))
+    streams, kept, patch = (sys.stdout, sys.stderr), (os.dup(1), os.dup(2)), pytest.MonkeyPatch()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         for stream, file, descriptor in zip(streams, (out, err), (1, 2), strict=True):
             stream.flush()
             os.dup2(file.fileno(), descriptor)
         sys.stdout, sys.stderr = (os.fdopen(os.dup(descriptor), "w") for descriptor in (1, 2))
-        sys.argv = ["swin-deploy", *map(str, args)]
-        os.environ.update(changed)
-        os.chdir(cwd)
+        patch.setattr(sys, "argv", command := ["swin-deploy", *map(str, args)])
+        for name, value in {**OFFLINE, **env}.items():
+            patch.setenv(name, value)
+        patch.chdir(cwd)
         try:
             main()
             code: object = 0
@@ -69,19 +68,17 @@ def cli_here(*args: object, cwd: Path, **env: str) -> Done:
         finally:
             for stream in (sys.stdout, sys.stderr):
                 stream.close()
-            (sys.stdout, sys.stderr), sys.argv = streams, argv
+            sys.stdout, sys.stderr = streams
             for descriptor, saved in zip((1, 2), kept, strict=True):
                 os.dup2(saved, descriptor)
                 os.close(saved)
-            os.chdir(standing)
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+            patch.undo()
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
         for file in (out, err):
             file.seek(0)
         assert code is None or isinstance(code, int)
-        return subprocess.CompletedProcess(sys.argv, code or 0, out.read(), err.read())
+        return subprocess.CompletedProcess(command, code or 0, out.read(), err.read())
 
 
 def cli_without(modules: Iterable[str], *args: object, cwd: Path, **env: str) -> Done:
@@ -234,7 +231,7 @@ def digits(version: int) -> Path:
 
 
 @functools.cache
-def one_block() -> Path:
+def one_block(task: str = "image-classification", channels: int = 3) -> Path:
     """A checkpoint of one block with random weights, for what does not depend on the network; it is traced in no time."""
 
     def make(path: Path) -> None:
@@ -244,12 +241,13 @@ def one_block() -> Path:
         from swin_deploy.tasks import TaskSpec
 
         fields = {"image_size": (32, 32), "embed_dim": 64, "depths": (1,), "num_heads": (2,), "window_size": (4,)}
-        checkpoint = random_checkpoint(SwinConfig(version=1, **fields), TaskSpec())  # type: ignore[arg-type]
+        config = SwinConfig(version=1, num_channels=channels, **fields)  # type: ignore[arg-type]
+        checkpoint = random_checkpoint(config, TaskSpec(task))
         path.mkdir()
         save_file(dict(checkpoint.tensors), path / "model.safetensors")
         (path / "config.json").write_text(json.dumps(checkpoint.config.to_dict()))
 
-    return once("one-block", make)
+    return once(f"one-block-{task}-{channels}", make)
 
 
 def copied(version: int, target: Path) -> Path:

@@ -27,6 +27,8 @@ from swin_deploy.parity import compare
 from swin_deploy.runtimes import model_from_bundle
 from swin_deploy.tasks import TaskSpec
 
+psutil = pytest.importorskip("psutil", reason="bench measures memory with it")
+
 QUICK = ("--seconds", 0.1, "--rounds", 2, "--json")
 FIGURES = {
     "model": str, "backend": str, "device": str, "precision": str, "batch": int, "same_weights": bool, "run_by": str,
@@ -103,7 +105,6 @@ def drawn(file: Path, rows: Any) -> None:
     assert file.read_text().count('id="interval-') == len(rows)
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="only Linux has /proc/self/environ")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_ends_its_processes(signum: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mark = f"bench-{os.getpid()}-{signum}-{tmp_path}"
@@ -116,17 +117,10 @@ def test_interrupted_it_ends_its_processes(signum: signal.Signals, tmp_path: Pat
         time.sleep(0.1)
 
 
-def marked(mark: str) -> list[str]:
+def marked(mark: str) -> list[int]:
     """The processes with this text in their environment, and not in this one's alone."""
-    found = [path.parent.name for path in Path("/proc").glob("[0-9]*/environ") if mark.encode() in contents_of(path)]
-    return [pid for pid in found if pid != str(os.getpid())]
-
-
-def contents_of(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:  # it has ended, or belongs to another user
-        return b""
+    found = [one.pid for one in psutil.process_iter(["environ"]) if (one.info["environ"] or {}).get("BENCH_MARK") == mark]
+    return [pid for pid in found if pid != os.getpid()]
 
 
 def test_results_of_frames_are_not_compared_with_results_of_pixels(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,10 @@ from cli.exported import (
     result,
 )
 from PIL import Image
-from safetensors.torch import save_file
 
 import swin_deploy
 from swin_deploy.bundle import Bundle
-from swin_deploy.config import SwinConfig
 from swin_deploy.errors import InputError, UsageError
-from swin_deploy.models.checkpoints import random_checkpoint
 from swin_deploy.tasks import TaskSpec
 
 pytest.importorskip("onnxruntime", reason="graphs are run with ONNX Runtime")
@@ -171,20 +167,7 @@ def test_refusals(tmp_path: Path) -> None:
     refused(cli_here(*export, *twice, cwd=tmp_path), "--embed-resize was given 2 times")
     assert contents(tmp_path) == before
     with pytest.raises(UsageError, match="with 4 channels cannot be resized in the graph"):
-        swin_deploy.export(weights=_weights(tmp_path, TaskSpec(), 4), output=tmp_path / "four", embed_resize=100)
-
-
-def _weights(folder: Path, task: TaskSpec, channels: int) -> Path:
-    """Write a checkpoint of one block with random weights, for images with this number of channels."""
-    config = SwinConfig(
-        version=1, image_size=(32, 32), num_channels=channels, embed_dim=64, depths=(1,), num_heads=(2,), window_size=(4,)
-    )
-    checkpoint = random_checkpoint(config, task)
-    path = folder / "weights"
-    path.mkdir()
-    save_file(dict(checkpoint.tensors), path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps(checkpoint.config.to_dict()))
-    return path
+        swin_deploy.export(weights=one_block(channels=4), output=tmp_path / "four", embed_resize=100)
 
 
 @pytest.mark.parametrize(
@@ -195,10 +178,9 @@ def test_every_task_and_size_on_both_back_ends(task: str, tmp_path: Path) -> Non
     pytest.importorskip("openvino", reason="OpenVINO runs the graphs, too")
     spec = TaskSpec(task)
     target = "onnxruntime" if task == "backbone" else "openvino"
-    weights = _weights(tmp_path, spec, 3)
     sizes = [(32, 32), (30, 42)]
     made = swin_deploy.export(
-        weights=weights, output=tmp_path / "b", task=spec, image_sizes=sizes, target=target, embed_preprocess=True
+        weights=one_block(task), output=tmp_path / "b", task=spec, image_sizes=sizes, target=target, embed_preprocess=True
     )
     assert [entry["agreement"]["verified"] for entry in made.graphs.values()] == [True, True]
     assert all(verdict.verified for verdict in swin_deploy.verify(tmp_path / "b", backend="openvino"))
@@ -215,8 +197,7 @@ def test_every_task_and_size_on_both_back_ends(task: str, tmp_path: Path) -> Non
 
 
 def test_bf16_and_openvino_from_whole_frames(tmp_path: Path) -> None:
-    weights = _weights(tmp_path, TaskSpec(), 3)
-    swin_deploy.export(weights=weights, output=tmp_path / "b", embed_resize=(123, 77))
+    swin_deploy.export(weights=one_block(), output=tmp_path / "b", embed_resize=(123, 77))
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engine")
     [built] = swin_deploy.build_engine(tmp_path / "b", precision="bf16", gpus=["sm_89"], batches=[(1, 2, 4)])
     assert built.entry["precision"] == "bf16"

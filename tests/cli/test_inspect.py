@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import pytest
 from cli.exported import WEIGHTS, cli_here, contents, copied, digits, refused, result
-from onnx import TensorProto, helper
+from small_graphs import model_from_text
 
 from swin_deploy.bench.baselines import torchscript_export, transformers_network
 
@@ -75,21 +75,18 @@ def test_a_bundle_without_engines_is_its_graphs(tmp_path: Path) -> None:
     assert "The two have no engines of the same" in done.stdout
 
 
-def foreign(operator: str, domain: str, shape: list[int | str]) -> onnx.ModelProto:
-    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy"]
-    model = helper.make_model(
-        helper.make_graph([helper.make_node(operator, ["x"], ["y"], name="first", domain=domain)], "g", value[:1], value[1:]),
-        opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("example", 1)],
-        ir_version=8,
-    )
+def foreign(operator: str, domain: str, shape: str) -> onnx.ModelProto:
+    model = model_from_text(f"g (float{shape} x) => (float{shape} y) {{ [first] y = {operator}(x) }}", 17)
+    model.graph.node[0].domain = domain
+    model.opset_import.append(onnx.helper.make_opsetid("example", 1))
     return model
 
 
 def test_what_cannot_be_inspected_is_refused_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("mine")
-    onnx.save(foreign("RollWindows", "example", [1, 8]), tmp_path / "unknown.onnx")
-    onnx.save(foreign("Relu", "", ["batch", "height"]), tmp_path / "free.onnx")
-    onnx.save(foreign("Relu", "", [4, 8]), tmp_path / "four.onnx")
+    onnx.save(foreign("RollWindows", "example", "[1, 8]"), tmp_path / "unknown.onnx")
+    onnx.save(foreign("Relu", "", "[batch, height]"), tmp_path / "free.onnx")
+    onnx.save(foreign("Relu", "", "[4, 8]"), tmp_path / "four.onnx")
     before = contents(tmp_path)
     for arguments, parts in (
         (["absent"], ["no bundle at absent"]),
@@ -110,7 +107,7 @@ def test_what_cannot_be_inspected_is_refused_in_one_sentence(tmp_path: Path) -> 
 
 
 def test_the_batch_of_a_foreign_file(tmp_path: Path) -> None:
-    onnx.save(foreign("Relu", "", ["batch", 8]), tmp_path / "x.onnx")
+    onnx.save(foreign("Relu", "", "[batch, 8]"), tmp_path / "x.onnx")
     found: Any = result(cli_here("inspect", "x.onnx", "--batch", "16", "--gpu", "rtx-5090", "--json", cwd=tmp_path))
     [engine] = found["engines"]
     assert (engine["batch"], engine["gpu"], engine["kernels"]) == ([16, 16, 16], "sm_120", 1)

@@ -27,6 +27,7 @@ from cli.exported import (
     one_block,
     refused,
     result,
+    small_disk,
     stopped_at,
 )
 
@@ -143,19 +144,12 @@ def test_without_network_and_cache_the_ways_out_are_named(variant: str, offline:
 
 
 def edited(**changes: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        file = folder / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-    return change
+    config = json.loads((NETWORK / "config.json").read_text()) | changes
+    return lambda folder: (folder / "config.json").write_text(json.dumps(config)) and None
 
 
-def cut(size: int) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        file = folder / "model.safetensors"
-        file.write_bytes(file.read_bytes()[:size])
-
-    return change
+def cut(size: int, name: str = "model.safetensors") -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size]) and None
 
 
 def without(name: str) -> Callable[[Path], None]:
@@ -166,11 +160,6 @@ def preprocessed(text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / "preprocessor_config.json").write_text(text) and None
 
 
-def half_a_config(folder: Path) -> None:
-    file = folder / "config.json"
-    file.write_bytes(file.read_bytes()[:-30])
-
-
 @pytest.mark.parametrize(
     ("damage", "part"),
     [
@@ -179,7 +168,7 @@ def half_a_config(folder: Path) -> None:
         (cut(-1), "truncated or damaged"),
         (without("model.safetensors"), "holds no weights. Expected model.safetensors"),
         (without("config.json"), "window size of"),
-        (half_a_config, "config.json cannot be read as JSON"),
+        (cut(-30, "config.json"), "config.json cannot be read as JSON"),
         (edited(model_type="vit"), "Vision Transformer"),
         (edited(model_type=None), "model_type None"),
         (edited(depths=[2, 2, 2], num_heads=[2, 4, 8]), "lacks"),
@@ -260,16 +249,8 @@ def test_export_sweeps_takes_an_empty_folder_and_overwrites_only_with_force(tmp_
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for one bundle of the digits, and little more."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = shutil.which("mount")
-    if (
-        mount is None
-        or subprocess.run([mount, "-t", "tmpfs", "-o", "size=1500k", "none", place], capture_output=True).returncode
-    ):
-        pytest.skip("mounting a small file system is not permitted here")
-    yield place
-    subprocess.run(["umount", place], check=True)
+    with small_disk(tmp_path / "disk", "1500k") as place:
+        yield place
 
 
 def test_a_full_or_read_only_disk(disk: Path) -> None:

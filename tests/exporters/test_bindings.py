@@ -7,7 +7,6 @@ bindings/names_from_wheel.py made the lists, from the real wheels.
 from __future__ import annotations
 
 import ast
-import importlib
 import json
 import re
 from collections.abc import Callable
@@ -166,4 +165,4 @@ def test_the_lists_hold_what_the_releases_differ_in() -> None:
 
 def test_the_oldest_release_is_the_one_that_is_checked() -> None:
     assert ".".join(map(str, engine_from_onnx.OLDEST_TENSORRT)) == "10.12"
-    assert importlib.import_module("swin_deploy.exporters.engines.targets").COMPILERS["tensorrt"][0] == "tensorrt"
+    assert gpu.COMPILERS["tensorrt"][0] == "tensorrt"

@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 import pytest
 from cli.exported import copied
-from engine_graphs import SM89, attention, graph, linear
-from onnx import TensorProto, helper, numpy_helper
+from engine_graphs import SM89, attention, linear
 from plotted import bar_widths
+from small_graphs import model_from_text
 
 import swin_deploy
 from swin_deploy.cli.inspect import ROLE_COLOURS, engine_chart
@@ -24,14 +24,15 @@ from swin_deploy.exporters.inspection.roofline import GPUS, LAUNCH, find_gpu, ro
 
 
 def conv() -> onnx.ModelProto:
-    weights = np.zeros((8, 2, 3, 5))
-    node = helper.make_node("Conv", ["x", "w"], ["y"], group=2, pads=[1, 2, 1, 2])
-    return graph([node], {"x": ["batch", 4, 10, 12]}, {"y": ["batch", 8, 10, 12]}, w=weights)
+    text = """g (float16[batch, 4, 10, 12] x) => (float16[batch, 8, 10, 12] y) {
+        y = Conv <group = 2, pads = [1, 2, 1, 2]> (x, w)
+    }"""
+    return model_from_text(text, 17, w=np.zeros((8, 2, 3, 5), np.float16))
 
 
 def gemm() -> onnx.ModelProto:
-    node = helper.make_node("Gemm", ["x", "w"], ["y"], transA=1, transB=1)
-    return graph([node], {"x": [6, 10]}, {"y": [10, 7]}, w=np.zeros((7, 6)))
+    text = "g (float16[6, 10] x) => (float16[10, 7] y) { y = Gemm <transA = 1, transB = 1> (x, w) }"
+    return model_from_text(text, 17, w=np.zeros((7, 6), np.float16))
 
 
 @pytest.mark.parametrize(
@@ -55,46 +56,31 @@ def test_a_dynamic_batch_is_set() -> None:
 
 
 def test_a_matmul_of_quantized_values() -> None:
-    nodes = [
-        helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xf"]),
-        helper.make_node("DequantizeLinear", ["wq", "s", "z"], ["wf"]),
-        helper.make_node("MatMul", ["xf", "wf"], ["y"]),
-    ]
-    tables = [
-        numpy_helper.from_array(np.zeros((16, 32), np.int8), "wq"),
-        numpy_helper.from_array(np.float32(1), "s"),
-        numpy_helper.from_array(np.int8(0), "z"),
-    ]
-    inputs = [helper.make_tensor_value_info("xq", TensorProto.INT8, ["batch", 16])]
-    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 32])]
-    model = helper.make_model(
-        helper.make_graph(nodes, "quantized", inputs, outputs, tables), opset_imports=[helper.make_opsetid("", 17)]
-    )
-    cost = cost_of_model(model)
+    text = """quantized (int8[batch, 16] xq) => (float[batch, 32] y) {
+        xf = DequantizeLinear(xq, s, z)
+        wf = DequantizeLinear(wq, s, z)
+        y = MatMul(xf, wf)
+    }"""
+    cost = cost_of_model(model_from_text(text, 17, wq=np.zeros((16, 32), np.int8), s=np.float32(1), z=np.int8(0)))
     assert cost.flops == {"int8": 2 * 16 * 32}
     assert (cost.parameters, cost.parameter_bytes) == (16 * 32 + 2, 16 * 32 + 1 + 4)
 
 
 def test_computed_shapes_are_folded_and_nothing_is_estimated() -> None:
-    rows = numpy_helper.from_array(np.array([-1], np.int64), "minus")
-    nodes = [
-        helper.make_node("Shape", ["x"], ["shape"]),
-        helper.make_node("Gather", ["shape", "zero"], ["first"]),
-        helper.make_node("Unsqueeze", ["first", "zeros"], ["one"]),
-        helper.make_node("Concat", ["one", "minus"], ["wanted"], axis=0),
-        helper.make_node("Reshape", ["x", "wanted"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "w"], ["y"]),
-    ]
-    model = graph(nodes, {"x": ["batch", 4, 16]}, {"y": ["batch", 8]}, w=np.zeros((64, 8)))
-    model.graph.initializer.extend(
-        [rows, numpy_helper.from_array(np.int64(0), "zero"), numpy_helper.from_array(np.array([0], np.int64), "zeros")]
-    )
-    assert cost_of_model(model, 2).flops == {"float16": 2 * 2 * 64 * 8}
-    whole = graph(
-        [helper.make_node("Einsum", ["x", "w"], ["y"], equation="bi,io->bo")], {"x": [1, 4]}, {"y": [1, 4]}, w=np.eye(4)
-    )
+    text = """shapes (float16[batch, 4, 16] x) => (float16[batch, 8] y) {
+        shape = Shape(x)
+        first = Gather(shape, zero)
+        one = Unsqueeze(first, zeros)
+        wanted = Concat <axis = 0> (one, minus)
+        flat = Reshape(x, wanted)
+        y = MatMul(flat, w)
+    }"""
+    tables = {"zero": np.int64(0), "zeros": np.array([0]), "minus": np.array([-1]), "w": np.zeros((64, 8), np.float16)}
+    assert cost_of_model(model_from_text(text, 17, **tables), 2).flops == {"float16": 2 * 2 * 64 * 8}
+    text = 'g (float16[1, 4] x) => (float16[1, 4] y) { y = Einsum <equation = "bi,io->bo"> (x, w) }'
+    whole = model_from_text(text, 17, w=np.eye(4, dtype=np.float16))
     assert (cost_of_model(whole).flops, cost_of_model(whole).total_flops) == (None, None)
-    free = graph([helper.make_node("MatMul", ["x", "x"], ["y"])], {"x": [1, "n", "n"]}, {"y": [1, "n", "n"]})
+    free = model_from_text("g (float16[1, n, n] x) => (float16[1, n, n] y) { y = MatMul(x, x) }", 17)
     assert cost_of_model(free).flops is None
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 import torch
-from onnx import TensorProto, checker, helper
+from onnx import checker
+from small_graphs import model_from_text
 from traced import CONFIGS, EVERYTHING, LOGITS, PADDED, WHOLE, traced_once
 
 from swin_deploy.config import SwinConfig
@@ -170,9 +171,8 @@ def test_l2_norm_bounds_hold(case: Any) -> None:
 
 
 def relu(*chain: str) -> Any:
-    nodes = [helper.make_node("Relu", [before], [after]) for before, after in pairwise(chain)]
-    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [3]) for name in (chain[0], chain[-1])]
-    return helper.make_model(helper.make_graph(nodes, "test", value[:1], value[1:]), ir_version=10)
+    nodes = " ".join(f"{after} = Relu({before})" for before, after in pairwise(chain))
+    return model_from_text(f"test (float[3] {chain[0]}) => (float[3] {chain[-1]}) {{ {nodes} }}")
 
 
 def test_wrong_count_is_an_error() -> None:

@@ -10,7 +10,8 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 from cli.exported import copied
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
+from small_graphs import model_from_text
 from traced import CONFIGS, LOGITS, PADDED, WHOLE, answers_of_torch, traced_once
 
 import swin_deploy
@@ -144,39 +145,24 @@ def test_a_weight_beyond_half_precision_and_another_config_are_errors() -> None:
         typed_from_fp32(fp32(1, WHOLE), CONFIGS[2], LOGITS, "fp16")
 
 
-def small(nodes: list[Any], outputs: list[str]) -> Any:
-    value = helper.make_tensor_value_info
-    model = helper.make_model(
-        helper.make_graph(
-            nodes, "test", [value(INPUT, TensorProto.FLOAT, [2])], [value(name, TensorProto.FLOAT, [2]) for name in outputs],
-            [numpy_helper.from_array(np.array([2.0, 0.1], np.float32), "c")],
-        ),
-        opset_imports=[helper.make_opsetid("", 20)], ir_version=10,
-    )  # fmt: skip
-    return onnx.shape_inference.infer_shapes(model)
-
-
-def run(model: Any, values: list[float]) -> list[Any]:
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return list(session.run(None, {INPUT: np.array(values, np.float32)}))
-
-
 def test_a_value_that_two_nodes_read_is_cast_once() -> None:
-    nodes = [
-        helper.make_node("Mul", [INPUT, "c"], ["a"], "fp32_1"),
-        helper.make_node("Add", ["a", "c"], ["b"], "low_1"),
-        helper.make_node("Mul", ["a", "b"], ["d"], "low_2"),
-        helper.make_node("Add", ["d", "a"], ["e"], "fp32_2"),
-        helper.make_node("Add", ["e", "d"], ["logits"], "fp32_3"),
-    ]
-    imported = gs.import_onnx(small(nodes, ["logits"]))
+    text = """test (float[2] x) => (float[2] y) {
+        [fp32_1] a = Mul(x, c)
+        [low_1] b = Add(a, c)
+        [low_2] d = Mul(a, b)
+        [fp32_2] e = Add(d, a)
+        [fp32_3] y = Add(e, d)
+    }"""
+    small = onnx.shape_inference.infer_shapes(model_from_text(text, c=np.array([2.0, 0.1], np.float32)))
+    imported = gs.import_onnx(small)
     # a is cast down for two readers, d up for two; the input is float32 already, and the output still is
     assert assign_types(imported, fallback={"fp32_1", "fp32_2", "fp32_3"}, low=HALF) == 2
     model = gs.export_onnx(imported.cleanup().toposort())
     onnx.checker.check_model(model, full_check=True)
     assert [node.op_type for node in model.graph.node].count("Cast") == 2
     assert {tensor.data_type for tensor in model.graph.initializer} == {TensorProto.FLOAT, TensorProto.FLOAT16}
-    (found,) = run(model, [1.5, -3.0])
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": np.array([1.5, -3.0], np.float32)})
     a = np.array([3.0, -0.3])
     np.testing.assert_allclose(found, a * (a + [2.0, 0.1]) * 2 + a, rtol=5e-3)
 

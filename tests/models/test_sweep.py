@@ -28,7 +28,7 @@ from swin_deploy.exporters.typed_graphs import with_typed_graphs
 from swin_deploy.models.checkpoints import checkpoint_from_path
 from swin_deploy.models.swin import SwinNetwork
 from swin_deploy.options import Size
-from swin_deploy.parity import TOLERANCES
+from swin_deploy.parity import TOLERANCES, compare
 from swin_deploy.runtimes.backends import runtime_from_onnx
 from swin_deploy.tasks import MASK, PIXELS, TASKS, TaskSpec
 
@@ -125,13 +125,8 @@ def answers(model: Any, task: str, feeds: Arrays) -> Arrays:
 
 def relative(found: Arrays, wanted: Arrays) -> dict[str, float]:
     """Return the relative L2 distance of each output."""
-    assert sorted(found) == sorted(wanted)
-    result = {}
-    for name, reference in wanted.items():
-        assert found[name].shape == reference.shape, name
-        difference = found[name].astype(np.float64) - reference
-        result[name] = float(np.linalg.norm(difference) / np.linalg.norm(reference.astype(np.float64)))
-    return result
+    assert {name: array.shape for name, array in found.items()} == {name: array.shape for name, array in wanted.items()}
+    return {name: compare(found[name][None], reference[None]).relative_l2 for name, reference in wanted.items()}
 
 
 def assert_agree(found: Arrays, model: Any, task: str, feeds: Arrays, wanted: Arrays) -> None:

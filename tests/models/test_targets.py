@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 import pytest
 import torch
 from cli.exported import one_block
+from small_graphs import model_from_text
 from traced import CONFIGS, EVERYTHING, PADDED, WHOLE, traced_once
 
 import swin_deploy
@@ -111,23 +112,17 @@ def test_vectors_of_length_zero_stay_zero(tmp_path: Path) -> None:
     """As in `x / max(length, 1e-12)`; an RMS norm without its epsilon makes NaN of them."""
     pytest.importorskip("openvino", reason="runs the graph")
 
-    def normalised(rms: bool) -> Any:
-        x, out = (gs.Variable(name, np.dtype(np.float32), (6, 8)) for name in "xy")
-        length, held = (gs.Variable(name, np.dtype(np.float32), (6, 1)) for name in ("length", "held"))
-        axes, least = gs.Constant("axes", np.array([-1])), gs.Constant("least", np.array(1e-12, np.float32))
-        nodes = [
-            gs.Node("ReduceL2", "l2", {"keepdims": 1}, [x, axes], [length]),
-            gs.Node("Clip", "clip", {}, [length, least], [held]),
-            gs.Node("Div", "div", {}, [x, held], [out]),
-        ]
-        made = gs.Graph(nodes, [x], [out], opset=20)
-        assert not rms or l2_norm_as_rms_norm(made) == 1
-        return gs.export_onnx(made.cleanup().toposort())
-
+    text = """lengths (float[6, 8] x) => (float[6, 8] y) {
+        ["l2"] length = ReduceL2 <keepdims = 1> (x, axes)
+        ["clip"] held = Clip(length, least)
+        ["div"] y = Div(x, held)
+    }"""
     x = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32) * np.float32([[1], [1e4], [1e-4], [1e-9], [0], [3]])
     answers = []
     for rms in (False, True):
-        (tmp_path / "n.onnx").write_bytes(normalised(rms).SerializeToString())
+        made = gs.import_onnx(model_from_text(text, axes=np.array([-1]), least=np.float32(1e-12)))
+        assert not rms or l2_norm_as_rms_norm(made) == 1
+        onnx.save(gs.export_onnx(made.cleanup().toposort()), str(tmp_path / "n.onnx"))
         compiled = openvino_core().compile_model(str(tmp_path / "n.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         answers.append(np.array(compiled(x)[0]))
         assert (

@@ -18,6 +18,7 @@ ort = pytest.importorskip("onnxruntime", reason="what it is compared with")
 
 from fake_gpu import FakeDriver  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from small_graphs import model_from_text  # noqa: E402
 from traced import CONFIGS, EVERYTHING, LOGITS, PADDED, traced_once  # noqa: E402
 
 import swin_deploy  # noqa: E402
@@ -160,15 +161,12 @@ def test_fp8_rounds_and_saturates_like_the_onnx_reference(tmp_path: Path) -> Non
     from onnx.reference import ReferenceEvaluator
 
     values = np.concatenate([np.linspace(-500, 500, 4001), np.linspace(-0.02, 0.02, 401)]).astype(np.float32)
-    zero = helper.make_tensor("zero", TensorProto.FLOAT8E4M3FN, [], [0.0])
-    graph = helper.make_graph(
-        [helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
-         helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"])],
-        "fp8", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch"])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch"])],
-        [zero, numpy_helper.from_array(np.float32(0.5), "scale")],
-    )  # fmt: skip
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    text = """fp8 (float[batch] x) => (float[batch] y) {
+        q = QuantizeLinear(x, scale, zero)
+        y = DequantizeLinear(q, scale, zero)
+    }"""
+    model = model_from_text(text, 21, scale=np.float32(0.5))
+    model.graph.initializer.append(helper.make_tensor("zero", TensorProto.FLOAT8E4M3FN, [], [0.0]))
     onnx.save(model, str(tmp_path / "fp8.onnx"))
     with runtime_from_onnx(tmp_path / "fp8.onnx", "torch") as runtime:
         found = runtime.run({"x": values})["y"]

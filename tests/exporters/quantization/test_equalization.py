@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from small_graphs import model_from_text
 from tiny_mlp import mlp_model, run, samples
 
 from swin_deploy.exporters.quantization import for_cpu
@@ -52,17 +52,12 @@ def test_powers_of_two_leave_the_network_as_it_is_to_the_bit() -> None:
     scale[3] *= 20
     constants = {"scale": scale, "shift": shift, "w1": RNG.standard_normal((6, 8)), "w2": RNG.standard_normal((5, 8))}
     constants["w1"][:, 3] /= 4
-    nodes = [
-        helper.make_node("LayerNormalization", ["x", "scale", "shift"], ["normed"], axis=-1),
-        helper.make_node("Gemm", ["normed", "w1"], ["a"], "qkv/Gemm", transB=1),
-        helper.make_node("Gemm", ["normed", "w2"], ["b"], "other/Gemm", transB=1),
-    ]
-    ends = {
-        name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", n]) for name, n in (("x", 8), ("a", 6), ("b", 5))
-    }
-    tensors = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in constants.items()]
-    graph = helper.make_graph(nodes, "g", [ends["x"]], [ends["a"], ends["b"]], tensors)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    text = """g (float[n, 8] x) => (float[n, 6] a, float[n, 5] b) {
+        normed = LayerNormalization <axis = -1> (x, scale, shift)
+        ["qkv/Gemm"] a = Gemm <transB = 1> (normed, w1)
+        ["other/Gemm"] b = Gemm <transB = 1> (normed, w2)
+    }"""
+    model = model_from_text(text, **{name: value.astype(np.float32) for name, value in constants.items()})
     x = RNG.standard_normal((400, 8)).astype(np.float32)
     before = input_moments(model, {"qkv": "normed"}, [{"x": x}], 1)
     made, after = equalized(model, before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import wraps
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from swin_deploy.exporters.quantization.for_tensorrt import quantized_from_fp32,
 from swin_deploy.exporters.quantization.qdq import TensorRTWriter
 from swin_deploy.exporters.typed_graphs import config_and_task
 from swin_deploy.options import EngineSpec
+from swin_deploy.parity import sqnr
 from swin_deploy.preprocess import Preprocessor
 from swin_deploy.runtimes.emulate import emulated
 
@@ -36,21 +37,7 @@ BOTH = pytest.mark.parametrize("version", [1, 2])
 FORMATS = pytest.mark.parametrize("precision", ["int8", "fp8"])
 
 
-def remembered(function: Any) -> Any:
-    """`function`, called once for each of its arguments, which have no hash."""
-    results: dict[str, Any] = {}
-
-    @wraps(function)
-    def call(*arguments: Any, **named: Any) -> Any:
-        key = repr((arguments, named))
-        if key not in results:
-            results[key] = function(*arguments, **named)
-        return results[key]
-
-    return call
-
-
-@remembered
+@cache
 def trained(version: int) -> tuple[SwinConfig, Any, Any]:
     """Of the network in `examples/`: its config, its fp32 graph, and ten images."""
     bundle = Bundle.open(digits(version))
@@ -89,21 +76,16 @@ def quantized_inputs(model: Any, config: SwinConfig, precision: str) -> list[str
     return list(dict.fromkeys(name for layer in quantized_layers(model, config, precision) for name in layer.inputs))
 
 
-@remembered
-def amax(config: SwinConfig, precision: str, size: tuple[int, int] = WHOLE) -> dict[str, float]:
-    model = fp32(config, size)
-    return extremes(model, quantized_inputs(model, config, precision), noise(size))
+@cache
+def amax(version: int, precision: str, size: tuple[int, int] = WHOLE) -> dict[str, float]:
+    model = fp32(CONFIGS[version], size)
+    return extremes(model, quantized_inputs(model, CONFIGS[version], precision), noise(size))
 
 
-@remembered
-def quantized(config: SwinConfig, precision: str, low: str = "fp16", size: tuple[int, int] = WHOLE) -> Any:
-    ranges = amax(config, precision, size)
+@cache
+def quantized(version: int, precision: str, low: str = "fp16", size: tuple[int, int] = WHOLE) -> Any:
+    ranges, config = amax(version, precision, size), CONFIGS[version]
     return quantized_from_fp32(fp32(config, size), config, LOGITS, precision, ranges, low)[0]
-
-
-def sqnr(found: Any, wanted: Any) -> float:
-    """In dB."""
-    return float(10 * np.log10((wanted**2).sum() / ((found - wanted) ** 2).sum()))
 
 
 def relative(found: Any, wanted: Any) -> float:
@@ -120,8 +102,8 @@ def test_trained_networks_stay_close_to_fp32(version: int, precision: str) -> No
     made, _ = quantized_from_fp32(model, config, LOGITS, precision, extremes(model, names, pixels))
     for graph in (emulated(made), made):  # every node rounded, and by the runtime's own half-precision kernels
         found = answers(graph, pixels)["logits"]
-        print(f"V{version} {precision}: {sqnr(found, wanted):.1f} dB")
-        assert sqnr(found, wanted) >= {"int8": 36, "fp8": 27}[precision]
+        print(f"V{version} {precision}: {sqnr(wanted, found):.1f} dB")
+        assert sqnr(wanted, found) >= {"int8": 36, "fp8": 27}[precision]
         assert np.array_equal(found.argmax(axis=1), wanted.argmax(axis=1))
 
 
@@ -131,7 +113,7 @@ def test_padding_costs_nothing(version: int, precision: str) -> None:
     config, found = CONFIGS[version], []
     for size in (WHOLE, PADDED):
         wanted = answers(fp32(config, size), noise(size))["logits"]
-        found.append(sqnr(answers(emulated(quantized(config, precision, size=size)), noise(size))["logits"], wanted))
+        found.append(sqnr(wanted, answers(emulated(quantized(version, precision, size=size)), noise(size))["logits"]))
     assert found[1] >= found[0] - 3
 
 
@@ -145,10 +127,9 @@ def test_what_is_kept_is_not_quantized(version: int, precision: str) -> None:
     assert not {"QuantizeLinear", "DequantizeLinear"} & {node.op_type for node in none.graph.node}
     assert relative(answers(emulated(none))["logits"], wanted) < 1e-2
     kept = {name for name in layers if name.endswith((".qkv", "attention"))}
-    some, _ = quantized_from_fp32(model, config, LOGITS, precision, amax(config, precision), keep=kept)
-    assert sqnr(answers(emulated(some))["logits"], wanted) > sqnr(
-        answers(emulated(quantized(config, precision)))["logits"], wanted
-    )
+    some, _ = quantized_from_fp32(model, config, LOGITS, precision, amax(version, precision), keep=kept)
+    every = emulated(quantized(version, precision))
+    assert sqnr(wanted, answers(emulated(some))["logits"]) > sqnr(wanted, answers(every)["logits"])
 
 
 @FORMATS
@@ -163,7 +144,7 @@ def test_layers_and_the_tensors_that_they_need(version: int, precision: str) -> 
     for kind, count in {"qkv": 3, "proj": 3, "fc2": 3, "reduction": 1, "classifier": 1, "fc1": 0}.items():
         assert kinds.count(kind) == count, kind
     assert kinds.count("attention") == (3 if version == 2 else 0)
-    stored = [node for node in quantized(config, precision).graph.node if node.op_type == "DequantizeLinear"]
+    stored = [node for node in quantized(version, precision).graph.node if node.op_type == "DequantizeLinear"]
     weights = [node for node in stored if ".weight" in node.input[0]]
     unquantized = 3 if (version, precision) == (1, "int8") else 0  # projections, whose residual saves more bytes
     assert len(weights) == 11 + (6 if version == 1 else 0) - unquantized
@@ -174,7 +155,7 @@ def test_layers_and_the_tensors_that_they_need(version: int, precision: str) -> 
 def test_the_graph_is_valid_and_the_fp32_one_left_alone(version: int, precision: str) -> None:
     wide = fp32(CONFIGS[version])
     before = wide.SerializeToString(deterministic=True)
-    model = quantized(CONFIGS[version], precision)
+    model = quantized(version, precision)
     assert wide.SerializeToString(deterministic=True) == before
     onnx.checker.check_model(model, full_check=True)
     assert (list(model.graph.input), list(model.graph.output)) == (list(wide.graph.input), list(wide.graph.output))
@@ -234,7 +215,7 @@ def test_the_quantization_in_an_epilogue_is_that_of_onnx() -> None:
 def test_scales_of_weights_that_are_given_are_used() -> None:
     layer, step = "stages.0.steps.block0.fc2", 2.0**-9
     given = {layer: step}
-    model, _ = quantized_from_fp32(fp32(V1), V1, LOGITS, "int8", amax(V1, "int8"), weight_scales=given)
+    model, _ = quantized_from_fp32(fp32(V1), V1, LOGITS, "int8", amax(1, "int8"), weight_scales=given)
     (node,) = [n for n in model.graph.node if n.name == f"{layer}.weight/DequantizeLinear"]
     tables = {table.name: onnx.numpy_helper.to_array(table) for table in model.graph.initializer}
     assert np.all(tables[node.input[1]] == np.float16(step))
@@ -244,7 +225,7 @@ def test_scales_of_weights_that_are_given_are_used() -> None:
 
 @pytest.mark.parametrize("value", [None, 0.0, -1.0, float("nan"), float("inf")])
 def test_an_invalid_amax_is_refused(value: float | None) -> None:
-    ranges = dict(amax(V1, "int8"))
+    ranges = dict(amax(1, "int8"))
     name = next(iter(ranges))
     del ranges[name]
     if value is not None:
@@ -286,9 +267,9 @@ def test_names_that_do_not_exist_are_refused() -> None:
     with pytest.raises(UsageError, match=r'Unknown quantized precision "int4". Choose one of: int8, fp8'):
         quantized_layers(fp32(V1), V1, "int4")
     with pytest.raises(UsageError, match=r'Unknown layer "head". Choose one of: classifier,'):
-        quantized_from_fp32(fp32(V1), V1, LOGITS, "int8", amax(V1, "int8"), keep={"head"})
+        quantized_from_fp32(fp32(V1), V1, LOGITS, "int8", amax(1, "int8"), keep={"head"})
     with pytest.raises(UsageError, match='Unknown layer "fc9"'):
-        quantized_from_fp32(fp32(V1), V1, LOGITS, "int8", amax(V1, "int8"), weight_scales={"fc9": 1.0})
+        quantized_from_fp32(fp32(V1), V1, LOGITS, "int8", amax(1, "int8"), weight_scales={"fc9": 1.0})
 
 
 def compiled(model: Any, gpu: str = "sm_89") -> Any:
@@ -306,19 +287,19 @@ def test_the_compiler_makes_no_more_kernels_than_in_fp16_and_moves_less(version:
     config = CONFIGS[version]
     half = compiled(typed_from_fp32(fp32(config), config, LOGITS, "fp16").model)
     for precision in ("int8", "fp8"):
-        report = compiled(quantized(config, precision))
+        report = compiled(quantized(version, precision))
         assert report.kernels <= half.kernels
         assert report.fused_attention == half.fused_attention == config.blocks
         assert report.bytes_moved < 0.85 * half.bytes_moved  # a small network: a third of it is the image
         written = {"int8": "Int8", "fp8": "FP8"}[precision]
         assert report.types[written] >= 2 * config.blocks
-    assert compiled(quantized(config, "int8", "bf16")).kernels <= half.kernels
-    assert compiled(quantized(config, "int8"), "sm_86").kernels <= half.kernels
+    assert compiled(quantized(version, "int8", "bf16")).kernels <= half.kernels
+    assert compiled(quantized(version, "int8"), "sm_86").kernels <= half.kernels
 
 
 def test_fp8_is_refused_for_a_gpu_without_it() -> None:
     with pytest.raises(EngineError, match="sm86, because the model contains HW-specific datatypes: fp8_e4m3"):
-        compiled(quantized(V1, "fp8"), "sm_86")
+        compiled(quantized(1, "fp8"), "sm_86")
 
 
 @pytest.mark.parametrize(("precision", "window"), [("fp8", 5), ("int8", 24)])
@@ -336,5 +317,5 @@ def test_windows_without_a_quantized_attention_keep_it_in_low_precision(precisio
 
 
 def test_integers_of_a_graph_stay_integers_where_it_is_emulated() -> None:
-    kinds = {node.attribute[0].i for node in emulated(quantized(V1, "int8")).graph.node if node.op_type == "Cast"}
+    kinds = {node.attribute[0].i for node in emulated(quantized(1, "int8")).graph.node if node.op_type == "Cast"}
     assert {TensorProto.INT8, TensorProto.INT32} <= kinds

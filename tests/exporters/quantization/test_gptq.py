@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from small_graphs import model_from_text
 from tiny_mlp import run
 
 from swin_deploy.errors import InputError
@@ -39,17 +39,11 @@ def test_e4m3_is_that_of_torch() -> None:
 
 def test_activations_are_those_of_onnx_runtime() -> None:
     scale, values = ActivationScale(0.013, 77), (RNG.standard_normal((64, 8)) * 2).astype(np.float32)
-    constants = [
-        helper.make_tensor("scale", TensorProto.FLOAT, [], [scale.scale]),
-        helper.make_tensor("zero", TensorProto.UINT8, [], [scale.zero_point]),
-    ]
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
-        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"]),
-    ]
-    ends = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, [64, 8])] for name in ("x", "y")]
-    graph = helper.make_graph(nodes, "q", *ends, constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    text = """q (float[64, 8] x) => (float[64, 8] y) {
+        q = QuantizeLinear(x, scale, zero)
+        y = DequantizeLinear(q, scale, zero)
+    }"""
+    model = model_from_text(text, scale=np.float32(scale.scale), zero=np.uint8(scale.zero_point))
     np.testing.assert_allclose(quantized_activation(values, scale), run(model, {"x": values}), rtol=1e-6)
 
 
@@ -151,9 +145,7 @@ def test_a_weight_is_rounded_such_that_its_output_changes_less(precision: str, l
 
 
 def test_one_pass_measures_what_layers_read_and_refuses_what_is_not_finite() -> None:
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in ("x", "y")]
-    graph = helper.make_graph([helper.make_node("Log", ["x"], ["y"])], "g", ends[:1], ends[1:])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    model = model_from_text("g (float[n, 4] x) => (float[n, 4] y) { y = Log(x) }")
     onnx.checker.check_model(model)
     x = RNG.uniform(1, 2, (10, 4)).astype(np.float32)
     found = input_moments(model, {"a": "y", "b": "y"}, [{"x": x[:7]}, {"x": x[7:]}], 1)

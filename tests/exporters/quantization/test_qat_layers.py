@@ -18,6 +18,7 @@ from qat_networks import answers, pixels, saved, trained, without_rounding
 
 import swin_deploy
 from swin_deploy.bundle import Bundle
+from swin_deploy.dependencies import onnxruntime_session
 from swin_deploy.exporters.quantization.qdq import linear_layers
 from swin_deploy.models.checkpoints.state_dict_names import CanonicalStateDict
 from swin_deploy.parity import sqnr
@@ -59,12 +60,8 @@ def copied(made: Path, folder: Path) -> Path:
 
 
 def run(path: Path, feed: Any, plainly: bool = False) -> Any:
-    options = ort.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 3, 1
-    if plainly:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {"pixel_values": feed.numpy()})[0]
+    options = {"graph_optimization_level": ort.GraphOptimizationLevel.ORT_DISABLE_ALL} if plainly else {}
+    return onnxruntime_session(path, threads=1, **options).run(None, {"pixel_values": feed.numpy()})[0]
 
 
 def layer_of(model: Any, canonical: str) -> str:

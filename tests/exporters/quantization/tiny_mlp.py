@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from small_graphs import model_from_text
 
 from swin_deploy.dependencies import EXACT_QDQ, onnxruntime_session
 
@@ -25,21 +25,14 @@ def mlp_model(large: float = 1) -> onnx.ModelProto:
     scale = np.ones(WIDTH, np.float32)
     scale[[3, 11]] = large
     arrays = {"scale": scale, "shift": values(WIDTH), "w1": values(40, WIDTH), "b1": values(40), "w2": values(WIDTH, 40)}
-    nodes = [
-        helper.make_node("LayerNormalization", ["x", "scale", "shift"], ["normed"], "norm", axis=-1),
-        helper.make_node("Gemm", ["normed", "w1", "b1"], ["hidden"], "fc1/Gemm", transB=1),
-        helper.make_node("Gelu", ["hidden"], ["gelu"], "gelu"),
-        helper.make_node("Gemm", ["gelu", "w2"], ["update"], "fc2/Gemm", transB=1),
-        helper.make_node("Add", ["x", "update"], ["y"], "add"),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "mlp",
-        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["rows", WIDTH])],
-        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["rows", WIDTH])],
-        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    text = f"""mlp (float[rows, {WIDTH}] x) => (float[rows, {WIDTH}] y) {{
+        ["norm"] normed = LayerNormalization <axis = -1> (x, scale, shift)
+        ["fc1/Gemm"] hidden = Gemm <transB = 1> (normed, w1, b1)
+        ["gelu"] gelu = Gelu(hidden)
+        ["fc2/Gemm"] update = Gemm <transB = 1> (gelu, w2)
+        ["add"] y = Add(x, update)
+    }}"""
+    return model_from_text(text, **arrays)
 
 
 def samples(count: int = 4, rows: int = 64) -> Callable[[], Iterator[dict[str, Array]]]:
