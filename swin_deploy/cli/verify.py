@@ -22,8 +22,7 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
     if one disagrees with PyTorch.
     """
     import swin_deploy
-    from swin_deploy.bundle import CONFIG, Bundle
-    from swin_deploy.config import SwinConfig
+    from swin_deploy.bundle import Bundle
 
     with console():
         verdicts = swin_deploy.verify(bundle, **given(VerifySpec, options))
@@ -35,8 +34,7 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
         rows = [{"file": v.file, **v.to_dict()} for v in verdicts]
         print_json({"bundle": str(bundle), "files_intact": True, "graphs": rows, "not_verified": others})
     else:
-        classifies = opened.manifest["task"]["name"] == "image-classification"
-        one_class = classifies and SwinConfig.from_dict(opened.read_json(CONFIG)).prediction == "classes"
+        one_class = opened.task.name == "image-classification" and opened.config.prediction == "classes"
         print_table(
             ("file", "verdict", "relative L2", "tolerance", "max abs", "top-1 agreement", "back end"),
             [
