@@ -112,7 +112,8 @@ _AMOUNT = _value(
     "a number of at least 0", lambda value: isinstance(value, int | float) and value is not True and 0 <= value < math.inf
 )
 _COUNT = _whole(0, (1 << 63) - 1)
-_FACTS = _list(_OBJECT)  # records that only people read
+_FACTS = _map(lambda value: value)  # what only people read
+_RECORDS = _list(_FACTS)
 _SHA256 = _pattern("64 hexadecimal digits in lower case", "[0-9a-f]{64}")
 _SIZE = _numbers("a list of two whole numbers", 2, 1, LARGEST_SIDE)
 _NAME = _pattern("a name of at most 200 printable characters", r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,200}")
@@ -174,6 +175,9 @@ class _Record(_Base):
     def has(self, facts: Mapping[str, Any]) -> bool:
         """Return whether the JSON object has these values."""
         return all(self._json.get(key) == value for key, value in facts.items())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).read, (self.to_dict(),)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self._keys)})"
@@ -241,7 +245,7 @@ class EmbeddedSteps(_Record):
     """Preprocessing in the graph: size of the frames that it resizes (None: it does not resize), and its steps."""
 
     frame_size: Size | None = _key(_optional(_numbers("null, or a list of two whole numbers", 2, 1, LARGEST_FRAME)))
-    steps: Mapping[str, Any] = _key(_OBJECT)
+    steps: Mapping[str, Any] = _key(_FACTS)
 
 
 class CalibrationFacts(_Record):
@@ -263,16 +267,16 @@ class GraphEntry(FileEntry):
     agreement: StoredVerdict | None = _key(lambda value: None if value == "not verified" else StoredVerdict.read(value), None)
     calibration: CalibrationFacts | None = _key(_optional(CalibrationFacts.read), None)
     opset: int | None = _key(_whole(1, 1000), None)
-    sensitivity: Sequence[Any] | None = _key(_FACTS, None)
-    gate: Mapping[str, Any] | None = _key(_OBJECT, None)
-    speed: Mapping[str, Any] | None = _key(_OBJECT, None)
-    on_samples: Mapping[str, Any] | None = _key(_OBJECT, None)
-    ranges: Mapping[str, Any] | None = _key(_OBJECT, None)
-    left_out: Mapping[str, Any] | None = _key(_OBJECT, None)
-    amplitudes: Mapping[str, Any] | None = _key(_OBJECT, None)
-    passes: Sequence[Any] = _key(_FACTS, ())
-    fallbacks: Sequence[Any] = _key(_FACTS, ())
-    layers: Sequence[Any] = _key(_FACTS, ())
+    sensitivity: Sequence[Any] | None = _key(_RECORDS, None)
+    gate: Mapping[str, Any] | None = _key(_FACTS, None)
+    speed: Mapping[str, Any] | None = _key(_FACTS, None)
+    on_samples: Mapping[str, Any] | None = _key(_FACTS, None)
+    ranges: Mapping[str, Any] | None = _key(_FACTS, None)
+    left_out: Mapping[str, Any] | None = _key(_FACTS, None)
+    amplitudes: Mapping[str, Any] | None = _key(_FACTS, None)
+    passes: Sequence[Any] = _key(_RECORDS, ())
+    fallbacks: Sequence[Any] = _key(_RECORDS, ())
+    layers: Sequence[Any] = _key(_RECORDS, ())
 
     @property
     def verified(self) -> bool:
@@ -340,7 +344,7 @@ class EngineProfile(_Record):
     bytes_moved: int | None = _key(_optional(_COUNT), None)
     roles: Mapping[str, KernelFigures] = _key(_map(KernelFigures.read), MappingProxyType({}))
     types: Mapping[str, int] = _key(_map(_COUNT), MappingProxyType({}))
-    layers: Sequence[Any] = _key(_FACTS, ())
+    layers: Sequence[Any] = _key(_RECORDS, ())
 
     def of(self, role: str) -> KernelFigures:
         """Return the figures of the kernels of one role."""

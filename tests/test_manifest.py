@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -219,7 +220,9 @@ def test_unknown_keys_are_kept_and_old_values_cannot_be_changed(path: Path) -> N
     found.files[GRAPH]["inputs"].clear()
     assert found.files[GRAPH]["inputs"] == manifest()["files"][GRAPH]["inputs"]
     with pytest.raises(AttributeError):
-        found.graphs[GRAPH].precision = "fp16"  # type: ignore[misc]
+        found.graphs[GRAPH].precision = "fp16"
+    again = pickle.loads(pickle.dumps(found))
+    assert (again, again.graphs[GRAPH].inputs) == (found, found.graphs[GRAPH].inputs)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
     scores = [score for score in found.scores if score.precision == precision]
     if as_json:
         entries = [Bundle.open(bundle).graphs[one.file] for one in scores]
-        gates = [{key: value for key in ("gate", "speed") if (value := getattr(one, key)) is not None} for one in entries]
+        gates = [{key: value for key, value in one.to_dict().items() if key in ("gate", "speed")} for one in entries]
         rows = [{**score.to_dict(), **more} for score, more in zip(scores, gates, strict=True)]
         failed = [{"image": name, "error": reason} for name, reason in found.failed.items()]
         print_json({"bundle": str(bundle), "samples": found.samples, "graphs": rows, "failed": failed})
