@@ -30,7 +30,8 @@ _LOG = logging.getLogger(__name__)
 MANIFEST = "manifest.json"  # a folder that has one is a whole bundle
 OLD = 7 * 24 * 3600  # s; after this time, scratch is removed even where locks prove nothing
 SLOW = 10.0  # s of waiting for a lock, until a line names its holder
-# Hidden names: of scratch, of the bundle that it replaces, and of its lock. Releases before 0.2 added machine and process.
+# Hidden names: of scratch, of the bundle that it replaces, and of its lock. Releases before 0.2 added machine and process, and
+# had no locks: what they left is removed when it is old, since one of them may be running.
 _SCRATCH = re.compile(r"\.(.+)\.(?:partial|replaced)-((?:.*-\d+-)?[0-9a-f]{8})(?:\.lock)?", re.DOTALL)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 JSON_BYTES = 1 << 26  # largest JSON file; one with a name for each of 1,000,000 classes fits
@@ -391,6 +392,8 @@ def _temporary() -> Path:
 def _sweep(folder: Path, stem: str, target: Path | None, kept: Callable[[Path], bool] = lambda file: True) -> None:
     for key in {_parts(name)[1] for name in _names(folder, stem)}:
         path = folder / f".{stem}.partial-{key}"
+        if "-" in key and not _is_old(path):
+            continue
         with _unused(path) as unused:
             if unused is not False and target is not None:
                 _put_back(replaced_by(path), target)
@@ -400,6 +403,12 @@ def _sweep(folder: Path, stem: str, target: Path | None, kept: Callable[[Path], 
                     if moved == [str(file.lstat().st_ino)] and not kept(file):
                         file.unlink()
                 _discard(path)
+
+
+def _is_old(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return time.time() - path.lstat().st_mtime > OLD
+    return False
 
 
 @contextlib.contextmanager

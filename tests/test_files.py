@@ -86,7 +86,9 @@ def test_what_another_machine_makes_stays_for_a_week(lock: str | None, age: floa
     assert (not left.exists(), not any(tmp_path.iterdir())) == (swept, swept)
 
 
-def test_the_names_of_earlier_releases_are_swept(tmp_path: Path) -> None:
+def test_what_earlier_releases_left_is_swept_when_it_is_old(tmp_path: Path) -> None:
+    """They had no locks, so a file that is younger may belong to one that is running."""
+    (tmp_path / ".b.partial-cam-2-4711-4567abcd").touch()
     for name in (
         ".b.partial-cam-2-4711-0123abcd",
         ".manifest.json.partial-cam-2-4711-0123abcd",
@@ -94,10 +96,12 @@ def test_the_names_of_earlier_releases_are_swept(tmp_path: Path) -> None:
         "b.partial-0123abcd",
     ):
         (tmp_path / name).touch()
+        os.utime(tmp_path / name, (0, 0))
+    kept = {".b.partial-cam-2-4711-4567abcd", ".b.partial-x", "b.partial-0123abcd"}
     sweep(tmp_path / "b")
-    assert {path.name[:9] for path in tmp_path.iterdir()} == {".b.partia", "b.partial", ".manifest"}
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, ".manifest.json.partial-cam-2-4711-0123abcd"}
     sweep_folder(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {".b.partial-x", "b.partial-0123abcd"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])

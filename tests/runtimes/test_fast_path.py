@@ -134,17 +134,19 @@ def test_warm_calls_keep_nothing(backend: str) -> None:
     for _ in range(50):
         model.run(feeds, out)
     gc.collect()
+    kept, used = [], []
     with traced_memory():
         for _ in range(200):
             model.run(feeds, out)
-        gc.collect()
-        before, _ = tracemalloc.get_traced_memory()
-        tracemalloc.reset_peak()
-        for _ in range(1000):
-            model.run(feeds, out)
-        _, peak = tracemalloc.get_traced_memory()
-        gc.collect()
-        after, _ = tracemalloc.get_traced_memory()
+        for _ in range(3):  # other threads of the process allocate, too: the least of three rounds is what the calls need
+            gc.collect()
+            before, _ = tracemalloc.get_traced_memory()
+            tracemalloc.reset_peak()
+            for _ in range(1000):
+                model.run(feeds, out)
+            used.append(tracemalloc.get_traced_memory()[1] - before)
+            gc.collect()
+            kept.append(tracemalloc.get_traced_memory()[0] - before)
     model.close()
-    assert after - before < 4000  # four bytes a call: less than any object that would stay
-    assert peak - before < pixels.nbytes / 4  # no call copies its input
+    assert min(kept) < 4000  # four bytes a call: less than any object that would stay
+    assert min(used) < pixels.nbytes / 4  # no call copies its input
