@@ -155,7 +155,7 @@ def test_graphs_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ("other.onnx", "export the bundle from the checkpoint of this graph"),
         ("plain.onnx", "no QuantizeLinear and DequantizeLinear"),
         ("text.onnx", "cannot be read as an ONNX graph"),
-        ("absent.onnx", "cannot be read as an ONNX graph"),
+        ("absent.onnx", "does not exist. Pass an ONNX file"),
     ):
         refused(cli_here("quantize", "b", "--ranges", name, cwd=tmp_path), name, part)
     assert contents(path) == before
