@@ -227,7 +227,7 @@ def state(case: Case, place: Place, old: dict[str, Any] | None) -> str:
 def left_over(place: Place) -> list[str]:
     """Return what no manifest names, except for the state from which an interrupted command resumes."""
     known = {str(place / "b" / file) for file in (*Bundle.open(place / "b").files, "manifest.json")}
-    known |= {str(path) for path in place.glob("b/.calibration/**/*.npz")}
+    known |= {str(path) for path in (*place.glob("b/.calibration/**/*.npz"), *place.glob("cache/**/[!.]*"))}
     found = [path for path in place.rglob("*") if not path.is_dir() or ".partial-" in path.name or ".replaced-" in path.name]
     return [str(path.relative_to(place)) for path in found if str(path) not in known]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from swin_deploy.bundle import TensorSpec
 from swin_deploy.dependencies import EXACT_QDQ, onnxruntime_session, require
-from swin_deploy.errors import BackendError, MissingKernelError, sentence
+from swin_deploy.errors import BackendError, MissingKernelError, sentence, system_limit
 from swin_deploy.options import Array
 
 from .base import Feeds, Pool, Runtime
@@ -72,7 +72,8 @@ def opened(ort: Any, path: Path, threads: int, providers: Sequence[Any], kind: s
                 f"ONNX Runtime {ort.__version__} has no {kind} kernel for a type in {path.name} ({sentence(str(error))}). Use "
                 f"the back end openvino, or another precision."
             ) from error
-        raise BackendError(f"ONNX Runtime {ort.__version__} cannot load {path}: {sentence(str(error))}.") from error
+        reason = sentence(system_limit(error) or str(error))
+        raise BackendError(f"ONNX Runtime {ort.__version__} cannot load {path}: {reason}.") from error
 
 
 def specs_of(session: Any) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

@@ -316,6 +316,7 @@ class Bundle:
     @contextlib.contextmanager
     def compiling(self, waiting: Callable[[], None]) -> Iterator[Bundle]:
         """Yield the current bundle, held against other compiling processes; `waiting` is called once if one holds it."""
+        _refuse_encoding(self.path)
         with contextlib.ExitStack() as stack:
             with disk_errors(self.path / "onnx"):
                 stack.enter_context(locked(self.path / "onnx", waiting))
@@ -529,11 +530,20 @@ def replaceable_path(path: Path, replace: bool) -> Path:
         )
     with disk_errors(path, NEW):
         real = Path(os.path.realpath(path))
+    _refuse_encoding(real)
     if _standing_in(real):
         raise BundleError(f"{path} contains the current directory and cannot be replaced. Name a folder in it with -o.")
     if real.is_symlink():
         raise BundleError(f"{path} is a link that leads to itself. Choose another folder with -o.")
     return real
+
+
+def _refuse_encoding(path: Path) -> None:
+    """Raise BundleError for a path that libraries cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise BundleError(f"{path} is not valid UTF-8, and onnx cannot open files in it. Rename the folder.") from error
 
 
 def _standing_in(folder: Path) -> bool:
@@ -626,7 +636,8 @@ def record(kind: str, key: str) -> None:
     if (folder := cache_folder("known")) is None:
         return
     with contextlib.suppress(OSError):
-        folder.mkdir(0o700, parents=True, exist_ok=True)
+        for place in (folder.parent, folder):
+            place.mkdir(0o700, parents=True, exist_ok=True)
         with _record(folder, kind, os.O_RDWR | os.O_CREAT | os.O_APPEND) as file:
             if (size := os.fstat(file.fileno()).st_size) > RECORD_BYTES:  # drop the older half
                 file.seek(size // 2)

@@ -34,6 +34,7 @@ _MEMORY = re.compile(
     r"bad_alloc|(?:cannot|can't|failed to|unable to) allocate memory|not enough memory|failed to map segment|start new thread",
     re.IGNORECASE,
 )
+_NO_TEXT = re.compile(r"[\ud800-\udfff]|\\udc[89a-f][0-9a-f]")  # of a path with bytes that are not UTF-8
 GONE = "The current directory no longer exists. Change to another one, and run the command again."
 SHOWN, LONGEST = 300, 8000  # characters: of one foreign text in a message, and of a message
 
@@ -139,7 +140,7 @@ def sentence(text: str) -> str:
 
 
 def system_limit(error: BaseException) -> str | None:
-    """Return the sentences for an error that a limit of the system caused: memory, open files, or a removed directory.
+    """Return the sentences for an error that the system caused: memory, open files, a removed directory, a path's encoding.
 
     Returns None for any other error.
     """
@@ -153,6 +154,8 @@ def system_limit(error: BaseException) -> str | None:
     if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
         limit = _limit_of("RLIMIT_NOFILE")
         return f"{what}Too many files are open; the limit is {limit}. Raise it (ulimit -n 1024)."
+    if isinstance(error, TypeError | UnicodeError) and _NO_TEXT.search(text):
+        return "A path is not valid UTF-8, and this library cannot open such files. Rename the file or folder."
     if isinstance(error, FileNotFoundError):
         try:
             Path.cwd()

@@ -427,6 +427,17 @@ def test_the_newest_bundle(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         newest_bundle(tmp_path)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are not UTF-8")
+def test_a_name_that_onnx_cannot_open_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="not valid UTF-8.*Rename"):
+        make(tmp_path / "b\udcff")
+    make(tmp_path / "b").path.rename(tmp_path / "b\udcff")
+    bundle = Bundle.open(tmp_path / "b\udcff")
+    assert text_of(bundle) == "graph"
+    with pytest.raises(BundleError, match="not valid UTF-8.*Rename"), bundle.compiling(lambda: None):
+        pass
+
+
 def test_a_reader_that_meets_a_writer_reads_the_manifest_again(tmp_path: Path) -> None:
     reader = make(tmp_path / "b", "old")
     reader.with_file("onnx/model.onnx", GRAPH, onnx("new"))
@@ -465,6 +476,7 @@ def test_a_removed_current_directory_is_named(tmp_path: Path, monkeypatch: pytes
         (RuntimeError("can't start new thread"), "Memory ran out"),
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "Memory ran out"),
         (OSError(errno.EMFILE, "Too many open files", "a.png"), "a.png: Too many files are open"),
+        (TypeError("check_model_path(): Invoked with: 'x\\udcff/model.onnx'"), "A path is not valid UTF-8"),
         (RuntimeError("CUDA out of memory. Cannot allocate memory"), None),
         (FileNotFoundError(2, "No such file", "a.png"), None),
         (ValueError("wrong"), None),
