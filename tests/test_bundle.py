@@ -429,12 +429,12 @@ def test_the_newest_bundle(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names that are not UTF-8")
 def test_a_name_that_onnx_cannot_open_is_refused_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="not valid UTF-8.*Rename"):
+    with pytest.raises(BundleError, match=r"not valid UTF-8.*Rename"):
         make(tmp_path / "b\udcff")
     make(tmp_path / "b").path.rename(tmp_path / "b\udcff")
     bundle = Bundle.open(tmp_path / "b\udcff")
     assert text_of(bundle) == "graph"
-    with pytest.raises(BundleError, match="not valid UTF-8.*Rename"), bundle.compiling(lambda: None):
+    with pytest.raises(BundleError, match=r"not valid UTF-8.*Rename"), bundle.compiling(lambda: None):
         pass
 
 
