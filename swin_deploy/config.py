@@ -48,6 +48,11 @@ OTHER_FAMILIES = {
     "vit": "a Vision Transformer",
 }
 
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    **{"hidden_act": ACTIVATIONS, "head_act": ACTIVATIONS, "framework": FRAMEWORKS, "global_pool": POOLS},
+    **{"problem_type": (None, *PROBLEMS), "activation": (None, *SCORES)},
+}
+
 
 @dataclass(frozen=True)
 class SwinConfig:
@@ -98,16 +103,10 @@ class SwinConfig:
         for stage, count in enumerate(heads):
             fits = count > 0 and self.width(stage) % count == 0
             _check(fits, f"stage {stage} has width {self.width(stage)}, which {count} attention heads do not divide")
-        why = f'hidden_act is "{shown(self.hidden_act)}", which is not supported; supported: {", ".join(ACTIVATIONS)}'
-        _check(self.hidden_act in ACTIVATIONS, why)
-        _check(self.head_act in ACTIVATIONS, f'head_act is "{shown(self.head_act)}"; supported: {", ".join(ACTIVATIONS)}')
-        why = f'framework is "{shown(self.framework)}", expected one of {", ".join(FRAMEWORKS)}'
-        _check(self.framework in FRAMEWORKS, why)
-        for name, known in (("problem_type", PROBLEMS), ("activation", SCORES)):
-            value = getattr(self, name)
-            _check(value is None or value in known, f'{name} is "{shown(value)}", expected one of {", ".join(known)}')
-        why = f'global_pool is "{shown(self.global_pool)}", expected one of {", ".join(map(repr, POOLS))}'
-        _check(self.global_pool in POOLS, why)
+        for name, known in _CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                names = ", ".join(map(repr, known) if "" in known else filter(None, known))
+                _check(False, f'{name} is "{shown(str(value))}", expected one of {names}')
         ratios = self.mlp_ratio if isinstance(self.mlp_ratio, tuple) else (self.mlp_ratio,) * stages
         _check(len(ratios) == stages, f"mlp_ratio has {len(ratios)} entries for {stages} stages")
         _check(all(0 < value <= LARGEST_RATIO for value in ratios), f"mlp_ratio must be above 0 and at most {LARGEST_RATIO}")

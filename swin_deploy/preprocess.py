@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from swin_deploy.errors import InputError, sentence, shortened, shown
+from swin_deploy.errors import InputError, sentence, shown
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -746,7 +746,7 @@ def _plain_image(image: Any, label: str) -> Any:
 
 def _label(image: Any, index: int, count: int) -> str:
     if isinstance(image, (str, os.PathLike)):
-        return f"Image file {shortened(os.fspath(image), 4096)!r}"
+        return f"Image file {os.fspath(image)!r}"
     return "The image" if count == 1 else f"Image {index} of the list"
 
 
