@@ -108,9 +108,14 @@ def write_legacy(path: Path, code: bytes, numbers: bytes) -> None:
 
 
 def tensor_pickle(
-    shape: tuple[int, ...], stride: tuple[int, ...], key: str = "0", storage: str = "FloatStorage", view: bytes = b""
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    key: str = "0",
+    storage: str = "FloatStorage",
+    view: bytes = b"",
+    names: tuple[str, ...] = ("patch_embed.proj.weight",),
 ) -> bytes:
-    """Return the pickle of torch.save for {"patch_embed.proj.weight": one tensor}, with any sizes; `view` follows the count."""
+    """Return the pickle of torch.save for one tensor under `names`, with any sizes; `view` follows the count."""
 
     def integers(values: tuple[int, ...]) -> bytes:
         return b"(" + b"".join(pickle.dumps(v, 2)[2:-1] for v in values) + b"t"
@@ -118,6 +123,6 @@ def tensor_pickle(
     text = b"X" + struct.pack("<I", len(key)) + key.encode()
     kind = b"ctorch\n" + storage.encode() + b"\n"
     identity = b"(X\x07\x00\x00\x00storage" + kind + text + b"X\x03\x00\x00\x00cpuK\x04" + view + b"tQ"
-    name = b"X\x17\x00\x00\x00patch_embed.proj.weight"
     tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + identity + b"K\x00" + integers(shape) + integers(stride) + b"\x89NtR"
-    return b"\x80\x02}" + name + tensor + b"s."
+    items = (b"X" + struct.pack("<I", len(name)) + name.encode() + tensor + b"s" for name in names)
+    return b"\x80\x02}" + b"".join(items) + b"."

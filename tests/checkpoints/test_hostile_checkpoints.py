@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,76 @@ def test_damaged_and_hostile_pickles(code: bytes, sentence: str, tmp_path: Path)
     tracemalloc.stop()
 
 
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def long(value: int) -> bytes:
+    return b"\x8a\x0c" + value.to_bytes(12, "little")
+
+
+COLLIDING = [long(n * sys.hash_info.modulus) for n in range(1, 1200)]
+COPIES = {"set": b"cbuiltins\nset\n", "encode": b"c_codecs\nencode\n"}
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        (
+            b"}(" + b"N".join(COLLIDING) + b"Nu.",
+            "has more than 1000 keys that are neither text nor small numbers in its pickle",
+        ),
+        (
+            COPIES["set"] + b"](" + b"".join(COLLIDING) + b"e\x85R.",
+            "more than 1000 keys that are neither text nor small numbers",
+        ),
+        (b"}N" + b"\x85q\0h\0\x86" * 60 + b"Ns.", "a tuple of tuples or objects as a key"),
+        (b"(" + COPIES["set"] + b"q\0](" + b"K\1" * 900 + b"eq\1" + b"h\0h\1\x85R" * 900 + b"t.", "copy the same values"),
+        (
+            b"(" + COPIES["encode"] + b"q\0" + text("x" * 9000) + text("latin1") + b"\x86q\1" + b"Rh\0h\1" * 9 + b"Rt.",
+            "its calls copy the same text again and again",
+        ),
+        (COPIES["encode"] + text("x") + text("idna") + b"\x86R.", "a call of _codecs.encode with arguments"),
+        (b"ctorch\nFloatStorage\nJ\xff\xff\xff\x7f\x85R.", "a call of torch.FloatStorage with arguments"),
+        (b"]" + b"}" * 20_001 + b".", "has more than 20000 instructions in its pickle"),
+        (tensor_pickle((10**12,), (0,))[2:], r"claims shape \[1000000000000\], and the file holds 4 numbers"),
+        (tensor_pickle((4,), (1,), names=("x" * 301,))[2:], "the name of a tensor has more than 300 characters"),
+        (tensor_pickle((4,), (1,), names=("\x1b[2J",))[2:], r"a tensor called \\x1b\[2J"),
+        (tensor_pickle((4,), (1,))[2:-1] + tensor_pickle((2,), (1,), storage="HalfStorage")[3:-2] + b"s.", "0 has two sizes"),
+    ],
+)
+def test_pickles_that_torch_would_load_for_hours(
+    code: bytes, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swin_deploy.models.checkpoints.pickle_scan.MOST_STEPS", 20_000)
+    write_zip(tmp_path / "a.pth", {"a/data.pkl": b"\x80\2" + code, "a/data/0": bytes(16)})
+    refused(tmp_path / "a.pth", sentence)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda data: data + b"\0", "its tensors end at"),
+        (lambda data: data[:-1], "its tensors end at"),
+        (lambda data: data[:-24] + bytes(8) + data[-16:], "storage 0 is cut off, or of another size"),
+        (
+            lambda data: data[:-24].replace(b"\x000q\1a.", b"\x001q\1a.") + data[-24:],
+            "does not name those of its tensors",
+        ),
+        (
+            lambda data: data[:148] + b"%06o\0 " % (sum(data[:148]) + 256 + sum(data[156:512])) + data[156:],
+            "like a tar archive|damaged",
+        ),
+    ],
+)
+def test_legacy_files_hold_exactly_their_tensors(change: Callable[[bytes], bytes], sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    write_legacy(path, tensor_pickle((4,), (1,), view=b"N"), bytes(16))
+    refused(path, "and not those of a Swin")
+    path.write_bytes(change(path.read_bytes()))
+    refused(path, sentence)
+
+
 def test_hostile_sizes_in_safetensors(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
@@ -140,6 +211,17 @@ def test_hostile_sizes_in_safetensors(tmp_path: Path) -> None:
     refused(path, "cannot be read as safetensors")
     path.write_bytes(struct.pack("<Q", 2) + b"{}")
     refused(path, "holds 0 tensors, and not those of a Swin")
+    entry = '"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,%d]}'
+    for entries, data, sentence in (
+        (f"{entry % ('1,2', 8)},{entry % ('2,1', 8)}", 8, "the key a occurs twice"),
+        (entry % ("0,9999999", 0), 0, r"a claims shape \[0, 9999999\], and is empty"),
+        (entry % ("1," * 70 + "1", 4), 4, "not those of a Swin"),
+        (entry.replace("a", "a" * 301, 1) % ("1", 4), 4, "a tensor called aaa.* names of up to 300 printable characters"),
+        (",".join(f'"{i}":{{}}' for i in range(20_001)), 0, "holds 20001 tensors. Expected at most 20000"),
+    ):
+        header = f"{{{entries}}}".encode()
+        path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(data))
+        refused(path, sentence)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +282,32 @@ def test_hdf5_that_reaches_out_of_its_file(tmp_path: Path) -> None:
         file["a"] = h5py.ExternalLink(str(secret), "/")
         file["b"] = np.array(["text"], dtype=h5py.string_dtype())
     refused(path, "claims shape|holds 1 tensors, and not those of a Swin")
+    with h5py.File(path, "w") as file:
+        file.create_dataset("a", data=np.zeros(1 << 16, "f4"), compression="gzip")
+    refused(path, "a is compressed. Save the weights without compression")
+    with h5py.File(path, "w") as file:
+        file.create_dataset("a", data=np.arange(97, dtype="f4"))
+    whole, many = path.read_bytes(), 1 << 32
+    whole = whole.replace(struct.pack("<QQ", 97, 97), struct.pack("<QQ", many, many))
+    path.write_bytes(whole.replace(struct.pack("<Q", 388), struct.pack("<Q", 4 * many)))
+    refused(path, f"claims {4 * many} bytes of tensors, and has {len(whole)}")
+    with h5py.File(path, "w") as file:
+        file.create_group("g/" * 40)
+    refused(path, "more than 32 groups in each other")
+
+
+def test_weight_files_are_regular(tmp_path: Path) -> None:
+    """A FIFO would block for ever, and a device never ends."""
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "shard"}}')
+    os.mkfifo(tmp_path / "fifo")
+    for target in (tmp_path / "fifo", Path("/dev/zero")):
+        (tmp_path / "shard").symlink_to(target)
+        for path in (tmp_path, tmp_path / "shard"):
+            refused(path, "shard is not a regular file")
+        (tmp_path / "shard").unlink()
+    index.write_text('{"weight_map": {"a": "shard", "a": "shard"}}')
+    refused(tmp_path, "the key a occurs twice")
 
 
 def test_dictionaries_in_dictionaries_are_read_once(tmp_path: Path) -> None:

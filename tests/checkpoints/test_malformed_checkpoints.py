@@ -241,6 +241,26 @@ def test_configs_that_are_refused(config: dict[str, Any], sentence: str, tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"window_size": 2**63}, "window_size: expected a whole number, got 9223372036854775808"),
+        ({"window_size": 10**9}, "it contains 1000000000, and the limit is"),
+        ({"depths": [10**9, 2]}, "1000000002 blocks, and the limit is"),
+        ({"embed_dim": 1e308}, "embed_dim|limit"),
+        ({"mlp_ratio": 1e308}, "mlp_ratio"),
+        ({"img_size": [[224]]}, "img_size: expected a number or two, got"),
+        ({"depths": "\x1b" * 999}, r"depths: invalid literal.*\\x1b"),
+        ({"num_classes": 1e9}, "num_classes is 1000000000"),
+    ],
+)
+def test_arguments_of_timm_beyond_every_limit(arguments: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    folder = DATA / "timm__SwinTransformer__dynamic_72x56"
+    raw = json.loads((folder / "config.json").read_text())
+    count = {} if "num_classes" not in arguments else {"num_classes": None}
+    refused(copied(folder, tmp_path, model_args=raw["model_args"] | arguments, **count), sentence)
+
+
+@pytest.mark.parametrize(
     ("name", "shape", "what"),
     [
         ("layers.0.blocks.0.attn.meta_mlp.fc1.weight", (384, 2), "timm's swinv2_cr, a different network from Swin V2"),
