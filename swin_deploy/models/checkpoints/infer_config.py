@@ -17,12 +17,13 @@ from swin_deploy.config import MOST_STAGES, SwinConfig, Window, sides, window_fr
 from swin_deploy.errors import CheckpointError
 from swin_deploy.models.parameters import Shape
 
-from .base import Stored
+from .base import DAMAGED, Stored
 from .state_dict_names import CanonicalStateDict
 
 Size = tuple[int, int]
 
 PROJECTION = "embeddings.patch_embeddings.projection.weight"
+LARGEST_BUFFER = 1 << 25  # numbers in attn_mask or relative_position_index; Swin V2-L for 384 pixels has 5 million
 DEFAULT_SIZE = {1: (224, 224), 2: (256, 256)}  # of the published checkpoints
 
 
@@ -84,7 +85,7 @@ class _Inference:
 
     def _labels(self) -> int:
         last = max((name for name in self.shapes if re.fullmatch(r"classifier(\.\d)?\.weight", name)), default="")
-        return self.shapes.get(last, (0,))[0]
+        return (*self.shapes.get(last, ()), 0)[0]
 
     def _always_partition(self, patch: Size, windows: tuple[Window, ...]) -> bool:
         """Return whether the file follows Microsoft's code for detectors, which computes its masks for each image.
@@ -135,7 +136,16 @@ class _Inference:
         return self._attention(stage, "logit_scale", 3)[0]
 
     def _buffer(self, stage: int, name: str) -> Stored | None:
-        return self.buffers.get(f"encoder.layers.{stage}.blocks.0.{name}")
+        found = self.buffers.get(f"encoder.layers.{stage}.blocks.0.{name}")
+        return None if found is None else self._readable(name, found)
+
+    def _readable(self, name: str, buffer: Stored) -> Stored:
+        """Refuse a buffer that no Swin has before it is read: it may have the size of the whole file."""
+        if not 0 < math.prod(buffer.shape) <= LARGEST_BUFFER or not re.fullmatch(r"b?float\d+|u?int\d+", buffer.dtype):
+            raise CheckpointError(
+                f"{self.where}: {name} has shape {list(buffer.shape)} and type {buffer.dtype}, as in no Swin."
+            )
+        return buffer
 
     def _window(self, stage: int) -> Window:
         """The window: the table has (2 * height - 1) * (2 * width - 1) rows, and the index (height * width) ** 2 numbers.
@@ -184,7 +194,7 @@ class _Inference:
         return ratio
 
     def _encoder_stride(self, channels: int) -> int:
-        rows = self.shapes.get("decoder.0.weight", (0,))[0]
+        rows = (*self.shapes.get("decoder.0.weight", ()), 0)[0]
         stride = math.isqrt(rows // channels)
         if stride**2 * channels != rows:
             raise CheckpointError(
@@ -197,6 +207,10 @@ class _Inference:
         table = self._buffer(stage, "relative_coords_table")
         if table is None or window == 1:
             return 0
+        if table.shape[-1:] != (2,):
+            raise CheckpointError(
+                f"{self.where}: relative_coords_table of stage {stage} has shape {list(table.shape)}. {DAMAGED}"
+            )
         found = []
         for side, largest in zip(sides(window), table.read().to(torch.float32).reshape(-1, 2).amax(0).tolist(), strict=True):
             exact = 8 * (side - 1) / (2 ** (3 * largest) - 1) + 1 if 0 < largest < 8 else 0.0
@@ -239,7 +253,7 @@ class _Inference:
                 raise CheckpointError(
                     f"{self.where}: {name} has shape {list(mask.shape)}. Expected {tokens} tokens per window."
                 )
-            joined = (mask.read() != 0).flatten(1).any(dim=1)
+            joined = (self._readable(name, mask).read() != 0).flatten(1).any(dim=1)
             columns = int(joined.to(torch.uint8).argmax()) + 1
             if not bool(joined.any()) or count % columns:
                 raise CheckpointError(f"{self.where}: {name} holds a mask that Swin never computes. The file is damaged.")

@@ -8,6 +8,7 @@ NVIDIA ModelOpt         LAYER.weight_quantizer._amax       LAYER.input_quantizer
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,6 +26,8 @@ from .state_dict_names import BLOCK, CanonicalStateDict, QuantizerState
 
 NEEDED = ("scale", "zero_point", "fake_quant_enabled", "min_val", "max_val", "_amax", "_pre_quant_scale")
 FEWEST_STEPS = 40  # in the whole range; 5 bits have 31
+LARGEST = 1 << 20  # numbers in a tensor of a quantizer
+SMALLEST, HIGHEST = 1e-30, 3e38  # of scales and ranges in float32
 INTEGERS = ((0, 255), (-128, 127), (0, 127), (-64, 63))  # the types of torch.ao, without and with reduce_range
 
 # torch.ao observes the output of a module. These modules feed those layers; the norms only in V1, where they come first.
@@ -118,7 +121,7 @@ class _Collector:
         return [name for name in found if self._has(name)]
 
     def _add_weights(self, quantizer: QuantizerState, settings: Mapping[str, Any], layers: list[str]) -> None:
-        rows = [self.state_dict.tensors[f"{name}.weight"].shape[0] for name in layers]
+        rows = [(*self.state_dict.tensors[f"{name}.weight"].shape, 0)[0] for name in layers]
         scales = weight_scales(quantizer, settings, sum(rows), self.where)
         for place, name in enumerate(layers):
             first = sum(rows[:place])
@@ -131,7 +134,7 @@ def activation_range(quantizer: QuantizerState, settings: Mapping[str, Any], whe
     values = _values(quantizer, settings, where)
     if "_amax" in values:
         amax = _single(values["_amax"])
-        if amax == 0:
+        if amax < SMALLEST:
             raise NotUsable("it never saw a value but 0")
         unsigned = ActivationRange(float(np.float32(amax / 255)), 0, amax)
         return unsigned if settings.get("_unsigned") else ActivationRange.symmetric(amax)
@@ -197,16 +200,16 @@ def _values(quantizer: QuantizerState, settings: Mapping[str, Any], where: str) 
     values = {}
     for name in NEEDED:
         stored = quantizer.tensors.get(name)
-        if stored is None or not np.prod(stored.shape):
+        if stored is None or not math.prod(stored.shape):
             continue
-        tensor = stored.read()
-        if stored.dtype in FLOATING and stored.dtype != "float64":
-            tensor = tensor.to(torch.float32)
-        values[name] = tensor.numpy()
+        if math.prod(stored.shape) > LARGEST or not (stored.dtype in FLOATING or re.fullmatch(r"u?int\d+|bool", stored.dtype)):
+            raise NotUsable(f"its {name} has shape {list(stored.shape)} and type {stored.dtype}")
+        exact = stored.dtype not in FLOATING or stored.dtype == "float64"
+        values[name] = stored.read().to(torch.float64 if exact else torch.float32).numpy()
     if "fake_quant_enabled" in values and not values["fake_quant_enabled"].any():
         raise NotUsable("its fake quantization is disabled")
-    for name in ("scale", "_amax"):
-        if name in values and not (np.isfinite(values[name]).all() and (values[name] >= 0).all()):
+    for name, least in (("scale", 0), ("_amax", 0), ("zero_point", -HIGHEST)):
+        if name in values and not ((values[name] >= least) & (values[name] <= HIGHEST)).all():
             raise CheckpointError(
                 f"{where}: {quantizer.name}.{name} holds NaN, infinity or a negative number. Expected a quantization range. "
                 f"The file is damaged, or its training diverged."
@@ -216,7 +219,7 @@ def _values(quantizer: QuantizerState, settings: Mapping[str, Any], where: str) 
 
 def _seen(values: Mapping[str, Array]) -> bool:
     extremes = [values.get("min_val"), values.get("max_val")]
-    return all(extreme is not None and np.isfinite(extreme).all() for extreme in extremes)
+    return all(extreme is not None and (np.abs(extreme) <= HIGHEST).all() for extreme in extremes)
 
 
 def _single(values: Array) -> float:
@@ -227,7 +230,7 @@ def _single(values: Array) -> float:
 
 def _from_interval(low: float, high: float) -> ActivationRange:
     """256 quantized values from `low` to `high`, one of them exactly 0, as torch.ao converts an observer."""
-    if low == high:
+    if high - low < SMALLEST:
         raise NotUsable("it never saw a value but 0")
     scale = float(np.float32((high - low) / 255))
     return ActivationRange(scale, min(max(round(-low / scale), 0), 255), max(-low, high))
@@ -235,7 +238,7 @@ def _from_interval(low: float, high: float) -> ActivationRange:
 
 def _from_scale(scale: float, zero: int, seen: list[float] | None) -> ActivationRange:
     """The range of torch.ao's scale and zero point. The integer type is not stored: take the one that fits what was `seen`."""
-    if scale == 0:
+    if scale < SMALLEST:
         raise NotUsable("its scale is 0")
     legal = [ends for ends in INTEGERS if ends[0] <= zero <= ends[1]]
     if not legal:

@@ -90,7 +90,7 @@ def recognise_checkpoint(
         config, notes = config_from_timm(raw, state_dict, str(folder / "config.json"))
     else:
         heads = [shape for name, shape in sorted(state_dict.shapes.items()) if re.fullmatch(r"classifier\..*weight", name)]
-        raw, notes = with_complete_labels(raw, heads[-1][0] if heads else None)
+        raw, notes = with_complete_labels(raw, (*heads[-1], 0)[0] if heads else None)
         config = SwinConfig.from_dict(raw)
     tensors, shapes = state_dict.tensors, state_dict.shapes
     layers = sum(bool(re.fullmatch(r"classifier\.\d+\.weight", name)) for name in shapes)
@@ -139,7 +139,9 @@ def _config_from_arguments(
     architecture = extras.get("arch") or arguments.get("model")
     if state_dict.writer not in ("timm", "microsoft") or not isinstance(architecture, str):
         return None
-    classes = [shape[0] for name, shape in sorted(state_dict.shapes.items()) if re.fullmatch(r"classifier\..*weight", name)]
+    classes = [
+        (*shape, 0)[0] for name, shape in sorted(state_dict.shapes.items()) if re.fullmatch(r"classifier\..*weight", name)
+    ]
     raw = {
         "architecture": architecture,
         "num_classes": classes[-1] if classes else 0,

@@ -52,7 +52,7 @@ def config_from_timm(raw: Mapping[str, Any], state_dict: CanonicalStateDict, whe
     (timm/models/_hub.py, save_config_for_hf). Arguments are read as timm/models/swin_transformer.py reads them. The notes say
     what had to be assumed.
     """
-    architecture = str(raw.get("architecture"))
+    architecture = shown(str(raw.get("architecture")))
     try:
         base = find_variant(f"timm/{architecture.split('.')[0]}").config()
     except UsageError as error:

@@ -150,11 +150,8 @@ def _check_records(file: BinaryIO, size: int, records: list[zipfile.ZipInfo]) ->
         name = file.read(named).decode("utf-8" if flags & 0x800 else "cp437", "replace")
         known = [info.CRC, info.file_size, info.file_size]
         same = (sign, flags, method, name) == (b"PK\x03\x04", info.flag_bits, 0, info.orig_filename) and name == info.filename
-        same = (
-            same
-            and not flags & 1
-            and (sums == known or (sums[0] == info.CRC and 0xFFFFFFFF in sums[1:]) or (flags & 8 and not any(sums)))
-        )
+        same &= not flags & 1 and not info.external_attr & 0x10  # torch loads nothing of an entry that is marked as a folder
+        same &= sums == known or (sums[0] == info.CRC and 0xFFFFFFFF in sums[1:]) or (flags & 8 > 0 and not any(sums))
         start = info.header_offset + 30 + named + extra
         if not same or info.compress_size != info.file_size or info.header_offset < before or start + info.file_size > at:
             raise Damaged(f"the header of its record {shown(info.filename)} does not fit its directory")
