@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Set
+import threading
+from collections.abc import Iterator, Set
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -66,32 +69,18 @@ def test_a_layer_that_breaks_the_outputs_comes_first() -> None:
     assert [layer.to_dict()["sqnr_db"] for layer in ranking[:2]] == [None, None]
 
 
-class Timed:
-    """A runtime whose runs advance a fake clock; only one may be open at a time."""
-
-    title = "timed"
-    now = 0.0
-    opened = 0
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def __enter__(self) -> Timed:
-        Timed.opened += 1
-        assert Timed.opened == 1
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        Timed.opened -= 1
-
-    def run(self, feeds: dict[str, Any]) -> dict[str, Any]:
-        Timed.now += self.seconds
-        return {}
-
-
 def test_speed_is_a_ratio_and_only_one_graph_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swin_deploy.calib.accuracy_gate.time.perf_counter", lambda: Timed.now)
-    speed = compare_speed(lambda: Timed(0.5), lambda: Timed(0.125), {}, "fp32")
+    """With runtimes whose runs advance a clock."""
+    clock, lock = list[float](), threading.Lock()
+
+    @contextlib.contextmanager
+    def timed(seconds: float) -> Iterator[Any]:
+        assert lock.acquire(blocking=False)
+        yield SimpleNamespace(title="timed", run=lambda feeds: clock.append(seconds))
+        lock.release()
+
+    monkeypatch.setattr("swin_deploy.calib.accuracy_gate.time.perf_counter", lambda: sum(clock))
+    speed = compare_speed(lambda: timed(0.5), lambda: timed(0.125), {}, "fp32")
     assert (speed.before, speed.after, speed.ratio) == (0.5, 0.125, 4)
     assert speed.where == "measured on this machine in timed"
 

@@ -80,14 +80,9 @@ def test_graph_is_valid_and_its_ends_stay_float32(graphs: Any) -> None:
 
 def fallback_nodes(model: Any) -> set[str]:
     """The nodes from the squares to the scaled cosines, found without the code under test."""
-    return {node.name for node in model.graph.node if "/Cosine" in node.name} - {
-        node.name for node in model.graph.node if node.op_type in ("Concat", "MatMul") or _swaps_keys(node)
-    }
-
-
-def _swaps_keys(node: Any) -> bool:
-    """Whether it is the Transpose before the matmul, not the one of the keys' squared L2 norms."""
-    return node.op_type == "Transpose" and "Split" not in node.input[0]
+    nodes = [node for node in model.graph.node if "/Cosine" in node.name and node.op_type not in ("Concat", "MatMul")]
+    # The Transpose before the matmul is none of them, that of the keys' squared L2 norms is one.
+    return {node.name for node in nodes if node.op_type != "Transpose" or "Split" in node.input[0]}
 
 
 def assert_float_weights_are_those_of(kept: set[str], model: Any, low: int) -> None:
