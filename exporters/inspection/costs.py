@@ -73,6 +73,32 @@ class Inspection:
             "engines": [engine.to_dict() for engine in self.engines],
         }
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values, for `from_json`."""
+        engines = [
+            {**vars(one), "figures": one.figures.to_dict(), "roofline": one.roofline and vars(one.roofline)}
+            for one in self.engines
+        ]
+        return {"path": str(self.path), "graphs": {file: vars(cost) for file, cost in self.graphs.items()}, "engines": engines}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Inspection:
+        """Return the value from its fields as JSON values."""
+        graphs = {file: GraphCost(**cost) for file, cost in raw["graphs"].items()}
+        engines = tuple(
+            EngineCost(
+                **{
+                    **one,
+                    "image_size": tuple(one["image_size"]),
+                    "batch": tuple(one["batch"]),
+                    "figures": EngineProfile.read(one["figures"]),
+                    "roofline": None if one["roofline"] is None else Roofline(**one["roofline"]),
+                }
+            )
+            for one in raw["engines"]
+        )
+        return cls(Path(raw["path"]), graphs, engines)
+
 
 def inspect_bundle(bundle: Bundle, gpu: str | None) -> Inspection:
     """Describe a bundle. `gpu` names the GPU of the roofline; None is the first known one with the engine's capability."""

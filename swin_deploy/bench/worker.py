@@ -21,7 +21,7 @@ from swin_deploy import errors
 from swin_deploy.bundle import TensorSpec
 from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError
-from swin_deploy.options import Array
+from swin_deploy.options import Array, Progress, no_progress
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,15 +51,18 @@ class Process:
                 with contextlib.suppress(OSError):
                     stream.close()
 
-    def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+    def ask(self, question: Mapping[str, Any], progress: Progress = no_progress) -> dict[str, Any]:
         """Return the answer to a question. Raises the error that the process reports, or BackendError if it has ended."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdout is not None
         with contextlib.suppress(BrokenPipeError):  # the process has ended; reading shows that
             print(json.dumps(question), file=stdin, flush=True)
-        if not (line := stdout.readline()):
-            raise BackendError(f"{self.title} {self._end()}.")
-        answer: dict[str, Any] = json.loads(line)
+        answer: dict[str, Any] = {"progress": ("", 0, 0)}
+        while "progress" in answer:
+            if not (line := stdout.readline()):
+                raise BackendError(f"{self.title} {self._end()}.")
+            if "progress" in (answer := json.loads(line)):
+                progress(*answer["progress"])
         if "error" in answer:
             kind = vars(errors).get(str(answer.get("kind")))
             if not (isinstance(kind, type) and issubclass(kind, errors.SwinDeployError)):
@@ -109,10 +112,10 @@ class Child(Process):
         """Run the model for `seconds`, at least once after a warm-up, and return the time of each call."""
         return list(self.ask({"seconds": seconds})["ms"])
 
-    def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+    def ask(self, question: Mapping[str, Any], progress: Progress = no_progress) -> dict[str, Any]:
         """Return the answer to a question, and keep the peak memory that it states. Raises BackendError for any error."""
         try:
-            answer = super().ask(question)
+            answer = super().ask(question, progress)
         except errors.SwinDeployError as error:
             raise BackendError(str(error)) from error
         self.peak_memory = int(answer["peak_memory"])

@@ -113,3 +113,12 @@ def test_the_batch_of_a_foreign_file(tmp_path: Path) -> None:
     assert (engine["batch"], engine["gpu"], engine["kernels"]) == ([16, 16, 16], "sm_120", 1)
     assert engine["bytes_moved"] == 2 * 16 * 8 * 4
     assert found["graphs"]["x.onnx"]["flops"] == {}
+
+
+def test_a_file_that_kills_the_library_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from swin_deploy.bench.worker import Process
+
+    begin = Process.__init__
+    monkeypatch.setattr(Process, "__init__", lambda self, start: begin(self, "import os; os.kill(os.getpid(), 11)"))
+    (tmp_path / "x.onnx").write_bytes(b"")
+    refused(cli_here("inspect", "x.onnx", cwd=tmp_path), "The process that read x.onnx died with SIGSEGV.")
