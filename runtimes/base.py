@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
+import weakref
+from _thread import LockType, allocate_lock, get_ident
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 T = TypeVar("T")
+R = TypeVar("R")
 Feeds = dict[str, Any]  # contiguous, aligned numpy arrays; or DeviceTensor, for a runtime on a GPU
 
 
@@ -47,8 +51,9 @@ class Runtime(ABC):
     """A loaded model. Any number of threads may call `run`.
 
     A back end implements `_run`, which must be thread-safe, and, if it holds resources, `_close`, which is called when no
-    thread is inside `_run`. `title` is library and version ("onnxruntime 1.31.1"), `device` is "cpu" or "cuda:0".
-    After `calls_to_warm` calls of one shape further calls are not faster; `calls_at_once` calls keep the device busy.
+    thread is inside `_run`, and once more if it was interrupted. `title` is library and version ("onnxruntime 1.31.1"),
+    `device` is "cpu" or "cuda:0". After `calls_to_warm` calls of one shape further calls are not faster; `calls_at_once` calls
+    keep the device busy.
     """
 
     calls_to_warm = 1
@@ -60,9 +65,11 @@ class Runtime(ABC):
     ) -> None:
         self.title, self.inputs, self.outputs, self.device = title, inputs, outputs, device
         self._known = frozenset(spec.name for spec in inputs)
-        self._closed = False
-        self._running = 0
-        self._turn = threading.Condition()
+        self._closed = self._freed = self._forked = False
+        self._process = os.getpid()
+        self._calls: dict[LockType, int] = {}  # a held lock and the thread of every running call
+        self._freeing = threading.RLock()
+        _LOADED.add(self)
 
     def run(self, feeds: Mapping[str, Any], out: Mapping[str, Array] | None = None) -> Mapping[str, Array]:
         """Run the model on a numpy array, or tensor with `__dlpack__`, for each input; fill and return `out` if given.
@@ -74,33 +81,67 @@ class Runtime(ABC):
         shapes = [resolved(spec.shape, free) for spec in self.outputs]
         if out is not None:
             self._check_out(out, shapes, ready)
-        with self._turn:
-            if self._closed:
-                raise BackendError("This model is closed. Load it again to run it.")
-            self._running += 1
-        try:
-            if None in shapes:  # the graph does not state the shapes of its outputs
-                found = self._run(ready, None)
-                return found if out is None else _copied(found, out)
-            if out is not None:
-                self._run(ready, out)
-                return out
-            made = {spec.name: np.empty(shape or (), spec.dtype) for spec, shape in zip(self.outputs, shapes, strict=True)}
-            self._run(ready, made)
-            return made
-        finally:
-            with self._turn:
-                self._running -= 1
-                self._turn.notify_all()  # close() may wait
+        # An interrupt may come after any call. A `with` on a plain lock and a single operation on a dict are safe.
+        call = allocate_lock()
+        with call:
+            try:
+                self._calls[call] = get_ident()
+                if self._closed:
+                    raise BackendError(self._refusal())
+                if None in shapes:  # the graph does not state the shapes of its outputs
+                    found = self._run(ready, None)
+                    return found if out is None else _copied(found, out)
+                if out is not None:
+                    self._run(ready, out)
+                    return out
+                made = {spec.name: np.empty(shape or (), spec.dtype) for spec, shape in zip(self.outputs, shapes, strict=True)}
+                self._run(ready, made)
+                return made
+            finally:
+                self._calls.pop(call, None)
+                if self._closed and not self._calls:
+                    self._free()
 
     def close(self) -> None:
-        """Wait for running calls, then free the resources of the back end. Closing twice has no effect."""
-        with self._turn:
-            if self._closed:
+        """Wait for running calls, then free the resources of the back end. Closing twice has no effect.
+
+        In a signal handler that interrupted `run`, it does not wait: the end of that call frees the resources.
+        """
+        if self._forked:
+            return
+        self._closed = True
+        while calls := self._calls.copy():
+            if get_ident() in calls.values():
                 return
-            self._closed = True
-            self._turn.wait_for(lambda: not self._running)
-        self._close()
+            for call in calls:
+                with call:
+                    pass
+                self._calls.pop(call, None)
+        self._free()
+
+    def _free(self) -> None:
+        with self._freeing:
+            if not (self._freed or self._forked):
+                self._close()
+                self._freed = True
+
+    def _refusal(self) -> str:
+        if self._forked:
+            return (
+                f"This model was loaded in process {self._process} and cannot run in its fork, process {os.getpid()}. Load it "
+                'in each process, or start processes with "spawn" or "forkserver".'
+            )
+        return "This model is closed. Load it again to run it."
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a fork of the one that loaded the model."""
+        return self._forked
+
+    def leave_to_parent(self) -> None:
+        """Refuse to run, and never free anything: the threads of the back end are not in this fork."""
+        self._closed = self._forked = True
+        keep_forever(self)
 
     def __enter__(self) -> Self:
         return self
@@ -179,23 +220,62 @@ class Pool(Generic[T]):
     def __init__(self, make: Callable[[], T], most: int) -> None:
         self._make = make
         self._free: list[T] = []
-        self._slots = threading.Semaphore(most)
+        self._places = Places(most)
 
-    @contextmanager
-    def taken(self) -> Iterator[T]:
-        """Yield one of the objects. After an error inside it is dropped, because its state is unknown."""
-        with self._slots:
+    def use(self, work: Callable[..., R], *arguments: Any) -> R:
+        """Return `work(object, *arguments)`. After an error or interrupt the object is dropped: its state is unknown."""
+        for _ in self._places.taken:
             try:
-                item = self._free.pop()  # appending and popping are atomic
-            except IndexError:
-                item = self._make()
-            yield item
-            self._free.append(item)
+                try:
+                    item = self._free.pop()  # appending and popping are atomic
+                except IndexError:
+                    item = self._make()
+                found = work(item, *arguments)
+                self._free.append(item)
+                return found
+            finally:
+                self._places.give_back(True)
+        raise AssertionError
 
     def drain(self) -> list[T]:
         """Remove and return the objects that are not in use."""
         free, self._free = self._free, []
         return free
+
+
+class Places:
+    """A semaphore that loses no place to an interrupt: `for _ in places.taken: try: ... finally: places.give_back(True)`.
+
+    Python handles signals after calls and jumps, and `threading.Semaphore` consists of those. A `for` statement takes and
+    stores an item without either, and a `SimpleQueue` is implemented in C.
+    """
+
+    def __init__(self, count: int) -> None:
+        free: SimpleQueue[bool] = SimpleQueue()
+        self.give_back, self.count_free = free.put, free.qsize
+        self.taken = iter(free.get, None)
+        for _ in range(count):
+            free.put(True)
+
+
+_LOADED: weakref.WeakSet[Runtime] = weakref.WeakSet()
+
+
+def keep_forever(value: object) -> None:
+    """Never free `value`, not even when the interpreter exits."""
+    import ctypes
+
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+
+
+def _leave_all_to_parent() -> None:
+    """Runs in a new process after a fork."""
+    for runtime in tuple(_LOADED):
+        runtime.leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_all_to_parent)
 
 
 def resolved(shape: tuple[int | str, ...], free: Mapping[str, int]) -> tuple[int, ...] | None:

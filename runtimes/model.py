@@ -62,7 +62,7 @@ class Model:
         self.image_sizes: tuple[Size, ...] = tuple(files)
         self._files, self._open = dict(files), open_file
         self._runtimes: dict[Size, Runtime] = {}
-        self._closed, self._opening = False, threading.Lock()
+        self._closed, self._opening = False, threading.RLock()
         version = self._runtime(self.image_sizes[0]).title.rpartition(" ")[2]
         self._description = replace(description, version=version)
 
@@ -243,8 +243,10 @@ class Model:
 
     def close(self) -> None:
         """Wait for running calls, then free the memory of the back end. The model cannot be run afterwards."""
-        with self._opening:
-            self._closed = True
+        self._closed = True
+        if self._forked() is None:
+            with self._opening:  # until no graph is being loaded
+                pass
         for runtime in self._runtimes.values():
             runtime.close()
 
@@ -263,12 +265,18 @@ class Model:
     def _runtime(self, size: Size) -> Runtime:
         runtime = self._runtimes.get(size)
         if runtime is None or self._closed:
+            if (forked := self._forked()) is not None:
+                return forked  # which refuses to run
             with self._opening:
                 if self._closed:
                     raise BackendError("This model is closed. Load it again to run it.")
                 runtime = self._runtimes.get(size) or self._open(self._files[size])
                 self._runtimes[size] = runtime
         return runtime
+
+    def _forked(self) -> Runtime | None:
+        """Return one of the runtimes if this process is a fork of the one that loaded the model."""
+        return next((runtime for runtime in self._runtimes.values() if runtime.forked), None)
 
     def _size_of(self, pixels: object) -> Size:
         """Return the image size whose graph takes `pixels`. The runtime checks everything else."""

@@ -29,27 +29,28 @@ class OnnxRuntime(Runtime):
         self._session = opened(ort, path, threads, ["CPUExecutionProvider"], "CPU")
         super().__init__(f"onnxruntime {ort.__version__}", *specs_of(self._session), device)
         self._names = [spec.name for spec in self.outputs]
-        self._bindings: Pool[Any] = Pool(self._session.io_binding, MOST_BINDINGS)
+        self._bindings: Any = Pool(self._session.io_binding, MOST_BINDINGS)
 
     def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
         try:
             if out is None:
                 results = self._session.run(self._names, feeds)
                 return dict(zip(self._names, results, strict=True))
-            with self._bindings.taken() as binding:
-                for name, array in feeds.items():
-                    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-                for name in self._names:
-                    array = out[name]
-                    binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-                self._session.run_with_iobinding(binding)
+            self._bindings.use(self._run_bound, feeds, out)
         except Exception as error:
             raise failed(error) from error
         return out
 
+    def _run_bound(self, binding: Any, feeds: Feeds, out: Mapping[str, Array]) -> None:
+        for name, array in feeds.items():
+            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        for name in self._names:
+            array = out[name]
+            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        self._session.run_with_iobinding(binding)
+
     def _close(self) -> None:
-        self._bindings.drain()
-        del self._session, self._bindings
+        self._session = self._bindings = None
 
 
 def opened(ort: Any, path: Path, threads: int, providers: Sequence[Any], kind: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from functools import cache, cached_property
@@ -15,7 +16,7 @@ from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError, UsageError, sentence
 from swin_deploy.options import Array
 
-from .base import Feeds, Pool, Runtime
+from .base import Feeds, Pool, Runtime, keep_forever
 
 
 class OpenVino(Runtime):
@@ -32,7 +33,7 @@ class OpenVino(Runtime):
         ov = self._ov = require("openvino", "run models with the openvino back end")
         if device != "cpu":
             raise UsageError(f"The back end openvino runs on the CPU, not on {device}. Use onnxruntime for a GPU.")
-        self._core, self._path, self._compiling = openvino_core(), path, threading.Lock()
+        self._core, self._path, self._compiling = openvino_core(), path, threading.RLock()
         self._file = _identity(path)
         able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if bf16 and not able:
@@ -54,19 +55,21 @@ class OpenVino(Runtime):
 
     def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
         try:
-            with self._pool(feeds).taken() as request:
-                arrays = [feeds[spec.name] for spec in self.inputs]
-                arrays = [array if array.flags.writeable else array.copy() for array in arrays]  # it refuses read-only memory
-                for number, array in enumerate(arrays):
-                    request.set_input_tensor(number, self._ov.Tensor(array, shared_memory=True))
-                for number, spec in enumerate(self.outputs) if out is not None else ():
-                    request.set_output_tensor(number, self._ov.Tensor(out[spec.name], shared_memory=True))  # type: ignore[index]
-                request.infer(share_outputs=True)  # otherwise it copies all outputs once more
-                if out is not None:
-                    return out
-                return {spec.name: np.array(request.get_output_tensor(n).data) for n, spec in enumerate(self.outputs)}
+            return self._pool(feeds).use(self._infer, feeds, out)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO failed while running the model: {sentence(str(error))}.") from error
+
+    def _infer(self, request: Any, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
+        arrays = [feeds[spec.name] for spec in self.inputs]
+        arrays = [array if array.flags.writeable else array.copy() for array in arrays]  # it refuses read-only memory
+        for number, array in enumerate(arrays):
+            request.set_input_tensor(number, self._ov.Tensor(array, shared_memory=True))
+        for number, spec in enumerate(self.outputs) if out is not None else ():
+            request.set_output_tensor(number, self._ov.Tensor(out[spec.name], shared_memory=True))  # type: ignore[index]
+        request.infer(share_outputs=True)  # otherwise it copies all outputs once more
+        if out is not None:
+            return out
+        return {spec.name: np.array(request.get_output_tensor(n).data) for n, spec in enumerate(self.outputs)}
 
     def _pool(self, feeds: Feeds) -> Pool[Any]:
         if all(len(feeds[spec.name]) == 1 or spec.shape[0] != "batch" for spec in self.inputs):
@@ -95,10 +98,10 @@ class OpenVino(Runtime):
 
     def _close(self) -> None:
         self.__dict__.pop("_any", None)
-        del self._single
+        self.__dict__.pop("_single", None)
 
 
-_CREATING = threading.Lock()
+_CREATING = threading.RLock()
 
 
 def openvino_core() -> Any:
@@ -114,7 +117,17 @@ def openvino_core() -> Any:
 
 @cache
 def _create_core() -> Any:
-    return require("openvino", "run models with the openvino back end").Core()
+    core = require("openvino", "run models with the openvino back end").Core()
+    if hasattr(os, "register_at_fork"):  # freed in a fork, it waits for threads that are not there
+        os.register_at_fork(after_in_child=_keep_core)
+    return core
+
+
+def _keep_core() -> None:
+    global _CREATING
+    _CREATING = threading.RLock()  # a thread that is not in this fork may have held it
+    if _create_core.cache_info().currsize:
+        keep_forever(_create_core())
 
 
 def _of_free_batch(spec: TensorSpec, single: TensorSpec) -> TensorSpec:

@@ -6,7 +6,8 @@ without fusion. Matmuls, norms and sums of low precision accumulate in fp32, on 
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,11 @@ class PyTorch(Runtime):
             raise UsageError(
                 f"PyTorch uses {torch.get_num_threads()} threads in the whole process, so one model cannot use {threads}. "
                 f"Call torch.set_num_threads({threads}) first, or set OMP_NUM_THREADS={threads}."
+            )
+        if _first_process() != os.getpid() and torch.get_num_threads() > 1:
+            raise BackendError(
+                f"PyTorch's threads stayed in process {_first_process()}, of which this process is a fork, and it would wait "
+                'for them. Call torch.set_num_threads(1) first, or start processes with "spawn" or "forkserver".'
             )
         if device != "cpu":
             self._check_gpu(device)
@@ -135,26 +141,29 @@ class PyTorch(Runtime):
 
     def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
         try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(self._torch.inference_mode())
-                if self.device != "cpu":
-                    cuda = self._torch.cuda
-                    stack.enter_context(cuda.device(self.device))
-                    # The default stream keeps tensors of the caller in order, whichever stream they come from.
-                    stack.enter_context(cuda.stream(cuda.default_stream(self.device)))
-                values = {name: self._fed(feed) for name, feed in feeds.items()}
-                for node in self._nodes:
-                    found = node.function(*[values[one] if isinstance(one, str) else one for one in node.inputs])
-                    values.update(zip(node.outputs, found if isinstance(found, tuple) else (found,), strict=True))
-                    for name in node.last_used:
-                        del values[name]
-                if out is None:
-                    return {spec.name: values[spec.name].cpu().numpy() for spec in self.outputs}
-                for name, array in out.items():
-                    self._shared(array).copy_(values[name])
-                return out
+            # Unlike torch.inference_mode, an interrupt cannot leave it switched on.
+            with self._torch._C._InferenceMode(True):
+                if self.device == "cpu":
+                    return self._compute(feeds, out)
+                cuda = self._torch.cuda
+                # The default stream keeps tensors of the caller in order, whichever stream they come from.
+                with cuda.device(self.device), cuda.stream(cuda.default_stream(self.device)):
+                    return self._compute(feeds, out)
         except Exception as error:
             raise BackendError(f"PyTorch failed while running the model: {sentence(str(error))}.") from error
+
+    def _compute(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
+        values = {name: self._fed(feed) for name, feed in feeds.items()}
+        for node in self._nodes:
+            found = node.function(*[values[one] if isinstance(one, str) else one for one in node.inputs])
+            values.update(zip(node.outputs, found if isinstance(found, tuple) else (found,), strict=True))
+            for name in node.last_used:
+                del values[name]
+        if out is None:
+            return {spec.name: values[spec.name].cpu().numpy() for spec in self.outputs}
+        for name, array in out.items():
+            self._shared(array).copy_(values[name])
+        return out
 
     def _fed(self, feed: Array | DeviceTensor) -> Tensor:
         if isinstance(feed, DeviceTensor):
@@ -169,9 +178,15 @@ class PyTorch(Runtime):
         return flat.reshape(array.shape)
 
     def _close(self) -> None:
-        del self._nodes
+        self._nodes = ()
         if self.device != "cpu":
             self._torch.cuda.empty_cache()
+
+
+@functools.cache
+def _first_process() -> int:
+    """Return the process that first loaded a model, in it and in its forks."""
+    return os.getpid()
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
+from _thread import LockType, allocate_lock
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from swin_deploy.errors import BackendError
 from swin_deploy.options import Array
-from swin_deploy.runtimes.base import Feeds
+from swin_deploy.runtimes.base import Feeds, Places
 from swin_deploy.runtimes.dlpack import DeviceTensor
 from swin_deploy.tensorrt_log import ErrorLog
 
@@ -21,6 +21,7 @@ from .io_buffers import BufferLayout, IoBuffer, StreamBuffers
 
 MAX_CAPTURES = 3  # attempts to capture a batch size; another thread that synchronises the whole device spoils one
 ALIGNMENT = 256  # of the addresses that TensorRT's own allocator returns; other tensors of the caller's are copied
+R = TypeVar("R")
 _LOG = logging.getLogger(__name__)
 
 
@@ -170,64 +171,78 @@ class ContextSlot:
 class ContextPool:
     """Up to `limit` slots, created on demand as long as the GPU has memory for them; further threads wait.
 
-    A slot that is prepared for the requested batch is preferred, then a new one, then the least recently used.
+    A slot that is prepared for the requested batch is preferred, then a new one, then the least recently used. An interrupt may
+    come after any call, so slots change hands in statements without one.
     """
 
     def __init__(self, create: Callable[[], ContextSlot], limit: int) -> None:
-        self._create, self._limit, self._initial_limit, self._created = create, limit, limit, 0
+        self._create, self._limit, self._initial_limit = create, limit, limit
+        self._places = Places(limit)
         self._free: list[ContextSlot] = []  # least recently used first
-        self._condition = threading.Condition()
+        self._used: dict[LockType, ContextSlot | None] = {}  # by the held lock of each call; None while it is created
+        self._choosing = threading.RLock()
 
-    @contextmanager
-    def acquire(self, profile: int, batch: int) -> Iterator[ContextSlot]:
-        """Yield a slot that is prepared for the batch; free the slot on an error inside, because its state is unknown."""
-        slot = self._next(profile, batch)
-        try:
-            yield slot
-        except BaseException:
-            self._drop(slot)
-            raise
-        with self._condition:
-            self._free.append(slot)
-            self._condition.notify()
+    def use(self, profile: int, batch: int, work: Callable[..., R], *arguments: Any) -> R:
+        """Return `work(slot, *arguments)` for a slot that is prepared for the batch.
+
+        After an error or interrupt the slot is freed, because its state is unknown.
+        """
+        call = allocate_lock()
+        for _ in self._places.taken:
+            try:
+                with call:
+                    slot = self._next(call, profile, batch)
+                    found = work(slot, *arguments)
+                    self._free += (slot,)
+                    del self._used[call]
+                    return found
+            except BaseException:
+                self._drop(call)
+                raise
+            finally:
+                self._places.give_back(True)
+        raise AssertionError
 
     def drain(self) -> list[ContextSlot]:
         """Remove and return the slots that are not in use."""
-        with self._condition:
+        with self._choosing:
             free, self._free = self._free, []
-            self._created -= len(free)
-            self._condition.notify_all()
         return free
 
-    def _next(self, profile: int, batch: int) -> ContextSlot:
+    def _next(self, call: LockType, profile: int, batch: int) -> ContextSlot:
         while True:
-            slot = None
-            with self._condition:
-                self._condition.wait_for(lambda: self._free or self._created < self._limit)
-                for index in reversed(range(len(self._free))):
-                    if self._free[index].prepared == (profile, batch):
-                        return self._free.pop(index)
-                if self._created < self._limit:
-                    self._created += 1
+            with self._choosing:
+                others = len(self._free) + len(self._used)
+                prepared = [index for index, slot in enumerate(self._free) if slot.prepared == (profile, batch)]
+                if prepared or (self._free and others >= self._limit):
+                    index = prepared[-1] if prepared else 0
+                    self._used[call] = self._free[index]
+                    del self._free[index]
+                elif others < self._limit:
+                    self._used[call] = None
                 else:
-                    slot = self._free.pop(0)
+                    used = next(iter(self._used))
+            if call not in self._used:
+                with used:  # until the oldest call ends
+                    continue
+            slot = self._used[call]
+            if prepared and slot is not None:
+                return slot
             try:
                 with CAPTURE_LOCK.shared():  # it allocates
-                    slot = slot or self._create()
+                    if slot is None:
+                        slot = self._used[call] = self._create()
                     slot.prepare(profile, batch)
                 return slot
             except BaseException as error:
-                others = self._drop(slot)
+                others = self._drop(call)
                 if not isinstance(error, BackendError) or not others:
                     self._limit = self._initial_limit  # it was not for want of memory, or the next call finds that anew
                     raise
                 self._limit = others  # there is no memory for more slots; wait for one of those that exist
 
-    def _drop(self, slot: ContextSlot | None) -> int:
-        """Free a slot, or the place of one that could not be created; return the number of others."""
-        if slot is not None:
+    def _drop(self, call: LockType) -> int:
+        """Free the slot of a call, or its place if it could not be created; return the number of others."""
+        if (slot := self._used.pop(call, None)) is not None:
             slot.free()
-        with self._condition:
-            self._created -= 1
-            self._condition.notify()
-            return self._created
+        return len(self._free) + len(self._used)

@@ -80,19 +80,22 @@ class OnnxRuntimeCuda(Runtime):
         batch = int(feeds[self.inputs[0].name].shape[0])
         session = self._session
         try:
-            with session.cuda.current(), self._transfers.taken() as transfer:
-                try:
-                    with CAPTURE_LOCK.shared():
-                        transfer.send(feeds, batch)
-                    self._executor.submit(session.compute, transfer, batch).result()
-                    with CAPTURE_LOCK.shared():
-                        transfer.receive(out)
-                except BaseException:
-                    self._executor.submit(session.discard, transfer)  # queued after the work that may still use it
-                    raise
+            with session.cuda.current():
+                self._transfers.use(self._run_transferred, feeds, batch, out)
         except Exception as error:
             raise failed(error) from error
         return out
+
+    def _run_transferred(self, transfer: _Transfer, feeds: Feeds, batch: int, out: Mapping[str, Array]) -> None:
+        try:
+            with CAPTURE_LOCK.shared():
+                transfer.send(feeds, batch)
+            self._executor.submit(self._session.compute, transfer, batch).result()
+            with CAPTURE_LOCK.shared():
+                transfer.receive(out)
+        except BaseException:
+            self._executor.submit(self._session.discard, transfer)  # queued after the work that may still use it
+            raise
 
     def _close(self) -> None:
         if self._release.detach():

@@ -61,8 +61,8 @@ class TensorRt(Runtime):
                 self._profiles = resources.profiles()
                 self._configure(trt, resources)
                 resources.pool = ContextPool(resources.create_slot, MAX_CONTEXTS)
-                with resources.pool.acquire(0, self._profiles[0][0]):
-                    pass  # create the first slot, so that what is missing fails here and not in the first call
+                # Create the first slot, so that what is missing fails here and not in the first call.
+                resources.pool.use(0, self._profiles[0][0], lambda slot: None)
         except BaseException as error:
             reason = _reason(error, self._errors)  # before anything is freed, which may log more
             resources.free()
@@ -101,8 +101,7 @@ class TensorRt(Runtime):
 
     def _run_part(self, resources: _EngineResources, profile: int, size: int, *part: Any) -> None:
         assert resources.pool is not None
-        with resources.pool.acquire(profile, size) as slot:
-            slot.run(*part)
+        resources.pool.use(profile, size, ContextSlot.run, *part)
 
     def _save_kernels(self, resources: _EngineResources) -> None:
         """Save what was compiled for a batch size, after its first call."""
@@ -146,10 +145,15 @@ class TensorRtRtx(TensorRt):
     def _run_part(self, resources: _EngineResources, profile: int, size: int, *part: Any) -> None:
         """Retry a failed first call without CUDA graphs; if that succeeds, all later contexts are without them."""
         assert resources.pool is not None
-        slot = None
+        slot: ContextSlot | None = None
+
+        def run(taken: ContextSlot) -> None:
+            nonlocal slot
+            slot = taken
+            slot.run(*part)
+
         try:
-            with resources.pool.acquire(profile, size) as slot:
-                slot.run(*part)
+            resources.pool.use(profile, size, run)
             return
         except Exception as error:
             if slot is None or slot.graphs_disabled or slot.calls >= self.calls_to_warm:
