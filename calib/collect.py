@@ -18,7 +18,7 @@ import numpy as np
 from swin_deploy.bundle import disk_errors, sha256_of, without_links, write_whole
 from swin_deploy.dependencies import onnxruntime_session, require
 from swin_deploy.errors import BackendError, InputError, UsageError, sentence
-from swin_deploy.numpy_files import read_arrays
+from swin_deploy.files import read_arrays
 from swin_deploy.options import Array, Progress, no_progress
 
 from .observers import HALF, Observation, from_arrays, to_arrays

@@ -20,8 +20,7 @@ import numpy as np
 
 from swin_deploy.bundle import sha256_of
 from swin_deploy.errors import InputError, shown
-from swin_deploy.files import open_regular
-from swin_deploy.numpy_files import ADVICE, archive_of, numpy_errors, read_header
+from swin_deploy.files import NUMPY_ADVICE, archive_of, numpy_errors, open_regular, read_header
 from swin_deploy.options import Array
 from swin_deploy.preprocess import file_in_memory
 
@@ -156,7 +155,7 @@ class NumpyFile:
         """Open an .npy file, or an .npz file with `pixel_values` or `images`, and optionally `labels`."""
         if path.suffix.lower() == ".npy":
             return cls(str(path), lambda: _whole(path))
-        with numpy_errors(str(path)), open_regular(path, InputError, ADVICE) as file, archive_of(file) as (_, members):
+        with numpy_errors(str(path)), open_regular(path, InputError, NUMPY_ADVICE) as file, archive_of(file) as (_, members):
             names = list(members)
         samples = next((name for name in (PIXELS, IMAGES) if name in names), None)
         if samples is None:
@@ -277,14 +276,14 @@ def _refuse_unreadable(error: OSError) -> None:
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[Stream]:
-    with open_regular(path, InputError, ADVICE) as file:
+    with open_regular(path, InputError, NUMPY_ADVICE) as file:
         yield file, os.fstat(file.fileno()).st_size
 
 
 @contextlib.contextmanager
 def _member(path: Path, name: str) -> Iterator[Stream]:
     with (
-        open_regular(path, InputError, ADVICE) as file,
+        open_regular(path, InputError, NUMPY_ADVICE) as file,
         archive_of(file) as (archive, members),
         archive.open(members[name]) as it,
     ):

@@ -13,6 +13,7 @@ import numpy as np
 
 from swin_deploy.bundle import Bundle, TensorSpec
 from swin_deploy.errors import BundleError, shown
+from swin_deploy.files import read_arrays
 from swin_deploy.options import Array
 
 # Largest relative L2 distance from fp32 PyTorch at which a graph of this precision counts as verified. Published
@@ -133,8 +134,6 @@ class Reference:
     @classmethod
     def load(cls, bundle: Bundle, file: str) -> Reference:
         """Read `file` of `bundle` after checking its sha256. Raises BundleError if it is damaged."""
-        from swin_deploy.numpy_files import read_arrays  # it takes 5 ms to load, and not every model is compared
-
         path, again = bundle.verified_path(file), "Export the bundle again."
         limit = max(REFERENCE_BYTES, 20 * path.stat().st_size)  # floating-point values hardly compress
         parts: dict[str, dict[str, Array]] = {"input": {}, "output": {}, "noise": {}}

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swin_deploy.errors import InputError, sentence, shown
+from swin_deploy.files import read_arrays
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -562,8 +563,6 @@ def _as_bands(image: Any, label: str, channels: int) -> NDArray[np.uint8]:
 
 def _numpy_image(path: str | os.PathLike[str], label: str) -> NDArray[Any]:
     """Read one image from a .npy file, or from a .npz file with one array."""
-    from swin_deploy.numpy_files import read_arrays  # it takes 5 ms to load
-
     found = list(read_arrays(path, ARRAY_BYTES, name=label).values())
     if len(found) != 1:
         raise InputError(f"{label} contains {len(found)} arrays. Expected one image.")

@@ -23,8 +23,7 @@ from swin_deploy.calib.labels import class_names, labels_from_file
 from swin_deploy.cli.output import print_json, print_table
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import BundleError, CheckpointError, InputError, shown
-from swin_deploy.files import json_file, json_from, read_regular
-from swin_deploy.numpy_files import read_arrays
+from swin_deploy.files import json_file, json_from, read_arrays, read_regular
 from swin_deploy.preprocess import Preprocessor
 from swin_deploy.qat_ranges import QatRanges
 
