@@ -277,3 +277,8 @@ def test_engines_from_elsewhere(stranger: Path, monkeypatch: pytest.MonkeyPatch,
             assert model.describe().backend == "tensorrt-rtx"
         [verdict] = swin_deploy.verify(stranger, backend="tensorrt-rtx", device="cuda", trust=True)
         assert verdict.verified
+        with_engines(stranger, "tensorrt", options={"strip_weights": True})
+        swin_deploy.bundle._RECORDED.clear()
+        shutil.rmtree(Path(str(cache_folder("known"))))
+        with pytest.raises(UntrustedEngineError, match="an engine is code"):
+            swin_deploy.refit(stranger)
