@@ -1,4 +1,4 @@
-"""python -m benchmarks.fuzz KIND [--cases N] [--seed S] [--workers W] [--keep DIR] [--only NUMBER]"""
+"""python -m benchmarks.fuzz KIND [--cases N] [--first N] [--seed S] [--workers W] [--keep DIR] [--only NUMBER]"""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ def main() -> int:
     )
     parser.add_argument("kind", choices=(*KINDS, "all"))
     parser.add_argument("--cases", type=int, help="Number of cases. Default: that of the kind, 20,000 in all.")
+    parser.add_argument("--first", type=int, default=0, help="Number of the first case.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="Cases to run at a time.")
     parser.add_argument("--only", type=int, help="Run this case alone, and keep its folder.")
@@ -76,7 +77,7 @@ def main() -> int:
             count = KINDS[kind][1] if given.cases is None else given.cases
             if given.kind == "all" and given.cases is not None:
                 count = max(1, given.cases * KINDS[kind][1] // total)
-            numbers = range(count) if given.only is None else [given.only]
+            numbers = range(given.first, given.first + count) if given.only is None else [given.only]
             begun = time.monotonic()
             ended = run_cases(kind, plan_of(kind, seeds), given.seed, numbers, given.workers, given.keep)
             rows.append(table(kind, ended, time.monotonic() - begun))
