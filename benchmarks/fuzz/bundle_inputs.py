@@ -308,7 +308,7 @@ def _add_code(rng: random.Random, model: Any, node: Any, how: str) -> None:
     body = helper.make_graph(
         [helper.make_node("Identity", ["a"], ["b"])], "body", [], [helper.make_tensor_value_info("b", 1, None)]
     )
-    for _ in range(rng.choice((0, 0, 3, 90))):
+    for _ in range(rng.choice((0, 0, 3, 30))):
         body = helper.make_graph([helper.make_node("If", ["a"], ["b"], then_branch=body)], "body", [], body.output)
     if how == "subgraph":
         node.attribute.append(helper.make_attribute("then_branch", body))
