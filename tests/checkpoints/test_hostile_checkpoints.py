@@ -140,7 +140,7 @@ def long(value: int) -> bytes:
     return b"\x8a\x0c" + value.to_bytes(12, "little")
 
 
-COLLIDING = [long(n * sys.hash_info.modulus) for n in range(1, 1200)]
+COLLIDING = [long(n * sys.hash_info.modulus) for n in range(1, 5200)]
 COPIES = {"set": b"cbuiltins\nset\n", "encode": b"c_codecs\nencode\n"}
 
 
@@ -149,11 +149,11 @@ COPIES = {"set": b"cbuiltins\nset\n", "encode": b"c_codecs\nencode\n"}
     [
         (
             b"}(" + b"N".join(COLLIDING) + b"Nu.",
-            "has more than 1000 keys that are neither text nor small numbers in its pickle",
+            "has more than 5000 keys that are neither text nor small numbers in its pickle",
         ),
         (
             COPIES["set"] + b"](" + b"".join(COLLIDING) + b"e\x85R.",
-            "more than 1000 keys that are neither text nor small numbers",
+            "more than 5000 keys that are neither text nor small numbers",
         ),
         (b"}N" + b"\x85q\0h\0\x86" * 60 + b"Ns.", "a tuple of tuples or objects as a key"),
         (b"(" + COPIES["set"] + b"q\0](" + b"K\1" * 900 + b"eq\1" + b"h\0h\1\x85R" * 900 + b"t.", "copy the same values"),

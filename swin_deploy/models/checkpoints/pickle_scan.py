@@ -42,7 +42,7 @@ LISTS = ("collections.deque",)
 OTHER_CALLS = re.compile(r"INST|OBJ|EXT\d|PERSID|NEWOBJ_EX|STACK_GLOBAL")  # instructions that torch.save does not use
 
 MOST_STEPS = 500_000  # instructions in the pickles of a file; a training state with an optimizer has about 100,000
-MOST_OTHER_KEYS = 1000  # keys that are neither text nor small whole numbers, and whose hashes can collide
+MOST_OTHER_KEYS = 5000  # keys that are neither text nor small whole numbers, and whose hashes can collide
 SMALL = range(-1, 1 << 20)
 # Bytes of a number in torch's storages. Those of newer types are untyped.
 ITEMS = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1}
