@@ -54,7 +54,7 @@ class Model:
         """Load the graph of the first image size. `description` names the files; its version is filled in from the runtime."""
         files = description.graphs
         self.bundle, self.precision = bundle, description.precision
-        self.config, self.preprocessor = bundle.config, bundle.preprocessor
+        self.config, self.preprocessor, self._task = bundle.config, bundle.preprocessor, bundle.task
         graph = bundle.graph_of(next(iter(files.values())))
         self.preparation: Preparation = self.preprocessor
         if graph.preprocessing is not None:
@@ -73,7 +73,7 @@ class Model:
     @property
     def task(self) -> TaskSpec:
         """The task head of the network."""
-        return self.bundle.task
+        return self._task
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
