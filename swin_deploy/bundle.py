@@ -716,7 +716,7 @@ def without_links(graph: Path) -> Iterator[Path]:
 
     ONNX Runtime and OpenVINO refuse a link that leaves the folder. Where possible, the weights are linked, not copied.
     """
-    links = [file for file in graph.parent.glob("*data") if file.is_symlink()]
+    links = [file for file in graph.parent.glob("*data") if file.is_symlink() and file.is_file()]
     content = graph.read_bytes() if links else b""
     links = [file for file in links if os.fsencode(file.name) in content]
     if not links:
