@@ -132,7 +132,7 @@ BYTES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 }
 
 
-def test_each_change_of_a_graph_has_its_sentence(tmp_path: Path) -> None:
+def test_each_change_of_a_graph_has_its_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No native code reads these files: the structure is checked in Python, and without onnx."""
     bundle = Bundle.open(exported_bundle("--weights", str(one_block())))
     entry, data = bundle.graphs["onnx/model.onnx"], (bundle.path / "onnx/model.onnx").read_bytes()
@@ -159,6 +159,10 @@ def test_each_change_of_a_graph_has_its_sentence(tmp_path: Path) -> None:
     external(model, 12288)
     file.write_bytes(model.SerializeToString())
     check_structure(file, entry.inputs, entry.outputs, weights)
+    monkeypatch.setattr(swin_deploy.graph_check, "MOST", 50)
+    assert "it has more than 50 fields" in sentence(data)
+    monkeypatch.undo()
+    file.write_bytes(model.SerializeToString())
     with pytest.raises(BundleError, match="which the manifest does not list for it"):
         check_structure(file, entry.inputs, entry.outputs)
 
