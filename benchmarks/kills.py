@@ -128,8 +128,7 @@ def child(case: Case, place: Place, prepare: Callable[[], None] = lambda: None) 
     if process == 0:
         code = 1
         try:
-            os.environ.update(TMPDIR=str(place / "tmp"), XDG_CACHE_HOME=str(place / "cache"))
-            tempfile.tempdir = None
+            os.environ["TMPDIR"] = tempfile.tempdir = str(place / "tmp")  # Python itself writes a file to find it
             if not case.exchange:
                 without_exchange()
             with contextlib.redirect_stdout(sys.stderr):
@@ -227,7 +226,7 @@ def state(case: Case, place: Place, old: dict[str, Any] | None) -> str:
 def left_over(place: Place) -> list[str]:
     """Return what no manifest names, except for the state from which an interrupted command resumes."""
     known = {str(place / "b" / file) for file in (*Bundle.open(place / "b").files, "manifest.json")}
-    known |= {str(path) for path in (*place.glob("b/.calibration/**/*.npz"), *place.glob("cache/**/[!.]*"))}
+    known |= {str(path) for path in place.glob("b/.calibration/**/*.npz")}
     found = [path for path in place.rglob("*") if not path.is_dir() or ".partial-" in path.name or ".replaced-" in path.name]
     return [str(path.relative_to(place)) for path in found if str(path) not in known]
 
@@ -300,6 +299,7 @@ def prepare(root: Path) -> None:
     for number in range(2):
         pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
         Image.fromarray(pixels).save(root / f"images/{number}.png")
+    os.environ["XDG_CACHE_HOME"] = str(root / "cache")  # it records that the bundles were made on this machine
     trace, traced = bundle_from_checkpoint.onnx_from_torch, list[Any]()
 
     def once(*arguments: Any) -> Any:
