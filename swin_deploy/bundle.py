@@ -38,6 +38,7 @@ from .files import (
     exchanged,
     json_from,
     locked,
+    make_folder,
     move_scratch,
     put_aside,
     put_back,
@@ -406,7 +407,7 @@ def create_bundle(path: Path, *, replace: bool, facts: Mapping[str, Any]) -> Ite
             path.parent.mkdir(parents=True, exist_ok=True)
             sweep(path)
             staging = stack.enter_context(scratch(path))
-            staging.mkdir()
+            make_folder(staging)
         draft = Draft(staging)
         yield draft
         manifest = {

@@ -282,7 +282,7 @@ def scratch_folder(kind: str) -> Iterator[Path]:
             place = _temporary()
             sweep_temporary()
             folder = stack.enter_context(scratch(place / f"swin-{kind}"))
-            folder.mkdir(0o700)
+            make_folder(folder, 0o700)
             yield folder
         except OSError as error:
             if place is not None and error.errno not in _NO_SPACE and " requested and " not in str(error):  # of numpy
@@ -291,6 +291,13 @@ def scratch_folder(kind: str) -> Iterator[Path]:
             raise SwinDeployError(
                 f"There is no space in {where}. Free some space, or set the environment variable TMPDIR to a folder with space."
             ) from error
+
+
+def make_folder(path: Path, mode: int = 0o777) -> None:
+    """Make a folder. Raises PermissionError at once if the umask leaves no permission to write into it."""
+    path.mkdir(mode)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "the umask takes the permissions of new folders; set it to 022", str(path))
 
 
 @contextlib.contextmanager
@@ -486,6 +493,8 @@ def _discard(path: Path) -> None:
     """Remove a file or folder that may not exist; of a folder the manifest first, so that none with a manifest lacks files."""
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
+            if not os.access(path, os.W_OK | os.X_OK):
+                path.chmod(0o700)
             (path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
         else:

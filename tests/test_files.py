@@ -248,3 +248,10 @@ def test_no_space_for_temporary_files(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(FileNotFoundError), scratch_folder("test"):
         raise FileNotFoundError(2, "No such file", "image.png")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_umask_that_takes_all_permissions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(PermissionError, match="umask"), scratch(tmp_path / "b") as path:
+        files.make_folder(path)
+    assert not any(tmp_path.iterdir())
