@@ -57,6 +57,9 @@ def cost_from_onnx(path: Path, batch: int = 1) -> GraphCost:
         raise UsageError(f"{path} is not an ONNX graph ({type(error).__name__}). Expected an exported .onnx file.") from error
     if not model.graph.node:
         raise UsageError(f"{path} is not an ONNX graph: it has no nodes. Expected an exported .onnx file.")
+    written = [name for node in model.graph.node for name in node.output if name]
+    if len(written) > len(set(written)):  # folding such a graph takes minutes
+        raise UsageError(f"{path} is not an ONNX graph: two of its nodes write one value. Expected an exported .onnx file.")
     return cost_of_model(model, batch)
 
 

@@ -84,7 +84,11 @@ def test_computed_shapes_are_folded_and_nothing_is_estimated() -> None:
     assert cost_of_model(free).flops is None
 
 
-@pytest.mark.parametrize("content", [b"", b"not a graph", json.dumps({}).encode()])
+TWICE = [onnx.helper.make_node("Relu", ["x"], ["y"])] * 2
+ONE_VALUE_TWICE = onnx.helper.make_model(onnx.helper.make_graph(TWICE, "g", [], [])).SerializeToString()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph", json.dumps({}).encode(), ONE_VALUE_TWICE])
 def test_a_file_that_is_not_a_graph(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(content)
     with pytest.raises(UsageError, match=r"x\.onnx is not an ONNX graph"):
