@@ -161,7 +161,7 @@ class ExportSpec(Spec):
     activation: str | None = option(
         None,
         parse.choice("activation", SCORES),
-        "What turns logits into scores. Default: by the problem_type of the checkpoint, softmax if it states none.",
+        "What turns logits into scores. Default: by the problem_type; without one softmax, or sigmoid for one class.",
     )
     target: str = option(
         "tensorrt",
