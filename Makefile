@@ -1,7 +1,7 @@
 # make demo    export, compile, verify and run two models, into demo/
 # make test    ruff, and pytest in as many processes as there are processors, four at most; one test runs mypy
 # make lint    ruff and mypy
-# make fuzz    20,000 changed and hostile inputs, in half an hour (benchmarks/README.md)
+# make fuzz    20,000 changed and hostile inputs (benchmarks/README.md)
 # make docs    the documentation as a site, into site/
 # make clean   remove everything that these made, the environment included
 #

@@ -35,6 +35,7 @@ MOST_LABELS = 1_000_000  # a name is created for each
 MOST_STAGES, MOST_BLOCKS = 16, 1000
 MOST_PARAMETERS = 20_000_000_000
 MOST_TOKENS = 10_000  # of one window
+MOST_PATCHES = 20_000_000  # of one image; each has several indices
 MOST_SCORES = 1_000_000_000  # of one window in all heads, or of all windows in one head: constants of the graph
 LARGEST_NUMBER = 1_000_000  # of pixels, channels, tokens
 LARGEST_RATIO = 1000
@@ -125,6 +126,7 @@ class SwinConfig:
     def _check_size(self) -> None:
         """Refuse a network too large to be built, and one whose last feature maps would be empty."""
         patches = math.prod(math.ceil(side / patch) for side, patch in zip(self.image_size, self.patch_size, strict=True))
+        _check(patches <= MOST_PATCHES, f"an image has {patches} patches, and the limit is {MOST_PATCHES}")
         parameters = self.embed_dim * (self.num_channels * math.prod(self.patch_size) + patches * self.use_absolute_embeddings)
         scores = 0
         for stage, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):

@@ -265,6 +265,7 @@ ODD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"num_channels": 1000000, "patch_size": 1000}, "parameters, and the limit is"),
     ({"window_size": 200}, "a window has 200x200 tokens, and the limit is 10000"),
     ({"window_size": 90, "image_size": 4096}, "attention has a bias or mask of .* values, and the limit is 1e"),
+    ({"image_size": 30_000}, "an image has 56250000 patches, and the limit is 20000000"),
     ({"model_type": "swinv2", "image_size": 3}, "an image of 3x3 pixels is too small for stage 0"),
     ({"num_labels": 10**9}, "num_labels: expected 0 to 1000000, because each label gets a name"),
     ({"num_labels": -1}, "num_labels: expected 0"),
