@@ -19,6 +19,7 @@ from fake_gpu import simulated
 import swin_deploy
 import swin_deploy.bundle
 import swin_deploy.graph_check
+from swin_deploy.api.evaluate import _check_with_onnx
 from swin_deploy.bench.worker import Process
 from swin_deploy.bundle import Bundle, cache_folder, record, recorded
 from swin_deploy.doctor.checks import InstalledGpu, run_engine
@@ -251,6 +252,20 @@ def test_verify_runs_a_bundle_from_elsewhere_in_another_process(
         process.ask({})
     monkeypatch.setattr(Process, "__init__", lambda self, start: begin(self, "import os; os.kill(os.getpid(), 11)"))
     refused(cli_here("verify", "b", cwd=tmp_path), "The process that ran b/onnx/model.onnx died with SIGSEGV", code=2)
+
+
+def test_onnx_checks_a_graph_whose_weights_are_a_link(stranger: Path) -> None:
+    """The cache of Hugging Face contains links, and onnx refuses them."""
+    file, data = stranger / "onnx/model.onnx", stranger / "onnx/model.onnx_data"
+    onnx.save(onnx.load(file), file, save_as_external_data=True, location=data.name, size_threshold=0)
+    data.rename(stranger.parent / "blob")
+    data.symlink_to(stranger.parent / "blob")
+    _check_with_onnx(file)
+    model = onnx.load(file, load_external_data=False)
+    node(model, "Conv").attribute.add(name="pads", type=7, ints=[-1])
+    file.write_bytes(model.SerializeToString())
+    with pytest.raises(BundleError, match="is not a valid ONNX graph"):
+        _check_with_onnx(file)
 
 
 def test_engines_from_elsewhere(stranger: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
