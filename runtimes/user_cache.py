@@ -53,37 +53,49 @@ def write_cached(file: Path | None, content: bytes) -> None:
 
 
 def _trusted(folder: Path) -> bool:
-    """Return whether only this user can write into a cache folder and the one that holds it."""
+    """Return whether only this user can write into a cache folder and the one that holds it.
+
+    Earlier releases left the permissions to the umask: what others could write is emptied and closed to them.
+    """
     if os.name == "nt":
         return True
-    for place in (folder, folder.parent):
-        try:
+    try:
+        for place in (folder.parent, folder):
             facts = place.stat()
-        except OSError:
-            return False
-        if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
-            _refuse(place)
-            return False
+            if facts.st_uid != os.geteuid():
+                _refuse(place)
+                return False
+            if facts.st_mode & 0o022:
+                place.chmod(stat.S_IMODE(facts.st_mode) & ~0o022)
+                for _, file in _ours(folder):
+                    file.unlink(missing_ok=True)
+    except OSError:
+        return False
     return True
 
 
 @functools.cache  # one line for each folder
 def _refuse(folder: Path) -> None:
     _LOG.warning(
-        "Warning: The cache folder %s belongs to another user or can be written by others, so it is not used. Change its owner "
-        "and permissions (chmod go-w), or set XDG_CACHE_HOME to another folder.",
+        "Warning: The cache folder %s belongs to another user, so it is not used. Change its owner, or set XDG_CACHE_HOME to "
+        "another folder.",
         folder,
     )
 
 
-def _remove_old(folder: Path) -> None:
+def _ours(folder: Path) -> list[tuple[float, Path]]:
+    """Return the files with our own names, and when they were last used."""
     times: list[tuple[float, Path]] = []
     for file in folder.iterdir():
         with suppress(OSError):  # another process has removed it
             if _OURS.fullmatch(file.name) and stat.S_ISREG((facts := file.lstat()).st_mode):
                 times.append((facts.st_mtime, file))
+    return times
+
+
+def _remove_old(folder: Path) -> None:
     oldest = time.time() - DAYS * 24 * 3600
-    for number, (used, file) in enumerate(sorted(times, reverse=True)):
+    for number, (used, file) in enumerate(sorted(_ours(folder), reverse=True)):
         if used < oldest or number >= MOST_FILES:
             with suppress(OSError):
                 file.unlink()

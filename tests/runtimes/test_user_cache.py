@@ -67,13 +67,27 @@ def test_files_that_cannot_be_read_or_written(folder: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
 @pytest.mark.parametrize("place", ["auto", "."])
-def test_a_folder_of_others_is_not_trusted(place: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_others_could_write_is_not_read(place: str, folder: Path) -> None:
+    """Earlier releases left the permissions to the umask, which is 002 on Ubuntu."""
+    file, other = used(folder / name(1), 0), used(folder / "notes.json", 0)
+    (folder.parent / place).chmod(0o775)
+    assert read_cached(file) == b""
+    assert [*folder.iterdir()] == [other]
+    assert (folder.parent / place).stat().st_mode & 0o777 == 0o755
+    write_cached(file, b"content")
+    assert read_cached(file) == b"content"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+def test_a_folder_of_others_is_not_trusted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     kept = used(folder / name(1), DAYS + 1)
-    (folder.parent / place).chmod(0o770)
-    assert read_cached(kept) == b""
-    write_cached(folder / name(2), b"content")
-    assert [*folder.iterdir()] == [kept]
-    assert len(caplog.records) == 1
-    assert f"{folder.parent / place} belongs to another user or can be written by others" in caplog.text
-    (folder.parent / place).chmod(0o700)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+        assert read_cached(kept) == b""
+        write_cached(folder / name(2), b"content")
+        assert [*folder.iterdir()] == [kept]
+        assert len(caplog.records) == 1
+        assert f"{folder.parent} belongs to another user" in caplog.text
     assert read_cached(kept)
