@@ -120,8 +120,10 @@ class Runtime(ABC):
         self._free()
 
     def _free(self) -> None:
+        if self._forked:  # a thread of the parent may have held the lock
+            return
         with self._freeing:
-            if not (self._freed or self._forked):
+            if not self._freed:
                 self._close()
                 self._freed = True
 
