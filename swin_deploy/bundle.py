@@ -265,8 +265,8 @@ class Bundle:
         if self.trust or not self.foreign(file):
             return None
         return (
-            f"{file} was compiled on another machine or by another user, and an engine is code. If you trust its author, pass "
-            f'--trust (in Python: trust=True). Otherwise compile it again with "{again}".'
+            f"There is no record that you compiled {file} on this machine, and an engine is code. If you trust its author, "
+            f'pass --trust (in Python: trust=True). Otherwise compile it again with "{again}".'
         )
 
     def _keys(self, file: str) -> list[str]:

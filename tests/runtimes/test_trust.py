@@ -282,7 +282,9 @@ def test_engines_from_elsewhere(stranger: Path, monkeypatch: pytest.MonkeyPatch,
         shutil.rmtree(Path(str(cache_folder("known"))))
         swin_deploy.bundle._RECORDED.clear()
         assert not _has(bundle, file, "x")  # build-engine compiles it again
-        why = f"{file} was compiled on another machine or by another user, and an engine is code. If you trust its author, pass"
+        why = (
+            f"There is no record that you compiled {file} on this machine, and an engine is code. If you trust its author, pass"
+        )
         for call in (swin_deploy.load, swin_deploy.verify):
             options = named if call is swin_deploy.load else {"backend": "tensorrt-rtx", "device": "cuda"}
             with pytest.raises(UntrustedEngineError, match=why):

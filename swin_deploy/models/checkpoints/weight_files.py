@@ -255,7 +255,7 @@ def _dataset(name: str, dataset: Any, path: Path) -> Stored:
         raise CheckpointError(f"{path}: {shown(name)} is stored in another file. Expected all weights in this one.")
     filters = dataset.id.get_create_plist()
     if any(filters.get_filter(place)[0] not in FILTERS for place in range(filters.get_nfilters())):
-        raise CheckpointError(f"{path}: {shown(name)} is compressed. Save the weights without compression, as Keras does.")
+        raise CheckpointError(f"{path}: {shown(name)} is compressed. Decompress the file: h5repack -f NONE {path.name} FILE.h5")
     held, chunk = dataset.id.get_storage_size(), math.prod(dataset.chunks or ()) * dataset.dtype.itemsize
     if held < dataset.size * dataset.dtype.itemsize or chunk > path.stat().st_size:
         raise CheckpointError(
