@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from swin_deploy.dependencies import require
-from swin_deploy.errors import EngineError, MissingDependencyError, UsageError, unknown
+from swin_deploy.errors import EngineError, MissingDependencyError, UsageError, system_limit, unknown
 from swin_deploy.files import read_regular, scratch, sweep
 from swin_deploy.gpus import cuda_devices
 from swin_deploy.options import Batch, EngineSpec, Progress, no_progress
@@ -207,9 +207,12 @@ def _compile(
         built = builder.build_serialized_network(network, config)
         watch.check()
         if built is None:
+            what = f"{title} could not compile the graph for {gpu}"
+            if (limit := system_limit(RuntimeError(joined(watch.errors)))) is not None:
+                raise EngineError(f"{what}. {limit}")
             raise EngineError(
-                f"{title} could not compile the graph for {gpu}: {joined(watch.errors)}. It needs a kernel for every operator "
-                "in these types, and enough memory. Compile the fp32 graph to find out whether the types are the reason."
+                f"{what}: {joined(watch.errors)}. It needs a kernel for every operator in these types, and enough memory. "
+                "Compile the fp32 graph to find out whether the types are the reason."
             )
     plan = bytes(built)
     report = report_from_log(watch.layers)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from swin_deploy.errors import CheckpointError, MissingDependencyError
 from swin_deploy.models.checkpoints.recognise import recognise_checkpoint
+from swin_deploy.models.checkpoints.weight_files import open_weights
 
 HF = DATA / "hf523__SwinForImageClassification__nonsquare_72x56"
 TF = DATA / "tf434__TFSwinForMaskedImageModeling__basic"
@@ -137,6 +138,23 @@ def test_archives_that_torch_did_not_save(tmp_path: Path) -> None:
     with tarfile.open(path, "w") as archive:
         archive.addfile(tarfile.TarInfo("storages"))
     refused(path, "is a tar archive")
+
+
+@pytest.mark.parametrize("name", list(FILES))
+def test_a_checkpoint_needs_few_open_files(name: str, tmp_path: Path) -> None:
+    """However many tensors are held. Where none is left, the limit is named, and the file is not called damaged."""
+    resource = pytest.importorskip("resource", reason="this system has no limits of a process")
+    (tmp_path / name).write_bytes(bytes_of(name))
+    file = open_weights(tmp_path / name)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len([*Path("/dev/fd").iterdir()]) + 3, limits[1]))
+    try:
+        assert [stored.read() for stored in file.tensors.values()]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        with pytest.raises((OSError, CheckpointError), match=r"Too many (open )?files"):
+            [stored.read() for stored in open_weights(tmp_path / name).tensors.values()]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_files_that_are_no_weights(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from swin_deploy.config import SwinConfig
-from swin_deploy.errors import CheckpointError
+from swin_deploy.errors import CheckpointError, shown, system_limit
 from swin_deploy.models.parameters import POSITIONS, LazyTensors, Shape, parameters, random_parameter
 from swin_deploy.qat_ranges import QatRanges
 from swin_deploy.tasks import TaskSpec
@@ -55,6 +55,14 @@ class Checkpoint:
     image_size: tuple[int, int] | None = None  # that of a resized checkpoint, in place of the image processor's
     writer: str = ""  # framework whose names the weights have; empty for random weights
     extras: Mapping[str, Any] = field(default_factory=dict)  # timm's pretrained_cfg, and what was saved beside the weights
+
+
+def unreadable(what: str, error: Exception, kind: str = "", reason: str = "") -> CheckpointError:
+    """Return the error for a file or tensor that cannot be read: the system is out of memory or files, or it is damaged."""
+    why, remedy = f" ({reason or shown(str(error))})", DAMAGED
+    if (limit := system_limit(error)) is not None:
+        why, remedy = "", limit
+    return CheckpointError(f"{what} cannot be read{kind}{why}. {remedy}")
 
 
 def random_checkpoint(config: SwinConfig, task: TaskSpec, seed: int = 0) -> Checkpoint:

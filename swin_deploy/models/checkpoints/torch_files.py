@@ -26,7 +26,7 @@ from swin_deploy.errors import CheckpointError, shown
 from swin_deploy.files import open_regular
 from swin_deploy.options import Array
 
-from .base import DAMAGED, LONGEST_NAME, Stored, StoredFile
+from .base import LONGEST_NAME, Stored, StoredFile, unreadable
 from .pickle_scan import DICTIONARIES, LISTS, RESTORED, Damaged, PickleScan
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # before torch 1.6: four pickles and the storages follow it
@@ -77,9 +77,7 @@ def open_torch(path: Path) -> StoredFile:
         except Exception as error:  # torch documents none of its exceptions for damaged files
             reason = str(error).split("WeightsUnpickler error:")[-1].strip().partition("\n")[0].partition(". ")[0]
             kind = "" if isinstance(error, Damaged) else f"{type(error).__name__}: "
-            raise CheckpointError(
-                f"{path} cannot be read as what torch.save writes ({kind}{shown(reason)}). {DAMAGED}"
-            ) from error
+            raise unreadable(str(path), error, " as what torch.save writes", f"{kind}{shown(reason)}") from error
     if not found:
         raise CheckpointError(
             f"{path} holds no tensors by name. Expected a state dict, or a dictionary that contains one: save it with "

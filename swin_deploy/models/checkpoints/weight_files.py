@@ -17,7 +17,7 @@ from swin_deploy.dependencies import require
 from swin_deploy.errors import CheckpointError, shown
 from swin_deploy.files import json_file, json_from, open_regular
 
-from .base import DAMAGED, LONGEST_NAME, Stored, StoredFile
+from .base import DAMAGED, LONGEST_NAME, Stored, StoredFile, unreadable
 from .torch_files import open_torch
 
 # In the order in which transformers looks for them.
@@ -29,6 +29,7 @@ SAFETENSORS_DTYPES = {f"{short}{bits}": f"{name}{bits}" for short, name in _NUMB
 SAFETENSORS_DTYPES["BOOL"] = "bool"
 
 MOST_TENSORS = 20_000
+MAPPED = 16 << 20  # bytes of a tensor in a safetensors file from which it is mapped, and not read
 LARGEST_HEADER = 1 << 22  # bytes of the names, types and shapes in a safetensors file
 DEEPEST_GROUP = 32  # groups in groups of an HDF5 file
 FILTERS = (2, 3)  # of HDF5: shuffle and checksums, which do not compress
@@ -190,10 +191,11 @@ def _open_safetensors(path: Path) -> StoredFile:
         kinds = {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in found.items()}
         metadata = reader.metadata() or {}
     except (safetensors.SafetensorError, *READ_ERRORS) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors ({shown(str(error))}). {DAMAGED}") from error
+        raise unreadable(str(path), error, " as safetensors") from error
 
     def tensor(name: str) -> Tensor:
-        # A new mapping for each tensor is freed with it. One mapping would keep all pages that were ever read.
+        # A new mapping for each tensor is freed with it. One mapping would keep all pages that were ever read. Each mapping
+        # keeps the file open once more, so only large tensors are mapped.
         shape, dtype = kinds[name]
         start, end = header[name]["data_offsets"]
         try:
@@ -203,17 +205,21 @@ def _open_safetensors(path: Path) -> StoredFile:
             kind = getattr(torch, SAFETENSORS_DTYPES[dtype])
             if start == end:
                 return torch.empty(shape, dtype=kind)
-            mapped = np.memmap(path, np.uint8, "c", 8 + count + start, end - start)
-            found = torch.from_numpy(mapped).view(kind).reshape(shape)
+            where, size = 8 + count + start, end - start
+            if size < MAPPED:
+                stored = np.fromfile(path, np.uint8, size, offset=where)
+            else:
+                stored = np.memmap(path, np.uint8, "c", where, size)
+            found = torch.from_numpy(stored).view(kind).reshape(shape)
         except (safetensors.SafetensorError, *READ_ERRORS) as error:
-            raise CheckpointError(f"{path}: {name} cannot be read ({shown(str(error))}). {DAMAGED}") from error
+            raise unreadable(f"{path}: {name}", error) from error
         return found if found.data_ptr() % found.itemsize == 0 else found.clone()
 
-    def stored(name: str) -> Stored:
+    def entry(name: str) -> Stored:
         shape, dtype = kinds[name]
         return Stored(shape, SAFETENSORS_DTYPES.get(dtype, dtype), lambda: tensor(name))
 
-    return StoredFile(path, {name: stored(name) for name in kinds}, tensorflow=metadata.get("format") == "tf")
+    return StoredFile(path, {name: entry(name) for name in kinds}, tensorflow=metadata.get("format") == "tf")
 
 
 def _open_hdf5(path: Path) -> StoredFile:
@@ -223,7 +229,7 @@ def _open_hdf5(path: Path) -> StoredFile:
         tensors = {name: _dataset(name, dataset, path) for name, dataset in datasets.items()}
         claimed = sum(dataset.size * dataset.dtype.itemsize for dataset in datasets.values())
     except READ_ERRORS as error:
-        raise CheckpointError(f"{path} cannot be read as HDF5 ({shown(str(error))}). {DAMAGED}") from error
+        raise unreadable(str(path), error, " as HDF5") from error
     if claimed > path.stat().st_size:
         raise CheckpointError(f"{path} claims {claimed} bytes of tensors, and has {path.stat().st_size}. {DAMAGED}")
     return StoredFile(path, tensors, tensorflow=True)
@@ -268,6 +274,6 @@ def _dataset(name: str, dataset: Any, path: Path) -> Stored:
                 raise ValueError(f"its type is {dataset.dtype}")
             return torch.from_numpy(dataset[...].astype(dataset.dtype.newbyteorder("=")))
         except READ_ERRORS as error:
-            raise CheckpointError(f"{path}: {shown(name)} cannot be read ({shown(str(error))}). {DAMAGED}") from error
+            raise unreadable(f"{path}: {shown(name)}", error) from error
 
     return Stored(tuple(dataset.shape), str(dataset.dtype.newbyteorder("=")), read)
