@@ -36,6 +36,9 @@ PROVIDERS = {
 }
 
 
+_INTERRUPTED: set[str] = set()  # native libraries whose initialization an interrupt ended
+
+
 def require(module: str, purpose: str) -> Any:
     """Import and return `module`; `purpose` completes "... is needed to". Raises MissingDependencyError if that fails."""
     top = module.partition(".")[0]
@@ -49,6 +52,13 @@ def require(module: str, purpose: str) -> Any:
         return _openvino(module) if top == "openvino" else importlib.import_module(module)
     except (ImportError, OSError) as error:  # OSError: a shared library of the package is missing or damaged
         name, extra = PROVIDERS[top]
+        if (cause := error.__cause__) is not None and not isinstance(cause, Exception):  # pybind11 converts an interrupt
+            _INTERRUPTED.add(top)
+            raise cause from None
+        if top in _INTERRUPTED:
+            raise SwinDeployError(
+                f"The import of {name} was interrupted, and the library cannot be imported twice. Start this process again."
+            ) from error
         if (limit := system_limit(error)) is not None:
             raise SwinDeployError(f"{name} cannot be imported. {limit}") from error
         why = f"installed and fails to import ({error}). Reinstall it: pip install --force-reinstall"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from swin_deploy.dependencies import require
+from swin_deploy.errors import SwinDeployError
 
 IMPORTED = 'from swin_deploy.dependencies import require; require("onnxruntime", "run")'
 QUIET = ("ORT_DISABLE_TELEMETRY", "CI", "GITHUB_ACTIONS")  # it is silent in what it takes for a test, too
@@ -44,3 +48,19 @@ def test_openvino_does_not_report_unless_somebody_has_decided(decided: bool, tmp
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(decided), "True"]
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["openvino_telemetry"] * decided
+
+
+def test_an_interrupt_of_a_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pybind11 converts it to an ImportError. The library cannot be imported again, and reinstalling it would not help."""
+    errors = [ImportError("initialization failed"), ImportError('type "Extension" is already registered')]
+    errors[0].__cause__ = KeyboardInterrupt()
+
+    def fail(module: str) -> None:
+        raise errors.pop(0)
+
+    monkeypatch.setattr("swin_deploy.dependencies._INTERRUPTED", set())
+    monkeypatch.setattr(importlib, "import_module", fail)
+    with pytest.raises(KeyboardInterrupt):
+        require("onnxruntime", "run")
+    with pytest.raises(SwinDeployError, match=r"The import of ONNX Runtime was interrupted.*Start this process again\."):
+        require("onnxruntime", "run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -17,8 +18,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cli.exported import digits
 from interrupted import interrupts
 
+import swin_deploy
 from swin_deploy.bundle import TensorSpec
 from swin_deploy.errors import BackendError
 from swin_deploy.runtimes.base import Pool, Runtime
@@ -132,6 +135,27 @@ def test_a_stream_at_every_point() -> None:
             if not reached:
                 break
     assert point > 20
+
+
+@pytest.mark.parametrize(("backend", "step"), [("onnxruntime", 499), ("openvino", 1499)])
+def test_loading_at_many_points(backend: str, step: int) -> None:
+    """A later load answers. The handler runs at several thousand points of a load."""
+    pytest.importorskip(backend, reason=f"{backend} is not installed")
+    feeds = {"pixel_values": np.ones((1, 3, 32, 32), np.float32)}
+
+    def load() -> np.ndarray:
+        with swin_deploy.load(digits(2), backend=backend, precision="fp32", threads=1, device="cpu") as model:
+            return np.asarray(model.run(feeds)["logits"])
+
+    right, threads = load(), threading.active_count()
+    with interrupts() as interrupt:
+        for point in itertools.count(1, step):
+            reached = interrupt(load, point)
+            assert np.array_equal(load(), right)
+            assert threading.active_count() == threads
+            if not reached:
+                break
+    assert point > 3 * step
 
 
 class Slot:
@@ -256,3 +280,57 @@ def test_forks_of_loaded_models(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     acts = ("closes", "exits", "drops", "runs", "loads")
     assert done.stdout.splitlines() == [f"{case} {act} 0" for case in cases for act in acts], done.stderr
+
+
+PROCESSES = """
+import multiprocessing, sys
+from concurrent.futures import ProcessPoolExecutor
+import numpy as np
+import swin_deploy
+from swin_deploy.errors import BackendError
+
+def load(bundle):
+    return swin_deploy.load(bundle, backend="onnxruntime", precision="fp32", threads=2)
+
+def begin(bundle):
+    global model
+    model = load(bundle)
+
+def answer(feeds, given=None):
+    return (given or model).run(feeds)["logits"]
+
+def answer_into(queue, *arguments):
+    try:
+        queue.put(answer(*arguments))
+    except BackendError as error:
+        queue.put(str(error))
+
+if __name__ == "__main__":
+    method, bundle = sys.argv[1:]
+    context = multiprocessing.get_context(method)
+    with load(bundle) as loaded:
+        feeds = {"pixel_values": np.ones((1, 3, 32, 32), np.float32)}
+        right = loaded.run(feeds)["logits"]
+        with ProcessPoolExecutor(1, context, begin, (bundle,)) as pool:
+            print("initializer", np.array_equal(pool.submit(answer, feeds).result(), right))
+            print("pickled", np.array_equal(pool.submit(answer, feeds, loaded).result(), right))
+        queue = context.SimpleQueue()
+        process = context.Process(target=answer_into, args=(queue, feeds, loaded))
+        process.start()
+        found = queue.get()
+        process.join()
+        print("argument", "in its fork" in found if method == "fork" else np.array_equal(found, right), process.exitcode)
+        print("parent", np.array_equal(loaded.run(feeds)["logits"], right))
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_processes_of_multiprocessing(method: str, tmp_path: Path) -> None:
+    """Each loads the model in its initializer, receives it pickled, or as an argument, which only a fork must not run."""
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system has no {method}")
+    (tmp_path / "processes.py").write_text(PROCESSES)
+    command = [sys.executable, tmp_path / "processes.py", method, digits(2)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["initializer True", "pickled True", "argument True 0", "parent True"], done.stderr

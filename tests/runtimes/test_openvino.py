@@ -14,34 +14,82 @@ pytest.importorskip("openvino", reason="runs them")
 CODE = """
 import signal, sys, threading
 from pathlib import Path
+import numpy as np
 from swin_deploy.runtimes.openvino import OpenVino
 
-first, second, third = (OpenVino(Path(sys.argv[1]), threads=1) for _ in range(3))
-first.close()
-del first
-closing = threading.Thread(target=second.close)
-closing.start()
-closing.join()
-del second
-third.close()
-del third
+file = Path(sys.argv[1])
 caught = []
 signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as by a shell in the background
 signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
-signal.raise_signal(signal.SIGTERM)
+
+def loaded(size):
+    return OpenVino(file.with_name(f"relu{size}.onnx"), threads=1)
+
+def run(model, *batches):
+    for batch in batches:  # a batch of more than one compiles the graph again
+        x = np.ones((batch, model.inputs[0].shape[1]), np.float32)
+        assert np.array_equal(model.run({"x": x})["y"], x)
+
+def elsewhere(work, *arguments):
+    thread = threading.Thread(target=work, args=arguments)
+    thread.start()
+    thread.join()
+
+def signals(step):
+    try:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        print(step, len(caught), flush=True)
+
+first, second, third = loaded(4), loaded(4), loaded(8)
+signals("loaded")
+run(first, 1, 2, 3)
+run(third, 1, 3)
+elsewhere(run, second, 1, 2)
+signals("batches")
+first.close()
+del first
+signals("closed in order")
+elsewhere(second.close)
+del second
+signals("closed on another thread")
+kept = []
+elsewhere(lambda: kept.append(loaded(8)))  # a service loads the new model on a thread, and swaps it in
+run(kept[0], 1, 2)
+third.close()
+third = kept.pop()
+signals("swapped")
+for size in (4, 8, 4):
+    third.close()
+    third = loaded(size)
+    run(third, 2, 1)
+elsewhere(third.close)
+del third
+signals("reloaded")
+again = loaded(4)
 try:
-    signal.raise_signal(signal.SIGINT)
+    while True:
+        run(again, 1, 2)
+        signal.raise_signal(signal.SIGINT)
 except KeyboardInterrupt:
-    print("interrupted", caught == [signal.SIGTERM])
+    run(again, 1, 2)
+again.close()
+del again
+signals("interrupted")
 """
+STEPS = ("loaded", "batches", "closed in order", "closed on another thread", "swapped", "reloaded", "interrupted")
 
 
-def test_signals_after_models_were_closed(tmp_path: Path) -> None:
+def test_signals_between_models(tmp_path: Path) -> None:
+    """Of two sizes, with batches, closed in order and on another thread, swapped and loaded again."""
     value = onnx.helper.make_tensor_value_info
     node = onnx.helper.make_node("Relu", ["x"], ["y"])
-    ends = [value(name, onnx.TensorProto.FLOAT, ["batch", 4]) for name in ("x", "y")]
-    graph = onnx.helper.make_graph([node], "relu", ends[:1], ends[1:])
-    file = tmp_path / "relu.onnx"
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]), file)
-    done = subprocess.run([sys.executable, "-c", CODE, str(file)], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "interrupted True\n"), done.stderr
+    for size in (4, 8):
+        ends = [value(name, onnx.TensorProto.FLOAT, ["batch", size]) for name in ("x", "y")]
+        graph = onnx.helper.make_graph([node], "relu", ends[:1], ends[1:])
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)])
+        onnx.save(model, tmp_path / f"relu{size}.onnx")
+    done = subprocess.run([sys.executable, "-c", CODE, str(tmp_path / "relu.onnx")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{step} {number}" for number, step in enumerate(STEPS, 1)], done.stderr
