@@ -163,6 +163,7 @@ COPIES = {"set": b"cbuiltins\nset\n", "encode": b"c_codecs\nencode\n"}
         ),
         (COPIES["encode"] + text("x") + text("idna") + b"\x86R.", "a call of _codecs.encode with arguments"),
         (b"ctorch\nFloatStorage\nJ\xff\xff\xff\x7f\x85R.", "a call of torch.FloatStorage with arguments"),
+        (b"](" + b"K\1" * 39_000 + b"e.", "holds no tensors by name"),  # the losses of a training
         (b"]" + b"}" * 20_001 + b".", "has more than 20000 instructions in its pickle"),
         (tensor_pickle((10**12,), (0,))[2:], r"claims shape \[1000000000000\], and the file holds 4 numbers"),
         (tensor_pickle((4,), (1,), names=("x" * 301,))[2:], "the name of a tensor has more than 300 characters"),
