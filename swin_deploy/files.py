@@ -29,13 +29,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
-
 from .errors import InputError, SwinDeployError, sentence, shown
-from .options import Array
 
 if TYPE_CHECKING:
     import zipfile
+
+    import numpy as np
+
+    from .options import Array
 
 _LOG = logging.getLogger(__name__)
 MANIFEST = "manifest.json"  # a folder that has one is a whole bundle
@@ -672,11 +673,15 @@ def read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]
     shape = tuple(int(size) for size in sizes if size.strip())
     if len(shape) > 32 or any(len(size.strip()) > 18 for size in sizes):
         raise ValueError(f"its shape ({shown(found['shape'])}) is too large")
+    import numpy as np
+
     return shape, found["fortran_order"] == "True", np.dtype(found["descr"])
 
 
 def _array(stream: IO[bytes], size: int, limit: int) -> Array:
     """Read the array of an .npy stream of `size` bytes."""
+    import numpy as np
+
     shape, fortran, dtype = read_header(stream)
     needed = math.prod(shape) * dtype.itemsize
     if needed > min(left := size - stream.tell(), limit):
