@@ -221,10 +221,12 @@ class ContextPool:
                 elif others < self._limit:
                     self._used[call] = None
                 else:
-                    used = next(iter(self._used))
+                    used = next(iter(tuple(self._used)), call)  # a copy: calls end while others choose
             if call not in self._used:
-                with used:  # until the oldest call ends
-                    continue
+                if used is not call:
+                    with used:  # until the oldest call ends
+                        pass
+                continue
             slot = self._used[call]
             if prepared and slot is not None:
                 return slot
