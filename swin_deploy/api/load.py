@@ -55,7 +55,7 @@ def _rebuild(path: BundlePath, spec: LoadSpec) -> None:
     from swin_deploy.runtimes.gpu.engine_fit import engines_of, fitting_engines, gpu_of, rebuild_options
 
     backend, where = spec.backend, device_from_text("cuda" if spec.device == "auto" else spec.device)
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path, spec.trust)
     if where.partition(":")[0] not in BACKENDS[backend].devices:
         return  # loading refuses that
     held = dict.fromkeys(entry.precision for entry in engines_of(bundle, backend).values())

@@ -294,8 +294,10 @@ def test_engines_from_elsewhere(stranger: Path, monkeypatch: pytest.MonkeyPatch,
         with caplog.at_level(logging.WARNING), swin_deploy.load(stranger, precision="fp32") as model:
             assert model.describe().backend != "tensorrt-rtx"
         assert f"Not used: {why}" in caplog.text
-        with swin_deploy.load(stranger, **named, trust=True) as model:
-            assert model.describe().backend == "tensorrt-rtx"
+        for rebuild in (False, True):  # an engine that is trusted is not compiled again
+            with swin_deploy.load(stranger, **named, trust=True, rebuild=rebuild) as model:
+                assert model.describe().backend == "tensorrt-rtx"
+        assert Bundle.open(stranger).foreign(file)
         [verdict] = swin_deploy.verify(stranger, backend="tensorrt-rtx", device="cuda", trust=True)
         assert verdict.verified
         with_engines(stranger, "tensorrt", options={"strip_weights": True})
