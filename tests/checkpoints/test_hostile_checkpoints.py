@@ -155,7 +155,8 @@ COPIES = {"set": b"cbuiltins\nset\n", "encode": b"c_codecs\nencode\n"}
             COPIES["set"] + b"](" + b"".join(COLLIDING) + b"e\x85R.",
             "more than 5000 keys that are neither text nor small numbers",
         ),
-        (b"}N" + b"\x85q\0h\0\x86" * 60 + b"Ns.", "a tuple of tuples or objects as a key"),
+        (b"}N" + b"\x85q\0h\0\x86" * 60 + b"Ns.", "tuples in tuples in tuples as a key"),
+        (b"}" + b"ctorch\nfloat32\nK\1K\2\x86\x86Ns.", "holds no tensors by name"),  # {(torch.float32, (1, 2)): None}
         (b"(" + COPIES["set"] + b"q\0](" + b"K\1" * 900 + b"eq\1" + b"h\0h\1\x85R" * 900 + b"t.", "copy the same values"),
         (
             b"(" + COPIES["encode"] + b"q\0" + text("x" * 9000) + text("latin1") + b"\x86q\1" + b"Rh\0h\1" * 9 + b"Rt.",

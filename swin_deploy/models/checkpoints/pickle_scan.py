@@ -49,7 +49,6 @@ SMALL = range(-1, 1 << 20)
 # Bytes of a number in torch's storages. Those of newer types are untyped.
 ITEMS = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1}
 ITEMS |= {"ComplexDouble": 16, "ComplexFloat": 8, "Untyped": 1}
-_PLAIN = (str, int, float, bool, type(None))
 
 
 class Damaged(Exception):
@@ -241,8 +240,8 @@ class PickleScan:
             self.other_keys += 1
             if self.other_keys > MOST_OTHER_KEYS:
                 raise self._too_large(f"more than {MOST_OTHER_KEYS} keys that are neither text nor small numbers")
-            if type(key) is tuple and not (len(key) < 32 and all(type(part) in _PLAIN for part in key)):
-                raise Damaged("a tuple of tuples or objects as a key")
+            if not _is_flat(key):
+                raise Damaged("tuples in tuples in tuples as a key")
 
     def _copy(self, count: int) -> None:
         """Count what calls copy. torch.save never lets two calls copy the same list."""
@@ -325,6 +324,11 @@ class PickleScan:
                 f"{DAMAGED}"
             )
         return _Object("tensor")
+
+
+def _is_flat(key: Any, levels: int = 2) -> bool:
+    """Whether a key has few parts: the hash of a tuple of the same tuples of the same tuples takes for ever."""
+    return type(key) is not tuple or (levels > 0 and len(key) < 32 and all(_is_flat(part, levels - 1) for part in key))
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
