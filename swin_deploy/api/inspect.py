@@ -54,10 +54,10 @@ def inspect(bundle: BundlePath, spec: InspectSpec) -> Inspection:
 
 def _inspected_apart(path: Path, spec: InspectSpec) -> Inspection:
     """Describe an ONNX file in another process: the libraries that read it may die of a malicious or damaged one."""
-    from swin_deploy.bench.worker import Process
+    from swin_deploy.bench.worker import Process, log_levels
     from swin_deploy.exporters.inspection.costs import Inspection
 
-    question = {"path": str(path), "gpu": spec.gpu, "batch": spec.batch, "backend": spec.backend}
+    question = {"path": str(path), "gpu": spec.gpu, "batch": spec.batch, "backend": spec.backend, "log": log_levels()}
     with Process("from swin_deploy.api.inspect import answer_with_figures; answer_with_figures()") as process:
         process.title = f"The process that read {path}"
         return Inspection.from_json(process.ask(question, spec.progress))
@@ -65,11 +65,12 @@ def _inspected_apart(path: Path, spec: InspectSpec) -> Inspection:
 
 def answer_with_figures() -> None:
     """Describe the ONNX file that a line of JSON on stdin names, and answer with progress and, at last, its figures."""
-    from swin_deploy.bench.worker import answers
+    from swin_deploy.bench.worker import answers, forward_log
     from swin_deploy.exporters.inspection.costs import inspect_onnx
 
     with answers() as answer:
         question = json.loads(sys.stdin.readline())
+        forward_log(answer, question.pop("log"))
         path = Path(question.pop("path"))
         found = inspect_onnx(path, InspectSpec(**question, progress=lambda *step: answer(progress=step)))
         answer(**found.to_json())

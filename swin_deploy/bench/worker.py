@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -57,12 +58,17 @@ class Process:
         assert stdout is not None
         with contextlib.suppress(BrokenPipeError):  # the process has ended; reading shows that
             print(json.dumps(question), file=stdin, flush=True)
-        answer: dict[str, Any] = {"progress": ("", 0, 0)}
-        while "progress" in answer:
+        while True:
             if not (line := stdout.readline()):
                 raise BackendError(f"{self.title} {self._end()}.")
-            if "progress" in (answer := json.loads(line)):
+            answer: dict[str, Any] = json.loads(line)
+            if "progress" in answer:
                 progress(*answer["progress"])
+            elif "log" in answer:
+                name, level, message = answer["log"]
+                logging.getLogger(name).log(level, "%s", message)
+            else:
+                break
         if "error" in answer:
             kind = vars(errors).get(str(answer.get("kind")))
             if not (isinstance(kind, type) and issubclass(kind, errors.SwinDeployError)):
@@ -132,7 +138,8 @@ def answers() -> Iterator[Callable[..., None]]:
     os.dup2(2, 1)
 
     def answer(**values: Any) -> None:
-        print(json.dumps(values), file=stdout, flush=True)
+        stdout.write(json.dumps(values) + "\n")  # at once: other threads log
+        stdout.flush()
 
     try:
         yield answer
@@ -140,6 +147,20 @@ def answers() -> Iterator[Callable[..., None]]:
         answer(error="Memory ran out. Use a smaller batch.")
     except Exception as error:  # noqa: BLE001 - the process that asked reports it
         answer(error=" ".join(str(error).split()) or type(error).__name__, kind=type(error).__name__)
+
+
+def log_levels() -> dict[str, int]:
+    """Return the levels of this package's loggers, for `forward_log` in another process."""
+    return {name: logging.getLogger(name).getEffectiveLevel() for name in ("swin_deploy", "swin_deploy.tensorrt")}
+
+
+def forward_log(answer: Callable[..., None], levels: Mapping[str, int]) -> None:
+    """Send log messages of these levels to the process that asked, which logs them."""
+    handler = logging.Handler()
+    handler.emit = lambda record: answer(log=(record.name, record.levelno, record.getMessage()))  # type: ignore[method-assign]
+    logging.getLogger("swin_deploy").addHandler(handler)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 def serve() -> None:

@@ -237,6 +237,23 @@ def test_a_record_that_others_can_write_is_not_believed(stranger: Path, monkeypa
     assert recorded("made", key)  # in this process
 
 
+LOGS = """
+import logging
+from swin_deploy.bench.worker import answers, forward_log
+with answers() as answer:
+    forward_log(answer, {"swin_deploy.tensorrt": 10})
+    for name in ("swin_deploy", "swin_deploy.tensorrt"):
+        logging.getLogger(name).debug("of %s", name)
+    answer(done=True)
+"""
+
+
+def test_the_log_of_another_process(caplog: pytest.LogCaptureFixture) -> None:
+    with Process(f"exec({LOGS!r})") as process, caplog.at_level(logging.DEBUG):
+        assert process.ask({}) == {"done": True}
+    assert caplog.record_tuples == [("swin_deploy.tensorrt", logging.DEBUG, "of swin_deploy.tensorrt")]
+
+
 def test_verify_runs_a_bundle_from_elsewhere_in_another_process(
     stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
