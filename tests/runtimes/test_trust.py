@@ -35,9 +35,10 @@ Change = Callable[[Any], object]  # of a ModelProto
 @pytest.fixture
 def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundle on a machine that did not make it."""
+    made = exported_bundle("--weights", str(one_block()))  # first, since it is recorded as made
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(swin_deploy.bundle, "_RECORDED", set())
-    return Path(shutil.copytree(exported_bundle("--weights", str(one_block())), tmp_path / "b"))
+    return Path(shutil.copytree(made, tmp_path / "b"))
 
 
 def node(m: Any, kind: str) -> Any:
