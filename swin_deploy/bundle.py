@@ -243,6 +243,8 @@ class Bundle:
         try:
             actual = sha256_of(path)
         except OSError as error:
+            if (limit := system_limit(error)) is not None:
+                raise BundleError(f"{path} cannot be read. {limit}") from error
             remedy = "Change its permissions." if isinstance(error, PermissionError) else remedy
             raise BundleError(f"{path} cannot be read: {error.strerror}. {remedy}") from error
         if actual != entry.sha256:

@@ -153,7 +153,8 @@ def system_limit(error: BaseException) -> str | None:
         return f"Memory ran out{reason}. {allowed}. Raise this limit (ulimit -v)."
     if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
         limit = _limit_of("RLIMIT_NOFILE")
-        return f"{what}Too many files are open; the limit is {limit}. Raise it (ulimit -n 1024)."
+        allowed = "" if limit is None else f"; the limit is {limit}"
+        return f"{what}Too many files are open{allowed}. Raise the limit (ulimit -n 1024)."
     if isinstance(error, TypeError | UnicodeError) and _NO_TEXT.search(text):
         return "A path is not valid UTF-8, and this library cannot open such files. Rename the file or folder."
     if isinstance(error, FileNotFoundError):
@@ -166,11 +167,12 @@ def system_limit(error: BaseException) -> str | None:
 
 def _is_of_memory(error: BaseException | None) -> bool:
     """Return whether an error, or one that led to it, reports that memory ran out."""
-    # With a limit, allocations of CPython itself that fail can end as a SystemError.
-    kinds = (MemoryError,) if _limit_of("RLIMIT_AS") is None else (MemoryError, SystemError)
+    # With a limit, allocations of CPython itself that fail can end as a SystemError, and those of protobuf as an EncodeError.
+    limited = _limit_of("RLIMIT_AS") is not None
+    kinds = (MemoryError, SystemError) if limited else (MemoryError,)
     while error is not None:
         text = str(error)
-        if isinstance(error, kinds) or (_MEMORY.search(text) and "CUDA" not in text):
+        if isinstance(error, kinds) or (limited and "serialize proto" in text) or (_MEMORY.search(text) and "CUDA" not in text):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -179,7 +181,7 @@ def _is_of_memory(error: BaseException | None) -> bool:
 def _limit_of(name: str) -> int | None:
     try:
         import resource
-    except ImportError:  # Windows
+    except (ImportError, OSError):  # Windows, or no more files can be opened
         return None
     limit = resource.getrlimit(getattr(resource, name))[0]
     return None if limit == resource.RLIM_INFINITY else limit

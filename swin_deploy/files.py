@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
-from .errors import InputError, SwinDeployError, sentence, shown
+from .errors import InputError, SwinDeployError, sentence, shown, system_limit
 
 if TYPE_CHECKING:
     import zipfile
@@ -74,9 +74,15 @@ def open_regular(path: str | os.PathLike[str], error: type[SwinDeployError], adv
     except FileNotFoundError as cause:
         raise error(f"{name} does not exist. {advice}") from cause
     except (OSError, ValueError) as cause:  # ValueError: a NUL in the path
-        raise error(f"{name} cannot be read: {getattr(cause, 'strerror', None) or cause}. {advice}") from cause
+        raise _unreadable(error, name, cause, advice) from cause
     what = "is a folder" if stat.S_ISDIR(kind) else "is not a regular file"
     raise error(f"{name} {what}. {advice}")
+
+
+def _unreadable(error: type[SwinDeployError], name: str, cause: Exception, advice: str) -> SwinDeployError:
+    if (limit := system_limit(cause)) is not None:
+        return error(f"{name} cannot be read. {limit}")
+    return error(f"{name} cannot be read: {getattr(cause, 'strerror', None) or cause}. {advice}")
 
 
 def read_regular(
@@ -95,7 +101,7 @@ def read_regular(
                 pieces.append(piece)
                 size = max(size, sum(map(len, pieces)))
         except OSError as cause:
-            raise error(f"{name} cannot be read: {cause.strerror or cause}. {advice}") from cause
+            raise _unreadable(error, name, cause, advice) from cause
     if size > limit:
         raise error(f"{name} has more than {limit} bytes, which is the limit for such a file. {advice}")
     return b"".join(pieces)
@@ -587,6 +593,8 @@ def numpy_errors(name: str, error: type[SwinDeployError] = InputError, advice: s
     except SwinDeployError:
         raise
     except (*_DAMAGE, zipfile.BadZipFile) as cause:
+        if (limit := system_limit(cause)) is not None:
+            raise error(f"{name} cannot be read. {limit}") from cause
         reason = sentence(shown(str(cause.args[0] if isinstance(cause, KeyError) else cause))) or type(cause).__name__
         raise error(f"{name} cannot be read as a NumPy file ({reason}). {advice}") from cause
 

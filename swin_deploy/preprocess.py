@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from swin_deploy.errors import InputError, sentence, shown
+from swin_deploy.errors import InputError, sentence, shown, system_limit
 from swin_deploy.files import read_arrays
 
 if TYPE_CHECKING:
@@ -477,6 +477,8 @@ def _decoding(label: str) -> Iterator[None]:
     except (InputError, MemoryError):
         raise
     except Exception as error:  # on damaged data Pillow raises SyntaxError, struct.error, IndexError and others
+        if (limit := system_limit(error)) is not None:
+            raise InputError(f"{label} cannot be read. {limit}") from error
         reason = sentence(shown(str(error))) or type(error).__name__
         damaged = f"is damaged or has an unknown format ({reason}). Save it again as JPEG or PNG."
         raise InputError(f"{label} {known.get(type(error), damaged)}") from error

@@ -17,12 +17,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cli.exported import contents, exported_bundle, one_block, small_disk
+from PIL import Image
 
 import swin_deploy
 from swin_deploy.bundle import Bundle, Draft, create_bundle, newest_bundle
 from swin_deploy.errors import BundleError, SwinDeployError, system_limit
+from swin_deploy.files import read_arrays
+from swin_deploy.preprocess import read_image
 
 FACTS = {"name": "small", "tolerance": 1e-05, "label": "Grüße", "task": {"name": "image-classification"}}
 INPUT = {"name": "pixel_values", "dtype": "float32", "shape": ["batch", 3, 8, 8]}
@@ -488,6 +492,30 @@ def test_limits_of_the_system_are_named(error: Exception, sentences: str | None)
     wrapped = RuntimeError("export failed")
     wrapped.__cause__ = error
     assert sentences != "Memory ran out" or (system_limit(wrapped) or "").startswith(sentences)
+
+
+def test_nothing_is_called_damaged_where_no_file_can_be_opened(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="this system has no limits of a process")
+    bundle, image = exported_bundle("--weights", str(one_block())), tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(image)
+    np.savez(tmp_path / "a.npz", a=np.zeros(3))
+    actions = (
+        lambda: Bundle.open(bundle),
+        lambda: opened._checked("onnx/model.onnx", ""),
+        lambda: read_image(image),
+        lambda: read_arrays(tmp_path / "a.npz", 1000),
+    )
+    opened, limits = Bundle.open(bundle), resource.getrlimit(resource.RLIMIT_NOFILE)
+    for action in actions:
+        action()  # imports everything
+    opened = Bundle.open(bundle)  # it remembers no sha256
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        for action in actions:
+            with pytest.raises(SwinDeployError, match=r"cannot be read\. .*Too many files are open; the limit is 0"):
+                action()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_too_little_address_space_for_torch(tmp_path: Path) -> None:

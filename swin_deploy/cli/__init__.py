@@ -100,7 +100,11 @@ def main() -> None:
             _fail(sentences, 2)
         if not isinstance(error, OSError):
             raise
-        what = f"{error.filename}: " if error.filename else ""  # such as a full disk
+        [*_, (frame, _)] = traceback.walk_tb(error.__traceback__)
+        if error.filename is None and frame.f_globals.get("__name__") in (__name__, "click.utils"):
+            reason = error.strerror or error  # such as a full disk
+            _fail(f"The result cannot be written to stdout: {reason}. Redirect it to another place.", 2)
+        what = f"{error.filename}: " if error.filename else ""
         _fail(f"The operating system refused: {what}{error.strerror or error}.", 2)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -288,7 +288,7 @@ def test_files_that_may_not_be_read(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_behind_stdout(tmp_path: Path) -> None:
     done = cli("variants", cwd=tmp_path, prefix=["sh", "-c", '"$@" > /dev/full', "sh"])
-    refused(done, "No space left on device")
+    refused(done, "cannot be written to stdout: No space left on device. Redirect it")
 
 
 def test_a_reader_that_leaves_early(tmp_path: Path) -> None:
