@@ -43,6 +43,10 @@ def embed_weights(model: onnx.ModelProto, weights: Weights) -> None:
     """Store the weights that `model` refers to inside it."""
     import onnx
 
+    # Where protobuf gets no memory, it ends the process. numpy raises MemoryError instead, so it tries first: for all weights,
+    # and once more for the one that is copied.
+    sizes = [_array(weight).nbytes for weight in weights.values()]
+    np.empty(sum(sizes) + max(sizes, default=0), np.uint8)
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             del tensor.external_data[:]
