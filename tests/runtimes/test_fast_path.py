@@ -142,11 +142,11 @@ def test_warm_calls_keep_nothing(backend: str) -> None:
             gc.collect()
             before, _ = tracemalloc.get_traced_memory()
             tracemalloc.reset_peak()
-            for _ in range(1000):
+            for _ in range(400):
                 model.run(feeds, out)
             used.append(tracemalloc.get_traced_memory()[1] - before)
             gc.collect()
             kept.append(tracemalloc.get_traced_memory()[0] - before)
     model.close()
-    assert min(kept) < 4000  # four bytes a call: less than any object that would stay
+    assert min(kept) < 1600  # four bytes a call: less than any object that would stay
     assert min(used) < pixels.nbytes / 4  # no call copies its input
