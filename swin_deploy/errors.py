@@ -170,7 +170,9 @@ def _is_of_memory(error: BaseException | None) -> bool:
     # With a limit, allocations of CPython itself that fail can end as a SystemError, and those of protobuf as an EncodeError.
     limited = _limit_of("RLIMIT_AS") is not None
     kinds = (MemoryError, SystemError) if limited else (MemoryError,)
-    while error is not None:
+    seen: set[int] = set()  # an error that was raised again may have led to itself
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         text = str(error)
         if isinstance(error, kinds) or (limited and "serialize proto" in text) or (_MEMORY.search(text) and "CUDA" not in text):
             return True

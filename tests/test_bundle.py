@@ -492,6 +492,8 @@ def test_limits_of_the_system_are_named(error: Exception, sentences: str | None)
     wrapped = RuntimeError("export failed")
     wrapped.__cause__ = error
     assert sentences != "Memory ran out" or (system_limit(wrapped) or "").startswith(sentences)
+    wrapped.__cause__, error.__context__ = error, wrapped  # as when an error is raised again
+    assert (system_limit(error) is None) == (sentences is None)
 
 
 def test_nothing_is_called_damaged_where_no_file_can_be_opened(tmp_path: Path) -> None:
