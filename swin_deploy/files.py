@@ -95,16 +95,15 @@ def read_regular(
     """Return the content of a regular file of at most `limit` bytes; see open_regular for the other arguments."""
     name = name or str(path)
     with open_regular(path, error, advice, name) as file:
-        size, pieces = os.fstat(file.fileno()).st_size, []
+        size, content = os.fstat(file.fileno()).st_size, bytearray()
         try:
-            while size <= limit and (piece := file.read(1 << 20)):  # a file of /proc has size 0
-                pieces.append(piece)
-                size = max(size, sum(map(len, pieces)))
+            while max(size, len(content)) <= limit and (piece := file.read(1 << 20)):  # a file of /proc has size 0
+                content += piece
         except OSError as cause:
             raise _unreadable(error, name, cause, advice) from cause
-    if size > limit:
+    if max(size, len(content)) > limit:
         raise error(f"{name} has more than {limit} bytes, which is the limit for such a file. {advice}")
-    return b"".join(pieces)
+    return bytes(content)
 
 
 def json_from(content: bytes, name: str, error: type[SwinDeployError] = InputError, advice: str = ANOTHER) -> Any:
@@ -542,10 +541,7 @@ NUMPY_ADVICE = "Write it again with np.save or np.savez."
 
 _VALUE = r"""'(?P<descr>[^'"\\]{1,40})'|(?P<order>True|False)|\((?P<shape>[0-9L,\s]*)\)"""
 _ITEM = re.compile(rf"\s*'(?P<key>descr|fortran_order|shape)'\s*:\s*(?:{_VALUE})\s*(?:,|(?=\}}))")
-_DAMAGE = (
-    *(ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError, EOFError, OSError, RuntimeError),
-    *(NotImplementedError, struct.error, zlib.error),
-)
+_DAMAGE = (ValueError, TypeError, LookupError, ArithmeticError, EOFError, OSError, RuntimeError, struct.error, zlib.error)
 
 
 def read_arrays(
@@ -592,7 +588,7 @@ def numpy_errors(name: str, error: type[SwinDeployError] = InputError, advice: s
         yield
     except SwinDeployError:
         raise
-    except (*_DAMAGE, zipfile.BadZipFile) as cause:
+    except (*_DAMAGE, MemoryError, zipfile.BadZipFile) as cause:
         if (limit := system_limit(cause)) is not None:
             raise error(f"{name} cannot be read. {limit}") from cause
         reason = sentence(shown(str(cause.args[0] if isinstance(cause, KeyError) else cause))) or type(cause).__name__
