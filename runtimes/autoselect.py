@@ -1,6 +1,7 @@
 """Choose what "auto" runs: measure the candidates that agree with PyTorch, and use the fastest.
 
-The measurement is cached in the user's cache folder for this bundle, these libraries and this processor.
+The measurement is cached in the user's cache folder for this bundle, these libraries and this processor. `tune` stores it in
+the bundle instead, for other machines of the same kind.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from typing import Any
 
 from swin_deploy.bundle import Bundle, size_text
 from swin_deploy.dependencies import installed_versions
-from swin_deploy.errors import BackendError, BundleError, MissingDependencyError, MissingKernelError, UsageError
+from swin_deploy.errors import BackendError, BundleError, MissingDependencyError, MissingKernelError, UsageError, shown
 from swin_deploy.files import json_from
 from swin_deploy.gpus import cuda_devices, cuda_version
-from swin_deploy.machine import processor_name, usable_cores
+from swin_deploy.machine import processor_features, processor_name, usable_cores
 from swin_deploy.options import Size
 from swin_deploy.parity import Reference, Verdict, check_runtime, verdict_text
 
@@ -96,6 +97,7 @@ class Description:
 
 
 Kept = tuple[str, tuple[Measured, ...]]  # time of the measurement, results
+Files = Mapping[Candidate, Mapping[Size, str]]  # what each candidate runs
 LOADING = (BackendError, BundleError, MissingDependencyError, UsageError)  # errors of a candidate that does not load
 Open = Callable[[Candidate], tuple[str, Runtime]]  # -> file of the first image size, runtime
 
@@ -106,15 +108,18 @@ def choose(
     open_first: Open,
     threads: int,
     failed: Mapping[Candidate, Exception] | None = None,
+    tuned: Kept | None = None,
+    anew: bool = False,
 ) -> tuple[Candidate, str, tuple[Measured, ...]]:
-    """Return the fastest correct candidate, the reason, and the measurements, made now or earlier on this machine.
+    """Return the fastest correct candidate, the reason, and the measurements: `tuned`, or made now or earlier on this machine.
 
-    Candidates in `failed` are excluded this time. Raises BackendError if no candidate runs and agrees with PyTorch.
+    Candidates in `failed` are excluded this time. `anew` ignores earlier measurements. Raises BackendError if no candidate runs
+    and agrees with PyTorch.
     """
-    key = _key(bundle, candidates, threads)
-    file = _cache_file(key)
-    now = dt.datetime.now().astimezone().isoformat(timespec="seconds")
-    when, known = _read(file, key, candidates) or (now, tuple(Measured(one, None, NOT_KNOWN) for one in candidates))
+    key: dict[str, Any] = {} if tuned else _key(bundle, candidates, threads)
+    file = None if tuned else _cache_file(key)
+    kept = tuned or (None if anew else _read(file, key, candidates))
+    when, known = kept or (_now(), tuple(Measured(one, None, NOT_KNOWN) for one in candidates))
     lost = {one: Measured(one, None, str(error), True, error) for one, error in (failed or {}).items()}
     rows = _measured(bundle, [lost.get(row.candidate, row) for row in known], open_first)
     lasting = tuple(
@@ -130,8 +135,63 @@ def choose(
         raise BackendError("No candidate runs this bundle: " + "; ".join(f"{r.candidate}: {r.verdict}" for r in rows))
     best = min(timed, key=lambda row: row.milliseconds or 0)
     those = f"the fastest of {len(timed)} that agree" if len(timed) > 1 else "the only one that agrees"
-    reason = f"{those} with PyTorch, one image at a time, measured at {when}"
+    where = ", stored in the bundle by tune" if tuned else ""
+    reason = f"{those} with PyTorch, one image at a time, measured at {when}{where}"
     return best.candidate, reason, rows
+
+
+def tuned_before(bundle: Bundle, files: Files, threads: int) -> Kept | None:
+    """Return what `tune` stored in the bundle for all candidates on this kind of machine; None if it did not.
+
+    The candidates are those of this machine, so a bundle cannot add one.
+    """
+    if not bundle.manifest.tuning:
+        return None
+    machine, facts = _machine(threads), {candidate: _facts(bundle, candidate, files[candidate]) for candidate in files}
+    for tuning in reversed(bundle.manifest.tuning):
+        if tuning.machine == machine:
+            found = {one: next((row for row in tuning.candidates if row.has(fact)), None) for one, fact in facts.items()}
+            rows = tuple(Measured(one, row.milliseconds, row.verdict) for one, row in found.items() if row is not None)
+            if len(rows) == len(found) and any(row.milliseconds is not None for row in rows):
+                LOG.info("Using the measurement that tune stored in %s at %s", bundle.path, tuning.measured)
+                return tuning.measured, rows
+    return None
+
+
+def tuning_of(bundle: Bundle, files: Files, threads: int, rows: Sequence[Measured]) -> dict[str, Any]:
+    """Return measurements as the JSON values that the manifest has for `tuned_before`."""
+    facts = [_facts(bundle, row.candidate, files[row.candidate]) for row in rows]
+    candidates = [
+        {**fact, "milliseconds": row.milliseconds, "verdict": shown(row.verdict)} for fact, row in zip(facts, rows, strict=True)
+    ]
+    return {"measured": _now(), "machine": _machine(threads), "candidates": candidates}
+
+
+def _machine(threads: int) -> dict[str, Any]:
+    """Return what a measurement depends on besides the candidate, as JSON values. Named threads run on any number of cores."""
+    return {
+        "processor": processor_name(),
+        "features": list(processor_features()),
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": threads,
+        "cores": None if threads else usable_cores(),
+        "gpus": [device.name for device in cuda_devices()],
+        "cuda": cuda_version(),
+    }
+
+
+def _facts(bundle: Bundle, candidate: Candidate, files: Mapping[Size, str]) -> dict[str, Any]:
+    """Return a candidate, the versions of its libraries, and the digest of what it runs, as JSON values."""
+    graphs = [bundle.graphs.get(file) for file in files.values()]
+    run = [*files.values(), *(graph.weights for graph in graphs if graph is not None and graph.weights)]
+    digests = json.dumps([(file, bundle.files[file].sha256) for file in run])
+    names = ("swin-deploy", *(name for name in LIBRARIES if name.startswith(candidate.backend)))
+    digest = hashlib.sha256(digests.encode()).hexdigest()
+    return {**asdict(candidate), "libraries": installed_versions(names), "files": digest}
+
+
+def _now() -> str:
+    return dt.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def _measured(bundle: Bundle, known: Sequence[Measured], open_first: Open) -> tuple[Measured, ...]:
@@ -184,17 +244,8 @@ def _key(bundle: Bundle, candidates: Sequence[Candidate], threads: int) -> dict[
     return {
         "bundle": hashlib.sha256(json.dumps(sorted((f, e.sha256) for f, e in bundle.files.items())).encode()).hexdigest(),
         "candidates": [asdict(candidate) for candidate in candidates],
-        "threads": threads,
         "libraries": installed_versions(LIBRARIES),
-        "machine": [
-            processor_name(),
-            usable_cores(),
-            platform.machine(),
-            platform.system(),
-            os.environ.get("CUDA_VISIBLE_DEVICES", ""),
-            [device.name for device in cuda_devices()],
-            cuda_version(),
-        ],
+        "machine": {**_machine(threads), "cores": usable_cores(), "visible": os.environ.get("CUDA_VISIBLE_DEVICES", "")},
     }
 
 

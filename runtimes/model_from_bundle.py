@@ -11,9 +11,9 @@ from swin_deploy.bundle import Bundle
 from swin_deploy.dependencies import require
 from swin_deploy.errors import EngineError, MissingDependencyError, UntrustedEngineError, UsageError
 from swin_deploy.gpus import cuda_devices, refuse_without_gpu
-from swin_deploy.options import PRECISIONS, QUANTIZED, TARGETS, LoadSpec, Size, device_from_text
+from swin_deploy.options import PRECISIONS, QUANTIZED, TARGETS, Size, TuneSpec, device_from_text
 
-from .autoselect import LOADING, LOG, Candidate, Description, Measured, choose
+from .autoselect import LOADING, LOG, Candidate, Description, Measured, choose, tuned_before, tuning_of
 from .backends import BACKENDS, Backend, backend_named, misread, runtime_from_onnx
 from .base import Runtime
 from .model import Model
@@ -21,8 +21,11 @@ from .model import Model
 AUTO, NAMED = "auto", "asked for by name"
 
 
-def model_from_bundle(path: str | os.PathLike[str], spec: LoadSpec) -> Model:
-    """Load the bundle at `path`; see `swin_deploy.load`. The sha256 of every file is checked before the file is read."""
+def model_from_bundle(path: str | os.PathLike[str], spec: TuneSpec, tune: bool = False) -> Model:
+    """Load the bundle at `path`; see `swin_deploy.load`. The sha256 of every file is checked before the file is read.
+
+    `tune` measures the candidates again and stores the result in the bundle.
+    """
     bundle = Bundle.open(path, spec.trust)
     candidates = _candidates(bundle, spec)
     # Graphs of further image sizes are opened when they are needed, and the current directory may have changed by then.
@@ -40,12 +43,16 @@ def model_from_bundle(path: str | os.PathLike[str], spec: LoadSpec) -> Model:
         file = next(iter(candidates[candidate].values()))
         return file, open_file(candidate, file)
 
+    tuned = None if tune or len(candidates) == 1 else tuned_before(bundle, candidates, spec.threads)
     failed: dict[Candidate, Exception] = {}
     chosen, reason = next(iter(candidates)), "the only candidate on this machine"
     measured: tuple[Measured, ...] = ()
     while True:
         if len(candidates) > 1:
-            chosen, reason, measured = choose(bundle, tuple(candidates), open_first, spec.threads, failed)
+            anew = tune and not failed
+            chosen, reason, measured = choose(bundle, tuple(candidates), open_first, spec.threads, failed, tuned, anew)
+            if anew:
+                bundle.with_tuning(tuning_of(bundle, candidates, spec.threads, measured))
         files = candidates[chosen]
         why = reason if AUTO in (spec.backend, spec.precision, spec.device) else NAMED
         described = Description(
@@ -59,7 +66,7 @@ def model_from_bundle(path: str | os.PathLike[str], spec: LoadSpec) -> Model:
             failed[chosen] = error
 
 
-def _candidates(bundle: Bundle, spec: LoadSpec) -> dict[Candidate, dict[Size, str]]:
+def _candidates(bundle: Bundle, spec: TuneSpec) -> dict[Candidate, dict[Size, str]]:
     """Return what `spec` leaves open, in the order of BACKENDS and PRECISIONS, with the file for each image size.
 
     Raises UsageError if nothing in the bundle fits the spec.
@@ -89,7 +96,7 @@ def _candidates(bundle: Bundle, spec: LoadSpec) -> dict[Candidate, dict[Size, st
     return found
 
 
-def _refuse(bundle: Bundle, spec: LoadSpec, named: dict[str, Backend], wanted: str | None) -> None:
+def _refuse(bundle: Bundle, spec: TuneSpec, named: dict[str, Backend], wanted: str | None) -> None:
     """Raise the reason why no graph or engine of the bundle fits `spec`."""
     backend, precision = spec.backend, spec.precision
     if backend == AUTO and all(kind.engines for kind in named.values()):

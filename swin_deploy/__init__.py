@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from swin_deploy.api.inspect import inspect
     from swin_deploy.api.load import load
     from swin_deploy.api.quantize import quantize
+    from swin_deploy.api.tune import tune
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "build_engine", "evaluate", "export", "inspect", "load", "quantize", "refit", "verify"]
+__all__ = ["__version__", "build_engine", "evaluate", "export", "inspect", "load", "quantize", "refit", "tune", "verify"]
 
 _MODULES = {"refit": "build_engine", "verify": "evaluate"}  # the others stand in a module of their own name
 

@@ -359,6 +359,22 @@ class Bundle:
                 _write_manifest(self.path, manifest)
         return Bundle.with_manifest(self.path, manifest, self.trust)
 
+    def with_tuning(self, tuning: Entry) -> Bundle:
+        """Add a measurement of `tune` to the manifest, in place of those of the same machine that it covers."""
+
+        new, kinds = tuning["candidates"], ("backend", "precision", "device", "libraries")
+        with disk_errors(self.path / MANIFEST), locked(self.path):
+            manifest = self._current()
+            kept = [
+                entry.to_dict()
+                for entry in manifest_from_json(manifest, self.path / MANIFEST).tuning
+                if entry.machine != tuning["machine"]
+                or not all(any(old.has({kind: one[kind] for kind in kinds}) for one in new) for old in entry.candidates)
+            ]
+            manifest["tuning"] = [*kept, tuning]
+            _write_manifest(self.path, manifest)
+        return Bundle.with_manifest(self.path, manifest, self.trust)
+
     def without(self, file: str) -> Bundle:
         """Remove a file and return the new bundle."""
         target = self.place(file)

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,11 +41,10 @@ class Machine:
 
 def this_machine() -> Machine:
     """Return the facts about this machine, as far as the system and the libraries of the extra `bench` know them."""
-    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", _text("/proc/cpuinfo"), re.MULTILINE)
-    processor, known = processor_name(), flags[1].split() if flags else []
+    processor, features = processor_name(), processor_features()
     if sys.platform != "linux" and installed("cpuinfo"):  # on Linux py-cpuinfo reads the same file, and takes 1.3 s
         facts = require("cpuinfo", "describe the processor").get_cpu_info()
-        processor, known = facts.get("brand_raw", processor), facts.get("flags", [])
+        processor, features = facts.get("brand_raw", processor), _features(facts.get("flags", []))
     total, free = memory_sizes()
     return Machine(
         python=f"{platform.python_implementation()} {platform.python_version()}",
@@ -52,7 +52,7 @@ def this_machine() -> Machine:
         processor=processor,
         cores=os.cpu_count() or 1,
         usable_cores=usable_cores(),
-        features=tuple(name for flag, name in FEATURES.items() if flag in known),
+        features=features,
         memory=total,
         free_memory=free,
     )
@@ -63,6 +63,16 @@ def processor_name() -> str:
     board = _text("/proc/device-tree/model").strip("\0 \n")
     name = re.search(r"^(?:model name|Hardware)\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
     return board or (name[1].strip() if name else "") or platform.processor() or platform.machine()
+
+
+def processor_features() -> tuple[str, ...]:
+    """Return the names of the features of the processor that decide how fast a network runs; on Linux only."""
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    return _features(flags[1].split() if flags else ())
+
+
+def _features(flags: Collection[str]) -> tuple[str, ...]:
+    return tuple(name for flag, name in FEATURES.items() if flag in flags)
 
 
 def usable_cores() -> int:

@@ -117,6 +117,10 @@ _RECORDS = _list(_FACTS)
 _SHA256 = _pattern("64 hexadecimal digits in lower case", "[0-9a-f]{64}")
 _SIZE = _numbers("a list of two whole numbers", 2, 1, LARGEST_SIDE)
 _NAME = _pattern("a name of at most 200 printable characters", r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,200}")
+_LINE = _value(
+    "at most 300 printable characters", lambda text: isinstance(text, str) and len(text) <= 300 and text.isprintable()
+)
+_DATE = _pattern("a date and time such as 2030-01-31T12:00:00+00:00", r"[0-9T:.Z+-]{10,40}")
 _FILE = _value(
     f"a relative path of at most {LONGEST_PATH} characters, such as onnx/model.onnx: letters, digits and . _ + - only, and no "
     f"part that begins or ends with a dot",
@@ -397,6 +401,26 @@ class StatedPreprocessing(_Record):
     assumed: str = _key(_TEXT, "")
 
 
+class TunedCandidate(_Record):
+    """A candidate of `auto` that `tune` measured. `files` is the digest of what it runs; without a time, it is not used."""
+
+    backend: str = _key(_LINE)
+    precision: str = _key(_LINE)
+    device: str = _key(_LINE)
+    libraries: Mapping[str, Any] = _key(_FACTS)
+    files: str = _key(_SHA256)
+    milliseconds: float | None = _key(_optional(_AMOUNT))
+    verdict: str = _key(_LINE)
+
+
+class Tuning(_Record):
+    """What `tune` measured on a kind of machine, with one number of threads."""
+
+    measured: str = _key(_DATE)
+    machine: Mapping[str, Any] = _key(_FACTS)
+    candidates: tuple[TunedCandidate, ...] = _key(_list(TunedCandidate.read))
+
+
 _KINDS: dict[str, type[FileEntry]] = {"onnx": GraphEntry, "engine": EngineEntry}
 
 
@@ -414,7 +438,7 @@ def _files(value: Any) -> Mapping[str, FileEntry]:
 class Manifest(_Record):
     """The content of manifest.json."""
 
-    created: str = _key(_pattern("a date and time such as 2030-01-31T12:00:00+00:00", r"[0-9T:.Z+-]{10,40}"))
+    created: str = _key(_DATE)
     name: str = _key(_TEXT)
     task: StoredTask = _key(StoredTask.read)
     semantics: str = _key(_choice(FRAMEWORKS), FRAMEWORKS[0])
@@ -426,6 +450,7 @@ class Manifest(_Record):
     preprocessing: StatedPreprocessing | None = _key(StatedPreprocessing.read, None)
     tools: Mapping[str, str | None] = _key(_map(_optional(_TEXT)), MappingProxyType({}))
     files: Mapping[str, FileEntry] = _key(_files)
+    tuning: tuple[Tuning, ...] = _key(_list(Tuning.read), ())
 
     def check(self) -> None:
         """Every file that an entry names is in the manifest, and is not itself a graph or an engine."""

@@ -346,8 +346,8 @@ class QuantSpec(Spec):
 
 
 @dataclass(frozen=True)
-class LoadSpec(Spec):
-    """Options of `swin_deploy.load`."""
+class TuneSpec(Spec):
+    """Options of `swin_deploy.tune` and `swin-deploy tune`."""
 
     _: KW_ONLY
     backend: str = option(
@@ -360,12 +360,19 @@ class LoadSpec(Spec):
     )
     device: str = option("auto", device, "Device: auto, cpu, cuda or cuda:1.")
     threads: int = option(0, parse.whole(0, MOST_THREADS), "CPU threads. 0: the back end chooses.")
+    trust: bool = _trust_option()
+
+
+@dataclass(frozen=True)
+class LoadSpec(TuneSpec):
+    """Options of `swin_deploy.load`."""
+
+    _: KW_ONLY
     rebuild: bool = option(
         False,
         parse.flag,
         "Recompile, with its own options, an engine that does not fit this GPU, TensorRT release or graph.",
     )
-    trust: bool = _trust_option()
 
     def check(self) -> None:
         if self.rebuild and self.backend not in COMPILERS:

@@ -86,6 +86,16 @@ def moved(old: str, new: str) -> dict[str, Any]:
     return value
 
 
+TUNED = {
+    "backend": "openvino",
+    "precision": "fp32",
+    "device": "cpu",
+    "libraries": {},
+    "files": SHA,
+    "milliseconds": 1,
+    "verdict": "",
+}
+TUNING = {"measured": "2030-01-31T12:00:00+00:00", "machine": {}, "candidates": []}
 G, E = ("files", GRAPH), ("files", ENGINE)
 ODD: list[tuple[tuple[Any, ...], Any, str]] = [
     (("files",), [], "an object"), (("files",), ..., "missing"), (("files", GRAPH), None, "an object"),
@@ -127,6 +137,11 @@ ODD: list[tuple[tuple[Any, ...], Any, str]] = [
     ((*E, "profiles"), {}, "a list"), ((*E, "profiles", 0, "batch"), [1, 1], "three"),
     ((*E, "profiles", 0, "batch"), [8, 1, 8], "ascending"), ((*E, "profiles", 0, "roles", "move"), 3, "an object"),
     ((*E, "profiles", 0, "kernels"), -1, "whole number"), ((*E, "seconds"), "1", "a number"), ((*E, "fingerprint"), 5, "text"),
+    (("tuning",), {}, "a list"), (("tuning",), [{}], r"tuning\[0\]"), (("tuning",), [{**TUNING, "machine": 1}], "an object"),
+    *((("tuning",), [{**TUNING, "candidates": [{**TUNED, **odd}]}], rf'\["candidates"\]\[0\]\["{key}"\].*{said}')
+      for odd, said in (({"backend": 1}, "printable"), ({"verdict": "a\x1b[2J"}, "printable"), ({"verdict": "x" * 301}, "300"),
+                        ({"files": SHA[1:]}, "hexadecimal"), ({"milliseconds": -1}, "number"), ({"libraries": []}, "object"))
+      for key in odd),
 ]  # fmt: skip
 PATHS = [
     "onnx/../../victim/v.onnx", "../x.npz", "/etc/x", "a//b", "./a", "a/", "a\\b", "a\0b", "a\nb", "C:x", "", ".", "a/./b", "é",

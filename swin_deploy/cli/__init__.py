@@ -27,6 +27,7 @@ VERBS = {
     "refit": "refit",
     "inspect": "inspect",
     "verify": "verify",
+    "tune": "tune",
     "predict": "predict",
     "evaluate": "evaluate",
     "bench": "bench",
