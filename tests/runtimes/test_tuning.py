@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,12 @@ def test_taken_without_a_measurement(path: Path, machine: Machine, caplog: pytes
     assert machine.measured == []
     verdicts = [row.verdict for tuning in Bundle.open(path).manifest.tuning for row in tuning.candidates]
     assert max(map(len, verdicts)) <= 300
+
+
+def test_loaded_by_several_threads_at_once(path: Path, machine: Machine) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(lambda _: loaded(path).precision, range(8))) == {"fp16"}
+    assert machine.measured == []
 
 
 def version(name: str) -> Callable[[Path, Machine], None]:
