@@ -11,7 +11,7 @@ from swin_deploy.bundle import Bundle
 from swin_deploy.dependencies import require
 from swin_deploy.errors import EngineError, MissingDependencyError, UntrustedEngineError, UsageError
 from swin_deploy.gpus import cuda_devices, refuse_without_gpu
-from swin_deploy.options import PRECISIONS, QUANTIZED, TARGETS, Size, TuneSpec, device_from_text
+from swin_deploy.options import PRECISIONS, QUANTIZED, TARGETS, LoadSpec, Size, device_from_text
 
 from .autoselect import LOADING, LOG, Candidate, Description, Measured, choose, tuned_before, tuning_of
 from .backends import BACKENDS, Backend, backend_named, misread, runtime_from_onnx
@@ -21,7 +21,7 @@ from .model import Model
 AUTO, NAMED = "auto", "asked for by name"
 
 
-def model_from_bundle(path: str | os.PathLike[str], spec: TuneSpec, tune: bool = False) -> Model:
+def model_from_bundle(path: str | os.PathLike[str], spec: LoadSpec, tune: bool = False) -> Model:
     """Load the bundle at `path`; see `swin_deploy.load`. The sha256 of every file is checked before the file is read.
 
     `tune` measures the candidates again and stores the result in the bundle.
@@ -66,7 +66,7 @@ def model_from_bundle(path: str | os.PathLike[str], spec: TuneSpec, tune: bool =
             failed[chosen] = error
 
 
-def _candidates(bundle: Bundle, spec: TuneSpec) -> dict[Candidate, dict[Size, str]]:
+def _candidates(bundle: Bundle, spec: LoadSpec) -> dict[Candidate, dict[Size, str]]:
     """Return what `spec` leaves open, in the order of BACKENDS and PRECISIONS, with the file for each image size.
 
     Raises UsageError if nothing in the bundle fits the spec.
@@ -96,7 +96,7 @@ def _candidates(bundle: Bundle, spec: TuneSpec) -> dict[Candidate, dict[Size, st
     return found
 
 
-def _refuse(bundle: Bundle, spec: TuneSpec, named: dict[str, Backend], wanted: str | None) -> None:
+def _refuse(bundle: Bundle, spec: LoadSpec, named: dict[str, Backend], wanted: str | None) -> None:
     """Raise the reason why no graph or engine of the bundle fits `spec`."""
     backend, precision = spec.backend, spec.precision
     if backend == AUTO and all(kind.engines for kind in named.values()):

@@ -346,8 +346,8 @@ class QuantSpec(Spec):
 
 
 @dataclass(frozen=True)
-class TuneSpec(Spec):
-    """Options of `swin_deploy.tune` and `swin-deploy tune`."""
+class _CandidateSpec(Spec):
+    """Options that leave a choice to "auto"."""
 
     _: KW_ONLY
     backend: str = option(
@@ -359,15 +359,29 @@ class TuneSpec(Spec):
         "Precision to run. auto: the fastest verified one of the bundle.",
     )
     device: str = option("auto", device, "Device: auto, cpu, cuda or cuda:1.")
-    threads: int = option(0, parse.whole(0, MOST_THREADS), "CPU threads. 0: the back end chooses.")
     trust: bool = _trust_option()
 
 
 @dataclass(frozen=True)
-class LoadSpec(TuneSpec):
+class TuneSpec(_CandidateSpec):
+    """Options of `swin_deploy.tune` and `swin-deploy tune`."""
+
+    _: KW_ONLY
+    threads: Any = option(
+        (0, 1),
+        parse.many(parse.whole(0, MOST_THREADS)),
+        "CPU threads. Default: 0, as in `load`, and 1, as in the worker processes of `classify`.",
+        metavar="N",
+        many=True,
+    )
+
+
+@dataclass(frozen=True)
+class LoadSpec(_CandidateSpec):
     """Options of `swin_deploy.load`."""
 
     _: KW_ONLY
+    threads: int = option(0, parse.whole(0, MOST_THREADS), "CPU threads. 0: the back end chooses.")
     rebuild: bool = option(
         False,
         parse.flag,

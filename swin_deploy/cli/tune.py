@@ -18,26 +18,29 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
     """Measure the candidates of `auto` for BUNDLE on this machine, and store the result in its manifest.
 
     Other machines with the same processor, cores, GPUs, CUDA version and versions of the libraries then load BUNDLE without a
-    measurement. Run `tune` once for each kind of machine, and for each number of threads that `load` is called with.
+    measurement. Run `tune` once for each kind of machine.
     """
     import swin_deploy
 
     with console():
         found = swin_deploy.tune(bundle, **given(TuneSpec, options))
     if as_json:
-        print_json(found.to_dict())
+        print_json([one.to_dict() for one in found])
         return
     rows = [
         (
+            one.threads or "all",
             row.candidate.backend,
             row.candidate.precision,
             row.candidate.device,
             "-" if row.milliseconds is None else f"{row.milliseconds:.2f}",
             row.verdict,
         )
-        for row in found.measured
+        for one in found
+        for row in one.measured
     ]
     if rows:
-        print_table(("back end", "precision", "device", "ms", "verdict"), rows)
+        print_table(("threads", "back end", "precision", "device", "ms", "verdict"), rows)
         click.echo()
-    print_table(("selected", "why"), [(f"{found.backend} {found.precision} on {found.device}", found.reason)])
+    selected = [(one.threads or "all", f"{one.backend} {one.precision} on {one.device}", one.reason) for one in found]
+    print_table(("threads", "selected", "why"), selected)
