@@ -61,7 +61,7 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec,
     """
     for module in ("torch", "onnx", "onnxscript", "onnx_graphsurgeon"):
         require(module, "export a model")
-    task, frame_size, target = spec.task_spec(), spec.embed_resize, spec.target
+    task, frame_size, target = checkpoint.task, spec.embed_resize, spec.target
     config = checkpoint.config
     stated = preprocessing_of(checkpoint, spec)
     preprocessor = stated.preprocessor
@@ -149,7 +149,7 @@ def _add_graph(
     from swin_deploy.models.frame_embedding import accept_frames
     from swin_deploy.models.swin import SwinNetwork
 
-    config, task, target = checkpoint.config, spec.task_spec(), spec.target
+    config, task, target = checkpoint.config, checkpoint.task, spec.target
     at = f" at {size_text(size)}" if shared else ""
     _LOG.info("Loading %s%s", checkpoint.source, at)
     network = SwinNetwork(config, size, checkpoint.tensors, task, target).eval()

@@ -68,12 +68,13 @@ def checkpoint_from_request(spec: ExportSpec) -> Checkpoint:
     require("torch", "export a model")
     from swin_deploy.models import checkpoints
 
-    task, image_size = spec.task_spec(), spec.image_sizes[0] if spec.image_sizes else None
+    image_size = spec.image_sizes[0] if spec.image_sizes else None
     names = ("framework", "weights_key", "head_activation", "always_partition")
     options = {name: getattr(spec, name) for name in names} | {"image_size": image_size}
     if spec.weights is None:
         if variant is None:
             raise UsageError('Nothing to export. Pass --variant NAME (see "swin-deploy variants"), or --weights PATH.')
+        task = spec.task_spec()
         if variant.task == "masked-image-modeling" and task.name == "image-classification":
             raise UsageError(
                 f"{variant.name} was published for masked image modeling and has no classes. Export it with "
@@ -89,9 +90,9 @@ def checkpoint_from_request(spec: ExportSpec) -> Checkpoint:
     else:
         weights = str(spec.weights)
         if os.path.exists(weights):  # noqa: PTH110 - Path.exists raises for a name that is too long
-            checkpoint = checkpoints.checkpoint_from_path(Path(weights), task, **options)
+            checkpoint = checkpoints.checkpoint_from_path(Path(weights), spec.task_spec, **options)
         elif HUB_ID.fullmatch(weights) and not weights.startswith("."):
-            checkpoint = checkpoints.checkpoint_from_hub(weights, task, **options)
+            checkpoint = checkpoints.checkpoint_from_hub(weights, spec.task_spec, **options)
         else:
             raise CheckpointError(
                 f"There is no checkpoint {weights}. Expected a folder, a file, or a hub id such as "
@@ -120,7 +121,7 @@ def _with_predictions(checkpoint: Checkpoint, spec: ExportSpec) -> Checkpoint:
     config, raw, notes = checkpoint.config, dict(checkpoint.raw_config or {}), checkpoint.notes
     if (spec.labels, spec.activation) == (None, None):
         return checkpoint
-    if spec.task_spec().name != "image-classification" or not config.has_classes:
+    if checkpoint.task.name != "image-classification" or not config.has_classes:
         raise UsageError("--labels and --activation apply to networks with classes, and this one has none. Leave them out.")
     if spec.activation == "softmax" and config.num_labels == 1:
         raise UsageError("The softmax of one class is always 1. Choose --activation sigmoid or none.")

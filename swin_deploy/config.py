@@ -27,7 +27,10 @@ ACTIVATIONS = (
 # fmt: on
 
 # Keys of config.json that transformers does not have.
-OWN_KEYS = ("semantics", "patch_norm", "always_partition", "global_pool", "head_widths", "head_act", "activation")
+OWN_KEYS = (
+    *("semantics", "patch_norm", "always_partition", "global_pool", "head_widths", "head_act", "activation"),
+    *("final_norm", "map_norms"),
+)
 # problem_type of transformers -> the activation that turns logits into scores; None: that of a network without a problem_type
 PROBLEMS = {"single_label_classification": None, "multi_label_classification": "sigmoid", "regression": "none"}
 # Limits of what a config can describe; the largest published Swin has 3 billion parameters and 54 blocks.
@@ -42,10 +45,10 @@ LARGEST_RATIO = 1000
 
 # Model types that look like Swin, and what they are.
 OTHER_FAMILIES = {
-    "swin2sr": "Swin2SR, an image super-resolution network",
-    "maskformer-swin": "MaskFormer's own Swin, part of a segmentation network",
-    "donut-swin": "Donut's Swin, part of a document reader",
+    "swin2sr": "Swin2SR, an image super-resolution network without patch merging",
     "swinv2_cr": "timm's swinv2_cr, a different network from Swin V2",
+    "clap": "CLAP, whose audio encoder is HTSAT: a Swin with a batch norm and a reshaped spectrogram before it",
+    "clap_audio_model": "HTSAT, an audio encoder: a Swin with a batch norm and a reshaped spectrogram before it",
     "vit": "a Vision Transformer",
 }
 
@@ -78,6 +81,8 @@ class SwinConfig:
     global_pool: str = "avg"  # how the classifier pools tokens, one of POOLS
     always_partition: bool = False  # whether odd blocks shift full windows even on maps that are not larger than one
     patch_norm: bool = True  # whether the patch embedding ends in a LayerNorm; optional in Microsoft's code
+    final_norm: bool = True  # whether a LayerNorm follows the last stage; Donut's Swin has none
+    map_norms: bool | None = None  # whether a backbone normalizes its feature maps; None: by the rule of `feature_norms`
     backbone_maps: bool = True  # whether a V1 backbone's hidden states are maps (transformers 5) or token lists (4)
     head_widths: tuple[int, ...] = ()  # outputs of the linear layers of the classifier before its last one
     head_act: str = "linear"  # the activation between them
@@ -188,12 +193,13 @@ class SwinConfig:
     def fits_transformers(self) -> bool:
         """Whether the classes of transformers can build this network."""
         plain = self.patch_norm and not self.always_partition and self.global_pool == "avg" and not self.head_widths
+        plain = plain and self.final_norm and self.map_norms is None
         return plain and isinstance(_one_if_equal(self.window_size), int) and not isinstance(self.mlp_ratio, tuple)
 
     @property
     def feature_norms(self) -> bool:
-        """Whether a backbone normalizes its feature maps. timm's features_only does not, nor does any Swin V2."""
-        return self.version == 1 and self.framework != "timm"
+        """Whether a backbone normalizes its feature maps. timm's features_only does not, nor does Swin V2 of transformers."""
+        return self.version == 1 and self.framework != "timm" if self.map_norms is None else self.map_norms
 
     @property
     def blocks(self) -> int:
@@ -287,6 +293,10 @@ class SwinConfig:
             raw["always_partition"] = True
         if self.global_pool != "avg":
             raw["global_pool"] = self.global_pool
+        if not self.final_norm:
+            raw["final_norm"] = False
+        if self.map_norms is not None:
+            raw["map_norms"] = self.map_norms
         if self.head_widths:
             raw |= {"head_widths": list(self.head_widths), "head_act": self.head_act}
         raw |= {key: value for key in ("problem_type", "activation") if (value := getattr(self, key)) is not None}
@@ -412,6 +422,8 @@ def _fields_from_json(raw: Mapping[str, Any], version: int) -> dict[str, Any]:
     values["framework"] = str(raw.get("semantics", "hf"))
     values["patch_norm"] = _boolean(raw.get("patch_norm", True))
     values["always_partition"] = _boolean(raw.get("always_partition", False))
+    values["final_norm"] = _boolean(raw.get("final_norm", True))
+    values["map_norms"] = None if raw.get("map_norms") is None else _boolean(raw["map_norms"])
     values["global_pool"] = str(raw.get("global_pool", "avg"))
     values["head_widths"] = _integers(raw.get("head_widths", ()))
     values["head_act"] = str(raw.get("head_act", "linear"))

@@ -94,7 +94,12 @@ class ExportSpec(Spec):
     )
     random_weights: bool = option(False, parse.flag, "Use reproducible random weights instead of a checkpoint.")
     seed: int = option(0, parse.whole(0), "Seed of the random weights.")
-    task: str | TaskSpec = option("image-classification", parse.anything, "Task head to export.", choices=TASKS)
+    task: str | TaskSpec | None = option(
+        None,
+        parse.anything,
+        "Task head to export. Default: image-classification, or what the model around a Swin reads from it.",
+        choices=TASKS,
+    )
     image_sizes: Any = option(
         (),
         parse.image_sizes,
@@ -188,16 +193,17 @@ class ExportSpec(Spec):
     progress: Progress = progress_option()
 
     def check(self) -> None:
-        self.task_spec()
+        if self.task is not None or self.weights is None:
+            self.task_spec()
 
-    def task_spec(self) -> TaskSpec:
-        """Return the task and its options as one value."""
+    def task_spec(self, default: str = TASKS[0]) -> TaskSpec:
+        """Return the task and its options as one value. `default` is the task of the checkpoint."""
         from swin_deploy.tasks import TaskSpec
 
         if isinstance(self.task, TaskSpec):
             return self.task
         return TaskSpec(
-            parse.text("task", self.task),
+            default if self.task is None else parse.text("task", self.task),
             output_hidden_states=self.output_hidden_states,
             output_attentions=self.output_attentions,
             add_pooling_layer=self.add_pooling_layer,

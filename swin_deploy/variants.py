@@ -174,6 +174,8 @@ VARIANTS: tuple[Variant, ...] = (
 
 # Start of another network's name (without hyphens) -> what it is.
 _FAMILIES = {name.replace("-", "").replace("_", ""): what for name, what in OTHER_FAMILIES.items()} | {
+    "maskformerswin": "MaskFormer, which has a Swin inside: pass it with --weights",
+    "donutswin": "Donut's Swin, which --weights accepts",
     "swinir": "SwinIR, an image restoration network",
     "swin3d": "Video Swin, a network for video with three-dimensional windows",
     "videoswin": "Video Swin, a network for video with three-dimensional windows",

@@ -71,7 +71,7 @@ def _head(config: SwinConfig, task: TaskSpec) -> dict[str, Shape]:
         widths = {name: config.width(max(i - 1, 0)) for i, name in enumerate(stage_names(config))}
         norms = [_norm(f"hidden_states_norms.{name}", widths[name]) for name in task.features(config)]
         return {name: shape for norm in norms for name, shape in norm.items()}
-    shapes = _norm("layernorm", config.hidden_size)
+    shapes = _norm("layernorm", config.hidden_size) if config.final_norm else {}
     if task.name == "image-classification" and config.num_labels > 0:
         for place, (inputs, outputs) in enumerate(pairwise((config.pooled_size, *config.head_widths, config.num_labels))):
             shapes |= _linear(f"classifier.{place}" if config.head_widths else "classifier", inputs, outputs)

@@ -177,7 +177,7 @@ class SwinNetwork(nn.Module):
             norms = {name: LayerNorm(tensors, f"hidden_states_norms.{name}", DEFAULT_EPS) for name in names}
             self.norms = nn.ModuleDict(norms)
         else:
-            self.norm = LayerNorm(tensors, "layernorm", config.layer_norm_eps)
+            self.norm = LayerNorm(tensors, "layernorm", config.layer_norm_eps) if config.final_norm else nn.Identity()
         if self.task.name == "image-classification":
             self.classifier: nn.Module = (
                 Head(config, tensors)

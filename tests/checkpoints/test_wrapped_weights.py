@@ -423,7 +423,7 @@ def test_config_of_a_trainer_beside_the_weights(tmp_path: Path) -> None:
     save_file({f"backbone.{name}": tensor for name, tensor in MICROSOFT.items()}, tmp_path / "model.safetensors")
     found = recognise_checkpoint(tmp_path)
     assert equal(found, original("Microsoft")[1])
-    assert found.notes[0] == "config.json was written by neither transformers nor timm, and is not used"
+    assert found.notes[0] == "config.json states no Swin of transformers or timm, and is not used"
 
 
 def test_later_commands_load_the_weights_that_were_exported() -> None:

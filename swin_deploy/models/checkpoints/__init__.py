@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .weight_files import folder_from_hub
 
 def checkpoint_from_path(
     path: Path,
-    task: TaskSpec,
+    task: TaskSpec | Callable[[str], TaskSpec],
     *,
     image_size: tuple[int, int] | None = None,
     framework: str | None = None,
@@ -31,13 +32,15 @@ def checkpoint_from_path(
 ) -> Checkpoint:
     """Open a checkpoint file or folder. Its tensors are read one by one, when they are used.
 
-    `path` is a folder or a weight file of transformers, timm, Microsoft's code, torchvision or TensorFlow. `image_size` is used
+    `path` is a folder or a weight file of transformers, timm, Microsoft's code, torchvision, OpenMMLab or TensorFlow, also of a
+    model with a Swin inside. `task` may be a function of the name of the task for which it was made. `image_size` is used
     if the checkpoint does not contain its own, and `framework` replaces the window rules of the framework that wrote it.
     `source` is where the checkpoint comes from, for the manifest. `weights_key` chooses one of several Swins in a file,
     `head_activation` is between the linear layers of a head that has more than one, and `always_partition` shifts windows on
     maps of every size.
     """
     found = recognise_checkpoint(path, image_size, weights_key)
+    task = task if isinstance(task, TaskSpec) else task(found.task)
     config = dataclasses.replace(
         found.config,
         patch_norm=found.patch_norm,
@@ -45,6 +48,9 @@ def checkpoint_from_path(
         always_partition=found.config.always_partition or always_partition,
     )
     config, notes = _head(found, config, task, head_activation)
+    if found.parent is not None:
+        maps = [f"the map of {name}" for name in task.features(config)] if task.name == "backbone" else []
+        notes = (found.parent.note(maps or task.output_names(config)), *notes)
     return Checkpoint(
         config=config,
         tensors=tensors_for_task(config, task, found.shapes, found.tensors, str(path)),
@@ -55,10 +61,12 @@ def checkpoint_from_path(
         ranges=found.ranges,
         writer=found.framework,
         extras=found.extras,
+        task=task,
+        parent=found.parent.name if found.parent else "",
     )
 
 
-def checkpoint_from_hub(repo_id: str, task: TaskSpec, **options: Any) -> Checkpoint:
+def checkpoint_from_hub(repo_id: str, task: TaskSpec | Callable[[str], TaskSpec], **options: Any) -> Checkpoint:
     """Open a checkpoint of the Hugging Face hub, downloaded unless the local cache has it (see `checkpoint_from_path`)."""
     return checkpoint_from_path(folder_from_hub(repo_id), task, source=repo_id, **options)
 

@@ -55,6 +55,8 @@ class Checkpoint:
     image_size: tuple[int, int] | None = None  # that of a resized checkpoint, in place of the image processor's
     writer: str = ""  # framework whose names the weights have; empty for random weights
     extras: Mapping[str, Any] = field(default_factory=dict)  # timm's pretrained_cfg, and what was saved beside the weights
+    task: TaskSpec = field(default_factory=TaskSpec)  # the one to export
+    parent: str = ""  # the model around the Swin
 
 
 def unreadable(what: str, error: Exception, kind: str = "", reason: str = "") -> CheckpointError:
@@ -69,7 +71,7 @@ def random_checkpoint(config: SwinConfig, task: TaskSpec, seed: int = 0) -> Chec
     """Create a checkpoint of random weights that `seed` reproduces. Use it for measurements and tests only."""
     shapes = parameters(config, task)
     tensors = LazyTensors(shapes, lambda name: torch.from_numpy(random_parameter(name, shapes[name], seed)))
-    return Checkpoint(config, tensors, source=f"random weights, seed {seed}")
+    return Checkpoint(config, tensors, source=f"random weights, seed {seed}", task=task)
 
 
 def tensors_for_task(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from swin_deploy.config import MOST_STAGES, SwinConfig, Window, sides, window_from
 from swin_deploy.errors import CheckpointError
 from swin_deploy.models.parameters import Shape
+from swin_deploy.tasks import stage_names
 
 from .base import DAMAGED, Stored
 from .state_dict_names import CanonicalStateDict
@@ -36,6 +38,8 @@ def infer_config(
     """
     inference = _Inference(state_dict, extras, where)
     config, notes = inference.config(image_size)
+    if state_dict.features_only:
+        config = replace(config, out_features=stage_names(config)[1:])
     return config, notes + inference.notes_on_shifts(config.always_partition)
 
 
@@ -46,6 +50,8 @@ class _Inference:
         self.extras = extras
         self.version = 2 if any(name.endswith(".logit_scale") for name in self.shapes) else 1
         self.depths = self._depths()
+        norms = {name.split(".")[1] for name in self.shapes if name.startswith("hidden_states_norms.")}
+        self.norms = tuple(sorted(norms)) if "layernorm.weight" not in self.shapes else ()  # of a detector
 
     def config(self, image_size: Size | None) -> tuple[SwinConfig, tuple[str, ...]]:
         embed_dim, channels, *patch = self._shape(PROJECTION, 4)
@@ -69,6 +75,8 @@ class _Inference:
             if self.version == 2
             else SwinConfig.pretrained_window_sizes,
             always_partition=self._always_partition((patch[0], patch[1]), windows),
+            out_features=self.norms,
+            map_norms=True if self.norms and self.version == 2 else None,
             id2label={i: f"LABEL_{i}" for i in range(self._labels())},
         )
         return config, notes
@@ -88,19 +96,23 @@ class _Inference:
         return (*self.shapes.get(last, ()), 0)[0]
 
     def _always_partition(self, patch: Size, windows: tuple[Window, ...]) -> bool:
-        """Return whether the file follows Microsoft's code for detectors, which computes its masks for each image.
+        """Return whether the file follows the code of detectors, which computes its masks for each image.
 
         Microsoft's classifier saves an attn_mask for each map that is larger than the window, and reduces the window on others.
         """
+        if self.writer == "openmmlab":
+            return "layernorm.weight" not in self.shapes
         if self.writer != "microsoft" or any(name.endswith(".attn_mask") for name in self.buffers):
             return False
         shifting = [stage for stage, depth in enumerate(self.depths) if depth > 1]
         saved = bool(shifting) and self._buffer(0, "relative_position_index") is not None
-        detector = any(name.startswith("hidden_states_norms.") for name in self.shapes)
-        return detector or (saved and self._side_without_masks(patch, windows) is None)
+        return bool(self.norms) or (saved and self._side_without_masks(patch, windows) is None)
 
     def notes_on_shifts(self, always: bool) -> tuple[str, ...]:
         """Return a note on when windows are shifted, if Microsoft's code has several rules for it and no mask shows which."""
+        if self.writer == "openmmlab":
+            kind = "every size, as in mmdetection and mmsegmentation" if always else "more than one window, as in mmpretrain"
+            return (f"windows are shifted on maps of {kind}",)
         if self.writer != "microsoft" or any(name.endswith(".attn_mask") for name in self.buffers):
             return ()
         if always:

@@ -15,9 +15,10 @@ from swin_deploy.config import SwinConfig, with_complete_labels
 from swin_deploy.errors import CheckpointError
 from swin_deploy.models.parameters import LazyTensors, Shape, parameters
 from swin_deploy.qat_ranges import QatRanges
-from swin_deploy.tasks import TaskSpec
+from swin_deploy.tasks import TaskSpec, stage_names
 
 from .infer_config import infer_config
+from .parent_models import MAPS, SWINS, TOKENS, ParentModel, parent_from_config, refuse_other_model
 from .qat_state import qat_ranges_from_state
 from .state_dict_names import CanonicalStateDict, Writer, canonical_state_dict
 from .timm_config import config_from_timm
@@ -44,11 +45,22 @@ class RecognisedCheckpoint:
     other_head: str = ""  # tensors of a head that is not only linear layers in a row
     head_between: bool = False  # whether the file lacks what is between the linear layers of the head
     extras: Mapping[str, Any] = field(default_factory=dict)  # timm's pretrained_cfg, and what was saved beside the weights
+    parent: ParentModel | None = None  # the model around the Swin
 
     @property
     def framework(self) -> str:
         """The framework whose window, shift and padding rules the network follows."""
-        return "hf" if self.writer == "tf" else self.writer
+        return {"tf": "hf", "openmmlab": "microsoft"}.get(self.writer, self.writer)
+
+    @property
+    def task(self) -> str:
+        """The task for which the checkpoint was made."""
+        if self.parent is not None:
+            return self.parent.task
+        classes = any(name.startswith("classifier.") for name in self.shapes) or self.other_head
+        if not classes and any(name.startswith("hidden_states_norms.") for name in self.shapes):
+            return MAPS
+        return "image-classification" if classes or self.config.final_norm else TOKENS
 
 
 def recognise_checkpoint(
@@ -61,14 +73,24 @@ def recognise_checkpoint(
     """
     folder = path if path.is_dir() else path.parent
     raw = read_json(folder / "config.json") if path.exists() and (folder / "config.json").is_file() else None
-    foreign = raw is not None and not raw.keys() & {"architecture", "model_type"}  # of a trainer, such as PyTorchModelHubMixin
-    if foreign:
-        raw = None
-    timm = raw is not None and "architecture" in raw
-    if raw is not None and not timm and path.is_dir():
-        SwinConfig.from_dict(raw)  # the model_type of another network gives the clearest error
+    stated = raw or {}
+    foreign = raw is not None and not stated.keys() & {"architecture", "model_type"}  # of a trainer, as PyTorchModelHubMixin's
+    kind = str(stated.get("model_type"))
+    own = stated if "architecture" in stated else {**stated, **SWINS[kind]} if kind in SWINS else None
+    parent = None if own is not None else parent_from_config(stated)
+    raw = own if parent is None else parent.timm or parent.config
+    timm = "architecture" in (raw or {})
     file = open_weights(path)
-    state_dict = canonical_state_dict(file, weights_key)
+    try:
+        state_dict = canonical_state_dict(file, weights_key, parent)
+    except CheckpointError:
+        if stated and raw is None and not foreign and path.is_dir():
+            refuse_other_model(stated)  # the clearest error
+        raise
+    if stated and raw is None and not foreign:
+        if state_dict.writer in ("hf", "tf"):
+            refuse_other_model(stated)
+        foreign = path.is_dir()
     if raw is not None and state_dict.writer not in (("timm", "microsoft") if timm else ("hf", "tf")):
         if path.is_dir():
             raise CheckpointError(
@@ -77,9 +99,9 @@ def recognise_checkpoint(
                 f"config.json, pass the path of the weight file."
             )
         raw = None  # it belongs to another file in the same folder
-    if raw is None and (stated := _config_from_arguments(file.extras, state_dict)):
+    if raw is None and (found := _config_from_arguments(file.extras, state_dict)):
         state_dict = dataclasses.replace(state_dict, writer="timm")
-        config, notes = stated
+        config, notes = found
     elif raw is None:
         config, notes = infer_config(state_dict, image_size, file.extras, str(path))
         if state_dict.writer in ("hf", "tf"):
@@ -88,6 +110,8 @@ def recognise_checkpoint(
     elif timm:
         state_dict = dataclasses.replace(state_dict, writer="timm")  # up to 0.6 it has the names of Microsoft's code
         config, notes = config_from_timm(raw, state_dict, str(folder / "config.json"))
+        if parent is not None or state_dict.features_only:
+            config = _feature_network(config, parent, state_dict)
     else:
         heads = [shape for name, shape in sorted(state_dict.shapes.items()) if re.fullmatch(r"classifier\..*weight", name)]
         raw, notes = with_complete_labels(raw, (*heads[-1], 0)[0] if heads else None)
@@ -97,7 +121,7 @@ def recognise_checkpoint(
     config = dataclasses.replace(config, head_widths=tuple(shapes[f"classifier.{i}.weight"][0] for i in range(layers - 1)))
     unnamed = [key for key, value in file.extras.items() if isinstance(value, Mapping) and "shadow_params" in value]
     notes = (
-        *(("config.json was written by neither transformers nor timm, and is not used",) if foreign else ()),
+        *(("config.json states no Swin of transformers or timm, and is not used",) if foreign else ()),
         *state_dict.notes,
         *(
             f"the averaged weights under {key} have no names and are left out: copy them into the model first"
@@ -112,7 +136,6 @@ def recognise_checkpoint(
     if state_dict.quantizers:
         ranges, qat_notes = qat_ranges_from_state(state_dict, file.extras, str(path))
         notes += qat_notes
-    preprocessor = folder / "preprocessor_config.json"
     return RecognisedCheckpoint(
         path=path,
         writer=state_dict.writer,
@@ -121,13 +144,39 @@ def recognise_checkpoint(
         shapes=shapes,
         patch_norm="embeddings.norm.weight" in shapes,
         raw_config=raw,
-        preprocessor=read_json(preprocessor) if preprocessor.is_file() else None,
+        preprocessor=_preprocessor(folder),
         notes=notes,
         ranges=ranges,
         other_head=state_dict.other_head,
         head_between=state_dict.head_between,
-        extras={**file.extras, **({"pretrained_cfg": raw.get("pretrained_cfg") or raw} if raw is not None and timm else {})},
+        extras={
+            **file.extras,
+            **({"pretrained_cfg": raw.get("pretrained_cfg") or raw} if raw is not None and timm and parent is None else {}),
+        },
+        parent=state_dict.parent,
     )
+
+
+def _preprocessor(folder: Path) -> Mapping[str, Any] | None:
+    """The config of the image processor, in a file of its own or in that of a processor for images and text."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            found = read_json(folder / name)
+            inner = found.get("image_processor")
+            if name == "preprocessor_config.json" or isinstance(inner, Mapping):
+                return inner if isinstance(inner, Mapping) else found
+    return None
+
+
+def _feature_network(config: SwinConfig, parent: ParentModel | None, state_dict: CanonicalStateDict) -> SwinConfig:
+    """The config of timm's network for feature maps, which has no stages behind the last of them."""
+    stages = len({name.split(".")[2] for name in state_dict.shapes if name.startswith("encoder.layers.")})
+    fields = ("depths", "num_heads", "window_size", *(("pretrained_window_sizes",) if config.version == 2 else ()))
+    cut = {name: getattr(config, name)[:stages] for name in fields} if 0 < stages < len(config.depths) else {}
+    if cut and isinstance(config.mlp_ratio, tuple):
+        cut["mlp_ratio"] = config.mlp_ratio[:stages]
+    config = dataclasses.replace(config, **cut)
+    return dataclasses.replace(config, out_features=(parent and parent.out_features) or stage_names(config)[1:])
 
 
 def _config_from_arguments(

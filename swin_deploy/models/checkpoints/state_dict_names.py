@@ -3,12 +3,13 @@
 Canonical names are those of Hugging Face files on disk, without the prefix. timm, Microsoft's code and torchvision store
 query, key and value in one matrix (rows q, k, v). They put the downsampling after the stage (Microsoft, timm up to 0.6),
 before the next stage (timm), or into a layer of its own (torchvision). TensorFlow has (in, out) kernels and HWIO convolutions.
+OpenMMLab merges patches with nn.Unfold, which orders channels before places.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -16,33 +17,26 @@ import torch
 from torch import Tensor
 
 from swin_deploy.errors import CheckpointError
-from swin_deploy.models.parameters import Shape
+from swin_deploy.models.parameters import POSITIONS, Shape
 from swin_deploy.qat_ranges import PARTS
 
 from .base import FLOATING, Stored, StoredFile
+from .parent_models import ParentModel, parent_from_names
 from .swin_in_file import ASIDE, LEAF, FoundHead, FoundSwin, find_head, find_swin, plain_names
 
 # Parameter names of other networks. The first match counts.
 OTHER_NETWORKS = tuple(
     (re.compile(pattern), what)
     for pattern, what in (
-        # OpenMMLab's downsample has the channel order of nn.Unfold (mmdet/models/utils/ckpt_convert.py, swin_converter): a
-        # loader that goes by names would load these weights and compute wrong results.
-        (
-            r"\.w_msa\.|\.ffn\.layers\.",
-            "OpenMMLab's Swin (mmdetection, mmsegmentation, mmpretrain), whose patch merging orders its channels otherwise",
-        ),
         (r"\.attn\.meta_mlp\.", "timm's swinv2_cr, a different network from Swin V2"),
         (r"(^|\.)(swin2sr|first_convolution)\.", "Swin2SR, an image super-resolution network"),
         (r"(^|\.)(conv_first|residual_group)\.", "SwinIR or Swin2SR, which restore images"),
         (r"\.spatial_mlp\.", "Swin-MLP, which has multi-layer perceptrons in place of attention"),
         (r"\.(_moe_layer|moe_layer)\.|\.experts\.", "Swin-MoE, a mixture of experts"),
         (r"(^|\.)swinViT\.", "Swin UNETR, a network for volumes"),
-        (r"pixel_level_module\.", "MaskFormer or Mask2Former, a segmentation network"),
-        (r"(^|\.)decoder\.model\.decoder\.", "Donut, a document reader"),
         (
-            r"(^|\.)(neck|rpn_head|roi_head|bbox_head|decode_head|auxiliary_head)\.",
-            "a detector or a segmentation network that has a Swin inside",
+            r"(^|\.)(tscam_conv|logmel_extractor|audio_encoder)\.",
+            "HTSAT or CLAP, an audio encoder: a Swin with a batch norm and a reshaped spectrogram before it",
         ),
         (r"(^|\.)cls_token$", "a Vision Transformer"),
     )
@@ -50,7 +44,7 @@ OTHER_NETWORKS = tuple(
 PATCH_WEIGHTS = re.compile(r"(.*\.)?(patch_embed\.proj|features\.0\.0)\.weight")
 COUNTERS = re.compile(r"(.*\.)?(total_ops|total_params)")  # thop adds them to every module
 
-Writer = Literal["hf", "timm", "microsoft", "torchvision", "tf"]
+Writer = Literal["hf", "timm", "microsoft", "torchvision", "tf", "openmmlab"]
 
 # Tensors of fake-quantization modules: torch.ao, pytorch-quantization and NVIDIA ModelOpt (see qat_state.py).
 QUANTIZER_TENSOR = re.compile(
@@ -79,6 +73,16 @@ CANONICAL = re.compile(
     | (layernorm|classifier(\.\d+)?|decoder\.0|hidden_states_norms\.(stem|stage\d+))\.(weight|bias)""",
     re.VERBOSE,
 )
+
+# OpenMMLab's names -> Microsoft's
+OPENMMLAB = (
+    (r"^stages\.", "layers."),
+    (r"^patch_embed\.projection\.", "patch_embed.proj."),
+    (r"\.attn\.w_msa\.", ".attn."),
+    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+)
+NUMBERED_NORM = re.compile(r"(?:hidden_states_norms\.|norm)(\d)\.(weight|bias)")
 
 # transformers 5 renamed V1's modules; files on disk mostly keep the older names.
 HUGGING_FACE = (
@@ -133,11 +137,15 @@ class CanonicalTensor:
     name: str  # in the file
     third: int | None = None  # the third of the rows to take: query, key or value
     axes: tuple[int, ...] | None = None  # the order of the stored axes
+    change: Callable[[Tensor], Tensor] | None = None  # another order of its numbers
+    changed: Shape | None = None  # the shape after `change`, if it differs
     scale: Stored | None = None  # of fp8 weights: for all of them, for each row, or for each block
 
     @property
     def shape(self) -> Shape:
         shape = self.stored.shape if self.axes is None else tuple(self.stored.shape[axis] for axis in self.axes)
+        if self.changed is not None:
+            return self.changed
         return shape if self.third is None else (shape[0] // 3, *shape[1:])
 
     def read(self, where: str) -> Tensor:
@@ -149,6 +157,8 @@ class CanonicalTensor:
             tensor = tensor.chunk(3)[self.third]
         if self.axes is not None:
             tensor = tensor.permute(self.axes)
+        if self.change is not None:
+            tensor = self.change(tensor)
         tensor = tensor.to(torch.float32)
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{where}: {self.name} holds NaN or infinity. The file is damaged, or its training diverged.")
@@ -191,6 +201,8 @@ class CanonicalStateDict:
     notes: tuple[str, ...] = ()
     other_head: str = ""  # tensors of a head that is not only linear layers in a row
     head_between: bool = False  # whether something without parameters is between the linear layers of the head
+    parent: ParentModel | None = None  # the model around the Swin
+    features_only: bool = False  # whether it is timm's network for feature maps
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -202,10 +214,12 @@ class CanonicalStateDict:
         return tuple(f"{name.removesuffix('qkv')}{part}" for part in PARTS) if name.endswith(".self.qkv") else (name,)
 
 
-def canonical_state_dict(file: StoredFile, weights_key: str | None = None) -> CanonicalStateDict:
+def canonical_state_dict(
+    file: StoredFile, weights_key: str | None = None, parent: ParentModel | None = None
+) -> CanonicalStateDict:
     """Find the Swin in `file`, rename its tensors canonically, and recognise from their names what wrote it.
 
-    `weights_key` chooses one of several Swins in the file (see `find_swin`).
+    `weights_key` chooses one of several Swins in the file (see `find_swin`). `parent` is the model around it, if it is known.
     """
     where = str(file.path)
     swin, quantizers = FoundSwin("", file.tensors, {}), list[QuantizerState]()
@@ -214,18 +228,23 @@ def canonical_state_dict(file: StoredFile, weights_key: str | None = None) -> Ca
         swin = find_swin(plain, weights_key, where)
     for one in quantizers:
         one.layer = one.layer.removeprefix(swin.prefix)
-    _refuse_other_networks({**swin.tensors, **swin.outside}, where)
+    _refuse_other_networks({f"{swin.prefix}{name}": stored for name, stored in swin.tensors.items()}, where)
     writer = _writer(swin.tensors, file.tensorflow, where)
-    fused_v2 = writer == "torchvision" and any(name.endswith(".logit_scale") for name in swin.tensors)
+    version = 2 if any(name.endswith(".logit_scale") for name in swin.tensors) else 1
+    fused_v2 = writer == "torchvision" and version == 2
     tensors: dict[str, CanonicalTensor] = {}
     buffers: dict[str, Stored] = {}
     rest: dict[str, Stored] = {}  # heads, and what is not of the Swin
     unknown = []
     scales = {match[1]: stored for name, stored in swin.tensors.items() if (match := FP8_SCALE.fullmatch(name))}
+    norms = _norm_names(swin.tensors, writer)
     for name, stored in swin.tensors.items():
         if FP8_SCALE.fullmatch(name):
             continue
-        canonical = _canonical(name, writer)
+        if name in norms:
+            _add(tensors, {canonical: CanonicalTensor(stored, name) for canonical in norms[name]}, where)
+            continue
+        canonical = _canonical(name, writer, version)
         if BUFFER.fullmatch(canonical):
             buffers[canonical] = stored
             continue
@@ -235,7 +254,7 @@ def canonical_state_dict(file: StoredFile, weights_key: str | None = None) -> Ca
         of_head = canonical.startswith("classifier.") and writer != "tf"
         if not found and CANONICAL.fullmatch(canonical) and not of_head:
             axes = TENSORFLOW_AXES.get(len(stored.shape)) if writer == "tf" and "/kernel:" in name else None
-            found = {canonical: CanonicalTensor(stored, name, axes=axes)}
+            found = {canonical: _reordered(CanonicalTensor(stored, name, axes=axes), canonical, writer, version)}
         if not found and not of_head and IN_SWIN.match(canonical) and not COUNTERS.fullmatch(name):
             unknown.append(name)
         elif not found:
@@ -248,7 +267,10 @@ def canonical_state_dict(file: StoredFile, weights_key: str | None = None) -> Ca
             f"{', ...' if len(unknown) > 3 else ''}. It is another network, or a damaged file."
         )
     width = max((t.shape[0] for name, t in tensors.items() if name.endswith(".output.dense.weight") and t.shape), default=0)
-    head = find_head(rest, swin.outside, swin.prefix, width)
+    head = find_head(rest, swin.outside, swin.prefix, width) if parent is None else None
+    if parent is None and not (head and head.layers):
+        parent = parent_from_names((swin.prefix, *swin.outside, *(f"{swin.prefix}{name}" for name in rest)))
+    head = head if parent is None else None
     layers = head.layers if head else ()
     for place, layer in enumerate(layers):
         name = "classifier" if len(layers) == 1 else f"classifier.{place}"
@@ -256,7 +278,7 @@ def canonical_state_dict(file: StoredFile, weights_key: str | None = None) -> Ca
     used = {at for layer in layers for at, _ in layer.values()}
     left = {name: stored for name, stored in {**rest, **swin.outside}.items() if name not in used}
     other_head = head.note if head and not layers else ""
-    if head is None:  # layers under names that no classifier has
+    if head is None and parent is None:  # layers under names that no classifier has
         other = [name for name, stored in left.items() if LEAF.search(name) and len(stored.shape) > 1]
         other_head = ", ".join([name for name in other if not ASIDE.fullmatch(name)][:3])
     for name, tensor in tensors.items():
@@ -274,9 +296,11 @@ def canonical_state_dict(file: StoredFile, weights_key: str | None = None) -> Ca
         tensors,
         buffers,
         quantizers,
-        notes=swin.notes + _notes_on_rest(list(left), head),
+        notes=swin.notes + (_notes_on_rest(list(left), head) if parent is None else ()),
         other_head=other_head,
         head_between=bool(head and head.between),
+        parent=parent and replace(parent, prefix=swin.prefix.rstrip("."), left=len(left)),
+        features_only=writer == "timm" and any(name.startswith("layers_") for name in swin.tensors),
     )
 
 
@@ -300,6 +324,50 @@ def _notes_on_rest(left: list[str], head: FoundHead | None) -> tuple[str, ...]:
     return (*notes, f"{what} left out: {some}")
 
 
+def _norm_names(tensors: Mapping[str, Stored], writer: Writer) -> dict[str, tuple[str, ...]]:
+    """The canonical names of the numbered norms of feature maps.
+
+    transformers may number only the stages that it outputs: then their widths show the stage. A single norm of OpenMMLab is
+    also the final norm.
+    """
+    found = {name: match for name in tensors if (match := NUMBERED_NORM.fullmatch(name))}
+    if not found or writer not in ("hf", "microsoft", "openmmlab"):
+        return {}
+    numbers = {match[1] for match in found.values()}
+    first = next((stored.shape for name, stored in tensors.items() if name.endswith("projection.weight")), ())
+    stages = len({name.split(".blocks.")[0] for name in tensors if ".blocks." in name})
+    names: dict[str, tuple[str, ...]] = {}
+    for name, match in found.items():
+        number = int(match[1])
+        if writer == "hf" and len(numbers) < stages and first and tensors[name].shape:
+            number = (tensors[name].shape[0] // max(first[0], 1)).bit_length() - 1
+        names[name] = (f"hidden_states_norms.stage{number + 1}.{match[2]}",)
+        if writer == "openmmlab" and len(numbers) == 1:
+            names[name] += (f"layernorm.{match[2]}",)
+    return names
+
+
+def _reordered(tensor: CanonicalTensor, canonical: str, writer: Writer, version: int) -> CanonicalTensor:
+    """Put the numbers of a tensor into the canonical order.
+
+    nn.Unfold gives channel 0 of the four neighbours, then channel 1; elsewhere it is all channels of one neighbour, then of
+    the next. The norm of V2 comes after the merge. Position embeddings of Microsoft's detectors are maps.
+    """
+    shape = tensor.stored.shape
+    merges = canonical.endswith("reduction.weight") or (version == 1 and ".downsample.norm." in canonical)
+    if writer == "openmmlab" and merges:
+        return replace(tensor, change=_from_unfold)
+    if canonical == POSITIONS and len(shape) == 4:
+        return replace(
+            tensor, change=lambda stored: stored.flatten(2).transpose(1, 2), changed=(shape[0], shape[2] * shape[3], shape[1])
+        )
+    return tensor
+
+
+def _from_unfold(stored: Tensor) -> Tensor:
+    return stored.reshape(*stored.shape[:-1], -1, 4)[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2)
+
+
 def _refuse_other_networks(tensors: Mapping[str, Stored], where: str) -> None:
     video = any(len(stored.shape) == 5 and PATCH_WEIGHTS.fullmatch(name) for name, stored in tensors.items())
     found = [what for pattern, what in OTHER_NETWORKS if any(pattern.search(name) for name in tensors)]
@@ -315,6 +383,8 @@ def _writer(tensors: Mapping[str, Stored], tensorflow: bool, where: str) -> Writ
         return "torchvision"
     if any(re.match(r"((swin|swinv2)\.)?embeddings\.patch_embeddings\.", name) for name in tensors):
         return "hf"
+    if "patch_embed.projection.weight" in tensors and any(name.startswith("stages.0.blocks.0.attn.w_msa.") for name in tensors):
+        return "openmmlab"
     if "patch_embed.proj.weight" in tensors and any(name.startswith("layers_0.blocks.0.attn.") for name in tensors):
         return "timm"  # with features_only=True
     if "patch_embed.proj.weight" in tensors and any(name.startswith("layers.0.blocks.0.attn.") for name in tensors):
@@ -324,18 +394,20 @@ def _writer(tensors: Mapping[str, Stored], tensorflow: bool, where: str) -> Writ
         return "timm" if "head.fc.weight" in tensors or (before and not after) else "microsoft"
     raise CheckpointError(
         f"{where} holds {len(tensors)} tensors, and not those of a Swin (the first is {next(iter(tensors), 'none')}). Expected "
-        f"a checkpoint of Swin V1 or V2 from transformers, timm, Microsoft's code or torchvision."
+        f"a checkpoint of Swin V1 or V2 from transformers, timm, Microsoft's code, torchvision or OpenMMLab."
     )
 
 
-def _canonical(name: str, writer: Writer) -> str:
+def _canonical(name: str, writer: Writer, version: int = 1) -> str:
     if writer == "torchvision":
         name = _from_torchvision(name)
-    elif writer == "timm":  # it downsamples at the start of stage i + 1; the canonical place is the end of stage i
+    elif writer == "timm":
         name = re.sub(r"^layers_(?=\d+\.)", "layers.", name)
+    elif writer == "openmmlab":
+        for pattern, new in OPENMMLAB:
+            name = re.sub(pattern, new, name)
+    if writer == "timm" or (writer == "openmmlab" and version == 2):  # they downsample at the start of stage i + 1, not after i
         name = re.sub(r"^layers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.", name)
-    elif writer == "microsoft":  # detectors have a norm after each stage
-        name = re.sub(r"^norm(\d)\.", lambda m: f"hidden_states_norms.stage{int(m[1]) + 1}.", name)
     for pattern, new in {"hf": HUGGING_FACE, "tf": TENSORFLOW}.get(writer, MICROSOFT):
         name = re.sub(pattern, new, name)
     return name

@@ -16,7 +16,7 @@ from .base import Stored
 # Parts that torch.compile, FSDP, activation checkpointing and DeepSpeed insert into names.
 INSERTED = re.compile(r"(?:(?<=\.)|^)_(?:orig_mod|fsdp_wrapped_module|fpw_module|checkpoint_wrapped_module|forward_module)\.")
 
-# The patch embedding and the first block, as Microsoft's code and timm, transformers, and torchvision name them.
+# The patch embedding and the first block, as Microsoft's code and timm, transformers, torchvision and OpenMMLab name them.
 FAMILIES = tuple(
     tuple(re.compile(rf"((?:[^.]+\.)*?){pattern}") for pattern in patterns)
     for patterns in (
@@ -26,6 +26,7 @@ FAMILIES = tuple(
             r"(?:swin\.|swinv2\.)?encoder\.layers\.0\.blocks\.0\.",
         ),
         (r"features\.0\.0\.weight$", r"features\.1\.0\.attn\."),
+        (r"patch_embed\.projection\.weight$", r"stages\.0\.blocks\.0\.attn\.w_msa\."),
     )
 )
 MOST_SWINS = 10  # each is compared with all others
@@ -51,7 +52,7 @@ NOT_PLAIN = (
 HEAD = re.compile(r"(?:(?!aux|dist|proj|rot|ssl)[a-z]+_)?(?:heads?|classifier|fc|cls|linear|logits|mlp)\d*", re.IGNORECASE)
 OWN_HEADS = ("head", "classifier")  # of the frameworks
 NETWORK = re.compile(
-    r"(?:swin\.|swinv2\.)?(?:patch_embed|layers|norm|features|embeddings|encoder|layernorm|head|classifier|fc)[._]"
+    r"(?:swin\.|swinv2\.)?(?:patch_embed|layers|stages|norm|features|embeddings|encoder|layernorm|head|classifier|fc)[._]"
 )
 LEAF = re.compile(r"\.(weight|bias|running_(mean|var))$")
 # What a trainer adds that does not change the logits.
@@ -118,6 +119,9 @@ def find_swin(tensors: Mapping[str, Stored], key: str | None, where: str) -> Fou
         decoder = f"{chosen.removesuffix('encoder.')}decoder.0."
         for name in [name for name in outside if name.startswith(decoder)]:
             inside[f"decoder.0.{name.removeprefix(decoder)}"] = outside.pop(name)
+    norms = f"{chosen.removesuffix('model.')}hidden_states_norms."  # MaskFormer's Swin has them beside its network
+    for name in [name for name in outside if chosen.endswith("model.") and name.startswith(norms)]:
+        inside[f"hidden_states_norms.{name.removeprefix(norms)}"] = outside.pop(name)
     return FoundSwin(chosen, inside, outside, (note,) if note else ())
 
 

@@ -37,7 +37,7 @@ READ_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, Attribute
 AGAIN = "Fetch it again."
 
 # The files of a repository. Those of OTHER_FORMATS are downloaded only if it has no safetensors.
-CONFIGS = ["config.json", "preprocessor_config.json"]
+CONFIGS = ["config.json", "preprocessor_config.json", "processor_config.json"]
 SAFETENSORS = ["*.safetensors", "model.safetensors.index.json"]
 OTHER_FORMATS = ["pytorch_model*.bin", "pytorch_model.bin.index.json", "tf_model*.h5", "tf_model.h5.index.json"]
 INSTEAD = "Pass a local checkpoint with --weights FOLDER, or try the pipeline with --random-weights."
