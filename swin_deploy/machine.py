@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -61,13 +62,13 @@ def this_machine() -> Machine:
 def processor_name() -> str:
     """Return the name of the board (Jetson, Raspberry Pi) or of the processor."""
     board = _text("/proc/device-tree/model").strip("\0 \n")
-    name = re.search(r"^(?:model name|Hardware)\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    name = re.search(r"^(?:model name|Hardware)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
     return board or (name[1].strip() if name else "") or platform.processor() or platform.machine()
 
 
 def processor_features() -> tuple[str, ...]:
     """Return the names of the features of the processor that decide how fast a network runs; on Linux only."""
-    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", _cpuinfo(), re.MULTILINE)
     return _features(flags[1].split() if flags else ())
 
 
@@ -90,6 +91,11 @@ def memory_sizes() -> tuple[int | None, int | None]:
     limit = _text("/sys/fs/cgroup/memory.max").strip()
     most = int(limit) if limit.isdigit() else int(found.total)
     return min(int(found.total), most), min(int(found.available), most)
+
+
+@functools.cache  # the kernel writes it again at each reading, with a paragraph for every core
+def _cpuinfo() -> str:
+    return _text("/proc/cpuinfo")
 
 
 def _text(path: str) -> str:
