@@ -22,11 +22,9 @@ from swin_deploy.bundle import sha256_of
 from swin_deploy.errors import InputError, shown
 from swin_deploy.files import NUMPY_ADVICE, archive_of, numpy_errors, open_regular, read_header
 from swin_deploy.options import Array
-from swin_deploy.preprocess import file_in_memory
+from swin_deploy.preprocess import file_in_memory, image_suffixes
 
 IMAGES, PIXELS, LABELS = "images", "pixel_values", "labels"  # the arrays of a NumPy file
-# Formats that Pillow opens only with a third-party plug-in, or that are not pictures.
-UNREADABLE = {"BUFR", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
 SAMPLE_BYTES = 1 << 30  # of one sample in a NumPy file
 MOST_SAMPLES = 10_000_000  # in a NumPy file
 LABEL_BYTES = 1 << 27  # of all labels in a NumPy file
@@ -80,10 +78,7 @@ class ImageFolder:
         A folder that contains only one folder of class folders is replaced by that folder. Hidden files, and files without
         the suffix of an image, are ignored. Raises InputError if there is no image or a folder cannot be read.
         """
-        from PIL import Image
-
-        suffixes = Image.registered_extensions()  # loads every plug-in
-        known = {suffix for suffix, kind in suffixes.items() if kind in Image.OPEN and kind not in UNREADABLE}
+        known = image_suffixes()
         found: list[Path] = []
         seen: set[str] = set()
         for place, folders, files in os.walk(path, followlinks=True, onerror=_refuse_unreadable):

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from swin_deploy.bundle import Bundle, TensorSpec, size_text
 from swin_deploy.errors import BackendError, InputError, UsageError
 from swin_deploy.frame_input import Frames, Preparation, preparation_for
-from swin_deploy.option_parsers import choice, number, whole
+from swin_deploy.option_parsers import choice, whole
 from swin_deploy.options import ON_ERROR, Array, LoadSpec, Size
-from swin_deploy.tasks import MASK, PIXELS, TaskSpec, scores_from_logits
+from swin_deploy.tasks import MASK, PIXELS, TaskSpec, class_limits, refuse_without_classes, scores_from_logits
 
 from .autoselect import Description
 from .base import Runtime
@@ -148,9 +148,7 @@ class Model:
             UsageError: The model is not a classifier.
         """
         self._must_be("image-classification", "classify")
-        if not self.config.has_classes:
-            why = "num_labels 0" if self.config.num_labels == 0 else "no pooling (global_pool ''), so its logits form a map"
-            raise UsageError(f"This model has no classes: its checkpoint has {why}. Use run() instead.")
+        refuse_without_classes(self.config)
         limits = self._limits(top_k, threshold)
         failed: dict[int, InputError] | None = (
             {} if choice("reaction to errors", ON_ERROR)("on_error", on_error) == "continue" else None
@@ -333,10 +331,12 @@ class Model:
             yield from self._outputs([image], start + place, mask, failed)
 
     def _feeds(self, images: list[Any]) -> Arrays:
-        feeds: Arrays = {PIXELS: self.preparation(images)}
-        for spec in self.inputs[1:]:  # a mask that hides no patch
-            feeds[spec.name] = np.zeros((len(images), *(int(n) for n in spec.shape[1:])), dtype=spec.dtype)
-        return feeds
+        return self.feeds(self.preparation(images))
+
+    def feeds(self, pixels: Array) -> Arrays:
+        """Return the inputs for `run` from prepared images, with a mask, if the network has one, that hides no patch."""
+        masks = {spec.name: np.zeros((len(pixels), *map(int, spec.shape[1:])), dtype=spec.dtype) for spec in self.inputs[1:]}
+        return {PIXELS: pixels, **masks}
 
     def _must_be(self, task: str, method: str) -> None:
         if self.task.name != task:
@@ -346,14 +346,7 @@ class Model:
             )
 
     def _limits(self, top_k: int | None, threshold: float | None) -> tuple[int, float]:
-        """Return how many classes to return, and the score that they must exceed."""
-        several = self.config.num_labels > 1 and self.config.prediction in ("labels", "values")
-        if threshold is None:
-            threshold = 0.5 if several and self.config.prediction == "labels" and top_k is None else -np.inf
-        else:
-            threshold = number(0)("threshold", threshold)
-        most = max(self.config.num_labels, 1) if several else 5
-        return most if top_k is None else whole(1)("top_k", top_k), threshold
+        return class_limits(self.config, top_k, threshold)
 
     def _best(self, logits: NDArray[Any], top_k: int, threshold: float) -> list[Prediction]:
         scores = scores_from_logits(logits, self.config.score_activation)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from swin_deploy.api.build_engine import build_engine, refit
+    from swin_deploy.api.classify import classify_dataset
     from swin_deploy.api.evaluate import evaluate, verify
     from swin_deploy.api.export import export
     from swin_deploy.api.inspect import inspect
@@ -24,9 +25,22 @@ if TYPE_CHECKING:
     from swin_deploy.api.tune import tune
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "build_engine", "evaluate", "export", "inspect", "load", "quantize", "refit", "tune", "verify"]
+__all__ = [
+    "__version__",
+    "build_engine",
+    "classify_dataset",
+    "evaluate",
+    "export",
+    "inspect",
+    "load",
+    "quantize",
+    "refit",
+    "tune",
+    "verify",
+]
 
-_MODULES = {"refit": "build_engine", "verify": "evaluate"}  # the others stand in a module of their own name
+# The others are in a module of their own name.
+_MODULES = {"classify_dataset": "classify", "refit": "build_engine", "verify": "evaluate"}
 
 
 def __getattr__(name: str) -> Any:

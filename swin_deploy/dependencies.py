@@ -31,6 +31,8 @@ PROVIDERS = {
     "matplotlib": ("matplotlib", "plots"),
     "tifffile": ("tifffile", "tiff"),
     "imagecodecs": ("imagecodecs", "tiff"),
+    "pyarrow": ("PyArrow", "parquet"),
+    "ray": ("Ray", "ray"),
     "psutil": ("psutil", "bench"),
     "cpuinfo": ("py-cpuinfo", "bench"),
 }

@@ -402,6 +402,62 @@ class LoadSpec(_CandidateSpec):
 
 
 @dataclass(frozen=True)
+class ClassifySpec(_CandidateSpec):
+    """Options of `swin_deploy.classify_dataset` and `swin-deploy classify`."""
+
+    source: Any = option(
+        MISSING,
+        parse.anything,
+        "Images: a folder, a pattern, a text file of paths, tar shards, Parquet files, a list of paths, or a Ray dataset.",
+        flags=(),
+    )
+    _: KW_ONLY
+    output: PathLike = option(
+        MISSING, parse.path, "File to write, by its ending: .parquet, .jsonl or .csv.", flags=("-o", "--output"), metavar="FILE"
+    )
+    features: bool = option(
+        False, parse.flag, "Write the feature vector of each image. The bundle needs the task feature-extraction."
+    )
+    top_k: int | None = option(
+        None,
+        parse.whole(1),
+        "Number of classes for each image. Default: 5; all of a network for several labels or a regression.",
+        flags=("-k", "--top-k"),
+    )
+    threshold: float | None = option(
+        None, parse.number(0), "Score above which a class is written. Default: 0.5 for several labels, unless top_k is set."
+    )
+    batch: int = option(8, parse.whole(1, 4096), "Images that a process runs at a time.")
+    workers: int | None = option(
+        None,
+        parse.whole(1, MOST_THREADS),
+        "Processes, each with one thread. Default: the fastest number on this machine, measured once. Ray: the actors.",
+    )
+    ray: str | None = option(
+        None,
+        parse.text,
+        "Classify with Ray Data: the address of a cluster, auto for the one of this machine, or local to start one.",
+        metavar="ADDRESS",
+    )
+    num_gpus: float | None = option(None, parse.number(0, 64), "GPUs for each actor of Ray, or a fraction of one.", metavar="X")
+    image_column: str | None = option(None, parse.text, "Parquet: column of image bytes or paths. Default: the one that is.")
+    key_column: str | None = option(
+        None, parse.text, "Parquet: column that identifies an image. Default: key, id or path, else the number of the row."
+    )
+    force: bool = option(False, parse.flag, "Replace an existing output, and discard an unfinished one with other options.")
+    progress: Progress = progress_option()
+
+    def check(self) -> None:
+        if self.num_gpus is not None and self.ray is None:
+            raise UsageError("--num-gpus is for actors of Ray. Pass --ray, or --device cuda for a GPU of this machine.")
+        if self.num_gpus and self.device == "cpu":
+            raise UsageError("--num-gpus gives GPUs to actors, but --device is cpu. Leave one of them out.")
+        for name in ("top_k", "threshold"):
+            if self.features and getattr(self, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} is for classes. Leave it out, or leave out --features.")
+
+
+@dataclass(frozen=True)
 class VerifySpec(Spec):
     """Options of `swin_deploy.verify` and `swin-deploy verify`."""
 

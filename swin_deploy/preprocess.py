@@ -71,6 +71,8 @@ ARRAY_BYTES = 1 << 30  # of an image in a NumPy file
 MOST_VALUES = 1 << 27  # height x width x channels of a prepared image
 MOST_CHANNELS = 10_000
 RATIOS = (0.01, 100.0)  # of crop_pct
+# Formats that Pillow opens only with a third-party plug-in, or that are not pictures.
+UNREADABLE = {"BUFR", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
 DARKEST_16_BIT = 4096  # a smaller maximum may also be that of 10 or 12 bits
 
 
@@ -705,6 +707,14 @@ def refuse_address(path: str | os.PathLike[str], label: str) -> None:
         raise InputError(f"{label} is a web address. Download the file, and pass its path.")
     if any(sign in text for sign in "*?["):
         raise InputError(f"{label} is a pattern and not a file. Pass the files: sorted(glob.glob({text!r})).")
+
+
+def image_suffixes() -> set[str]:
+    """Return the suffixes of the image files that Pillow reads."""
+    from PIL import Image
+
+    suffixes = Image.registered_extensions()  # loads every plug-in
+    return {suffix for suffix, kind in suffixes.items() if kind in Image.OPEN and kind not in UNREADABLE}
 
 
 def file_in_memory(image: Any) -> BytesIO | None:

@@ -13,6 +13,7 @@ import numpy as np
 from swin_deploy.bundle import TensorSpec
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import UsageError, unknown
+from swin_deploy.option_parsers import number, whole
 from swin_deploy.options import TASKS as TASKS
 from swin_deploy.options import Array
 
@@ -98,6 +99,24 @@ class TaskSpec:
 def stage_names(config: SwinConfig) -> tuple[str, ...]:
     """Return the feature maps that a backbone can output: "stem", "stage1", ..."""
     return ("stem", *(f"stage{i + 1}" for i in range(len(config.depths))))
+
+
+def refuse_without_classes(config: SwinConfig) -> None:
+    """Raise UsageError for a network whose logits are not those of classes."""
+    if not config.has_classes:
+        why = "num_labels 0" if config.num_labels == 0 else "no pooling (global_pool ''), so its logits form a map"
+        raise UsageError(f"This model has no classes: its checkpoint has {why}. Use run() instead.")
+
+
+def class_limits(config: SwinConfig, top_k: int | None, threshold: float | None) -> tuple[int, float]:
+    """Return how many classes to return, and the score that they must exceed."""
+    several = config.num_labels > 1 and config.prediction in ("labels", "values")
+    if threshold is None:
+        threshold = 0.5 if several and config.prediction == "labels" and top_k is None else -np.inf
+    else:
+        threshold = number(0)("threshold", threshold)
+    most = max(config.num_labels, 1) if several else 5
+    return most if top_k is None else whole(1)("top_k", top_k), threshold
 
 
 def scores_from_logits(logits: Array, activation: str) -> Array:

@@ -29,6 +29,7 @@ VERBS = {
     "verify": "verify",
     "tune": "tune",
     "predict": "predict",
+    "classify": "classify",
     "evaluate": "evaluate",
     "bench": "bench",
     "doctor": "doctor",
@@ -88,8 +89,8 @@ def main() -> None:
             _stopped()
         gone = system_limit(FileNotFoundError())  # then relative paths lead nowhere
         _fail(f"{error} {gone}" if gone and gone not in str(error) else str(error), error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        _stopped()
+    except (click.Abort, KeyboardInterrupt) as error:
+        _stopped(str(error.__cause__ or error))  # click raises its own error from an interrupt
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
@@ -123,10 +124,11 @@ def _stop(signum: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
 
-def _stopped() -> NoReturn:
+def _stopped(left: str = "") -> NoReturn:
+    """Exit with what an interrupted verb left: nothing, unless it says so."""
     signum = _signals[0] if _signals else signal.SIGINT
     word = "interrupted" if signum == signal.SIGINT else "terminated"
-    _fail(f"{word}; no partial files were left", 128 + signum)
+    _fail(f"{word}; {left or 'no partial files were left'}", 128 + signum)
 
 
 def _fail(sentence: str, code: int) -> NoReturn:

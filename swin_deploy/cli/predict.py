@@ -29,7 +29,7 @@ def command(bundle: Path, images: tuple[str, ...], top_k: int | None, as_json: b
     """Print the most likely classes of every IMAGE with their scores.
 
     Scores are probabilities, or the values of a regression. The row of an IMAGE that cannot be read has the reason, and the
-    exit code is then 1. If it is the only IMAGE, that is an error.
+    exit code is then 1. If it is the only IMAGE, that is an error. For whole data sets, use `swin-deploy classify`.
     """
     import swin_deploy
     from swin_deploy.bundle import Bundle

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from swin_deploy.cli.flags import given, spec_options
+from swin_deploy.cli.output import console, json_option, print_json, print_table
+from swin_deploy.options import ClassifySpec
+
+
+@click.command("classify", short_help="Classify a whole data set into a file.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("source")
+@spec_options(ClassifySpec)
+@json_option
+def command(bundle: Path, source: str, as_json: bool, **options: Any) -> None:
+    """Classify all images of SOURCE in several processes, and write a row for each into a file.
+
+    SOURCE is a folder with subfolders, a pattern in quotes ("photos/**/*.jpg"), a text file with one path a line (.txt), tar
+    shards as of WebDataset ("train-{000..099}.tar"), or Parquet files with a column of image bytes or paths.
+
+    If the command is interrupted or killed, the same command resumes, and each image is in the file exactly once. An image that
+    cannot be read is a row with the reason in the column `error`, and the exit code is then 1.
+    """
+    import swin_deploy
+
+    with console() as show:
+        found = swin_deploy.classify_dataset(bundle, source, **given(ClassifySpec, options), progress=show)
+    rate = (found.images - found.resumed) / max(found.seconds, 1e-9)
+    if as_json:
+        print_json({**asdict(found), "output": str(found.output), "images_per_second": rate})
+    else:
+        print_table(
+            ("output", "images", "failed", "processes", "seconds", "images/s"),
+            [(str(found.output), found.images, found.failed, found.workers or "-", round(found.seconds, 1), round(rate, 1))],
+        )
+    if found.failed:
+        click.echo(f"{found.failed} of {found.images} images cannot be read; the column error has the reasons", err=True)
+        click.get_current_context().exit(1)
