@@ -47,7 +47,8 @@ def source() -> Path:
             "fingerprint": "of a test", "seconds": 1.5, "agreement": "not verified",
         }  # fmt: skip
         bundle = bundle.with_file(ENGINE, entry, b"a plan")
-        bundle.with_file("ranges.json", {}, json.dumps({"source": "test", "layers": {}}).encode())
+        bundle = bundle.with_file("ranges.json", {}, json.dumps({"source": "test", "layers": {}}).encode())
+        bundle.with_tuning({**TUNING, "candidates": [TUNED]})
 
     return once("odd manifests", make)
 

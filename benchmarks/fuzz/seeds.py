@@ -80,6 +80,7 @@ def _make(seeds: Seeds, export: bool) -> None:
     ranges = QatRanges("a test", {"encoder.layers.0.blocks.0.intermediate.dense": layer})
     bundle = Bundle.open(full).with_file(RANGES, {}, ranges.to_json().encode())
     _add_engine(bundle)
+    swin_deploy.tune(full)
 
 
 def write_checkpoint(folder: Path) -> None:
