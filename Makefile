@@ -9,7 +9,7 @@
 
 SHELL := bash
 PYTHON ?= python3
-EXTRAS := export,hub,tensorflow,onnxruntime,openvino,tensorrt-rtx,parquet,plots,tiff,bench,test
+EXTRAS := export,hub,tensorflow,onnxruntime,openvino,tensorrt-rtx,parquet,plots,tiff,bench,serve,test
 DIGITS := examples/digits
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 

@@ -33,6 +33,11 @@ PROVIDERS = {
     "imagecodecs": ("imagecodecs", "tiff"),
     "pyarrow": ("PyArrow", "parquet"),
     "ray": ("Ray", "ray"),
+    "fastapi": ("FastAPI", "serve"),
+    "uvicorn": ("Uvicorn", "serve"),
+    "httptools": ("httptools", "serve"),
+    "python_multipart": ("python-multipart", "serve"),
+    "prometheus_client": ("prometheus-client", "serve"),
     "psutil": ("psutil", "bench"),
     "cpuinfo": ("py-cpuinfo", "bench"),
 }

@@ -458,6 +458,30 @@ class ClassifySpec(_CandidateSpec):
 
 
 @dataclass(frozen=True)
+class ServeSpec(_CandidateSpec):
+    """Options of `swin_deploy.serving.application` and `swin-deploy serve`."""
+
+    _: KW_ONLY
+    host: str = option("127.0.0.1", parse.text, "Address to listen on. 0.0.0.0: all of this machine, without authentication.")
+    port: int = option(8000, parse.whole(0, 65535), "Port to listen on. 0: a free one, which is printed.")
+    workers: int | None = option(
+        None, parse.whole(1, MOST_THREADS), "Requests to run at a time. Default: one for each core, 8 at most; 4 on a GPU."
+    )
+    threads: int = option(0, parse.whole(0, MOST_THREADS), "CPU threads of each worker. 0: the cores divided by the workers.")
+    batch: int | None = option(
+        None,
+        parse.whole(1, 1024),
+        "Most waiting images that a worker runs together. Default: measured at the start; 8 if that is faster, else 1.",
+    )
+    queue: int = option(64, parse.whole(1), "Requests that may wait. Further ones are refused with status 503.")
+    timeout: float = option(
+        30.0, parse.number(0.1, 86_400), "Seconds to receive a request, and then to answer it.", metavar="S"
+    )
+    max_body: Any = option("16MiB", parse.memory, "Largest body of a request, such as 16MiB.")
+    max_pixels: int = option(50_000_000, parse.whole(1), "Largest number of pixels of an image.")
+
+
+@dataclass(frozen=True)
 class VerifySpec(Spec):
     """Options of `swin_deploy.verify` and `swin-deploy verify`."""
 

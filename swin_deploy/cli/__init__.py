@@ -30,6 +30,7 @@ VERBS = {
     "tune": "tune",
     "predict": "predict",
     "classify": "classify",
+    "serve": "serve",
     "evaluate": "evaluate",
     "bench": "bench",
     "doctor": "doctor",
