@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import logging
@@ -76,11 +77,9 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec,
         raise UsageError(
             f"--embed-resize writes one graph, and {len(sizes)} image sizes were given. Export one bundle for each."
         )
-    if _image_size(preprocessor, config) != sizes[0]:
+    if _image_size(preprocessor, config) != sizes[0] or (preprocessor.do_pad and preprocessor.pad_size is None):
         preprocessor = preprocessor.with_size(sizes[0])
-    processor = preprocessor.to_dict()
-    if checkpoint.preprocessor is not None and Preprocessor.from_dict(checkpoint.preprocessor) == preprocessor:
-        processor = dict(checkpoint.preprocessor)
+    processor = _kept(checkpoint.preprocessor, preprocessor) or preprocessor.to_dict()
     assumed = stated.warning(preprocessor)
     _report(preprocessor, stated.source, assumed, sizes)
     preparations = {size: preprocessor if number == 0 else preprocessor.with_size(size) for number, size in enumerate(sizes)}
@@ -242,8 +241,25 @@ def _with_noise(network: SwinNetwork, reference: Reference, frames: Frames | Non
     return dataclasses.replace(reference, noise=finite)
 
 
+def _kept(stated: Mapping[str, Any] | None, preprocessor: Preprocessor) -> dict[str, Any] | None:
+    """Return the image processor of the checkpoint if it is `preprocessor`, with the size to which the graph needs padding."""
+    if stated is not None:
+        padded = (
+            {"pad_size": dict(zip(("height", "width"), preprocessor.pad_size, strict=True))} if preprocessor.pad_size else {}
+        )
+        with contextlib.suppress(InputError, TypeError, ValueError):
+            if Preprocessor.from_dict({**stated, **padded}, preprocessor.channels) == preprocessor:
+                return {**stated, **padded}
+    return None
+
+
 def _image_size(preprocessor: Preprocessor, config: SwinConfig) -> Size:
     """Return the size that the image processor makes, or that of the configuration where it keeps the aspect ratio."""
+    if preprocessor.pad_size is not None:
+        return preprocessor.pad_size
+    if preprocessor.do_pad and preprocessor.shortest_edge and preprocessor.longest_edge:
+        step = preprocessor.size_divisor or 1
+        return -(-preprocessor.shortest_edge // step) * step, -(-preprocessor.longest_edge // step) * step
     if preprocessor.do_center_crop and preprocessor.crop_size is not None:
         return preprocessor.crop_size
     if preprocessor.varies and min(config.image_size) != preprocessor.shortest_edge:
@@ -270,6 +286,7 @@ class Stated:
     preprocessor: Preprocessor
     source: str
     assumed: str = ""
+    unsupported: str = ""  # why the stated steps are not used
 
     def warning(self, used: Preprocessor) -> str:
         """Return what is assumed, with the steps of `used`, which may be for another image size. Empty if nothing is."""
@@ -285,7 +302,9 @@ def preprocessing_of(checkpoint: Checkpoint, spec: ExportSpec) -> Stated:
         try:
             found = _from_checkpoint(checkpoint)
         except (InputError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{checkpoint.source}: {error}") from error
+            if not checkpoint.parent or checkpoint.preprocessor is None:
+                raise CheckpointError(f"{checkpoint.source}: {error}") from error
+            found = _plain(checkpoint, str(error))
     made, assumed = found.preprocessor, found.assumed
     if spec.crop_pct is not None:
         made = made.with_crop(_image_size(made, checkpoint.config), spec.crop_pct)
@@ -318,9 +337,21 @@ def preprocessing_of(checkpoint: Checkpoint, spec: ExportSpec) -> Stated:
         raise UsageError(f"--mean and --std: {error}") from error
     if assumed and len(flags) < 3:
         what = "how images are resized" if spec.mean and spec.std else "its preprocessing"
-        assumed = f"The checkpoint does not state {what}. Assumed {assumed}"
+        assumed = f"{found.unsupported or f'The checkpoint does not state {what}.'} Assumed {assumed}"
     source = f"{', '.join(flags)}; the rest: {found.source}" if flags else found.source
     return Stated(made, source, assumed if len(flags) < 3 else "")
+
+
+def _plain(checkpoint: Checkpoint, reason: str) -> Stated:
+    """Return a plain resize with the normalization of an image processor whose other steps are not supported."""
+    names = ("image_mean", "image_std", "resample", "do_normalize", "do_rescale", "rescale_factor")
+    raw = {name: value for name in names if (value := (checkpoint.preprocessor or {}).get(name)) is not None}
+    try:
+        made = Preprocessor.from_dict({**raw, "size": list(checkpoint.config.image_size)}, checkpoint.config.num_channels)
+    except (InputError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.source}: {error}") from error
+    what = f"The model's image processor has steps that are not supported ({reason.rstrip('.')})."
+    return Stated(made, "preprocessor_config.json, in part", "a plain resize", what)
 
 
 def _from_file(path: Path, config: SwinConfig) -> Preprocessor:
@@ -352,6 +383,9 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Stated:
         return Stated(Preprocessor.from_dict(checkpoint.preprocessor, config.num_channels), "preprocessor_config.json")
     if isinstance(stated := extras.get("pretrained_cfg"), Mapping):
         return Stated(_from_timm(stated, config), "pretrained_cfg in timm's config.json")
+    if checkpoint.parent:
+        made = Preprocessor.imagenet(config.image_size)
+        return Stated(made, "the default of models with a Swin inside", "a plain resize with ImageNet's mean and std")
     side = max(config.image_size)
     if checkpoint.writer == "timm":
         arguments = {name: value for name, value in _members(extras.get("args")).items() if value}

@@ -76,6 +76,11 @@ def preparation_for(preprocessor: Preprocessor, embedded: EmbeddedSteps | None) 
 
 def refuse_misfit(frames: Frames, image_size: Size, channels: int) -> None:
     """Raise UsageError if `frames` cannot be turned into the input of a network for images of `image_size`."""
+    if frames.preprocessor.do_pad or (frames.preprocessor.do_thumbnail and frames.frame_size is not None):
+        raise UsageError(
+            "The image processor pads images, which the graph cannot do. Leave out --embed-preprocess and --embed-resize, or "
+            "state other steps with --preprocessor FILE."
+        )
     if frames.frame_size is None:
         return
     inside = frames.inside

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 FLAGS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_convert_rgb")
 TIMM_KEYS = ("keep_ratio", "round_crop", "crop_fill", "crop_pct")  # transformers ignores them
-KEYS = (*FLAGS, "size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std", *TIMM_KEYS)
+DETECTOR_KEYS = ("longest_edge", "size_divisor", "do_pad", "pad_size", "do_thumbnail")
+KEYS = (*FLAGS, "size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std", *TIMM_KEYS, *DETECTOR_KEYS)
 SIDES = ("height", "width")
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by their numbers in Pillow
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -49,6 +50,13 @@ _CLIP = {
     **{"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]},
     "default_to_square": False,
 }
+_IMAGENET = {"image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD)}
+_DETECTOR = {"size": {"shortest_edge": 800, "longest_edge": 1333}, "do_pad": True, **_IMAGENET}
+# Processors of detectors and segmenters: they limit the longer side too, and pad batches with zeros, right and bottom.
+DETECTORS: Mapping[str, Mapping[str, Any]] = {
+    **dict.fromkeys(("Detr", "DeformableDetr", "ConditionalDetr", "GroundingDino", "OneFormer"), _DETECTOR),
+    **{name: {**_DETECTOR, "size_divisor": 32} for name in ("Mask2Former", "MaskFormer")},
+}
 PROCESSORS: Mapping[str, Mapping[str, Any]] = {
     "ViT": {},
     "Bit": _CLIP,
@@ -57,6 +65,11 @@ PROCESSORS: Mapping[str, Mapping[str, Any]] = {
     "DeiT": {"size": [256, 256], "crop_size": 224, "do_center_crop": True, "resample": 3},
     "Beit": {"crop_size": 224, "do_center_crop": False, "resample": 3},
     "Siglip": {"resample": 3, "do_convert_rgb": True, "default_to_square": False},
+    "Segformer": {"size": [512, 512], **_IMAGENET},
+    "DPT": {"size": [384, 384], "resample": 3},
+    "RTDetr": {"size": [640, 640], "do_normalize": False, **_IMAGENET},
+    "Donut": {"size": {"height": 2560, "width": 1920}, "do_thumbnail": True, "do_pad": True},
+    **DETECTORS,
 }
 UNSUPPORTED = {
     "do_pad": "padded batches are",
@@ -64,6 +77,7 @@ UNSUPPORTED = {
     "do_thumbnail": "thumbnails are",
     "do_align_long_axis": "rotation is",
     "do_crop_margin": "cropped margins are",
+    "keep_aspect_ratio": "sizes that depend on both sides of an image are",
 }
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TIFF_CODECS = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, PackBits, deflate, LZMA, Zstandard
@@ -85,7 +99,10 @@ class Preprocessor:
     `resample` is a Pillow filter number or name: 2 or "bilinear", 3 or "bicubic". `image_mean` and `image_std` have one number
     for each channel. The other fields are those of timm's transforms: with `keep_ratio`, an image keeps its aspect ratio and
     covers `size` ("cover") or fits into it ("contain"); `round_crop` rounds the position of the crop as torchvision does;
-    `crop_fill` is the colour outside the image; `crop_pct` scales the resize with the crop. An invalid value raises InputError.
+    `crop_fill` is the colour outside the image; `crop_pct` scales the resize with the crop. The last fields are those of
+    detectors and Donut: `longest_edge` limits the longer side, `size_divisor` rounds both sides up, `do_pad` adds zeros at the
+    right and bottom of the normalized image up to `pad_size`, and `do_thumbnail` shrinks an image that exceeds the crop. An
+    invalid value raises InputError.
     """
 
     do_resize: bool = True
@@ -104,6 +121,11 @@ class Preprocessor:
     round_crop: bool | None = None
     crop_fill: tuple[int, ...] | None = None
     crop_pct: float | None = None
+    longest_edge: int | None = None
+    size_divisor: int | None = None
+    do_pad: bool | None = None
+    pad_size: tuple[int, int] | None = None
+    do_thumbnail: bool | None = None
 
     def __post_init__(self) -> None:
         sizes = 'a positive whole number, [height, width] or {"height": ..., "width": ...}'
@@ -115,12 +137,13 @@ class Preprocessor:
         numbers = "three finite numbers, for red, green and blue" if count == 3 else f"{count} finite numbers, one per channel"
         for flag in FLAGS[:3]:
             self._check(flag, lambda one: isinstance(one, bool), "true or false")
-        for flag in (*FLAGS[3:], "round_crop"):
+        for flag in (*FLAGS[3:], "round_crop", "do_thumbnail", "do_pad"):
             self._check(flag, lambda one: isinstance(one, bool | None), "true or false")
         expected = "a Pillow filter number from 0 to 5 (3 is bicubic), or the name of a filter"
         self._check("resample", lambda one: type(one) is int and one in range(6), expected)
         self._check("rescale_factor", _is_number, "a finite number")
-        self._check("shortest_edge", lambda one: one is None or _is_side(one), "a positive whole number")
+        for name in ("shortest_edge", "longest_edge", "size_divisor"):
+            self._check(name, lambda one: one is None or _is_side(one), "a positive whole number")
         self._check("size", _is_side, sizes + ' or {"shortest_edge": ...}', 2)
         if count > MOST_CHANNELS:
             raise _invalid("image_mean", f"{count} values", f"at most {MOST_CHANNELS}")
@@ -133,8 +156,11 @@ class Preprocessor:
             self._check("crop_fill", fits, "a number from 0 to 255 for each channel", count)
         if self.do_center_crop or self.crop_size is not None:
             self._check("crop_size", _is_side, sizes, 2)
+        if self.pad_size is not None:
+            self._check("pad_size", _is_side, sizes, 2)
         for name, pair in (
             ("size", self.size),
+            ("pad_size", self.pad_size),
             ("crop_size", self.crop_size),
             ("shortest_edge", (self.shortest_edge or 1,) * 2),
         ):
@@ -170,8 +196,10 @@ class Preprocessor:
             return cls.from_timm(timm, channels=channels)
         kind = _processor_kind(config)
         given = {key: value for key, value in config.items() if value is not None}
+        dense = kind in DETECTORS or kind in ("Donut", "DPT")
+        able = ("do_pad", "do_thumbnail") if dense or given.keys() & {"pad_size", "round_crop"} else ()
         for name in UNSUPPORTED:
-            if given.get(name):
+            if given.get(name) and name not in able:
                 raise _invalid(name, given[name], f"false: {UNSUPPORTED[name]} not supported")
         values: dict[str, Any] = {flag: False for flag in FLAGS if flag in config}
         values = {**PROCESSORS[kind], **values, **{name: given[name] for name in KEYS if name in given}}
@@ -179,7 +207,12 @@ class Preprocessor:
         values.pop("default_to_square", None)
         if "image_mean" in values and "image_std" in values:
             values |= {name: [values[name]] * channels for name in ("image_mean", "image_std") if _is_number(values[name])}
-        for name in ("size", "crop_size"):
+        if dense:
+            given = _as_dense(kind, given, config)
+            values = {name: value for name, value in values.items() if name in FLAGS} | {
+                n: given[n] for n in KEYS if n in given
+            }
+        for name in ("size", "crop_size", "pad_size"):
             if isinstance(size := given.get(name), Mapping) and set(size) == set(SIDES):
                 values[name] = [size[side] for side in SIDES]
         size = given.get("size")
@@ -230,14 +263,14 @@ class Preprocessor:
     @property
     def varies(self) -> bool:
         """Whether the size of the prepared image depends on the aspect ratio of the image."""
-        return self.do_resize and self.shortest_edge is not None and not self.do_center_crop
+        return self.do_resize and self.shortest_edge is not None and not self.do_center_crop and self.pad_size is None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of preprocessor_config.json as transformers writes it."""
         config: dict[str, Any] = {"image_processor_type": "ViTImageProcessor"}
         for name in KEYS:
             value = getattr(self, name)
-            if name in ("size", "crop_size") and value is not None:
+            if name in ("size", "crop_size", "pad_size") and value is not None:
                 value = dict(zip(SIDES, value, strict=True))
             if value is not None:
                 config[name] = list(value) if isinstance(value, tuple) else value
@@ -254,8 +287,12 @@ class Preprocessor:
         if self.do_resize:
             how = {None: f"to {sides}", "cover": f"to cover {sides}", "contain": f"to fit into {sides}"}[self.keep_ratio]
             short = self.shortest_edge
-            steps.append(f"resize {how if short is None else f'the shorter side to {short}'} ({FILTERS[self.resample]})")
-        if self.do_center_crop:
+            most = f", the longer one to at most {self.longest_edge}" if self.longest_edge else ""
+            most += f", up to multiples of {self.size_divisor}" if self.size_divisor else ""
+            steps.append(f"resize {how if short is None else f'the shorter side to {short}'}{most} ({FILTERS[self.resample]})")
+        if self.do_thumbnail:
+            steps.append(f"shrink into {'x'.join(map(str, self.crop_size or ()))}, with black borders")
+        elif self.do_center_crop:
             steps.append(f"crop the center {'x'.join(map(str, self.crop_size or ()))}")
         if self.do_rescale and not math.isclose(self.rescale_factor, 1 / 255):
             steps.append(f"multiply by {self.rescale_factor:g}")
@@ -264,6 +301,8 @@ class Preprocessor:
                 f"{name} {' '.join(f'{value:g}' for value in values)}"
                 for name, values in (("mean", self.image_mean), ("std", self.image_std))
             ]
+        if self.pad_size is not None:
+            steps.append(f"pad with zeros to {'x'.join(map(str, self.pad_size))}")
         return ", ".join(steps) or "none"
 
     def __call__(self, images: ImageLike | list[ImageLike] | tuple[ImageLike, ...]) -> NDArray[np.float32]:
@@ -277,9 +316,14 @@ class Preprocessor:
         output = np.empty(0, dtype=np.float32)
         for index, count, pixels in self._each(images):
             if index == 0:
-                output = np.empty((count, self.channels, *pixels.shape[:2]), dtype=np.float32)
+                create = np.empty if self.pad_size is None else np.zeros
+                output = create((count, self.channels, *(self.pad_size or pixels.shape[:2])), dtype=np.float32)
             for channel in range(self.channels):  # a uint8 index is always in range; "clip" saves the check and a buffer
-                np.take(self._table[channel], pixels[..., channel], out=output[index, channel], mode="clip")
+                if self.pad_size is None:
+                    np.take(self._table[channel], pixels[..., channel], out=output[index, channel], mode="clip")
+                else:
+                    place = output[index, channel, : pixels.shape[0], : pixels.shape[1]]
+                    place[:] = self._table[channel][pixels[..., channel]]
         return output
 
     def frames(self, images: ImageLike | list[ImageLike] | tuple[ImageLike, ...]) -> NDArray[np.uint8]:
@@ -297,12 +341,24 @@ class Preprocessor:
         The resize is scaled along with the crop. Without a crop, an image that keeps its aspect ratio gets the shorter side of
         `size`.
         """
+        if self.do_thumbnail:
+            return replace(self, shortest_edge=min(size), crop_size=size)
+        if self.shortest_edge is not None and self.longest_edge is not None:
+            return self._padded_to(size)
         if not self.do_center_crop or self.crop_size is None:
             edge = self.shortest_edge
             return replace(self, size=size, shortest_edge=None) if edge is None else replace(self, shortest_edge=min(size))
         if not self.do_resize or size == self.crop_size:
             return replace(self, crop_size=size)
         return self._scaled(size)
+
+    def _padded_to(self, size: tuple[int, int]) -> Preprocessor:
+        """Return the same preprocessing for images that are padded to `size`. Both edges shrink if they exceed it."""
+        padded, step = replace(self, pad_size=size if self.do_pad else None), self.size_divisor or 1
+        short, long = (min(size) // step * step, max(size) // step * step)
+        if (self.shortest_edge or 1) > short or (self.longest_edge or 1) > long:
+            return replace(padded, shortest_edge=max(short, 1), longest_edge=max(long, 1))
+        return padded
 
     def _scaled(self, size: tuple[int, int]) -> Preprocessor:
         """Return the same preprocessing with a crop of `size`, and the resize that belongs to it."""
@@ -343,7 +399,15 @@ class Preprocessor:
             return round(height / ratio), round(width / ratio)
         if (short := self.shortest_edge) is None:
             return self.size
-        long = int(short * max(width, height) / min(width, height))
+        exact = float(short)
+        if self.longest_edge is not None and max(height, width) / min(height, width) * short > self.longest_edge:
+            exact = self.longest_edge * float(min(height, width)) / float(max(height, width))  # as transformers rounds
+            short = round(exact)
+        long = int(exact * max(width, height) / min(width, height))
+        if short == min(height, width) and self.longest_edge is not None:
+            long = max(height, width)
+        step = self.size_divisor or 1
+        short, long = -(-short // step) * step, -(-long // step) * step
         return (long, short) if width <= height else (short, long)
 
     def crop_offset(self, length: int, crop: int) -> int:
@@ -362,7 +426,12 @@ class Preprocessor:
             label = _label(image, index, len(batch))
             pixels = self._pixels(_plain_image(image, label), label)
             shape = shape or pixels.shape
-            if pixels.shape != shape:
+            if self.pad_size is not None and any(a > b for a, b in zip(pixels.shape, self.pad_size, strict=False)):
+                raise InputError(
+                    f"{label} has {pixels.shape[0]}x{pixels.shape[1]} pixels after it is resized, and is padded to "
+                    f"{self.pad_size[0]}x{self.pad_size[1]}. Export for images of that shape: --image-size HEIGHTxWIDTH."
+                )
+            if pixels.shape != shape and self.pad_size is None:
                 raise InputError(
                     f"{label} has {pixels.shape[0]}x{pixels.shape[1]} pixels after preprocessing, and the first image has "
                     f"{shape[0]}x{shape[1]}. A batch has one size: process the images one by one."
@@ -402,6 +471,8 @@ class Preprocessor:
 
         if self.do_resize:
             picture = self._resized(picture, label)
+        if self.do_thumbnail and self.crop_size is not None:
+            picture = self._thumbnail(picture)
         if not self.do_center_crop or self.crop_size is None:
             return picture
         height, width = self.crop_size
@@ -412,6 +483,18 @@ class Preprocessor:
             canvas.paste(picture, (-left, -top))
             return canvas
         return picture.crop((left, top, left + width, top + height))  # pixels outside the image are black
+
+    def _thumbnail(self, picture: PILImage.Image) -> PILImage.Image:
+        from PIL import Image
+
+        height, width = (min(pair) for pair in zip((picture.height, picture.width), self.crop_size or (), strict=True))
+        if (width, height) == picture.size:
+            return picture
+        if picture.height > picture.width:
+            width = int(picture.width * height / picture.height)
+        elif picture.width > picture.height:
+            height = int(picture.height * width / picture.width)
+        return picture.resize((max(width, 1), max(height, 1)), Image.Resampling(self.resample))
 
     def _resized(self, picture: PILImage.Image, label: str) -> PILImage.Image:
         from PIL import Image
@@ -776,6 +859,34 @@ def _processor_kind(config: Mapping[str, Any]) -> str:
         f"{', '.join(PROCESSORS)} image processors, which resize, crop and normalize. If the model was trained so, state it "
         f"with --preprocessor FILE."
     )
+
+
+def _as_dense(kind: str, given: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of an image processor of detectors, Donut or DPT, with those of earlier versions replaced."""
+    given = dict(given)
+    size, step = given.get("size"), given.pop("ensure_multiple_of", None) or config.get("size_divisibility")
+    if kind == "DPT":
+        step = step if _is_side(step) else 1
+        sides = [size[side] for side in SIDES] if isinstance(size, Mapping) and set(size) == set(SIDES) else size
+        return {**given, "size": [round(one / step) * step for one in sides] if isinstance(sides, list) else sides}
+    if kind == "Donut":
+        given.pop("do_pad", None)
+        size = dict(zip(SIDES, reversed(size), strict=False)) if isinstance(size, list | tuple) else size
+        if not isinstance(size, Mapping) or not all(_is_side(size.get(side)) for side in SIDES):
+            raise _invalid("size", size, '{"height": ..., "width": ...}')
+        if config.get("do_pad") is False or config.get("do_thumbnail") is False:
+            raise _invalid("do_pad and do_thumbnail", False, "true: other images have no fixed size")
+        given |= {"size": {"shortest_edge": min(size.values())}, "crop_size": dict(size), "do_center_crop": True}
+        return {**given, "round_crop": True, "crop_fill": [0] * len(given.get("image_mean") or (0, 0, 0)), "do_thumbnail": True}
+    if step is not None:
+        given["size_divisor"] = step
+    if not given.get("size_divisor"):
+        given.pop("size_divisor", None)
+    if _is_side(size):
+        size = {"shortest_edge": size, "longest_edge": config.get("max_size") or 1333}
+    if isinstance(size, Mapping) and set(size) == {"shortest_edge", "longest_edge"}:
+        given |= {"size": {"shortest_edge": size["shortest_edge"]}, "longest_edge": size["longest_edge"]}
+    return given
 
 
 def _as_convnext(values: dict[str, Any]) -> dict[str, Any]:

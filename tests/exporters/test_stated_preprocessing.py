@@ -54,6 +54,7 @@ TIMM = {
     "std": [0.2, 0.2, 0.1],
     "interpolation": "bilinear",
 }
+NOUGAT = {"image_processor_type": "NougatImageProcessor", "do_crop_margin": True, "resample": 2, "image_mean": [0.1, 0.2, 0.3]}
 MICROSOFT = {"DATA": {"IMG_SIZE": 64, "INTERPOLATION": "bilinear"}, "TEST": {"CROP": False}}
 
 
@@ -79,6 +80,8 @@ MICROSOFT = {"DATA": {"IMG_SIZE": 64, "INTERPOLATION": "bilinear"}, "TEST": {"CR
         ("microsoft", {"extras": {"config": MICROSOFT}}, "TEST.CROP", "resize to 64x64 (bilinear)", False),
         ("microsoft", {"extras": {"config": {"TEST": {"CROP": True}}}}, "TEST.CROP", "side to 73 (bicubic)", False),
         ("hf", {}, "published Swin checkpoints", "resize to 64x64 (bicubic)", True),
+        ("microsoft", {"parent": "a detector"}, "models with a Swin inside", "resize to 64x64 (bicubic), mean 0.485", True),
+        ("hf", {"parent": "a", "preprocessor": NOUGAT}, "preprocessor_config.json, in part", "(bilinear), mean 0.1", True),
         ("", {}, "random weights", "resize to 64x64 (bicubic)", False),
     ],
 )  # fmt: skip
