@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+
+from swin_deploy.cli import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKER, KUBERNETES = ROOT / "examples/docker", ROOT / "examples/kubernetes"
@@ -77,6 +80,18 @@ def test_the_inference_service_fits_kserve() -> None:
     assert {key: type(value) for key, value in own.items()} == {key: KSERVE[key] for key in own}
     check({"apiVersion": "v1", "kind": "Pod", "metadata": service["metadata"], "spec": predictor}, NEWEST, strict=True)
     assert predictor["containers"][0]["name"] == "kserve-container"
+
+
+def test_the_image_installs_and_runs_what_exists() -> None:
+    text, project = (DOCKER / "Dockerfile").read_text(encoding="utf-8"), (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    [extras] = re.findall(r'"\.\[(.+)\]"', text)
+    [backend] = re.findall(r"^ARG BACKEND=(.+)$", text, re.MULTILINE)
+    assert [name for name in extras.replace("${BACKEND}", backend).split(",") if f"\n{name} = [" not in project] == []
+    [command] = re.findall(r"^CMD (\[.+\])$", text, re.MULTILINE)
+    verb, *arguments = json.loads(command)
+    found = cli.get_command(click.Context(cli), verb)
+    assert found is not None
+    assert str(found.make_context(verb, arguments).params["bundle"]) == "/bundle"
 
 
 @pytest.mark.parametrize("name", ["serve.yaml", "inferenceservice.yaml"])
