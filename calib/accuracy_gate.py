@@ -139,7 +139,7 @@ class AccuracyGate:
             "classes": "points of top-1" if labelled else "% of images with another best class than in fp32",
             "labels": "points of mAP" if labelled else "% of labels predicted differently than in fp32",
             "values": "% more mean absolute error than fp32" if labelled else "% relative L2 distance from fp32",
-        }.get(str(self.targets.prediction), "% relative L2 distance from fp32")
+        }.get(str(self.targets.prediction), "% relative L2 distance from fp32 (of the worst output)")
 
     def loss(self, model: Any) -> float:
         """Return how many percentage points `model` is worse than fp32, in `unit`."""
@@ -160,17 +160,22 @@ class AccuracyGate:
             yield range(done, done + count), {self.image_size: batch}
             done += count
 
-    def outputs(self, model: Any) -> Array:
-        """Return all outputs of `model` on the first RANKING_SAMPLES samples as one vector."""
-        outputs: list[Array] = []
+    def outputs(self, model: Any, scales: Mapping[str, float] | None = None) -> Array:
+        """Return all outputs of `model` on the first RANKING_SAMPLES samples as one vector, each divided by its scale."""
+        found = self._by_output(model)
+        return np.concatenate([found[name] / ((scales or {}).get(name) or 1.0) for name in found])
+
+    def _by_output(self, model: Any) -> dict[str, Array]:
+        parts: dict[str, list[Array]] = {}
         seen = 0
         with self.open_model(model) as runtime:
             for batch in self.batches():
-                outputs += runtime.run(batch).values()
+                for name, output in runtime.run(batch).items():
+                    parts.setdefault(name, []).append(np.asarray(output).reshape(-1))
                 seen += len(next(iter(batch.values())))
                 if seen >= RANKING_SAMPLES:
                     break
-        return np.concatenate([np.asarray(output).reshape(-1) for output in outputs])
+        return {name: np.concatenate(found) for name, found in parts.items()}
 
     def select_layers(self, title: str, names: Sequence[str], graph: Callable[[Set[str]], Any], max_drop: float) -> GateResult:
         """Choose the layers to keep in fp32 so that the loss is at most `max_drop`; `graph` builds a graph with these kept.
@@ -178,7 +183,10 @@ class AccuracyGate:
         Raises GateError if the loss is larger even with a single quantized layer. `title` names the precision.
         """
         _LOG.info("Ranking the layers by sensitivity")
-        ranking = rank_layers(names, lambda keep: self.outputs(graph(keep)), self.progress)
+        # Every stage of a backbone counts equally, however large its map is.
+        fp32 = self._by_output(self.reference)
+        scales = {name: float(np.linalg.norm(output)) for name, output in fp32.items()} if len(fp32) > 1 else {}
+        ranking = rank_layers(names, lambda keep: self.outputs(graph(keep), scales), self.progress)
         kept, loss = fewest_fp32_layers(ranking, lambda keep: self.loss(graph(keep)), max_drop)
         if len(kept) == len(names):
             alone = ", ".join(f"{layer.name} {layer.sqnr_db:.1f}" for layer in ranking[:3])
@@ -201,7 +209,9 @@ def _loss(reference: Score, test: Score) -> float:
         return reference.mean_average_precision - test.mean_average_precision
     if test.mae is not None and reference.mae is not None:
         return (test.mae - reference.mae) / max(reference.mae, float(np.finfo(np.float32).tiny))
-    return 1 - test.top1_agreement if test.top1_agreement is not None else float(test.relative_l2 or 0.0)
+    if test.top1_agreement is not None:
+        return 1 - test.top1_agreement
+    return max((one["relative_l2"] for one in test.outputs.values()), default=float(test.relative_l2 or 0.0))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +54,7 @@ class Score:
         mean_average_precision: Mean over the labels that occur of their average precision.
         f1: F1 of all labels together, which are predicted if their score is above the threshold.
         mae: Mean absolute error of a regression.
+        outputs: `relative_l2` and `sqnr_db` of every output, such as the feature maps of a backbone, by name; empty for logits.
     """
 
     file: str
@@ -70,10 +72,15 @@ class Score:
     mean_average_precision: float | None = None
     f1: float | None = None
     mae: float | None = None
+    outputs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values; infinity becomes None."""
-        return json_figures(self)
+        outputs = {
+            name: {key: value if math.isfinite(value) else None for key, value in figures.items()}
+            for name, figures in self.outputs.items()
+        }
+        return {**json_figures(self), "outputs": outputs}
 
 
 @dataclass(frozen=True)
@@ -168,6 +175,10 @@ class GraphScorer:
             sqnr_db=sqnr_db[worst] if compared else None,
             output=worst,
             not_finite=self.not_finite,
+            outputs={
+                name: {"relative_l2": self.distance[name] / samples, "sqnr_db": sqnr_db[name]}
+                for name in (sqnr_db if targets.prediction is None else ())
+            },
             **figures,
         )
 

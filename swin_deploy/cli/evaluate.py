@@ -83,6 +83,14 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
         + [(file, *unknown, f"({why})") for file, why in found.left_out.items()]
         + [(engine, *unknown, "(needs its GPU)") for engine in engines],
     )
+    parts = [
+        (score.file or "(PyTorch)", name, _figure(one["relative_l2"], ".2e"), _figure(one["sqnr_db"], ".1f"))
+        for score in found.scores
+        for name, one in score.outputs.items()
+        if len(score.outputs) > 1
+    ]
+    if parts:
+        print_table(("graph", "output", *COLUMNS[:2]), parts)
     exit_with_failures(found.failed, as_json)
 
 

@@ -240,6 +240,24 @@ def test_other_tasks_have_distances_only(tmp_path: Path) -> None:
     assert score.output == "last_hidden_state"  # the means are exact
     assert score.relative_l2 is not None
     assert 0 < score.relative_l2 < 0.05
+    assert score.outputs["last_hidden_state"] == {"relative_l2": score.relative_l2, "sqnr_db": score.sqnr_db}
+    assert list(score.to_dict()["outputs"]) == ["last_hidden_state", "mean"]
+
+
+def test_the_gate_limits_the_worst_feature_map() -> None:
+    """Each map counts equally, although the first one has most values; the loss is that of the worst."""
+    maps = {"feature_maps.0": np.full((8, 100), 100.0, np.float32), "feature_maps.1": np.ones((8, 1), np.float32)}
+    worse = {name: array * np.float32(1.001 if name.endswith("0") else 1.2) for name, array in maps.items()}
+
+    @contextlib.contextmanager
+    def opened(outputs: dict[str, np.ndarray]) -> Iterator[Any]:
+        specs = [SimpleNamespace(name=name) for name in outputs]
+        yield SimpleNamespace(title="t", outputs=specs, run=lambda f: {n: a[f["rows"]] for n, a in outputs.items()})
+
+    gate = AccuracyGate(maps, lambda: iter([{"rows": np.arange(8)}]), 8, (8, 8), Targets(), opened)
+    assert gate.loss(worse) == pytest.approx(20, rel=1e-4)
+    chosen = gate.select_layers("INT8", list(maps), lambda keep: {n: (maps if n in keep else worse)[n] for n in maps}, 1.0)
+    assert (chosen.ranking[0].name, chosen.kept) == ("feature_maps.1", {"feature_maps.1"})
 
 
 def test_prepared_data_is_of_one_size(tmp_path: Path) -> None:
