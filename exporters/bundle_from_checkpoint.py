@@ -29,7 +29,7 @@ from swin_deploy.bundle import (
     weights_file,
 )
 from swin_deploy.config import OWN_KEYS, SwinConfig
-from swin_deploy.dependencies import installed_versions, require
+from swin_deploy.dependencies import installed_versions
 from swin_deploy.errors import CheckpointError, InputError, MissingDependencyError, UsageError, VerificationError, shown
 from swin_deploy.files import json_file
 from swin_deploy.frame_input import Frames, refuse_misfit
@@ -60,8 +60,6 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec,
     `open_graph` loads a graph to compare it with PyTorch; without ONNX Runtime graphs are recorded as not verified. Raises
     VerificationError, and writes nothing, if a graph disagrees.
     """
-    for module in ("torch", "onnx", "onnxscript", "onnx_graphsurgeon"):
-        require(module, "export a model")
     task, frame_size, target = checkpoint.task, spec.embed_resize, spec.target
     config = checkpoint.config
     stated = preprocessing_of(checkpoint, spec)

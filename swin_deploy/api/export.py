@@ -12,6 +12,8 @@ from swin_deploy.options import ExportSpec
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
 
+MODULES = ("torch", "onnx", "onnxscript", "onnx_graphsurgeon")
+
 
 @keywords(ExportSpec)
 def export(spec: ExportSpec) -> Bundle:
@@ -35,12 +37,14 @@ def export(spec: ExportSpec) -> Bundle:
         >>> bundle = swin_deploy.export("swinv2-tiny", image_sizes=[256, "256x320"])
     """
     from swin_deploy.bundle import replaceable_path
-    from swin_deploy.dependencies import require
+    from swin_deploy.dependencies import installed, require
     from swin_deploy.exporters.bundle_from_checkpoint import bundle_from_checkpoint
     from swin_deploy.exporters.checkpoint_from_request import bundle_name, checkpoint_from_request
     from swin_deploy.runtimes.backends import runtime_to_check
 
-    require("torch", "export a model")
+    for module in MODULES:
+        if not installed(module):  # found before torch is imported, which takes seconds
+            require(module, "export a model")
     path = Path(spec.output or bundle_name(spec.variant, spec.weights))
     if os.path.lexists(path):
         replaceable_path(path, spec.force)  # before the work, and again after it
