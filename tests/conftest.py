@@ -3,7 +3,7 @@
 SWIN_DEPLOY_REQUIRE=cuda,tensorrt turns the skips of tests with these markers into failures, on a machine that is meant to run
 them all. A test that cannot apply to the machine at all (`not_applicable`) is listed as well, and never fails.
 
-`pytest -n auto` runs the tests in several processes. What is expensive to make and only read they make once (once.py).
+`pytest -n 3` runs the tests in several processes. What is expensive to make and only read they make once (once.py).
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def linked(path: Path, link: Callable[[Path, Path], Any]) -> None:
 
 
 KINDS: dict[str, Callable[[Path], None]] = {
-    "one size": one_size, "two sizes": two_sizes, "external weights": external,
+    "two sizes": two_sizes, "external weights": external,
     "symbolic links": lambda path: linked(path, lambda blob, file: file.symlink_to(blob)),  # a cache of Hugging Face
     "hard links": lambda path: linked(path, os.link),  # cp -al
 }  # fmt: skip

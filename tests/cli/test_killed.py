@@ -20,10 +20,8 @@ SAID = {
 @pytest.mark.parametrize(
     ("name", "line", "calls"),
     [
-        ("SIGTERM", "Loading", 1),
         ("SIGTERM", "Comparing", 1),
         ("SIGINT", "Tracing", 300_000),
-        ("SIGKILL", "Tracing", 30_000),
         ("SIGKILL", "Comparing", 100),
     ],
 )

@@ -114,7 +114,7 @@ def digit_pixels() -> tuple[Array, Array, Array]:
     return prepare(list(data.train_images[:64])), prepare(list(data.test_images)), data.test_digits
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_digits_keep_their_answers(version: int) -> None:
     """The best of the baselines with their defaults reaches 36 dB: benchmarks/quantization.py."""
     calibration, test, wanted = digit_pixels()

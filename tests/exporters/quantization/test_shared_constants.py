@@ -99,7 +99,12 @@ def networks(version: int, edit: Callable[[str, Array], Array]) -> tuple[onnx.Mo
 
 
 each = pytest.mark.parametrize(
-    ("version", "edit"), [pytest.param(v, edit, id=f"V{v}-{edit.__name__}") for v in (1, 2) for edit in KINDS]
+    ("version", "edit"),
+    [
+        pytest.param(v, edit, id=f"V{v}-{edit.__name__}", marks=() if v == 2 or edit is tied else pytest.mark.slow)
+        for v in (1, 2)
+        for edit in KINDS
+    ],
 )
 
 
