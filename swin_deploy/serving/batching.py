@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from queue import Empty, Full, Queue
@@ -117,7 +117,7 @@ class Workers:
             model.warm_up()
             if self.batch > 1:
                 model.warm_up(self.batch)
-        self.sizes: list[int] = []  # of the batches that were run since they were last counted
+        self.observe: Callable[[int], Any] = lambda size: None  # called with the size of each batch
         self._queue: Queue[_Request | None] = Queue(spec.queue)
         self._closed = False
         self._threads = [
@@ -178,7 +178,7 @@ class Workers:
                     groups.setdefault(request.work, []).append(request)
             for work, requests in groups.items():
                 _answer(work, model, requests)
-                self.sizes.append(len(requests))
+                self.observe(len(requests))
 
     def _best_batch(self) -> int:
         """Return BATCH if the first model runs so many images in less time per image than one, else 1."""

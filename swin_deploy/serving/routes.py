@@ -235,20 +235,16 @@ class _Metrics:
     """What /metrics shows."""
 
     def __init__(self, workers: Workers) -> None:
-        self._workers = workers
         self._registry = own = CollectorRegistry()
         names = ["route", "status"]
         self.requests = Counter("swin_deploy_requests", "Answered requests", names, registry=own)
         self.seconds = Histogram("swin_deploy_request_seconds", "Time to answer", names[:1], buckets=BUCKETS, registry=own)
-        self._together = Histogram("swin_deploy_batch_size", "Requests run together", buckets=SIZES, registry=own)
+        workers.observe = Histogram("swin_deploy_batch_size", "Requests run together", buckets=SIZES, registry=own).observe
         self.running = Gauge("swin_deploy_requests_in_progress", "Requests that are not yet answered", registry=own)
         waiting = Gauge("swin_deploy_queue_length", "Requests that wait for a worker", registry=own)
         waiting.set_function(lambda: workers.waiting)
 
     def text(self) -> bytes:
-        sizes, self._workers.sizes = self._workers.sizes, []
-        for size in sizes:
-            self._together.observe(size)
         return generate_latest(self._registry)
 
 

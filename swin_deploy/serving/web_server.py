@@ -78,7 +78,8 @@ def run_until_signal(app: Any, listening: socket.socket, seconds: float, ready: 
         ready: Called with the URL once connections are accepted.
     """
     _allow_connections()
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # not a line for each malformed request
+    for name in ("uvicorn", "python_multipart"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # not a line for each malformed request
     protocol = type("Protocol", (PatientProtocol,), {"head_seconds": seconds})
     config = uvicorn.Config(
         app,

@@ -303,7 +303,8 @@ def test_waiting_requests_run_together_and_too_many_are_refused() -> None:
         go.wait()
         return requests
 
-    workers = Workers(digits(2), ServeSpec(**RUN, workers=1, batch=4, queue=6))
+    workers, sizes = Workers(digits(2), ServeSpec(**RUN, workers=1, batch=4, queue=6)), list[int]()
+    workers.observe = sizes.append
     with swin_deploy.load(digits(2), **RUN) as model:
         expected = [model.classify(image, top_k=1)[0][0] for image in (IMAGE, SEVEN)]
     first = workers.submit(blocks, None)
@@ -315,7 +316,7 @@ def test_waiting_requests_run_together_and_too_many_are_refused() -> None:
     assert cancelled.cancel()
     go.set()
     workers.close()
-    assert (first.result(), workers.sizes) == (None, [1, 4, 1])
+    assert (first.result(), sizes) == (None, [1, 4, 1])
     assert "not a valid image" in str(waiting.pop(2).exception())
     for request, one in zip(waiting, (*expected, *expected), strict=True):
         [found] = request.result()
