@@ -32,7 +32,9 @@ from .tensor_protocol import BINARY, HEADER, read_request, tensor_metadata, writ
 RAW = ("", "application/octet-stream", "binary/octet-stream")
 JSON, FORM = "application/json", "multipart/form-data"
 NOT_FETCHED = "This service does not fetch images from addresses"
-PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob:; connect-src 'self'"
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob: data:; connect-src 'self'"
+)
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 SIZES = (1, 2, 4, 8, 16, 32)
 Handler = Callable[[Request], Awaitable[Response]]

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import base64
-import http.client
 import json
 import re
-import signal
 import socket
 import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from cli.exported import EXAMPLES, SCRIPT, THREE, WEIGHTS, digits, exported_bundle, one_block, started
+from cli.exported import EXAMPLES, THREE, WEIGHTS, cli_here, digits, exported_bundle, one_block, refused
+from serving.service import IMAGE, LIMITS, RUN, SEVEN, Served, served
 
 import swin_deploy
 import swin_deploy.serving
@@ -27,55 +25,6 @@ from swin_deploy.options import ServeSpec
 from swin_deploy.tasks import TaskSpec
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
-RUN = {"backend": "onnxruntime", "precision": "fp32"}
-IMAGE = THREE.read_bytes()
-SEVEN = (EXAMPLES / "digits/images/7.png").read_bytes()
-LIMITS = ("--max-body", "256KiB", "--max-pixels", "2500", "--timeout", "30")
-Answer = tuple[int, Any]
-
-
-class Served:
-    """A running `swin-deploy serve`."""
-
-    def __init__(self, bundle: Path, *options: str) -> None:
-        flags = [part for name, value in RUN.items() for part in (f"--{name}", value)]
-        command = [SCRIPT, "serve", str(bundle), "--port", "0", *flags, "--workers", "2", "--batch", "1", *options]
-        self.process = started(*command, cwd=bundle)
-        assert self.process.stdout is not None
-        self.url = self.process.stdout.readline().strip()
-        self.port = int(self.url.rpartition(":")[2] or 0)
-        assert self.port, self.process.communicate()[1]
-
-    def ask(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Answer:
-        """The status of the answer and its JSON value."""
-        link = http.client.HTTPConnection("127.0.0.1", self.port)
-        link.request(method, path, body, headers or {})
-        answer = link.getresponse()
-        status, content = answer.status, answer.read()
-        link.close()
-        return status, json.loads(content) if "json" in answer.headers["content-type"] else content
-
-    def send(self, content: bytes) -> socket.socket:
-        """A connection on which `content` was sent."""
-        link = socket.create_connection(("127.0.0.1", self.port))
-        link.sendall(content)
-        return link
-
-    def end(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        self.process.communicate()
-        return self.process.returncode
-
-
-@contextmanager
-def served(bundle: Path, *options: str) -> Iterator[Served]:
-    server = Served(bundle, *options)
-    try:
-        yield server
-    finally:
-        if server.process.poll() is None:
-            server.process.kill()
-            server.process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -327,8 +276,6 @@ def test_waiting_requests_run_together_and_too_many_are_refused() -> None:
 
 
 def test_an_address_in_use_and_a_missing_bundle_are_errors(server: Served) -> None:
-    from cli.exported import cli_here, refused
-
     refused(cli_here("serve", digits(2), "--port", server.port, cwd=Path()), "Cannot listen on 127.0.0.1")
     refused(cli_here("serve", "nothing", "--port", 0, cwd=Path()), "nothing")
     assert options_of(ServeSpec).keys() >= {"host", "port", "backend"}
