@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +73,7 @@ class RayPool:
             num_cpus=1,
             num_gpus=self.gpus,
         )
+        found.context.execution_options.preserve_order, found.context.enable_progress_bars = True, False
         for table in found.iter_batches(batch_size=None, batch_format="pyarrow"):
             for answers in table.column(ANSWERS):
                 yield pickle.loads(answers.as_py())
@@ -90,20 +92,16 @@ def connected(address: str, workers: int | None) -> Iterator[None]:
             {"address": address} if address != "local" else {"num_cpus": (workers or usable_cores()) + 1, "address": "local"}
         )
         try:
-            ray.init(**where, log_to_driver=False)
+            ray.init(**where, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UsageError(
                 f"No Ray cluster answers at {address} ({str(error).splitlines()[0]}). Start one with ray start --head, or pass "
                 f"local."
             ) from error
-    context = ray.data.DataContext.get_current()
-    options = context.execution_options
-    before = options.preserve_order, context.enable_progress_bars
-    options.preserve_order, context.enable_progress_bars = True, False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would print its plan
     try:
         yield
     finally:
-        options.preserve_order, context.enable_progress_bars = before
         if ours:
             ray.shutdown()
 
