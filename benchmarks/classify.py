@@ -270,13 +270,6 @@ def main() -> None:
         }
         head = ("images", "candidate", "images/s", "of the target", "start s", "images/s with start", "processor ms/image")
         print(f"\n| {' | '.join(head)} |\n{'|---' * len(head)}|")
-        sets = {
-            f"{given.digits} digits": (bundles.get("digits"), digits_bundle, digits_folder, given.digits),
-            f"{given.photos} photographs, Swin-T": (bundles.get("photos"), photos_bundle, photos_folder, given.photos),
-        }
-        print(
-            "\n| images | candidate | images/s | of the target | start s | images/s with start | processor ms/image |\n|---|---|---|---|---|---|---|"
-        )
         for title, (bundle, export, write, count) in sets.items():
             if not count:
                 continue

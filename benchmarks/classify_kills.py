@@ -2,8 +2,8 @@
 
     python benchmarks/classify_kills.py [--kills 50] [--images 3000] [--bundle BUNDLE] [--folder FOLDER]
 
-Every 100th image is damaged. In each run, SIGKILL ends the command or, as often, one of its processes, at a random moment of the
-time that a run takes; a run that was killed is resumed until it ends. The result must have each image exactly once, in order,
+Every 100th image is damaged. In each run, SIGKILL ends the command or, as often, one of its processes, at a random moment of
+the time that a run takes; a run that was killed is resumed until it ends. The result must have each image exactly once, in order,
 with the same bits, and nothing may be left beside it. The number of processes, the source and the format vary.
 
 Needs the extras onnxruntime, bench and test. Without --bundle, the digits checkpoint is exported first.
@@ -42,7 +42,7 @@ def command(bundle: Path, source: Path | str, output: Path, workers: int) -> lis
 
 
 def killed(arguments: list[str], after: float, worker: bool) -> tuple[int, bool]:
-    """Run a command, and kill it or one of its processes after some seconds; return its exit code, and whether that happened."""
+    """Run a command, and kill it or one of its processes after some seconds; return its exit code, and whether it did."""
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline, hit = time.monotonic() + after, False
     while process.poll() is None and time.monotonic() < deadline:
@@ -53,7 +53,7 @@ def killed(arguments: list[str], after: float, worker: bool) -> tuple[int, bool]
             os.kill(random.choice(workers or [process.pid]) if worker else process.pid, signal.SIGKILL)
             hit = True
     _, errors = process.communicate()
-    if process.returncode not in (1, -signal.SIGKILL):  # damaged images are reported with 1
+    if process.returncode not in (0, 1, -signal.SIGKILL):  # damaged images are reported with 1
         print(errors, file=sys.stderr)
     return process.returncode, hit
 
