@@ -8,7 +8,7 @@ process with one thread of the same back end; the target is twice its rate. Ever
 --rounds times, of which the best counts: other load only makes it slower. "start" is the time until the first result. The
 processor time is that of all processes, start included, and depends less on other load; Ray's processes are not in it.
 
---memory classifies that many digits and prints the resident memory of the command and of its processes over time.
+--memory classifies that many digits and prints the resident memory of the command and of its processes.
 
 Needs the extras onnxruntime, parquet, bench and test; the row of Ray needs the extra ray.
 """
@@ -218,24 +218,25 @@ def alone(name: str, bundle: Path, images: Path, workers: int, rounds: int) -> d
 
 
 def memory(bundle: Path, images: Path, workers: int) -> None:
-    """Print the resident memory of the processes while they classify."""
+    """Print the largest resident memory of the processes in each tenth of the run, looked at every second."""
     import psutil
 
-    this, rows, last = psutil.Process(), list[tuple[int, float, float]](), 0
+    this, rows, looked = psutil.Process(), [[0.0, 0.0] for _ in range(10)], 0.0
 
     def look(phase: str, done: int, total: int) -> None:
-        nonlocal last
-        if done - last >= total // 20:
-            last = done
-            children = sorted(one.memory_info().rss for one in this.children(recursive=True))
-            rows.append((done, this.memory_info().rss / 2**20, max(children) / 2**20))
+        nonlocal looked
+        if (now := time.monotonic()) - looked >= 1:
+            looked = now
+            row = rows[min(9, 10 * done // total)]
+            row[0] = max(row[0], this.memory_info().rss)
+            row[1] = max(row[1], *(one.memory_info().rss for one in this.children(recursive=True)))
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.parquet"
         swin_deploy.classify_dataset(bundle, images, output=out, workers=workers, batch=BATCH, progress=look, **NAMED)
-    print("| images | command MiB | largest process MiB |\n|---|---|---|")
-    for done, command, process in rows:
-        print(f"| {done} | {command:.1f} | {process:.1f} |")
+    print("| tenth | command MiB | largest process MiB |\n|---|---|---|")
+    for number, (command, process) in enumerate(rows, 1):
+        print(f"| {number} | {command / 2**20:.1f} | {process / 2**20:.1f} |")
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
     python benchmarks/classify_kills.py [--kills 50] [--images 3000] [--bundle BUNDLE] [--folder FOLDER]
 
 Every 100th image is damaged. In each run, SIGKILL ends the command or, as often, one of its processes, at a random moment of
-the time that a run takes; a run that was killed is resumed until it ends. The result must have each image exactly once, in order,
-with the same bits, and nothing may be left beside it. The number of processes, the source and the format vary.
+the time that a run takes; a run that was killed is resumed until it ends. The result must have each image exactly once, in
+order, with the same bits, and nothing may be left beside it. The number of processes, the source and the format vary.
 
 Needs the extras onnxruntime, bench and test. Without --bundle, the digits checkpoint is exported first.
 """
