@@ -2,6 +2,7 @@
 # make test    ruff, and pytest in one process more than there are processors, four at most; one test runs mypy
 # make lint    ruff and mypy
 # make test-browser   the page of serve in Chromium, which it installs with Playwright unless there is one
+# make test-ray       serve with Ray Serve, which it installs
 # make fuzz    20,000 changed and hostile inputs (benchmarks/README.md)
 # make docs    the documentation as a site, into site/
 # make clean   remove everything that these made, the environment included
@@ -16,7 +17,7 @@ DIGITS := examples/digits
 WORKERS := $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test test-browser lint fuzz docs clean venv
+.PHONY: demo test test-browser test-ray lint fuzz docs clean venv
 
 demo: venv
 	rm -rf demo
@@ -44,6 +45,10 @@ test-browser: venv
 	python -m pip install -q --disable-pip-version-check -c constraints.txt "playwright>=1.50"
 	command -v chromium google-chrome >/dev/null || playwright install --with-deps chromium
 	pytest -n0 tests/serving/test_browser.py
+
+test-ray: venv
+	python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[ray]"
+	pytest -n0 tests/serving/test_ray_serve.py
 
 fuzz: venv
 	python -m benchmarks.fuzz all

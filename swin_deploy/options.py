@@ -479,6 +479,12 @@ class ServeSpec(_CandidateSpec):
     )
     max_body: Any = option("16MiB", parse.memory, "Largest body of a request, such as 16MiB.")
     max_pixels: int = option(50_000_000, parse.whole(1), "Largest number of pixels of an image.")
+    ray: str | None = option(
+        None,
+        parse.text,
+        "Deploy with Ray Serve: the address of a cluster, auto for the one of this machine, or local to start one.",
+        metavar="ADDRESS",
+    )
 
 
 @dataclass(frozen=True)

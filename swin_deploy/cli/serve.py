@@ -26,12 +26,20 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
 
     chosen = given(ServeSpec, options)
     spec = ServeSpec(**chosen)
-    for module in ("uvicorn", "httptools"):
-        require(module, "serve a bundle")
-    from swin_deploy.serving.web_server import bound_socket, run_until_signal
 
     def ready(url: str) -> None:
         print_json({"url": url}) if as_json else click.echo(url)
+
+    if spec.ray is not None:
+        from swin_deploy.bundle import Bundle
+        from swin_deploy.serving.ray_serve import run_on_ray
+
+        with console():
+            run_on_ray(spec.ray, Bundle.open(bundle, spec.trust).path.absolute(), spec, chosen, ready)
+        return
+    for module in ("uvicorn", "httptools"):
+        require(module, "serve a bundle")
+    from swin_deploy.serving.web_server import bound_socket, run_until_signal
 
     with console(), bound_socket(spec.host, spec.port) as listening:
         with stdout_kept_clean():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from swin_deploy.errors import UsageError
 from swin_deploy.option_parsers import BundlePath, bundle_keywords
 from swin_deploy.options import ServeSpec
 
@@ -38,3 +39,24 @@ def application(bundle: BundlePath, spec: ServeSpec) -> FastAPI:
     from .routes import routes
 
     return routes(Workers(bundle, spec))
+
+
+def app(options: dict[str, str]) -> Any:
+    """Return the application for Ray Serve: `serve run swin_deploy.serving:app bundle=swinv2-tiny`.
+
+    Args:
+        options: The path of the bundle as `bundle`, and options of `application`. Each replica has one worker by default.
+
+    Returns:
+        The application. The number of replicas, autoscaling and resources are options of the deployment `swin-deploy`.
+
+    Raises:
+        MissingDependencyError: The extra `ray` is not installed.
+        UsageError: An option is invalid.
+    """
+    from .ray_serve import ray_application
+
+    given = dict(options)
+    if "bundle" not in given:
+        raise UsageError("Ray Serve was given no bundle. Pass its path: serve run swin_deploy.serving:app bundle=PATH")
+    return ray_application(given.pop("bundle"), given)
