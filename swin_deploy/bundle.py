@@ -462,7 +462,7 @@ def newest_bundle(folder: Path) -> Bundle:
     if not found and damaged:
         raise damaged[0]
     for reason in damaged:
-        _LOG.warning("Warning: One bundle is ignored. %s", reason)
+        _LOG.warning("Warning: Ignoring one bundle. %s", reason)
     if not found:
         raise BundleError(
             f"There is no bundle in {folder.resolve()}. Pass the path of one, or create one: "

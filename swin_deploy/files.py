@@ -492,7 +492,7 @@ def _put_back(old: Path, path: Path) -> None:
                 else:
                     (old / name).replace(path / name)
             _discard(old)
-        _LOG.info("Put back %s: a command that was to replace it had been killed", path)
+        _LOG.info("Restored %s: a command that was replacing it had been killed", path)
 
 
 def _discard(path: Path) -> None:

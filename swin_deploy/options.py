@@ -60,7 +60,7 @@ def _on_error_option() -> Any:
     return option(
         "continue",
         parse.choice("reaction to errors", ON_ERROR),
-        "After an image that cannot be read: leave it out and exit with 1 at the end, or stop.",
+        "What to do if an image cannot be read: continue without it and exit with 1 at the end, or stop at once.",
     )
 
 
@@ -97,13 +97,13 @@ class ExportSpec(Spec):
     task: str | TaskSpec | None = option(
         None,
         parse.anything,
-        "Task head to export. Default: image-classification, or what the model around a Swin reads from it.",
+        "Task head to export. Default: image-classification; for a Swin inside another model, the outputs that the model uses.",
         choices=TASKS,
     )
     image_sizes: Any = option(
         (),
         parse.image_sizes,
-        "Height and width of the images in pixels, one graph for each size. Default: the size that the image processor makes.",
+        "Height and width of the images in pixels, one graph for each size. Default: the output size of the image processor.",
         flags=("--image-size",),
         many=True,
     )
@@ -129,7 +129,7 @@ class ExportSpec(Spec):
     weights_key: str | None = option(
         None,
         parse.text,
-        "Weights to load from a file with several: model, ema, or the name they are saved under. Default: the EMA, if any.",
+        "Which weights to load if a file has several sets: model, ema, or the key of the set. Default: the EMA, if any.",
         metavar="KEY",
     )
     head_activation: str | None = option(
@@ -166,7 +166,7 @@ class ExportSpec(Spec):
     activation: str | None = option(
         None,
         parse.choice("activation", SCORES),
-        "What turns logits into scores. Default: by the problem_type; without one softmax, or sigmoid for one class.",
+        "Function that turns logits into scores. Default: as problem_type states, else softmax, or sigmoid for one class.",
     )
     target: str = option(
         "tensorrt",
@@ -176,7 +176,7 @@ class ExportSpec(Spec):
     embed_preprocess: bool = option(
         False,
         parse.flag,
-        "Write graphs that take uint8 frames [batch, height, width, channels], and rescale and normalize them.",
+        "Write graphs that accept uint8 frames [batch, height, width, channels], and rescale and normalize them.",
     )
     embed_resize: Any = option(
         None,
@@ -186,7 +186,7 @@ class ExportSpec(Spec):
     output: PathLike | None = option(
         None,
         parse.path,
-        "Folder of the bundle to write. Default: ./ and the name of the variant or the checkpoint.",
+        "Folder of the bundle to write. Default: named after the variant or the checkpoint, in the current directory.",
         flags=("-o", "--output"),
     )
     force: bool = option(False, parse.flag, "Replace an existing bundle.")
@@ -330,10 +330,10 @@ class QuantSpec(Spec):
         metavar="FACTOR",
     )
     labels: PathLike | None = _image_labels_option()
-    ignore_labels: bool = option(False, parse.flag, "Compare with fp32 only, although the images have labels.")
+    ignore_labels: bool = option(False, parse.flag, "Compare with fp32 only, even if the images have labels.")
     on_error: str = _on_error_option()
     gpu: str | None = option(None, parse.text, "GPU of the roofline that --min-speedup uses, such as rtx-4090.")
-    ranges: PathLike | None = option(None, parse.path, "ONNX graph of the same network with Q/DQ nodes, whose scales are used.")
+    ranges: PathLike | None = option(None, parse.path, "ONNX graph of the same network with Q/DQ nodes. Its scales are used.")
     ignore_ranges: bool = option(False, parse.flag, "Measure all ranges, even if the checkpoint has QAT ranges.")
     progress: Progress = progress_option()
 
@@ -391,7 +391,7 @@ class LoadSpec(_CandidateSpec):
     rebuild: bool = option(
         False,
         parse.flag,
-        "Recompile, with its own options, an engine that does not fit this GPU, TensorRT release or graph.",
+        "If an engine does not fit this GPU, TensorRT release or graph, compile it again with the same options.",
     )
 
     def check(self) -> None:
@@ -413,7 +413,7 @@ class ClassifySpec(_CandidateSpec):
     )
     _: KW_ONLY
     output: PathLike = option(
-        MISSING, parse.path, "File to write, by its ending: .parquet, .jsonl or .csv.", flags=("-o", "--output"), metavar="FILE"
+        MISSING, parse.path, "File to write: .parquet, .jsonl or .csv.", flags=("-o", "--output"), metavar="FILE"
     )
     features: bool = option(
         False, parse.flag, "Write the feature vector of each image. The bundle needs the task feature-extraction."
@@ -421,26 +421,28 @@ class ClassifySpec(_CandidateSpec):
     top_k: int | None = option(
         None,
         parse.whole(1),
-        "Number of classes for each image. Default: 5; all of a network for several labels or a regression.",
+        "Number of classes for each image. Default: 5; for multi-label networks and regressions, all.",
         flags=("-k", "--top-k"),
     )
     threshold: float | None = option(
-        None, parse.number(0), "Score above which a class is written. Default: 0.5 for several labels, unless top_k is set."
+        None,
+        parse.number(0),
+        "Write only classes with a higher score. Default: 0.5 for multi-label networks, unless top_k is set.",
     )
     batch: int = option(8, parse.whole(1, 4096), "Images that a process runs at a time.")
     workers: int | None = option(
         None,
         parse.whole(1, MOST_THREADS),
-        "Processes, each with one thread. Default: the fastest number on this machine, measured once. Ray: the actors.",
+        "Processes, each with one thread. Default: the fastest number on this machine, measured once. With Ray: actors.",
     )
     ray: str | None = option(
         None,
         parse.text,
-        "Classify with Ray Data: the address of a cluster, auto for the one of this machine, or local to start one.",
+        "Classify with Ray Data: the address of a cluster, auto for the one running on this machine, or local to start one.",
         metavar="ADDRESS",
     )
     num_gpus: float | None = option(None, parse.number(0, 64), "GPUs for each actor of Ray, or a fraction of one.", metavar="X")
-    image_column: str | None = option(None, parse.text, "Parquet: column of image bytes or paths. Default: the one that is.")
+    image_column: str | None = option(None, parse.text, "Parquet: column of image bytes or paths. Default: the only one.")
     key_column: str | None = option(
         None, parse.text, "Parquet: column that identifies an image. Default: key, id or path, else the number of the row."
     )
@@ -462,7 +464,9 @@ class ServeSpec(_CandidateSpec):
     """Options of `swin_deploy.serving.application` and `swin-deploy serve`."""
 
     _: KW_ONLY
-    host: str = option("127.0.0.1", parse.text, "Address to listen on. 0.0.0.0: all of this machine, without authentication.")
+    host: str = option(
+        "127.0.0.1", parse.text, "Address to listen on. 0.0.0.0 accepts requests from anywhere, without authentication."
+    )
     port: int = option(8000, parse.whole(0, 65535), "Port to listen on. 0: a free one, which is printed.")
     workers: int | None = option(
         None, parse.whole(1, MOST_THREADS), "Requests to run at a time. Default: one for each core, 8 at most; 4 on a GPU."
@@ -471,7 +475,7 @@ class ServeSpec(_CandidateSpec):
     batch: int | None = option(
         None,
         parse.whole(1, 1024),
-        "Most waiting images that a worker runs together. Default: measured at the start; 8 if that is faster, else 1.",
+        "Largest batch that a worker makes of waiting images. Default: 8 if that is faster on this machine, else 1.",
     )
     queue: int = option(64, parse.whole(1), "Requests that may wait. Further ones are refused with status 503.")
     timeout: float = option(
@@ -512,7 +516,7 @@ class EvaluateSpec(Spec):
     data: Any = option(MISSING, parse.images, "Images with or without labels: a folder, an .npz or .npy file, or any iterable.")
     _: KW_ONLY
     labels: PathLike | None = _image_labels_option()
-    ignore_labels: bool = option(False, parse.flag, "Compare with fp32 only, although the images have labels.")
+    ignore_labels: bool = option(False, parse.flag, "Compare with fp32 only, even if the images have labels.")
     threshold: float = option(
         0.5, parse.number(0), "Score above which a label is predicted, if an image may have several.", metavar="SCORE"
     )
@@ -551,8 +555,8 @@ class InspectSpec(Spec):
     gpu: str | None = option(
         None,
         parse.text,
-        "GPU of the roofline, such as rtx-4090 or sm_89; an ONNX file is compiled for it. Default: the engine's GPU; for a "
-        "file this machine's GPU, else sm_89.",
+        "GPU of the roofline, such as rtx-4090 or sm_89. An ONNX file is compiled for it. Default: the engine's GPU; for an "
+        "ONNX file, this machine's GPU, else sm_89.",
         metavar="NAME",
     )
     batch: int = option(1, parse.whole(1), "Batch size to compile an ONNX file for.")
@@ -586,7 +590,7 @@ class BenchSpec(Spec):
     )
     device: str = option("auto", device, "Device: cpu, cuda or cuda:1. auto: the CPU and the first GPU.")
     weights: str | None = option(
-        None, parse.location, "The exported checkpoint. Adds PyTorch, with which the others are compared.", metavar="PATH|ID"
+        None, parse.location, "The exported checkpoint. PyTorch runs it as the reference.", metavar="PATH|ID"
     )
     baselines: bool = option(
         False, parse.flag, "Add the ONNX exports of transformers and timm, if they are installed.", hidden_flags=("--peers",)

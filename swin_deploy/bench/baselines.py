@@ -53,7 +53,7 @@ class Baselines:
             require("torch", "measure PyTorch")
         elif seed is None or self.bundle.manifest.notes or not installed("torch"):
             why = "torch is not installed" if seed else "pass the checkpoint that was exported as --weights"
-            _LOG.info("No rows of PyTorch: %s", why)
+            _LOG.info("Not measuring PyTorch: %s", why)
             return {}
         number = int(seed[1]) if seed else 0
         checkpoint, model = bundle_checkpoint(self.bundle, weights, number), "swin-deploy"
@@ -66,7 +66,7 @@ class Baselines:
             ways = [("pytorch", "fp32")]
             if device != "cpu":
                 if not require("torch", "measure PyTorch").cuda.is_available():
-                    _LOG.info("No rows of PyTorch on %s: torch is installed without CUDA", device)
+                    _LOG.info("Not measuring PyTorch on %s: torch is installed without CUDA", device)
                     continue
                 ways += [("pytorch", "fp16"), (COMPILED, "fp16")]
             for (backend, precision), batch in itertools.product(ways, batches):
@@ -80,10 +80,10 @@ class Baselines:
         found: dict[BenchCase, Request] = {}
         for model in ("transformers", "timm"):
             if not installed(model) or not installed("torch"):
-                _LOG.info("No rows of %s: it is not installed (pip install %s)", model, model)
+                _LOG.info("Not measuring %s: it is not installed (pip install %s)", model, model)
                 continue
             if self.bundle.manifest.task.name != "image-classification":
-                _LOG.info("No rows of %s: only image classifiers are compared with it", model)
+                _LOG.info("Not measuring %s: it is a baseline for image classifiers only", model)
                 continue
             try:
                 network, same = (
@@ -97,7 +97,7 @@ class Baselines:
                         request |= {"backend": one.backend, "device": one.device, "threads": self.spec.threads}
                         found[theirs] = request
             except Exception as error:  # noqa: BLE001 - a failure in a baseline only ends its rows
-                _LOG.info("No rows of %s: its export failed (%s)", model, " ".join(str(error).split())[:300])
+                _LOG.info("Not measuring %s: its export failed (%s)", model, " ".join(str(error).split())[:300])
         return found
 
     def _transformers_fits(self) -> bool:

@@ -54,7 +54,7 @@ class Verbs(click.Group):
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="swin-deploy")
 def cli() -> None:
-    """Take a Swin Transformer (V1 or V2) from a checkpoint to a model that runs on a device.
+    """Export Swin Transformers (V1 and V2) to ONNX, quantize them, compile TensorRT engines, and run them.
 
     Typical use, in one directory:
 

@@ -19,11 +19,11 @@ from swin_deploy.options import ClassifySpec
 def command(bundle: Path, source: str, as_json: bool, **options: Any) -> None:
     """Classify all images of SOURCE in several processes, and write a row for each into a file.
 
-    SOURCE is a folder with subfolders, a pattern in quotes ("photos/**/*.jpg"), a text file with one path a line (.txt), tar
-    shards as of WebDataset ("train-{000..099}.tar"), or Parquet files with a column of image bytes or paths.
+    SOURCE is a folder with subfolders, a pattern in quotes ("photos/**/*.jpg"), a text file with one path per line (.txt), tar
+    shards in the WebDataset layout ("train-{000..099}.tar"), or Parquet files with a column of image bytes or paths.
 
-    If the command is interrupted or killed, the same command resumes, and each image is in the file exactly once. An image that
-    cannot be read is a row with the reason in the column `error`, and the exit code is then 1.
+    If the command is interrupted or killed, run it again to resume. Each image is in the file exactly once. If an image cannot
+    be read, its row has the reason in the column `error`, and the exit code is 1.
     """
     import swin_deploy
 

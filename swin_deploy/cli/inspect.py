@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command("inspect", short_help="Count what graphs and engines contain, compute and move.")
 @click.argument("path", metavar="BUNDLE|FILE.onnx", type=click.Path(path_type=Path))
-@click.option("--compare", metavar="BUNDLE|FILE.onnx", type=click.Path(path_type=Path), help="Print this one beside the first.")
+@click.option("--compare", metavar="BUNDLE|FILE.onnx", type=click.Path(path_type=Path), help="Compare with this one.")
 @spec_options(InspectSpec)
 @click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw the engines: .svg, .png or .pdf.")
 @verbose_option

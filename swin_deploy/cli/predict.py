@@ -20,7 +20,7 @@ from swin_deploy.options import EvaluateSpec, LoadSpec
     "-k",
     "--top-k",
     type=click.IntRange(1),
-    help="Number of classes to print per image.  [default: 5; several labels: all above --threshold]",
+    help="Number of classes to print per image.  [default: 5; multi-label networks: all above --threshold]",
 )
 @spec_options(EvaluateSpec, only=("threshold", "on_error"))
 @spec_options(LoadSpec, only=("precision", "backend", "device", "trust"))

@@ -15,7 +15,7 @@ from swin_deploy.options import ServeSpec
 @spec_options(ServeSpec)
 @json_option
 def command(bundle: Path, as_json: bool, **options: Any) -> None:
-    """Answer images over HTTP with the labels and scores of BUNDLE.
+    """Serve BUNDLE over HTTP.
 
     POST an image to / , open / in a browser, or send tensors by the Open Inference Protocol (KServe v2). The page /docs
     describes the routes. The URL is printed when the service is ready. SIGTERM and Ctrl-C end it with exit code 0, after the

@@ -49,8 +49,9 @@ def checkpoint_from_path(
     )
     config, notes = _head(found, config, task, head_activation)
     if found.parent is not None:
-        maps = [f"the map of {name}" for name in task.features(config)] if task.name == "backbone" else []
-        notes = (found.parent.note(maps or task.output_names(config)), *notes)
+        maps = task.name == "backbone"
+        outputs = ", ".join(task.features(config) if maps else task.output_names(config))
+        notes = (found.parent.note("feature maps of " * maps + outputs), *notes)
     return Checkpoint(
         config=config,
         tensors=tensors_for_task(config, task, found.shapes, found.tensors, str(path)),

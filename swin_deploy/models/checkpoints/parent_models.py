@@ -6,7 +6,7 @@ transformers states the Swin in a part of config.json. Other files are recognize
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,11 +57,11 @@ class ParentModel:
     prefix: str = ""  # of the Swin in the file
     left: int = 0  # number of its other tensors
 
-    def note(self, outputs: Sequence[str]) -> str:
-        """Return which part of the model is exported, and what is left out."""
-        where = f" under {self.prefix}" if self.prefix else ""
-        what = f"of {self.name}, only the Swin{where} is exported ({', '.join(outputs)})"
-        return f"{what}; the other {self.left} tensors are left out"
+    def note(self, outputs: str) -> str:
+        """Return which part of the model is exported, and how many tensors are not."""
+        where = f" (parameters under {self.prefix}.)" if self.prefix else ""
+        what = f"exporting only the Swin encoder of {self.name}{where}: {outputs}"
+        return f"{what}. {self.left} other tensors are not used"
 
 
 def parent_from_config(raw: Mapping[str, Any]) -> ParentModel | None:
