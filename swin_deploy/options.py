@@ -442,7 +442,9 @@ class ClassifySpec(_CandidateSpec):
         metavar="ADDRESS",
     )
     num_gpus: float | None = option(None, parse.number(0, 64), "GPUs for each actor of Ray, or a fraction of one.", metavar="X")
-    image_column: str | None = option(None, parse.text, "Parquet: column of image bytes or paths. Default: the only one.")
+    image_column: str | None = option(
+        None, parse.text, "Parquet: column of image bytes or paths. Default: found by type and name."
+    )
     key_column: str | None = option(
         None, parse.text, "Parquet: column that identifies an image. Default: key, id or path, else the number of the row."
     )

@@ -61,7 +61,7 @@ def classify_dataset(bundle: BundlePath, spec: ClassifySpec) -> DatasetResult:
 
     Raises:
         InputError: The source has no image, or a shard of it is damaged.
-        UsageError: The bundle has no classes or features, the output exists, or it was begun with other options.
+        UsageError: The bundle has no classes or features, the output exists, or it was started with other options.
         BackendError: The processes end before they read an image.
 
     Example:

@@ -276,7 +276,7 @@ def _measured(source: Source) -> str:
 
 
 def columns_of(schema: Any, image: str | None, key: str | None, title: str) -> tuple[str, str | None]:
-    """Return the columns of the images and the keys: those that are named, or those that can only be meant."""
+    """Return the columns of the images and the keys: those that are named, or those found by type and name."""
     types = require("pyarrow", "read tables").types
     for name in (image, key):
         if name is not None and name not in schema.names:
@@ -288,7 +288,7 @@ def columns_of(schema: Any, image: str | None, key: str | None, title: str) -> t
         found = binary if len(binary) == 1 else named[:1] or ([] if binary else paths[:1])
         if not found:
             raise UsageError(
-                f"{title} has no column that is clearly of images: {shown(', '.join(schema.names))}. Name it with "
+                f"{title} has no column that clearly holds images, only {shown(', '.join(schema.names))}. Name one with "
                 f"--image-column."
             )
         [image] = found

@@ -59,7 +59,7 @@ class Unfinished:
         differ = [name for name, value in facts.items() if before is not None and before.get(name) != value]
         if differ and not (force or anew):
             raise UsageError(
-                f"{self.output} was begun with another {differ[0]}. Run the same command again, or pass --force to begin anew."
+                f"{self.output} was started with another {differ[0]}. Run the same command again, or start over with --force."
             )
         if differ or anew or before is None:
             for file in self.folder.iterdir():

@@ -136,12 +136,12 @@ def test_what_does_not_resume(tmp_path: Path, no_network: dict[int, BaseExceptio
     with unfinished(tmp_path / "out.jsonl", ".jsonl"), pytest.raises(UsageError, match="Another command is writing"):
         run(tmp_path)
     for options, what in (({"top_k": 2}, "top_k"), ({"batch": 4}, "batch size"), ({"precision": "fp16"}, "precision")):
-        with pytest.raises(UsageError, match=f"begun with another .*{what}"):
+        with pytest.raises(UsageError, match=f"started with another .*{what}"):
             run(tmp_path, **options)
-    with pytest.raises(UsageError, match="begun with another bundle"):
+    with pytest.raises(UsageError, match="started with another bundle"):
         swin_deploy.classify_dataset(digits(1), tmp_path / "images.txt", output=tmp_path / "out.jsonl")
     listed(tmp_path, 12)
-    with pytest.raises(UsageError, match="begun with another source"):
+    with pytest.raises(UsageError, match="started with another source"):
         run(tmp_path)
     assert (run(tmp_path, force=True).resumed, len((tmp_path / "out.jsonl").read_text().splitlines())) == (0, 12)
     with pytest.raises(UsageError, match=r"out.jsonl exists. Pass --force"):

@@ -134,7 +134,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tar": (lambda place: damaged(place, lambda data: b"x" * 2000), "is damaged"),
     "two in one": (lambda place: damaged(place, lambda data: data + data), "data after its end"),
     "no Parquet": (lambda place: damaged(place, bytes) and _renamed(place / "s.tar", place / "s.parquet"), "is damaged"),
-    "no column": (lambda place: parquet(place, {"n": [1]}), "no column that is clearly of images"),
+    "no column": (lambda place: parquet(place, {"n": [1]}), "no column that clearly holds images"),
     "two columns": (lambda place: parquet(place, {"left": [b"1"], "right": [b"2"]}), "--image-column"),
     "binary list": (lambda place: _written(place / "l.txt", b"\0\1"), "no path in line 1"),
 }
