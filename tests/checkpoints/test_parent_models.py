@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -14,8 +15,10 @@ from checkpoint_cases import DATA, state_dict
 from detector_swin import DetectorSwin, renamed
 from torch import Tensor, nn
 
+from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError
 from swin_deploy.models.checkpoints import Checkpoint, checkpoint_from_path
+from swin_deploy.models.checkpoints.parent_models import parent_from_config
 from swin_deploy.models.checkpoints.recognise import recognise_checkpoint
 from swin_deploy.models.swin import SwinNetwork
 from swin_deploy.options import ExportSpec
@@ -196,6 +199,51 @@ def test_a_maskformer_of_transformers_before_its_own_swin(tmp_path: Path) -> Non
     raw["backbone_config"] |= {"model_type": "swin", "out_features": ["stage4"], "out_indices": [4]}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     assert worst(opened(tmp_path), lambda x: outputs(model.model.pixel_level_module.encoder(x)), SIZES[1:2]) <= LIMIT
+
+
+def test_only_the_encoder_is_read_from_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomized(upernet(v1(**FOUR)))
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    read: list[int] = []
+    fromfile = np.fromfile
+    monkeypatch.setattr(np, "fromfile", lambda *given, **more: read.append(given[2]) or fromfile(*given, **more))
+    checkpoint = opened(tmp_path)
+    assert not read
+    size = sum(checkpoint.tensors[name].nbytes for name in checkpoint.tensors)
+    assert sum(read) == size < sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+OMDET = {"always_partition": True, "img_size": 640, "out_indices": [1, 2, 3]}
+TIMM = {"architecture": "swin_tiny_patch4_window7_224", "num_classes": 0}
+LAST_OF_TIMM = ("stage2", "stage3", "stage4")
+
+
+@pytest.mark.parametrize(
+    ("raw", "timm", "features"),
+    [
+        ({"backbone": TIMM["architecture"], "backbone_config": None, "use_timm_backbone": True, "backbone_kwargs": OMDET},
+         {**TIMM, "model_args": {"img_size": 640, "always_partition": True}}, LAST_OF_TIMM),
+        ({"backbone_config": {"model_type": "timm_backbone", "backbone": TIMM["architecture"], "num_channels": 1, **OMDET}},
+         {**TIMM, "model_args": {"img_size": 640, "always_partition": True, "in_chans": 1}}, LAST_OF_TIMM),
+        ({"encoder_name": f"tu-{TIMM['architecture']}", "_model_class": "Unet", "in_channels": 4},
+         {**TIMM, "model_args": {"in_chans": 4}}, ()),
+    ],
+)  # fmt: skip
+def test_configs_that_name_a_network_of_timm(raw: dict[str, Any], timm: dict[str, Any], features: tuple[str, ...]) -> None:
+    found = parent_from_config({"model_type": "omdet-turbo", **raw})
+    assert found is not None
+    assert (found.task, found.timm, found.out_features) == ("backbone", timm, features)
+
+
+def test_configs_that_name_a_checkpoint_of_the_hub() -> None:
+    raw = {"backbone": "microsoft/swin-tiny-patch4-window7-224", "backbone_kwargs": {"out_indices": [2, 4]}}
+    found = parent_from_config({"model_type": "mask2former", **raw})
+    assert found is not None
+    config = SwinConfig.from_dict(found.config or {})
+    assert (config.embed_dim, config.out_features) == (96, ("stage2", "stage4"))
+    for other in ({"backbone": "resnet50"}, {"backbone_config": {"model_type": "swin2sr"}}, {"backbone": "swinv2_cr_tiny_224"}):
+        assert parent_from_config({"model_type": "detr", **other}) is None
 
 
 # Files without a config.json: network, its prefix in the file, another tensor of the file, what has both. The networks are

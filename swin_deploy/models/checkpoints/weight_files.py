@@ -165,6 +165,8 @@ def _open_format(path: Path) -> StoredFile:
         return _open_hdf5(path)
     if head[257:262] == b"ustar":
         raise CheckpointError(f"{path} is a tar archive. Unpack it, or save the weights again with torch 1.0 or later.")
+    if head[4:9] == b"\0\0\0\0{":  # the length of the header may begin as a pickle does
+        return _open_safetensors(path)
     if head.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", head):
         return open_torch(path)
     if head[8:9] == b"{" or path.suffix == ".safetensors":
