@@ -68,12 +68,16 @@ class ImageRunner:
         return self._model
 
     def run(
-        self, batches: Sequence[Sequence[Image]], refused: Mapping[int, str], mark: Callable[[int], None] = no_mark
+        self,
+        batches: Sequence[Sequence[Image]],
+        refused: Mapping[int, str],
+        mark: Callable[[int], None] = no_mark,
+        one_by_one: bool = False,
     ) -> Answers:
         """Return the results of batches, whose images are numbered together. Damaged ones only have an error.
 
-        `refused` has errors of images that are not read. `mark` is called with n + 1 before image n is read, and with -(n + 1)
-        before the batch that begins with image n is run.
+        `refused` has errors of images that are not read. `mark` is called with -(n + 1) before the batch that begins with
+        image n is read and run and, if images are read `one_by_one`, with n + 1 before image n is read.
         """
         import numpy as np
 
@@ -82,19 +86,16 @@ class ImageRunner:
         values = np.zeros((count, self.job.width), np.float32 if self.job.features else np.int32)
         scores = None if self.job.features else np.zeros(values.shape, np.float64)
         for batch in batches:
-            rows, pixels = [], []
-            for number, image in enumerate(batch, first):
-                if number in errors:
-                    continue
-                mark(number + 1)
-                try:
-                    if isinstance(image, Unreadable):
-                        raise InputError(str(image))
-                    pixels.append(self.model.preparation([image]))  # type: ignore[list-item] # bytes are accepted, too
-                    rows.append(number)
-                except InputError as error:
-                    errors[number] = str(error)
+            rows = [number for number in range(first, first + len(batch)) if number not in errors]
+            images: list[Any] = [batch[number - first] for number in rows]
             mark(-first - 1)
+            try:
+                if one_by_one or any(isinstance(image, Unreadable) for image in images):
+                    raise InputError("read one by one")
+                pixels = [self.model.preparation(images)] if images else []
+            except InputError:
+                rows, pixels = self._read(rows, images, errors, mark)
+                mark(-first - 1)
             for some, output in self._outputs(rows, pixels, errors):
                 if scores is None:
                     values[some] = output
@@ -104,20 +105,38 @@ class ImageRunner:
         above = None if scores is None or self.job.threshold == -np.inf else ~(scores <= self.job.threshold)
         return Answers(values, scores, above, errors, time.perf_counter() - started)
 
+    def _read(
+        self, rows: list[int], images: list[Any], errors: dict[int, str], mark: Callable[[int], None]
+    ) -> tuple[list[int], list[Array]]:
+        """Read images one by one. Return the numbers of those that could be read, and their pixels."""
+        readable: list[int] = []
+        pixels: list[Array] = []
+        for number, image in zip(rows, images, strict=True):
+            mark(number + 1)
+            try:
+                if isinstance(image, Unreadable):
+                    raise InputError(str(image))
+                pixels.append(self.model.preparation([image]))
+                readable.append(number)
+            except InputError as error:
+                errors[number] = str(error)
+        return readable, pixels
+
     def _outputs(self, rows: list[int], pixels: list[Array], errors: dict[int, str]) -> list[tuple[list[int], Array]]:
         """Run prepared images together or, if they do not fit together, one by one."""
         import numpy as np
 
         if not rows:
             return []
-        if len({one.shape for one in pixels}) == 1:
+        if len({one.shape[1:] for one in pixels}) == 1:
+            together = pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
             try:
-                feeds = self.model.feeds(pixels[0] if len(pixels) == 1 else np.concatenate(pixels))
-                return [(rows, self.model.run(feeds)[POOLED if self.job.features else LOGITS])]
+                return [(rows, self.model.run(self.model.feeds(together))[POOLED if self.job.features else LOGITS])]
             except InputError as error:
                 if len(rows) == 1:
                     errors[rows[0]] = str(error)
                     return []
+                pixels = [together[place : place + 1] for place in range(len(rows))]
         return [found for row, one in zip(rows, pixels, strict=True) for found in self._outputs([row], [one], errors)]
 
     def _best(self, logits: Array) -> tuple[Array, Array]:

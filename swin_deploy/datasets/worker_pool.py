@@ -142,12 +142,17 @@ class WorkerPool:
             return executor.submit(work, *arguments)
 
     def _submitted(
-        self, executor: ProcessPoolExecutor, chunk: Chunk, slot: int, refused: dict[int, str] | None = None
+        self,
+        executor: ProcessPoolExecutor,
+        chunk: Chunk,
+        slot: int,
+        refused: dict[int, str] | None = None,
+        one_by_one: bool = False,
     ) -> _Task:
         self._marks[slot] = 0
         refused = refused or {}
         try:
-            future = self._submit(executor, _answers, slot, chunk.batches, refused)
+            future = self._submit(executor, _answers, slot, chunk.batches, refused, one_by_one)
         except BrokenProcessPool as error:
             future = Future()
             future.set_exception(error)
@@ -184,7 +189,7 @@ class WorkerPool:
         kills: Counter[int] = Counter()
         while True:
             with self._opened(1) as executor:
-                task.future = self._submitted(executor, task.chunk, task.slot, task.refused).future
+                task.future = self._submitted(executor, task.chunk, task.slot, task.refused, one_by_one=True).future
                 try:
                     task.future.result()
                 except BrokenProcessPool:
@@ -226,7 +231,7 @@ def _begin(job: Job, marks: Any) -> None:
     parent_watched()
 
 
-def _answers(slot: int, batches: Sequence[Sequence[Image]], refused: dict[int, str]) -> Answers:
+def _answers(slot: int, batches: Sequence[Sequence[Image]], refused: dict[int, str], one_by_one: bool) -> Answers:
     assert _runner is not None
 
     def mark(number: int) -> None:
@@ -234,7 +239,7 @@ def _answers(slot: int, batches: Sequence[Sequence[Image]], refused: dict[int, s
             raise InterruptedError("the pool was closed")
         _marks[slot] = number
 
-    found = _runner.run(batches, refused, mark)
+    found = _runner.run(batches, refused, mark, one_by_one)
     _marks[slot] = 0
     return found
 

@@ -28,7 +28,7 @@ FLAGS = [part for name, value in NAMED.items() for part in (f"--{name}", value)]
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 
 
-def listed(place: Path, count: int = 11) -> Path:
+def listed(place: Path, count: int = 7) -> Path:
     """A text file of paths, which the stand-in for a network does not open."""
     path = place / "images.txt"
     path.write_text("".join(f"{number}.png\n" for number in range(count)))
@@ -89,7 +89,7 @@ def test_killed_before_each_change(tmp_path: Path, no_network: Any) -> None:
     whole = tmp_path / "whole"
     whole.mkdir()
     listed(whole)
-    assert (found := run(whole)).images == 11
+    assert (found := run(whole)).images == 7
     assert (found.failed, found.resumed) == (1, 0)
     wanted, resumed = contents(whole), set()
     for change in itertools.count(1):
@@ -100,26 +100,26 @@ def test_killed_before_each_change(tmp_path: Path, no_network: Any) -> None:
             break
         if not (place / "out.jsonl").exists() or (place / ".out.jsonl.unfinished/state.json").exists():
             again = run(place)
-            assert (again.images, again.failed) == (11, 1), f"change {change}"
+            assert (again.images, again.failed) == (7, 1), f"change {change}"
             resumed.add(again.resumed)
         else:  # only the empty folder was left
             with pytest.raises(UsageError, match="exists"):
                 run(place)
         assert contents(place) == wanted, f"change {change}"
-    assert change > 30
-    assert resumed == {0, 2, 4, 6, 8, 10, 11}
+    assert change > 20
+    assert resumed == {0, 2, 4, 6, 7}
 
 
 def test_an_error_keeps_what_is_done(tmp_path: Path, no_network: dict[int, BaseException]) -> None:
     listed(tmp_path)
     run(tmp_path, output=tmp_path / "whole.csv")
-    no_network.update({4: InputError("a shard is damaged"), 8: KeyboardInterrupt()})
+    no_network.update({2: InputError("a shard is damaged"), 4: KeyboardInterrupt()})
     arguments = ("classify", digits(2), "images.txt", "-o", "out.csv", "-k", 1, "--batch", 2, *FLAGS)
     refused(cli_here(*arguments, cwd=tmp_path), "a shard is damaged")
     said = refused(cli_here(*arguments, cwd=tmp_path), code=130)
-    assert said == "swin-deploy: interrupted; the same command resumes after 8 images"
+    assert said == "swin-deploy: interrupted; the same command resumes after 4 images"
     done = cli_here(*arguments, "--json", cwd=tmp_path)
-    assert (done.returncode, "Resuming after 8 images" in done.stderr) == (1, True)
+    assert (done.returncode, "Resuming after 4 images" in done.stderr) == (1, True)
     assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images.txt", "out.csv", "whole.csv"]
 
@@ -140,10 +140,10 @@ def test_what_does_not_resume(tmp_path: Path, no_network: dict[int, BaseExceptio
             run(tmp_path, **options)
     with pytest.raises(UsageError, match="started with another bundle"):
         swin_deploy.classify_dataset(digits(1), tmp_path / "images.txt", output=tmp_path / "out.jsonl")
-    listed(tmp_path, 12)
+    listed(tmp_path, 8)
     with pytest.raises(UsageError, match="started with another source"):
         run(tmp_path)
-    assert (run(tmp_path, force=True).resumed, len((tmp_path / "out.jsonl").read_text().splitlines())) == (0, 12)
+    assert (run(tmp_path, force=True).resumed, len((tmp_path / "out.jsonl").read_text().splitlines())) == (0, 8)
     with pytest.raises(UsageError, match=r"out.jsonl exists. Pass --force"):
         run(tmp_path)
     interrupted(force=True)
@@ -152,16 +152,16 @@ def test_what_does_not_resume(tmp_path: Path, no_network: dict[int, BaseExceptio
 
 
 def test_a_command_with_processes(tmp_path: Path) -> None:
-    """The whole of it, with what is fastest on this machine, on a folder with a damaged image."""
+    """The whole of it, on a folder with a damaged image."""
     for number in range(10):
         (tmp_path / f"{number}.png").write_bytes(
             (EXAMPLES / f"digits/images/{number}.png").read_bytes()[: 99 if number == 4 else None]
         )
-    done = cli_here("classify", digits(2), tmp_path, "-o", "out.parquet", "-k", 2, "--json", cwd=tmp_path)
+    done = cli_here("classify", digits(2), tmp_path, "-o", "out.parquet", "-k", 2, "--json", *FLAGS, cwd=tmp_path)
     assert (done.returncode, "1 of 10 images cannot be read" in done.stderr) == (1, True), done.stderr
-    told = json.loads(done.stdout)
+    assert json.loads(done.stdout)["images"] == 10
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
-    with swin_deploy.load(digits(2), threads=1, **{name: told[name] for name in NAMED}) as model:
+    with swin_deploy.load(digits(2), threads=1, **NAMED) as model:
         wanted = model.classify([tmp_path / f"{number}.png" for number in range(10)], top_k=2, on_error="continue")
     for number, (row, best) in enumerate(zip(rows, wanted, strict=True)):
         assert row["path"] == str(tmp_path / f"{number}.png")

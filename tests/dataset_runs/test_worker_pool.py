@@ -108,7 +108,7 @@ def test_a_process_that_dies(tmp_path: Path) -> None:
     """An image that always kills is a row with the reason; one that kills once is like any other."""
     paths, once = images(tmp_path), tmp_path / "once"
     once.touch()
-    with WorkerPool(Killing(**vars(job()), once=str(once)), 2) as pool:
+    with WorkerPool(Killing(**vars(job()), once=str(once)), 1) as pool:
         keys, found = joined(pool.map(chunks_of(source_from(paths), 4, 0, 0, Pace())))
     assert keys == paths
     assert not once.exists()
@@ -120,8 +120,9 @@ def test_a_batch_that_kills(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its images are left out, but not those of other batches."""
     pool, refused = WorkerPool(job(), 1), list[dict[int, str]]()
 
-    def submit(executor: Any, work: Any, slot: int, batches: Any, without: dict[int, str]) -> Any:
+    def submit(executor: Any, work: Any, slot: int, batches: Any, without: dict[int, str], one_by_one: bool) -> Any:
         refused.append(dict(without))
+        assert one_by_one == (len(refused) > 1)
         pool._marks[slot] = -3
         future = Future[Answers]()
         future.set_result(None) if without else future.set_exception(BrokenProcessPool())  # type: ignore[arg-type]
@@ -135,6 +136,7 @@ def test_a_batch_that_kills(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_processes_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_pool, "_begin", os._exit)
+    monkeypatch.setattr(worker_pool, "FAILED_STARTS", 0)
     with WorkerPool(job(), 1) as pool, pytest.raises(BackendError, match="end before they read an image"):
         next(pool.map(iter([Chunk(["a"], [["a"]], 0, 1)])))
 
