@@ -69,6 +69,7 @@ class Console(logging.Handler):
         super().__init__()
         self.start = self.last = time.monotonic()
         self.bar: Any = None
+        self.phase = ("", 0.0, 0)  # name, and when it began at which step
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name == TENSORRT:
@@ -90,14 +91,21 @@ class Console(logging.Handler):
         if sys.stderr is None:
             return
         if not sys.stderr.isatty():
-            if time.monotonic() - self.last >= SECONDS_BETWEEN_LINES:
-                self.say(f"{phase}: {done} of {total}")
+            now = time.monotonic()
+            if self.phase[0] != phase:
+                self.phase = (phase, now, done)
+            if now - self.last >= SECONDS_BETWEEN_LINES:
+                rate = (done - self.phase[2]) / max(now - self.phase[1], 1e-9)
+                left = f" ({rate:.3g}/s, {(total - done) / rate:.0f} s left)" if rate else ""
+                self.say(f"{phase}: {done} of {total}{left}")
             return
-        if self.bar is None or self.bar.desc != phase or self.bar.total != total:
+        if self.bar is not None and self.bar.desc == phase and done >= self.bar.n:
+            self.bar.total = total  # it may be an estimate
+        else:
             from tqdm import tqdm
 
             self.clear()
-            self.bar = tqdm(desc=phase, total=total, file=sys.stderr, leave=False, dynamic_ncols=True)
+            self.bar = tqdm(desc=phase, total=total, initial=done, file=sys.stderr, leave=False, dynamic_ncols=True)
         self.bar.update(done - self.bar.n)
 
     def clear(self) -> None:

@@ -42,7 +42,9 @@ def test_progress_without_a_terminal_is_a_line_every_ten_seconds(
     for step in range(40):
         console("Compiling", step, 40)
         now[0] += 1
-    assert capsys.readouterr().err == "".join(f"[{n:6.1f} s] Compiling: {n} of 40\n" for n in (10, 20, 30))
+    assert capsys.readouterr().err == "".join(
+        f"[{n:6.1f} s] Compiling: {n} of 40 (1/s, {40 - n} s left)\n" for n in (10, 20, 30)
+    )
 
 
 def test_verify_shows_no_top_1_agreement_of_a_multi_label_network(tmp_path: Path) -> None:
