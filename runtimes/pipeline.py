@@ -42,7 +42,7 @@ def pipelined(
         begun = start_new_thread(pipeline.run_thread, ())
         while True:
             if os.getpid() != process:
-                raise BackendError("This stream began in another process, of which this one is a fork. Begin a new one.")
+                raise BackendError("This stream was started before the process was forked. Start a new one.")
             found, errors = pipeline.answers.get().get()
             pipeline.places.put(None)
             yield from found

@@ -108,7 +108,9 @@ class ExportSpec(Spec):
         many=True,
     )
     output_hidden_states: bool = option(False, parse.flag, "Add the hidden states of every stage to the outputs.")
-    output_attentions: bool = option(False, parse.flag, "Add the attention of the last block of every stage to the outputs.")
+    output_attentions: bool = option(
+        False, parse.flag, "Add the attention weights of the last block of every stage to the outputs."
+    )
     out_features: Any = option(
         (),
         parse.texts,
@@ -300,7 +302,9 @@ class QuantSpec(Spec):
     """Options of `swin_deploy.quantize` and `swin-deploy quantize`."""
 
     data: Any = option(
-        None, parse.images, "Images like those of the application: a folder, an .npz or .npy file, or any iterable."
+        None,
+        parse.images,
+        "Images like those of the application: a folder, or an .npz or .npy file. In Python also any iterable.",
     )
     _: KW_ONLY
     precision: str = option(
@@ -320,13 +324,13 @@ class QuantSpec(Spec):
     max_drop: float | None = option(
         None,
         parse.number(0),
-        "Largest loss on the data, in percentage points: of top-1 or mAP where labels are known, else of agreement with fp32.",
+        "Largest accepted loss in percentage points: of top-1 or mAP if labels are known, else of agreement with fp32.",
         metavar="POINTS",
     )
     min_speedup: float | None = option(
         None,
         parse.number(0),
-        "Smallest speedup: over the fp32 graph on this machine, or for TensorRT over the fp16 graph by the roofline of --gpu.",
+        "Smallest accepted speedup over the fp32 graph on this machine. For TensorRT: over the fp16 graph, by the roofline.",
         metavar="FACTOR",
     )
     labels: PathLike | None = _image_labels_option()
@@ -448,7 +452,7 @@ class ClassifySpec(_CandidateSpec):
     key_column: str | None = option(
         None, parse.text, "Parquet: column that identifies an image. Default: key, id or path, else the number of the row."
     )
-    force: bool = option(False, parse.flag, "Replace an existing output, and discard an unfinished one with other options.")
+    force: bool = option(False, parse.flag, "Replace an existing output, and discard an unfinished run that had other options.")
     progress: Progress = progress_option()
 
     def check(self) -> None:
@@ -488,7 +492,7 @@ class ServeSpec(_CandidateSpec):
     ray: str | None = option(
         None,
         parse.text,
-        "Deploy with Ray Serve: the address of a cluster, auto for the one of this machine, or local to start one.",
+        "Deploy with Ray Serve: the address of a cluster, auto for the one running on this machine, or local to start one.",
         metavar="ADDRESS",
     )
 
@@ -515,7 +519,9 @@ class RefitSpec(Spec):
 class EvaluateSpec(Spec):
     """Options of `swin_deploy.evaluate` and `swin-deploy evaluate`."""
 
-    data: Any = option(MISSING, parse.images, "Images with or without labels: a folder, an .npz or .npy file, or any iterable.")
+    data: Any = option(
+        MISSING, parse.images, "Images, with or without labels: a folder, or an .npz or .npy file. In Python also any iterable."
+    )
     _: KW_ONLY
     labels: PathLike | None = _image_labels_option()
     ignore_labels: bool = option(False, parse.flag, "Compare with fp32 only, even if the images have labels.")

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from swin_deploy.exporters.inspection.costs import EngineCost, Inspection
 
 
-@click.command("inspect", short_help="Count what graphs and engines contain, compute and move.")
+@click.command("inspect", short_help="Count the nodes, FLOPs, kernels and bytes of graphs and engines.")
 @click.argument("path", metavar="BUNDLE|FILE.onnx", type=click.Path(path_type=Path))
-@click.option("--compare", metavar="BUNDLE|FILE.onnx", type=click.Path(path_type=Path), help="Compare with this one.")
+@click.option("--compare", metavar="BUNDLE|FILE.onnx", type=click.Path(path_type=Path), help="Bundle or file to compare with.")
 @spec_options(InspectSpec)
 @click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw the engines: .svg, .png or .pdf.")
 @verbose_option
