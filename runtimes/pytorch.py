@@ -55,8 +55,8 @@ class PyTorch(Runtime):
             )
         if _first_process() != os.getpid() and torch.get_num_threads() > 1:
             raise BackendError(
-                f"PyTorch's threads stayed in process {_first_process()}, of which this process is a fork, and it would wait "
-                'for them. Call torch.set_num_threads(1) first, or start processes with "spawn" or "forkserver".'
+                f"This process is a fork of process {_first_process()}, in which PyTorch's threads stayed, and would wait for "
+                'them. Call torch.set_num_threads(1) first, or start processes with "spawn" or "forkserver".'
             )
         if device != "cpu":
             self._check_gpu(device)

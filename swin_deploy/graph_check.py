@@ -103,8 +103,8 @@ def check_structure(
     except (Refused, IndexError, ValueError, OverflowError, KeyError, struct.error) as error:
         why = str(error) if isinstance(error, Refused) else "it is not an ONNX file, or damaged"
         raise BundleError(
-            f"{path} is not a graph as swin-deploy writes it: {shown(why)}. Export the checkpoint again, or ask for the bundle "
-            f"again where it comes from."
+            f"{path} is not a graph as swin-deploy writes it: {shown(why)}. Export the checkpoint again, or get the bundle "
+            f"again from its author."
         ) from error
 
 

@@ -345,7 +345,7 @@ class QuantSpec(Spec):
         if self.precision == "fp8" and self.target not in (None, TARGETS[0]):
             raise UsageError(f"{self.target} does not compute in FP8. Use int8, or --target tensorrt.")
         if self.data is None and (self.max_drop, self.min_speedup) != (None, None):
-            raise UsageError("--max-drop and --min-speedup are judged on images. Pass --data.")
+            raise UsageError("--max-drop and --min-speedup are measured on images. Pass --data.")
         for name in ("samples", "labels", "method"):
             if self.data is None and getattr(self, name) is not None:
                 raise UsageError(f"--{name} is about the images of --data. Pass --data, or leave out --{name}.")

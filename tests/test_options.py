@@ -109,7 +109,7 @@ def test_the_command_line_takes_the_same_values(python: Any, shell: str) -> None
         (lambda: ExportSpec(task="detection"), 'task "detection"'),
         (lambda: QuantSpec(3), r"Invalid data: 3 \(int\)\. Expected a path, or a list of images\."),
         (lambda: QuantSpec(precision="fp16"), 'Unknown quantized precision "fp16"'),
-        (lambda: QuantSpec(max_drop=1), "judged on images"),
+        (lambda: QuantSpec(max_drop=1), "measured on images"),
         (lambda: QuantSpec("d", max_drop=float("nan")), r"Invalid max_drop: nan"),
         (lambda: EvaluateSpec("d", precisions="fp7"), 'Unknown precision "fp7"'),
         (lambda: EvaluateSpec("d", samples=0), "Invalid samples: 0"),

@@ -148,7 +148,7 @@ def input_moments(
 def refuse_not_finite(values: Array, name: str) -> None:
     """Raise InputError if `values`, of the tensor `name`, are not all finite."""
     if not np.isfinite(values).all():
-        raise InputError(f"The samples make a value in {name} that is not finite. Look for damaged images.")
+        raise InputError(f"With these samples, a value in {name} is not finite. Look for damaged images.")
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def result_file(path: Path, column: str, labels: Sequence[str] | None, width: in
     """Return what writes the file at `path`. `labels` are those of the classes; None for features of that `width`."""
     kinds: dict[str, Any] = {".parquet": ParquetResult, ".jsonl": JsonLinesResult, ".csv": CsvResult}
     if path.suffix.lower() not in kinds:
-        raise UsageError(f"The output {path} has an unknown ending. Expected {', '.join(kinds)}.")
+        raise UsageError(f"The output {path} has an unknown file name extension. Expected {', '.join(kinds)}.")
     made: ResultFile = kinds[path.suffix.lower()](column, labels, width)
     return made
 

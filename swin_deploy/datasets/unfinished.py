@@ -110,7 +110,7 @@ def unfinished(output: Path, ending: str) -> Iterator[Unfinished]:
     """Lock the folder of an output. Raises UsageError if another process has locked it."""
 
     def refuse() -> None:
-        raise UsageError(f"Another command is writing {output}. Wait for its end, or choose another output.")
+        raise UsageError(f"Another command is writing {output}. Wait until it ends, or choose another output.")
 
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise UsageError(f"The output {output} is not a file in an existing folder. Pass the path of one.")
