@@ -856,8 +856,8 @@ def _processor_kind(config: Mapping[str, Any]) -> str:
             return kind
     raise InputError(
         f"preprocessor_config.json names {shown(name)}, whose steps are not supported. Supported are "
-        f"{', '.join(PROCESSORS)} image processors, which resize, crop and normalize. If the model was trained with these, "
-        f"pass --preprocessor FILE."
+        f"{', '.join(PROCESSORS)} image processors, which resize, crop and normalize. If the model was trained with "
+        f"these steps, describe them with --preprocessor FILE."
     )
 
 
