@@ -127,15 +127,15 @@ def large_export(network: str, text: str) -> None:
     size = image_size("size", text)
     checkpoint = encoder(network, size)
     with tempfile.TemporaryDirectory() as folder:
-        started, path = time.perf_counter(), Path(folder) / "b"
+        started, path = (time.perf_counter(), time.process_time()), Path(folder) / "b"
         spec = ExportSpec(weights="random", image_sizes=[size], task=checkpoint.task)
         bundle = bundle_from_checkpoint(checkpoint, path, spec, runtime_to_check)
-        seconds = time.perf_counter() - started
+        seconds, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         held = sum(file.stat().st_size for file in path.rglob("*.onnx*")) / 1e9
         (entry,) = bundle.graphs.values()
-    print("| network | size | export | peak memory | graph | relative L2 to PyTorch |\n|---|---|--:|--:|--:|--:|")
-    print(f"| {network} | {text} | {seconds:.0f} s | {peak:.1f} GB | {held:.2f} GB | {entry.relative_l2:.1e} |")
+    print("| network | size | export, CPU time | peak memory | graph | relative L2 to PyTorch |\n|---|---|--:|--:|--:|--:|")
+    print(f"| {network} | {text} | {seconds:.0f} s, {cpu:.0f} s | {peak:.1f} GB | {held:.2f} GB | {entry.relative_l2:.1e} |")
 
 
 class Maps(nn.Module):

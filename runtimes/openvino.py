@@ -44,6 +44,8 @@ class OpenVino(Runtime):
             # By default OpenVINO computes fp32 models in bf16 on processors that support it.
             hint = "bf16" if bf16 or (quantized and able) else "f32"
             self._config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads}
+            if any(map(_is_tiny_attention, model.get_ops())):
+                self._config["SNIPPETS_MODE"] = "DISABLE"  # OpenVINO 2026 crashes while it compiles some windows of 2x2 tokens
             inputs, outputs = _specs(model.inputs), _specs(model.outputs)
             if all(spec.shape[0] == "batch" for spec in inputs):
                 model.reshape({port: [1, *list(port.get_partial_shape())[1:]] for port in model.inputs})
@@ -99,6 +101,14 @@ class OpenVino(Runtime):
     def _close(self) -> None:
         self.__dict__.pop("_any", None)
         self.__dict__.pop("_single", None)
+
+
+def _is_tiny_attention(node: Any) -> bool:
+    """Return whether a node is the softmax of windows with less than 4x4 tokens."""
+    if node.get_type_name() != "Softmax":
+        return False
+    keys = list(node.get_output_partial_shape(0))[-1]
+    return bool(keys.is_static and keys.get_length() < 16)
 
 
 _CREATING = threading.RLock()

@@ -11,6 +11,8 @@ import pytest
 onnx = pytest.importorskip("onnx", reason="writes the graphs")
 pytest.importorskip("openvino", reason="runs them")
 
+from swin_deploy.runtimes.openvino import OpenVino  # noqa: E402 - after the checks
+
 CODE = """
 import signal, sys, threading
 from pathlib import Path
@@ -93,3 +95,15 @@ def test_signals_between_models(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", CODE, str(tmp_path / "relu.onnx")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"{step} {number}" for number, step in enumerate(STEPS, 1)], done.stderr
+
+
+@pytest.mark.parametrize(("tokens", "snippets"), [(4, False), (16, True)])
+def test_windows_of_2x2_tokens_are_compiled_without_snippets(tokens: int, snippets: bool, tmp_path: Path) -> None:
+    """OpenVINO 2026 crashes while it compiles some of them."""
+    shape = ["batch", tokens, tokens]
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Softmax", ["x"], ["y"])], "g", values[:1], values[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=9)
+    onnx.save(model, tmp_path / "m.onnx")
+    with OpenVino(tmp_path / "m.onnx") as runtime:
+        assert ("SNIPPETS_MODE" not in runtime._config) is snippets
