@@ -270,8 +270,11 @@ def fastest_workers(job: Job, images: Sequence[Image], facts: Any) -> int:
         if 1 <= (kept := int(json_from(read_cached(file), str(file))["workers"])) <= cores:
             return kept
     _LOG.info("Measuring once how many processes classify fastest, %d at most", cores)
-    with WorkerPool(job, cores) as pool:
-        rates = pool.measured(images, sorted({max(1, cores // 2), cores}))
+    try:
+        with WorkerPool(job, cores) as pool:
+            rates = pool.measured(images, sorted({max(1, cores // 2), cores}))
+    except BrokenProcessPool:  # one of the images kills processes
+        return cores
     best = min(count for count, rate in rates.items() if rate >= ENOUGH * max(rates.values()))
     write_cached(file, json.dumps({"workers": best, "images_per_second": rates}).encode())
     return best
