@@ -56,15 +56,14 @@ class Source:
     read: Callable[[Any, int], Iterator[Item]]
     count: Callable[[Source], str]
     total: int = 0
-    passed: dict[str, int] = field(default_factory=dict)  # images that were read from each shard, for an estimate
+    size: int = 0  # bytes of the shards
 
     def expected(self) -> int:
-        """Return the number of images, estimated from the sizes of the shards that were read if it is not known."""
-        if self.total or len(self.passed) < 2:
+        """Return the number of images; if it is not known, an estimate from the part of the tar files that was read."""
+        if self.total or not isinstance(self.read, _Tar) or not self.read.places:
             return self.total
-        *read, _ = self.passed  # the last one is being read
-        sizes = {shard: max(1, Path(shard).stat().st_size) for shard in self.shards}
-        return round(sum(self.passed[one] for one in read) * sum(sizes.values()) / sum(sizes[one] for one in read))
+        images, read = (sum(one) for one in zip(*self.read.places.values(), strict=True))
+        return round(images * self.size / read) if read else 0
 
 
 def source_from(value: Any, image_column: str | None = None, key_column: str | None = None) -> Source:
@@ -100,7 +99,7 @@ def _of_paths(title: str, paths: Sequence[str], image_column: str | None, key_co
     if kind == "image":
         return Source(title, PATH, (tuple(paths),), _given, _counted)
     if kind == "tar":
-        return Source(title, KEY, tuple(paths), _in_tar, _identified)
+        return Source(title, KEY, tuple(paths), _Tar(), _identified)
     require("pyarrow.parquet", "read Parquet files")
     return Source(title, KEY, tuple(paths), _Parquet(image_column, key_column), _measured)
 
@@ -144,10 +143,11 @@ def _counted(source: Source) -> str:
 
 def _identified(source: Source) -> str:
     """Return a digest of the names, sizes and times of the shards."""
-    digest = hashlib.sha256()
+    digest, source.size = hashlib.sha256(), 0
     for shard in source.shards:
         with open_regular(shard, InputError) as file:
             facts = os.fstat(file.fileno())
+        source.size += facts.st_size
         digest.update(f"{shard}\0{facts.st_size}\0{facts.st_mtime_ns}\0".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
@@ -196,24 +196,31 @@ def _listed(file: str, skip: int) -> Iterator[Item]:
                     yield path, path
 
 
-def _in_tar(shard: str, skip: int) -> Iterator[Item]:
-    """Yield the images of a tar file under the names that they have in it."""
-    known, number = image_suffixes(), 0
-    with _readable(shard, tarfile.TarError), open_regular(shard, InputError) as file, tarfile.open(fileobj=file) as archive:
-        while (member := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined] # otherwise memory grows
-            if not member.isreg() or os.path.splitext(member.name)[1].lower() not in known:  # noqa: PTH122
-                continue
-            number += 1
-            if number <= skip:
-                continue
-            if member.size > IMAGE_BYTES:
-                yield member.name, Unreadable(f"The image has {member.size} bytes. The limit is {IMAGE_BYTES} bytes.")
-            else:
-                content = archive.extractfile(member)
-                assert content is not None
-                yield member.name, content.read()
-        _refuse_partial(archive)
+@dataclass(frozen=True)
+class _Tar:
+    """Reads the images of a tar file under the names that they have in it. `places`: images and bytes of it read so far."""
+
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def __call__(self, shard: str, skip: int) -> Iterator[Item]:
+        known, number = image_suffixes(), 0
+        with _readable(shard, tarfile.TarError), open_regular(shard, InputError) as file, tarfile.open(fileobj=file) as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined] # otherwise memory grows
+                if not member.isreg() or os.path.splitext(member.name)[1].lower() not in known:  # noqa: PTH122
+                    continue
+                number += 1
+                self.places[shard] = (number, file.tell())
+                if number <= skip:
+                    continue
+                if member.size > IMAGE_BYTES:
+                    yield member.name, Unreadable(f"The image has {member.size} bytes. The limit is {IMAGE_BYTES} bytes.")
+                else:
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    yield member.name, content.read()
+            _refuse_partial(archive)
+            self.places[shard] = (number, os.fstat(file.fileno()).st_size)
 
 
 def _refuse_partial(archive: tarfile.TarFile) -> None:

@@ -74,8 +74,6 @@ def chunks_of(source: Source, batch: int, shard: int, skip: int, pace: Pace) -> 
             end += 1
         if keys:
             yield Chunk(keys, batches, number, end)
-        if not source.total:
-            source.passed[source.shards[number]] = end
         skip = 0
 
 
