@@ -201,6 +201,16 @@ def test_a_maskformer_of_transformers_before_its_own_swin(tmp_path: Path) -> Non
     assert worst(opened(tmp_path), lambda x: outputs(model.model.pixel_level_module.encoder(x)), SIZES[1:2]) <= LIMIT
 
 
+@pytest.mark.parametrize("family", ["MaskFormer", "OneFormer", "Grounding DINO", "DETR", "Donut", "VisionTextDualEncoder"])
+def test_weights_alone(family: str, tmp_path: Path) -> None:
+    """Without config.json, and with the names of the modules in memory, which are not those of save_pretrained."""
+    build, where = FAMILIES[family]
+    model = randomized(build())
+    torch.save(model.state_dict(), tmp_path / "a.bin")
+    encoder = model.get_submodule(where)
+    assert worst(opened(tmp_path / "a.bin"), lambda x: outputs(encoder(x)), SIZES[1:2]) <= LIMIT
+
+
 def test_only_the_encoder_is_read_from_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomized(upernet(v1(**FOUR)))
     model.save_pretrained(tmp_path, max_shard_size="200KB")

@@ -38,6 +38,8 @@ def infer_config(
     """
     inference = _Inference(state_dict, extras, where)
     config, notes = inference.config(image_size)
+    if state_dict.parent is not None and state_dict.parent.name == "Donut":
+        config = replace(config, final_norm="layernorm.weight" in state_dict.shapes)
     if state_dict.features_only:
         config = replace(config, out_features=stage_names(config)[1:])
     return config, notes + inference.notes_on_shifts(config.always_partition)
@@ -51,7 +53,7 @@ class _Inference:
         self.version = 2 if any(name.endswith(".logit_scale") for name in self.shapes) else 1
         self.depths = self._depths()
         norms = {name.split(".")[1] for name in self.shapes if name.startswith("hidden_states_norms.")}
-        self.norms = tuple(sorted(norms)) if "layernorm.weight" not in self.shapes else ()  # of a detector
+        self.norms = tuple(sorted(norms)) if self.writer != "openmmlab" or len(norms) > 1 else ()  # of feature maps
 
     def config(self, image_size: Size | None) -> tuple[SwinConfig, tuple[str, ...]]:
         embed_dim, channels, *patch = self._shape(PROJECTION, 4)
@@ -101,7 +103,7 @@ class _Inference:
         Microsoft's classifier saves an attn_mask for each map that is larger than the window, and reduces the window on others.
         """
         if self.writer == "openmmlab":
-            return "layernorm.weight" not in self.shapes
+            return "layernorm.weight" not in self.shapes  # mmpretrain has it
         if self.writer != "microsoft" or any(name.endswith(".attn_mask") for name in self.buffers):
             return False
         shifting = [stage for stage, depth in enumerate(self.depths) if depth > 1]

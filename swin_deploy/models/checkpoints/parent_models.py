@@ -36,11 +36,13 @@ PARTS = tuple(
         (r"(^|\.)(decode_head|auxiliary_head|segmentation_head|semantic_head|seg_head)\.", "a segmentation network", MAPS),
         (r"(^|\.)(rpn_head|rpn|roi_head|roi_heads|bbox_head|mask_head)\.", "a detector", MAPS),
         (r"(^|\.)(conv_encoder|input_proj|input_proj_vision|transformer\.(en|de)coder)\.", "a DETR or Grounding DINO", MAPS),
+        (r"(^|\.)(class_labels_classifier|bbox_predictor|query_position_embeddings)\.", "a DETR", MAPS),
         (r"(^|\.)neck\.|(^|\.)fpn\.", "a detector or a segmentation network", MAPS),
         (r"(^|\.)scratch\.", "DPT", MAPS),
         (r"(^|\.)bb\.", "BiRefNet", MAPS),
         (r"(^|\.)(tagging_head|tag_encoder)\.", "RAM or Tag2Text", TOKENS),
         (r"(^|\.)decoder\.model\.decoder\.", "Donut", TOKENS),
+        (r"(^|\.)(text_model|text_encoder)\.", "a model of images and text", TOKENS),
     )
 )
 
