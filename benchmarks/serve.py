@@ -246,7 +246,7 @@ def malformed(args: argparse.Namespace) -> None:
                     statuses["broken HTTP " + (link.recv(12)[9:12].decode() or "closed")] += 1
             sizes.append(running.memory())
         good = running.ask("POST", "/", photo, {"Content-Type": "image/jpeg"})[0]
-    memory = f"{sizes[0]:.1f} to {sizes[-1]:.1f} MB"
+    memory = f"{', '.join(f'{size:.0f}' for size in sizes)} MB"
     print(f"| {args.count} malformed | {dict(statuses)} | {memory} | then {good} | {len(faults)} faults |")
     print("\n".join(faults[:20]), file=sys.stderr)
     sys.exit(bool(faults) or good != 200)

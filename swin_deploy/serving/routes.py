@@ -36,6 +36,7 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob: data:; connect-src 'self'"
 )
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+LINGER = 1.0
 SIZES = (1, 2, 4, 8, 16, 32)
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -165,29 +166,32 @@ async def _failed(request: Request, error: Exception) -> Response:
         return JSONResponse({"error": "The client ended the connection."}, 400)
     failure = failure_of(error)
     headers = {"Retry-After": "1"} if failure.status == 503 else {}
-    if failure.status in (408, 413, 415):
+    if failure.status in (408, 413):
         headers["Connection"] = "close"
     return JSONResponse({"error": str(failure)}, failure.status, headers=headers)
 
 
 async def _body(request: Request, most: int, seconds: float) -> bytes:
-    """Return the body of a request, of at most so many bytes and received within so many seconds."""
-    too_large = RefusedError(
-        413, f"The body has more than {most} bytes. Send a smaller image, or start with a larger --max-body."
-    )
+    """Return the body of a request, of at most so many bytes and received within so many seconds.
+
+    The rest of a body that is too large is read for a second: a client that still sends would not see the answer.
+    """
+    length = request.headers.get("content-length", "0")
+    too_large, content = length.isdigit() and int(length[:20]) > most, bytearray()
+    try:
+        with anyio.fail_after(LINGER if too_large else seconds) as scope:
+            async for part in request.stream():
+                content += b"" if too_large else part
+                if len(content) > most:
+                    too_large, scope.deadline = True, anyio.current_time() + LINGER
+                    content.clear()
+    except TimeoutError:
+        if not too_large:
+            raise RefusedError(408, f"The body was not received within {seconds:g} seconds. Send it again.") from None
+    if too_large:
+        raise RefusedError(413, f"The body has more than {most} bytes. Send a smaller image, or raise --max-body.")
     if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
         raise RefusedError(415, f"The content encoding {encoding} is not supported. Send the body without one.")
-    if (length := request.headers.get("content-length", "0")).isdigit() and int(length[:20]) > most:
-        raise too_large
-    content = bytearray()
-    try:
-        with anyio.fail_after(seconds):
-            async for part in request.stream():
-                content += part
-                if len(content) > most:
-                    raise too_large
-    except TimeoutError:
-        raise RefusedError(408, f"The body was not received within {seconds:g} seconds. Send it again.") from None
     return bytes(content)
 
 

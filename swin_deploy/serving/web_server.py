@@ -29,6 +29,10 @@ class PatientProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._watch()
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()  # which holds this connection and its last request
+        super().connection_lost(exc)
+
     def shutdown(self) -> None:
         if self._idle:
             self.loop.call_later(GRACE, super().shutdown)
@@ -40,7 +44,7 @@ class PatientProtocol(HttpToolsProtocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _watch(self) -> None:
-        self.loop.call_later(self.head_seconds, self._close_unused, self.cycle if self._idle else self)
+        self._timer = self.loop.call_later(self.head_seconds, self._close_unused, self.cycle if self._idle else self)
 
     def _close_unused(self, before: object) -> None:
         if self.transport.is_closing():
