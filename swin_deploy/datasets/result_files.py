@@ -74,7 +74,13 @@ class ParquetResult:
         arrow, errors = self._arrow, answers.errors
         failed = np.zeros(len(keys), np.bool_)
         failed[list(errors)] = True
-        reasons = arrow.array([errors.get(number) for number in range(len(keys))], arrow.string())
+        reasons = arrow.nulls(len(keys), arrow.string())
+        if errors:
+            reasons = arrow.array([errors.get(number) for number in range(len(keys))], arrow.string())
+        try:
+            names = arrow.array(keys, arrow.string())
+        except UnicodeEncodeError:
+            names = arrow.array(map(_text, keys), arrow.string())
         if self._labels is None:
             flat = arrow.array(answers.values.reshape(-1))
             found = [arrow.FixedSizeListArray.from_arrays(flat, self._width, mask=arrow.array(failed))]
@@ -86,7 +92,7 @@ class ParquetResult:
             assert answers.scores is not None
             columns = (self._labels.take(indices), indices, arrow.array(answers.scores[kept]))
             found = [arrow.ListArray.from_arrays(offsets, one) for one in columns]
-        return arrow.record_batch([arrow.array(map(_text, keys), arrow.string()), *found, reasons], schema=self._schema)
+        return arrow.record_batch([names, *found, reasons], schema=self._schema)
 
     def write(self, path: Path, pieces: Sequence[Any]) -> None:
         self._parquet.write_table(self._arrow.Table.from_batches(pieces, self._schema), path)
