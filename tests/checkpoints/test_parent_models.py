@@ -15,6 +15,7 @@ from checkpoint_cases import DATA, state_dict
 from detector_swin import DetectorSwin, renamed
 from torch import Tensor, nn
 
+import swin_deploy
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError
 from swin_deploy.models.checkpoints import Checkpoint, checkpoint_from_path
@@ -209,6 +210,29 @@ def test_weights_alone(family: str, tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "a.bin")
     encoder = model.get_submodule(where)
     assert worst(opened(tmp_path / "a.bin"), lambda x: outputs(encoder(x)), SIZES[1:2]) <= LIMIT
+
+
+def test_a_bundle_has_the_outputs_and_the_images_of_the_model(tmp_path: Path) -> None:
+    backbone = v1(depths=[1], num_heads=[1], image_size=32, out_indices=[0, 1])
+    model = randomized(tf.DetrForObjectDetection(tf.DetrConfig(backbone_config=backbone, **DETR)))
+    model.save_pretrained(tmp_path)
+    processor = {"image_processor_type": "DetrImageProcessor", "size": {"shortest_edge": 24, "longest_edge": 40}}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": processor}))
+    bundle = swin_deploy.export(weights=tmp_path, output=tmp_path / "b")
+    assert (
+        bundle.preprocessor.to_dict()["pad_size"]
+        == {"height": 24, "width": 40}
+        == dict(zip(("height", "width"), bundle.image_size, strict=True))
+    )
+    assert json.loads((tmp_path / "b/preprocessor_config.json").read_text())["image_processor_type"] == "DetrImageProcessor"
+    assert "Swin encoder of DetrForObjectDetection" in bundle.manifest.notes[0]
+    with swin_deploy.load(bundle.path, backend="onnxruntime") as encoder:
+        pixels = encoder.preparation(np.zeros((30, 40, 3), np.uint8))
+        found = encoder.run({"pixel_values": pixels})
+    with torch.no_grad():
+        wanted = outputs(model.model.backbone.model(torch.from_numpy(pixels)))
+    for name, tensor in wanted.items():
+        assert np.linalg.norm(found[name] - tensor.numpy()) <= LIMIT * float(tensor.norm())
 
 
 def test_only_the_encoder_is_read_from_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
