@@ -69,7 +69,12 @@ class Source:
 def source_from(value: Any, image_column: str | None = None, key_column: str | None = None) -> Source:
     """Return the source that a path, a pattern or a sequence of paths stands for. Raises InputError if there is no image."""
     if not isinstance(value, str | os.PathLike):
-        paths = [os.fspath(one) for one in value]
+        try:
+            paths = [os.fsdecode(one) for one in value]
+        except TypeError as error:
+            raise InputError(
+                f"Invalid source of type {type(value).__name__}. Expected a path, a list of paths, or a Ray dataset."
+            ) from error
         return _of_paths("the list of paths", paths, image_column, key_column)
     text = os.fspath(value)
     if os.path.isdir(text):  # noqa: PTH112 - Path.is_dir raises for a name that is too long

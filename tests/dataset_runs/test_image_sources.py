@@ -123,6 +123,8 @@ def damaged(place: Path, change: Callable[[bytes], bytes]) -> str:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no paths": (lambda place: [b"1.png", 2], "Invalid source of type list"),
+    "no list": (lambda place: 2, "Invalid source of type int"),
     "nothing there": (lambda place: place / "none", "does not exist"),
     "address": (lambda place: "https://example.com/x.tar", "web address"),
     "no match": (lambda place: f"{place}/*.jpg", "No file matches"),
