@@ -88,7 +88,7 @@ def recognise_checkpoint(
             refuse_other_model(stated)  # the clearest error
         raise
     if stated and raw is None and not foreign:
-        if state_dict.writer in ("hf", "tf"):
+        if state_dict.writer in ("hf", "tf") and state_dict.parent is None:
             refuse_other_model(stated)
         foreign = path.is_dir()
     if raw is not None and state_dict.writer not in (("timm", "microsoft") if timm else ("hf", "tf")):
