@@ -53,7 +53,7 @@ def killed(arguments: list[str], after: float, worker: bool) -> tuple[int, bool]
             os.kill(random.choice(workers or [process.pid]) if worker else process.pid, signal.SIGKILL)
             hit = True
     _, errors = process.communicate()
-    if process.returncode not in (0, 1, -signal.SIGKILL):  # damaged images are reported with 1
+    if process.returncode not in (0, 1, -signal.SIGKILL) or "Traceback" in errors:  # damaged images are reported with 1
         print(errors, file=sys.stderr)
     return process.returncode, hit
 
