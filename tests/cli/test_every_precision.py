@@ -56,7 +56,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "hard links" else ()) for kind in KINDS])
 def test_every_precision_through_every_verb(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="runs and quantizes the graphs")
     compiler = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX compiles the engines")

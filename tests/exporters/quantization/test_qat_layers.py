@@ -131,7 +131,7 @@ def exported_with_qdq(model: Any, path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_graph_with_qdq_says_what_the_checkpoint_says(version: int, tmp_path: Path) -> None:
     """torch.onnx.export's graph of the trained network, and a bundle of its weights alone: the same INT8 graph, bit for bit."""
     graph = exported_with_qdq(trained(version), tmp_path / "qat.onnx")
@@ -192,7 +192,7 @@ def test_what_is_missing_is_measured(tmp_path: Path) -> None:
     assert {layer["range_from"] for layer in Bundle.open(tmp_path / "b").graphs[INT8]["layers"]} == {"samples"}
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_for_tensorrt(version: int, tmp_path: Path) -> None:
     """Ranges of what layers read and write are the checkpoint's; torch.ao observes outputs as well."""
     model, path = trained(version, outputs=True), copied(bundle(version, "tensorrt", outputs=True), tmp_path)
