@@ -425,7 +425,7 @@ def test_the_newest_bundle(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert newest_bundle(tmp_path).path == newest.path
     (tmp_path / "z/manifest.json").write_text("{")
     assert newest_bundle(tmp_path).path == newest.path
-    assert f"ignored. {tmp_path / 'z/manifest.json'} cannot be read" in caplog.text
+    assert f"Ignoring one bundle. {tmp_path / 'z/manifest.json'} cannot be read" in caplog.text
     (newest.path / "manifest.json").write_text("{")
     with pytest.raises(BundleError, match="damaged"):
         newest_bundle(tmp_path)

@@ -33,7 +33,7 @@ def minimum_versions() -> dict[str, str]:
     """Return distribution -> lowest version that this package and its extras accept; those of its own tests are left out."""
     found: dict[str, str] = {}
     for line in requires("swin-deploy") or ():
-        match = re.match(r"([\w.-]+)\s*>=\s*([\w.]+)", line)
+        match = re.match(r"([\w.-]+)(?:\[.*?\])?\s*>=\s*([\w.]+)", line)
         if match and not re.search(r"""extra == ['"](test|docs)""", line):
             found[re.sub(r"[-_.]+", "-", match[1]).lower()] = match[2]
     return found

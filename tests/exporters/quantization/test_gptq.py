@@ -151,5 +151,5 @@ def test_one_pass_measures_what_layers_read_and_refuses_what_is_not_finite() -> 
     found = input_moments(model, {"a": "y", "b": "y"}, [{"x": x[:7]}, {"x": x[7:]}], 1)
     np.testing.assert_allclose(found["a"].gram, np.log(x).T @ np.log(x), rtol=1e-5)
     assert found["b"].rows == 10
-    with pytest.raises(InputError, match=r"y that is not finite\. Look for damaged images"):
+    with pytest.raises(InputError, match=r"value in y is not finite\. Look for damaged images"):
         input_moments(model, {"a": "y"}, [{"x": x * 0}], 1)
