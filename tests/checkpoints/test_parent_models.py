@@ -178,6 +178,22 @@ def test_encoders_of_transformers(family: str, tmp_path: Path) -> None:
     assert figure <= LIMIT
 
 
+@pytest.mark.parametrize("name", ["donut", "maskformer"])
+def test_recorded_outputs(name: str) -> None:
+    """Encoders of checkpoints from elsewhere, with the outputs that transformers computed for two sizes of images."""
+    folder = DATA.parent / "nested" / name
+    checkpoint, recorded = opened(folder), np.load(folder / "reference.npz")
+    for key in [key for key in recorded if key.endswith("/pixel_values")]:
+        size, pixels = key.partition("/")[0], torch.from_numpy(recorded[key])
+        with torch.no_grad():
+            found = SwinNetwork(checkpoint.config, tuple(pixels.shape[2:]), checkpoint.tensors, checkpoint.task).named(pixels)
+        wanted = [one for one in recorded if one.startswith(f"{size}/") and one != key]
+        assert wanted
+        for one in wanted:
+            expected = torch.from_numpy(recorded[one])
+            assert (found[one.partition("/")[2]] - expected).norm() <= LIMIT * expected.norm(), one
+
+
 def test_the_encoder_inside_its_model(tmp_path: Path) -> None:
     """The whole model calls its encoder with the pixels alone, and reads what the graph returns."""
     model = randomized(FAMILIES["Mask2Former"][0]())
