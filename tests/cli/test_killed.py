@@ -20,8 +20,8 @@ SAID = {
 @pytest.mark.parametrize(
     ("name", "line", "calls"),
     [
-        ("SIGTERM", "Comparing", 1),
         ("SIGINT", "Tracing", 300_000),
+        pytest.param("SIGTERM", "Comparing", 1, marks=pytest.mark.slow),
         ("SIGKILL", "Comparing", 100),
     ],
 )

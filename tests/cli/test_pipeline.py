@@ -59,7 +59,7 @@ def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Made(folder, exported, engines)
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """The same of a trained checkpoint, and `build-engine` without any argument at all."""
     folder = tmp_path_factory.mktemp("trained")

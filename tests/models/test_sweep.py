@@ -139,7 +139,14 @@ def assert_agree(found: Arrays, model: Any, task: str, feeds: Arrays, wanted: Ar
     assert far == {}
 
 
-@pytest.mark.parametrize(("version", "task", "patch", "size"), SWEEP)
+# Every second one is run always, the others with -m slow.
+@pytest.mark.parametrize(
+    ("version", "task", "patch", "size"),
+    [
+        param if number % 2 else pytest.param(*param.values, id=param.id, marks=pytest.mark.slow)
+        for number, param in enumerate(SWEEP)
+    ],
+)
 def test_network(version: int, task: str, patch: int, size: Size, folders: dict[tuple[int, str, int], Path]) -> None:
     checkpoint = checkpoint_from_path(folders[version, task, patch], everything(task))
     network = SwinNetwork(checkpoint.config, size, checkpoint.tensors, everything(task)).eval()

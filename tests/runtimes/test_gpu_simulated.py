@@ -62,7 +62,7 @@ def split(path: Path, images: np.ndarray, most: int, graph: str = "onnx/model.on
     return b"".join(alone(path, images[start : start + most], graph) for start in range(0, len(images), most))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "fp16"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_answers_to_the_bit(backend: str, precision: str, gpu: FakeGpu, tmp_path: Path, opened: Opened) -> None:
     """Many batch sizes, up and down, so that graphs are captured, launched and evicted; `out` is part of a larger array."""
