@@ -87,9 +87,8 @@ def source_from(value: Any, image_column: str | None = None, key_column: str | N
         return _of_paths(text, paths, image_column, key_column)
     if not os.path.isfile(text):  # noqa: PTH113
         refuse_address(text, text)
-        raise InputError(
-            f"{text} does not exist. Expected a folder, a pattern, a text file of paths, tar shards or a Parquet file."
-        )
+        problem = "is not a regular file" if os.path.exists(text) else "does not exist"  # noqa: PTH110
+        raise InputError(f"{text} {problem}. Expected a folder, a pattern, a text file of paths, tar shards or a Parquet file.")
     if text.lower().endswith(".txt"):
         return Source(text, PATH, (text,), _listed, _counted)
     return _of_paths(text, [text], image_column, key_column)

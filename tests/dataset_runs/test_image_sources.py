@@ -126,6 +126,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no paths": (lambda place: [b"1.png", 2], "Invalid source of type list"),
     "no list": (lambda place: 2, "Invalid source of type int"),
     "nothing there": (lambda place: place / "none", "does not exist"),
+    "a device": (lambda place: "/dev/zero", "is not a regular file"),
     "address": (lambda place: "https://example.com/x.tar", "web address"),
     "no match": (lambda place: f"{place}/*.jpg", "No file matches"),
     "no image": (lambda place: place, "contains no image"),
