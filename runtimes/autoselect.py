@@ -242,7 +242,7 @@ def _measure(bundle: Bundle, candidate: Candidate, open_first: Open, best: float
 def _key(bundle: Bundle, candidates: Sequence[Candidate], threads: int) -> dict[str, Any]:
     """Return everything that the choice depends on, as JSON values."""
     return {
-        "bundle": hashlib.sha256(json.dumps(sorted((f, e.sha256) for f, e in bundle.files.items())).encode()).hexdigest(),
+        "bundle": bundle.digest,
         "candidates": [asdict(candidate) for candidate in candidates],
         "libraries": installed_versions(LIBRARIES),
         "machine": {**_machine(threads), "cores": usable_cores(), "visible": os.environ.get("CUDA_VISIBLE_DEVICES", "")},

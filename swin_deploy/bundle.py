@@ -152,6 +152,12 @@ class Bundle:
         """Manifest entries of the engines, by path inside the bundle."""
         return {file: entry for file, entry in self.files.items() if isinstance(entry, EngineEntry)}
 
+    @property
+    def digest(self) -> str:
+        """The sha256 of the names and digests of all files, which changes with any of them."""
+        listed = json.dumps(sorted((file, entry.sha256) for file, entry in self.files.items()))
+        return hashlib.sha256(listed.encode()).hexdigest()
+
     def graphs_of(self, precision: str) -> Mapping[str, GraphEntry]:
         """Return the entries of the graphs of one precision. Raises BundleError if the bundle has no fp32 graph at all."""
         found = {file: entry for file, entry in self.graphs.items() if entry.precision == precision}

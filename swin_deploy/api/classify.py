@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -140,17 +138,13 @@ def _width(bundle: Bundle, spec: ClassifySpec) -> tuple[int, float]:
     return min(top_k, bundle.config.num_labels), float(threshold)
 
 
-def _digest(bundle: Bundle) -> str:
-    return hashlib.sha256(json.dumps(sorted((name, file.sha256) for name, file in bundle.files.items())).encode()).hexdigest()
-
-
 def _facts(bundle: Bundle, source: Source, spec: ClassifySpec) -> dict[str, Any]:
     """Return what the rows of the result depend on, by the name that an error has for it."""
     from swin_deploy.dependencies import installed_versions
     from swin_deploy.runtimes.autoselect import LIBRARIES
 
     return {
-        "bundle": _digest(bundle),
+        "bundle": bundle.digest,
         "source": [source.title, source.count(source)],
         "back end, precision or device": [spec.backend, spec.precision, spec.device, bool(spec.num_gpus)],
         "top_k, threshold or choice of features": [spec.top_k, spec.threshold, spec.features],

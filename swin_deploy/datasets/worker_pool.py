@@ -188,14 +188,8 @@ class WorkerPool:
         while True:
             with self._opened(1) as executor:
                 task.future = self._submitted(executor, task.chunk, task.slot, task.refused, one_by_one=True).future
-                try:
-                    task.future.result()
-                except BrokenProcessPool:
-                    pass
-                except Exception:  # noqa: BLE001 - `map` raises it
-                    return
-                else:
-                    return
+                if not isinstance(task.future.exception(), BrokenProcessPool):
+                    return  # `map` takes the result, or raises the error
             mark = self._marks[task.slot]
             self._count_start(bool(mark))
             kills[mark] += 1

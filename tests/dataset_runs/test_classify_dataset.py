@@ -1,4 +1,4 @@
-"""`classify` writes a row for each image exactly once, wherever it is killed, and refuses what cannot be meant."""
+"""`classify` writes one row for each image, even if it is killed and resumed, and refuses invalid arguments."""
 
 from __future__ import annotations
 
