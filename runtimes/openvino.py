@@ -43,7 +43,13 @@ class OpenVino(Runtime):
             quantized = any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
             # By default OpenVINO computes fp32 models in bf16 on processors that support it.
             hint = "bf16" if bf16 or (quantized and able) else "f32"
-            self._config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads}
+            self._config: dict[str, Any] = {
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_PRECISION_HINT": hint,
+                "INFERENCE_NUM_THREADS": threads,
+            }
+            if threads:  # OpenVINO would bind the threads of every model and process to the same first cores
+                self._config["ENABLE_CPU_PINNING"] = False
             if any(map(_is_tiny_attention, model.get_ops())):
                 self._config["SNIPPETS_MODE"] = "DISABLE"  # OpenVINO 2026 crashes while it compiles some windows of 2x2 tokens
             inputs, outputs = _specs(model.inputs), _specs(model.outputs)

@@ -188,7 +188,7 @@ def _started(
         if of_ray:
             return spec.workers, pool.map_dataset(spec.source, spec.image_column, spec.key_column, batch)
         return spec.workers, pool.map(source, batch, *place)
-    pace, workers = Pace(), spec.workers
+    workers = spec.workers
     left = -(-(source.total - kept.last.end) // batch) if source.total else None
     if workers is None:
         workers = usable_cores() if job.load["device"] == "cpu" else 1
@@ -197,6 +197,7 @@ def _started(
             workers = fastest_workers(job, first.batches[0], [kept.state["facts"]["bundle"], {**job.load}])
     workers = max(1, workers if left is None else min(workers, left))
     _LOG.info("Classifying with %s %s on %s in %d processes", *list(job.load.values())[:3], workers)
+    pace = Pace(left=left, workers=workers)
     chunks = chunks_of(source, batch, *place, pace)
     return workers, _paced(stack.enter_context(WorkerPool(job, workers)).map(chunks), pace)
 

@@ -46,9 +46,25 @@ class Chunk:
 
 @dataclass
 class Pace:
-    """How many batches the next chunk has, so that a chunk takes a part of a second. Results do not depend on it."""
+    """How many batches the next chunk has, so that a chunk takes a part of a second. Results do not depend on it.
+
+    `left` is the number of batches that are left, if it is known. The last chunks are small: all `workers` end together.
+    """
 
     batches: int = 1
+    left: int | None = None
+    workers: int = 1
+
+    @property
+    def size(self) -> int:
+        """The number of batches of the next chunk."""
+        return self.batches if self.left is None else max(1, min(self.batches, self.left // (2 * self.workers)))
+
+    def taken(self, chunk: Chunk) -> Chunk:
+        """Count the batches of a chunk, and return it."""
+        if self.left is not None:
+            self.left -= len(chunk.batches)
+        return chunk
 
     def measured(self, chunk: Chunk, seconds: float) -> None:
         """Adapt to the time that a chunk took."""
@@ -64,8 +80,8 @@ def chunks_of(source: Source, batch: int, shard: int, skip: int, pace: Pace) -> 
         size, end = 0, skip
         for key, image in source.read(source.shards[number], skip):
             if not batches or len(batches[-1]) == batch:
-                if batches and (len(batches) >= pace.batches or size >= CHUNK_BYTES):
-                    yield Chunk(keys, batches, number, end)
+                if batches and (len(batches) >= pace.size or size >= CHUNK_BYTES):
+                    yield pace.taken(Chunk(keys, batches, number, end))
                     keys, batches, size = [], [], 0
                 batches.append([])
             keys.append(key)
@@ -73,7 +89,7 @@ def chunks_of(source: Source, batch: int, shard: int, skip: int, pace: Pace) -> 
             size += len(image)
             end += 1
         if keys:
-            yield Chunk(keys, batches, number, end)
+            yield pace.taken(Chunk(keys, batches, number, end))
         skip = 0
 
 

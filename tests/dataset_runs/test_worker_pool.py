@@ -116,6 +116,15 @@ def test_a_process_that_dies(tmp_path: Path) -> None:
     assert "read this image ended without an error 2 times" in found.errors[11]
 
 
+def test_the_last_chunks_are_small() -> None:
+    """So that no process is still busy with a large one when the others have ended."""
+    pace = Pace(batches=8, left=25, workers=2)
+    sizes = [len(chunk.batches) for chunk in chunks_of(source_from(["a"] * 100), 4, 0, 0, pace)]
+    assert (sum(sizes), sizes[0], pace.left) == (25, 6, 0)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-4:] == [1] * 4
+
+
 def test_a_batch_that_kills(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its images are left out, but not those of other batches."""
     pool, refused = WorkerPool(job(), 1), list[dict[int, str]]()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 onnx = pytest.importorskip("onnx", reason="writes the graphs")
@@ -107,3 +111,25 @@ def test_windows_of_2x2_tokens_are_compiled_without_snippets(tokens: int, snippe
     onnx.save(model, tmp_path / "m.onnx")
     with OpenVino(tmp_path / "m.onnx") as runtime:
         assert ("SNIPPETS_MODE" not in runtime._config) is snippets
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not say which processors a thread may use")
+def test_a_thread_keeps_its_processors(tmp_path: Path) -> None:
+    """OpenVINO binds threads to the first processors while they compute: models with one thread would share a single one."""
+    shape = [64, 64]
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in ("x", "y")]
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x" if n == 0 else f"t{n}"] * 2, [f"t{n + 1}" if n < 19 else "y"]) for n in range(20)
+    ]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", values[:1], values[1:]), ir_version=9)
+    onnx.save(model, tmp_path / "m.onnx")
+    allowed, seen = os.sched_getaffinity(0), list[set[int]]()
+    with OpenVino(tmp_path / "m.onnx", threads=1) as runtime:
+        feeds = {"x": np.zeros(shape, np.float32)}
+        worker = threading.Thread(target=lambda: [runtime.run(feeds) for _ in range(200)])
+        worker.start()
+        assert worker.native_id is not None
+        while worker.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                seen.append(os.sched_getaffinity(worker.native_id))
+    assert all(one == allowed for one in seen)
