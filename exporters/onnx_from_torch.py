@@ -18,7 +18,7 @@ from swin_deploy.parity import sample_inputs
 
 from .external_data import PROTOBUF_LIMIT, Weights, embed_weights, take_weights, weight_bytes
 from .passes import PASSES, PassRecord, run_passes
-from .passes.base import NetworkCheck
+from .passes.base import OPSET, NetworkCheck
 
 if TYPE_CHECKING:
     import onnx
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from swin_deploy.models.swin import SwinNetwork
 
 BATCH = 1_000_003  # images in a traced batch; prime, and larger than any other axis
-OPSET = 20  # the first with a Gelu operator; every runtime since 2024 supports it
 
 # The operators of a Swin with static shapes. Any other (Shape, If, Loop, Pad, ...) means that something depends on the input
 # size at run time, which is slower everywhere and prevents fusions in TensorRT.

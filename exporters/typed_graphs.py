@@ -10,22 +10,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from swin_deploy.bundle import Bundle, disk_errors, graph_file, load_weights, weights_file
 from swin_deploy.config import SwinConfig
 from swin_deploy.dependencies import installed, require
-from swin_deploy.errors import MissingDependencyError, VerificationError
+from swin_deploy.errors import MissingDependencyError, UsageError, VerificationError
 from swin_deploy.files import scratch, scratch_folder
-from swin_deploy.options import QUANTIZED, Size
+from swin_deploy.options import QUANTIZED, TARGETS, Size
 from swin_deploy.parity import OpenGraph, Reference, Runnable, check_graph
 from swin_deploy.tasks import TaskSpec
 
 from .external_data import PROTOBUF_LIMIT, WeightFile
 from .passes import PassRecord
-from .passes.base import NetworkCheck
-from .precision import typed_from_fp32
+from .passes.base import OPSET, NetworkCheck, complete_header
+from .precision import BF16_OPSET, QDQ_OPSET, typed_from_fp32
 
 _LOG = logging.getLogger(__name__)
 WITH_DATA = "pass images with --data to find the values that must stay in fp32, or build with --fp32 instead."
+NO_CALIBRATION = (
+    "{} was exported with --static-batch {}, and images are measured one at a time. Export it without --static-batch, or with "
+    "--static-batch 1."
+)
 OTHER_IMAGES = "keep the most sensitive layers in fp32 with --max-drop, pass images like those of the application, or use fp16."
 
 
@@ -60,6 +66,7 @@ def with_typed_graphs(bundle: Bundle, precision: str, open_graph: OpenGraph, cal
     """Return the bundle with its fp16 or bf16 graphs. Existing graphs are reused, unless `calibration` has other images."""
     if precision == "fp32":
         return bundle
+    refuse_opset(bundle, precision)
     config, task = config_and_task(bundle)
     asked = {} if calibration is None else {"ranges": {"samples": calibration.samples, "data": calibration.fingerprint}}
 
@@ -73,11 +80,28 @@ def with_typed_graphs(bundle: Bundle, precision: str, open_graph: OpenGraph, cal
     return with_graphs(bundle, precision, make, asked, open_graph)
 
 
+def refuse_opset(bundle: Bundle, precision: str, target: str = TARGETS[0]) -> None:
+    """Raise UsageError if the opset that the bundle was exported with lacks types of its graph of this precision."""
+    asked, least = bundle.manifest.opset, 0
+    if precision == "bf16":
+        least, types = BF16_OPSET, "bfloat16"
+    elif precision in QUANTIZED and target == TARGETS[0]:
+        least, types = QDQ_OPSET, f"{precision.upper()} Q/DQ with fp16 scales"
+    if asked is not None and asked < least:
+        raise UsageError(
+            f"{bundle.path} was exported with --opset {asked}, and {types} needs opset {least}. Export it with "
+            f"--opset {least}, or choose another precision."
+        )
+
+
 def network_check(bundle: Bundle, source: str, model: Any) -> NetworkCheck | None:
     """Return the check of rewrites of `model`, the fp32 graph `source`; None without ONNX Runtime, or beyond 2 GB."""
     if not installed("onnxruntime") or sum(len(tensor.raw_data) for tensor in model.graph.initializer) > PROTOBUF_LIMIT:
         return None
-    return NetworkCheck(model, Reference.load(bundle, bundle.graphs[source].reference).feeds)
+    feeds, static = Reference.load(bundle, bundle.graphs[source].reference).feeds, bundle.static_batch
+    if static is not None:
+        feeds = {name: np.resize(feed, (static, *feed.shape[1:])) for name, feed in feeds.items()}
+    return NetworkCheck(model, feeds)
 
 
 def left_out(check: NetworkCheck | None) -> dict[str, Any]:
@@ -110,6 +134,7 @@ def with_graphs(bundle: Bundle, precision: str, make: Make, asked: Mapping[str, 
     for source, file in missing:
         _LOG.info("Writing %s", file)
         made.append(make(source, _with_shapes(bundle.verified_path(source))))
+        complete_header(made[-1].model, bundle.manifest.opset)
     with _scratch_folder(bundle.place(missing[0][1])) as folder:
         entries: dict[str, dict[str, Any]] = {}
         if shared is not None:
@@ -152,6 +177,7 @@ def _with_shapes(path: Path) -> Any:
     import onnx
 
     bare = onnx.load(str(path), load_external_data=False)  # large weights exceed the protobuf limit of shape inference
+    complete_header(bare, max(OPSET, bare.opset_import[0].version))
     model = onnx.shape_inference.infer_shapes(bare, strict_mode=True)
     load_weights(model.graph.initializer, path.parent)
     return model

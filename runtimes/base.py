@@ -9,7 +9,7 @@ import weakref
 from _thread import LockType, allocate_lock, get_ident
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -20,6 +20,7 @@ import numpy as np
 from swin_deploy.bundle import TensorSpec
 from swin_deploy.errors import BackendError, InputError
 from swin_deploy.options import Array
+from swin_deploy.tasks import PIXELS
 
 from .dlpack import DeviceTensor, from_dlpack
 
@@ -63,7 +64,9 @@ class Runtime(ABC):
     def __init__(
         self, title: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], device: str = "cpu"
     ) -> None:
-        self.title, self.inputs, self.outputs, self.device = title, inputs, outputs, device
+        self.static_batch = static_batch_of(inputs)  # the number of images that the graph takes, if it is fixed
+        self.inputs, self.outputs = of_any_batch(inputs, self.static_batch), of_any_batch(outputs, self.static_batch)
+        self.title, self.device = title, device
         self._known = frozenset(spec.name for spec in inputs)
         self._closed = self._freed = self._forked = False
         self._process = os.getpid()
@@ -92,10 +95,10 @@ class Runtime(ABC):
                     found = self._run(ready, None)
                     return found if out is None else _copied(found, out)
                 if out is not None:
-                    self._run(ready, out)
+                    self._run_all(ready, out)
                     return out
                 made = {spec.name: np.empty(shape or (), spec.dtype) for spec, shape in zip(self.outputs, shapes, strict=True)}
-                self._run(ready, made)
+                self._run_all(ready, made)
                 return made
             finally:
                 self._calls.pop(call, None)
@@ -150,6 +153,21 @@ class Runtime(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _run_all(self, feeds: Feeds, out: Mapping[str, Array]) -> None:
+        """Run `feeds`. For a static batch, they are split, and the last batch is padded with its last image."""
+        size, count = self.static_batch, 0 if self.static_batch is None else feeds[PIXELS].shape[0]
+        if size is None or size == count:
+            self._run(feeds, out)
+            return
+        for start in range(0, count, size):
+            missing = max(0, start + size - count)
+            part = {name: _part(feed, start, size, missing) for name, feed in feeds.items()}
+            wanted = {name: (array, len(array) // count) for name, array in out.items()}
+            made = {name: np.empty((size * rows, *array.shape[1:]), array.dtype) for name, (array, rows) in wanted.items()}
+            self._run(part, made)
+            for name, (array, rows) in wanted.items():
+                array[start * rows : (start + size) * rows] = made[name][: (size - missing) * rows]
 
     @abstractmethod
     def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
@@ -278,6 +296,28 @@ def _leave_all_to_parent() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_all_to_parent)
+
+
+def static_batch_of(inputs: tuple[TensorSpec, ...]) -> int | None:
+    """Return the number of images that a graph with these inputs takes; None if any number."""
+    first = inputs[0].shape[0] if inputs and inputs[0].name == PIXELS and inputs[0].shape else None
+    return first if isinstance(first, int) else None
+
+
+def of_any_batch(specs: tuple[TensorSpec, ...], size: int | None) -> tuple[TensorSpec, ...]:
+    """Return `specs` of a graph for `size` images with a free batch; unchanged if `size` is None."""
+    if size is None:
+        return specs
+    rows = [int(spec.shape[0]) // size for spec in specs]
+    axes = ["batch" if each == 1 else f"{each}*batch" for each in rows]
+    return tuple(replace(spec, shape=(axis, *spec.shape[1:])) for spec, axis in zip(specs, axes, strict=True))
+
+
+def _part(feed: Any, start: int, size: int, missing: int) -> Array:
+    if isinstance(feed, DeviceTensor):
+        raise InputError(f"The graph takes {size} images at a time. Pass tensors on the GPU for exactly {size} images.")
+    part = feed[start : start + size]
+    return np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
 
 
 def resolved(shape: tuple[int | str, ...], free: Mapping[str, int]) -> tuple[int, ...] | None:

@@ -80,7 +80,7 @@ class OpenVino(Runtime):
         return {spec.name: np.array(request.get_output_tensor(n).data) for n, spec in enumerate(self.outputs)}
 
     def _pool(self, feeds: Feeds) -> Pool[Any]:
-        if all(len(feeds[spec.name]) == 1 or spec.shape[0] != "batch" for spec in self.inputs):
+        if self.static_batch or all(len(feeds[spec.name]) == 1 or spec.shape[0] != "batch" for spec in self.inputs):
             return self._single
         with self._compiling:
             return self._any

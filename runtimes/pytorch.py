@@ -193,6 +193,8 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     from onnx import helper
 
     values = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+    if node.op_type == "Split":
+        values.setdefault("num_outputs", len(node.output))  # before opset 18
     return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
 
 

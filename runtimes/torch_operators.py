@@ -113,11 +113,11 @@ def _conv(
 
 
 def _reduced(function: Callable[..., Tensor]) -> Make:
-    def make(numbers: Numbers, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Function:
-        axes = numbers(1)
-        if not axes:
+    def make(numbers: Numbers, *, axes: Any = None, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Function:
+        along = list(axes or numbers(1) or [])
+        if not along:
             raise TypeError("only reductions over given axes are supported")
-        return lambda x, _: function(x, dim=axes, keepdim=bool(keepdims))
+        return lambda x, *_: function(x, dim=along, keepdim=bool(keepdims))
 
     return make
 

@@ -179,6 +179,12 @@ class Bundle:
         """The first image size."""
         return next(iter(self.graphs_of("fp32").values())).image_size
 
+    @property
+    def static_batch(self) -> int | None:
+        """The number of images that its graphs take, if it was exported with --static-batch."""
+        batch = next(iter(self.graphs_of("fp32").values())).inputs[0].shape[0]
+        return batch if isinstance(batch, int) else None
+
     @functools.cached_property
     def config(self) -> SwinConfig:
         """The architecture. Raises BundleError if config.json is damaged or invalid."""

@@ -19,11 +19,12 @@ import numpy as np
 from swin_deploy.errors import BundleError, shown
 
 from .graph_shapes import RANK, Refused, Value, inferred
+from .options import OPSETS
 
 if TYPE_CHECKING:
     from swin_deploy.bundle import TensorSpec
 
-OPSETS, IR_VERSIONS = range(20, 23), range(8, 12)
+IR_VERSIONS = range(8, 12)
 MOST = 2_000_000  # fields of the file, which take about three seconds
 LARGEST_AXIS = 1 << 31
 BATCHES = (1, 2)  # for which the shapes are inferred

@@ -223,9 +223,10 @@ def _softmax(attributes: Mapping[str, Any], made: int, x: Value) -> Value:
     return _map(*FLOATS)(attributes, made, x)
 
 
-def _reduce(attributes: Mapping[str, Any], made: int, x: Value, axes: Value) -> Value:
-    places = {_place(axis, len(x.shape)) for axis in _integers(axes)}
-    need(x.dtype in FLOATS and len(places) == len(_integers(axes)) > 0, "reduces an axis twice, or none")
+def _reduce(attributes: Mapping[str, Any], made: int, x: Value, axes: Value | None = None) -> Value:
+    listed = attributes.get("axes", []) if axes is None else _integers(axes)
+    places = {_place(axis, len(x.shape)) for axis in listed}
+    need(x.dtype in FLOATS and len(places) == len(listed) > 0, "reduces an axis twice, or none")
     kept = [1 if axis in places else size for axis, size in enumerate(x.shape)]
     if not attributes.get("keepdims", 1):
         kept = [size for axis, size in enumerate(x.shape) if axis not in places]
@@ -279,9 +280,9 @@ def _slice(
 def _split(attributes: Mapping[str, Any], made: int, x: Value, parts: Value | None = None) -> list[Value]:
     axis = _place(attributes.get("axis", 0), len(x.shape))
     size = x.shape[axis]
-    need((parts is None) == ("num_outputs" in attributes), "has no number of parts, or two")
+    need(parts is None or "num_outputs" not in attributes, "has two numbers of parts")
     if parts is None:
-        need(attributes["num_outputs"] == made, "has {} parts", made)
+        need(attributes.get("num_outputs", made) == made, "has {} parts", made)
         each = -(-size // made)
         sizes = [each] * (made - 1) + [size - each * (made - 1)]
     else:
@@ -332,7 +333,7 @@ OPERATORS: dict[str, Operator] = {
         for name in ("Erf", "Floor", "HardSwish", "Mish", "Relu", "Sigmoid", "Softplus", "Sqrt", "Tanh")
     },
     **{
-        name: Operator((2, 2), _reduce, {"keepdims": FLAG, "noop_with_empty_axes": FLAG})
+        name: Operator((1, 2), _reduce, {"axes": list, "keepdims": FLAG, "noop_with_empty_axes": FLAG})
         for name in ("ReduceL2", "ReduceMax", "ReduceMean", "ReduceSum")
     },
     "Cast": Operator((1, 1), _cast, _CAST),

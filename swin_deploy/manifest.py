@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from .errors import BundleError, shown
-from .options import COMPILERS, FRAMEWORKS, PRECISIONS, TARGETS, TASKS, Batch, Size
+from .options import COMPILERS, FRAMEWORKS, OPSETS, PRECISIONS, TARGETS, TASKS, Batch, Size
 
 Read = Callable[[Any], Any]  # JSON value -> typed value; raises _Unexpected
 T = TypeVar("T", bound="_Record")
@@ -305,7 +305,7 @@ class GraphEntry(FileEntry):
         axes = () if pixels is None else pixels.shape
         sides = axes[2:4] if frames is None else axes[1:3]
         fits = pixels is not None and (pixels.name, pixels.dtype) == ("pixel_values", "float32" if frames is None else "uint8")
-        numbered = isinstance(axes[1 if frames is None else 3], int) and isinstance(axes[0], str) if len(axes) == 4 else False
+        numbered = isinstance(axes[1 if frames is None else 3], int) if len(axes) == 4 else False
         if not (fits and numbered and sides == size):
             shape = f"[batch, channels, {size[0]}, {size[1]}]" if frames is None else f"[batch, {size[0]}, {size[1]}, channels]"
             expected = f"pixel_values, {'float32' if frames is None else 'uint8'} {shape}"
@@ -446,6 +446,7 @@ class Manifest(_Record):
     variant: str | None = _key(_optional(_TEXT), None)
     source: str = _key(_TEXT, "")
     weights_key: str | None = _key(_optional(_TEXT), None)
+    opset: int | None = _key(_optional(_whole(OPSETS[0], OPSETS[-1])), None)
     notes: tuple[str, ...] = _key(_list(_TEXT), ())
     preprocessing: StatedPreprocessing | None = _key(StatedPreprocessing.read, None)
     tools: Mapping[str, str | None] = _key(_map(_optional(_TEXT)), MappingProxyType({}))

@@ -33,6 +33,7 @@ ON_ERROR = ("continue", "stop")  # what to do after an image that cannot be read
 METHODS = ("minmax", "percentile", "entropy", "mse")  # how a range is chosen from what was observed
 COMPILERS = ("tensorrt", "tensorrt-rtx")
 BACKEND_NAMES = ("onnxruntime", "openvino", "onnxruntime-tensorrt", "torch", *COMPILERS)
+OPSETS = range(17, 24)  # of the graphs; torch writes no later one
 MOST_THREADS = 1024  # back ends start as many as they are asked for, until memory runs out
 Size = tuple[int, int]
 Batch = tuple[int, int, int]  # smallest, optimal, largest
@@ -174,6 +175,17 @@ class ExportSpec(Spec):
         "tensorrt",
         parse.choice("target", TARGETS),
         "Runtime whose graph layout is written. fp32 graphs of every layout give the same results everywhere.",
+    )
+    opset: int | None = option(
+        None,
+        parse.whole(OPSETS[0], OPSETS[-1]),
+        "ONNX opset of all graphs, with the lowest IR version that it allows. Default: 20; 21 or 22 for types that need it.",
+    )
+    static_batch: int | None = option(
+        None,
+        parse.whole(1, 4096),
+        "Write graphs for exactly this number of images, without a free axis: for NPUs, Windows ML and old parsers.",
+        metavar="N",
     )
     embed_preprocess: bool = option(
         False,

@@ -6,14 +6,14 @@ import json
 import logging
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from swin_deploy.bundle import Bundle, size_text
 from swin_deploy.dependencies import require
 from swin_deploy.errors import UsageError
 from swin_deploy.exporters.inspection.roofline import capability_of
-from swin_deploy.exporters.typed_graphs import Calibration, further_size, with_typed_graphs
+from swin_deploy.exporters.typed_graphs import NO_CALIBRATION, Calibration, further_size, with_typed_graphs
 from swin_deploy.gpus import cuda_devices
 from swin_deploy.manifest import EngineEntry
 from swin_deploy.options import QUANTIZED, TARGETS, EngineSpec, Size
@@ -51,6 +51,8 @@ def build_engines(
             f'Export it again with "--target {TARGETS[0]}".'
         )
     _refuse_layout(bundle, precision)
+    if (static := bundle.static_batch) is not None:
+        spec = _with_batch(bundle, spec, static)
     chosen = resolve_backend(spec.backend)
     gpus = spec.gpus
     if not gpus:
@@ -102,6 +104,16 @@ def build_engines(
 def layers_file(engine: str) -> str:
     """Return the file that holds the layers of an engine, as the compiler described them."""
     return engine.removesuffix(".engine") + ".layers.json"
+
+
+def _with_batch(bundle: Bundle, spec: EngineSpec, batch: int) -> EngineSpec:
+    """Return `spec` with the only batch that the graphs of the bundle take."""
+    only = ((batch,) * 3,)
+    if spec.batches not in (EngineSpec().batches, only):
+        raise UsageError(f"{bundle.path} was exported with --static-batch {batch}, and so are its engines. Leave out --batch.")
+    if spec.data is not None and batch > 1:
+        raise UsageError(NO_CALIBRATION.format(bundle.path, batch))
+    return replace(spec, batches=only)
 
 
 def _refuse_layout(bundle: Bundle, precision: str) -> None:

@@ -110,7 +110,7 @@ def inspect_bundle(bundle: Bundle, gpu: str | None) -> Inspection:
         layers = bundle.files.get(layers_file(file))
         if layers is not None and layers.parent == entry.sha256:  # a refitted engine has the layers of the original
             profiles = profiles_from_json(bundle.read_json(layers_file(file)), bundle.place(layers_file(file)))
-        flops = graphs[entry.graph].flops if entry.graph in graphs else None
+        flops = graphs[entry.graph].flops_per_image if entry.graph in graphs else None
         for profile in profiles:
             bound = _bound(entry.gpu, named, profile, flops)
             engines.append(EngineCost(file, entry.precision, entry.image_size, entry.gpu, profile.batch, profile, bound))
@@ -124,12 +124,12 @@ def inspect_onnx(path: Path, spec: InspectSpec) -> Inspection:
     here = chosen == "tensorrt" or bool(cuda_devices())
     target = target_gpu(chosen, named.capability if named is not None else "current" if here else TARGET)
     cost = cost_from_onnx(path, batch)
+    batch = cost.batch  # that of the graph, if it is fixed
     engine = engine_from_onnx(path, for_target(EngineSpec(batches=batch, progress=spec.progress), chosen, target))
     flops = cost.flops or {}
     precision = PRECISION_OF.get(max(flops, key=flops.__getitem__, default=""), "unknown")
     profile = EngineProfile.read({"batch": [batch] * 3, **engine.report.to_dict()})
-    per_image = None if cost.flops is None else {kind: count / batch for kind, count in cost.flops.items()}
-    bound = _bound(target, named, profile, per_image)
+    bound = _bound(target, named, profile, cost.flops_per_image)
     described = EngineCost(path.name, precision, (), target, (batch,) * 3, profile, bound)
     return Inspection(path, {path.name: cost}, (described,))
 

@@ -40,6 +40,10 @@ class GraphCost:
     batch: int
 
     @property
+    def flops_per_image(self) -> dict[str, float] | None:
+        return None if self.flops is None else {kind: count / self.batch for kind, count in self.flops.items()}
+
+    @property
     def total_flops(self) -> int | None:
         return None if self.flops is None else sum(self.flops.values())
 
@@ -64,7 +68,7 @@ def cost_from_onnx(path: Path, batch: int = 1) -> GraphCost:
 
 
 def cost_of_model(model: onnx.ModelProto, batch: int = 1) -> GraphCost:
-    """Count `model`; a free first axis of its inputs is set to `batch`."""
+    """Count `model`; a free first axis of its inputs is set to `batch`, a fixed one is the batch."""
     import onnx
 
     known = {table.name for table in model.graph.initializer}
@@ -72,6 +76,8 @@ def cost_of_model(model: onnx.ModelProto, batch: int = 1) -> GraphCost:
         dims = value.type.tensor_type.shape.dim
         if value.name not in known and dims and not dims[0].dim_value:
             dims[0].dim_value = batch
+        elif value.name not in known and len(dims) == 4:
+            batch = dims[0].dim_value
     for value in model.graph.output:
         value.type.tensor_type.ClearField("shape")
     del model.graph.value_info[:]

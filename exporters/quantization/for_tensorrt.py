@@ -35,7 +35,7 @@ from swin_deploy.exporters.passes.attention import (
 from swin_deploy.exporters.passes.base import Graph, NetworkCheck, Node, Pass, PassRecord, Tensor, blocks, constant
 from swin_deploy.exporters.passes.cosine_attention import COSINE_AFTER_MATMUL, cosine_fallback
 from swin_deploy.exporters.passes.layer_norms import GATHER_BEFORE_NORM, norm_after_matmul
-from swin_deploy.exporters.precision import BF16_OPSET, low_precision, raise_opset, resize_nodes, types_pass
+from swin_deploy.exporters.precision import BF16_OPSET, QDQ_OPSET, low_precision, raise_opset, resize_nodes, types_pass
 from swin_deploy.exporters.typed_graphs import NewGraph, config_and_task, left_out, network_check, scratch_graph
 from swin_deploy.options import QUANTIZED, Array, InspectSpec
 from swin_deploy.tasks import TaskSpec
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from swin_deploy.options import QuantSpec
     from swin_deploy.qat_ranges import QatRanges
 
-OPSET = 21  # the first with the QuantizeLinear that all supported compilers and runtimes read
 HEAD = "classifier"
 ATTENDED = {"int8": range(513), "fp8": range(32, 1 << 30)}  # tokens of a window for which quantized attention is one kernel
 OF_ZEROS = 1e-6  # amax of a tensor of zeros; its scale is the smallest
@@ -257,8 +256,7 @@ def quantized_from_fp32(
         ),
     )
     typed = gs.export_onnx(graph)
-    raise_opset(typed, BF16_OPSET if low == "bf16" else OPSET)
-    typed.ir_version = max(typed.ir_version, 10)  # that of opset 21
+    raise_opset(typed, BF16_OPSET if low == "bf16" else QDQ_OPSET)
     return typed, records
 
 

@@ -14,7 +14,7 @@ from swin_deploy.gpus import cuda_devices, seen_first
 from swin_deploy.manifest import EngineEntry
 from swin_deploy.options import QUANTIZED, TARGETS, Size
 from swin_deploy.runtimes.backends import BACKENDS, runtime_from_engine
-from swin_deploy.runtimes.base import EngineFile, Runtime
+from swin_deploy.runtimes.base import EngineFile, Runtime, of_any_batch, static_batch_of
 from swin_deploy.runtimes.user_cache import cache_folder
 
 from .cuda_context import device_number
@@ -134,8 +134,8 @@ def open_engine(bundle: Bundle, file: str, device: str) -> Runtime:
     name = re.sub(r"\W+", "-", f"{entry.sha256[:32]} {gpu.name}")
     engine = EngineFile(
         bundle.verified_path(file, f"Compile it again: {again} --force"),
-        graph.inputs,
-        graph.outputs,
+        of_any_batch(graph.inputs, static := static_batch_of(graph.inputs)),
+        of_any_batch(graph.outputs, static),
         host_code=entry.options.version_compatible,
         cache=folder / f"{name}.cache" if folder else None,
         again=again,

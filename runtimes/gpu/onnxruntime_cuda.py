@@ -20,7 +20,7 @@ from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError, MissingDependencyError, sentence
 from swin_deploy.gpus import refuse_without_gpu
 from swin_deploy.options import Array
-from swin_deploy.runtimes.base import Feeds, Pool, Runtime
+from swin_deploy.runtimes.base import Feeds, Pool, Runtime, of_any_batch, static_batch_of
 from swin_deploy.runtimes.dlpack import DeviceTensor
 from swin_deploy.runtimes.onnxruntime import failed, opened, specs_of
 
@@ -212,7 +212,8 @@ class _GraphSession:
         with self.cuda.current():
             self._open()
             inputs, outputs = specs_of(self._session)
-            self.layouts = [[BufferLayout.from_spec(spec) for spec in side] for side in (inputs, outputs)]
+            size = static_batch_of(inputs)
+            self.layouts = [list(map(BufferLayout.from_spec, of_any_batch(side, size))) for side in (inputs, outputs)]
             return inputs, outputs
 
     def compute(self, transfer: _Transfer, batch: int) -> None:

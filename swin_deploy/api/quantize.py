@@ -100,8 +100,15 @@ def _quantized(found: Bundle, spec: QuantSpec, data: Samples | None) -> Evaluati
 
 def _resolved(bundle: Bundle, spec: QuantSpec) -> QuantSpec:
     """`spec` with the target of `bundle` if it names none. Raises UsageError for what the bundle or a GPU does not support."""
+    from swin_deploy.exporters.typed_graphs import NO_CALIBRATION, refuse_opset
+
     exported_for = bundle.manifest.target
     spec = replace(spec, target=spec.target or exported_for)
+    if (static := bundle.static_batch) is not None:
+        if static > 1:
+            raise UsageError(NO_CALIBRATION.format(bundle.path, static))
+        spec = replace(spec, batch=1)
+    refuse_opset(bundle, spec.precision, str(spec.target))
     if spec.target == TARGETS[0] != exported_for:
         raise UsageError(
             f"{bundle.path} was exported for {exported_for}, in a layout that TensorRT compiles to slow engines. Export it "

@@ -53,7 +53,7 @@ def bench(bundle: BundlePath, spec: BenchSpec) -> BenchResult:
     """
     found, machine = Bundle.open(bundle, spec.trust), this_machine()
     config = found.config
-    size, batches = found.image_size, tuple(dict.fromkeys(spec.batches or BATCHES))
+    size, batches = found.image_size, batches_of(found, spec)
     for batch in batches:
         _check_batch(batch, config, size, machine)
     ours = plan_cases(found, spec)
@@ -100,6 +100,12 @@ def _check_batch(batch: int, config: SwinConfig, size: Size, machine: Machine) -
         )
 
 
+def batches_of(bundle: Bundle, spec: BenchSpec) -> tuple[int, ...]:
+    """Return the batch sizes to measure: those of `spec`, or the static batch of the bundle, or the default."""
+    usual = BATCHES if bundle.static_batch is None else (bundle.static_batch,)
+    return tuple(dict.fromkeys(spec.batches or usual))
+
+
 def plan_cases(bundle: Bundle, spec: BenchSpec) -> dict[BenchCase, Request]:
     """Return what to measure of the bundle itself, and what the process of each case loads."""
     from swin_deploy.runtimes.backends import BACKENDS
@@ -127,7 +133,7 @@ def plan_cases(bundle: Bundle, spec: BenchSpec) -> dict[BenchCase, Request]:
                 asked = tuple(precision for precision in asked if precision in held)
             for precision in dict.fromkeys(asked):
                 request = {"bundle": str(bundle.path), "backend": backend, "precision": precision, "device": device}
-                for batch in dict.fromkeys(spec.batches or BATCHES):
+                for batch in batches_of(bundle, spec):
                     case = BenchCase("swin-deploy", backend, precision, batch, device=device)
                     found[case] = {**request, "threads": spec.threads, "trust": spec.trust}
     if not found and spec.device != "auto":

@@ -229,15 +229,17 @@ class SwinNetwork(nn.Module):
         outputs["pooler_output"] = self._map(self._pooled(outputs["last_hidden_state"], 1))
 
     def _pooled(self, tokens: Tensor, axis: int) -> Tensor:
-        """Pool over the tokens along `axis`: [batch, channels]. Without pooling, the rows [batch * tokens, channels]."""
+        """Pool over the tokens along `axis`: [batch, channels]. Without pooling, the rows [batch * tokens, channels].
+
+        Reductions keep their axis: OpenVINO fuses the ranges that NNCF puts before one wrongly otherwise.
+        """
         kind = self.config.global_pool
-        if kind == "":
-            return tokens.reshape(-1, tokens.shape[-1])
-        if kind == "max":
-            return tokens.amax(axis)
+        pools = [tokens.mean(axis, keepdim=True)] if "avg" in kind else []
+        pools += [tokens.amax(axis, keepdim=True)] if "max" in kind else []
         if kind == "avgmax":
-            return 0.5 * tokens.mean(axis) + 0.5 * tokens.amax(axis)
-        return torch.cat((tokens.mean(axis), tokens.amax(axis)), -1) if kind == "catavgmax" else tokens.mean(axis)
+            pools = [0.5 * pools[0] + 0.5 * pools[1]]
+        x = torch.cat(pools, -1) if len(pools) > 1 else pools[0] if pools else tokens
+        return x.reshape(-1, x.shape[-1])
 
     def _map(self, pooled: Tensor) -> Tensor:
         """Rows of tokens that were not pooled -> [batch, height, width, channels], as in timm."""
