@@ -1,7 +1,7 @@
 # make demo    export, compile, verify and run two models, into demo/
 # make test    ruff, and pytest in one process more than there are processors, four at most; one test runs mypy
 # make lint    ruff and mypy
-# make test-browser   the page of serve in Chromium, which it installs with Playwright unless there is one
+# make test-browser   the pages of serve and publish in Chromium, which it installs with Playwright unless there is one
 # make test-ray       serve with Ray Serve, which it installs
 # make fuzz    20,000 changed and hostile inputs (benchmarks/README.md)
 # make docs    the documentation as a site, into site/
@@ -44,7 +44,8 @@ lint: venv
 test-browser: venv
 	python -m pip install -q --disable-pip-version-check -c constraints.txt "playwright>=1.50"
 	command -v chromium google-chrome >/dev/null || playwright install --with-deps chromium
-	pytest -n0 tests/serving/test_browser.py
+	npm install --silent --no-save --prefix build/browser "onnxruntime-web@^1.27"
+	pytest -n0 tests/serving/test_browser.py tests/publishing/test_web_page.py
 
 test-ray: venv
 	python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[ray]"

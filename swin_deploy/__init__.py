@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from swin_deploy.api.export import export
     from swin_deploy.api.inspect import inspect
     from swin_deploy.api.load import load
+    from swin_deploy.api.publish import publish
     from swin_deploy.api.quantize import quantize
     from swin_deploy.api.tune import tune
 
@@ -33,6 +34,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "publish",
     "quantize",
     "refit",
     "tune",

@@ -32,6 +32,7 @@ SCORES = ("softmax", "sigmoid", "none")  # activations that turn logits into sco
 ON_ERROR = ("continue", "stop")  # what to do after an image that cannot be read
 METHODS = ("minmax", "percentile", "entropy", "mse")  # how a range is chosen from what was observed
 COMPILERS = ("tensorrt", "tensorrt-rtx")
+PROGRAMS = ("triton", "openvino-model-server", "deepstream", "gstreamer", "huggingface", "epcontext", "web")  # of publish
 BACKEND_NAMES = ("onnxruntime", "openvino", "onnxruntime-tensorrt", "torch", *COMPILERS)
 OPSETS = range(17, 24)  # of the graphs; torch writes no later one
 MOST_THREADS = 1024  # back ends start as many as they are asked for, until memory runs out
@@ -517,6 +518,58 @@ class VerifySpec(Spec):
     backend: str = option("onnxruntime", parse.choice("back end", BACKEND_NAMES), "Back end to run the graphs or engines.")
     device: str = option("cpu", device, "Device: cpu, cuda or cuda:1.")
     trust: bool = _trust_option()
+
+
+# Options of publish that only some programs have.
+FOR_PROGRAMS = {
+    "precision": tuple(one for one in PROGRAMS if one != "huggingface"),
+    "image_size": tuple(one for one in PROGRAMS if one != "huggingface"),
+    "engine": ("triton", "deepstream", "epcontext"),
+    "batch": ("triton", "deepstream"),
+    "ir": ("openvino-model-server",),
+    "embed_engine": ("epcontext",),
+    "onnxruntime_web": ("web",),
+}
+
+
+@dataclass(frozen=True)
+class PublishSpec(Spec):
+    """Options of `swin_deploy.publish` and `swin-deploy publish`."""
+
+    _: KW_ONLY
+    target: str = option(MISSING, parse.choice("target", PROGRAMS), "Program to write files for.", flags=("--for",))
+    output: PathLike = option(
+        MISSING, parse.path, "Folder to write. It must be new or empty.", flags=("-o", "--output"), metavar="DIR"
+    )
+    precision: str | None = option(
+        None, parse.choice("precision", PRECISIONS), "Precision of the graph or the engine. Default: fp32; for engines, any."
+    )
+    image_size: Any = option(
+        None, parse.image_size, "Height and width of the images in pixels. Default: the first image size of the bundle."
+    )
+    engine: str | None = option(
+        None,
+        parse.text,
+        "Engine of the bundle, such as engines/NAME.engine. triton, deepstream: instead of a graph; epcontext: one of several.",
+        metavar="FILE",
+    )
+    batch: int | None = option(
+        None, parse.whole(1, 4096), "Largest batch. Default: that of the engine; for graphs, 8 (triton) or 1 (deepstream)."
+    )
+    ir: bool = option(False, parse.flag, "Write OpenVINO IR instead of ONNX. openvino-model-server only.")
+    embed_engine: bool = option(False, parse.flag, "Put the engine into the ONNX file. epcontext only.")
+    onnxruntime_web: PathLike | None = option(
+        None,
+        parse.path,
+        "Folder of the npm package onnxruntime-web. Default: in node_modules of the current directory or above. web only.",
+        metavar="DIR",
+    )
+
+    def check(self) -> None:
+        for name, programs in FOR_PROGRAMS.items():
+            if getattr(self, name) not in (None, False) and self.target not in programs:
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag} is for {', '.join(programs)}, not for {self.target}. Leave out {flag}.")
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ VERBS = {
     "serve": "serve",
     "evaluate": "evaluate",
     "bench": "bench",
+    "publish": "publish",
     "doctor": "doctor",
 }
 

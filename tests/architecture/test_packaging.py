@@ -94,7 +94,7 @@ def files_of(wheel: Path) -> set[str]:
 
 def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     data = {f"swin_deploy/{path.name}" for path in (ROOT / "swin_deploy").glob("*.txt")}
-    expected = installed_files("*.py") | data | {"swin_deploy/py.typed", "swin_deploy/serving/page.html"}
+    expected = installed_files("*.py") | installed_files("*.html") | data | {"swin_deploy/py.typed"}
     assert {name for name in files_of(wheel) if ".dist-info/" not in name} == expected
 
 

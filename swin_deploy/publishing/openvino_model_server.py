@@ -1,0 +1,36 @@
+"""Model repository of OpenVINO Model Server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from swin_deploy.bundle import Bundle, without_links
+from swin_deploy.dependencies import require
+from swin_deploy.errors import UsageError
+from swin_deploy.options import PublishSpec
+
+from .base import publication, write_text
+
+MOUNTED = "/models"  # where the documentation of the server mounts a repository
+
+
+def write_openvino_model_server(bundle: Bundle, spec: PublishSpec, folder: Path) -> None:
+    """Write `config.json`, the model in `NAME/1/`, and `NAME/labels.txt`."""
+    from swin_deploy.runtimes.backends import misread
+
+    chosen = publication(bundle, spec)
+    if (why := misread(bundle, chosen.file, "openvino")) is not None:
+        raise UsageError(why)
+    place = folder / chosen.name
+    if spec.ir:
+        openvino = require("openvino", "write OpenVINO IR")
+        with without_links(bundle.verified_path(chosen.file)) as path:
+            model = openvino.Core().read_model(path)
+            place.joinpath("1").mkdir(parents=True)
+            openvino.save_model(model, place / "1" / "model.xml", compress_to_fp16=False)
+    else:
+        chosen.write_model(place / "1" / "model.onnx")
+    chosen.write_labels(place)
+    config = {"model_config_list": [{"config": {"name": chosen.name, "base_path": f"{MOUNTED}/{chosen.name}"}}]}
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
