@@ -33,7 +33,7 @@ from swin_deploy.dependencies import installed_versions
 from swin_deploy.errors import CheckpointError, InputError, MissingDependencyError, UsageError, VerificationError, shown
 from swin_deploy.files import json_file
 from swin_deploy.frame_input import Frames, refuse_misfit
-from swin_deploy.manifest import LARGEST_FRAME, LARGEST_SIDE
+from swin_deploy.manifest import LARGEST_FRAME, LARGEST_SIDE, EmbeddedAnswer
 from swin_deploy.options import ExportSpec, Size
 from swin_deploy.parity import OpenGraph, Reference, check_graph, sample_inputs
 from swin_deploy.preprocess import Preprocessor, channels_text
@@ -81,6 +81,11 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec,
     processor = _kept(checkpoint.preprocessor, preprocessor) or preprocessor.to_dict()
     assumed = stated.warning(preprocessor)
     _report(preprocessor, stated.source, assumed, sizes)
+    answer: EmbeddedAnswer | None = None
+    if spec.embed_postprocess is not None:
+        from .postprocessing import answer_for
+
+        answer = answer_for(spec.embed_postprocess, config, task)
     preparations = {size: preprocessor if number == 0 else preprocessor.with_size(size) for number, size in enumerate(sizes)}
     embedded = spec.embed_preprocess or frame_size is not None
     frames = {size: Frames(one, frame_size) if embedded else None for size, one in preparations.items()}
@@ -104,7 +109,7 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec,
         shared = WeightFile(draft.path / weights_file("fp32")) if len(sizes) > 1 else None
         for number, size in enumerate(sizes):
             further = None if number == 0 else size
-            _add_graph(draft, checkpoint, spec, size, further, shared, frames[size], open_graph)
+            _add_graph(draft, checkpoint, spec, size, further, shared, frames[size], answer, open_graph)
         written = config.to_dict()
         own = {key: written[key] for key in OWN_KEYS if key in written}
         draft.add_json(CONFIG, {**(checkpoint.raw_config or written), **own})
@@ -137,6 +142,7 @@ def _add_graph(
     further: Size | None,
     shared: WeightFile | None,
     frames: Frames | None,
+    answer: EmbeddedAnswer | None,
     open_graph: OpenGraph,
 ) -> None:
     """Add the graph for images of `size` and its reference outputs; `further` is the size in file names, None for the first.
@@ -155,7 +161,7 @@ def _add_graph(
     _LOG.info("Running PyTorch on the reference inputs%s", at)
     frame_size = None if frames is None else frames.frame_size or size
     inputs = task.inputs(config, size, frame_size)
-    reference = _reference(network, inputs, frames)
+    reference = _reference(network, inputs, frames, answer)
     _LOG.info("Tracing to ONNX%s", at)
     if frames is not None:
         accept_frames(network, size, checkpoint.tensors, frames)
@@ -165,6 +171,10 @@ def _add_graph(
 
         traced = dataclasses.replace(traced, weights=fix_batch(traced.model, traced.weights, spec.static_batch))
         inputs = specs_from_onnx(traced.model.graph.input)
+    if answer is not None:
+        from .postprocessing import add_answer
+
+        add_answer(traced.model, answer)
     file = graph_file("fp32", further)
     entry: dict[str, Any] = {
         "precision": "fp32",
@@ -173,6 +183,7 @@ def _add_graph(
         "inputs": [spec.to_dict() for spec in inputs],
         "outputs": [spec.to_dict() for spec in specs_from_onnx(traced.model.graph.output)],
         "preprocessing": None if frames is None else frames.entry(),
+        **({} if answer is None else {"postprocessing": answer.to_dict()}),
         "reference": reference_file(further),
         "parent": None,
         "passes": [{"name": record.name, "count": record.count} for record in traced.passes],
@@ -213,13 +224,20 @@ def _add_graph(
     draft.add(reference_file(further), {}, reference.save)
 
 
-def _reference(network: SwinNetwork, inputs: tuple[TensorSpec, ...], frames: Frames | None) -> Reference:
+def _reference(
+    network: SwinNetwork, inputs: tuple[TensorSpec, ...], frames: Frames | None, answer: EmbeddedAnswer | None
+) -> Reference:
     import torch
 
     feeds = sample_inputs(inputs)
     with torch.no_grad():
         outputs = network.named(*_prepared(feeds, frames))
-    return Reference(feeds, {name: output.contiguous().numpy() for name, output in outputs.items()})
+    arrays = {name: output.contiguous().numpy() for name, output in outputs.items()}
+    if answer is not None:
+        from .postprocessing import answers_from_logits
+
+        arrays |= answers_from_logits(arrays["logits"], answer)
+    return Reference(feeds, arrays)
 
 
 def _prepared(feeds: Mapping[str, NDArray[Any]], frames: Frames | None) -> list[torch.Tensor]:

@@ -133,7 +133,15 @@ def with_graphs(bundle: Bundle, precision: str, make: Make, asked: Mapping[str, 
     made = []
     for source, file in missing:
         _LOG.info("Writing %s", file)
-        made.append(make(source, _with_shapes(bundle.verified_path(source))))
+        model, answer = _with_shapes(bundle.verified_path(source)), bundle.graphs[source].postprocessing
+        if answer is None:
+            made.append(make(source, model))
+        else:
+            from .postprocessing import add_answer, remove_answer
+
+            remove_answer(model)
+            made.append(make(source, model))
+            add_answer(made[-1].model, answer)
         complete_header(made[-1].model, bundle.manifest.opset)
     with _scratch_folder(bundle.place(missing[0][1])) as folder:
         entries: dict[str, dict[str, Any]] = {}
@@ -149,6 +157,7 @@ def with_graphs(bundle: Bundle, precision: str, make: Make, asked: Mapping[str, 
                 "inputs": [spec.to_dict() for spec in origin.inputs],
                 "outputs": [spec.to_dict() for spec in origin.outputs],
                 "preprocessing": None if origin.preprocessing is None else origin.preprocessing.to_dict(),
+                **({} if origin.postprocessing is None else {"postprocessing": origin.postprocessing.to_dict()}),
                 "reference": origin.reference,
                 "opset": next(domain.version for domain in graph.model.opset_import if not domain.domain),
                 "precision": precision,

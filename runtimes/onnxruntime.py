@@ -14,7 +14,8 @@ from swin_deploy.options import Array
 
 from .base import Feeds, Pool, Runtime
 
-_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8", "tensor(bool)": "bool"}
+_KINDS = ("float16", "uint8", "bool", "int64")
+_DTYPES = {"tensor(float)": "float32", **{f"tensor({kind})": kind for kind in _KINDS}}
 MOST_BINDINGS = 256  # concurrent calls
 
 

@@ -155,6 +155,16 @@ def _along(values: Tensor, axis: int, x: Tensor) -> Tensor:
     return values.reshape(shape)
 
 
+def _top_k(numbers: Numbers, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> Function:
+    (count,) = numbers(1) or (1,)
+
+    def best(x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        values, index = torch.sort(x, dim=axis, descending=bool(largest), stable=True)
+        return values.narrow(axis, 0, count), index.narrow(axis, 0, count)
+
+    return best
+
+
 _TORCH = ("Add", "Erf", "Floor", "Greater", "MatMul", "Mul", "Pow", "Sigmoid", "Sqrt", "Sub", "Tanh", "Where")
 _FUNCTIONAL = ("HardSwish", "Mish", "Relu", "Softplus")
 OPERATORS: dict[str, Make] = {
@@ -168,6 +178,7 @@ OPERATORS: dict[str, Make] = {
     "Div": _plain(lambda a, b: torch.div(a, b, rounding_mode=None if a.is_floating_point() else "trunc")),
     "Expand": _plain(lambda x, shape: x.expand(np.broadcast_shapes(tuple(x.shape), tuple(shape.tolist())))),
     "Gather": _gather,
+    "GatherElements": lambda numbers, *, axis=0: lambda x, index: torch.gather(x, axis, index),
     "Gelu": lambda numbers, *, approximate="none": lambda x: F.gelu(x, approximate=approximate),
     "Gemm": _gemm,
     "Identity": _plain(lambda x: x),
@@ -187,6 +198,7 @@ OPERATORS: dict[str, Make] = {
     "Slice": _slice,
     "Softmax": lambda numbers, *, axis=-1: lambda x: torch.softmax(x, axis),
     "Split": _split,
+    "TopK": _top_k,
     "Transpose": lambda numbers, *, perm: lambda x: x.permute(perm),
     "Unsqueeze": _unsqueeze,
 }  # fmt: skip

@@ -29,11 +29,15 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Value:
-    """Type and shape of a value; `data` are the integers of a constant, or of a shape that is computed."""
+    """Type and shape of a value.
+
+    `data` are the integers of a constant, or of a shape that is computed. Those of an index are from 0 to `below` - 1.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     data: Array | None = None
+    below: int = 0
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
@@ -311,6 +315,20 @@ def _gather(attributes: Mapping[str, Any], made: int, x: Value, index: Value) ->
     return Value(x.dtype, (*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]), data)
 
 
+def _top_k(attributes: Mapping[str, Any], made: int, x: Value, count: Value) -> list[Value]:
+    axis, (most,) = _place(attributes.get("axis", -1), len(x.shape)), _integers(count)
+    need(x.dtype in FLOATS and 0 < most <= x.shape[axis], "selects {} of {}", most, x)
+    shape = (*x.shape[:axis], most, *x.shape[axis + 1 :])
+    return [Value(x.dtype, shape), Value("int64", shape, below=x.shape[axis])]
+
+
+def _gather_elements(attributes: Mapping[str, Any], made: int, x: Value, index: Value) -> Value:
+    axis = _place(attributes.get("axis", 0), len(x.shape))
+    others = [shape[:axis] + shape[axis + 1 :] for shape in (x.shape, index.shape)]
+    need(0 < index.below <= x.shape[axis] and others[0] == others[1], "reads {} at {}", x, index)
+    return Value(x.dtype, index.shape)
+
+
 def _shape(attributes: Mapping[str, Any], made: int, x: Value) -> Value:
     part = np.array(x.shape[attributes.get("start", 0) : attributes.get("end", RANK)], np.int64)
     return Value("int64", part.shape, part)
@@ -343,6 +361,7 @@ OPERATORS: dict[str, Operator] = {
     "DequantizeLinear": Operator((2, 3), _dequantize, {"axis": AXIS}),
     "Expand": Operator((2, 2), _expand, {}),
     "Gather": Operator((2, 2), _gather, {"axis": AXIS}),
+    "GatherElements": Operator((2, 2), _gather_elements, {"axis": AXIS}),
     "Gelu": Operator((1, 1), _map(*FLOATS), {"approximate": ("none", "tanh")}),
     "Gemm": Operator((2, 3), _gemm, {"alpha": float, "beta": float, "transA": FLAG, "transB": FLAG}),
     "Greater": Operator((2, 2), _combine("bool"), {}),
@@ -355,6 +374,7 @@ OPERATORS: dict[str, Operator] = {
     "Slice": Operator((3, 5), _slice, {}),
     "Softmax": Operator((1, 1), _softmax, {"axis": AXIS}),
     "Split": Operator((1, 2), _split, {"axis": AXIS, "num_outputs": (1, MOST_PARTS)}, (1, MOST_PARTS)),
+    "TopK": Operator((2, 2), _top_k, {"axis": AXIS, "largest": (1, 1), "sorted": (1, 1)}, (2, 2)),
     "Transpose": Operator((1, 1), _transpose, {"perm": list}),
     "Unsqueeze": Operator((2, 2), _unsqueeze, {}),
     "Where": Operator((3, 3), _where, {}),

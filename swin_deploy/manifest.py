@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from .errors import BundleError, shown
-from .options import COMPILERS, FRAMEWORKS, OPSETS, PRECISIONS, TARGETS, TASKS, Batch, Size
+from .options import COMPILERS, FRAMEWORKS, OPSETS, PRECISIONS, SCORES, TARGETS, TASKS, Batch, Size
 
 Read = Callable[[Any], Any]  # JSON value -> typed value; raises _Unexpected
 T = TypeVar("T", bound="_Record")
@@ -252,6 +252,13 @@ class EmbeddedSteps(_Record):
     steps: Mapping[str, Any] = _key(_FACTS)
 
 
+class EmbeddedAnswer(_Record):
+    """Answer in the graph: the activation of its scores, and the number of best classes; None: the scores of all classes."""
+
+    activation: str = _key(_choice(SCORES))
+    top_k: int | None = _key(_optional(_whole(1, (1 << 31) - 1)), None)
+
+
 class CalibrationFacts(_Record):
     """Options of the quantization that made a graph; `target` is one of TARGETS."""
 
@@ -268,6 +275,7 @@ class GraphEntry(FileEntry):
     reference: str = _key(_FILE)
     weights: str | None = _key(_optional(_FILE), None)
     preprocessing: EmbeddedSteps | None = _key(_optional(EmbeddedSteps.read), None)
+    postprocessing: EmbeddedAnswer | None = _key(_optional(EmbeddedAnswer.read), None)
     agreement: StoredVerdict | None = _key(lambda value: None if value == "not verified" else StoredVerdict.read(value), None)
     calibration: CalibrationFacts | None = _key(_optional(CalibrationFacts.read), None)
     opset: int | None = _key(_whole(1, 1000), None)

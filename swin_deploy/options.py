@@ -29,6 +29,7 @@ TARGETS = ("tensorrt", "onnxruntime", "openvino")  # runtimes that a graph layou
 TASKS = ("image-classification", "feature-extraction", "backbone", "masked-image-modeling")
 FRAMEWORKS = ("hf", "timm", "microsoft", "torchvision")  # source of the window, shift and padding rules
 SCORES = ("softmax", "sigmoid", "none")  # activations that turn logits into scores
+ANSWERS = ("softmax", "sigmoid", "top-k")  # outputs that a graph may have beside its logits
 ON_ERROR = ("continue", "stop")  # what to do after an image that cannot be read
 METHODS = ("minmax", "percentile", "entropy", "mse")  # how a range is chosen from what was observed
 COMPILERS = ("tensorrt", "tensorrt-rtx")
@@ -56,6 +57,14 @@ def device(name: str, value: Any) -> str:
     if parse.text(name, value) != "auto":
         device_from_text(value)
     return str(value)
+
+
+def _answer(name: str, value: Any) -> str:
+    """Accept one of ANSWERS, and "top-k=3"; "top-k" becomes "top-k=5"."""
+    kind, equals, count = parse.text(name, value).partition("=")
+    if kind not in ANSWERS or (equals and kind != ANSWERS[-1]):
+        raise unknown("answer", value, (*ANSWERS, "top-k=N"))
+    return kind if kind != ANSWERS[-1] else f"{kind}={parse.whole(1)(name, count if equals else 5)}"
 
 
 def _on_error_option() -> Any:
@@ -197,6 +206,12 @@ class ExportSpec(Spec):
         None,
         parse.image_size,
         "Like --embed-preprocess, for frames of this height and width in pixels, which the graph also resizes and crops.",
+    )
+    embed_postprocess: str | None = option(
+        None,
+        _answer,
+        "Add the scores of all classes to the outputs of the graph, or the indices and scores of the best ones (5 by default).",
+        metavar="softmax|sigmoid|top-k[=N]",
     )
     output: PathLike | None = option(
         None,

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from swin_deploy.bundle import Bundle, TensorSpec
-from swin_deploy.errors import BundleError, shown
+from swin_deploy.errors import BundleError, VerificationError, shown
 from swin_deploy.files import read_arrays
 from swin_deploy.options import Array
 
@@ -22,6 +22,7 @@ from swin_deploy.options import Array
 # evaluate`); on the noise in the bundle it only has to be recognizable as the same network.
 TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 8e-2, "int8": 0.3, "fp8": 0.3}
 REFERENCE_BYTES = 1 << 26  # of all arrays; more if the file itself is large
+SCORE_OUTPUTS = ("probabilities", "scores")  # of graphs with an answer, computed from their logits
 SEED = 20210325  # the day of the first Swin paper; any number would do
 
 
@@ -118,8 +119,15 @@ class Reference:
         return len(next(iter(self.feeds.values())))
 
     def tolerance(self, precision: str, output: str) -> float:
-        """Return the relative L2 tolerance of an output: the one of the precision, but at least 4 times the noise."""
-        return max(TOLERANCES[precision], 4 * self.noise.get(output, 0.0))
+        """Return the relative L2 tolerance of an output: the one of the precision, but at least 4 times the noise.
+
+        That of scores follows from that of the logits: where logits differ by at most d, scores differ by at most 2d, relatively.
+        """
+        tolerance = max(TOLERANCES[precision], 4 * self.noise.get(output, 0.0))
+        if output in SCORE_OUTPUTS and (logits := self.outputs.get("logits")) is not None:
+            largest = float(np.linalg.norm(logits.astype(np.float64), axis=-1).max())
+            tolerance = max(tolerance, 2 * largest * self.tolerance(precision, "logits"))
+        return tolerance
 
     def save(self, path: Path) -> None:
         """Write an .npz file. Floating-point inputs fit into float16 without loss (see `sample_inputs`)."""
@@ -255,12 +263,22 @@ def check_runtime(reference: Reference, runtime: Runnable, file: str, precision:
                 f"The reference outputs for {file} contain {shown(name)} with shape {list(expected.shape[1:])}, but the graph "
                 f"gives {'none' if given is None else list(given.shape[1:])}. Export the bundle again."
             )
+    if not all(map(_indices_fit, found)):
+        raise VerificationError(f"In {file}, run by {runtime.title}, `indices` are not those of the largest logits. Report it.")
     agreements = {
         name: compare(np.concatenate([outputs[name] for outputs in found]), np.concatenate([expected] * (1 + together)))
         for name, expected in reference.outputs.items()
     }
     tolerances = {name: reference.tolerance(precision, name) for name in reference.outputs}
     return Verdict(file, precision, runtime.title, agreements, tolerances)
+
+
+def _indices_fit(outputs: Mapping[str, Array]) -> bool:
+    """Return whether `indices`, if there are any, are those of the largest logits, largest first."""
+    if (indices := outputs.get("indices")) is None:
+        return True
+    logits = outputs["logits"]
+    return np.array_equal(np.take_along_axis(logits, indices, -1), -np.sort(-logits, axis=-1)[:, : indices.shape[-1]])
 
 
 def check_graph(reference: Reference, open_graph: OpenGraph, path: Path, file: str, precision: str) -> Verdict:

@@ -25,7 +25,7 @@ from .io_buffers import BufferLayout, device_tensor
 _LOG = logging.getLogger(__name__)
 MAX_CONTEXTS = 8  # concurrent calls, and batch sizes whose CUDA graphs are kept; each has its own activation memory
 
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BOOL": "bool", "UINT8": "uint8"}  # of inputs and outputs
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BOOL": "bool", "UINT8": "uint8", "INT64": "int64"}
 
 
 class TensorRt(Runtime):
