@@ -204,7 +204,7 @@ def prepared(sample: Any, name: str, preprocessor: Preparation, inputs: tuple[Te
     except InputError as error:
         raise error if isinstance(sample, str | os.PathLike) else InputError(f"{name}: {error}") from error
     if made.shape != shape:
-        sizes = (made.shape, shape) if isinstance(preprocessor, Frames) else (made.shape[1:], shape[1:])
+        sizes = (made.shape, shape) if inputs[0].dtype == "uint8" else (made.shape[1:], shape[1:])
         found, expected = (f"{size[0]}x{size[1]}" for size in sizes)
         raise InputError(
             f"{name} has {found} pixels after preprocessing, but the graph expects {expected}. Export a graph for that size."

@@ -34,9 +34,9 @@ from swin_deploy.errors import CheckpointError, InputError, MissingDependencyErr
 from swin_deploy.files import json_file
 from swin_deploy.frame_input import Frames, refuse_misfit
 from swin_deploy.manifest import LARGEST_FRAME, LARGEST_SIDE, EmbeddedAnswer
-from swin_deploy.options import ExportSpec, Size
+from swin_deploy.options import LAYOUTS, ORDERS, ExportSpec, Size
 from swin_deploy.parity import OpenGraph, Reference, check_graph, sample_inputs
-from swin_deploy.preprocess import Preprocessor, channels_text
+from swin_deploy.preprocess import EMBEDDABLE, Preprocessor, channels_text
 from swin_deploy.qat_ranges import RANGES
 from swin_deploy.tasks import PIXELS
 from swin_deploy.variants import VARIANTS
@@ -88,7 +88,9 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec,
         answer = answer_for(spec.embed_postprocess, config, task)
     preparations = {size: preprocessor if number == 0 else preprocessor.with_size(size) for number, size in enumerate(sizes)}
     embedded = spec.embed_preprocess or frame_size is not None
-    frames = {size: Frames(one, frame_size) if embedded else None for size, one in preparations.items()}
+    layout, order = spec.input_layout or LAYOUTS[0], spec.input_order or ORDERS[0]
+    frames = {size: Frames(one, frame_size, layout, order) if embedded else None for size, one in preparations.items()}
+    made = frames[sizes[0]]
     for size, one in frames.items():
         if one is not None:
             refuse_misfit(one, size, config.num_channels)
@@ -115,7 +117,7 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec,
         draft.add_json(CONFIG, {**(checkpoint.raw_config or written), **own})
         if checkpoint.ranges is not None:
             draft.add(RANGES, {}, checkpoint.ranges.to_json().encode())
-        draft.add_json(PREPROCESSOR, processor)
+        draft.add_json(PREPROCESSOR, processor if made is None else _left_to_do(processor, made))
     return Bundle.open(path)
 
 
@@ -159,13 +161,13 @@ def _add_graph(
     _LOG.info("Loading %s%s", checkpoint.source, at)
     network = SwinNetwork(config, size, checkpoint.tensors, task, target).eval()
     _LOG.info("Running PyTorch on the reference inputs%s", at)
-    frame_size = None if frames is None else frames.frame_size or size
-    inputs = task.inputs(config, size, frame_size)
+    given = None if frames is None else frames.spec(size)
+    inputs = task.inputs(config, size, given)
     reference = _reference(network, inputs, frames, answer)
     _LOG.info("Tracing to ONNX%s", at)
     if frames is not None:
         accept_frames(network, size, checkpoint.tensors, frames)
-    traced = onnx_from_torch(network, size, frame_size)
+    traced = onnx_from_torch(network, size, given)
     if spec.static_batch is not None:
         from .passes.static_batch import fix_batch
 
@@ -229,7 +231,9 @@ def _reference(
 ) -> Reference:
     import torch
 
-    feeds = sample_inputs(inputs)
+    feeds = sample_inputs(inputs if frames is None else (frames.as_bytes().spec(inputs[0].image_size), *inputs[1:]))
+    if frames is not None:
+        feeds[PIXELS] = frames.arranged(feeds[PIXELS])
     with torch.no_grad():
         outputs = network.named(*_prepared(feeds, frames))
     arrays = {name: output.contiguous().numpy() for name, output in outputs.items()}
@@ -246,7 +250,7 @@ def _prepared(feeds: Mapping[str, NDArray[Any]], frames: Frames | None) -> list[
 
     given = dict(feeds)
     if frames is not None:
-        given[PIXELS] = frames.inside(list(feeds[PIXELS]))
+        given[PIXELS] = frames.inside(list(frames.pixels(feeds[PIXELS])))
     return [torch.from_numpy(feed) for feed in given.values()]
 
 
@@ -273,6 +277,16 @@ def _kept(stated: Mapping[str, Any] | None, preprocessor: Preprocessor) -> dict[
             if Preprocessor.from_dict({**stated, **padded}, preprocessor.channels) == preprocessor:
                 return {**stated, **padded}
     return None
+
+
+def _left_to_do(processor: Mapping[str, Any], frames: Frames) -> dict[str, Any]:
+    """Return `processor` without the steps in the graph, which clients of Hugging Face would repeat."""
+    steps, complete = frames.entry()["steps"], frames.preprocessor
+    off = {EMBEDDABLE[step]: False for step in steps}
+    with contextlib.suppress(InputError, TypeError, ValueError):
+        if Preprocessor.from_dict({**processor, **off}, complete.channels) == complete.with_steps(steps, done=False):
+            return {**processor, **off}
+    return {**complete.to_dict(), **off}
 
 
 def _image_size(preprocessor: Preprocessor, config: SwinConfig) -> Size:

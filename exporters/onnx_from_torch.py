@@ -54,10 +54,10 @@ class Traced:
     passes: tuple[PassRecord, ...]
 
 
-def onnx_from_torch(network: SwinNetwork, image_size: Size, frame_size: Size | None = None) -> Traced:
-    """Trace `network` to an fp32 graph for images, or uint8 frames, of one size, and apply the passes of its target."""
+def onnx_from_torch(network: SwinNetwork, image_size: Size, frames: TensorSpec | None = None) -> Traced:
+    """Trace `network` to an fp32 graph for images, or `frames`, of one size, and apply the passes of its target."""
     require("onnxscript", "export to ONNX")
-    inputs = network.task.inputs(network.config, image_size, frame_size)
+    inputs = network.task.inputs(network.config, image_size, frames)
     model, weights = _traced(network, inputs)
     _name_by_module(model)
     gs = require("onnx_graphsurgeon", "rewrite the ONNX graph")

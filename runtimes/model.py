@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from swin_deploy.bundle import Bundle, TensorSpec, size_text
 from swin_deploy.errors import BackendError, InputError, UsageError
-from swin_deploy.frame_input import Frames, Preparation, preparation_for
+from swin_deploy.frame_input import Preparation, preparation_for
 from swin_deploy.option_parsers import choice, whole
 from swin_deploy.options import ON_ERROR, Array, LoadSpec, Size
 from swin_deploy.tasks import MASK, PIXELS, TaskSpec, class_limits, refuse_without_classes, scores_from_logits
@@ -281,7 +281,7 @@ class Model:
         shape = tuple(getattr(pixels, "shape", ()))
         varies = self.preprocessor.varies and getattr(self.preparation, "frame_size", None) is None
         if len(shape) == 4 and (len(self.image_sizes) > 1 or varies):
-            first = 1 if isinstance(self.preparation, Frames) else 2  # frames have their channels last
+            first = 1 if getattr(self.preparation, "layout", "nchw") == "nhwc" else 2
             size = (int(shape[first]), int(shape[first + 1]))
             if size not in self._files:
                 raise InputError(

@@ -194,10 +194,14 @@ class Bundle:
 
     @functools.cached_property
     def preprocessor(self) -> Preprocessor:
-        """The preprocessing for the first image size. Raises BundleError if its file is damaged or invalid."""
+        """The preprocessing for the first image size, with the steps in the graph, which its file leaves out.
+
+        Raises BundleError if the file is damaged or invalid.
+        """
         from .preprocess import Preprocessor
 
-        return self._parsed(PREPROCESSOR, Preprocessor.from_dict)
+        stated, graph = self._parsed(PREPROCESSOR, Preprocessor.from_dict), next(iter(self.graphs.values()), None)
+        return stated if graph is None or graph.preprocessing is None else stated.with_steps(graph.preprocessing.steps)
 
     @functools.cached_property
     def task(self) -> TaskSpec:

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from .errors import BundleError, shown
-from .options import COMPILERS, FRAMEWORKS, OPSETS, PRECISIONS, SCORES, TARGETS, TASKS, Batch, Size
+from .options import COMPILERS, FRAMEWORKS, LAYOUTS, OPSETS, ORDERS, PRECISIONS, SCORES, TARGETS, TASKS, Batch, Size
 
 Read = Callable[[Any], Any]  # JSON value -> typed value; raises _Unexpected
 T = TypeVar("T", bound="_Record")
@@ -246,10 +246,15 @@ class StoredVerdict(_Record):
 
 
 class EmbeddedSteps(_Record):
-    """Preprocessing in the graph: size of the frames that it resizes (None: it does not resize), and its steps."""
+    """Preprocessing in the graph: size of the frames that it resizes (None: it does not resize), and its steps.
+
+    Frames are uint8 [batch, height, width, channels], or in the layout "nchw" float32 [batch, channels, height, width].
+    """
 
     frame_size: Size | None = _key(_optional(_numbers("null, or a list of two whole numbers", 2, 1, LARGEST_FRAME)))
     steps: Mapping[str, Any] = _key(_FACTS)
+    layout: str = _key(_choice(LAYOUTS), LAYOUTS[0])
+    order: str = _key(_choice(ORDERS), ORDERS[0])
 
 
 class EmbeddedAnswer(_Record):
@@ -311,12 +316,13 @@ class GraphEntry(FileEntry):
             size = frames.frame_size
         pixels = self.inputs[0] if self.inputs else None
         axes = () if pixels is None else pixels.shape
-        sides = axes[2:4] if frames is None else axes[1:3]
-        fits = pixels is not None and (pixels.name, pixels.dtype) == ("pixel_values", "float32" if frames is None else "uint8")
-        numbered = isinstance(axes[1 if frames is None else 3], int) if len(axes) == 4 else False
+        planar = frames is None or frames.layout == "nchw"
+        sides = axes[2:4] if planar else axes[1:3]
+        fits = pixels is not None and (pixels.name, pixels.dtype) == ("pixel_values", "float32" if planar else "uint8")
+        numbered = isinstance(axes[1 if planar else 3], int) if len(axes) == 4 else False
         if not (fits and numbered and sides == size):
-            shape = f"[batch, channels, {size[0]}, {size[1]}]" if frames is None else f"[batch, {size[0]}, {size[1]}, channels]"
-            expected = f"pixel_values, {'float32' if frames is None else 'uint8'} {shape}"
+            shape = f"[batch, channels, {size[0]}, {size[1]}]" if planar else f"[batch, {size[0]}, {size[1]}, channels]"
+            expected = f"pixel_values, {'float32' if planar else 'uint8'} {shape}"
             raise _Unexpected(", ".join(map(str, self.inputs)), f"the first input to be {expected}", "inputs")
         for number, spec in enumerate(self.inputs[1:], 1):
             if (spec.name, spec.dtype, len(spec.shape)) != ("bool_masked_pos", "bool", 2) or number > 1:

@@ -29,6 +29,8 @@ TARGETS = ("tensorrt", "onnxruntime", "openvino")  # runtimes that a graph layou
 TASKS = ("image-classification", "feature-extraction", "backbone", "masked-image-modeling")
 FRAMEWORKS = ("hf", "timm", "microsoft", "torchvision")  # source of the window, shift and padding rules
 SCORES = ("softmax", "sigmoid", "none")  # activations that turn logits into scores
+LAYOUTS = ("nhwc", "nchw")  # of frames: uint8, or float32 pixels from 0 to 255
+ORDERS = ("rgb", "bgr")  # of their channels
 ANSWERS = ("softmax", "sigmoid", "top-k")  # outputs that a graph may have beside its logits
 ON_ERROR = ("continue", "stop")  # what to do after an image that cannot be read
 METHODS = ("minmax", "percentile", "entropy", "mse")  # how a range is chosen from what was observed
@@ -207,6 +209,14 @@ class ExportSpec(Spec):
         parse.image_size,
         "Like --embed-preprocess, for frames of this height and width in pixels, which the graph also resizes and crops.",
     )
+    input_layout: str | None = option(
+        None,
+        parse.choice("layout", LAYOUTS),
+        "Layout of embedded frames: nhwc for uint8 (default), nchw for float32 pixels from 0 to 255.",
+    )
+    input_order: str | None = option(
+        None, parse.choice("order of channels", ORDERS), "Order of the color channels of embedded frames. Default: rgb."
+    )
     embed_postprocess: str | None = option(
         None,
         _answer,
@@ -225,6 +235,11 @@ class ExportSpec(Spec):
     def check(self) -> None:
         if self.task is not None or self.weights is None:
             self.task_spec()
+        if not (self.embed_preprocess or self.embed_resize) and (self.input_layout or self.input_order):
+            raise UsageError(
+                "--input-layout and --input-order describe the frames that a graph accepts. Pass --embed-preprocess or "
+                "--embed-resize."
+            )
 
     def task_spec(self, default: str = TASKS[0]) -> TaskSpec:
         """Return the task and its options as one value. `default` is the task of the checkpoint."""

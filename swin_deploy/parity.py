@@ -121,7 +121,7 @@ class Reference:
     def tolerance(self, precision: str, output: str) -> float:
         """Return the relative L2 tolerance of an output: the one of the precision, but at least 4 times the noise.
 
-        That of scores follows from that of the logits: where logits differ by at most d, scores differ by at most 2d, relatively.
+        That of scores follows from the logits: where those differ by at most d, scores differ by at most 2d, relatively.
         """
         tolerance = max(TOLERANCES[precision], 4 * self.noise.get(output, 0.0))
         if output in SCORE_OUTPUTS and (logits := self.outputs.get("logits")) is not None:

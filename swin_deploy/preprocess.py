@@ -18,7 +18,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     ImageLike: TypeAlias = str | os.PathLike[str] | PILImage.Image | NDArray[np.uint8]
 
 FLAGS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_convert_rgb")
+EMBEDDABLE = dict(zip(("resize", "crop", "rescale", "normalize"), ("do_resize", "do_center_crop", *FLAGS[1:3]), strict=True))
 TIMM_KEYS = ("keep_ratio", "round_crop", "crop_fill", "crop_pct")  # transformers ignores them
 DETECTOR_KEYS = ("longest_edge", "size_divisor", "do_pad", "pad_size", "do_thumbnail")
 KEYS = (*FLAGS, "size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std", *TIMM_KEYS, *DETECTOR_KEYS)
@@ -388,6 +389,11 @@ class Preprocessor:
     def for_frames(self) -> Preprocessor:
         """Return the rest of the preprocessing for frames, which are already resized and cropped."""
         return replace(self, do_resize=False, do_center_crop=False)
+
+    def with_steps(self, steps: Iterable[str], done: bool = True) -> Preprocessor:
+        """Return the same preprocessing with the steps of EMBEDDABLE that are named, or with `done` False without them."""
+        changes: dict[str, Any] = {EMBEDDABLE[step]: done for step in steps if step in EMBEDDABLE}
+        return replace(self, **changes)
 
     def resized_to(self, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) to which an image is resized before it is cropped."""

@@ -60,16 +60,14 @@ class TaskSpec:
         return tuple(name for name in known if name in wanted)
 
     def inputs(
-        self, config: SwinConfig, image_size: tuple[int, int], frame_size: tuple[int, int] | None = None
+        self, config: SwinConfig, image_size: tuple[int, int], frames: TensorSpec | None = None
     ) -> tuple[TensorSpec, ...]:
         """Return the inputs: pixel_values float32 [batch, channels, height, width], and bool_masked_pos bool [batch, patches].
 
-        With `frame_size`, the size of frames for a graph with preprocessing, pixel_values are uint8 [batch, height, width, 3].
+        `frames` is pixel_values of a graph with embedded preprocessing.
         """
         rows, columns = config.grid(image_size)
-        pixels = TensorSpec(PIXELS, "float32", ("batch", config.num_channels, *image_size))
-        if frame_size is not None:
-            pixels = TensorSpec(PIXELS, "uint8", ("batch", *frame_size, config.num_channels))
+        pixels = frames or TensorSpec(PIXELS, "float32", ("batch", config.num_channels, *image_size))
         return (pixels, TensorSpec(MASK, "bool", ("batch", rows * columns))) if self.masked else (pixels,)
 
     def output_names(self, config: SwinConfig) -> tuple[str, ...]:

@@ -1,4 +1,6 @@
-"""Preprocessing as part of the network: it accepts uint8 frames [batch, height, width, channels] instead of prepared pixels.
+"""Preprocessing as part of the network: it accepts frames instead of prepared pixels.
+
+Frames are uint8 [batch, height, width, channels], or float32 [batch, channels, height, width] with pixels from 0 to 255.
 
 Rescaling and normalization are folded into the convolution of the patch embedding. Resizing is two matmuls with constants, in
 integers that float32 represents exactly, so every pixel equals that of Pillow. Most factors of one large matmul would be 0, so
@@ -34,7 +36,7 @@ GRANULES = (16, 8, 4, 2, 1)  # pixels of a row copied together
 
 
 def accept_frames(network: SwinNetwork, image_size: Size, tensors: Tensors, frames: Frames) -> None:
-    """Replace the patch embedding of `network` by one that preprocesses uint8 frames.
+    """Replace the patch embedding of `network` by one that preprocesses frames.
 
     `image_size` is that of the prepared image. GPU compilers support little more for uint8 than a cast, so the cast comes
     first there. Elsewhere bytes are moved before.
@@ -45,7 +47,7 @@ def accept_frames(network: SwinNetwork, image_size: Size, tensors: Tensors, fram
 
 
 class FrameEmbedding(PatchEmbedding):
-    """uint8 frames [batch, height, width, channels] -> the patch embedding of the preprocessed frames."""
+    """Frames -> the patch embedding of the preprocessed frames."""
 
     of_black: Tensor | None
 
@@ -53,7 +55,7 @@ class FrameEmbedding(PatchEmbedding):
         self, config: SwinConfig, image_size: Size, tensors: Tensors, masked: bool, frames: Frames, cast_first: bool
     ) -> None:
         super().__init__(config, image_size, tensors, masked)
-        self.cast_first = cast_first
+        self.cast_first, self.planar = cast_first, frames.layout == "nchw"
         inside, channels = frames.inside, config.num_channels
         mean, std = (inside.image_mean, inside.image_std) if inside.do_normalize else ((0.0,) * channels, (1.0,) * channels)
         rescale = inside.rescale_factor if inside.do_rescale else 1.0
@@ -65,11 +67,14 @@ class FrameEmbedding(PatchEmbedding):
         of_black = F.conv2d(image, self.weight.double(), self.bias.double(), stride=self.patch).float()
         self.register_buffer("of_black", of_black if any(self.missing) else None)
         self.bias = nn.Parameter(of_black[0, :, 0, 0].clone(), requires_grad=False)
-        self.weight = nn.Parameter((self.weight.double() * scale).float(), requires_grad=False)
+        weight = (self.weight.double() * scale).float()
+        self.weight = nn.Parameter(weight.flip(1) if frames.order == "bgr" else weight, requires_grad=False)
         self.resize = nn.Sequential()
         if frames.frame_size is not None:
             rows, columns = frame_weights(inside, frames.frame_size)
-            if cast_first:
+            if self.planar:
+                self.resize.add_module("channels_last", ChannelsLast())
+            elif cast_first:
                 self.resize.add_module("cast", AsFloat())
             steps = [("columns", columns, Columns), ("rows", rows, Rows)]
             for name, weights, kind in steps[::-1] if rows_first(inside, frames.frame_size) else steps:
@@ -77,12 +82,11 @@ class FrameEmbedding(PatchEmbedding):
                     self.resize.add_module(name, kind(weights, channels))
 
     def project(self, pixel_values: Tensor) -> Tensor:
+        x = pixel_values
         if len(self.resize) > 0:
-            x = self.resize(pixel_values).permute(0, 3, 1, 2).float()
-        elif self.cast_first:
-            x = pixel_values.float().permute(0, 3, 1, 2)
-        else:
-            x = pixel_values.permute(0, 3, 1, 2).float()
+            x = self.resize(x).permute(0, 3, 1, 2).float()
+        elif not self.planar:
+            x = x.float().permute(0, 3, 1, 2) if self.cast_first else x.permute(0, 3, 1, 2).float()
         x = F.conv2d(self.padded(x), self.weight, self.bias if self.of_black is None else None, stride=self.patch)
         return x if self.of_black is None else x + self.of_black
 
@@ -92,6 +96,13 @@ class AsFloat(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.float()
+
+
+class ChannelsLast(nn.Module):
+    """[batch, channels, height, width] -> [batch, height, width, channels]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
 
 
 class Resampling(nn.Module):

@@ -46,7 +46,7 @@ class Placement:
 class TorchNetwork:
     """A checkpoint in PyTorch for one image size. It implements `parity.Runnable`.
 
-    With `frames` it accepts uint8 frames and preprocesses them with the image processor.
+    With `frames` it accepts frames and preprocesses them with the image processor.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class TorchNetwork:
         self._placement = placement or Placement()
         self._network = self._placement.placed(SwinNetwork(checkpoint.config, size, checkpoint.tensors, task))
         self._frames = frames
-        self.inputs = task.inputs(checkpoint.config, size, None if frames is None else frames.frame_size or size)
+        self.inputs = task.inputs(checkpoint.config, size, None if frames is None else frames.spec(size))
         names = task.output_names(checkpoint.config)
         self.outputs = tuple(TensorSpec(name, "float32", ("batch",)) for name in names)
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         arrays = [feeds[spec.name] for spec in self.inputs]
         if self._frames is not None:
-            arrays[0] = self._frames.inside(list(arrays[0]))
+            arrays[0] = self._frames.inside(list(self._frames.pixels(arrays[0])))
         with torch.inference_mode():
             outputs = self._network(*map(self._placement.tensor, arrays))
             return {spec.name: self._placement.array(output) for spec, output in zip(self.outputs, outputs, strict=True)}

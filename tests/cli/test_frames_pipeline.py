@@ -27,6 +27,9 @@ from PIL import Image
 import swin_deploy
 from swin_deploy.bundle import Bundle
 from swin_deploy.errors import InputError, UsageError
+from swin_deploy.exporters.typed_graphs import with_typed_graphs
+from swin_deploy.parity import compare
+from swin_deploy.runtimes.backends import runtime_from_onnx
 from swin_deploy.tasks import TaskSpec
 
 pytest.importorskip("onnxruntime", reason="graphs are run with ONNX Runtime")
@@ -97,6 +100,47 @@ def test_logits_equal_transformers_for_all_kinds_of_images(photos: dict[str, Pat
                 assert distance(found, expected) < 1e-5, name
             both = [[(p.index, round(p.score, 4)) for p in one.classify(path)[0]] for one in (model, plain)]
             assert both[0] == both[1]
+
+
+def test_raw_frames_and_the_answer_are_those_of_transformers(photos: dict[str, Path], tmp_path: Path) -> None:
+    """Its image processor, as the bundle states it, leaves the normalization to the graph."""
+    transformers = pytest.importorskip("transformers")
+    import torch
+    from transformers.image_utils import load_image
+
+    raw = ("--embed-preprocess", "--input-layout", "nchw", "--input-order", "bgr", "--embed-postprocess", "top-k=3")
+    path = shutil.copytree(embedded(*raw), tmp_path / "raw")
+    processors = [transformers.ViTImageProcessorPil.from_pretrained(folder) for folder in (WEIGHTS[1], path)]
+    network = transformers.SwinForImageClassification.from_pretrained(WEIGHTS[1]).eval()
+    pixels, frames = (
+        torch.cat([processor(load_image(str(photos[name])), return_tensors="pt")["pixel_values"] for name in AS_TRANSFORMERS])
+        for processor in processors
+    )
+    assert frames.max() > 200
+    with torch.no_grad():
+        expected = network(pixels).logits
+    scores, indices = (part.numpy() for part in expected.softmax(-1).topk(3))
+    feeds = {"pixel_values": frames.flip(1).float().numpy()}
+    with_typed_graphs(Bundle.open(path), "fp16", runtime_from_onnx)
+    assert {entry["postprocessing"]["top_k"] for entry in Bundle.open(path).graphs.values()} == {3}
+    for backend, precision, tolerance in (
+        ("onnxruntime", "fp32", 1e-5),
+        ("openvino", "fp32", 1e-5),
+        ("onnxruntime", "fp16", 5e-3),
+    ):
+        with swin_deploy.load(path, backend=backend, precision=precision) as model:
+            assert [str(spec) for spec in model.inputs] == ["pixel_values: float32 [batch, 3, 32, 32]"]
+            found = model.run(feeds)
+            assert compare(found["logits"], expected.numpy()).relative_l2 <= tolerance
+            np.testing.assert_allclose(found["scores"], scores, atol=tolerance)
+            assert precision == "fp16" or np.array_equal(found["indices"], indices)
+            best = [
+                [one.index for one in predictions]
+                for predictions in model.classify([*map(photos.get, AS_TRANSFORMERS)], top_k=3)
+            ]
+            assert best == found["indices"].tolist()
+    [score] = swin_deploy.evaluate(path, [THREE, FLOWER], precisions=["fp32"], weights=WEIGHTS[1]).scores[1:]
+    assert score.relative_l2 < 1e-5
 
 
 def test_frames_of_a_camera_are_resized_in_the_graph(tmp_path: Path) -> None:

@@ -33,11 +33,15 @@ def network() -> onnx.ModelProto:
     """pixel_values -> logits, which are equal."""
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", CLASSES]) for name in ("pixel_values", "logits")]
     one = onnx.numpy_helper.from_array(np.ones((1, 1), np.float32), "one")
-    graph = helper.make_graph([helper.make_node("Mul", ["pixel_values", "one"], ["logits"], "Mul")], "g", values[:1], values[1:], [one])
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["pixel_values", "one"], ["logits"], "Mul")], "g", values[:1], values[1:], [one]
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
 
 
-@pytest.mark.parametrize(("activation", "top_k"), [("softmax", None), ("sigmoid", None), ("softmax", 3), ("sigmoid", 6), ("none", 2)])
+@pytest.mark.parametrize(
+    ("activation", "top_k"), [("softmax", None), ("sigmoid", None), ("softmax", 3), ("sigmoid", 6), ("none", 2)]
+)
 def test_scores_are_those_of_the_pipeline(activation: str, top_k: int | None, tmp_path: Path) -> None:
     model, answer = network(), EmbeddedAnswer.read({"activation": activation, "top_k": top_k})
     before = model.SerializeToString()

@@ -24,7 +24,9 @@ IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.2
 BICUBIC = {"size": {"height": 48, "width": 40}, "resample": 3, **IMAGENET}
 
 
-def embedding(preprocessor: Preprocessor, image: tuple[int, int], frame: tuple[int, int] | None, cast_first: bool) -> Any:
+def embedding(
+    preprocessor: Preprocessor, image: tuple[int, int], frame: tuple[int, int] | None, cast_first: bool, *arranged: str
+) -> Any:
     """(the network's patch embedding, the same for frames), with random weights."""
     config = SwinConfig(
         version=1,
@@ -36,7 +38,7 @@ def embedding(preprocessor: Preprocessor, image: tuple[int, int], frame: tuple[i
         num_channels=preprocessor.channels,
     )
     tensors = random_checkpoint(config, TaskSpec()).tensors
-    frames = Frames(preprocessor, frame)
+    frames = Frames(preprocessor, frame, *arranged)
     return PatchEmbedding(config, image, tensors, False), FrameEmbedding(config, image, tensors, False, frames, cast_first)
 
 
@@ -100,10 +102,13 @@ def test_tokens_are_those_of_transformers_processor(name: str, image: tuple[int,
     processor = transformers.ViTImageProcessorPil.from_dict(preprocessor.to_dict())
     frames = noise(70, 52)
     prepared = processor(list(frames), return_tensors="np")["pixel_values"].astype(np.float32)
-    for frame in (None, (70, 52)):
-        outside, inside = embedding(preprocessor, image, frame, cast_first=True)
-        given = Frames(preprocessor, frame)(list(frames))
-        assert given.dtype == np.uint8
+    cases = [(None,), ((70, 52),), (None, "nchw", "bgr"), ((70, 52), "nchw", "rgb"), ((70, 52), "nhwc", "bgr")]
+    for frame, *arranged in cases:
+        outside, inside = embedding(preprocessor, image, frame, True, *arranged)
+        made = Frames(preprocessor, frame, *arranged)
+        given, spec = made(list(frames)), made.spec(image)
+        assert (given.dtype, given.shape[1:]) == (spec.dtype, spec.shape[1:])
+        assert np.array_equal(made.pixels(given), Frames(preprocessor, frame)(list(frames)))
         expected = outside.project(torch.from_numpy(prepared))
         found = inside.project(torch.from_numpy(given))
         scale = float(expected.abs().max())
@@ -139,6 +144,8 @@ def test_what_does_not_fit_is_refused() -> None:
     preprocessor = Preprocessor.from_dict(BICUBIC)
     refuse_misfit(Frames(preprocessor, (1080, 1920)), (48, 40), 3)
     refuse_misfit(Frames(preprocessor), (48, 40), 4)
+    with pytest.raises(UsageError, match="--input-order bgr is for images with 3 channels"):
+        refuse_misfit(Frames(preprocessor, order="bgr"), (48, 40), 1)
     with pytest.raises(UsageError, match="with 4 channels cannot be resized in the graph"):
         refuse_misfit(Frames(preprocessor, (1080, 1920)), (48, 40), 4)
     border = Preprocessor.from_timm({"input_size": [3, 48, 40], "crop_mode": "border", "crop_pct": 1.0})
@@ -153,7 +160,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_a_manifest_gives_back_what_was_embedded() -> None:
     preprocessor = Preprocessor.from_dict(BICUBIC)
-    for one in (Frames(preprocessor), Frames(preprocessor, (1080, 1920))):
+    for one in (Frames(preprocessor), Frames(preprocessor, (1080, 1920)), Frames(preprocessor, None, "nchw", "bgr")):
         assert preparation_for(preprocessor, EmbeddedSteps.read(one.entry())) == one
     assert preparation_for(preprocessor, None) is preprocessor
     steps = Frames(preprocessor, (1080, 1920)).entry()["steps"]
