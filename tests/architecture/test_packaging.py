@@ -124,3 +124,9 @@ def test_wheel_runs_in_and_outside_a_checkout(place: str, wheel: Path, tmp_path:
         [sys.executable, "-S", "-m", "swin_deploy", "--version"], cwd=there, env=environment, capture_output=True, text=True
     )
     assert done.stdout.endswith(f"version {PYPROJECT['project']['version']}\n"), done.stderr
+
+
+def test_pyinstaller_finds_its_hook() -> None:
+    module, _, name = PYPROJECT["project"]["entry-points"]["pyinstaller40"]["hook-dirs"].partition(":")
+    [folder] = getattr(importlib.import_module(module), name)()
+    assert (Path(folder) / "hook-swin_deploy.py").is_file()
