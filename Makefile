@@ -1,6 +1,6 @@
 # make demo    export, compile, verify and run two models, into demo/
 # make test    ruff, and pytest in one process more than there are processors, four at most; one test runs mypy
-# make lint    ruff and mypy
+# make lint    ruff, and mypy with the types of torch
 # make test-browser   the pages of serve and publish in Chromium, which it installs with Playwright unless there is one
 # make test-ray       serve with Ray Serve, which it installs
 # make fuzz    20,000 changed and hostile inputs (benchmarks/README.md)

@@ -1,4 +1,4 @@
-"""mypy accepts the whole package."""
+"""mypy accepts the whole package; `make lint` also checks it against the types of torch."""
 
 from __future__ import annotations
 
@@ -8,5 +8,6 @@ from pathlib import Path
 
 
 def test_the_package_is_typed() -> None:
-    done = subprocess.run([sys.executable, str(Path(__file__).with_name("typecheck.py"))], capture_output=True, text=True)
+    script = str(Path(__file__).with_name("typecheck.py"))
+    done = subprocess.run([sys.executable, script, "--quick"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,6 @@
-"""mypy over the whole package, with proof that it was the whole package. Run: python tests/architecture/typecheck.py
+"""mypy over the whole package, with proof that it was the whole package. Run: python tests/architecture/typecheck.py [--quick]
+
+--quick takes half as long: it does not read the types of torch, and leaves out three kinds of errors that follow from that.
 
 exporters/, runtimes/ and calib/ are part of swin_deploy only once installed, so `mypy -p swin_deploy` on the bare
 checkout passes without having read them. Here mypy reads a tree of links that is laid out as the installed package is,
@@ -16,6 +18,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LINKED = ("exporters", "runtimes", "calib")
+WITHOUT_TORCH = """
+[[tool.mypy.overrides]]
+module = "torch.*"
+follow_imports = "skip"
+"""
 
 
 def link_tree(target: Path) -> Path:
@@ -27,12 +34,15 @@ def link_tree(target: Path) -> Path:
     return package
 
 
-def main() -> int:
+def main(quick: bool) -> int:
     expected = sum(len(list((ROOT / folder).rglob("*.py"))) for folder in ("swin_deploy", *LINKED))
     with tempfile.TemporaryDirectory() as folder:
         link_tree(Path(folder))
-        command = [sys.executable, "-m", "mypy", "-p", "swin_deploy", "--config-file", str(ROOT / "pyproject.toml")]
-        command += ["--cache-dir", str(ROOT / ".mypy_cache")]
+        settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        (Path(folder) / "pyproject.toml").write_text(settings + WITHOUT_TORCH * quick)
+        cache = ROOT / ".mypy_cache" / ("quick" if quick else "whole")
+        command = [sys.executable, "-m", "mypy", "-p", "swin_deploy", "--cache-dir", str(cache)]
+        command += [f"--disable-error-code={code}" for code in ("misc", "no-any-return", "unused-ignore") if quick]
         environment = {name: value for name, value in os.environ.items() if name != "MYPYPATH"}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     # Where the file stands in the checkout, so that the line can be clicked.
@@ -49,4 +59,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("--quick" in sys.argv))

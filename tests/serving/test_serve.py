@@ -77,7 +77,7 @@ def test_tritonclient_gets_the_outputs_of_run(server: Served) -> None:
     with swin_deploy.load(digits(2), **RUN) as model:
         x = model.preparation([THREE, EXAMPLES / "digits/images/7.png"])
         expected = model.run({"pixel_values": x})["logits"]
-    client, name = triton.InferenceServerClient(f"127.0.0.1:{server.port}"), digits(2).name
+    client, name = triton.InferenceServerClient(f"127.0.0.1:{server.port}"), WEIGHTS[2].name
     assert client.is_server_live()
     assert client.is_server_ready()
     assert client.is_model_ready(name)
@@ -102,7 +102,7 @@ def tensor(**changes: Any) -> dict[str, Any]:
 
 def infer(*inputs: Any, **more: Any) -> tuple[str, str, bytes, dict[str, str]]:
     body, headers = as_json({"inputs": list(inputs), **more})
-    return "POST", f"/v2/models/{digits(2).name}/infer", body, headers
+    return "POST", f"/v2/models/{WEIGHTS[2].name}/infer", body, headers
 
 
 def post(body: bytes, kind: str = "image/png", path: str = "/", **headers: str) -> tuple[str, str, bytes, dict[str, str]]:
@@ -152,7 +152,7 @@ MALFORMED = [
     (404, "Not Found", ("GET", "/nothing", None, {})),
     (405, "Not Allowed", ("DELETE", "/", None, {})),
     (404, "no such model", ("GET", "/v2/models/other", None, {})),
-    (404, "no such model", ("GET", f"/v2/models/{digits(2).name}/versions/2/ready", None, {})),
+    (404, "no such model", ("GET", f"/v2/models/{WEIGHTS[2].name}/versions/2/ready", None, {})),
     (400, 'no "inputs"', infer()),
     (400, 'valid "inputs"', infer("pixel_values")),
     (400, "datatype", infer(tensor(datatype="FP31"))),
