@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="one folder for each case in it")
     given = parser.parse_args(arguments)
-    print(", ".join(f"{p} {version(p)}" for p in ("swin-deploy", "torch", "onnxscript", "onnxruntime")))
+    print(", ".join(f"{p} {version(p)}" for p in ("swin-deploy", "torch", "onnxruntime")))
     print(HEADER, flush=True)
     failed = 0
     for case in sorted(path.parent for path in given.folder.glob("*/reference.npz")):

@@ -1,6 +1,6 @@
 """Error of INT8 and FP8 graphs of networks as transformers initialises them, and of the same with random vectors.
 
-A network that was not trained has norms of ones and biases of zeros, which PyTorch's exporter stores once for many nodes.
+A network that was not trained has norms of ones and biases of zeros, which the graph stores once for many nodes.
 Random numbers, added to the scales of the norms alone or to all norms and biases, leave no constant that is shared.
 
     python benchmarks/default_initialization.py [--seeds 3] [--image-size 64] [--embed-dim 32]

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batches", default="1,8,32", help="empty: without that column")
     given = parser.parse_args(arguments)
     batches = [int(size) for size in given.batches.split(",") if size]
-    print(f"{given.gpu}: " + ", ".join(f"{p} {version(p)}" for p in ("swin-deploy", "torch", "onnxscript", "tensorrt-rtx")))
+    print(f"{given.gpu}: " + ", ".join(f"{p} {version(p)}" for p in ("swin-deploy", "torch", "tensorrt-rtx")))
     print(HEADER, flush=True)
     failed = 0
     for variants in architectures([name for name in given.variants.split(",") if name]):

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpu", default="sm_89", help="GPU to compile for")
     given = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
-    print(", ".join(f"{p} {version(p)}" for p in ("swin-deploy", "torch", "transformers", "onnxscript", "tensorrt-rtx")))
+    print(", ".join(f"{p} {version(p)}" for p in ("swin-deploy", "torch", "transformers", "tensorrt-rtx")))
     print(HEADER, flush=True)
     for name in given.variants.split(","):
         variant = find_variant(name)

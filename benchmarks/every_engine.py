@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus", default="sm_86,sm_89,sm_120")
     given = parser.parse_args(arguments)
     gpus, failed = given.gpus.split(","), 0
-    print(", ".join(f"{p} {version(p)}" for p in ("swin-deploy", "torch", "onnxscript", "tensorrt-rtx")))
+    print(", ".join(f"{p} {version(p)}" for p in ("swin-deploy", "torch", "tensorrt-rtx")))
     print(
         f"\n| architecture | blocks | precision | {' | '.join(gpus)} | compiled in |\n|---|--:|---|{'---|' * len(gpus)}--:|",
         flush=True,

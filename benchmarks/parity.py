@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch and ONNX Runtime")
     given = parser.parse_args(arguments)
     chosen = [find_variant(name) for name in given.variants.split(",")] if given.variants else published()
-    print(", ".join(f"{p} {version(p)}" for p in ("swin-deploy", "torch", "transformers", "onnxscript", "onnxruntime")))
+    print(", ".join(f"{p} {version(p)}" for p in ("swin-deploy", "torch", "transformers", "onnxruntime")))
     print(HEADER, flush=True)
     failed = False
     for variant in chosen:

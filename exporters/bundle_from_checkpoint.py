@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from swin_deploy.models.swin import SwinNetwork
 
 _LOG = logging.getLogger(__name__)
-TOOLS = ("swin-deploy", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime", "numpy")
+TOOLS = ("swin-deploy", "torch", "onnx", "onnx-graphsurgeon", "onnxruntime", "numpy")
 
 
 def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec, open_graph: OpenGraph) -> Bundle:
@@ -203,7 +203,7 @@ def _add_graph(
         draft.add(weights_file("fp32"), {}, lambda target: None)  # already written; this records its sha256
     draft.add(file, entry, traced.model.SerializeToString())
     del network, traced  # the weights may be most of the memory, and the comparison loads them once more
-    gc.collect()  # torch.export leaves reference cycles that hold them
+    gc.collect()  # the nodes that were recorded are reference cycles that hold them
     onnx.checker.check_model(str(draft.path / file), full_check=True)
     _LOG.info("Comparing ONNX with PyTorch%s", at)
     try:

@@ -1,4 +1,4 @@
-"""Keep weights outside of a graph while it is traced and rewritten, then embed them or write them as ONNX external data.
+"""Keep weights outside of a graph while it is recorded and rewritten, then embed them or write them as ONNX external data.
 
 A graph without weights has a few hundred kilobytes, so passes copy nothing large. The weights stay where they are, often
 memory-mapped from the checkpoint, until they are written one by one.
@@ -22,21 +22,6 @@ PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf message is limited to 2 GiB,
 SMALLEST = 1024  # bytes; smaller tensors, such as shapes and scalars, stay in the graph
 
 Weights = Mapping[str, Any]  # initializer -> torch tensor or numpy array
-
-
-def take_weights(graph: Any) -> dict[str, Any]:
-    """Return the large initializers of an onnx_ir graph by name, and leave external references in the graph."""
-    import onnx_ir as ir
-
-    weights: dict[str, Any] = {}
-    for name, value in graph.initializers.items():
-        tensor = value.const_value
-        if tensor.nbytes >= SMALLEST:
-            weights[name] = tensor.raw
-            value.const_value = ir.ExternalTensor(
-                location="weights", offset=0, length=tensor.nbytes, dtype=tensor.dtype, shape=tensor.shape, name=name
-            )
-    return weights
 
 
 def embed_weights(model: onnx.ModelProto, weights: Weights) -> None:

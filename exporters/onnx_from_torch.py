@@ -1,14 +1,18 @@
-"""Trace a network to an ONNX graph with a free batch axis, apply the graph passes, and check the operators."""
+"""Record a network as an ONNX graph with a free batch axis, apply the graph passes, and check the operators.
+
+The network runs once, on tensors without memory, and each torch function that it calls becomes an ONNX node.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from swin_deploy.bundle import TensorSpec
 from swin_deploy.dependencies import installed, require
@@ -16,7 +20,7 @@ from swin_deploy.errors import ExportError
 from swin_deploy.options import Size
 from swin_deploy.parity import sample_inputs
 
-from .external_data import PROTOBUF_LIMIT, Weights, embed_weights, take_weights, weight_bytes
+from .external_data import PROTOBUF_LIMIT, SMALLEST, Weights, embed_weights, weight_bytes
 from .passes import PASSES, PassRecord, run_passes
 from .passes.base import OPSET, NetworkCheck
 
@@ -25,7 +29,8 @@ if TYPE_CHECKING:
 
     from swin_deploy.models.swin import SwinNetwork
 
-BATCH = 1_000_003  # images in a traced batch; prime, and larger than any other axis
+BATCH = 1_000_003  # images in the recorded batch; prime, and larger than any other axis
+COMPARED = 1024  # elements; equal constants up to this size are stored once
 
 # The operators of a Swin with static shapes. Any other (Shape, If, Loop, Pad, ...) means that something depends on the input
 # size at run time, which is slower everywhere and prevents fusions in TensorRT.
@@ -55,11 +60,9 @@ class Traced:
 
 
 def onnx_from_torch(network: SwinNetwork, image_size: Size, frames: TensorSpec | None = None) -> Traced:
-    """Trace `network` to an fp32 graph for images, or `frames`, of one size, and apply the passes of its target."""
-    require("onnxscript", "export to ONNX")
+    """Record `network` as an fp32 graph for images, or `frames`, of one size, and apply the passes of its target."""
     inputs = network.task.inputs(network.config, image_size, frames)
-    model, weights = _traced(network, inputs)
-    _name_by_module(model)
+    model, weights = _recorded(network, inputs)
     gs = require("onnx_graphsurgeon", "rewrite the ONNX graph")
     graph = gs.import_onnx(model)
     records = run_passes(graph, network.config, PASSES[network.target], _check(network, model, weights, inputs))
@@ -71,8 +74,8 @@ def onnx_from_torch(network: SwinNetwork, image_size: Size, frames: TensorSpec |
     foreign = sorted({node.op_type for node in model.graph.node} - known)
     if foreign:
         raise ExportError(
-            f"The exporter wrote operators that a Swin with static shapes does not need: {', '.join(foreign)}. "
-            f"Install the versions in constraints.txt and, if it persists, report it."
+            f"The graph has operators that a Swin with static shapes does not need: {', '.join(foreign)}. Please report it, "
+            f"with the options of the export."
         )
     return Traced(model, weights, records)
 
@@ -91,99 +94,419 @@ def _check(network: SwinNetwork, model: Any, weights: Weights, inputs: tuple[Ten
     return NetworkCheck(model, sample_inputs(inputs), complete)
 
 
-def _traced(network: SwinNetwork, specs: Sequence[TensorSpec]) -> tuple[Any, dict[str, Any]]:
-    """Trace with a batch that no other axis is a multiple of, and then make it free; a symbolic batch takes twice as long.
+@dataclass(eq=False)
+class _Value:
+    """What a node writes, an input of the graph, or a constant: a torch tensor or a numpy array."""
 
-    The graphs for OpenVINO repeat constants for every image, which only a symbolic batch expresses.
+    shape: tuple[int, ...]
+    dtype: str  # of numpy
+    node: _Node | None = None
+    constant: Any = None
+    name: str = ""
+
+    @classmethod
+    def of(cls, numbers: Any, dtype: Any = np.int64) -> _Value:
+        array = np.asarray(numbers, dtype)
+        if dtype is np.int64 and (array >= BATCH).any():
+            raise ExportError("A constant of the graph depends on the batch. Please report it, with the options of the export.")
+        return cls(array.shape, array.dtype.name, constant=array)
+
+
+@dataclass(eq=False)
+class _Node:
+    op: str
+    inputs: list[_Value]
+    attributes: dict[str, Any]
+    module: str
+    outputs: list[_Value] = field(default_factory=list)
+
+
+class _Recorder:
+    """Turns calls of torch functions into nodes.
+
+    Tensors that depend on an input of the network are on the device `meta`: they have a shape and no memory. Functions of other
+    tensors are computed, and their results are constants.
     """
-    import onnx_ir
+
+    def __init__(self, network: Any) -> None:
+        self.names = {id(tensor): name for name, tensor in (*network.named_parameters(), *network.named_buffers())}
+        self.modules = ["swin"]  # the module that runs is the last one
+        self.nodes: list[_Node] = []
+        self.inputs: list[_Value] = []
+        self.values: dict[int, _Value] = {}  # of tensors that depend on an input, by id
+        self.constants: dict[int, tuple[_Value, Any]] = {}  # of other tensors, with their counterparts on the device meta
+        self.kept: list[Any] = []  # all these tensors, so that none of the ids is used again
+
+    def input(self, spec: TensorSpec) -> Any:
+        """Add an input and return its tensor."""
+        import torch
+
+        shape = (BATCH, *(int(side) for side in spec.shape[1:]))
+        tensor = torch.empty(shape, dtype=getattr(torch, spec.dtype), device="meta")
+        self.inputs.append(_Value(shape, spec.dtype, name=spec.name))
+        self.values[id(tensor)] = self.inputs[-1]
+        self.kept.append(tensor)
+        return tensor
+
+    def call(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Call a torch function, and add the nodes that compute the same if the result depends on an input or the batch."""
+        import torch
+
+        name = str(function.__name__)
+        depends = any(id(one) in self.values or (isinstance(one, int) and one >= BATCH) for one in _leaves((args, kwargs)))
+        if name == "__get__" or not depends:  # an attribute, such as the shape, or a function of constants
+            return function(*args, **kwargs)
+        result = function(*_mapped(self._meta, args), **_mapped(self._meta, kwargs))
+        tensors = [one for one in _leaves(result) if isinstance(one, torch.Tensor)]
+        if not tensors:
+            return result
+        if name not in FUNCTIONS:
+            raise ExportError(f"The network calls {name} of torch, which has no translation to ONNX. Please report it.")
+        made = FUNCTIONS[name](self, tuple(tensors[0].shape), *_mapped(self._value, args), **_mapped(self._value, kwargs))
+        for tensor, value in zip(tensors, made if isinstance(made, list) else [made], strict=True):
+            value.shape, value.dtype = tuple(tensor.shape), _dtype(tensor)
+            self.values[id(tensor)] = value
+        self.kept += tensors
+        return result
+
+    def node(self, op: str, *inputs: Any, dtype: str = "", **attributes: Any) -> _Value:
+        """Add a node and return its output. A number among the inputs becomes a float32 constant, and None is left out."""
+        values = [one if isinstance(one, _Value) else _Value.of(one, np.float32) for one in inputs if one is not None]
+        node = _Node(op, values, attributes, self.modules[-1])
+        node.outputs.append(_Value(values[0].shape, dtype or values[0].dtype, node))
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def _value(self, one: Any) -> Any:
+        """The value of a tensor; anything else is returned as it is."""
+        import torch
+
+        if not isinstance(one, torch.Tensor):
+            return one
+        return self.values[id(one)] if id(one) in self.values else self._constant(one)[0]
+
+    def _meta(self, one: Any) -> Any:
+        """The counterpart of a constant on the device meta; anything else is returned as it is."""
+        import torch
+
+        return self._constant(one)[1] if isinstance(one, torch.Tensor) and id(one) not in self.values else one
+
+    def _constant(self, tensor: Any) -> tuple[_Value, Any]:
+        import torch
+
+        if id(tensor) not in self.constants:
+            value = _Value(tuple(tensor.shape), _dtype(tensor), constant=tensor, name=self.names.get(id(tensor), ""))
+            self.constants[id(tensor)] = value, torch.empty_like(tensor, device="meta")
+            self.kept.append(tensor)
+        return self.constants[id(tensor)]
+
+
+def _recorded(network: SwinNetwork, specs: Sequence[TensorSpec]) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """Run the network once and return its graph, and its large constants by name."""
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    symbolic = network.target == "openvino"
-    batch = 2 if symbolic else BATCH  # torch.export specializes on a batch of one
-    with contextlib.nullcontext() if symbolic else FakeTensorMode():  # tensors without memory
-        examples = [torch.zeros(batch, *(int(n) for n in one.shape[1:]), dtype=getattr(torch, one.dtype)) for one in specs]
-    axis = torch.export.Dim("batch")
-    with torch.no_grad(), _quiet():
-        program = torch.onnx.export(
-            network,
-            tuple(examples),
-            input_names=[spec.name for spec in specs],
-            output_names=list(network.output_names),
-            dynamic_shapes=tuple({0: axis} for _ in specs) if symbolic else None,
-            opset_version=OPSET,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-    if program is None:
-        raise ExportError("torch.onnx.export returned no program. Install the versions in constraints.txt.")
-    weights = take_weights(program.model.graph)
-    model = onnx_ir.to_proto(program.model)
-    if not symbolic:
-        _free_batch(model)
-    return model, weights
+    recorder = _Recorder(network)
 
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return recorder.call(function, args, kwargs or {})
 
-def _free_batch(model: onnx.ModelProto) -> None:
-    """Replace multiples of BATCH: by a name in the shapes of values, by -1 in the constants that Reshape reads."""
-    import numpy as np
-    from onnx import TensorProto, numpy_helper
-
-    graph = model.graph
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        for size in value.type.tensor_type.shape.dim:
-            if size.dim_value and size.dim_value % BATCH == 0:
-                times = size.dim_value // BATCH
-                size.dim_param = "batch" if times == 1 else f"{times}*batch"
-    reshapes = {node.input[1] for node in graph.node if node.op_type == "Reshape"}
-    reshapes -= {name for node in graph.node if node.op_type != "Reshape" for name in node.input}
-    for tensor in graph.initializer:
-        if tensor.data_type != TensorProto.INT64 or tensor.data_location == TensorProto.EXTERNAL:
-            continue
-        values = numpy_helper.to_array(tensor)
-        batches = (values > 0) & (values % BATCH == 0)
-        if not batches.any():
-            continue
-        if tensor.name not in reshapes:
-            raise ExportError(f"The constant {tensor.name} depends on the batch. Report it, with the options of the export.")
-        tensor.CopyFrom(numpy_helper.from_array(np.where(batches, -1, values), tensor.name))
+    inputs = [recorder.input(spec) for spec in specs]
+    with torch.no_grad(), _followed(network, recorder.modules), Mode():
+        results = network(*inputs)
+    outputs = [recorder.values[id(result)] for result in results]
+    nodes, count = _read(recorder.nodes, outputs), 0
+    while count != len(nodes):
+        count = len(nodes)
+        nodes = _joined(nodes, outputs)
+    nodes = _shared(nodes, outputs)
+    return _model(nodes, recorder.inputs, dict(zip(network.output_names, outputs, strict=True)))
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress what the exporter prints about its progress and about packages that Swin does not use."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+def _followed(network: Any, modules: list[str]) -> Iterator[None]:
+    """Keep the name of the module that runs at the end of `modules`."""
+
+    def entered(name: str, *_: Any) -> None:
+        modules.append(name)
+
+    def left(*_: Any) -> None:
+        modules.pop()
+
+    with contextlib.ExitStack() as hooks:
+        for name, module in network.named_modules():
+            if name:
+                hooks.callback(module.register_forward_pre_hook(partial(entered, name)).remove)
+                hooks.callback(module.register_forward_hook(left).remove)
+        yield
 
 
-def _name_by_module(model: Any) -> None:
-    """Name nodes by the module they come from (`stages.0.steps.block1.attention.qkv/Gemm`), and remove the metadata.
+def _leaves(item: Any) -> Iterator[Any]:
+    if isinstance(item, dict):
+        item = list(item.values())
+    if isinstance(item, list | tuple):
+        for one in item:
+            yield from _leaves(one)
+    else:
+        yield item
 
-    Compilers show these names in their layer reports. The metadata of the exporter also holds stack traces with file names of
-    this machine.
+
+def _mapped(change: Callable[[Any], Any], item: Any) -> Any:
+    """`item` with every leaf changed."""
+    if isinstance(item, dict):
+        return {key: _mapped(change, one) for key, one in item.items()}
+    if isinstance(item, list | tuple):
+        changed = [_mapped(change, one) for one in item]
+        return tuple(changed) if isinstance(item, tuple) else changed
+    return change(item)
+
+
+def _dtype(tensor: Any) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+# Translations of torch functions: (recorder, shape of the result, arguments of the function) -> value, or a list of them.
+Shape = tuple[int, ...]
+
+
+def _plain(op: str, *more: float) -> Callable[..., Any]:
+    """One node that has the same inputs, and `more` after them."""
+    return lambda recorder, shape, *inputs, inplace=False: recorder.node(op, *inputs, *more)
+
+
+def _reduce(op: str) -> Callable[..., Any]:
+    return lambda recorder, shape, x, dim, keepdim=False: recorder.node(op, x, _Value.of([dim]), keepdims=int(keepdim))
+
+
+def _reshape(recorder: _Recorder, shape: Shape, x: _Value, *_: Any) -> _Value:
+    return recorder.node("Reshape", x, _Value.of([side if side % BATCH else -1 for side in shape]))
+
+
+def _permute(recorder: _Recorder, shape: Shape, x: _Value, *axes: Any) -> _Value:
+    order = axes if isinstance(axes[0], int) else axes[0]
+    return recorder.node("Transpose", x, perm=[axis % len(shape) for axis in order])
+
+
+def _transpose(recorder: _Recorder, shape: Shape, x: _Value, one: int, other: int) -> _Value:
+    order = list(range(len(shape)))
+    order[one], order[other] = order[other], order[one]
+    return recorder.node("Transpose", x, perm=order)
+
+
+def _expand(recorder: _Recorder, shape: Shape, x: _Value, *_: Any) -> _Value:
+    images = recorder.node("Shape", recorder.inputs[0], dtype="int64", start=0, end=1)
+    images.shape = (1,)
+    wanted = [1 if side == before else side for side, before in zip(shape, x.shape, strict=True)]  # 1: as it is
+    sides = recorder.node("Concat", *(images if side == BATCH else _Value.of([side]) for side in wanted), axis=0)
+    sides.shape = (len(shape),)
+    return recorder.node("Expand", x, sides)
+
+
+def _chunk(recorder: _Recorder, shape: Shape, x: _Value, chunks: int, dim: int = 0) -> list[_Value]:
+    recorder.node("Split", x, axis=dim % len(shape), num_outputs=chunks)
+    node = recorder.nodes[-1]
+    node.outputs += [_Value(shape, x.dtype, node) for _ in range(chunks - 1)]
+    return node.outputs
+
+
+def _getitem(recorder: _Recorder, shape: Shape, x: _Value, index: Any) -> _Value:
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis in parts:
+        place = parts.index(Ellipsis)
+        parts[place : place + 1] = [slice(None)] * (len(x.shape) - len(parts) + 1)
+    for axis, part in enumerate(parts):
+        start, stop, step = part.indices(x.shape[axis])
+        if (start, stop, step) != (0, x.shape[axis], 1):
+            before = x.shape
+            x = recorder.node("Slice", x, *(_Value.of([number]) for number in (start, stop, axis, step)))
+            x.shape = (*before[:axis], len(range(start, stop, step)), *before[axis + 1 :])
+    return x
+
+
+def _linear(recorder: _Recorder, shape: Shape, x: _Value, weight: _Value, bias: _Value | None = None) -> _Value:
+    if len(shape) != 2:
+        raise ExportError(f"A linear layer of the network writes {len(shape)} axes. Expected 2. Please report it.")
+    return recorder.node("Gemm", x, weight, _unless_zero(bias), transB=1)
+
+
+def _layer_norm(
+    recorder: _Recorder, shape: Shape, x: _Value, sizes: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> _Value:
+    return recorder.node("LayerNormalization", x, weight, bias, axis=-len(sizes), epsilon=eps)
+
+
+def _conv2d(
+    recorder: _Recorder, shape: Shape, x: _Value, weight: _Value, bias: _Value | None = None, stride: Sequence[int] = (1, 1)
+) -> _Value:
+    before, pads = x.node, [0, 0, 0, 0]
+    if before is not None and before.op == "Pad":
+        x, pads = before.inputs[0], before.attributes["pads"]
+    attributes: dict[str, Any] = {"kernel_shape": list(weight.shape[2:]), "strides": list(stride), "pads": pads}
+    return recorder.node("Conv", x, weight, _unless_zero(bias), dilations=[1, 1], group=1, **attributes)
+
+
+def _pad(recorder: _Recorder, shape: Shape, x: _Value, pad: Sequence[int], **_: Any) -> _Value:
+    """Zeros around images, which become part of the convolution that reads them."""
+    left, right, top, bottom = pad
+    return recorder.node("Pad", x, pads=[top, left, bottom, right])
+
+
+def _unless_zero(bias: _Value | None) -> _Value | None:
+    return bias if bias is not None and bias.constant.any() else None
+
+
+def _softplus(recorder: _Recorder, shape: Shape, x: _Value) -> _Value:
+    large = recorder.node("Greater", x, 20, dtype="bool")
+    return recorder.node("Where", large, x, recorder.node("Softplus", x))
+
+
+_SAME = {
+    **{"add": "Add", "clamp": "Clip", "clamp_min": "Clip", "div": "Div", "erf": "Erf", "floor": "Floor", "matmul": "MatMul"},
+    **{"hardswish": "HardSwish", "mish": "Mish", "mul": "Mul", "relu": "Relu", "sigmoid": "Sigmoid", "sqrt": "Sqrt"},
+    **{"sub": "Sub", "tanh": "Tanh", "where": "Where"},
+}
+FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    **{name: _plain(op) for name, op in _SAME.items()},
+    "__getitem__": _getitem,
+    "amax": _reduce("ReduceMax"),
+    "cat": lambda recorder, shape, tensors, dim=0: recorder.node("Concat", *tensors, axis=dim),
+    "chunk": _chunk,
+    "conv2d": _conv2d,
+    "expand": _expand,
+    "flatten": _reshape,
+    "float": lambda recorder, shape, x: x if x.dtype == "float32" else recorder.node("Cast", x, to=1),
+    "gelu": lambda recorder, shape, x, approximate="none": recorder.node("Gelu", x, approximate=approximate),
+    "index_select": lambda recorder, shape, x, dim, index: recorder.node("Gather", x, index, axis=dim),
+    "layer_norm": _layer_norm,
+    "leaky_relu": lambda recorder, shape, x, negative_slope, **_: recorder.node("LeakyRelu", x, alpha=negative_slope),
+    "linalg_vector_norm": _reduce("ReduceL2"),
+    "linear": _linear,
+    "mean": _reduce("ReduceMean"),
+    "pad": _pad,
+    "permute": _permute,
+    "relu6": _plain("Clip", 0, 6),
+    "reshape": _reshape,
+    "silu": lambda recorder, shape, x, **_: recorder.node("Mul", x, recorder.node("Sigmoid", x)),
+    "softmax": lambda recorder, shape, x, dim: recorder.node("Softmax", x, axis=dim),
+    "softplus": _softplus,
+    "square": _plain("Pow", 2),
+    "transpose": _transpose,
+    "unsqueeze": lambda recorder, shape, x, dim: recorder.node("Unsqueeze", x, _Value.of([dim])),
+}
+
+
+def _read(nodes: list[_Node], outputs: list[_Value]) -> list[_Node]:
+    """The nodes whose outputs are read."""
+    wanted = {id(value) for value in outputs}
+    kept = []
+    for node in reversed(nodes):
+        if any(id(value) in wanted for value in node.outputs):
+            kept.append(node)
+            wanted.update(id(value) for value in node.inputs)
+    return kept[::-1]
+
+
+def _joined(nodes: list[_Node], outputs: list[_Value]) -> list[_Node]:
+    """Join a Reshape or Transpose with the one before if nothing else reads that, and remove those that change nothing."""
+    final = {id(value) for value in outputs}
+    readers = Counter(id(value) for node in nodes for value in node.inputs) + Counter(final)
+    same: dict[int, _Value] = {}
+    kept = []
+    for node in nodes:
+        node.inputs = [same.get(id(value), value) for value in node.inputs]
+        source, order = node.inputs[0], node.attributes.get("perm")
+        before = source.node
+        if node.op in ("Reshape", "Transpose") and before is not None and before.op == node.op and readers[id(source)] == 1:
+            node.inputs[0] = before.inputs[0]
+            if order:
+                order = node.attributes["perm"] = [before.attributes["perm"][axis] for axis in order]
+        idle = order == sorted(order) if order else node.op == "Reshape" and node.inputs[0].shape == node.outputs[0].shape
+        if idle and id(node.outputs[0]) not in final:
+            same[id(node.outputs[0])] = node.inputs[0]
+            readers[id(node.inputs[0])] += readers[id(node.outputs[0])] - 1
+        else:
+            kept.append(node)
+    return _read(kept, outputs)
+
+
+def _shared(nodes: list[_Node], outputs: list[_Value]) -> list[_Node]:
+    """Compute equal nodes once, and store equal small constants once. Updates `outputs`."""
+    final = {id(value) for value in outputs}
+    constants: dict[Any, _Value] = {}
+    known: dict[Any, _Node] = {}
+    same: dict[int, _Value] = {}
+    kept = []
+    for node in nodes:
+        node.inputs = [_first(same.get(id(value), value), constants) for value in node.inputs]
+        twin = known.setdefault((node.op, *map(id, node.inputs), repr(sorted(node.attributes.items()))), node)
+        # Each output of the graph is written by a node of its own.
+        if twin is node or all(any(id(value) in final for value in one.outputs) for one in (node, twin)):
+            kept.append(node)
+            continue
+        for mine, first in zip(node.outputs, twin.outputs, strict=True):
+            same[id(mine)] = first
+            if id(mine) in final:
+                final.add(id(first))
+    outputs[:] = [same.get(id(value), value) for value in outputs]
+    return kept
+
+
+def _first(value: _Value, constants: dict[Any, _Value]) -> _Value:
+    """The first of the constants that are equal to `value`; `value` itself if it is large, or not constant."""
+    if value.constant is None or np.prod(value.shape) > COMPARED:
+        return value
+    return constants.setdefault((value.dtype, value.shape, np.asarray(value.constant).tobytes()), value)
+
+
+def _model(nodes: list[_Node], inputs: list[_Value], outputs: Mapping[str, _Value]) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """The graph and its large constants. Nodes are named by their modules, which compilers show in their layer reports:
+    `stages.0.steps.block1.attention.qkv/Gemm`.
     """
-    taken: dict[str, int] = {}
-    for node in model.graph.node:
-        scopes: Sequence[str] = ()
-        for entry in node.metadata_props:
-            if entry.key == "pkg.torch.onnx.name_scopes":
-                scopes = [s.strip(" '\"") for s in entry.value.strip("[]").split(",")]
-        name = f"{scopes[-2] if len(scopes) > 1 and scopes[-2] else 'swin'}/{node.op_type}"
-        taken[name] = taken.get(name, 0) + 1
-        node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
-        del node.metadata_props[:]
-    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
-        del value.metadata_props[:]
-    for initializer in model.graph.initializer:
-        del initializer.metadata_props[:]
-    del model.metadata_props[:]
-    del model.graph.metadata_props[:]
+    from onnx import helper
+
+    taken: Counter[str] = Counter()
+    constants: dict[str, _Value] = {}
+    protos = []
+    for name, value in outputs.items():
+        value.name = name
+    for node in nodes:
+        kind = f"{node.module}/{node.op}"
+        taken[kind] += 1
+        name = kind if taken[kind] == 1 else f"{kind}_{taken[kind]}"
+        for place, value in enumerate(node.outputs):
+            value.name = value.name or f"{name}_output{place or ''}"
+        for place, value in enumerate(node.inputs):
+            value.name = value.name or f"{name}_input{place}"
+            if value.constant is not None:
+                constants[value.name] = value
+        read, written = ([value.name for value in values] for values in (node.inputs, node.outputs))
+        protos.append(helper.make_node(node.op, read, written, name, **node.attributes))
+    inner = [_info(value) for node in nodes for value in node.outputs if value.name not in outputs]
+    ends = [[_info(value) for value in values] for values in (inputs, outputs.values())]
+    initializers = [_initializer(value) for value in constants.values()]
+    graph = helper.make_graph(protos, "swin", ends[0], ends[1], initializers, value_info=inner)
+    large = {name: value.constant for name, value in constants.items() if value.constant.nbytes >= SMALLEST}
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10), large
+
+
+def _initializer(value: _Value) -> Any:
+    """A tensor with its values, or with a reference if it is large."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    if value.constant.nbytes < SMALLEST:
+        return numpy_helper.from_array(np.asarray(value.constant), value.name)
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(value.dtype))
+    tensor = TensorProto(name=value.name, dims=value.shape, data_type=kind, data_location=TensorProto.EXTERNAL)
+    for key, text in (("location", "weights"), ("offset", "0"), ("length", str(value.constant.nbytes))):
+        tensor.external_data.add(key=key, value=text)
+    return tensor
+
+
+def _info(value: _Value) -> Any:
+    """The type and shape of a value, with names for the axes that depend on the batch."""
+    from onnx import helper
+
+    images = [side // BATCH if side % BATCH == 0 else 0 for side in value.shape]
+    names = ["batch" if times == 1 else f"{times}*batch" for times in images]
+    shape = [name if times else side for side, times, name in zip(value.shape, images, names, strict=True)]
+    return helper.make_tensor_value_info(value.name, helper.np_dtype_to_tensor_dtype(np.dtype(value.dtype)), shape)

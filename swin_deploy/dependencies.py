@@ -18,7 +18,6 @@ from swin_deploy.errors import GONE, MissingDependencyError, SwinDeployError, sy
 PROVIDERS = {
     "torch": ("PyTorch", "export"),
     "onnx": ("onnx", "export"),
-    "onnxscript": ("onnxscript", "export"),
     "onnx_graphsurgeon": ("onnx-graphsurgeon", "export"),
     "safetensors": ("safetensors", "export"),
     "h5py": ("h5py", "tensorflow"),

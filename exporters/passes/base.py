@@ -145,8 +145,7 @@ def _run(graph: Graph, config: SwinConfig, passes: Sequence[Pass], counted: bool
             before = ", ".join(record.name for record in done) or "none"
             raise PassError(
                 f'The graph rewrite "{step.name}" found {count} places where this architecture has {expected} (passes run '
-                f"before it: {before}). This release does not know the graph that the installed torch and onnxscript "
-                f"write. Install the versions in constraints.txt, and please report it."
+                f"before it: {before}). Please report it, with the options of the export."
             )
         graph.cleanup().toposort()
         done.append(PassRecord(step.name, count))

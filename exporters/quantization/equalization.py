@@ -93,7 +93,7 @@ class GraphIndex:
 def with_own_constants(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return `model` with a copy of each constant of a norm or a linear layer that other nodes read, too.
 
-    PyTorch's exporter stores equal constants once, such as the weights of ones of all LayerNorms.
+    The graph stores equal constants once, such as the weights of ones of all LayerNorms.
     """
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     seen = {name for node in model.graph.node if node.op_type not in WRITTEN for name in node.input}

@@ -12,7 +12,7 @@ from swin_deploy.options import ExportSpec
 if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
 
-MODULES = ("torch", "onnx", "onnxscript", "onnx_graphsurgeon")
+MODULES = ("torch", "onnx", "onnx_graphsurgeon")
 
 
 @keywords(ExportSpec)

@@ -18,23 +18,23 @@ NO_ARGUMENTS: tuple[type[click.UsageError], ...] = tuple(
     error for error in (getattr(click.exceptions, "NoArgsIsHelpError", None),) if error is not None
 )
 
-# verb -> module, imported when the verb is used or listed
+# verb -> module, imported when the verb is used, and summary
 VERBS = {
-    "variants": "list_variants",
-    "export": "export",
-    "quantize": "quantize",
-    "build-engine": "build_engine",
-    "refit": "refit",
-    "inspect": "inspect",
-    "verify": "verify",
-    "tune": "tune",
-    "predict": "predict",
-    "classify": "classify",
-    "serve": "serve",
-    "evaluate": "evaluate",
-    "bench": "bench",
-    "publish": "publish",
-    "doctor": "doctor",
+    "variants": ("list_variants", "List every published Swin and Swin V2 checkpoint."),
+    "export": ("export", "Export a checkpoint to a verified ONNX bundle."),
+    "quantize": ("quantize", "Add INT8 or FP8 graphs to a bundle."),
+    "build-engine": ("build_engine", "Compile a bundle into TensorRT engines."),
+    "refit": ("refit", "Put the weights back into engines compiled without them."),
+    "inspect": ("inspect", "Count the nodes, FLOPs, kernels and bytes of graphs and engines."),
+    "verify": ("verify", "Check the files of a bundle, and compare its graphs with PyTorch."),
+    "tune": ("tune", "Measure which back end runs a bundle fastest, and store the result in it."),
+    "predict": ("predict", "Classify images."),
+    "classify": ("classify", "Classify a whole data set into a file."),
+    "serve": ("serve", "Serve a bundle over HTTP."),
+    "evaluate": ("evaluate", "Measure the accuracy of a bundle's graphs on images."),
+    "bench": ("bench", "Measure latency, throughput, memory and cold start on this machine."),
+    "publish": ("publish", "Write a bundle as files for Triton, DeepStream, a web page and others."),
+    "doctor": ("doctor", "Check what this machine can do, and what to install for the rest."),
 }
 
 
@@ -47,9 +47,15 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        module = importlib.import_module(f"swin_deploy.cli.{VERBS[cmd_name]}")
-        command: click.Command = module.command
+        name, summary = VERBS[cmd_name]
+        command: click.Command = importlib.import_module(f"swin_deploy.cli.{name}").command
+        command.short_help = summary
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the verbs without importing them, which takes longer than all the rest."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, summary) for verb, (_, summary) in VERBS.items()])
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

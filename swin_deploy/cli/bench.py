@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from swin_deploy.bench.race import Measurement
 
 
-@click.command("bench", short_help="Measure latency, throughput, memory and cold start on this machine.")
+@click.command("bench")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @spec_options(BenchSpec)
 @click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw the result: .svg, .png or .pdf.")

@@ -10,7 +10,7 @@ from swin_deploy.cli.output import console, json_option, print_json, print_table
 from swin_deploy.options import EngineSpec
 
 
-@click.command("build-engine", short_help="Compile a bundle into TensorRT engines.")
+@click.command("build-engine")
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @spec_options(EngineSpec)
 @verbose_option

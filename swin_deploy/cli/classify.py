@@ -11,7 +11,7 @@ from swin_deploy.cli.output import console, json_option, print_json, print_table
 from swin_deploy.options import ClassifySpec
 
 
-@click.command("classify", short_help="Classify a whole data set into a file.")
+@click.command("classify")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("source")
 @spec_options(ClassifySpec)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from swin_deploy.doctor.checks import Diagnosis
 
 
-@click.command("doctor", short_help="Check what this machine can do, and what to install for the rest.")
+@click.command("doctor")
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @json_option
 def command(bundle: Path | None, as_json: bool) -> None:

@@ -18,7 +18,7 @@ ACCURACY = (
 COLUMNS = ("relative L2", "SQNR dB", "not finite", "back end")
 
 
-@click.command("evaluate", short_help="Measure the accuracy of a bundle's graphs on images.")
+@click.command("evaluate")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @spec_options(EvaluateSpec)
 @json_option

@@ -9,7 +9,7 @@ from swin_deploy.cli.output import console, json_option, print_json
 from swin_deploy.options import ExportSpec
 
 
-@click.command("export", short_help="Export a checkpoint to a verified ONNX bundle.")
+@click.command("export")
 @spec_options(ExportSpec)
 @json_option
 def command(as_json: bool, **options: Any) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from swin_deploy.exporters.inspection.costs import EngineCost, Inspection
 
 
-@click.command("inspect", short_help="Count the nodes, FLOPs, kernels and bytes of graphs and engines.")
+@click.command("inspect")
 @click.argument("path", metavar="BUNDLE|FILE.onnx", type=click.Path(path_type=Path))
 @click.option("--compare", metavar="BUNDLE|FILE.onnx", type=click.Path(path_type=Path), help="Bundle or file to compare with.")
 @spec_options(InspectSpec)

@@ -5,7 +5,7 @@ import click
 from swin_deploy.cli.output import json_option, print_json, print_table
 
 
-@click.command("variants", short_help="List every published Swin and Swin V2 checkpoint.")
+@click.command("variants")
 @json_option
 def command(as_json: bool) -> None:
     """List every published Swin V1 and V2 checkpoint that --variant accepts.

@@ -13,7 +13,7 @@ from swin_deploy.errors import InputError, UsageError, shown
 from swin_deploy.options import EvaluateSpec, LoadSpec
 
 
-@click.command("predict", short_help="Classify images.")
+@click.command("predict")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.option(

@@ -10,7 +10,7 @@ from swin_deploy.cli.output import console, json_option, print_json, stdout_kept
 from swin_deploy.options import PublishSpec
 
 
-@click.command("publish", short_help="Write a bundle as files for Triton, DeepStream, a web page and others.")
+@click.command("publish")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @spec_options(PublishSpec)
 @json_option

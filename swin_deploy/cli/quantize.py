@@ -10,7 +10,7 @@ from swin_deploy.cli.output import console, exit_with_failures, json_option, pri
 from swin_deploy.options import QuantSpec
 
 
-@click.command("quantize", short_help="Add INT8 or FP8 graphs to a bundle.")
+@click.command("quantize")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @spec_options(QuantSpec)
 @json_option

@@ -10,7 +10,7 @@ from swin_deploy.cli.output import console, json_option, print_json, print_table
 from swin_deploy.options import RefitSpec
 
 
-@click.command("refit", short_help="Put the weights back into engines compiled without them.")
+@click.command("refit")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @spec_options(RefitSpec)
 @verbose_option

@@ -10,7 +10,7 @@ from swin_deploy.cli.output import console, json_option, print_json, stdout_kept
 from swin_deploy.options import ServeSpec
 
 
-@click.command("serve", short_help="Serve a bundle over HTTP.")
+@click.command("serve")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @spec_options(ServeSpec)
 @json_option

@@ -10,7 +10,7 @@ from swin_deploy.cli.output import console, json_option, print_json, print_table
 from swin_deploy.options import TuneSpec
 
 
-@click.command("tune", short_help="Measure which back end runs a bundle fastest, and store the result in it.")
+@click.command("tune")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @spec_options(TuneSpec)
 @json_option

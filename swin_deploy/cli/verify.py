@@ -10,7 +10,7 @@ from swin_deploy.cli.output import console, json_option, print_json, print_table
 from swin_deploy.options import VerifySpec
 
 
-@click.command("verify", short_help="Check the files of a bundle, and compare its graphs with PyTorch.")
+@click.command("verify")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @spec_options(VerifySpec)
 @json_option

@@ -283,7 +283,7 @@ def _hub() -> str:
     return f"checkpoints from the {offline if constants.HF_HUB_OFFLINE else 'cache and the hub, which was not contacted'}"
 
 
-_MAKERS = ("torch", "onnx", "onnxscript", "onnx_graphsurgeon", "safetensors")
+_MAKERS = ("torch", "onnx", "onnx_graphsurgeon", "safetensors")
 _QUANTIZED = "INT8 and FP8 graphs for TensorRT, INT8 for ONNX Runtime and OpenVINO"
 _COMPILED = "graphs that TensorRT compiles while they load"
 _ORT, _ORT_TRT = "onnxruntime", "onnxruntime-tensorrt"

@@ -302,7 +302,6 @@ def test_a_reader_that_leaves_early(tmp_path: Path) -> None:
     [
         ("torch", ["export", "--weights", NETWORK], "export"),
         ("onnx", ["export", "--weights", NETWORK], "export"),
-        ("onnxscript", ["export", "--weights", NETWORK], "export"),
         ("safetensors", ["export", "--weights", NETWORK], "export"),
         ("huggingface_hub", ["export", "--variant", "swin-tiny"], "hub"),
         ("tensorrt_rtx", ["build-engine", "B"], "tensorrt-rtx"),

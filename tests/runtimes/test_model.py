@@ -213,7 +213,7 @@ def test_a_device_needs_neither_torch_nor_onnx(tmp_path: Path) -> None:
     """The bundle runs where nothing that made it is installed, and the import alone is light."""
     code = f"""
 import sys
-absent = ("torch", "onnx", "transformers", "safetensors", "onnxscript", "onnx_graphsurgeon", "tensorrt_rtx", "sklearn",
+absent = ("torch", "onnx", "transformers", "safetensors", "onnx_graphsurgeon", "tensorrt_rtx", "sklearn",
           "huggingface_hub", "openvino")
 sys.modules.update(dict.fromkeys(absent))
 import swin_deploy
