@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import json
 import logging
 import os
+import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,24 +27,24 @@ from swin_deploy.bundle import (
     disk_errors,
     graph_file,
     reference_file,
+    sha256_of,
     size_text,
     specs_from_onnx,
     weights_file,
 )
 from swin_deploy.config import OWN_KEYS, SwinConfig
 from swin_deploy.dependencies import installed_versions
-from swin_deploy.errors import CheckpointError, InputError, MissingDependencyError, UsageError, VerificationError, shown
-from swin_deploy.files import json_file
+from swin_deploy.errors import InputError, MissingDependencyError, UsageError, VerificationError
 from swin_deploy.frame_input import Frames, refuse_misfit
 from swin_deploy.manifest import LARGEST_FRAME, LARGEST_SIDE, EmbeddedAnswer
 from swin_deploy.options import LAYOUTS, ORDERS, ExportSpec, Size
 from swin_deploy.parity import OpenGraph, Reference, check_graph, sample_inputs
-from swin_deploy.preprocess import EMBEDDABLE, Preprocessor, channels_text
+from swin_deploy.preprocess import EMBEDDABLE, Preprocessor
 from swin_deploy.qat_ranges import RANGES
 from swin_deploy.tasks import PIXELS
-from swin_deploy.variants import VARIANTS
 
-from .external_data import PROTOBUF_LIMIT, WeightFile, embed_weights, weight_bytes
+from .checkpoint_from_request import HUB_ID, natural_size, preprocessing_of
+from .external_data import PROTOBUF_LIMIT, Metadata, WeightFile, add_metadata, embed_weights, graph_facts, weight_bytes
 from .onnx_from_torch import onnx_from_torch
 from .passes.base import OPSET, complete_header
 
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
     from swin_deploy.models.swin import SwinNetwork
 
 _LOG = logging.getLogger(__name__)
+LABELS, CARD, TRANSFORMERS_JS = "labels.txt", "README.md", "transformers.js_config"
 TOOLS = ("swin-deploy", "torch", "onnx", "onnx-graphsurgeon", "onnxruntime", "numpy")
 
 
@@ -65,7 +69,7 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec,
     config = checkpoint.config
     stated = preprocessing_of(checkpoint, spec)
     preprocessor = stated.preprocessor
-    sizes = tuple(dict.fromkeys(spec.image_sizes)) or (checkpoint.image_size or _image_size(preprocessor, config),)
+    sizes = tuple(dict.fromkeys(spec.image_sizes)) or (checkpoint.image_size or natural_size(preprocessor, config),)
     if not spec.image_sizes and sizes[0] != config.image_size:
         _LOG.info("Using the %s pixels of the image processor as the size of the graph", size_text(sizes[0]))
     if (largest := max(max(size) for size in sizes)) > LARGEST_SIDE:
@@ -76,7 +80,7 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec,
         raise UsageError(
             f"--embed-resize writes one graph, and {len(sizes)} image sizes were given. Export one bundle for each."
         )
-    if _image_size(preprocessor, config) != sizes[0] or (preprocessor.do_pad and preprocessor.pad_size is None):
+    if natural_size(preprocessor, config) != sizes[0] or (preprocessor.do_pad and preprocessor.pad_size is None):
         preprocessor = preprocessor.with_size(sizes[0])
     processor = _kept(checkpoint.preprocessor, preprocessor) or preprocessor.to_dict()
     assumed = stated.warning(preprocessor)
@@ -107,14 +111,20 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec,
         "preprocessing": {"source": stated.source, "steps": preprocessor.summary(), "assumed": assumed},
         "tools": installed_versions(TOOLS),
     }
+    digests = ",".join(sha256_of(file) for file in checkpoint.files)
     with create_bundle(path, replace=spec.force, facts=facts) as draft:
         shared = WeightFile(draft.path / weights_file("fp32")) if len(sizes) > 1 else None
         for number, size in enumerate(sizes):
             further = None if number == 0 else size
-            _add_graph(draft, checkpoint, spec, size, further, shared, frames[size], answer, open_graph)
+            metadata = graph_metadata(checkpoint, frames[size] or preparations[size], digests)
+            _add_graph(draft, checkpoint, spec, size, further, shared, frames[size], answer, metadata, open_graph)
         written = config.to_dict()
         own = {key: written[key] for key in OWN_KEYS if key in written}
+        graph = draft.files[graph_file("fp32")]
+        own[TRANSFORMERS_JS] = for_transformers_js(quantized=False, external="weights" in graph)
         draft.add_json(CONFIG, {**(checkpoint.raw_config or written), **own})
+        for file, text in texts_beside(str(facts["name"]), checkpoint, preprocessor, graph).items():
+            draft.add(file, {}, text.encode())
         if checkpoint.ranges is not None:
             draft.add(RANGES, {}, checkpoint.ranges.to_json().encode())
         draft.add_json(PREPROCESSOR, processor if made is None else _left_to_do(processor, made))
@@ -145,6 +155,7 @@ def _add_graph(
     shared: WeightFile | None,
     frames: Frames | None,
     answer: EmbeddedAnswer | None,
+    metadata: Metadata,
     open_graph: OpenGraph,
 ) -> None:
     """Add the graph for images of `size` and its reference outputs; `further` is the size in file names, None for the first.
@@ -201,15 +212,18 @@ def _add_graph(
             shared.path.parent.mkdir(parents=True, exist_ok=True)
             shared.take(traced.model, traced.weights)
         draft.add(weights_file("fp32"), {}, lambda target: None)  # already written; this records its sha256
-    draft.add(file, entry, traced.model.SerializeToString())
+    path = draft.path / file
+    with disk_errors(path, NEW):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(traced.model.SerializeToString())
     del network, traced  # the weights may be most of the memory, and the comparison loads them once more
     gc.collect()  # the nodes that were recorded are reference cycles that hold them
-    onnx.checker.check_model(str(draft.path / file), full_check=True)
+    onnx.checker.check_model(str(path), full_check=True)
     _LOG.info("Comparing ONNX with PyTorch%s", at)
     try:
-        verdict = check_graph(reference, open_graph, draft.path / file, file, "fp32")
+        verdict = check_graph(reference, open_graph, path, file, "fp32")
     except MissingDependencyError:
-        draft.files[file]["agreement"] = "not verified"
+        entry["agreement"] = "not verified"
     else:
         if not verdict.verified:
             # Some weights amplify rounding beyond any fixed bound: measure how far fp32 PyTorch is from float64 PyTorch.
@@ -222,7 +236,8 @@ def _add_graph(
                 f"The ONNX graph disagrees with PyTorch: {verdict.mismatch()}. Nothing was written. Install the versions in "
                 f"constraints.txt and, if it persists, report it."
             )
-        draft.files[file]["agreement"] = verdict.to_dict()
+        entry["agreement"] = verdict.to_dict()
+    draft.add(file, entry, partial(add_metadata, metadata={**metadata, **graph_facts(entry, target)}))
     draft.add(reference_file(further), {}, reference.save)
 
 
@@ -289,181 +304,143 @@ def _left_to_do(processor: Mapping[str, Any], frames: Frames) -> dict[str, Any]:
     return {**complete.to_dict(), **off}
 
 
-def _image_size(preprocessor: Preprocessor, config: SwinConfig) -> Size:
-    """Return the size that the image processor makes, or that of the configuration where it keeps the aspect ratio."""
-    if preprocessor.pad_size is not None:
-        return preprocessor.pad_size
-    if preprocessor.do_pad and preprocessor.shortest_edge and preprocessor.longest_edge:
-        step = preprocessor.size_divisor or 1
-        return -(-preprocessor.shortest_edge // step) * step, -(-preprocessor.longest_edge // step) * step
-    if preprocessor.do_center_crop and preprocessor.crop_size is not None:
-        return preprocessor.crop_size
-    if preprocessor.varies and min(config.image_size) != preprocessor.shortest_edge:
-        return (preprocessor.shortest_edge or 1,) * 2
-    return preprocessor.size if preprocessor.do_resize and preprocessor.shortest_edge is None else config.image_size
+def graph_metadata(checkpoint: Checkpoint, preparation: Preprocessor | Frames, weights_sha256: str) -> Metadata:
+    """Return the metadata that the graphs of a checkpoint have in all precisions.
+
+    `preparation` is the preprocessing before the graph, and `weights_sha256` the digests of the checkpoint's files.
+    """
+    config, task = checkpoint.config, checkpoint.task
+    frames = preparation if isinstance(preparation, Frames) else None
+    complete = preparation.preprocessor if isinstance(preparation, Frames) else preparation
+    mean, scale = mean_and_scale(complete) if frames is None else ((0.0,), (1.0,))
+    found = {
+        "task": task.name,
+        "input_layout": "NCHW" if frames is None else frames.layout.upper(),
+        "input_order": {1: "grayscale", 3: "RGB" if frames is None else frames.order.upper()}.get(config.num_channels, ""),
+        "input_range": "(pixel - mean) / scale, pixels from 0 to 255" if frames is None else "0 to 255",
+        "mean": json.dumps(mean),
+        "scale": json.dumps(scale),
+        "preprocessing": complete.summary(),
+        "source": public_source(checkpoint.source),
+        "weights_sha256": weights_sha256,
+    }
+    if _has_classes(checkpoint):
+        found |= {"labels": json.dumps(labels_of(config)), "activation": config.score_activation}
+        found |= {f"model_info {key}": value for key, value in _model_info(config, complete, frames).items()}
+    return {key: value for key, value in found.items() if value}
 
 
-# Architecture in torchvision (version, channels of the first stage, depths) -> sides of its resize and crop.
-TORCHVISION: Mapping[tuple[int, int, tuple[int, ...]], tuple[int, int]] = {
-    (1, 96, (2, 2, 6, 2)): (232, 224),
-    (1, 96, (2, 2, 18, 2)): (246, 224),
-    (1, 128, (2, 2, 18, 2)): (238, 224),
-    (2, 96, (2, 2, 6, 2)): (260, 256),
-    (2, 96, (2, 2, 18, 2)): (260, 256),
-    (2, 128, (2, 2, 18, 2)): (272, 256),
-}
-BY_HAND = "State it with --preprocessor FILE, or with --mean, --std and --crop-pct."
+def mean_and_scale(preprocessor: Preprocessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return what is subtracted from pixels from 0 to 255, and what they are divided by then: one for all channels, or each."""
+    unit = preprocessor.rescale_factor if preprocessor.do_rescale else 1.0
+    both = (preprocessor.image_mean, preprocessor.image_std) if preprocessor.do_normalize else ((0.0,), (1.0,))
+    mean, scale = (tuple(float(f"{value / unit:.7g}") for value in values) for values in both)
+    return mean, scale
 
 
-@dataclasses.dataclass(frozen=True)
-class Stated:
-    """A preprocessing and its source, such as "preprocessor_config.json". `assumed` tells what no source states."""
-
-    preprocessor: Preprocessor
-    source: str
-    assumed: str = ""
-    unsupported: str = ""  # why the stated steps are not used
-
-    def warning(self, used: Preprocessor) -> str:
-        """Return what is assumed, with the steps of `used`, which may be for another image size. Empty if nothing is."""
-        return self.assumed and f"{self.assumed}: {used.summary()}. {BY_HAND}"
-
-
-def preprocessing_of(checkpoint: Checkpoint, spec: ExportSpec) -> Stated:
-    """Return the preprocessing that the options, the checkpoint or its framework state, in this order."""
-    channels = checkpoint.config.num_channels
-    if spec.preprocessor is not None:
-        found = Stated(_from_file(Path(spec.preprocessor), checkpoint.config), f"--preprocessor {spec.preprocessor}")
-    else:
-        try:
-            found = _from_checkpoint(checkpoint)
-        except (InputError, TypeError, ValueError) as error:
-            if not checkpoint.parent or checkpoint.preprocessor is None:
-                raise CheckpointError(f"{checkpoint.source}: {error}") from error
-            found = _plain(checkpoint, str(error))
-    made, assumed = found.preprocessor, found.assumed
-    if spec.crop_pct is not None:
-        made = made.with_crop(_image_size(made, checkpoint.config), spec.crop_pct)
-    flags = [f"--{name.replace('_', '-')}" for name in ("mean", "std", "crop_pct") if getattr(spec, name) is not None]
-    statistics = {"mean": made.image_mean, "std": made.image_std}
-    if made.channels != channels:
-        by_file = checkpoint.preprocessor is not None or spec.preprocessor is not None
-        same = all(len(set(values)) == 1 for values in statistics.values()) or not made.do_normalize
-        if not same and not (spec.mean and spec.std):
-            if by_file and not (spec.mean or spec.std):
-                raise CheckpointError(
-                    f"The mean and std of {found.source} are for {channels_text(made.channels)}, and this network expects "
-                    f"images with {channels_text(channels)}. Pass --mean and --std with one value for each channel."
-                )
-            assumed = assumed or f"values for {channels_text(channels)}"
-        plain = {name: sum(values) / len(values) if same or channels == 1 else 0.5 for name, values in statistics.items()}
-        statistics = {name: (round(value, 6),) * channels for name, value in plain.items()}
-    for name in ("mean", "std"):
-        given = getattr(spec, name) or statistics[name]
-        if len(given) not in (1, channels):
-            raise UsageError(
-                f"--{name} has {len(given)} values, and this network expects images with {channels_text(channels)}. Pass one "
-                f"value for each channel, or one for all."
-            )
-        statistics[name] = (given * channels)[:channels]
-    try:
-        normalize = made.do_normalize or bool(spec.mean or spec.std)
-        made = dataclasses.replace(made.with_statistics(statistics["mean"], statistics["std"]), do_normalize=normalize)
-    except InputError as error:
-        raise UsageError(f"--mean and --std: {error}") from error
-    if assumed and len(flags) < 3:
-        what = "how images are resized" if spec.mean and spec.std else "its preprocessing"
-        assumed = f"{found.unsupported or f'The checkpoint does not state {what}.'} Assumed {assumed}"
-    source = f"{', '.join(flags)}; the rest: {found.source}" if flags else found.source
-    return Stated(made, source, assumed if len(flags) < 3 else "")
+def _model_info(config: SwinConfig, preprocessor: Preprocessor, frames: Frames | None) -> Metadata:
+    """Return what OpenVINO Model API and DL Streamer read. Both start from BGR images, and split labels at spaces or commas."""
+    if config.score_activation == "none":  # both would apply a softmax
+        return {}
+    found = {
+        "model_type": "Classification",
+        "labels": " ".join(re.sub(r"[\s,;]+", "_", label) or "_" for label in labels_of(config)),
+        "resize_type": "standard",
+    }
+    if frames is None or frames.frame_size is None:
+        covers = preprocessor.do_center_crop and (preprocessor.shortest_edge or preprocessor.keep_ratio == "cover")
+        letterbox = preprocessor.keep_ratio == "contain"
+        found["resize_type"] = "fit_to_window_letterbox" if letterbox else "crop" if covers else "standard"
+    if config.num_channels == 3:
+        found["reverse_input_channels"] = str(frames is None or frames.order == "rgb")
+    if frames is None and config.num_channels == 3:
+        for key, values in zip(("mean_values", "scale_values"), mean_and_scale(preprocessor), strict=True):
+            found[key] = " ".join(f"{value:.7g}" for value in (values * 3)[:3])
+    found["multilabel" if config.prediction == "labels" else "output_raw_scores"] = "True"
+    return found
 
 
-def _plain(checkpoint: Checkpoint, reason: str) -> Stated:
-    """Return a plain resize with the normalization of an image processor whose other steps are not supported."""
-    names = ("image_mean", "image_std", "resample", "do_normalize", "do_rescale", "rescale_factor")
-    raw = {name: value for name in names if (value := (checkpoint.preprocessor or {}).get(name)) is not None}
-    try:
-        made = Preprocessor.from_dict({**raw, "size": list(checkpoint.config.image_size)}, checkpoint.config.num_channels)
-    except (InputError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.source}: {error}") from error
-    what = f"The model's image processor has steps that are not supported ({reason.rstrip('.')})."
-    return Stated(made, "preprocessor_config.json, in part", "a plain resize", what)
+def public_source(source: str) -> str:
+    """Return where the weights come from, without the folders of this machine."""
+    is_path = os.path.isabs(source) or os.path.lexists(source)  # noqa: PTH117 - the source may be any text
+    return (Path(source).name if is_path else source).encode("utf-8", "replace").decode()
 
 
-def _from_file(path: Path, config: SwinConfig) -> Preprocessor:
-    """Read --preprocessor FILE, of transformers or timm."""
-    raw = json_file(path, UsageError, "Pass a preprocessor_config.json, or timm's config.json.")
-    try:
-        if isinstance(raw, Mapping) and ("pretrained_cfg" in raw or "architecture" in raw or "mean" in raw):
-            return _from_timm(raw.get("pretrained_cfg") or raw, config)
-        return Preprocessor.from_dict(raw, config.num_channels)
-    except (InputError, TypeError, ValueError) as error:
-        raise UsageError(f"{path}: {error}") from error
+def labels_of(config: SwinConfig) -> list[str]:
+    """Return the labels by class, each in one line of valid UTF-8."""
+    return [" ".join(label.encode("utf-8", "replace").decode().split()) for label in config.id2label.values()]
 
 
-def _from_timm(stated: Any, config: SwinConfig) -> Preprocessor:
-    if not isinstance(stated, Mapping):
-        raise InputError(f"Invalid pretrained_cfg: {shown(repr(stated))}. Expected a JSON object.")
-    sizes = [stated.get(name) for name in ("test_input_size", "input_size")]
-    if not all(isinstance(size, list | tuple | None) for size in sizes):
-        raise InputError(f"Invalid input_size: {shown(repr(sizes))}. Expected a list of channels, height and width.")
-    tested, trained = (size and tuple(size[1:]) for size in sizes)
-    if tested and stated.get("test_crop_pct") and tested == config.image_size != trained:
-        stated = {**stated, "crop_pct": stated["test_crop_pct"]}
-    return Preprocessor.from_timm(stated, config.image_size, config.num_channels)
+def _has_classes(checkpoint: Checkpoint) -> bool:
+    return checkpoint.task.name == "image-classification" and checkpoint.config.has_classes
 
 
-def _from_checkpoint(checkpoint: Checkpoint) -> Stated:
-    config, extras = checkpoint.config, checkpoint.extras
-    if checkpoint.preprocessor is not None:
-        return Stated(Preprocessor.from_dict(checkpoint.preprocessor, config.num_channels), "preprocessor_config.json")
-    if isinstance(stated := extras.get("pretrained_cfg"), Mapping):
-        return Stated(_from_timm(stated, config), "pretrained_cfg in timm's config.json")
-    if checkpoint.parent:
-        made = Preprocessor.imagenet(config.image_size)
-        return Stated(made, "the default of models with a Swin inside", "a plain resize with ImageNet's mean and std")
-    side = max(config.image_size)
-    if checkpoint.writer == "timm":
-        arguments = {name: value for name, value in _members(extras.get("args")).items() if value}
-        made = _from_timm({"crop_pct": 0.9 if side < 384 else 1.0, **arguments}, config)
-        if arguments.keys() & {"mean", "std", "crop_pct", "interpolation"}:
-            return Stated(made, "the arguments of timm's training script in the checkpoint")
-        return Stated(made, "timm's default", "timm's default for Swin")
-    if checkpoint.writer == "torchvision":
-        known = TORCHVISION.get((config.version, config.embed_dim, config.depths))
-        resized, side = known or (side * 256 // 224, side)
-        made = _resized_and_cropped(side, resized)
-        made = made.with_size(config.image_size)
-        source = "torchvision's transform of this architecture" if known else "torchvision's default"
-        return Stated(made, source, "" if known else source)
-    if checkpoint.writer == "microsoft":
-        data, test = (_members(_members(extras.get("config")).get(part)) for part in ("DATA", "TEST"))
-        crop = test.get("CROP", side < 384)  # the published configurations for 384 pixels do not crop
-        made = _resized_and_cropped(side, side * 256 // 224) if crop else Preprocessor.imagenet(config.image_size)
-        made = made.with_size(config.image_size)
-        made = dataclasses.replace(made, resample=data.get("INTERPOLATION") or made.resample)
-        if "CROP" in test:
-            return Stated(made, "the config in Microsoft's checkpoint (TEST.CROP)")
-        published = any(
-            (one.embed_dim, one.depths, one.num_heads, (one.image_size,) * 2, one.num_labels)
-            == (config.embed_dim, config.depths, config.num_heads, config.image_size, config.num_labels)
-            for one in VARIANTS
-        )
-        source = "the default of Microsoft's code"
-        return Stated(made, source, "" if published else source)
-    made = Preprocessor.imagenet(config.image_size)
-    source = "the published Swin checkpoints" if checkpoint.writer else "random weights"
-    return Stated(made, source, f"that of {source}" if checkpoint.writer else "")
+def for_transformers_js(quantized: bool, external: bool) -> dict[str, Any]:
+    """Return the entry of config.json for transformers.js. Its default on a CPU is q8: the file model_quantized.onnx.
+
+    Args:
+        quantized: Whether that file exists. Otherwise the fp32 graph is named.
+        external: Whether graphs have their weights in files of their own.
+    """
+    return {**({} if quantized else {"dtype": "fp32"}), **({"use_external_data_format": True} if external else {})}
 
 
-def _resized_and_cropped(crop: int, resized: int) -> Preprocessor:
-    """Return torchvision's transform: resize the shorter side, crop the center, normalize as for ImageNet."""
-    return dataclasses.replace(
-        Preprocessor.imagenet(crop), shortest_edge=resized, do_center_crop=True, crop_size=(crop, crop), round_crop=True
+def files_for_transformers_js(bundle: Bundle) -> dict[str, str]:
+    """Return the names under which transformers.js opens the graphs of a bundle (fp32, fp16, q8), and the files of the bundle.
+
+    INT8 graphs for ONNX Runtime only: others are slow in onnxruntime-web.
+    """
+    names = {"fp32": "model", "fp16": "model_fp16", "int8": "model_quantized"}
+    graphs = {graph_file(precision): f"onnx/{name}.onnx" for precision, name in names.items()}
+    fits = (file for file, entry in bundle.graphs.items() if entry.precision != "int8" or entry.target == "onnxruntime")
+    return {graphs[file]: file for file in fits if file in graphs}
+
+
+def texts_beside(name: str, checkpoint: Checkpoint, preprocessor: Preprocessor, graph: Mapping[str, Any]) -> dict[str, str]:
+    """Return the text files of the bundle `name`: the model card, and the labels, one line each."""
+    found = {CARD: model_card(name, checkpoint, preprocessor, graph)}
+    if _has_classes(checkpoint):
+        found[LABELS] = "".join(f"{label}\n" for label in labels_of(checkpoint.config))
+    return found
+
+
+def model_card(name: str, checkpoint: Checkpoint, preprocessor: Preprocessor, graph: Mapping[str, Any]) -> str:
+    """Return the README.md of a bundle, with the front matter that the Hugging Face hub reads.
+
+    `graph` is the entry of its first graph in the manifest.
+    """
+    config, task, source = checkpoint.config, checkpoint.task.name, public_source(checkpoint.source)
+    classes = _has_classes(checkpoint)
+    front: dict[str, Any] = {
+        "library_name": "onnx",
+        "pipeline_tag": "image-classification" if classes else "image-feature-extraction",
+    }
+    if source == checkpoint.source and HUB_ID.fullmatch(source):
+        front |= {"base_model": source, "base_model_relation": "quantized"}
+    front["tags"] = ["onnx", config.model_type, "vision", "swin-deploy"]
+    inputs, outputs = (
+        ", ".join(f"{one['name']} {one['dtype']} [{', '.join(map(str, one['shape']))}]" for one in graph[side])
+        for side in ("inputs", "outputs")
     )
-
-
-def _members(value: Any) -> Mapping[str, Any]:
-    """Return the items of a dictionary, or the attributes of an object that was read as a placeholder."""
-    value = value if isinstance(value, Mapping) else getattr(value, "state", None)
-    return value if isinstance(value, Mapping) else {}
+    quoted = json.dumps(name)
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),  # JSON is YAML, too
+        "---",
+        "",
+        f"# {' '.join(name.split())}",
+        "",
+        f"ONNX graphs of a Swin Transformer V{config.version} for {task}, exported by swin-deploy from {source}.",
+        "`manifest.json` has their distance from PyTorch, and the sha256 of every file.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| inputs | `{inputs}` |",
+        f"| outputs | `{outputs}` |",
+        f"| image processor | {preprocessor.summary()} |",
+    ]
+    if classes:
+        lines.append(f"| classes | {config.num_labels}, named in `{LABELS}` |")
+    method = "classify" if classes else "reconstruct" if task == "masked-image-modeling" else "features"
+    lines += ["", "```python", "import swin_deploy", "", f"with swin_deploy.load({quoted}) as model:"]
+    return "\n".join([*lines, f'    print(model.{method}("photo.jpg"))', "```", ""])

@@ -1,7 +1,7 @@
 """Keep weights outside of a graph while it is recorded and rewritten, then embed them or write them as ONNX external data.
 
-A graph without weights has a few hundred kilobytes, so passes copy nothing large. The weights stay where they are, often
-memory-mapped from the checkpoint, until they are written one by one.
+Also writes the metadata of ONNX files. A graph without weights has a few hundred kilobytes, so passes copy nothing large. The
+weights stay where they are, often memory-mapped from the checkpoint, until they are written one by one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ ALIGNMENT = 4096  # bytes, so that a runtime can memory-map a tensor
 PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf message is limited to 2 GiB, and the graph itself needs some
 SMALLEST = 1024  # bytes; smaller tensors, such as shapes and scalars, stay in the graph
 
+Metadata = dict[str, str]
 Weights = Mapping[str, Any]  # initializer -> torch tensor or numpy array
 
 
@@ -96,3 +97,23 @@ def _array(weight: Any) -> NDArray[Any]:
     """Return `weight` as a numpy array that shares its memory."""
     array = weight if isinstance(weight, np.ndarray) else weight.detach().numpy()
     return np.asarray(array)
+
+
+def graph_facts(entry: Mapping[str, Any], target: str) -> Metadata:
+    """Return the metadata of one graph, from its entry in the manifest.
+
+    The distance from PyTorch is only in the manifest: it differs between processors, and the file must not.
+    """
+    verified = entry["agreement"] != "not verified" and entry["agreement"]["verified"]
+    verdict = "verified: agrees with PyTorch" if verified else "not verified"
+    return {"precision": entry["precision"], "target": target, "verdict": verdict}
+
+
+def add_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Append metadata to the ONNX file at `path`, which has none: the fields of a message may be in any order."""
+    import onnx
+
+    fields = onnx.ModelProto()
+    onnx.helper.set_model_props(fields, dict(metadata))
+    with path.open("ab") as file:
+        file.write(fields.SerializeToString())

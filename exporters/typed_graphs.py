@@ -21,7 +21,7 @@ from swin_deploy.options import QUANTIZED, TARGETS, Size
 from swin_deploy.parity import OpenGraph, Reference, Runnable, check_graph
 from swin_deploy.tasks import TaskSpec
 
-from .external_data import PROTOBUF_LIMIT, WeightFile
+from .external_data import PROTOBUF_LIMIT, WeightFile, add_metadata, graph_facts
 from .passes import PassRecord
 from .passes.base import OPSET, NetworkCheck, complete_header
 from .precision import BF16_OPSET, QDQ_OPSET, typed_from_fp32
@@ -130,10 +130,12 @@ def with_graphs(bundle: Bundle, precision: str, make: Make, asked: Mapping[str, 
         missing = pairs  # graphs that share a weights file are written together
     bundle.refuse_read_only()
     require("onnx", f"write the {precision} graph")
-    made = []
+    made, metadata = [], []
     for source, file in missing:
         _LOG.info("Writing %s", file)
         model, answer = _with_shapes(bundle.verified_path(source)), bundle.graphs[source].postprocessing
+        metadata.append({one.key: one.value for one in model.metadata_props})
+        del model.metadata_props[:]
         if answer is None:
             made.append(make(source, model))
         else:
@@ -150,7 +152,7 @@ def with_graphs(bundle: Bundle, precision: str, make: Make, asked: Mapping[str, 
                 weights = WeightFile(folder / Path(shared).name, Path(shared).name)
                 for graph in made:
                     weights.take(graph.model)
-        for (source, file), graph in zip(missing, made, strict=True):
+        for (source, file), graph, stated in zip(missing, made, metadata, strict=True):
             origin = bundle.graphs[source]
             entry: dict[str, Any] = {
                 "image_size": list(origin.image_size),
@@ -169,6 +171,9 @@ def with_graphs(bundle: Bundle, precision: str, make: Make, asked: Mapping[str, 
             }
             with disk_errors(bundle.path / file):
                 _write_checked(bundle, graph, entry, folder / Path(file).name, file, open_graph)
+                if stated:  # a graph of an earlier release has none
+                    target = asked.get("calibration", {}).get("target") or bundle.manifest.target
+                    add_metadata(folder / Path(file).name, {**stated, **graph_facts(entry, target)})
             entries[file] = entry
         # All passed: now they may replace the existing ones.
         for file, entry in ({shared: {}, **entries} if shared else entries).items():
@@ -198,6 +203,7 @@ def _write_checked(
     """Write the graph `file` to `path`, check it, compare it with PyTorch, and store the agreement in `entry`."""
     import onnx
 
+    del graph.model.metadata_props[:]
     path.write_bytes(graph.model.SerializeToString())
     onnx.checker.check_model(str(path), full_check=True)
     reference = Reference.load(bundle, entry["reference"])

@@ -41,6 +41,7 @@ _FIELDS = {
     "ModelProto": (
         *((1, "ir_version", INT), (2, "producer_name", TEXT), (3, "producer_version", TEXT), (5, "model_version", INT)),
         *((6, "doc_string", TEXT), (7, "graph", "GraphProto"), (8, "opset_import", "OperatorSetIdProto*")),
+        (14, "metadata_props", "StringStringEntryProto*"),
     ),
     "OperatorSetIdProto": ((1, "domain", TEXT), (2, "version", INT)),
     "GraphProto": (

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import InputError, MissingDependencyError
-from swin_deploy.exporters.bundle_from_checkpoint import preprocessing_of
+from swin_deploy.exporters.checkpoint_from_request import preprocessing_of
 from swin_deploy.models.checkpoints import Checkpoint
 from swin_deploy.options import ExportSpec
 from swin_deploy.preprocess import Preprocessor, read_image

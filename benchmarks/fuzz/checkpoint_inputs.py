@@ -57,7 +57,7 @@ def read_weights(file: Path, expect: Expect) -> None:
 
 def read_checkpoint(path: Path, task: str = CLASSES) -> None:
     """Recognize a checkpoint, read its preprocessing and the tensors that its network needs, and build the network."""
-    from swin_deploy.exporters.bundle_from_checkpoint import preprocessing_of
+    from swin_deploy.exporters.checkpoint_from_request import preprocessing_of
     from swin_deploy.models.checkpoints import checkpoint_from_path
     from swin_deploy.models.swin import SwinNetwork
     from swin_deploy.options import ExportSpec

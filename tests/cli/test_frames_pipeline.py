@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from PIL import Image
 
 import swin_deploy
 from swin_deploy.bundle import Bundle
+from swin_deploy.dependencies import onnxruntime_session
 from swin_deploy.errors import InputError, UsageError
 from swin_deploy.exporters.typed_graphs import with_typed_graphs
 from swin_deploy.parity import compare
@@ -34,6 +36,7 @@ from swin_deploy.tasks import TaskSpec
 
 pytest.importorskip("onnxruntime", reason="graphs are run with ONNX Runtime")
 
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 CHINA = EXAMPLES / "photos/china.jpg"
 FRAME = (427, 640)  # of both photographs
 AS_TRANSFORMERS = ("cmyk", "palette", "alpha", "exif", "one pixel", "very wide")
@@ -123,6 +126,12 @@ def test_raw_frames_and_the_answer_are_those_of_transformers(photos: dict[str, P
     feeds = {"pixel_values": frames.flip(1).float().numpy()}
     with_typed_graphs(Bundle.open(path), "fp16", runtime_from_onnx)
     assert {entry["postprocessing"]["top_k"] for entry in Bundle.open(path).graphs.values()} == {3}
+    fp32, fp16 = (onnxruntime_session(path / file).get_modelmeta().custom_metadata_map for file in Bundle.open(path).graphs)
+    assert fp16 == {**fp32, "precision": "fp16"}
+    facts = ("input_layout", "input_order", "source", "verdict", "model_info labels")
+    assert [fp32[key] for key in facts] == ["NCHW", "BGR", "swin-digits", "verified: agrees with PyTorch", " ".join(DIGITS)]
+    assert fp32["weights_sha256"] == hashlib.sha256((WEIGHTS[1] / "model.safetensors").read_bytes()).hexdigest()
+    assert (path / "labels.txt").read_text().split() == DIGITS
     for backend, precision, tolerance in (
         ("onnxruntime", "fp32", 1e-5),
         ("openvino", "fp32", 1e-5),

@@ -43,6 +43,8 @@ FILES = (
     "onnx/model_fp16.onnx",
     "config.json",
     "preprocessor_config.json",
+    "README.md",
+    "labels.txt",
     "reference.npz",
     "manifest.json",
 )

@@ -19,7 +19,7 @@ import swin_deploy
 from swin_deploy.bundle import _write_manifest
 from swin_deploy.config import SwinConfig
 from swin_deploy.errors import CheckpointError, InputError, UsageError
-from swin_deploy.exporters.bundle_from_checkpoint import preprocessing_of
+from swin_deploy.exporters.checkpoint_from_request import preprocessing_of
 from swin_deploy.models.checkpoints import Checkpoint, checkpoint_from_path, random_checkpoint
 from swin_deploy.models.swin import SwinNetwork
 from swin_deploy.options import ExportSpec

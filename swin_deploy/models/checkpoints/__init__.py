@@ -64,6 +64,7 @@ def checkpoint_from_path(
         extras=found.extras,
         task=task,
         parent=found.parent.name if found.parent else "",
+        files=found.files,
     )
 
 

@@ -39,6 +39,12 @@ class StoredFile:
     tensors: Mapping[str, Stored]
     tensorflow: bool = False  # names and axes are those of TensorFlow
     extras: Mapping[str, Any] = field(default_factory=dict)  # what a training script saved beside the weights
+    shards: tuple[Path, ...] = ()  # files of several shards
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors."""
+        return self.shards or (self.path,)
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Checkpoint:
     extras: Mapping[str, Any] = field(default_factory=dict)  # timm's pretrained_cfg, and what was saved beside the weights
     task: TaskSpec = field(default_factory=TaskSpec)  # the one to export
     parent: str = ""  # the model around the Swin
+    files: tuple[Path, ...] = ()  # that hold the weights; none for random weights
 
 
 def unreadable(what: str, error: Exception, kind: str = "", reason: str = "") -> CheckpointError:

@@ -46,6 +46,7 @@ class RecognisedCheckpoint:
     head_between: bool = False  # whether the file lacks what is between the linear layers of the head
     extras: Mapping[str, Any] = field(default_factory=dict)  # timm's pretrained_cfg, and what was saved beside the weights
     parent: ParentModel | None = None  # the model around the Swin
+    files: tuple[Path, ...] = ()  # that hold the tensors
 
     @property
     def framework(self) -> str:
@@ -154,6 +155,7 @@ def recognise_checkpoint(
             **({"pretrained_cfg": raw.get("pretrained_cfg") or raw} if raw is not None and timm and parent is None else {}),
         },
         parent=state_dict.parent,
+        files=file.files,
     )
 
 

@@ -127,7 +127,7 @@ def _open_shards(index: Path) -> StoredFile:
         files.append(file)
     if len({file.tensorflow for file in files}) > 1:
         raise CheckpointError(f"{index.parent}: some shards were written by TensorFlow and others were not.")
-    return StoredFile(index.parent, tensors, files[0].tensorflow)
+    return StoredFile(index.parent, tensors, files[0].tensorflow, shards=tuple(file.path for file in files))
 
 
 def _open_file(path: Path) -> StoredFile:
