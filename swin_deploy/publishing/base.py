@@ -35,6 +35,16 @@ class Publication:
         return self.bundle.graph_of(self.file)
 
     @property
+    def graph_file(self) -> str:
+        """The file of this graph."""
+        return self.bundle.graph_file_of(self.file)
+
+    @property
+    def bgr(self) -> bool:
+        """Whether the graph expects the channels in the order blue, green, red."""
+        return self.graph.preprocessing is not None and self.graph.preprocessing.order == "bgr"
+
+    @property
     def engine(self) -> EngineEntry | None:
         """The engine; None for a graph."""
         return self.bundle.engines.get(self.file)
@@ -61,7 +71,8 @@ class Publication:
         """Raise UsageError for a graph that accepts uint8 frames, which `program` does not pass."""
         if self.pixels.dtype == "uint8":
             raise UsageError(
-                f"{program} passes float planes, and {self.file} accepts uint8 frames. Export without --embed-preprocess."
+                f"{program} passes float planes, and {self.graph_file} accepts uint8 frames. Export with --embed-preprocess "
+                f"--input-layout nchw."
             )
 
     def normalization(self) -> tuple[list[float], list[float]]:

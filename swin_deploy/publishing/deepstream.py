@@ -1,7 +1,7 @@
 """Configuration of DeepStream's nvinfer element, with the graph or an engine.
 
 nvinfer computes factor * (pixel - offset), with one factor for all channels. So it normalizes exactly only if all standard
-deviations are equal. A graph for raw frames (whose input is float planes from 0 to 255) normalizes by itself.
+deviations are equal. A graph for raw frames (`export --embed-preprocess --input-layout nchw`) normalizes by itself.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def write_deepstream(bundle: Bundle, spec: PublishSpec, folder: Path) -> None:
     factor, offsets, error = _normalization(chosen)
     if error:
         _LOG.warning(
-            "Warning: nvinfer has one scale for all channels, so its pixels are up to %.3f standard deviations off. A graph "
-            "that normalizes float planes itself is exact",
+            "Warning: nvinfer has one scale for all channels, so its pixels are up to %.3f standard deviations off. For an "
+            "exact graph, export with --embed-preprocess --input-layout nchw",
             error,
         )
     if output.name == "logits":
         _LOG.warning(
-            "Warning: nvinfer takes the outputs as probabilities, and these are logits. The best class is the same if its "
-            "logit is above 0, but its score is none"
+            "Warning: nvinfer takes the outputs as probabilities, and these are logits. For scores, export with "
+            "--embed-postprocess softmax"
         )
     pairs = {
         "gpu-id": 0,
@@ -64,7 +64,7 @@ def write_deepstream(bundle: Bundle, spec: PublishSpec, folder: Path) -> None:
         "labelfile-path": "labels.txt",
         "infer-dims": f"{bundle.preprocessor.channels};{height};{width}",
         "network-input-order": 0,
-        "model-color-format": {1: 2}.get(bundle.preprocessor.channels, 0),
+        "model-color-format": 2 if bundle.preprocessor.channels == 1 else int(chosen.bgr),
         "maintain-aspect-ratio": 0,
         "net-scale-factor": number_text(factor),
         "offsets": ";".join(map(number_text, offsets)),

@@ -19,6 +19,8 @@ def write_gstreamer(bundle: Bundle, spec: PublishSpec, folder: Path) -> None:
     """Write the model, `<model>.onnx.modelinfo` and `labels.txt`."""
     chosen = publication(bundle, spec)
     output = chosen.class_output()
+    if chosen.bgr:
+        raise UsageError("GStreamer passes the channels in the order rgb. Export without --input-order.")
     if output is None:
         raise UsageError("GStreamer decodes the tensors of classifiers only. Export for image classification.")
     identity = LOGITS if output.name == "logits" else PROBABILITIES

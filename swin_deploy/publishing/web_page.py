@@ -59,6 +59,7 @@ def _settings(chosen: Publication) -> dict[str, Any]:
         raise UsageError("The page shows the classes of an image. Export for image classification.")
     unsupported = {
         "images of other channels than RGB or gray": steps.channels not in (1, 3),
+        "channels in the order bgr": chosen.bgr,
         "padding": steps.do_pad or steps.do_thumbnail or steps.crop_fill is not None,
         "sizes that depend on the image": steps.varies or steps.longest_edge is not None,
         "frames of one size (--embed-resize)": graph.preprocessing is not None and graph.preprocessing.frame_size is not None,

@@ -151,6 +151,17 @@ def test_deepstream_reports_the_error_of_its_factor(tmp_path: Path, caplog: pyte
     assert files["labels.txt"].read_text() == "zero;one;two;three;four;five;six;seven;eight;nine\n"
 
 
+def test_deepstream_passes_raw_frames(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = ("--embed-preprocess", "--input-layout", "nchw", "--input-order", "bgr", "--embed-postprocess", "softmax")
+    bundle = exported_bundle("--weights", str(one_block()), *options)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "swin_deploy"):
+        found = sections(published(bundle, "deepstream", tmp_path / "camera")["config_infer.txt"])["property"]
+    assert (found["net-scale-factor"], found["offsets"]) == ("1", "0;0;0")
+    assert (found["model-color-format"], found["output-blob-names"]) == ("1", "probabilities")
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
 def test_deepstream_finds_the_engine(compiled: Path, tmp_path: Path) -> None:
     files = published(compiled, "deepstream", tmp_path / "camera", engine=TRT)
     found = sections(files["config_infer.txt"])["property"]
