@@ -117,7 +117,7 @@ ODD: list[tuple[tuple[Any, ...], Any, str]] = [
     ((*G, "inputs", 0, "name"), "x", "pixel_values"), ((*G, "inputs", 0, "dtype"), "object", "one of float32"),
     ((*G, "inputs", 0, "dtype"), "uint8", "float32"), ((*G, "inputs", 0, "shape"), [], "inputs"),
     ((*G, "inputs", 0, "shape"), ["batch", 3, 32, None], "whole"), ((*G, "inputs", 0, "shape"), ["b", "c", 32, 32], "channels"),
-    ((*G, "inputs", 0, "shape"), [1, 3, 32, 32], "batch"), ((*G, "inputs", 0, "shape"), ["batch", 3, -1, 32], "whole"),
+    ((*G, "inputs", 0, "shape"), [0, 3, 32, 32], "whole"), ((*G, "inputs", 0, "shape"), ["batch", 3, -1, 32], "whole"),
     ((*G, "outputs", 0, "name"), "a\x1b[2Jb", r"\\x1b"), ((*G, "outputs", 0, "shape", 0), {}, "whole"),
     ((*G, "reference"), "other.npz", "a file of this manifest"), ((*G, "reference"), GRAPH, "not a graph or an engine"),
     ((*G, "reference"), ..., "missing"), ((*G, "reference"), "/etc/passwd", "relative path"),
