@@ -36,12 +36,12 @@ COMPARED = 1024  # elements; equal constants up to this size are stored once
 # size at run time, which is slower everywhere and prevents fusions in TensorRT.
 # fmt: off
 OPERATORS = frozenset({
-    "Add", "Clip", "Conv", "Div", "Gather", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Mul", "ReduceL2", "ReduceMean",
-    "Reshape", "Slice", "Softmax", "Split", "Transpose", "Unsqueeze", "Where",
+    "Add", "Clip", "Conv", "Div", "Gather", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Mul", "ReduceMean",
+    "ReduceSum", "Reshape", "Slice", "Softmax", "Split", "Sqrt", "Transpose", "Unsqueeze", "Where",
     # embedded preprocessing
     "Cast", "Floor",
     # activations other than GELU
-    "Erf", "Greater", "HardSwish", "LeakyRelu", "Max", "Min", "Mish", "Pow", "Relu", "Sigmoid", "Softplus", "Sqrt", "Sub",
+    "Erf", "Greater", "HardSwish", "LeakyRelu", "Max", "Min", "Mish", "Pow", "Relu", "Sigmoid", "Softplus", "Sub",
     "Tanh",
 })
 # Repeat a constant for every image; OpenVINO folds them if the batch is known.
@@ -278,6 +278,13 @@ def _reduce(op: str) -> Callable[..., Any]:
     return lambda recorder, shape, x, dim, keepdim=False: recorder.node(op, x, _Value.of([dim]), keepdims=int(keepdim))
 
 
+def _l2_norm(recorder: _Recorder, shape: Shape, x: _Value, dim: int, keepdim: bool = False) -> _Value:
+    """The root of a sum. MNN and other runtimes read the axes of ReduceL2 wrongly from opset 18 on."""
+    total = recorder.node("ReduceSum", recorder.node("Mul", x, x), _Value.of([dim]), keepdims=int(keepdim))
+    total.shape = shape
+    return recorder.node("Sqrt", total)
+
+
 def _reshape(recorder: _Recorder, shape: Shape, x: _Value, *_: Any) -> _Value:
     return recorder.node("Reshape", x, _Value.of([side if side % BATCH else -1 for side in shape]))
 
@@ -294,7 +301,9 @@ def _transpose(recorder: _Recorder, shape: Shape, x: _Value, one: int, other: in
 
 
 def _expand(recorder: _Recorder, shape: Shape, x: _Value, *_: Any) -> _Value:
-    images = recorder.node("Shape", recorder.inputs[0], dtype="int64", start=0, end=1)
+    sizes = recorder.node("Shape", recorder.inputs[0], dtype="int64")
+    sizes.shape = (len(recorder.inputs[0].shape),)
+    images = recorder.node("Gather", sizes, _Value.of([0]), axis=0)  # OpenCV 4 ignores the attributes of Shape
     images.shape = (1,)
     wanted = [1 if side == before else side for side, before in zip(shape, x.shape, strict=True)]  # 1: as it is
     sides = recorder.node("Concat", *(images if side == BATCH else _Value.of([side]) for side in wanted), axis=0)
@@ -379,7 +388,7 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "index_select": lambda recorder, shape, x, dim, index: recorder.node("Gather", x, index, axis=dim),
     "layer_norm": _layer_norm,
     "leaky_relu": lambda recorder, shape, x, negative_slope, **_: recorder.node("LeakyRelu", x, alpha=negative_slope),
-    "linalg_vector_norm": _reduce("ReduceL2"),
+    "linalg_vector_norm": _l2_norm,
     "linear": _linear,
     "mean": _reduce("ReduceMean"),
     "pad": _pad,

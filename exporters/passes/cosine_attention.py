@@ -140,10 +140,10 @@ def l2_norm_as_rms_norm(graph: Graph) -> int:
     """
     count = 0
     for divide in [node for node in graph.nodes if node.op == "Div"]:
-        clip = divide.inputs[1].inputs[0] if divide.inputs[1].inputs else None
-        if clip is None or clip.op != "Clip" or clip.i().op != "ReduceL2" or clip.i().inputs[0] is not divide.inputs[0]:
+        x, chain = divide.inputs[0], _writers(divide.inputs[1], "Clip", "Sqrt", "ReduceSum", "Mul")
+        if not chain or any(tensor is not x for tensor in chain[-1].inputs):
             continue
-        x, width = divide.inputs[0], divide.inputs[0].shape[-1]
+        clip, width = chain[0], x.shape[-1]
         least = float(clip.inputs[1].values) ** 2 / width
         count += _operands(divide.outputs[0])
 
@@ -157,6 +157,17 @@ def l2_norm_as_rms_norm(graph: Graph) -> int:
         even = constant(f"{divide.name}/even", np.full(width, width**-0.5))
         divide.op, divide.inputs = "Mul", [node("Mul", x, inverse), even]
     return count
+
+
+def _writers(tensor: Tensor, *operators: str) -> list[Node]:
+    """The nodes with these operators that compute `tensor`, the last one first; empty if others do."""
+    nodes: list[Node] = []
+    for operator in operators:
+        if not tensor.inputs or tensor.inputs[0].op != operator:
+            return []
+        nodes.append(tensor.inputs[0])
+        tensor = nodes[-1].inputs[0]
+    return nodes
 
 
 def _operands(tensor: Tensor) -> int:
