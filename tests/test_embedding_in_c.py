@@ -24,24 +24,25 @@ def folder_of(module: str) -> Path:
     return Path(spec.origin).parent
 
 
-def flags(runtime: str) -> tuple[str, ...]:
+def flags(runtime: str, folder: Path) -> tuple[str, ...]:
     """The options of the compiler: where the header and the library of a runtime are."""
     if runtime == "openvino":
-        folder = folder_of("openvino")
-        [library] = (folder / "libs").glob("libopenvino_c.so*")
-        return f"-I{folder / 'include'}", str(library), f"-Wl,-rpath,{library.parent}"
+        place = folder_of("openvino")
+        [library] = (place / "libs").glob("libopenvino_c.so*")
+        return f"-I{place / 'include'}", str(library), f"-Wl,-rpath,{library.parent}"
     # The Python package has no header: ONNXRUNTIME_INCLUDE names its folder.
     header = Path(os.environ.get("ONNXRUNTIME_INCLUDE", "/usr/include/onnxruntime"))
     if not (header / "onnxruntime_c_api.h").exists():
         pytest.skip("onnxruntime_c_api.h is not installed (ONNXRUNTIME_INCLUDE)")
     [library] = (folder_of("onnxruntime") / "capi").glob("libonnxruntime.so.*")
-    return "-DUSE_ONNXRUNTIME", f"-I{header}", str(library), f"-Wl,-rpath,{library.parent}"
+    (folder / "libonnxruntime.so.1").symlink_to(library)  # the name that programs look for
+    return "-DUSE_ONNXRUNTIME", f"-I{header}", str(library), f"-Wl,-rpath,{folder}"
 
 
 @pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])
 def test_the_c_program_answers_as_python(tmp_path: Path, runtime: str) -> None:
     compiler = shutil.which("cc") or pytest.skip("no C compiler")
-    options = flags(runtime)
+    options = flags(runtime, tmp_path)
     bundle = exported_bundle("--weights", str(WEIGHTS[2]), "--embed-resize", "48x64", "--embed-postprocess", "top-k=3")
     command = [compiler, "-Wall", "-Wextra", "-Werror", "-o", "classify", str(EXAMPLES / "c/classify.c"), *options]
     subprocess.run(command, cwd=tmp_path, check=True)

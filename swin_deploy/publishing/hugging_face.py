@@ -1,8 +1,7 @@
-"""Repository folder for the Hugging Face hub: the bundle without its engines, a model card, and .gitattributes."""
+"""Repository folder for the Hugging Face hub: the bundle without its engines, and .gitattributes."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from swin_deploy.options import PublishSpec
 from .base import write_text
 
 LARGE = ("*.onnx", "*.onnx_data", "*.npz", "*.bin", "*.xml")  # files that the hub keeps outside git
-CARD = "README.md"
 
 
 def write_hugging_face(bundle: Bundle, spec: PublishSpec, folder: Path) -> None:
@@ -26,22 +24,8 @@ def write_hugging_face(bundle: Bundle, spec: PublishSpec, folder: Path) -> None:
         for file, entry in kept.items():
             source = bundle.verified_path(file)
             draft.add(file, _facts(entry), lambda path, source=source: shutil.copyfile(source, path))  # type: ignore[misc]
-    if CARD not in kept:
-        write_text(folder / CARD, _card(bundle))
     write_text(folder / ".gitattributes", "".join(f"{name} filter=lfs diff=lfs merge=lfs -text\n" for name in LARGE))
 
 
 def _facts(entry: FileEntry) -> dict[str, object]:
     return {key: value for key, value in entry.to_dict().items() if key not in ("bytes", "sha256")}
-
-
-def _card(bundle: Bundle) -> str:
-    """Return a model card with the front matter that the hub reads."""
-    front = {
-        "library_name": "swin-deploy",
-        "pipeline_tag": bundle.task.name if bundle.task.name != "backbone" else "image-feature-extraction",
-        "tags": ["onnx", f"swin{'v2' if bundle.config.version == 2 else ''}"],
-    }
-    text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items())
-    name = bundle.name or bundle.path.resolve().name
-    return f"---\n{text}---\n\n# {name}\n\nONNX graphs of a Swin Transformer, written by swin-deploy.\n"
