@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import json
 import logging
 import os
@@ -217,7 +216,6 @@ def _add_graph(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(traced.model.SerializeToString())
     del network, traced  # the weights may be most of the memory, and the comparison loads them once more
-    gc.collect()  # the nodes that were recorded are reference cycles that hold them
     onnx.checker.check_model(str(path), full_check=True)
     _LOG.info("Comparing ONNX with PyTorch%s", at)
     try:

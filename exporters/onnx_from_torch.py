@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -156,26 +156,42 @@ class _Recorder:
         depends = any(id(one) in self.values or (isinstance(one, int) and one >= BATCH) for one in _leaves((args, kwargs)))
         if name == "__get__" or not depends:  # an attribute, such as the shape, or a function of constants
             return function(*args, **kwargs)
-        result = function(*_mapped(self._meta, args), **_mapped(self._meta, kwargs))
-        tensors = [one for one in _leaves(result) if isinstance(one, torch.Tensor)]
-        if not tensors:
-            return result
-        if name not in FUNCTIONS:
-            raise ExportError(f"The network calls {name} of torch, which has no translation to ONNX. Please report it.")
-        made = FUNCTIONS[name](self, tuple(tensors[0].shape), *_mapped(self._value, args), **_mapped(self._value, kwargs))
-        for tensor, value in zip(tensors, made if isinstance(made, list) else [made], strict=True):
-            value.shape, value.dtype = tuple(tensor.shape), _dtype(tensor)
-            self.values[id(tensor)] = value
-        self.kept += tensors
+        if name in FUNCTIONS:
+            value = FUNCTIONS[name](self, *_mapped(self._value, args), **_mapped(self._value, kwargs))
+            result = torch.empty(value.shape, dtype=getattr(torch, value.dtype), device="meta")
+            made = {id(result): value}
+        else:
+            result = function(*_mapped(self._meta, args), **_mapped(self._meta, kwargs))
+            tensors = [one for one in _leaves(result) if isinstance(one, torch.Tensor)]
+            if not tensors:
+                return result
+            if name not in VIEWS:
+                raise ExportError(f"The network calls {name} of torch, which has no translation to ONNX. Please report it.")
+            values = VIEWS[name](self, tensors[0].shape, *_mapped(self._value, args), **_mapped(self._value, kwargs))
+            made = {id(tensor): value for tensor, value in zip(tensors, values, strict=True)}
+            for tensor, value in zip(tensors, values, strict=True):
+                value.dtype = _dtype(tensor)
+        self.values |= made
+        self.kept.append(result)
         return result
 
-    def node(self, op: str, *inputs: Any, dtype: str = "", **attributes: Any) -> _Value:
-        """Add a node and return its output. A number among the inputs becomes a float32 constant, and None is left out."""
+    def node(self, op: str, *inputs: Any, shape: Iterable[int] = (), dtype: str = "float32", **attributes: Any) -> _Value:
+        """Add a node and return its output, whose shape is by default that of the inputs after broadcasting.
+
+        A number among the inputs becomes a float32 constant, and None is left out.
+        """
         values = [one if isinstance(one, _Value) else _Value.of(one, np.float32) for one in inputs if one is not None]
         node = _Node(op, values, attributes, self.modules[-1])
-        node.outputs.append(_Value(values[0].shape, dtype or values[0].dtype, node))
+        found = tuple(shape) or np.broadcast_shapes(*(value.shape for value in values))
+        node.outputs.append(_Value(found, dtype, node))
         self.nodes.append(node)
         return node.outputs[0]
+
+    def forget(self) -> None:
+        """Release all tensors. Nodes and values refer to each other, which only the garbage collector would notice."""
+        for node in self.nodes:
+            node.inputs, node.outputs = [], []
+        self.__dict__.clear()
 
     def _value(self, one: Any) -> Any:
         """The value of a tensor; anything else is returned as it is."""
@@ -220,7 +236,9 @@ def _recorded(network: SwinNetwork, specs: Sequence[TensorSpec]) -> tuple[onnx.M
         count = len(nodes)
         nodes = _joined(nodes, outputs)
     nodes = _shared(nodes, outputs)
-    return _model(nodes, recorder.inputs, dict(zip(network.output_names, outputs, strict=True)))
+    made = _model(nodes, recorder.inputs, dict(zip(network.output_names, outputs, strict=True)))
+    recorder.forget()
+    return made
 
 
 @contextlib.contextmanager
@@ -265,60 +283,45 @@ def _dtype(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-# Translations of torch functions: (recorder, shape of the result, arguments of the function) -> value, or a list of them.
 Shape = tuple[int, ...]
 
 
-def _plain(op: str, *more: float) -> Callable[..., Any]:
-    """One node that has the same inputs, and `more` after them."""
-    return lambda recorder, shape, *inputs, inplace=False: recorder.node(op, *inputs, *more)
+def _reshape(recorder: _Recorder, shape: Shape, x: _Value, *_: Any) -> list[_Value]:
+    return [recorder.node("Reshape", x, _Value.of([side if side % BATCH else -1 for side in shape]), shape=shape)]
 
 
-def _reduce(op: str) -> Callable[..., Any]:
-    return lambda recorder, shape, x, dim, keepdim=False: recorder.node(op, x, _Value.of([dim]), keepdims=int(keepdim))
-
-
-def _l2_norm(recorder: _Recorder, shape: Shape, x: _Value, dim: int, keepdim: bool = False) -> _Value:
-    """The root of a sum. MNN and other runtimes read the axes of ReduceL2 wrongly from opset 18 on."""
-    total = recorder.node("ReduceSum", recorder.node("Mul", x, x), _Value.of([dim]), keepdims=int(keepdim))
-    total.shape = shape
-    return recorder.node("Sqrt", total)
-
-
-def _reshape(recorder: _Recorder, shape: Shape, x: _Value, *_: Any) -> _Value:
-    return recorder.node("Reshape", x, _Value.of([side if side % BATCH else -1 for side in shape]))
-
-
-def _permute(recorder: _Recorder, shape: Shape, x: _Value, *axes: Any) -> _Value:
+def _permute(recorder: _Recorder, shape: Shape, x: _Value, *axes: Any) -> list[_Value]:
     order = axes if isinstance(axes[0], int) else axes[0]
-    return recorder.node("Transpose", x, perm=[axis % len(shape) for axis in order])
+    return [recorder.node("Transpose", x, shape=shape, perm=[axis % len(shape) for axis in order])]
 
 
-def _transpose(recorder: _Recorder, shape: Shape, x: _Value, one: int, other: int) -> _Value:
+def _transpose(recorder: _Recorder, shape: Shape, x: _Value, one: int, other: int) -> list[_Value]:
     order = list(range(len(shape)))
     order[one], order[other] = order[other], order[one]
-    return recorder.node("Transpose", x, perm=order)
+    return _permute(recorder, shape, x, order)
 
 
-def _expand(recorder: _Recorder, shape: Shape, x: _Value, *_: Any) -> _Value:
-    sizes = recorder.node("Shape", recorder.inputs[0], dtype="int64")
-    sizes.shape = (len(recorder.inputs[0].shape),)
-    images = recorder.node("Gather", sizes, _Value.of([0]), axis=0)  # OpenCV 4 ignores the attributes of Shape
-    images.shape = (1,)
+def _expand(recorder: _Recorder, shape: Shape, x: _Value, *_: Any) -> list[_Value]:
+    given = recorder.inputs[0]
+    sizes = recorder.node("Shape", given, shape=(len(given.shape),), dtype="int64")
+    images = recorder.node(
+        "Gather", sizes, _Value.of([0]), shape=(1,), dtype="int64", axis=0
+    )  # OpenCV 4 ignores Shape's attributes
     wanted = [1 if side == before else side for side, before in zip(shape, x.shape, strict=True)]  # 1: as it is
-    sides = recorder.node("Concat", *(images if side == BATCH else _Value.of([side]) for side in wanted), axis=0)
-    sides.shape = (len(shape),)
-    return recorder.node("Expand", x, sides)
+    parts = (images if side == BATCH else _Value.of([side]) for side in wanted)
+    return [
+        recorder.node("Expand", x, recorder.node("Concat", *parts, shape=(len(shape),), dtype="int64", axis=0), shape=shape)
+    ]
 
 
 def _chunk(recorder: _Recorder, shape: Shape, x: _Value, chunks: int, dim: int = 0) -> list[_Value]:
-    recorder.node("Split", x, axis=dim % len(shape), num_outputs=chunks)
+    recorder.node("Split", x, shape=shape, axis=dim % len(shape), num_outputs=chunks)
     node = recorder.nodes[-1]
-    node.outputs += [_Value(shape, x.dtype, node) for _ in range(chunks - 1)]
+    node.outputs += [_Value(tuple(shape), x.dtype, node) for _ in range(chunks - 1)]
     return node.outputs
 
 
-def _getitem(recorder: _Recorder, shape: Shape, x: _Value, index: Any) -> _Value:
+def _getitem(recorder: _Recorder, shape: Shape, x: _Value, index: Any) -> list[_Value]:
     parts = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in parts:
         place = parts.index(Ellipsis)
@@ -326,81 +329,111 @@ def _getitem(recorder: _Recorder, shape: Shape, x: _Value, index: Any) -> _Value
     for axis, part in enumerate(parts):
         start, stop, step = part.indices(x.shape[axis])
         if (start, stop, step) != (0, x.shape[axis], 1):
-            before = x.shape
-            x = recorder.node("Slice", x, *(_Value.of([number]) for number in (start, stop, axis, step)))
-            x.shape = (*before[:axis], len(range(start, stop, step)), *before[axis + 1 :])
-    return x
+            sides = (*x.shape[:axis], len(range(start, stop, step)), *x.shape[axis + 1 :])
+            x = recorder.node("Slice", x, *(_Value.of([number]) for number in (start, stop, axis, step)), shape=sides)
+    return [x]
 
 
-def _linear(recorder: _Recorder, shape: Shape, x: _Value, weight: _Value, bias: _Value | None = None) -> _Value:
-    if len(shape) != 2:
-        raise ExportError(f"A linear layer of the network writes {len(shape)} axes. Expected 2. Please report it.")
-    return recorder.node("Gemm", x, weight, _unless_zero(bias), transB=1)
+def _float(recorder: _Recorder, shape: Shape, x: _Value) -> list[_Value]:
+    return [x if x.dtype == "float32" else recorder.node("Cast", x, shape=shape, to=1)]
+
+
+def _index_select(recorder: _Recorder, shape: Shape, x: _Value, dim: int, index: _Value) -> list[_Value]:
+    return [recorder.node("Gather", x, index, shape=shape, axis=dim)]
+
+
+def _unsqueeze(recorder: _Recorder, shape: Shape, x: _Value, dim: int) -> list[_Value]:
+    return [recorder.node("Unsqueeze", x, _Value.of([dim]), shape=shape)]
+
+
+# Functions whose results torch computes on the device meta: (recorder, shape of the first one, arguments) -> values.
+VIEWS: Mapping[str, Callable[..., list[_Value]]] = {
+    **{"__getitem__": _getitem, "chunk": _chunk, "expand": _expand, "flatten": _reshape, "float": _float},
+    **{"index_select": _index_select, "permute": _permute, "reshape": _reshape, "transpose": _transpose},
+    "unsqueeze": _unsqueeze,
+}
+
+
+def _plain(op: str, *more: float) -> Callable[..., _Value]:
+    """One node that has the same inputs, and `more` after them."""
+    return lambda recorder, *inputs, inplace=False: recorder.node(op, *inputs, *more)
+
+
+def _reduce(op: str, recorder: _Recorder, x: _Value, dim: int, keepdim: bool = False) -> _Value:
+    sides = list(x.shape)
+    sides[dim : dim + 1 or None] = [1] * keepdim
+    return recorder.node(op, x, _Value.of([dim]), shape=sides, keepdims=int(keepdim))
+
+
+def _l2_norm(recorder: _Recorder, x: _Value, dim: int, keepdim: bool = False) -> _Value:
+    """The root of a sum. MNN and other runtimes read the axes of ReduceL2 wrongly from opset 18 on."""
+    return recorder.node("Sqrt", _reduce("ReduceSum", recorder, recorder.node("Mul", x, x), dim, keepdim))
+
+
+def _matmul(recorder: _Recorder, x: _Value, y: _Value) -> _Value:
+    return recorder.node("MatMul", x, y, shape=(*np.broadcast_shapes(x.shape[:-2], y.shape[:-2]), x.shape[-2], y.shape[-1]))
+
+
+def _cat(recorder: _Recorder, tensors: Sequence[_Value], dim: int = 0) -> _Value:
+    sides = list(tensors[0].shape)
+    sides[dim] = sum(x.shape[dim] for x in tensors)
+    return recorder.node("Concat", *tensors, shape=sides, axis=dim)
+
+
+def _linear(recorder: _Recorder, x: _Value, weight: _Value, bias: _Value | None = None) -> _Value:
+    if len(x.shape) != 2:
+        raise ExportError(f"A linear layer of the network reads {len(x.shape)} axes. Expected 2. Please report it.")
+    return recorder.node("Gemm", x, weight, _unless_zero(bias), shape=(x.shape[0], weight.shape[0]), transB=1)
 
 
 def _layer_norm(
-    recorder: _Recorder, shape: Shape, x: _Value, sizes: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    recorder: _Recorder, x: _Value, sizes: Any, weight: _Value | None = None, bias: _Value | None = None, eps: float = 1e-5
 ) -> _Value:
     return recorder.node("LayerNormalization", x, weight, bias, axis=-len(sizes), epsilon=eps)
 
 
-def _conv2d(
-    recorder: _Recorder, shape: Shape, x: _Value, weight: _Value, bias: _Value | None = None, stride: Sequence[int] = (1, 1)
-) -> _Value:
-    before, pads = x.node, [0, 0, 0, 0]
-    if before is not None and before.op == "Pad":
-        x, pads = before.inputs[0], before.attributes["pads"]
-    attributes: dict[str, Any] = {"kernel_shape": list(weight.shape[2:]), "strides": list(stride), "pads": pads}
-    return recorder.node("Conv", x, weight, _unless_zero(bias), dilations=[1, 1], group=1, **attributes)
-
-
-def _pad(recorder: _Recorder, shape: Shape, x: _Value, pad: Sequence[int], **_: Any) -> _Value:
+def _pad(recorder: _Recorder, x: _Value, pad: Sequence[int], **_: Any) -> _Value:
     """Zeros around images, which become part of the convolution that reads them."""
     left, right, top, bottom = pad
-    return recorder.node("Pad", x, pads=[top, left, bottom, right])
+    batch, channels, height, width = x.shape
+    shape = (batch, channels, height + top + bottom, width + left + right)
+    return recorder.node("Pad", x, shape=shape, pads=[top, left, bottom, right])
+
+
+def _conv2d(recorder: _Recorder, x: _Value, weight: _Value, bias: _Value | None = None, stride: Any = (1, 1)) -> _Value:
+    kernel, before, pads = weight.shape[2:], x.node, [0, 0, 0, 0]
+    sides = [(side - size) // step + 1 for side, size, step in zip(x.shape[2:], kernel, stride, strict=True)]
+    if before is not None and before.op == "Pad":
+        x, pads = before.inputs[0], before.attributes["pads"]
+    shape = (x.shape[0], weight.shape[0], *sides)
+    attributes: dict[str, Any] = {"kernel_shape": kernel, "strides": stride, "pads": pads, "dilations": [1, 1], "group": 1}
+    return recorder.node("Conv", x, weight, _unless_zero(bias), shape=shape, **attributes)
 
 
 def _unless_zero(bias: _Value | None) -> _Value | None:
     return bias if bias is not None and bias.constant.any() else None
 
 
-def _softplus(recorder: _Recorder, shape: Shape, x: _Value) -> _Value:
+def _softplus(recorder: _Recorder, x: _Value) -> _Value:
     large = recorder.node("Greater", x, 20, dtype="bool")
     return recorder.node("Where", large, x, recorder.node("Softplus", x))
 
 
 _SAME = {
-    **{"add": "Add", "clamp": "Clip", "clamp_min": "Clip", "div": "Div", "erf": "Erf", "floor": "Floor", "matmul": "MatMul"},
+    **{"add": "Add", "clamp": "Clip", "clamp_min": "Clip", "div": "Div", "erf": "Erf", "floor": "Floor"},
     **{"hardswish": "HardSwish", "mish": "Mish", "mul": "Mul", "relu": "Relu", "sigmoid": "Sigmoid", "sqrt": "Sqrt"},
     **{"sub": "Sub", "tanh": "Tanh", "where": "Where"},
 }
-FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+# Other functions, whose results are computed here: torch's rules for the device meta import torch._dynamo, in 2 s.
+FUNCTIONS: Mapping[str, Callable[..., _Value]] = {
     **{name: _plain(op) for name, op in _SAME.items()},
-    "__getitem__": _getitem,
-    "amax": _reduce("ReduceMax"),
-    "cat": lambda recorder, shape, tensors, dim=0: recorder.node("Concat", *tensors, axis=dim),
-    "chunk": _chunk,
-    "conv2d": _conv2d,
-    "expand": _expand,
-    "flatten": _reshape,
-    "float": lambda recorder, shape, x: x if x.dtype == "float32" else recorder.node("Cast", x, to=1),
-    "gelu": lambda recorder, shape, x, approximate="none": recorder.node("Gelu", x, approximate=approximate),
-    "index_select": lambda recorder, shape, x, dim, index: recorder.node("Gather", x, index, axis=dim),
-    "layer_norm": _layer_norm,
-    "leaky_relu": lambda recorder, shape, x, negative_slope, **_: recorder.node("LeakyRelu", x, alpha=negative_slope),
-    "linalg_vector_norm": _l2_norm,
-    "linear": _linear,
-    "mean": _reduce("ReduceMean"),
-    "pad": _pad,
-    "permute": _permute,
-    "relu6": _plain("Clip", 0, 6),
-    "reshape": _reshape,
-    "silu": lambda recorder, shape, x, **_: recorder.node("Mul", x, recorder.node("Sigmoid", x)),
-    "softmax": lambda recorder, shape, x, dim: recorder.node("Softmax", x, axis=dim),
-    "softplus": _softplus,
-    "square": _plain("Pow", 2),
-    "transpose": _transpose,
-    "unsqueeze": lambda recorder, shape, x, dim: recorder.node("Unsqueeze", x, _Value.of([dim])),
+    **{"amax": partial(_reduce, "ReduceMax"), "linalg_vector_norm": _l2_norm, "mean": partial(_reduce, "ReduceMean")},
+    **{"cat": _cat, "conv2d": _conv2d, "layer_norm": _layer_norm, "linear": _linear, "matmul": _matmul, "pad": _pad},
+    **{"relu6": _plain("Clip", 0, 6), "softplus": _softplus, "square": _plain("Pow", 2)},
+    "gelu": lambda recorder, x, approximate="none": recorder.node("Gelu", x, approximate=approximate),
+    "leaky_relu": lambda recorder, x, negative_slope, **_: recorder.node("LeakyRelu", x, alpha=negative_slope),
+    "silu": lambda recorder, x, **_: recorder.node("Mul", x, recorder.node("Sigmoid", x)),
+    "softmax": lambda recorder, x, dim: recorder.node("Softmax", x, axis=dim),
 }
 
 
