@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from pathlib import Path
 
-from swin_deploy.bundle import Bundle, create_bundle
+from swin_deploy.bundle import CONFIG, Bundle, create_bundle
 from swin_deploy.manifest import FileEntry
 from swin_deploy.options import PublishSpec
 
@@ -15,7 +17,13 @@ LARGE = ("*.onnx", "*.onnx_data", "*.npz", "*.bin", "*.xml")  # files that the h
 
 
 def write_hugging_face(bundle: Bundle, spec: PublishSpec, folder: Path) -> None:
-    """Write the files of the bundle, except its engines, which are code for one kind of GPU."""
+    """Write the files of the bundle, except its engines, which are code for one kind of GPU.
+
+    transformers.js looks for INT8 in model_quantized.onnx, which is a hard link: the weights are stored once, as on the hub.
+    """
+    from swin_deploy.exporters.bundle_from_checkpoint import TRANSFORMERS_JS, files_for_transformers_js, for_transformers_js
+
+    again = {name: file for name, file in files_for_transformers_js(bundle).items() if name not in bundle.files}
     kept = {file: entry for file, entry in bundle.files.items() if not file.startswith("engines/")}
     facts = {
         key: value for key, value in bundle.manifest.to_dict().items() if key not in ("files", "tuning", "schema", "created")
@@ -23,7 +31,16 @@ def write_hugging_face(bundle: Bundle, spec: PublishSpec, folder: Path) -> None:
     with create_bundle(folder, replace=False, facts=facts) as draft:
         for file, entry in kept.items():
             source = bundle.verified_path(file)
+            if file == CONFIG and again:
+                external = any(entry.weights for entry in bundle.graphs.values())
+                draft.add_json(CONFIG, {**bundle.read_json(CONFIG), TRANSFORMERS_JS: for_transformers_js(True, external)})
+                continue
             draft.add(file, _facts(entry), lambda path, source=source: shutil.copyfile(source, path))  # type: ignore[misc]
+    for name, file in again.items():
+        with contextlib.suppress(OSError):
+            os.link(folder / file, folder / name)
+        if not (folder / name).exists():
+            shutil.copyfile(folder / file, folder / name)
     write_text(folder / ".gitattributes", "".join(f"{name} filter=lfs diff=lfs merge=lfs -text\n" for name in LARGE))
 
 

@@ -180,6 +180,22 @@ def test_huggingface_is_a_bundle_without_engines(compiled: Path, tmp_path: Path)
     assert bundle.graphs["onnx/model.onnx"].verified
 
 
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_huggingface_names_int8_as_transformers_js_does(compiled: Path, tmp_path: Path, target: str) -> None:
+    """Its default on a CPU is the file model_quantized.onnx. The weights are not stored twice."""
+    path = shutil.copytree(compiled, tmp_path / "b")
+    entry = {**Bundle.open(path).graphs["onnx/model.onnx"].to_dict(), "precision": "int8", "calibration": {"target": target}}
+    Bundle.open(path).with_file("onnx/model_int8.onnx", entry, (path / "onnx/model.onnx").read_bytes())
+    files = published(path, "huggingface", tmp_path / "repository")
+    stated = json.loads(files["config.json"].read_text())["transformers.js_config"]
+    assert ("onnx/model_quantized.onnx" in files, stated) == (
+        (True, {}) if target == "onnxruntime" else (False, {"dtype": "fp32"})
+    )
+    if target == "onnxruntime":
+        assert files["onnx/model_quantized.onnx"].samefile(files["onnx/model_int8.onnx"])
+    assert Bundle.open(tmp_path / "repository").config == Bundle.open(path).config
+
+
 @pytest.mark.parametrize("embed", [False, True])
 def test_epcontext_holds_the_engine(compiled: Path, tmp_path: Path, embed: bool) -> None:
     files = published(compiled, "epcontext", tmp_path / "context", engine=RTX, embed_engine=embed)
