@@ -257,6 +257,10 @@ def quantized_from_fp32(
     )
     typed = gs.export_onnx(graph)
     raise_opset(typed, BF16_OPSET if low == "bf16" else QDQ_OPSET)
+    typed.graph.name += f"_{precision}_for_tensorrt"  # other runtimes show it, and OpenVINO does not compute this layout right
+    typed.doc_string = (
+        f"{precision.upper()} graph for TensorRT. ONNX Runtime computes it as well. OpenVINO gives wrong results."
+    )
     return typed, records
 
 

@@ -158,6 +158,8 @@ def test_the_graph_is_valid_and_the_fp32_one_left_alone(version: int, precision:
     model = quantized(version, precision)
     assert wide.SerializeToString(deterministic=True) == before
     onnx.checker.check_model(model, full_check=True)
+    assert model.graph.name.endswith(f"_{precision}_for_tensorrt")
+    assert "OpenVINO gives wrong results" in model.doc_string
     assert (list(model.graph.input), list(model.graph.output)) == (list(wide.graph.input), list(wide.graph.output))
     names = [node.name for node in model.graph.node]
     assert len(names) == len(set(names))
