@@ -3,6 +3,7 @@
 # make lint    ruff, and mypy with the types of torch
 # make test-browser   the pages of serve and publish in Chromium, which it installs with Playwright unless there is one
 # make test-ray       serve with Ray Serve, which it installs
+# make clients   other programs that run our graphs, each in an environment of its own
 # make fuzz    20,000 changed and hostile inputs (benchmarks/README.md)
 # make docs    the documentation as a site, into site/
 # make clean   remove everything that these made, the environment included
@@ -17,7 +18,7 @@ DIGITS := examples/digits
 WORKERS := $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test test-browser test-ray lint fuzz docs clean venv
+.PHONY: demo test test-browser test-ray lint clients fuzz docs clean venv
 
 demo: venv
 	rm -rf demo
@@ -50,6 +51,9 @@ test-browser: venv
 test-ray: venv
 	python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[ray]"
 	pytest -n0 tests/serving/test_ray_serve.py
+
+clients: venv
+	python -m benchmarks.clients
 
 fuzz: venv
 	python -m benchmarks.fuzz all

@@ -1,0 +1,10 @@
+import numpy as np
+
+ENVIRONMENTS = {"polygraphy": ["polygraphy", "onnxruntime", "onnx"]}
+
+
+def logits(folder, pixels):
+    from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+
+    with OnnxrtRunner(SessionFromOnnx(str(folder / "onnx/model.onnx"))) as runner:
+        return np.concatenate([np.array(runner.infer({"pixel_values": image[None]})["logits"]) for image in pixels])
