@@ -140,7 +140,7 @@ def test_a_graph_with_qdq_says_what_the_checkpoint_says(version: int, tmp_path: 
     assert RANGES not in Bundle.open(path).files
     swin_deploy.quantize(path, ranges=graph)
     swin_deploy.quantize(own := copied(bundle(version, "onnxruntime"), tmp_path / "own"))
-    assert Bundle.open(path).files[INT8]["sha256"] == Bundle.open(own).files[INT8]["sha256"]
+    assert onnx.load(path / INT8).graph == onnx.load(own / INT8).graph  # their metadata name different checkpoints
     assert Bundle.open(path).graphs[INT8]["layers"][0]["range_from"] == "qat.onnx"
 
 
