@@ -70,6 +70,7 @@ CASES: list[tuple[str, dict[str, Any], list[Any]]] = [
     ("Floor", {}, [X]),
     ("Gather", {"axis": 2}, [X, integers(3, 0, -1, 3).reshape(2, 2)]),
     ("Gather", {}, [X, np.array(1, np.int64)]),
+    ("GatherElements", {"axis": -1}, [X, np.arange(2 * 3 * 8 * 2).reshape(2, 3, 8, 2) % 6]),
     ("Gelu", {}, [X]),
     ("Gelu", {"approximate": "tanh"}, [X]),
     ("Gemm", {"transB": 1}, [X[0, 0], numbers(4, 6), numbers(4)]),
@@ -111,6 +112,8 @@ CASES: list[tuple[str, dict[str, Any], list[Any]]] = [
     ("Sqrt", {}, [POSITIVE]),
     ("Sub", {}, [X, numbers(6)]),
     ("Tanh", {}, [X]),
+    ("TopK", {}, [X, integers(3)]),
+    ("TopK", {"axis": 1, "largest": 0}, [X, integers(2)]),
     ("Transpose", {"perm": [0, 2, 3, 1]}, [X]),
     ("Unsqueeze", {}, [X, integers(-1, 0, 3)]),
     ("Where", {}, [X > 0, numbers(2, 3, 8, 6), np.float32(-7)]),
@@ -141,7 +144,7 @@ def single(operator: str, attributes: dict[str, Any], values: list[Any], outputs
 
 @pytest.mark.parametrize(("operator", "attributes", "values"), CASES, ids=[f"{n}-{case[0]}" for n, case in enumerate(CASES)])
 def test_operators_match_onnx_runtime(operator: str, attributes: dict[str, Any], values: list[Any], tmp_path: Path) -> None:
-    outputs = attributes.get("num_outputs", 2 if operator == "Split" else 1)
+    outputs = attributes.get("num_outputs", 2 if operator in ("Split", "TopK") else 1)
     path = tmp_path / "one.onnx"
     path.write_bytes(single(operator, attributes, values, outputs).SerializeToString())
     wanted = ort.InferenceSession(str(path)).run(None, {"x0": values[0]})
