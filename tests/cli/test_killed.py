@@ -20,7 +20,7 @@ SAID = {
 @pytest.mark.parametrize(
     ("name", "line", "calls"),
     [
-        ("SIGINT", "Tracing", 300_000),
+        ("SIGINT", "Tracing", 20_000),
         pytest.param("SIGTERM", "Comparing", 1, marks=pytest.mark.slow),
         ("SIGKILL", "Comparing", 100),
     ],
