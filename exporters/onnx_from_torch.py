@@ -304,9 +304,8 @@ def _transpose(recorder: _Recorder, shape: Shape, x: _Value, one: int, other: in
 def _expand(recorder: _Recorder, shape: Shape, x: _Value, *_: Any) -> list[_Value]:
     given = recorder.inputs[0]
     sizes = recorder.node("Shape", given, shape=(len(given.shape),), dtype="int64")
-    images = recorder.node(
-        "Gather", sizes, _Value.of([0]), shape=(1,), dtype="int64", axis=0
-    )  # OpenCV 4 ignores Shape's attributes
+    # Not by the attributes of Shape, which OpenCV 4 ignores.
+    images = recorder.node("Gather", sizes, _Value.of([0]), shape=(1,), dtype="int64", axis=0)
     wanted = [1 if side == before else side for side, before in zip(shape, x.shape, strict=True)]  # 1: as it is
     parts = (images if side == BATCH else _Value.of([side]) for side in wanted)
     return [

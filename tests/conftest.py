@@ -8,7 +8,6 @@ them all. A test that cannot apply to the machine at all (`not_applicable`) is l
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import gc
@@ -96,16 +95,10 @@ def every_graph_is_checked() -> Generator[None]:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Exporting a small network takes half as long without what torch does again in every call."""
+    """Collect garbage less often: hundreds of thousands of objects live as long as the process."""
     if "torch" in sys.modules:
-        gc.freeze()  # hundreds of thousands of objects that live as long as the process
+        gc.freeze()
         gc.set_threshold(20_000, 20, 20)
-        with contextlib.suppress(ImportError, AttributeError):
-            from torch._export import utils
-            from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-            utils._materialize_cpp_cia_ops = functools.cache(utils._materialize_cpp_cia_ops)
-            ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
