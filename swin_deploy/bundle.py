@@ -525,14 +525,14 @@ def sha256_of(path: Path) -> str:
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     with path.open("rb") as file:
         facts = os.fstat(file.fileno())
-        key = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+        key = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
         if known := _DIGESTS.get(key):
             return known
         digest = hashlib.sha256()
         while piece := file.read(1 << 20):
             digest.update(piece)
     # A file changed a moment ago could change again without getting another time.
-    if time.time_ns() - facts.st_mtime_ns > _CLOCK_STEP:
+    if time.time_ns() - max(facts.st_mtime_ns, facts.st_ctime_ns) > _CLOCK_STEP:
         _DIGESTS[key] = digest.hexdigest()
     return digest.hexdigest()
 
