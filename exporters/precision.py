@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Measure = Callable[[Any], Mapping[str, float]]  # of a fp32 graph: the amax of each value, by name
 BF16_OPSET = 22  # the first with bfloat16 for every operator
 QDQ_OPSET = 21  # the first with the QuantizeLinear that all supported compilers and runtimes read
+QDQ_OLDEST = 19  # the first with fp16 scales, which --opset may ask for: TensorRT before 10.6 reads up to opset 20
 COSINE = "squared L2 norms of queries and keys: those of padding tokens are 0, and others are below the range of fp16"
 RESIZING = "pixels are resized in whole numbers, as Pillow does it, and float32 holds them"
 RESIZE = "embeddings.resize"

@@ -24,7 +24,7 @@ from swin_deploy.tasks import TaskSpec
 from .external_data import PROTOBUF_LIMIT, WeightFile, add_metadata, graph_facts
 from .passes import PassRecord
 from .passes.base import OPSET, NetworkCheck, complete_header
-from .precision import BF16_OPSET, QDQ_OPSET, typed_from_fp32
+from .precision import BF16_OPSET, QDQ_OLDEST, typed_from_fp32
 
 _LOG = logging.getLogger(__name__)
 WITH_DATA = "pass images with --data to find the values that must stay in fp32, or build with --fp32 instead."
@@ -86,7 +86,7 @@ def refuse_opset(bundle: Bundle, precision: str, target: str = TARGETS[0]) -> No
     if precision == "bf16":
         least, types = BF16_OPSET, "bfloat16"
     elif precision in QUANTIZED and target == TARGETS[0]:
-        least, types = QDQ_OPSET, f"{precision.upper()} Q/DQ with fp16 scales"
+        least, types = QDQ_OLDEST, f"{precision.upper()} Q/DQ with fp16 scales"
     if asked is not None and asked < least:
         raise UsageError(
             f"{bundle.path} was exported with --opset {asked}, and {types} needs opset {least}. Export it with "

@@ -66,7 +66,7 @@ def test_no_installed_version_is_too_old() -> None:
          "torchvision 0.27.0 needs torch 2.12.0, and torch 2.13.0+cpu is installed",
          "pip install --upgrade torch torchvision"),
         ({"onnx": "1.17.0"}, (), False, "onnx 1.17.0 is too old; 1.18 or newer", 'pip install --upgrade "onnx>=1.18"'),
-        ({"tensorrt": "10.9.0.34"}, (), True, "tensorrt 10.9.0.34", 'pip install --upgrade "tensorrt>=10.12"'),
+        ({"tensorrt": "10.2.0"}, (), True, "tensorrt 10.2.0", 'pip install --upgrade "tensorrt>=10.3"'),
     ],
 )  # fmt: skip
 def test_known_version_conflicts(
@@ -78,7 +78,7 @@ def test_known_version_conflicts(
 
 
 def test_versions_that_fit_do_not_conflict() -> None:
-    fitting = {"torch": "2.13.0+cu130", "torchvision": "0.28.0", "onnx": "1.18", "tensorrt": "10.12.0.36"}
+    fitting = {"torch": "2.13.0+cu130", "torchvision": "0.28.0", "onnx": "1.18", "tensorrt": "10.3.0"}
     assert version_conflicts(fitting, minimum_versions(), ("torch==2.13.0",), gpu=True) == ()
 
 

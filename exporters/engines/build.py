@@ -13,6 +13,7 @@ from swin_deploy.bundle import Bundle, size_text
 from swin_deploy.dependencies import require
 from swin_deploy.errors import UsageError
 from swin_deploy.exporters.inspection.roofline import capability_of
+from swin_deploy.exporters.precision import BF16_OPSET
 from swin_deploy.exporters.typed_graphs import NO_CALIBRATION, Calibration, further_size, with_typed_graphs
 from swin_deploy.gpus import cuda_devices
 from swin_deploy.manifest import EngineEntry
@@ -20,7 +21,7 @@ from swin_deploy.options import QUANTIZED, TARGETS, EngineSpec, Size
 from swin_deploy.parity import OpenGraph
 
 from .engine_from_onnx import Engine, engine_from_onnx, resolve_backend
-from .targets import COMPILERS, compiler_options, fingerprint, for_target, has_fp8, name_of_options, target_gpu
+from .targets import COMPILERS, compiler_options, fingerprint, for_target, has_fp8, name_of_options, refuse_lacking, target_gpu
 
 _LOG = logging.getLogger(__name__)
 # Compiled for by TensorRT for RTX on a machine without a GPU: Ampere, Ada and Blackwell.
@@ -62,8 +63,18 @@ def build_engines(
     specs = [for_target(spec, chosen, gpu) for gpu in targets]
     if precision == "fp8" and (without := [one.gpu for one in specs if not has_fp8(one.gpu)]):
         raise UsageError(f"{without[0]} has no FP8 matmuls; sm_89 and newer have. Pass newer GPUs, or build int8 or fp16.")
+    if chosen == "tensorrt-rtx" and precision in ("fp32", "bf16") and "sm_75" in targets:
+        raise UsageError(
+            f"TensorRT for RTX has no {precision} matmuls for sm_75. Pass newer GPUs, or build int8 or fp16, which it compiles."
+        )
     # Asked of the module: TensorRT is also installed under other names than its own (tensorrt-cu12, a system package).
-    release = str(require(COMPILERS[chosen][0], "compile engines").__version__)
+    compiler = require(COMPILERS[chosen][0], "compile engines")
+    release = str(compiler.__version__)
+    if chosen == "tensorrt":
+        held = (bundle.graphs_of(precision) or bundle.graphs_of("fp32")).values()
+        refuse_lacking(
+            compiler, spec, BF16_OPSET if precision == "bf16" else max((entry.opset or 0 for entry in held), default=0)
+        )
     built = []
     with bundle.compiling(lambda: _LOG.info("Waiting for another process that compiles into %s", bundle.path)) as bundle:
         for file in bundle.graphs_of("fp32"):

@@ -1,4 +1,4 @@
-"""Compile an ONNX graph into a TensorRT engine, with TensorRT 10.12 and newer, TensorRT 11, or TensorRT for RTX.
+"""Compile an ONNX graph into a TensorRT engine, with TensorRT 10.3 and newer, TensorRT 11, or TensorRT for RTX.
 
 Every network is strongly typed: the engine computes in the types of the graph.
 """
@@ -6,7 +6,6 @@ Every network is strongly typed: the engine computes in the types of the graph.
 from __future__ import annotations
 
 import logging
-import re
 import signal
 import threading
 import time
@@ -24,10 +23,9 @@ from swin_deploy.options import Batch, EngineSpec, Progress, no_progress
 from swin_deploy.tensorrt_log import log_callback
 
 from .layer_report import EngineReport, report_from_inspector, report_from_log, reports_by_profile
-from .targets import COMPILERS, target_gpu
+from .targets import COMPILERS, NEEDED, has_name, target_gpu
 
 TIMINGS_BYTES = 1 << 30  # of a timing cache
-OLDEST_TENSORRT = (10, 12)  # the first release whose strongly typed networks accept all our graphs
 
 _LOG = logging.getLogger("swin_deploy.tensorrt")
 _LEVELS = {"verbose": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
@@ -314,14 +312,14 @@ def _set_profiles(builder: Any, config: Any, network: Any, batches: tuple[Batch,
 
 
 def load_compiler(backend: str) -> Any:
-    """Import the module of a compiler. Raises EngineError if its release is too old."""
+    """Import the module of a compiler. Raises EngineError if it lacks what every engine needs."""
     trt = require(COMPILERS[backend][0], "compile engines")
-    numbers = tuple(int(number) for number in re.findall(r"\d+", str(trt.__version__))[:2])
-    if backend == "tensorrt" and numbers < OLDEST_TENSORRT:
-        raise EngineError(
-            f"TensorRT {trt.__version__} is too old. Expected {'.'.join(map(str, OLDEST_TENSORRT))} or newer. "
-            'Run: pip install --upgrade "swin-deploy[tensorrt]"'
-        )
+    for feature, name in NEEDED.items():
+        if not has_name(trt, name):
+            raise EngineError(
+                f"{COMPILERS[backend][1]} {trt.__version__} has no {feature}. Every engine needs it. "
+                f'Run: pip install --upgrade "swin-deploy[{backend}]"'
+            )
     return trt
 
 

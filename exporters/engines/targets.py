@@ -12,7 +12,22 @@ from typing import Any
 from swin_deploy.dependencies import require
 from swin_deploy.errors import EngineError, MissingDependencyError, UsageError
 from swin_deploy.gpus import cuda_devices, seen_first
-from swin_deploy.options import EngineSpec
+from swin_deploy.options import QUANTIZED, EngineSpec
+
+# What releases of TensorRT differ in. docs/guides/engines.md has the table of releases, and the sources.
+NEEDED = {  # by every engine: its name, and the attribute of the bindings that shows it
+    "typed ONNX graphs (strongly typed networks, with a parser that can refit them)": "OnnxParserRefitter.refit_from_file",
+    "execution contexts that allocate memory for one profile": "ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE",
+    "progress monitor": "IProgressMonitor",
+}
+FOR_OPTIONS = {  # by an option or a precision
+    "strip_weights": ("engines without weights", "BuilderFlag.REFIT_IDENTICAL"),
+    "version_compatible": ("version-compatible engines", "BuilderFlag.VERSION_COMPATIBLE"),
+    "hardware_compatible": ("hardware-compatible engines", "HardwareCompatibilityLevel.AMPERE_PLUS"),
+    "bf16": ("bfloat16", "DataType.BF16"),
+    "fp8": ("FP8", "DataType.FP8"),
+}
+PARSER_OPSETS = ((10, 6), 20, 22)  # before this release, its ONNX parser reads the first opset at most; later ones the second
 
 # back end -> (module, name of the product)
 COMPILERS = {"tensorrt": ("tensorrt", "TensorRT"), "tensorrt-rtx": ("tensorrt_rtx", "TensorRT for RTX")}
@@ -41,7 +56,34 @@ def check_gpu(backend: str, gpu: str) -> None:
             "TensorRT for RTX does not support SM90 (H100, H200). Use the back end tensorrt on a machine with that GPU."
         )
     if (known := rtx_gpus()) and gpu not in known:
-        raise UsageError(f"TensorRT for RTX does not compile for {gpu}. Expected one of: {', '.join(known)}.")
+        raise UsageError(
+            f"TensorRT for RTX does not compile for {gpu}. Expected one of: {', '.join(known)}. Use the back end tensorrt on a "
+            "machine with that GPU."
+        )
+
+
+def has_name(trt: Any, name: str) -> bool:
+    """Return whether the bindings `trt` have an attribute such as "BuilderFlag.TF32"."""
+    for part in name.split("."):
+        trt = getattr(trt, part, None)
+    return trt is not None
+
+
+def refuse_lacking(trt: Any, spec: EngineSpec, opset: int) -> None:
+    """Raise UsageError if this TensorRT lacks an option or the precision of `spec`, or does not read graphs of this opset."""
+    release = str(trt.__version__)
+    for asked, (feature, name) in FOR_OPTIONS.items():
+        if (asked == spec.precision or getattr(spec, asked, False)) and not has_name(trt, name):
+            raise UsageError(f"TensorRT {release} has no {feature}. Leave out the option, or install a newer TensorRT.")
+    first, before, since = PARSER_OPSETS
+    newest = since if tuple(map(int, re.findall(r"\d+", release)[:2])) >= first else before
+    if opset > max(newest, before):
+        way = "Build fp16" if spec.precision == "bf16" else f"Export the model again with --opset {newest}"
+        way += " and quantize it again" if spec.precision in QUANTIZED else ""
+        raise UsageError(
+            f"The ONNX parser of TensorRT {release} reads opsets up to {newest}, and {spec.precision} graphs of this bundle "
+            f"use opset {opset}. {way}, or install TensorRT {'.'.join(map(str, first))} or newer."
+        )
 
 
 def has_fp8(gpu: str) -> bool:

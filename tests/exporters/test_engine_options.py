@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -13,7 +14,7 @@ from typing import Any
 
 import onnx
 import pytest
-from cli.exported import copied
+from cli.exported import copied, digits
 from engine_graphs import SM89, attention, linear
 
 import swin_deploy
@@ -22,7 +23,7 @@ from swin_deploy.errors import EngineError, UsageError
 from swin_deploy.exporters.engines.build import layers_file
 from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
 from swin_deploy.exporters.engines.layer_report import report_from_log, reports_by_profile
-from swin_deploy.exporters.engines.targets import compiler_options, name_of_options
+from swin_deploy.exporters.engines.targets import check_gpu, compiler_options, name_of_options
 from swin_deploy.gpus import cuda_devices
 from swin_deploy.option_parsers import batch, memory
 from swin_deploy.options import RTX_LACKS, EngineSpec
@@ -63,6 +64,23 @@ FLAGS: dict[str, Any] = {
     "version": lambda config: config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE),
     "stripped": lambda config: config.set_flag(trt.BuilderFlag.STRIP_PLAN),
 }
+
+
+@pytest.mark.parametrize("number", [87, 88, 90, 100, 103, 110, 122])
+def test_the_compiler_knows_no_other_gpus(number: int) -> None:
+    """Jetson Orin, H100, B200, B300 and Thor: neither by a name nor by their number, which the bindings would pass on."""
+    raw = Raw()
+    with contextlib.suppress(Exception):
+        raw.compile(linear(), lambda config: config.set_compute_capability(trt.ComputeCapability(number), 0))
+    assert any("Compute capability is invalid or not supported" in line for line in raw.said)
+    with pytest.raises(UsageError, match=f"sm_{number}|SM90"):
+        check_gpu("tensorrt-rtx", f"sm_{number}")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_turing_has_no_such_matmuls(precision: str) -> None:
+    with pytest.raises(UsageError, match=f"no {precision} matmuls for sm_75"):
+        swin_deploy.build_engine(digits(1), precision=precision, gpus="sm_75,sm_86", backend="tensorrt-rtx")
 
 
 def compiled_with(flag: str) -> tuple[bytes | None, list[str]]:
