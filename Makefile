@@ -5,6 +5,7 @@
 # make test-ray       serve with Ray Serve, which it installs
 # make clients   other programs that run our graphs, each in an environment of its own
 # make fuzz    20,000 changed and hostile inputs (benchmarks/README.md)
+# make race    our graphs beside the alternatives on this processor: an hour to prepare, an hour to measure
 # make docs    the documentation as a site, into site/
 # make clean   remove everything that these made, the environment included
 #
@@ -18,7 +19,7 @@ DIGITS := examples/digits
 WORKERS := $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test test-browser test-ray lint clients fuzz docs clean venv
+.PHONY: demo test test-browser test-ray lint clients fuzz race docs clean venv
 
 demo: venv
 	rm -rf demo
@@ -57,6 +58,9 @@ clients: venv
 
 fuzz: venv
 	python -m benchmarks.fuzz all
+
+race: venv
+	python benchmarks/race.py
 
 docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet

@@ -210,7 +210,9 @@ def timm_network(config: SwinConfig, size: Size) -> torch.nn.Module:
     return network.eval()
 
 
-def torchscript_export(network: torch.nn.Module, shape: tuple[int, int, int, int], half: bool = False) -> bytes:
+def torchscript_export(
+    network: torch.nn.Module, shape: tuple[int, int, int, int], half: bool = False, free_batch: bool = False
+) -> bytes:
     """Export `network` for pixels of `shape` with the TorchScript exporter of torch, as optimum does."""
     torch, written = require("torch", "export a baseline"), io.BytesIO()
     network, pixels = network.eval(), torch.zeros(shape)
@@ -218,6 +220,8 @@ def torchscript_export(network: torch.nn.Module, shape: tuple[int, int, int, int
         network, pixels = network.half(), pixels.half()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        names = {"input_names": ["pixel_values"], "output_names": ["logits"]}
+        names: dict[str, Any] = {"input_names": ["pixel_values"], "output_names": ["logits"]}
+        if free_batch:
+            names["dynamic_axes"] = {"pixel_values": {0: "batch"}, "logits": {0: "batch"}}
         torch.onnx.export(network, (pixels,), written, **names, opset_version=17, dynamo=False)
     return written.getvalue()
