@@ -1,7 +1,7 @@
 # make demo    export, compile, verify and run two models, into demo/
 # make test    ruff, and pytest in one process more than there are processors, four at most; one test runs mypy
 # make lint    ruff, and mypy with the types of torch
-# make test-browser   the pages of serve and publish in Chromium, which it installs with Playwright unless there is one
+# make test-browser   the pages of serve, publish and report in Chromium, which it installs with Playwright unless there is one
 # make test-ray       serve with Ray Serve, which it installs
 # make clients   other programs that run our graphs, each in an environment of its own
 # make fuzz    20,000 changed and hostile inputs (benchmarks/README.md)
@@ -13,7 +13,7 @@
 
 SHELL := bash
 PYTHON ?= python3
-EXTRAS := export,hub,tensorflow,onnxruntime,openvino,tensorrt-rtx,parquet,plots,tiff,bench,serve,test
+EXTRAS := export,hub,tensorflow,onnxruntime,openvino,tensorrt-rtx,parquet,plots,report,tiff,bench,serve,test
 DIGITS := examples/digits
 # Some tests wait, for a command or a lock: one process more than processors keeps these busy.
 WORKERS := $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
@@ -47,7 +47,7 @@ test-browser: venv
 	python -m pip install -q --disable-pip-version-check -c constraints.txt "playwright>=1.50"
 	command -v chromium google-chrome >/dev/null || playwright install --with-deps chromium
 	npm install --silent --no-save --prefix build/browser "onnxruntime-web@^1.27"
-	pytest -n0 tests/serving/test_browser.py tests/publishing/test_web_page.py
+	pytest -n0 tests/serving/test_browser.py tests/publishing/test_web_page.py tests/reporting/test_report_page.py
 
 test-ray: venv
 	python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[ray]"

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from swin_deploy.api.load import load
     from swin_deploy.api.publish import publish
     from swin_deploy.api.quantize import quantize
+    from swin_deploy.api.report import report
     from swin_deploy.api.tune import tune
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "publish",
     "quantize",
     "refit",
+    "report",
     "tune",
     "verify",
 ]

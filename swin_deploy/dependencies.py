@@ -28,6 +28,8 @@ PROVIDERS = {
     "tensorrt_lean": ("TensorRT's lean runtime", "tensorrt"),
     "tensorrt_rtx": ("TensorRT for RTX", "tensorrt-rtx"),
     "matplotlib": ("matplotlib", "plots"),
+    "jinja2": ("Jinja2", "report"),
+    "vl_convert": ("vl-convert-python", "report"),
     "tifffile": ("tifffile", "tiff"),
     "imagecodecs": ("imagecodecs", "tiff"),
     "pyarrow": ("PyArrow", "parquet"),

@@ -668,6 +668,50 @@ class InspectSpec(Spec):
 
 
 @dataclass(frozen=True)
+class ReportSpec(Spec):
+    """Options of `swin_deploy.report` and `swin-deploy report`."""
+
+    _: KW_ONLY
+    output: PathLike = option(MISSING, parse.path, "HTML file to write.", flags=("-o", "--output"), metavar="FILE")
+    data: Any = option(
+        None,
+        parse.images,
+        "Images to show with their labels and attention, and to compare the graphs on: a folder, or an .npz or .npy file.",
+    )
+    samples: int = option(
+        16,
+        parse.whole(1),
+        "Number of images to use from the data, evenly spaced, the same number per class. The first are shown.",
+    )
+    labels: PathLike | None = _image_labels_option()
+    ignore_labels: bool = option(False, parse.flag, "Compare with fp32 only, even if the images have labels.")
+    verify: Any = option(
+        (),
+        parse.many(parse.choice("back end", BACKEND_NAMES)),
+        "Back end to run `verify` with now. Default: show the verdicts that the manifest has.",
+        metavar="NAME",
+        many=True,
+    )
+    evaluation: PathLike | None = option(
+        None,
+        parse.path,
+        "Output of `evaluate --json`, such as of a validation set. Default: evaluate on the data.",
+        metavar="FILE",
+    )
+    bench: PathLike | None = option(None, parse.path, "Output of `bench --json` to show.", metavar="FILE")
+    gpu: str | None = option(
+        None, parse.text, "GPU of the roofline, such as rtx-4090 or sm_89. Default: the engine's GPU.", metavar="NAME"
+    )
+    force: bool = option(False, parse.flag, "Replace an existing file.")
+    trust: bool = _trust_option()
+    progress: Progress = progress_option()
+
+    def check(self) -> None:
+        if self.data is None and (self.labels is not None or self.ignore_labels):
+            raise UsageError("--labels and --ignore-labels are about the images of --data. Pass --data.")
+
+
+@dataclass(frozen=True)
 class BenchSpec(Spec):
     """Options of `swin-deploy bench`."""
 

@@ -78,6 +78,18 @@ def verify(bundle: BundlePath, spec: VerifySpec) -> tuple[Verdict, ...]:
     return tuple(verdicts)
 
 
+def json_of_verify(bundle: Bundle, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Return what `verify --json` prints: the verdicts, and the graphs and engines that were not run."""
+    run = {verdict.file for verdict in verdicts}
+    kinds = (".engine", ".onnx") if any(file.endswith(".onnx") for file in run) else ".engine"
+    return {
+        "bundle": str(bundle.path),
+        "files_intact": True,
+        "graphs": [{"file": verdict.file, **verdict.to_dict()} for verdict in verdicts],
+        "not_verified": [file for file in bundle.files if file.endswith(kinds) and file not in run],
+    }
+
+
 def _verdict(bundle: Bundle, file: str, spec: VerifySpec) -> Verdict:
     """Run a graph or an engine of a bundle in this process and compare it with PyTorch."""
     from swin_deploy.options import device_from_text
@@ -190,6 +202,24 @@ def evaluate(bundle: BundlePath, spec: EvaluateSpec) -> Evaluation:
     _selected(found, spec)  # refuses invalid options before any image is read
     samples = samples_for(found, spec.data, spec.samples, spec.labels, skip=spec.on_error == "continue")
     return evaluate_samples(found, samples, spec)
+
+
+def json_of_evaluate(bundle: Bundle, data: object, found: Evaluation) -> dict[str, Any]:
+    """Return what `evaluate --json` prints."""
+    from swin_deploy.parity import verdict_text
+
+    run = {score.file for score in found.scores}
+    return {
+        "bundle": str(bundle.path),
+        "data": str(data),
+        "samples": found.samples,
+        "labels": found.rule,
+        "against": found.against,
+        "fp32_against_pytorch": {file: verdict_text(one.relative_l2) for file, one in bundle.graphs_of("fp32").items()},
+        "graphs": [score.to_dict() for score in found.scores],
+        "not_evaluated": [*found.left_out, *(file for file in bundle.engines if file not in run)],
+        "failed": [{"image": name, "error": reason} for name, reason in found.failed.items()],
+    }
 
 
 def evaluate_samples(bundle: Bundle, samples: Samples, spec: EvaluateSpec) -> Evaluation:

@@ -33,6 +33,7 @@ VERBS = {
     "serve": ("serve", "Serve a bundle over HTTP."),
     "evaluate": ("evaluate", "Measure the accuracy of a bundle's graphs on images."),
     "bench": ("bench", "Measure latency, throughput, memory and cold start on this machine."),
+    "report": ("report", "Write what is known about a bundle as an HTML page."),
     "publish": ("publish", "Write a bundle as files for Triton, DeepStream, a web page and others."),
     "doctor": ("doctor", "Check what this machine can do, and what to install for the rest."),
 }

@@ -32,35 +32,21 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
     Images that cannot be read are left out and listed, and the exit code is then 1.
     """
     import swin_deploy
+    from swin_deploy.api.evaluate import json_of_evaluate
     from swin_deploy.bundle import Bundle
-    from swin_deploy.parity import verdict_text
 
     keywords = given(EvaluateSpec, options)
     with console() as show:
         found = swin_deploy.evaluate(bundle, **keywords, progress=show)
     held = Bundle.open(bundle)
-    run = {score.file for score in found.scores}
-    engines = [file for file in held.engines if file not in run]
-    torch = {file: verdict_text(entry.relative_l2) for file, entry in held.graphs_of("fp32").items()}
+    result = json_of_evaluate(held, keywords["data"], found)
     if as_json:
-        print_json(
-            {
-                "bundle": str(bundle),
-                "data": keywords["data"],
-                "samples": found.samples,
-                "labels": found.rule,
-                "against": found.against,
-                "fp32_against_pytorch": torch,
-                "graphs": [score.to_dict() for score in found.scores],
-                "not_evaluated": [*found.left_out, *engines],
-                "failed": [{"image": name, "error": reason} for name, reason in found.failed.items()],
-            }
-        )
+        print_json(result)
         exit_with_failures(found.failed, as_json)
         return
     labelled = f"labels matched by {found.rule}" if found.rule else "no labels"
     show.say(f"{found.samples} samples; {labelled}; compared with {found.against}")
-    for file, verdict in torch.items():
+    for file, verdict in result["fp32_against_pytorch"].items():
         show.say(f"{file} compared with PyTorch: {verdict}")
     first = found.scores[0]
     accuracy = next((shown for shown in ACCURACY if getattr(first, shown[0][1]) is not None), ACCURACY[-1])
@@ -81,7 +67,7 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
             for score in found.scores
         ]
         + [(file, *unknown, f"({why})") for file, why in found.left_out.items()]
-        + [(engine, *unknown, "(needs its GPU)") for engine in engines],
+        + [(engine, *unknown, "(needs its GPU)") for engine in result["not_evaluated"][len(found.left_out) :]],
     )
     parts = [
         (score.file or "(PyTorch)", name, _figure(one["relative_l2"], ".2e"), _figure(one["sqnr_db"], ".1f"))

@@ -22,17 +22,15 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
     if one disagrees with PyTorch.
     """
     import swin_deploy
+    from swin_deploy.api.evaluate import json_of_verify
     from swin_deploy.bundle import Bundle
 
     with console():
         verdicts = swin_deploy.verify(bundle, **given(VerifySpec, options))
-    run = {verdict.file for verdict in verdicts}
-    kinds = (".engine", ".onnx") if any(file.endswith(".onnx") for file in run) else ".engine"
     opened = Bundle.open(bundle)
-    others = [file for file in opened.files if file.endswith(kinds) and file not in run]
+    result = json_of_verify(opened, verdicts)
     if as_json:
-        rows = [{"file": v.file, **v.to_dict()} for v in verdicts]
-        print_json({"bundle": str(bundle), "files_intact": True, "graphs": rows, "not_verified": others})
+        print_json(result)
     else:
         one_class = opened.task.name == "image-classification" and opened.config.prediction == "classes"
         print_table(
@@ -51,7 +49,7 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
             ]
             + [
                 (file, "not verified", *"----", "(built for TensorRT)" if file.endswith(".onnx") else "(needs its GPU)")
-                for file in others
+                for file in result["not_verified"]
             ],
         )
     if not all(v.verified for v in verdicts):

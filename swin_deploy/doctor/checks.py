@@ -304,6 +304,7 @@ CHECKS = (
     Check("hub", ("huggingface_hub",), "hub", _hub),
     Check("TensorFlow checkpoints", ("h5py",), "tensorflow", lambda: "tf_model.h5 files"),
     Check("plots", ("matplotlib",), "plots", lambda: "bench --plot, inspect --plot"),
+    Check("report", ("jinja2", "vl_convert"), "report", lambda: "reports as HTML pages"),
     Check("TIFF files with many bands", ("tifffile", "imagecodecs"), "tiff", lambda: "images of more than four channels"),
     Check("machine facts", ("psutil",), "bench", lambda: "memory of this machine"),
 )

@@ -1,0 +1,1 @@
+"""Write what is known about a bundle as an HTML page."""
