@@ -78,6 +78,7 @@ class Description:
     graphs: Mapping[Size, str]
     reason: str
     measured: tuple[Measured, ...] = ()
+    batches: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the description as JSON values."""

@@ -6,7 +6,7 @@ import importlib
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from swin_deploy.dependencies import installed
 from swin_deploy.errors import MissingKernelError, UsageError, unknown
@@ -83,9 +83,11 @@ def misread(bundle: Bundle, file: str, backend: str) -> str | None:
 
 
 def runtime_from_onnx(
-    path: Path, backend: str = "onnxruntime", threads: int = 0, bf16: bool = False, device: str = "cpu"
+    path: Path, backend: str = "onnxruntime", threads: int = 0, bf16: bool = False, device: str = "cpu", **options: Any
 ) -> Runtime:
     """Load the ONNX model at `path`. `bf16` lets OpenVINO compute in bf16; otherwise the types of the graph decide.
+
+    `options` are further arguments of OpenVINO: `batches`.
 
     Raises UsageError for an unknown back end or device, or a back end that does not run on the device.
     """
@@ -96,7 +98,8 @@ def runtime_from_onnx(
         raise UsageError(f"The back end {backend} runs on {' or '.join(chosen.devices)}, not on {device}.")
     module, runtime = chosen.on_gpu if chosen.on_gpu and device != "cpu" else (chosen.module, chosen.runtime)
     make = getattr(importlib.import_module(f".{module}", __package__), runtime)
-    loaded: Runtime = make(path, threads, device, bf16=True) if bf16 else make(path, threads, device)
+    options = {**options, **({"bf16": True} if bf16 else {})} if backend == "openvino" or bf16 else {}
+    loaded: Runtime = make(path, threads, device, **options)
     return loaded
 
 

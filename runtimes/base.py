@@ -8,7 +8,7 @@ import threading
 import weakref
 from _thread import LockType, allocate_lock, get_ident
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -155,12 +155,12 @@ class Runtime(ABC):
         self.close()
 
     def _run_all(self, feeds: Feeds, out: Mapping[str, Array]) -> None:
-        """Run `feeds`. For a static batch, they are split, and the last batch is padded with its last image."""
-        size, count = self.static_batch, 0 if self.static_batch is None else feeds[PIXELS].shape[0]
-        if size is None or size == count:
+        """Run `feeds`, split into the batches of `_parts`. The last one is padded with its last image."""
+        if not (parts := self._parts(feeds)):
             self._run(feeds, out)
             return
-        for start in range(0, count, size):
+        start, count = 0, len(feeds[self.inputs[0].name])
+        for size in parts:
             missing = max(0, start + size - count)
             part = {name: _part(feed, start, size, missing) for name, feed in feeds.items()}
             wanted = {name: (array, len(array) // count) for name, array in out.items()}
@@ -168,6 +168,12 @@ class Runtime(ABC):
             self._run(part, made)
             for name, (array, rows) in wanted.items():
                 array[start * rows : (start + size) * rows] = made[name][: (size - missing) * rows]
+            start += size
+
+    def _parts(self, feeds: Feeds) -> Sequence[int]:
+        """Return the batch sizes that `feeds` are run in, which together hold all images; empty to run them as they are."""
+        size, count = self.static_batch, 0 if self.static_batch is None else feeds[PIXELS].shape[0]
+        return () if size is None or size == count else (size,) * -(-count // size)
 
     @abstractmethod
     def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:

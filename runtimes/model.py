@@ -357,7 +357,7 @@ class Model:
 def _loaded_again(path: Path, description: Description) -> Model:
     from .model_from_bundle import model_from_bundle
 
-    named = {name: getattr(description, name) for name in ("backend", "precision", "device", "threads")}
+    named = {name: getattr(description, name) for name in ("backend", "precision", "device", "threads", "batches")}
     model = model_from_bundle(path, LoadSpec(**named))
     model._description = replace(description, version=model._description.version)
     return model

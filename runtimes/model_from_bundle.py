@@ -31,13 +31,14 @@ def model_from_bundle(path: str | os.PathLike[str], spec: LoadSpec, tune: bool =
     # Graphs of further image sizes are opened when they are needed, and the current directory may have changed by then.
     bundle = replace(bundle, path=bundle.path.absolute())
 
-    def open_file(candidate: Candidate, file: str) -> Runtime:
+    def open_file(candidate: Candidate, file: str, batches: tuple[int, ...] = ()) -> Runtime:
         if BACKENDS[candidate.backend].engines:
             from .gpu.engine_fit import open_engine
 
             return open_engine(bundle, file, candidate.device)
         in_bf16 = bundle.graphs[file].precision != candidate.precision
-        return runtime_from_onnx(bundle.verified_path(file), candidate.backend, spec.threads, in_bf16, candidate.device)
+        where = candidate.backend, spec.threads, in_bf16, candidate.device
+        return runtime_from_onnx(bundle.verified_path(file), *where, batches=batches)
 
     def open_first(candidate: Candidate) -> tuple[str, Runtime]:
         file = next(iter(candidates[candidate].values()))
@@ -56,10 +57,11 @@ def model_from_bundle(path: str | os.PathLike[str], spec: LoadSpec, tune: bool =
         files = candidates[chosen]
         why = reason if AUTO in (spec.backend, spec.precision, spec.device) else NAMED
         described = Description(
-            os.fspath(path), chosen.backend, "", chosen.device, chosen.precision, spec.threads, files, why, measured
+            *(os.fspath(path), chosen.backend, "", chosen.device, chosen.precision, spec.threads, files, why, measured),
+            batches=spec.batches if chosen.backend == "openvino" else (),
         )
         try:
-            return Model(bundle, described, lambda file, chosen=chosen: open_file(chosen, file))  # type: ignore[misc]
+            return Model(bundle, described, lambda file, chosen=chosen: open_file(chosen, file, spec.batches))  # type: ignore[misc]
         except LOADING as error:  # it ran when it was measured, which may be long ago
             if not measured:
                 raise

@@ -440,8 +440,19 @@ class LoadSpec(_CandidateSpec):
         parse.flag,
         "If an engine does not fit this GPU, TensorRT release or graph, compile it again with the same options.",
     )
+    batches: Any = option(
+        (),
+        parse.many(parse.whole(1, 4096)),
+        "Batch sizes that OpenVINO compiles a graph for. Default: the first that are run, three at most.",
+        flags=(),
+    )
 
     def check(self) -> None:
+        if self.batches and self.backend not in ("auto", "openvino"):
+            raise UsageError(
+                f"batches are the sizes that OpenVINO compiles. {self.backend} runs every size with one graph or engine, so "
+                "leave them out."
+            )
         if self.rebuild and self.backend not in COMPILERS:
             raise UsageError(
                 f"rebuild compiles an engine again and needs its back end, not {self.backend}. Name {' or '.join(COMPILERS)}."
