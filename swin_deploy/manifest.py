@@ -336,13 +336,14 @@ class EngineOptions(_Record):
     optimization_level: int | None = _key(_whole(0, 5), None)
     version_compatible: bool = _key(_FLAG, False)
     hardware_compatible: bool = _key(_FLAG, False)
+    fused_attention: bool = _key(_FLAG, True)
     strip_weights: bool = _key(_FLAG, False)
     refitted: bool = _key(_FLAG, False)
 
     def chosen(self, *without: str) -> dict[str, Any]:
         """Return the options that are not the default, except those named."""
         values = {name: getattr(self, name) for name in self._keys if name not in without}
-        return {name: value for name, value in values.items() if value is not None and value is not False}
+        return {name: value for name, value in values.items() if value is not None and value is not (name == "fused_attention")}
 
 
 class KernelFigures(_Record):

@@ -307,6 +307,12 @@ class EngineSpec(Spec):
     hardware_compatible: bool = option(
         False, parse.flag, "Build an engine for any GPU from sm_80 on (FP8: sm_89). tensorrt only."
     )
+    fused_attention: bool = option(
+        True,
+        parse.flag,
+        "Fuse the kernels of each attention. A few GPUs and releases compute the fused kernel wrongly.",
+        flags=("--no-fused-attention",),
+    )
     strip_weights: bool = option(False, parse.flag, "Leave the weights out; `swin-deploy refit` adds them. Needs a GPU.")
     force: bool = option(False, parse.flag, "Compile again even if the bundle has this engine.")
     progress: Progress = progress_option()

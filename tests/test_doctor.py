@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from importlib.metadata import requires, version
 
 import onnx
@@ -12,7 +13,7 @@ from packaging.requirements import Requirement
 
 from swin_deploy.dependencies import installed, installed_versions
 from swin_deploy.doctor.checks import CHECKS, MICRO, Check, cannot_try
-from swin_deploy.doctor.packages import minimum_versions, version_conflicts, versions_of
+from swin_deploy.doctor.packages import known_faults, minimum_versions, version_conflicts, versions_of
 from swin_deploy.machine import this_machine
 
 
@@ -75,6 +76,17 @@ def test_known_version_conflicts(
     [conflict] = version_conflicts(found, minimum_versions(), torchvision, gpu)
     assert words in conflict.problem
     assert conflict.command == command
+
+
+@pytest.mark.parametrize(
+    ("release", "gpu", "issues"),
+    [("10.3.0", "sm_87", ["4723"]), ("10.5.0.18", "sm_87", []), ("10.16.1.11", "sm_120", ["4837"]), ("11.4.0.106", "sm_90", []),
+     ("10.4.0.26", "sm_120", ["4723", "4837"])],
+)  # fmt: skip
+def test_known_faults_of_tensorrt(release: str, gpu: str, issues: list[str]) -> None:
+    found = known_faults(release, [gpu])
+    assert [re.findall(r"\d{4}", fault.problem)[0] for fault in found] == issues
+    assert all("no-fused-attention" in fault.command for fault in found if "4837" in fault.problem)
 
 
 def test_versions_that_fit_do_not_conflict() -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,10 @@ def _compile(
     # Required by TensorRT 10, ignored by 11, where every network is strongly typed.
     network = builder.create_network(1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0)
     parser = trt.OnnxParser(network, logger)
-    parsed = parser.parse_from_file(str(onnx)) if isinstance(onnx, Path) else parser.parse(onnx)
+    if not spec.fused_attention:
+        parsed = parser.parse(_unfused(onnx), *([str(onnx)] if isinstance(onnx, Path) else []))  # weights are beside that file
+    else:
+        parsed = parser.parse_from_file(str(onnx)) if isinstance(onnx, Path) else parser.parse(onnx)
     watch.check()
     if not parsed:
         reasons = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
@@ -223,6 +227,14 @@ def _compile(
             inspector = engine.create_engine_inspector()
             report = report_from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
     return plan, reports_by_profile(report, len(spec.batches))
+
+
+def _unfused(onnx: bytes | Path) -> bytes:
+    from swin_deploy.exporters.passes.attention import unfused
+
+    library = require("onnx", "compile attention without fusing it")
+    load = library.load_from_string if isinstance(onnx, bytes) else partial(library.load, load_external_data=False)
+    return bytes(unfused(load(onnx)).SerializeToString())
 
 
 def _set_options(trt: Any, config: Any, spec: EngineSpec, gpu: str) -> None:

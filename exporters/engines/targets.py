@@ -122,8 +122,9 @@ def for_target(spec: EngineSpec, backend: str, gpu: str) -> EngineSpec:
 
 def compiler_options(spec: EngineSpec) -> dict[str, Any]:
     """Return the options that are not left to the compiler, as JSON values for the manifest."""
-    names = ("workspace", "optimization_level", "version_compatible", "hardware_compatible", "strip_weights")
-    return {name: value for name in names if (value := getattr(spec, name)) is not None and value is not False}
+    names = ("workspace", "optimization_level", "version_compatible", "hardware_compatible", "fused_attention", "strip_weights")
+    values = {name: getattr(spec, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None and value is not (name == "fused_attention")}
 
 
 def name_of_options(spec: EngineSpec) -> str:
@@ -131,7 +132,7 @@ def name_of_options(spec: EngineSpec) -> str:
     words = [] if spec.batches == ((1, 1, 1),) else ["b" + "_".join(map(str, dict.fromkeys(sizes))) for sizes in spec.batches]
     words += [f"workspace{spec.workspace}"] if spec.workspace is not None else []
     words += [f"level{spec.optimization_level}"] if spec.optimization_level is not None else []
-    words += ["vc"] * spec.version_compatible + ["hc"] * spec.hardware_compatible
+    words += ["vc"] * spec.version_compatible + ["hc"] * spec.hardware_compatible + ["unfused"] * (not spec.fused_attention)
     if len("-".join(words)) > 100:  # file names are limited in length
         words = [fingerprint({"profiles": spec.batches, **compiler_options(spec)})[:16]]
     return "-".join(words + ["stripped"] * spec.strip_weights)

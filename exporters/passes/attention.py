@@ -206,3 +206,17 @@ def _limited(factors: Any) -> Array:
 ATTENTIONS = Pass("attentions", lambda graph: sum(1 for _ in attentions(graph)), lambda config: config.blocks)
 VALUE_BIAS_IN_PROJECTION = Pass("value_bias_in_projection", value_bias_in_projection, lambda config: config.blocks)
 QUERY_BIAS_IN_NORM = Pass("query_bias_in_norm", query_bias_in_norm, blocks(1))
+
+
+def unfused(model: Any) -> Any:
+    """Return a copy of an ONNX model whose attention TensorRT does not fuse: a Relu, an identity here, reads each softmax."""
+    from onnx import ModelProto, helper
+
+    copy = ModelProto.FromString(model.SerializeToString())
+    for index in reversed([index for index, node in enumerate(copy.graph.node) if node.op_type == "Softmax"]):
+        softmax = copy.graph.node[index]
+        probabilities, softmax.output[0] = softmax.output[0], f"{softmax.output[0]}/unfused"
+        copy.graph.node.insert(
+            index + 1, helper.make_node("Relu", [softmax.output[0]], [probabilities], f"{softmax.name}/unfused")
+        )
+    return copy

@@ -168,7 +168,7 @@ def rebuild_command(bundle: Bundle, file: str, gpus: Sequence[str], **changes: A
     for low, best, high in options.pop("batches"):
         command += ["--batch", str(best) if low == best == high else f"{low}:{best}:{high}"]
     for name, value in options.items():
-        command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        command += [f"--{'no-' * (value is False)}{name.replace('_', '-')}", *([] if isinstance(value, bool) else [str(value)])]
     return shlex.join(command)
 
 

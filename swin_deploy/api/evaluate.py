@@ -75,6 +75,8 @@ def verify(bundle: BundlePath, spec: VerifySpec) -> tuple[Verdict, ...]:
                 found.with_entry(verdict.file, {"agreement": verdict.to_dict()})
             except BundleError as error:  # the verdict itself is valid
                 _LOG.warning("%s is verified, but the manifest cannot be updated. %s", verdict.file, error)
+    if engines is not None:
+        _propose_unfused(found, [verdict.file for verdict in verdicts if not verdict.verified], spec.backend, spec.device)
     return tuple(verdicts)
 
 
@@ -88,6 +90,20 @@ def json_of_verify(bundle: Bundle, verdicts: Sequence[Verdict]) -> dict[str, Any
         "graphs": [{"file": verdict.file, **verdict.to_dict()} for verdict in verdicts],
         "not_verified": [file for file in bundle.files if file.endswith(kinds) and file not in run],
     }
+
+
+def _propose_unfused(bundle: Bundle, wrong: Sequence[str], backend: str, device: str) -> None:
+    """Log how to compile engines without fused attention if their results are wrong and they have it."""
+    from swin_deploy.options import device_from_text
+    from swin_deploy.runtimes.gpu.engine_fit import gpu_of, rebuild_command
+
+    for file in wrong:
+        if any(profile.fused_attention for profile in bundle.engines[file].profiles):
+            again = rebuild_command(bundle, file, [gpu_of(device_from_text(device), backend)], fused_attention=False)
+            _LOG.warning(
+                "%s disagrees with PyTorch. Some releases of TensorRT compute fused attention wrongly on some GPUs. Compile it "
+                'without and verify that: "%s"', file, again,
+            )  # fmt: skip
 
 
 def _verdict(bundle: Bundle, file: str, spec: VerifySpec) -> Verdict:

@@ -26,7 +26,7 @@ from swin_deploy.gpus import CudaDevice, cuda_devices
 from swin_deploy.machine import Machine, this_machine
 from swin_deploy.manifest import EngineEntry
 
-from .packages import VersionConflict, install_command, installed_conflicts, versions_of
+from .packages import VersionConflict, install_command, installed_conflicts, known_faults, versions_of
 
 WORKS, BROKEN, MISSING, NO_GPU = "works", "broken", "not installed", "needs a GPU"
 SECONDS = 180  # the longest that the check of one library may take
@@ -114,6 +114,8 @@ def doctor(bundle: str | os.PathLike[str] | None = None) -> Diagnosis:
     with ThreadPoolExecutor(min(4, machine.usable_cores)) as pool:
         results = tuple(pool.map(lambda check: _result(check, bool(gpus)), CHECKS))
     conflicts = installed_conflicts(bool(gpus))
+    for release in dict.fromkeys(versions_of(("tensorrt",)).values()) if gpus else ():
+        conflicts += known_faults(release, [gpu.capability for gpu in gpus])
     if listed and not gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
         problem = f"nvidia-smi lists a GPU, but CUDA offers none to this process (CUDA_VISIBLE_DEVICES: {visible})"

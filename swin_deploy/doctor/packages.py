@@ -62,6 +62,30 @@ def version_conflicts(
     return tuple(conflicts)
 
 
+# Faults of TensorRT that change results: first release, first release without it (None: none is known), GPUs (empty: all),
+# what is wrong, and what to run.
+KNOWN_FAULTS = (
+    (
+        (10, 3), (10, 5), (), "computes some vision transformers wrongly in fp16 (NVIDIA/TensorRT issues 4723 and 4742)",
+        "swin-deploy verify BUNDLE --backend tensorrt --device cuda",
+    ),
+    (
+        (10, 0), None, ("sm_120", "sm_121"), "computes some fused attention wrongly in fp16 and bf16 on Blackwell "
+        "(NVIDIA/TensorRT issue 4837)", "swin-deploy build-engine BUNDLE --backend tensorrt --no-fused-attention",
+    ),
+)  # fmt: skip
+
+
+def known_faults(release: str, gpus: Iterable[str]) -> tuple[VersionConflict, ...]:
+    """Find the known faults of this release of TensorRT on GPUs such as "sm_120"."""
+    numbers = _numbers(release)
+    return tuple(
+        VersionConflict(f"TensorRT {release} {problem}", command)
+        for first, fixed, of, problem, command in KNOWN_FAULTS
+        if first <= numbers and (fixed is None or numbers < fixed) and (not of or set(of) & set(gpus))
+    )
+
+
 def installed_conflicts(gpu: bool) -> tuple[VersionConflict, ...]:
     """Find the known conflicts between the versions that are installed on this machine."""
     minimum = minimum_versions()

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from cli.exported import copied, digits
@@ -19,11 +20,13 @@ from engine_graphs import SM89, attention, linear
 
 import swin_deploy
 from swin_deploy.bundle import Bundle
+from swin_deploy.dependencies import onnxruntime_session
 from swin_deploy.errors import EngineError, UsageError
 from swin_deploy.exporters.engines.build import layers_file
 from swin_deploy.exporters.engines.engine_from_onnx import engine_from_onnx
 from swin_deploy.exporters.engines.layer_report import report_from_log, reports_by_profile
 from swin_deploy.exporters.engines.targets import check_gpu, compiler_options, name_of_options
+from swin_deploy.exporters.passes.attention import unfused
 from swin_deploy.gpus import cuda_devices
 from swin_deploy.option_parsers import batch, memory
 from swin_deploy.options import RTX_LACKS, EngineSpec
@@ -81,6 +84,26 @@ def test_the_compiler_knows_no_other_gpus(number: int) -> None:
 def test_turing_has_no_such_matmuls(precision: str) -> None:
     with pytest.raises(UsageError, match=f"no {precision} matmuls for sm_75"):
         swin_deploy.build_engine(digits(1), precision=precision, gpus="sm_75,sm_86", backend="tensorrt-rtx")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_attention_that_is_not_fused(precision: str, tmp_path: Path) -> None:
+    path = copied(1, tmp_path / "b")
+    [fused] = swin_deploy.build_engine(path, precision=precision, gpus="sm_120")
+    [built] = swin_deploy.build_engine(path, precision=precision, gpus="sm_120", fused_attention=False)
+    figures = [[one.entry["profiles"][0][name] for one in (fused, built)] for name in ("fused_attention", "kernels")]
+    assert figures[0] == [4, 0]
+    assert figures[1][0] < figures[1][1]
+    assert "-unfused-" in built.file
+    assert built.entry["options"] == {"fused_attention": False}
+    before = onnx.load(path / f"onnx/model_{precision}.onnx")
+    inputs = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
+    if precision == "fp16":
+        runs = [
+            onnxruntime_session(model.SerializeToString()).run(None, {"pixel_values": inputs})
+            for model in (before, unfused(before))
+        ]
+        assert np.array_equal(runs[0][0], runs[1][0])
 
 
 def compiled_with(flag: str) -> tuple[bytes | None, list[str]]:

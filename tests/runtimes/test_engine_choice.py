@@ -395,7 +395,14 @@ def test_a_verdict_of_an_engine_that_is_wrong(monkeypatch: pytest.MonkeyPatch, t
         content = json.loads((path / file).read_text())
         content["graph"] = str(other / "onnx/model_fp16.onnx")
         (other / "onnx/model_fp16.onnx").write_bytes((digits(1) / "onnx/model_fp16.onnx").read_bytes())  # of another network
-        bundle.with_file(file, dict(bundle.files[file]), lambda place: place.write_text(json.dumps(content)))
+        facts = dict(bundle.files[file])
+        bundle = bundle.with_file(file, facts, lambda place: place.write_text(json.dumps(content)))
         [verdict] = swin_deploy.verify(path, backend="tensorrt", device="cuda")
         assert not verdict.verified
-        assert cli_here("verify", "b", "--backend", "tensorrt", "--device", "cuda", cwd=tmp_path).returncode == 1
+        done = cli_here("verify", "b", "--backend", "tensorrt", "--device", "cuda", cwd=tmp_path)
+        assert (done.returncode, "--no-fused-attention" in done.stderr) == (1, False)
+        facts["profiles"] = [{**dict(profile), "fused_attention": 4} for profile in facts["profiles"]]
+        bundle.with_file(file, facts, lambda place: place.write_text(json.dumps(content)))
+        done = cli_here("verify", "b", "--backend", "tensorrt", "--device", "cuda", cwd=tmp_path)
+        command = 'swin-deploy build-engine b --fp16 --backend tensorrt --batch 1 --batch 1:4:8 --no-fused-attention"'
+        assert command in done.stderr
