@@ -130,8 +130,9 @@ def best_factors(
     """Choose the divisors [width] that reduce the expected quantization error most; None if that is hardly worth it."""
     groups: dict[str, list[Array]] = {}
     for name in sorted(one.read & weights.keys()):
-        groups.setdefault(weights[name][0], []).append(weights[name][1].astype(np.float64))
-    parts = [(np.concatenate(matrices), statistics[name]) for name, matrices in groups.items() if name in statistics]
+        groups.setdefault(weights[name][0], []).append(np.abs(weights[name][1], dtype=np.float32))
+    stacked = [(np.concatenate(matrices), statistics[name]) for name, matrices in groups.items() if name in statistics]
+    parts = [(matrix, np.square(matrix, dtype=np.float64).sum(axis=0), s) for matrix, s in stacked]
     if not parts:
         return None
     tiny = 1e-12
@@ -139,17 +140,18 @@ def best_factors(
     def shared(values: Array) -> Array:  # the largest of the channels that share a factor
         return np.asarray(values.reshape(-1, one.width).max(axis=0))
 
-    amax = np.max([shared(s.amax) / max(float(s.amax.mean()), tiny) for _, s in parts], axis=0) + 1e-6
-    columns = np.max([shared(np.abs(w).max(axis=0)) / max(float(np.abs(w).max()), tiny) for w, _ in parts], axis=0) + 1e-6
+    amax = np.max([shared(s.amax) / max(float(s.amax.mean()), tiny) for *_, s in parts], axis=0) + 1e-6
+    columns = np.max([shared(w.max(axis=0)) / max(float(w.max()), tiny) for w, *_ in parts], axis=0) + 1e-6
 
     def damage(factors: Array) -> float:
         total = 0.0
-        for matrix, s in parts:
+        for matrix, squares, s in parts:
             f = np.tile(factors, matrix.shape[1] // one.width)
-            scaled, square = matrix * f, s.square / (f * f)
-            energy = float((np.square(matrix) @ s.square).sum()) + tiny
-            rounding = (2 * float((s.amax / f).max()) / 255) ** 2 * float(np.square(scaled).sum())
-            total += (rounding + float(np.square(np.abs(scaled).max(axis=1) / 127).sum() * square.sum())) / energy
+            square = s.square / (f * f)
+            energy = float(squares @ s.square) + tiny
+            rounding = (2 * float((s.amax / f).max()) / 255) ** 2 * float(squares @ (f * f))
+            rows = (matrix * f.astype(np.float32)).max(axis=1).astype(np.float64)
+            total += (rounding + float(np.square(rows / 127).sum() * square.sum())) / energy
         return total
 
     candidates = [amax**a / columns**b for a, b in STRENGTHS]

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from swin_deploy.calib.collect import session_for
 from swin_deploy.calib.data import evenly_spread
 from swin_deploy.calib.observers import Observation
 from swin_deploy.dependencies import require
-from swin_deploy.errors import unknown
+from swin_deploy.errors import InputError, unknown
 from swin_deploy.exporters.typed_graphs import NewGraph, config_and_task, left_out, network_check, scratch_graph
 from swin_deploy.files import scratch_folder
 from swin_deploy.options import Array
@@ -30,7 +31,7 @@ from .equalization import (
     with_own_constants,
 )
 from .gptq import CrossMoments, best_activation_scale, quantized_activation, refuse_not_finite, rounded_linear, scale_of_range
-from .layerwise import Feeds, LayerwiseRun
+from .layerwise import NO_SAMPLES, Feeds, LayerwiseRun
 from .qat_layers import QatLayers, qat_layers
 from .qdq import ActivationScale, LinearLayer, QuantizedLinear, linear_layers, qdq_nodes, with_nodes
 from .resume import ResumeState
@@ -50,6 +51,7 @@ SampleFeeds = Callable[[], Iterable[Feeds]]  # yields the samples batch by batch
 MAX_SAMPLES = 256  # each layer runs all samples through the layers before it; more samples change little
 SAMPLED = 1 << 17  # values from which the range of an activation is chosen
 HEADS = frozenset({"classifier"})  # one small matmul for each image, which decides every answer
+STATISTICS = ("ReduceMax", "ReduceSumSquare")
 SMALL = 1 << 16  # weights of one layer: 192 x 192 is small, 192 x 768 is not
 
 
@@ -190,13 +192,15 @@ def quantize_for_cpu(
                 moments = CrossMoments.empty(matrices[0].shape[1])
                 for ours, theirs in zip(values(), fp32.advance(name), strict=True) if known is None else ():
                     moments.add(quantized_activation(ours, scale), theirs.reshape(ours.shape))
+            if known is None and not qat.covers(layers):
+                rounded = rounded_linear(matrices, biases, moments)
             for position, (layer, matrix, bias) in enumerate(zip(layers, matrices, biases, strict=True)):
                 if known is not None:
                     made = known[position]
                 elif layer.name in qat.weights:
                     made = qat.quantized(layer, matrix, bias, scale).with_bias_in_range()
                 else:
-                    made = QuantizedLinear(layer, *rounded_linear(matrix, bias, moments), scale).with_bias_in_range()
+                    made = QuantizedLinear(layer, *rounded[position], scale).with_bias_in_range()
                 if resume is not None and known is None:
                     resume.save(made)
                 done[layer.name] = made
@@ -219,9 +223,7 @@ def equalized_for_cpu(
     layers = tuple(layer for group in groups.values() for layer in group)
     if all(qat.prevents([layer], {layer.weight}, set()) for layer in layers):
         return model
-    with scratch_folder("quantize") as scratch:
-        run = LayerwiseRun(model, feeds(), scratch)
-        statistics = {name: _statistics(run.advance(name), name) for name in groups}
+    statistics = channel_statistics(model, groups, feeds())
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     read = {layer.weight: (name, numpy_helper.to_array(weights[layer.weight])) for name in groups for layer in groups[name]}
     chosen = (
@@ -231,6 +233,38 @@ def equalized_for_cpu(
         if (factors := best_factors(one, read, statistics)) is not None
     )
     return equalize_all(with_nodes(model, model.graph.node, []), chosen, check)[0]
+
+
+def channel_statistics(model: onnx.ModelProto, names: Iterable[str], feeds: Iterable[Feeds]) -> dict[str, ChannelStatistics]:
+    """Measure the channels of the tensors `names` [rows, channels]. They are reduced in the graph to save memory."""
+    from onnx import helper, numpy_helper
+
+    names, watched = list(names), type(model)()
+    watched.CopyFrom(model)
+    opset = next(one.version for one in model.opset_import if not one.domain)
+    axes: dict[str, Any] = {"axes": [0]} if opset < 18 else {}
+    watched.graph.initializer.append(numpy_helper.from_array(np.array([0]), "rows/axis"))
+    for name in names:
+        watched.graph.node.append(helper.make_node("Abs", [name], [f"{name}/absolute"]))
+        for op in STATISTICS:
+            inputs = [f"{name}/absolute", *([] if axes else ["rows/axis"])]
+            watched.graph.node.append(helper.make_node(op, inputs, [f"{name}/{op}"], keepdims=0, **axes))
+        watched.graph.node.append(helper.make_node("Shape", [name], [f"{name}/shape"]))
+    run = session_for(watched, [f"{name}/{part}" for name in names for part in (*STATISTICS, "shape")], 0)
+    amax: dict[str, Any] = dict.fromkeys(names, 0.0)
+    square: dict[str, Any] = dict.fromkeys(names, 0.0)
+    rows = dict.fromkeys(names, 0)
+    for feed in feeds:
+        values = run(feed)
+        for name in names:
+            largest, squares, shape = (values[f"{name}/{part}"] for part in (*STATISTICS, "shape"))
+            refuse_not_finite(squares, name)
+            amax[name] = np.maximum(amax[name], largest)
+            square[name] = square[name] + squares.astype(np.float64)
+            rows[name] += int(shape[0])
+    if not all(rows.values()):
+        raise InputError(NO_SAMPLES)
+    return {name: ChannelStatistics(amax[name], square[name] / rows[name]) for name in names}
 
 
 def small_layers(model: onnx.ModelProto) -> frozenset[str]:
@@ -273,19 +307,6 @@ def _groups(model: onnx.ModelProto, keep: Set[str]) -> dict[str, list[LinearLaye
         if layer.name not in keep:
             groups.setdefault(layer.input, []).append(layer)
     return groups
-
-
-def _statistics(batches: Iterable[Array], name: str) -> ChannelStatistics:
-    amax: Any = 0.0
-    square: Any = 0.0
-    rows = 0
-    for batch in batches:
-        values = batch.reshape(-1, batch.shape[-1])
-        refuse_not_finite(values, name)
-        amax = np.maximum(amax, np.abs(values).max(axis=0))
-        square = square + np.square(values).sum(axis=0, dtype=np.float64)
-        rows += len(values)
-    return ChannelStatistics(amax, square / rows)
 
 
 def _best_scale(batches: Iterable[Array], importance: Array) -> ActivationScale:

@@ -7,7 +7,7 @@ The Hessian is the second moments of what the layer reads: for CPU layouts activ
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DAMPING = 0.01  # of the mean diagonal of the Hessian
 BLOCK = 128  # columns
+STEPS = {BLOCK: 16, 16: 1}  # columns of the blocks in a block
 RETRIES = 20
 Result = TypeVar("Result")
 SHRINK = np.linspace(0.3, 1, 29)  # candidates for a range, as a share of the observed one: values outside are clipped
@@ -41,25 +42,59 @@ def int8_rounded(values: Array) -> Array:
 NEAREST: dict[str, Callable[[Array], Array]] = {"int8": int8_rounded, "fp8": round_to_fp8}
 
 
-def gptq(weight: Array, hessian: Array, scale: Array, nearest: Callable[[Array], Array] = int8_rounded) -> Array:
-    """Quantize `weight` [outputs, inputs] with `scale` [outputs] and a positive definite `hessian`; returns floating point."""
-    order = np.argsort(-np.diag(hessian), kind="stable")
-    work = (weight / scale[:, None])[:, order]
-    inverse = np.linalg.inv(hessian[np.ix_(order, order)])
-    factor = np.linalg.cholesky((inverse + inverse.T) / 2).T  # upper
-    values = np.empty_like(work)
-    for start in range(0, len(hessian), BLOCK):
-        stop = min(start + BLOCK, len(hessian))
-        errors = np.empty((len(work), stop - start))
-        for column in range(start, stop):
-            values[:, column] = nearest(work[:, column])
-            error = (work[:, column] - values[:, column]) / factor[column, column]
-            work[:, column + 1 : stop] -= np.outer(error, factor[column, column + 1 : stop])
-            errors[:, column - start] = error
-        work[:, stop:] -= errors @ factor[start:stop, stop:]
-    result = np.empty_like(values)
-    result[:, order] = values
+@dataclass(frozen=True)
+class InverseFactor:
+    """The inverse of a Hessian: `factor.T @ factor`, upper triangular, of the columns in `order`."""
+
+    order: Array
+    factor: Array
+
+    @classmethod
+    def of(cls, hessian: Array) -> InverseFactor:
+        """Invert `hessian`. Raises LinAlgError if it is not positive definite."""
+        order = np.argsort(-np.diag(hessian), kind="stable")
+        return cls(order, np.ascontiguousarray(_inverse_of_cholesky(hessian[np.ix_(order[::-1], order[::-1])])[::-1, ::-1]))
+
+    def times(self, right: Array) -> Array:
+        """Return the inverse of the Hessian times `right`."""
+        result = np.empty_like(right)
+        result[self.order] = self.factor.T @ (self.factor @ right[self.order])
+        return result
+
+
+def _inverse_of_cholesky(matrix: Array) -> Array:
+    """Invert the Cholesky factor of `matrix`, by halves: nearly all of the work is in matmuls, which LAPACK's is not."""
+    half = len(matrix) // 2
+    if half < BLOCK // 2:
+        return np.asarray(np.linalg.inv(np.linalg.cholesky(matrix)))
+    first = _inverse_of_cholesky(matrix[:half, :half])
+    between = matrix[half:, :half] @ first.T
+    last = _inverse_of_cholesky(matrix[half:, half:] - between @ between.T)
+    result = np.zeros_like(matrix)
+    result[:half, :half], result[half:, half:], result[half:, :half] = first, last, -last @ (between @ first)
     return result
+
+
+def gptq(weight: Array, inverse: InverseFactor, scale: Array, nearest: Callable[[Array], Array] = int8_rounded) -> Array:
+    """Quantize `weight` [outputs, inputs] with `scale` [outputs] and the inverse of its Hessian; returns floating point."""
+    factor, work = inverse.factor, np.ascontiguousarray((weight / scale[:, None]).T[inverse.order])
+    values, errors = np.empty_like(work), np.empty_like(work)
+
+    def quantize(start: int, stop: int, size: int) -> None:  # and lets the columns up to `stop` make up for the error
+        for first in range(start, stop, size):
+            last = min(first + size, stop)
+            if size > 1:
+                quantize(first, last, STEPS[size])
+            else:
+                values[first] = nearest(work[first])
+                errors[first] = (work[first] - values[first]) / factor[first, first]
+            if last < stop:
+                work[last:stop] -= factor[first:last, last:stop].T @ errors[first:last]
+
+    quantize(0, len(work), BLOCK)
+    result = np.empty_like(values)
+    result[inverse.order] = values
+    return np.ascontiguousarray(result.T)
 
 
 def damping(gram: Array) -> float:
@@ -167,7 +202,9 @@ class GptqRounding:
         key = layer, hashlib.sha256(weight.tobytes() + scale.tobytes()).digest()
         if key not in self.known:
             exact, nearest = (weight.astype(np.float64), scale.astype(np.float64)), NEAREST[self.format]
-            values = with_damping(change.hessian(moments), lambda hessian: gptq(exact[0], hessian, exact[1], nearest))
+            values = with_damping(
+                change.hessian(moments), lambda hessian: gptq(exact[0], InverseFactor.of(hessian), exact[1], nearest)
+            )
             self.known[key] = values.astype(np.float32)
         return self.known[key]
 
@@ -201,20 +238,34 @@ class CrossMoments:
         return self.gram / self.rows - np.outer(seen, seen), self.cross / self.rows - np.outer(seen, expected), seen, expected
 
 
-def rounded_linear(weight: Array, bias: Array | None, moments: CrossMoments) -> tuple[Array, Array, Array]:
-    """Quantize a linear layer to INT8 such that it gives the fp32 output, with a bias, from the input that it really reads."""
+def rounded_linear(
+    weights: Sequence[Array], biases: Sequence[Array | None], moments: CrossMoments
+) -> list[tuple[Array, Array, Array]]:
+    """Quantize linear layers with the same input to INT8, so that they give the fp32 output from the input that they get.
+
+    Returns the quantized values, the scale [outputs] and a bias [outputs] of each.
+    """
     gram, cross, seen, expected = moments.centred()
-    wanted = weight.astype(np.float64)
+    wanted = np.concatenate(weights).astype(np.float64)
 
     def rounded(damped: Array) -> tuple[Array, Array]:
         # The weights that make of `seen` what `weight` makes of `expected`; the damping draws them towards `weight`.
-        target = np.linalg.solve(damped, (cross + damped - gram) @ wanted.T).T
+        inverse = InverseFactor.of(damped)
+        target = inverse.times((cross + damped - gram) @ wanted.T).T
         scale = int8_scales(target)
-        return gptq(target, damped, scale), scale
+        return gptq(target, inverse, scale), scale
 
     values, scale = with_damping(gram, rounded)
-    found = wanted @ expected - (values * scale[:, None]) @ seen + (0 if bias is None else bias)
-    return int8_rounded(values).astype(np.int8), scale.astype(np.float32), found.astype(np.float32)
+    found = wanted @ expected - (values * scale[:, None]) @ seen
+    parts = (np.split(part, np.cumsum([len(one) for one in weights[:-1]])) for part in (values, scale, found))
+    return [
+        (
+            int8_rounded(one).astype(np.int8),
+            each.astype(np.float32),
+            (shift if bias is None else shift + bias).astype(np.float32),
+        )
+        for one, each, shift, bias in zip(*parts, biases, strict=True)
+    ]
 
 
 def int8_scales(weight: Array) -> Array:

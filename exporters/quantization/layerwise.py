@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import onnx
 
 Feeds = Mapping[str, Array]
+NO_SAMPLES = "There are no samples to calibrate with. Expected at least one batch."
 
 
 class LayerwiseRun:
@@ -36,7 +37,7 @@ class LayerwiseRun:
             self._save(self.batches, feed)
             self.batches += 1
         if not self.batches:
-            raise InputError("There are no samples to calibrate with. Expected at least one batch.")
+            raise InputError(NO_SAMPLES)
 
     def advance(self, target: str) -> Iterator[Array]:
         """Yield the tensor `target` of every batch. It can be asked for again until another one is."""

@@ -163,18 +163,18 @@ def test_an_interrupted_run_resumes_and_gives_the_same_bits(tmp_path: Path, monk
 
     monkeypatch.setattr(for_cpu, "rounded_linear", rounded_linear)
     whole = quantized()
-    layers = len(rounded)
-    stop_after = layers + 9
+    groups, layers = len(rounded), len(whole.layers)
+    stop_after = groups + 5
     with pytest.raises(KeyboardInterrupt):
         quantized(resume=ResumeState.for_run(tmp_path, model, "a"))
     [folder] = tmp_path.iterdir()
     kept = sorted(folder.iterdir())
-    assert 8 <= len(kept) < layers
+    assert 5 <= len(kept) < layers
     kept[0].write_bytes(kept[0].read_bytes()[:-40])  # damaged: its layer is quantized again, and no other
     rounded.clear()
     stop_after = 1000
     resumed = quantized(resume=ResumeState.for_run(tmp_path, model, "a"))
-    assert 0 < len(rounded) <= layers - len(kept) + 3  # up to three layers read one tensor
+    assert len(rounded) == groups - 5 + 1
     assert resumed.model().SerializeToString(deterministic=True) == whole.model().SerializeToString(deterministic=True)
     assert resumed.records == whole.records
     assert not folder.exists()

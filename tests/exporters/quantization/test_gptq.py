@@ -17,6 +17,7 @@ from swin_deploy.exporters.quantization.gptq import (
     CrossMoments,
     GptqRounding,
     InputChange,
+    InverseFactor,
     SecondMoments,
     best_activation_scale,
     gptq,
@@ -59,7 +60,7 @@ def test_gptq_is_near_the_best_of_all_roundings() -> None:
         def damage(values: np.ndarray, weight: np.ndarray = weight) -> np.ndarray:
             return np.einsum("ni,ij,nj->n", values - weight, gram, values - weight)
 
-        found = damage(gptq(weight, gram, np.ones(1)))[0]
+        found = damage(gptq(weight, InverseFactor.of(gram), np.ones(1)))[0]
         ratios.append((found / damage(choices).min(), found / damage(np.rint(weight))[0]))
     best, nearest = np.exp(np.log(ratios).mean(axis=0))
     assert best < 2.5
@@ -68,7 +69,37 @@ def test_gptq_is_near_the_best_of_all_roundings() -> None:
 
 def test_gptq_of_uncorrelated_inputs_is_the_nearest() -> None:
     weight = RNG.uniform(-100, 100, (5, 200))
-    np.testing.assert_array_equal(gptq(weight, np.eye(200), np.ones(5)), np.rint(weight))
+    np.testing.assert_array_equal(gptq(weight, InverseFactor.of(np.eye(200)), np.ones(5)), np.rint(weight))
+
+
+def test_inverse_factors_and_gptq_are_those_of_lapack_column_by_column() -> None:
+    inputs = RNG.standard_normal((900, 300)) * RNG.uniform(0.1, 3, 300)
+    hessian, weight = inputs.T @ inputs / 900, RNG.uniform(-100, 100, (7, 300))
+    inverse = InverseFactor.of(hessian)
+    np.testing.assert_allclose(inverse.times(weight.T), np.linalg.solve(hessian, weight.T), rtol=1e-9, atol=1e-9)
+    order = np.argsort(-np.diag(hessian), kind="stable")
+    factor = np.linalg.cholesky(np.linalg.inv(hessian[np.ix_(order, order)])).T
+    np.testing.assert_allclose(inverse.factor, factor, rtol=1e-8, atol=1e-10)
+    work, wanted = weight[:, order].copy(), np.empty_like(weight)
+    for column in range(300):
+        wanted[:, order[column]] = np.rint(np.clip(work[:, column], -127, 127))
+        error = (work[:, column] - wanted[:, order[column]]) / factor[column, column]
+        work[:, column:] -= np.outer(error, factor[column, column:])
+    np.testing.assert_array_equal(gptq(weight, inverse, np.ones(7)), wanted)
+    with pytest.raises(np.linalg.LinAlgError):
+        InverseFactor.of(-hessian)
+
+
+def test_layers_of_one_input_are_rounded_as_each_alone() -> None:
+    seen, weights = RNG.standard_normal((500, 40)), [RNG.standard_normal((rows, 40)).astype(np.float32) for rows in (3, 5)]
+    moments = CrossMoments.empty(40)
+    moments.add(seen, seen + 0.1 * RNG.standard_normal((500, 40)))
+    biases = [None, np.ones(5, np.float32)]
+    together = rounded_linear(weights, biases, moments)
+    for weight, bias, found in zip(weights, biases, together, strict=True):
+        [alone] = rounded_linear([weight], [bias], moments)
+        np.testing.assert_array_equal(found[0], alone[0])
+        np.testing.assert_allclose(found[2], alone[2], rtol=1e-6)
 
 
 def test_a_layer_gives_the_fp32_output_from_a_damaged_input() -> None:
@@ -81,7 +112,7 @@ def test_a_layer_gives_the_fp32_output_from_a_damaged_input() -> None:
     moments = CrossMoments.empty(16)
     for part in range(0, 2000, 500):
         moments.add(seen[part : part + 500], expected[part : part + 500])
-    values, scale, found = rounded_linear(weight, bias, moments)
+    [(values, scale, found)] = rounded_linear([weight], [bias], moments)
     wanted = expected @ weight.T + bias
     output = seen @ (values.astype(np.float32) * scale[:, None]).T + found
     untouched = np.linalg.norm(seen @ weight.T + bias - wanted)
@@ -94,7 +125,7 @@ def test_dead_channels_and_rows_of_zeros_are_no_obstacle() -> None:
     seen[:, 2] = 0
     moments = CrossMoments.empty(6)
     moments.add(seen, seen)
-    values, scale, bias = rounded_linear(np.ones((3, 6), np.float32), None, moments)
+    [(values, scale, bias)] = rounded_linear([np.ones((3, 6), np.float32)], [None], moments)
     assert np.isfinite(scale).all()
     np.testing.assert_allclose(values * scale[:, None], np.ones((3, 6)), atol=0.01)
     np.testing.assert_allclose(bias, 0, atol=1e-6)
