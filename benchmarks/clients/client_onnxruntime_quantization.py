@@ -1,6 +1,6 @@
 from client_onnxruntime import logits as run
 
-ENVIRONMENTS = {"onnxruntime.quantization": ["onnxruntime", "onnx"]}
+ENVIRONMENTS = {"onnxruntime.quantization": ["onnx", "sympy", "onnxruntime"]}
 QUANTIZED = True
 
 

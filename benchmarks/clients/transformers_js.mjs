@@ -14,6 +14,6 @@ const config = await AutoConfig.from_pretrained(bundle);
 if (config.model_type === "swinv2") config.model_type = "swin";
 const classify = await pipeline("image-classification", bundle, { config });
 for (const image of images) {
-  const [best] = await classify(image);
-  console.log(JSON.stringify({ image, label: best.label, score: best.score }));
+  const scores = await classify(image, { top_k: null });
+  console.log(JSON.stringify({ image, label: scores[0].label, score: scores[0].score, scores }));
 }

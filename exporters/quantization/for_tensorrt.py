@@ -257,9 +257,10 @@ def quantized_from_fp32(
     )
     typed = gs.export_onnx(graph)
     raise_opset(typed, BF16_OPSET if low == "bf16" else QDQ_OPSET)
-    typed.graph.name += f"_{precision}_for_tensorrt"  # other runtimes show it, and OpenVINO does not compute this layout right
+    typed.graph.name += f"_{precision}_for_tensorrt"  # other runtimes show it
     typed.doc_string = (
-        f"{precision.upper()} graph for TensorRT. ONNX Runtime computes it as well. OpenVINO gives wrong results."
+        f"{precision.upper()} graph for TensorRT. ONNX Runtime computes it as well. OpenVINO computes INT8 only with "
+        f"INFERENCE_PRECISION_HINT f32; in bf16, its default on some processors, it gives wrong results."
     )
     return typed, records
 
@@ -345,8 +346,9 @@ class _Plan:
         vectors = (attention.query, attention.key, attention.value)
         for node, amax, shift in zip(vectors, ranges, shifts, strict=False):
             reader = node.outputs[0].outputs[0]
-            last = reader if len(node.outputs[0].outputs) == 1 and reader.op == "Add" else node
-            self.writer.after(last.outputs[0], amax + shift)
+            # Not after the Transpose: OpenVINO would give all rows the scale of the first one.
+            biased = len(node.outputs[0].outputs) == 1 and reader.op == "Add"
+            self.writer.after(reader.outputs[0] if biased else node.i().inputs[0], amax + shift)
         weighted = [node for node in attention.softmax.outputs[0].outputs if node.op == "MatMul"]
         self.writer.after(attention.softmax.outputs[0], ranges[3], weighted)
         return 1
@@ -411,16 +413,19 @@ class _Plan:
 
     def _head(self, node: Node) -> None:
         """Write a matmul with few rows as sums in fp32: the kernel that adds the bias then reads the quantized weights."""
-        writer, columns = self.writer, node.inputs[1].values.shape[1]
+        writer, (classes, columns) = self.writer, node.inputs[1].values.shape
         weight = writer.weight(HEAD, node.inputs[1].values, per_channel=True)
-        shape, axis = (constant(f"{node.name}/{n}", v, np.int64) for n, v in (("shape", [-1, 1, columns]), ("axis", [2])))
+        integers = {"shape": [-1, 1, columns], "axis": [2], "flat": [-1, classes]}
+        shape, axis, flat = (constant(f"{node.name}/{name}", values, np.int64) for name, values in integers.items())
         rows = writer.node(f"{node.name}/Reshape", "Reshape", [node.inputs[0], shape])
         result, biases = node.outputs[0], node.inputs[2:]
         scaled = writer.node(f"{node.name}/Mul", "Mul", [rows, weight])
-        total: Tensor = writer.node(f"{node.name}/ReduceSum", "ReduceSum", [scaled, axis], keepdims=0)
+        summed = writer.node(f"{node.name}/ReduceSum", "ReduceSum", [scaled, axis], keepdims=1)
+        # The Reshape keeps OpenVINO from adding the bias in the ReduceSum, where it adds a wrong one from batch 2 on.
+        total: Tensor = writer.node(f"{node.name}/Flatten", "Reshape", [summed, flat])
         if biases:
             total = writer.node(f"{node.name}/Add", "Add", [total, biases[0]])
-        writer.fallback |= {weight.inputs[0].name, *(f"{node.name}/{op}" for op in ("Mul", "ReduceSum", "Add"))}
+        writer.fallback |= {weight.inputs[0].name, *(f"{node.name}/{op}" for op in ("Mul", "ReduceSum", "Flatten", "Add"))}
         node.inputs.clear()
         node.outputs.clear()
         total.inputs[0].outputs = [result]

@@ -36,8 +36,9 @@ def write_web_page(bundle: Bundle, spec: PublishSpec, folder: Path) -> None:
         shutil.copyfile(scripts / name, folder / name)
     chosen.write_model(folder / "model.onnx")
     values = json.dumps(settings).replace("<", "\\u003c")
-    page = Path(__file__).with_name("web_page.html").read_text(encoding="utf-8")
-    write_text(folder / "index.html", page.replace("{{name}}", html.escape(chosen.name)).replace("{{settings}}", values))
+    head, page = ((Path(__file__).parent / file).read_text(encoding="utf-8") for file in ("../page_head.html", "web_page.html"))
+    head = head.replace("{{name}}", html.escape(chosen.name))
+    write_text(folder / "index.html", page.replace("{{head}}\n", head).replace("{{settings}}", values))
 
 
 def _package(spec: PublishSpec) -> Path:

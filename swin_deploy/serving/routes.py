@@ -63,7 +63,8 @@ def routes(workers: Workers) -> FastAPI:
             raise RefusedError(503, f"The request was not answered within {spec.timeout:g} seconds. Send it again.") from None
 
     async def page(request: Request) -> Response:
-        text = files(__package__).joinpath("page.html").read_text("utf-8").replace("{{name}}", _escaped(name))
+        head = files("swin_deploy").joinpath("page_head.html").read_text("utf-8").replace("{{name}}", _escaped(name))
+        text = files(__package__).joinpath("page.html").read_text("utf-8").replace("{{head}}\n", head)
         return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY})
 
     async def predict(request: Request) -> Response:

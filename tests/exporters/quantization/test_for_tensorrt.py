@@ -32,6 +32,7 @@ from swin_deploy.preprocess import Preprocessor
 from swin_deploy.runtimes.emulate import emulated
 
 ort = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the graphs")
+openvino = pytest.importorskip("openvino", reason="so does OpenVINO")
 
 BOTH = pytest.mark.parametrize("version", [1, 2])
 FORMATS = pytest.mark.parametrize("precision", ["int8", "fp8"])
@@ -100,8 +101,12 @@ def test_trained_networks_stay_close_to_fp32(version: int, precision: str) -> No
     wanted = answers(model, pixels)["logits"]
     names = quantized_inputs(model, config, precision)
     made, _ = quantized_from_fp32(model, config, LOGITS, precision, extremes(model, names, pixels))
-    for graph in (emulated(made), made):  # every node rounded, and by the runtime's own half-precision kernels
-        found = answers(graph, pixels)["logits"]
+    # Every node rounded, and by the runtime's own half-precision kernels.
+    every = [answers(graph, pixels)["logits"] for graph in (emulated(made), made)]
+    if precision == "int8":  # in bf16 its roundings are wrong
+        core, hint = openvino.Core(), {"INFERENCE_PRECISION_HINT": "f32"}
+        every.append(core.compile_model(core.read_model(made.SerializeToString()), "CPU", hint)([pixels])["logits"])
+    for found in every:
         print(f"V{version} {precision}: {sqnr(wanted, found):.1f} dB")
         assert sqnr(wanted, found) >= {"int8": 36, "fp8": 27}[precision]
         assert np.array_equal(found.argmax(axis=1), wanted.argmax(axis=1))
@@ -159,7 +164,7 @@ def test_the_graph_is_valid_and_the_fp32_one_left_alone(version: int, precision:
     assert wide.SerializeToString(deterministic=True) == before
     onnx.checker.check_model(model, full_check=True)
     assert model.graph.name.endswith(f"_{precision}_for_tensorrt")
-    assert "OpenVINO gives wrong results" in model.doc_string
+    assert "in bf16, its default on some processors, it gives wrong results" in model.doc_string
     assert (list(model.graph.input), list(model.graph.output)) == (list(wide.graph.input), list(wide.graph.output))
     names = [node.name for node in model.graph.node]
     assert len(names) == len(set(names))
