@@ -56,6 +56,9 @@ BACKENDS = {
     "openvino": Backend("openvino", "OpenVino", "openvino", ("cpu",)),
     # Compiles the graph every time it is loaded.
     "onnxruntime-tensorrt": Backend("gpu.onnxruntime_cuda", "OnnxRuntimeTensorRt", "onnxruntime", ("cuda",), auto=False),
+    "onnxruntime-tensorrt-rtx": Backend(
+        "gpu.onnxruntime_cuda", "OnnxRuntimeTensorRtRtx", "onnxruntime_ep_nv_tensorrt_rtx", ("cuda",), auto=False
+    ),
     # The reference. Fuses nothing.
     "torch": Backend("pytorch", "PyTorch", "torch", ("cpu", "cuda"), auto=False),
     "tensorrt": Backend("gpu.tensorrt", "TensorRt", "tensorrt", ("cuda",), engines=True, lean="tensorrt_lean"),

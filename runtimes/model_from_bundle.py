@@ -152,7 +152,7 @@ def _suits(bundle: Bundle, candidate: Candidate, files: dict[Size, str], auto: b
     if candidate.precision not in QUANTIZED or BACKENDS[candidate.backend].engines:
         return True
     made = [bundle.graphs[file].target for file in files.values()]
-    if TARGETS[0] not in made or candidate.backend == "onnxruntime-tensorrt":
+    if TARGETS[0] not in made or candidate.backend.startswith("onnxruntime-tensorrt"):
         return True
     return not auto and candidate.backend != "openvino"
 

@@ -54,11 +54,11 @@ class OnnxRuntime(Runtime):
         self._session = self._bindings = None
 
 
-def opened(ort: Any, path: Path, threads: int, providers: Sequence[Any], kind: str) -> Any:
+def opened(ort: Any, path: Path, threads: int, providers: Sequence[Any], kind: str, **options: Any) -> Any:
     """Open a session with these providers; `kind` (CPU or GPU) is named in errors."""
     # Without deterministic compute, a mean over many tokens on a GPU depends on the order of the additions.
     open_session = partial(
-        onnxruntime_session, path, threads=threads, providers=providers, use_deterministic_compute=kind == "GPU"
+        onnxruntime_session, path, threads=threads, providers=providers, use_deterministic_compute=kind == "GPU", **options
     )
     try:
         try:

@@ -23,6 +23,7 @@ PROVIDERS = {
     "h5py": ("h5py", "tensorflow"),
     "huggingface_hub": ("huggingface_hub", "hub"),
     "onnxruntime": ("ONNX Runtime", "onnxruntime"),
+    "onnxruntime_ep_nv_tensorrt_rtx": ("ONNX Runtime's provider for TensorRT for RTX", "onnxruntime-tensorrt-rtx"),
     "openvino": ("OpenVINO", "openvino"),
     "tensorrt": ("TensorRT", "tensorrt"),
     "tensorrt_lean": ("TensorRT's lean runtime", "tensorrt"),
@@ -116,9 +117,13 @@ def onnxruntime_session(
     threads: int = 0,
     providers: Sequence[Any] = ("CPUExecutionProvider",),
     config: Mapping[str, str] | None = None,
+    devices: Sequence[Any] = (),
     **options: Any,
 ) -> Any:
-    """Open an ONNX Runtime session that reports problems only as exceptions and never falls back to another provider."""
+    """Open an ONNX Runtime session that reports problems only as exceptions and never falls back to another provider.
+
+    `devices` are of a plug-in provider, and replace `providers`.
+    """
     ort = require("onnxruntime", "run a graph")
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads
@@ -127,9 +132,11 @@ def onnxruntime_session(
         setattr(settings, name, value)
     for name, value in (config or {}).items():
         settings.add_session_config_entry(name, value)
+    if devices:
+        settings.add_provider_for_devices(list(devices), {})
     with contextlib.nullcontext(model) if isinstance(model, bytes) else without_links(Path(model)) as source:
         # Without enable_fallback=0, ONNX Runtime replaces a failing provider by the CPU and prints a message.
-        return ort.InferenceSession(source, settings, providers=list(providers), enable_fallback=0)
+        return ort.InferenceSession(source, settings, providers=None if devices else list(providers), enable_fallback=0)
 
 
 def installed_versions(distributions: Iterable[str]) -> dict[str, str]:

@@ -17,12 +17,12 @@ from typing import Any
 
 from swin_deploy.bundle import TensorSpec
 from swin_deploy.dependencies import require
-from swin_deploy.errors import BackendError, MissingDependencyError, sentence
+from swin_deploy.errors import BackendError, MissingDependencyError, UsageError, sentence
 from swin_deploy.gpus import refuse_without_gpu
 from swin_deploy.options import Array
 from swin_deploy.runtimes.base import Feeds, Pool, Runtime, of_any_batch, static_batch_of
 from swin_deploy.runtimes.dlpack import DeviceTensor
-from swin_deploy.runtimes.onnxruntime import failed, opened, specs_of
+from swin_deploy.runtimes.onnxruntime import OnnxRuntime, failed, opened, specs_of
 
 from .capture_lock import CAPTURE_LOCK
 from .cuda_context import CudaContext, Handle, device_number
@@ -31,6 +31,7 @@ from .io_buffers import BufferLayout, IoBuffer, StreamBuffers, device_tensor
 MAX_TRANSFERS = 4  # concurrent calls: while one is computed, others copy their inputs and outputs
 MAX_GRAPHS = 16  # batch sizes with a CUDA graph, which ONNX Runtime keeps until the session ends
 FIRST_SAFE_RELEASE = 1, 31  # in older releases, another batch size frees or reuses memory that a graph reads
+RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 NO_GRAPH = -1  # the `gpu_graph_id` of a run without a CUDA graph
 _LOG = logging.getLogger(__name__)
 
@@ -108,6 +109,60 @@ class OnnxRuntimeTensorRt(OnnxRuntimeCuda):
     provider = "TensorrtExecutionProvider"
     providers = ((provider, {}), *OnnxRuntimeCuda.providers)  # the second runs what the first does not support
     graphs = False
+
+
+class OnnxRuntimeTensorRtRtx(OnnxRuntime):
+    """An ONNX model in ONNX Runtime's plug-in provider for TensorRT for RTX, which brings that library and compiles the graph.
+
+    Arrays are copied by ONNX Runtime. The plug-in needs no ONNX Runtime that is built for CUDA.
+    """
+
+    def __init__(self, path: Path, threads: int = 0, device: str = "cuda:0") -> None:
+        refuse_without_gpu(device)
+        ort, plugin = require("onnxruntime", "run ONNX models"), require(RTX_PLUGIN, "run ONNX models in TensorRT for RTX")
+        name, devices = rtx_plugin_devices(ort, plugin)
+        number = device_number(device)
+        if number >= len(devices):
+            raise UsageError(
+                f"Device {device} is not available to {name}, which supports {len(devices)} GPUs of this machine. It needs an "
+                "RTX GPU from Ampere on. Use another device, or the back end onnxruntime."
+            )
+        self._session = opened(ort, path, threads, (), "GPU", devices=devices[number : number + 1])
+        if name not in self._session.get_providers():
+            raise BackendError(f"ONNX Runtime {ort.__version__} could not start its plug-in provider {name}.")
+        Runtime.__init__(self, f"onnxruntime {ort.__version__}, {name} {plugin.__version__}", *specs_of(self._session), device)
+        self._names = [spec.name for spec in self.outputs]
+
+    def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
+        try:
+            found = dict(zip(self._names, self._session.run(self._names, feeds), strict=True))
+        except Exception as error:
+            raise failed(error) from error
+        for name, array in (out or {}).items():
+            array[...] = found[name]
+        return found if out is None else out
+
+    def _close(self) -> None:
+        self._session = None
+
+
+@functools.cache  # a library can be registered once
+def rtx_plugin_devices(ort: Any, plugin: Any) -> tuple[str, list[Any]]:
+    """Register the library of the plug-in provider; return the name of the provider and the devices that it supports."""
+    name = str(plugin.get_ep_name())
+    if not hasattr(ort, "register_execution_provider_library"):
+        raise MissingDependencyError(
+            f"ONNX Runtime {ort.__version__} has no plug-in providers. Expected 1.24 or newer. "
+            'Run: pip install --upgrade "swin-deploy[onnxruntime-tensorrt-rtx]"'
+        )
+    try:
+        ort.register_execution_provider_library(name, plugin.get_library_path())
+    except Exception as error:
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} cannot load its plug-in provider {name}: {sentence(str(error))}. It needs an "
+            "NVIDIA driver for CUDA 13. Update the driver, or use the back end onnxruntime."
+        ) from error
+    return name, [device for device in ort.get_ep_devices() if device.ep_name == name]
 
 
 def _shut_down(executor: ThreadPoolExecutor, session: _GraphSession) -> None:

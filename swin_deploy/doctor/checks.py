@@ -232,6 +232,17 @@ def _onnxruntime(provider: str, extras: str, works: str) -> str:
     return works
 
 
+def _onnxruntime_plugin() -> str:
+    from swin_deploy.runtimes.gpu.onnxruntime_cuda import RTX_PLUGIN, rtx_plugin_devices
+
+    ort = require("onnxruntime", "run a graph")
+    name, devices = rtx_plugin_devices(ort, require(RTX_PLUGIN, "run a graph"))
+    if not devices:
+        raise ProbeError(f"{name} supports none of the GPUs of this machine")
+    _expect_one(onnxruntime_session(MICRO, devices=devices[:1]).run(None, FEEDS)[0], name)
+    return _COMPILED
+
+
 def _openvino() -> str:
     from swin_deploy.runtimes.openvino import openvino_core
 
@@ -297,6 +308,14 @@ CHECKS = (
     Check("ONNX Runtime, CPU", (_ORT,), "onnxruntime", _ort_cpu, _ORT),
     Check("ONNX Runtime, CUDA", (_ORT,), "gpu", _ort_cuda, _ORT, needs_gpu=True),
     Check("ONNX Runtime, TensorRT", (_ORT,), "gpu,tensorrt", _ort_tensorrt, _ORT_TRT, needs_gpu=True),
+    Check(
+        "ONNX Runtime, TensorRT for RTX",
+        (_ORT, "onnxruntime_ep_nv_tensorrt_rtx"),
+        "onnxruntime-tensorrt-rtx",
+        _onnxruntime_plugin,
+        "onnxruntime-tensorrt-rtx",
+        needs_gpu=True,
+    ),
     Check("OpenVINO", ("openvino",), "openvino", _openvino, "openvino"),
     Check("PyTorch", ("torch", "onnx"), "export", _pytorch, "torch"),
     Check("TensorRT", ("tensorrt",), "tensorrt", partial(_compiler, "tensorrt"), "tensorrt", needs_gpu=True),

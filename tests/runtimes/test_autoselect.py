@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from cli.exported import EXAMPLES, copied, digits
 from engine_bundles import bundle_of
-from fake_gpu import FakeDriver
+from fake_gpu import FakeDriver, module
 
 import swin_deploy
 import swin_deploy.gpus
@@ -19,6 +21,7 @@ from swin_deploy.bundle import Bundle
 from swin_deploy.errors import BackendError, BundleError, MissingDependencyError, UsageError
 from swin_deploy.runtimes import autoselect as choice
 from swin_deploy.runtimes.autoselect import Candidate, Measured, choose
+from swin_deploy.runtimes.backends import runtime_from_onnx
 
 ORT, OV = Candidate("onnxruntime", "fp32", "cpu"), Candidate("openvino", "fp32", "cpu")
 
@@ -280,6 +283,35 @@ def test_without_a_gpu_nothing_is_to_be_installed(backend: str, monkeypatch: pyt
     monkeypatch.setattr(swin_deploy.gpus, "cuda_driver", lambda: None)
     with pytest.raises(UsageError, match=r"^Device cuda:1 is not available: .* no usable NVIDIA GPU\. Use the device cpu\.$"):
         swin_deploy.load(digits(2), backend=backend, device="cuda:1", precision="fp32")
+
+
+def test_the_plugin_for_tensorrt_for_rtx_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a plug-in that runs on the CPU: registered once, by its library, and the device is the one that was asked for."""
+    ort = pytest.importorskip("onnxruntime", reason="the plug-in is its")
+    name, calls = "NvTensorRTRTXExecutionProvider", []
+    plugin = module("plugin", __version__="0.5.0", get_ep_name=lambda: name, get_library_path=lambda: "lib.so")
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", plugin)
+    path = digits(2) / "onnx/model.onnx"
+    monkeypatch.setattr(swin_deploy.gpus, "cuda_driver", lambda: None)
+    with pytest.raises(UsageError, match=r"^Device cuda:0 is not available: .* no usable NVIDIA GPU\. Use the device cpu\.$"):
+        swin_deploy.load(digits(2), backend="onnxruntime-tensorrt-rtx", device="cuda", precision="fp32")
+    monkeypatch.setattr(swin_deploy.gpus, "cuda_driver", lambda: FakeDriver("sm_89", "sm_89"))
+    monkeypatch.setattr(ort, "register_execution_provider_library", lambda *arguments: calls.append(arguments))
+    devices = [SimpleNamespace(ep_name=name, number=number) for number in range(2)]
+    monkeypatch.setattr(ort, "get_ep_devices", lambda: [SimpleNamespace(ep_name="CPUExecutionProvider"), *devices])
+    monkeypatch.setattr(ort.SessionOptions, "add_provider_for_devices", lambda self, *arguments: calls.append(arguments))
+    with pytest.raises(BackendError, match=f"could not start its plug-in provider {name}"):
+        runtime_from_onnx(path, "onnxruntime-tensorrt-rtx", device="cuda")
+    monkeypatch.setattr(ort.InferenceSession, "get_providers", lambda self: [name])
+    with pytest.raises(UsageError, match=r"cuda:2 is not available to Nv.* supports 2 GPUs"):
+        runtime_from_onnx(path, "onnxruntime-tensorrt-rtx", device="cuda:2")
+    with runtime_from_onnx(path, "onnxruntime-tensorrt-rtx", device="cuda:1") as model:
+        assert "NvTensorRTRTXExecutionProvider 0.5.0" in model.title
+        feeds = {"pixel_values": np.zeros((2, 3, 32, 32), np.float32)}
+        out = {"logits": np.full((2, 10), np.nan, np.float32)}
+        assert model.run(feeds, out) is out
+        assert np.array_equal(out["logits"], model.run(feeds)["logits"])
+    assert calls == [(name, "lib.so"), (devices[:1], {}), (devices[1:], {})]
 
 
 def test_a_back_end_that_is_not_installed_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
