@@ -90,7 +90,7 @@ def runtime_from_onnx(
 ) -> Runtime:
     """Load the ONNX model at `path`. `bf16` lets OpenVINO compute in bf16; otherwise the types of the graph decide.
 
-    `options` are further arguments of OpenVINO: `batches`.
+    `options` are further arguments of OpenVINO: `batches`, and the `digest` of the file.
 
     Raises UsageError for an unknown back end or device, or a back end that does not run on the device.
     """

@@ -122,6 +122,9 @@ class Runtime(ABC):
                 self._calls.pop(call, None)
         self._free()
 
+    def keep(self) -> None:  # noqa: B027 - most back ends have nothing to store
+        """Store in the background what was compiled, in the cache folder of the user, so that the next load is faster."""
+
     def _free(self) -> None:
         if self._forked:  # a thread of the parent may have held the lock
             return

@@ -270,6 +270,7 @@ class Model:
                     raise BackendError("This model is closed. Load it again to run it.")
                 runtime = self._runtimes.get(size) or self._open(self._files[size])
                 self._runtimes[size] = runtime
+                runtime.keep()
         return runtime
 
     def _forked(self) -> Runtime | None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
 
-from swin_deploy.bundle import Bundle
+from swin_deploy.bundle import Bundle, sha256_of
 from swin_deploy.dependencies import require
 from swin_deploy.errors import EngineError, MissingDependencyError, UntrustedEngineError, UsageError
 from swin_deploy.gpus import cuda_devices, refuse_without_gpu
@@ -18,6 +23,7 @@ from .backends import BACKENDS, Backend, backend_named, misread, runtime_from_on
 from .base import Runtime
 from .model import Model
 
+T = TypeVar("T")
 AUTO, NAMED = "auto", "asked for by name"
 
 
@@ -37,8 +43,20 @@ def model_from_bundle(path: str | os.PathLike[str], spec: LoadSpec, tune: bool =
 
             return open_engine(bundle, file, candidate.device)
         in_bf16 = bundle.graphs[file].precision != candidate.precision
+        weights = bundle.graphs[file].weights
+
+        def check() -> tuple[Path, str]:
+            checked = bundle.verified_path(file)
+            digest = " ".join(sha256_of(one) for one in (checked, *([bundle.place(weights)] if weights else [])))
+            if candidate.backend == "openvino":
+                from .openvino import check_stored
+
+                check_stored(batches, digest, spec.threads, in_bf16)
+            return checked, digest
+
+        checked, digest = _while_importing(BACKENDS[candidate.backend].library, check)
         where = candidate.backend, spec.threads, in_bf16, candidate.device
-        return runtime_from_onnx(bundle.verified_path(file), *where, batches=batches)
+        return runtime_from_onnx(checked, *where, batches=batches, digest=digest)
 
     def open_first(candidate: Candidate) -> tuple[str, Runtime]:
         file = next(iter(candidates[candidate].values()))
@@ -66,6 +84,21 @@ def model_from_bundle(path: str | os.PathLike[str], spec: LoadSpec, tune: bool =
             if not measured:
                 raise
             failed[chosen] = error
+
+
+def _while_importing(library: str, check: Callable[[], T]) -> T:
+    """Return `check()`, which computes sha256, while a library is imported in another thread: both take as long."""
+    if library not in sys.modules:
+        thread = threading.Thread(target=_tried, args=(check,), daemon=True)
+        thread.start()
+        require(library, "run models")
+        thread.join()
+    return check()  # each sha256 is computed once
+
+
+def _tried(check: Callable[[], object]) -> None:
+    with contextlib.suppress(Exception):
+        check()
 
 
 def _candidates(bundle: Bundle, spec: LoadSpec) -> dict[Candidate, dict[Size, str]]:

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import hashlib
+import json
 import logging
+import mmap
 import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from swin_deploy.bundle import TensorSpec, without_links
-from swin_deploy.dependencies import require
+from swin_deploy import __version__
+from swin_deploy.bundle import TensorSpec, sha256_of, without_links
+from swin_deploy.dependencies import installed_versions, require
 from swin_deploy.errors import BackendError, UsageError, sentence
+from swin_deploy.files import json_from
+from swin_deploy.machine import processor_features, processor_name, usable_cores
 from swin_deploy.options import Array
 
 from .base import Feeds, Pool, Runtime, keep_forever
+from .user_cache import cache_folder, map_cached, read_cached, store_cached, write_cached
 
 _LOG = logging.getLogger(__name__)
+STORING = "swin-deploy: store compiled graphs"  # name of the thread
+SMALLEST_STORED = 4 << 20  # bytes of a graph: smaller ones are compiled in no time
 MOST_SIZES = 3  # batch sizes that a model compiles by itself; each holds the weights once more
 
 
@@ -36,7 +48,13 @@ class OpenVino(Runtime):
     """
 
     def __init__(
-        self, path: Path, threads: int = 0, device: str = "cpu", bf16: bool = False, batches: Sequence[int] = ()
+        self,
+        path: Path,
+        threads: int = 0,
+        device: str = "cpu",
+        bf16: bool = False,
+        batches: Sequence[int] = (),
+        digest: str = "",
     ) -> None:
         ov = self._ov = require("openvino", "run models with the openvino back end")
         if device != "cpu":
@@ -44,32 +62,29 @@ class OpenVino(Runtime):
         self._core, self._path, self._compiling = openvino_core(), path, threading.RLock()
         self._file, self._named = _identity(path), tuple(dict.fromkeys(batches))
         self._fixed: dict[int, Pool[Any]] = {}  # batch size -> the graph that is compiled for it
+        self._mapped: list[Any] = []  # files that these graphs refer to
         self._seen: set[int] = set()  # sizes that came once
-        able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if bf16 and not able:
+        self._new: list[tuple[int, Any]] = []  # compiled graphs that are not stored yet
+        self._keeping = False
+        self._able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if bf16 and not self._able:
             raise UsageError("This processor does not compute in bf16 (it has neither AVX512_BF16 nor AMX). Use fp32.")
+        self._key: dict[str, Any] = {"digest": digest, "threads": threads, "bf16": bf16} if digest else {}
+        self._facts: Any = None  # _Facts, when the graph was read or found
         try:
-            model = self._read()
-            self._quantized = quantized = any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
-            # By default OpenVINO computes fp32 models in bf16 on processors that support it.
-            hint = "bf16" if bf16 or (quantized and able) else "f32"
-            self._config: dict[str, Any] = {
-                "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_PRECISION_HINT": hint,
-                "INFERENCE_NUM_THREADS": threads,
-            }
-            if threads:  # OpenVINO would bind the threads of every model and process to the same first cores
-                self._config["ENABLE_CPU_PINNING"] = False
-            if any(map(_is_tiny_attention, model.get_ops())):
-                self._config["SNIPPETS_MODE"] = "DISABLE"  # OpenVINO 2026 crashes while it compiles some windows of 2x2 tokens
-            inputs, outputs = _specs(model.inputs), _specs(model.outputs)
-            self._any_batch = all(spec.shape[0] == "batch" for spec in inputs)
-            for size in (self._named or (1,))[: None if self._any_batch else 1]:
-                self._fixed[size] = self._compiled(model, size)
-                outputs = tuple(map(partial(_of_free_batch, size), outputs, _specs(model.outputs)))
+            model = None
+            for size in self._named or (1,):
+                if (pool := self._imported(size)) is None:
+                    model = model or self._read()
+                    self._facts = self._facts or _facts_of(model, threads, bf16, self._able)
+                    pool = self._compiled(model, size)
+                self._fixed[size] = pool
+                if not self._facts.any_batch:
+                    break
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot load {path}: {sentence(str(error))}.") from error
-        super().__init__(f"openvino {ov.__version__.partition('-')[0]}", inputs, outputs)  # without the build
+        title = f"openvino {ov.__version__.partition('-')[0]}"  # without the build
+        super().__init__(title, self._facts.inputs, self._facts.outputs)
 
     def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> Mapping[str, Array]:
         try:
@@ -90,7 +105,7 @@ class OpenVino(Runtime):
         return {spec.name: np.array(request.get_output_tensor(n).data) for n, spec in enumerate(self.outputs)}
 
     def _parts(self, feeds: Feeds) -> Sequence[int]:
-        if not self._any_batch:
+        if not self._facts.any_batch:
             return super()._parts(feeds)
         count = len(feeds[self.inputs[0].name])
         try:
@@ -99,7 +114,7 @@ class OpenVino(Runtime):
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot compile {self._path}: {sentence(str(error))}.") from error
         # OpenVINO rounds 8-bit layers differently for one image, so batches are not cut into single ones.
-        sizes = [size for size in self._fixed if size > 1 or not self._quantized]
+        sizes = [size for size in self._fixed if size > 1 or not self._facts.quantized]
         return batches_for(count, tuple(sorted(sizes or self._fixed)))
 
     def _compiled_now(self, count: int) -> bool:
@@ -115,7 +130,7 @@ class OpenVino(Runtime):
 
     def _graph(self, count: int) -> Pool[Any]:
         """Return the graph for exactly this batch, after compiling it if that was not done yet."""
-        size = count if self._any_batch else next(iter(self._fixed))
+        size = count if self._facts.any_batch else next(iter(self._fixed))
         if (found := self._fixed.get(size)) is not None:
             return found
         with self._compiling:
@@ -125,7 +140,8 @@ class OpenVino(Runtime):
                         f"{self._path} was changed or removed after it was loaded, and must be compiled again for batches. "
                         "Load the bundle again."
                     )
-                self._fixed = {**self._fixed, size: self._compiled(self._read(), size)}  # other threads iterate over it
+                pool = self._imported(size) or self._compiled(self._read(), size)
+                self._fixed = {**self._fixed, size: pool}  # other threads iterate over it
             return self._fixed[size]
 
     def _read(self) -> Any:
@@ -134,16 +150,120 @@ class OpenVino(Runtime):
 
     def _compiled(self, model: Any, size: int) -> Pool[Any]:
         start = time.perf_counter()
-        if self._any_batch:
+        if self._facts.any_batch:
             model.reshape({port: [size, *list(port.get_partial_shape())[1:]] for port in model.inputs})
-        compiled = self._core.compile_model(model, "CPU", self._config)
-        _LOG.info("Compiled %s for a batch of %d in %.1f s", self._path, size, time.perf_counter() - start)
+            fixed = _specs(model.outputs)
+            self._facts = replace(self._facts, outputs=tuple(map(partial(_of_free_batch, size), self._facts.outputs, fixed)))
+        compiled = self._core.compile_model(model, "CPU", self._facts.config)
+        _LOG.log(
+            logging.INFO if size > 1 else logging.DEBUG,
+            "Compiled %s for a batch of %d in %.1f s",
+            self._path,
+            size,
+            time.perf_counter() - start,
+        )
+        self._new.append((size, compiled))
+        if self._keeping:
+            self.keep()
+        return self._pool_of(compiled)
+
+    def _pool_of(self, compiled: Any) -> Pool[Any]:
         # A request serves one caller at a time. With two, one is prepared while the other computes with all threads.
         most = max(2, compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
         return Pool(compiled.create_infer_request, most)
 
+    def _imported(self, size: int) -> Pool[Any] | None:
+        """Return the graph that an earlier process compiled for this batch; None if there is none."""
+        file = stored_graph(size, **self._key) if self._key else None
+        try:
+            stated = json_from(read_cached(file and file.with_suffix(".json")), str(file))
+            facts = _Facts(_specs_from(stated["inputs"]), _specs_from(stated["outputs"]), stated["config"], stated["quantized"])
+            mapped = map_cached(file, stated["sha256"])
+        except (ValueError, KeyError, TypeError):
+            return None
+        if mapped is None:
+            return None
+        # OpenVINO refuses arrays that are read-only, but never writes into a compiled model: it maps its own in the same way.
+        start = np.frombuffer(mapped, np.uint8).ctypes.data
+        content = np.ctypeslib.as_array((ctypes.c_ubyte * len(mapped)).from_address(start))
+        try:
+            compiled = self._core.import_model(self._ov.Tensor(content, shared_memory=True), "CPU", facts.config)
+        except RuntimeError as error:
+            _LOG.info("The compiled graph %s is not used: %s", file, sentence(str(error)))
+            return None
+        self._facts = self._facts or facts
+        self._mapped.append(mapped)
+        if hasattr(mmap, "MADV_DONTNEED"):  # most of it was only copied; what is read again is mapped again
+            mapped.madvise(mmap.MADV_DONTNEED)
+        return self._pool_of(compiled)
+
+    def keep(self) -> None:
+        self._keeping = True
+        new, self._new = self._new, []
+        with contextlib.suppress(OSError):
+            if self._key and new and self._path.stat().st_size >= SMALLEST_STORED:
+                threading.Thread(target=self._store, args=(new,), name=STORING).start()
+
+    def _store(self, compiled: list[tuple[int, Any]]) -> None:
+        for size, graph in compiled:
+            with contextlib.suppress(RuntimeError):
+                if (file := stored_graph(size, **self._key)) and (digest := store_cached(file, graph.export_model)):
+                    write_cached(file.with_suffix(".json"), json.dumps({**asdict(self._facts), "sha256": digest}).encode())
+
     def _close(self) -> None:
         self._fixed = {}
+        self._new = []
+        self._mapped = []  # after what refers to it
+
+
+def stored_graph(size: int, digest: str, threads: int, bf16: bool) -> Path | None:
+    """Return where a compiled graph for a batch is stored for the next load by the same libraries on the same machine."""
+    if (folder := cache_folder("openvino")) is None:
+        return None
+    libraries = [__version__, *installed_versions(("openvino",)).values()]
+    machine = [processor_name(), *processor_features(), usable_cores()]
+    key = json.dumps([digest, size, threads, bf16, libraries, machine])
+    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cache"
+
+
+def check_stored(batches: Sequence[int], digest: str, threads: int, bf16: bool) -> None:
+    """Compute the sha256 of the graphs that will be loaded, each once."""
+    for size in batches or (1,):
+        if (file := stored_graph(size, digest, threads, bf16)) is not None:
+            with contextlib.suppress(OSError):
+                sha256_of(file)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is known about a graph: inputs and outputs, how to compile it, and whether it has 8-bit layers."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    config: dict[str, Any]
+    quantized: bool
+
+    @property
+    def any_batch(self) -> bool:
+        """Whether the graph takes batches of any size."""
+        return all(spec.shape[0] == "batch" for spec in self.inputs)
+
+
+def _facts_of(model: Any, threads: int, bf16: bool, able: bool) -> _Facts:
+    nodes = model.get_ops()
+    quantized = any(node.get_type_name() == "FakeQuantize" for node in nodes)
+    # By default OpenVINO computes fp32 models in bf16 on processors that support it.
+    hint = "bf16" if bf16 or (quantized and able) else "f32"
+    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads}
+    if threads:  # OpenVINO would bind the threads of every model and process to the same first cores
+        config["ENABLE_CPU_PINNING"] = False
+    if any(map(_is_tiny_attention, nodes)):
+        config["SNIPPETS_MODE"] = "DISABLE"  # OpenVINO 2026 crashes while it compiles some windows of 2x2 tokens
+    return _Facts(_specs(model.inputs), _specs(model.outputs), config, quantized)
+
+
+def _specs_from(stated: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(one["name"], one["dtype"], tuple(one["shape"])) for one in stated)
 
 
 @lru_cache(256)

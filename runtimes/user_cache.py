@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import functools
+import io
 import logging
+import mmap
 import os
 import re
+import shutil
 import stat
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from swin_deploy.bundle import cache_folder as cache_folder
+from swin_deploy.bundle import sha256_of
 from swin_deploy.files import scratch, sweep_folder
 
 _LOG = logging.getLogger(__name__)
-DAYS, MOST_FILES = 90, 64  # files of each kind that are kept, those used last
+DAYS, MOST_FILES, MOST_BYTES = 90, 64, 2 << 30  # files of each kind that are kept, those used last
 LARGEST = 1 << 30  # bytes
 _OURS = re.compile(r"[0-9a-f]{32}[\w-]*\.(?:json|cache)")  # no other file is ever deleted
 
@@ -41,15 +47,65 @@ def write_cached(file: Path | None, content: bytes) -> None:
     if file is None:
         return
     with suppress(OSError):
-        for folder in (file.parents[1], file.parent):
-            folder.mkdir(0o700, parents=True, exist_ok=True)
-        if not _trusted(file.parent):
+        if not _opened(file.parent):
             return
-        sweep_folder(file.parent)
         with scratch(file) as path:
             path.write_bytes(content)
             path.replace(file)
         _remove_old(file.parent)
+
+
+def map_cached(file: Path | None, sha256: str) -> mmap.mmap | None:
+    """Map a file and mark it as used; None if it has another sha256, or somebody else could have written it."""
+    if file is None or not _trusted(file.parent):
+        return None
+    with suppress(OSError, ValueError):
+        handle = os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(handle, "rb"):
+            facts = os.fstat(handle)
+            if not stat.S_ISREG(facts.st_mode) or (os.name != "nt" and (facts.st_uid != os.geteuid() or facts.st_mode & 0o022)):
+                return None
+            if sha256_of(file) != sha256:
+                _LOG.warning("Warning: %s is damaged, so it is not used, and written again.", file)
+                return None
+            if facts.st_mtime < time.time() - 24 * 3600:
+                os.utime(file)
+            return mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
+    return None
+
+
+def store_cached(file: Path, write: Callable[[io.BytesIO], object]) -> str:
+    """Write a file atomically with `write(stream)`, and return its sha256; empty if the folder or disk cannot hold it."""
+    with suppress(OSError):
+        if not _opened(file.parent):
+            return ""
+        with scratch(file) as path:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
+            with os.fdopen(handle, "wb") as opened:
+                write(_Stream(opened))
+            if path.stat().st_size > min(LARGEST, shutil.disk_usage(file.parent).free):
+                return ""
+            digest = sha256_of(path)
+            path.replace(file)
+        return digest
+    return ""
+
+
+class _Stream(io.BytesIO):
+    """Passes everything on to a file. OpenVINO only writes into a BytesIO."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__()
+        self.write, self.seek, self.tell = file.write, file.seek, file.tell  # type: ignore[method-assign]
+
+
+def _opened(folder: Path) -> bool:
+    """Create a cache folder and remove what killed processes left in it; return whether only this user can write into it."""
+    for place in (folder.parent, folder):
+        place.mkdir(0o700, parents=True, exist_ok=True)
+    if trusted := _trusted(folder):
+        sweep_folder(folder)
+    return trusted
 
 
 def _trusted(folder: Path) -> bool:
@@ -94,8 +150,9 @@ def _ours(folder: Path) -> list[tuple[float, Path]]:
 
 
 def _remove_old(folder: Path) -> None:
-    oldest = time.time() - DAYS * 24 * 3600
+    oldest, held = time.time() - DAYS * 24 * 3600, 0
     for number, (used, file) in enumerate(sorted(_ours(folder), reverse=True)):
-        if used < oldest or number >= MOST_FILES:
-            with suppress(OSError):
+        with suppress(OSError):
+            held += file.stat().st_size
+            if used < oldest or number >= MOST_FILES or held > MOST_BYTES:
                 file.unlink()

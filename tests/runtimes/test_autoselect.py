@@ -167,7 +167,7 @@ def test_what_failed_to_load_is_tried_again(cache: Path, monkeypatch: pytest.Mon
     pytest.importorskip("openvino", reason="there would be nothing to choose")
     from swin_deploy.runtimes.openvino import OpenVino
 
-    def fails(self: OpenVino, *_: Any) -> None:
+    def fails(self: OpenVino, *_: Any, **__: Any) -> None:
         raise MissingDependencyError("OpenVINO is needed, but it fails to import (libtbb.so.12).")
 
     with monkeypatch.context() as patch:

@@ -52,7 +52,7 @@ def test_compiled_sizes(
     images = np.random.default_rng(0).standard_normal((9, 3, 32, 32)).astype(np.float32)
     with swin_deploy.load(bundle, backend="onnxruntime", precision="fp32") as model:
         wanted = model.run({"pixel_values": images})["logits"]
-    caplog.set_level(logging.INFO, "swin_deploy")
+    caplog.set_level(logging.DEBUG, "swin_deploy")
     with swin_deploy.load(bundle, backend="openvino", precision="fp32", batches=batches) as model:
         first = model.run({"pixel_values": images[:1]})["logits"]
         for count in counts:

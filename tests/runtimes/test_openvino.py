@@ -110,7 +110,7 @@ def test_windows_of_2x2_tokens_are_compiled_without_snippets(tokens: int, snippe
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=9)
     onnx.save(model, tmp_path / "m.onnx")
     with OpenVino(tmp_path / "m.onnx") as runtime:
-        assert ("SNIPPETS_MODE" not in runtime._config) is snippets
+        assert ("SNIPPETS_MODE" not in runtime._facts.config) is snippets
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not say which processors a thread may use")
