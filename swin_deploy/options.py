@@ -668,6 +668,21 @@ class EvaluateSpec(Spec):
 
 
 @dataclass(frozen=True)
+class DiffSpec(Spec):
+    """Options of `swin_deploy.diff` and `swin-deploy diff`."""
+
+    b: Any = option(
+        MISSING, parse.location, "The network to check: a bundle, an ONNX file, or a checkpoint, named as the first.", flags=()
+    )
+    _: KW_ONLY
+    data: Any = option(
+        None, parse.images, "Images to run. Default: the reference inputs of the first bundle, or noise if neither is a bundle."
+    )
+    samples: int | None = option(None, parse.whole(1), "Number of images to run. Default: 2.")
+    progress: Progress = progress_option()
+
+
+@dataclass(frozen=True)
 class InspectSpec(Spec):
     """Options of `swin_deploy.inspect` and `swin-deploy inspect`."""
 

@@ -107,7 +107,7 @@ def imports(node: ast.AST, package: str, inside: bool = False) -> Iterator[tuple
 
 # Which of the three top folders a folder may import at all. api/, cli/, bench/, datasets/ and doctor/ put them together.
 MAY_IMPORT = {"exporters": ("calib",), "runtimes": (), "calib": ()}
-COMPOSE = ("api", "cli", "bench", "datasets", "doctor", "publishing", "reporting", "serving")
+COMPOSE = ("api", "cli", "bench", "datasets", "diagnosis", "doctor", "publishing", "reporting", "serving")
 
 
 @pytest.mark.parametrize("module", sorted(SOURCES))

@@ -1,0 +1,40 @@
+"""Compare two graphs of one network, and name the first part that differs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from swin_deploy.option_parsers import BundlePath, bundle_keywords
+from swin_deploy.options import DiffSpec
+
+if TYPE_CHECKING:
+    from swin_deploy.diagnosis.comparison import Difference
+
+
+@bundle_keywords(DiffSpec)
+def diff(a: BundlePath, spec: DiffSpec) -> Difference:
+    """Compare two graphs of one network part by part, and name the first part that differs and the likely cause.
+
+    Each is a bundle, an ONNX file of any exporter, or a checkpoint: `BUNDLE`, `BUNDLE:int8`,
+    `BUNDLE:int8@openvino`, `FILE.onnx` or `FOLDER`. Graphs may differ in layout, types and exporter. They are aligned by
+    their structure, and tokens are put into row-major order.
+
+    Args:
+        a: The network that is right.
+        {options}
+
+    Returns:
+        The first difference that the types of the graphs do not explain, and the error at every point.
+
+    Raises:
+        UsageError: One of the two is not a Swin Transformer, or they take images of different sizes.
+
+    Example:
+        >>> swin_deploy.diff("swinv2-tiny", "swinv2-tiny:int8@openvino").first
+    """
+    from swin_deploy.diagnosis.comparison import compared
+    from swin_deploy.diagnosis.sides import give_images, side_from
+
+    sides = side_from(a), side_from(spec.b)
+    give_images(sides, spec.data, spec.samples)
+    return compared(*sides)

@@ -1,0 +1,496 @@
+"""Compare the parameters of two graphs with different layouts or types, after undoing what exporters fold and equalize.
+
+Every comparison is of something that no legal rewrite changes. A LayerNorm and the linear layer after it are one linear map of
+normalized tokens, whose mean is 0: the map is the same if all weights of a row change by one number. A bias of keys, and of
+a whole row of scores, changes no probability. A factor on a row of the query may be undone in the same row of the key, and one
+on a row of the value in the column of the output projection.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from swin_deploy.options import Array
+
+from .comparison import MASKED, Fault, by_window
+from .sides import Side
+from .swin_structure import LinearPart, NormPart, Point, activation_kind
+
+# Largest relative error of a parameter that a type explains, and of the least-squares factor between two.
+WEIGHT = {"fp32": 1e-4, "fp16": 4e-3, "bf16": 2e-2, "int8": 0.3, "fp8": 0.3}
+FACTOR = {"fp32": 2e-5, "fp16": 2e-3, "bf16": 1e-2, "int8": 0.07, "fp8": 0.07}
+EIGHT_BITS = ("int8", "fp8")
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """A LayerNorm and a linear layer: `matrix` [outputs, channels] with rows of mean 0, and `offset` [outputs]."""
+
+    matrix: Array
+    offset: Array
+
+
+class ParameterComparison:
+    """Compares the parameters of `b` with those of `a`, whose networks have the same blocks."""
+
+    def __init__(self, a: Side, b: Side) -> None:
+        self.a, self.b = a, b
+        self.version = b.structure.version
+        self.tight = max(WEIGHT[a.precision], WEIGHT[b.precision])
+        self.factor = max(FACTOR[a.precision], FACTOR[b.precision])
+        self.quantized = a.precision in EIGHT_BITS or b.precision in EIGHT_BITS
+        self.typed = not a.precision == b.precision == "fp32"
+
+    def faults(self) -> Iterator[Fault]:
+        """Yield what differs, in no particular order."""
+        structure = self.b.structure
+        yield from self._patches()
+        for stage, depth in enumerate(structure.depths):
+            stream = self._stream_factors(stage) if self.version == 2 and self.quantized else None
+            for block in range(depth):
+                at = stage, block
+                yield from self._attention_inputs(at, stream)
+                yield from self._output(at)
+                yield from self._scores(at)
+                yield from self._mlp(at, stream)
+                if self.version == 2:
+                    for part in ("norm1", "norm2"):
+                        yield from self._norm(Point(*at, part), stream)
+            if stage + 1 < len(structure.depths):
+                yield from self._merge(stage, stream)
+        yield from self._head()
+        yield from self._norm_settings()
+
+    # -- single parts ------------------------------------------------------------------------------------------------------
+
+    def _patches(self) -> Iterator[Fault]:
+        from .faults import describe
+
+        point = Point(None, None, "patch_embed")
+        convs = [one.structure.conv for one in (self.a, self.b)]
+        if None in convs:
+            return
+        x, y = (
+            side.graph.constant(conv.input[1]).astype(np.float64) for side, conv in zip((self.a, self.b), convs, strict=True)
+        )
+        if x.shape == y.shape and self._differ(x.reshape(len(x), -1), y.reshape(len(y), -1)):
+            orders = [(2, 1, 0), (1, 0, 2), (0, 2, 1), (1, 2, 0), (2, 0, 1)] if x.shape[1] == 3 else []
+            best = next((o for o in orders if not self._differ(x[:, o].reshape(len(x), -1), y.reshape(len(y), -1))), None)
+            place, cause = point, describe(point, x, y)
+            if best is not None:
+                place = Point(None, None, "input")
+                cause = f"Other preprocessing: the channels of images are in the order {best}."
+            yield Fault(place, convs[1].input[1], cause)
+            return
+        biases = [
+            side.graph.constant(conv.input[2]).astype(np.float64) if len(conv.input) > 2 else np.zeros(len(x))
+            for side, conv in zip((self.a, self.b), convs, strict=True)
+        ]
+        if self._vectors_differ(*biases):
+            yield Fault(point, convs[1].input[-1], describe(point, *biases))
+        elif self.version == 1 or not self.quantized:
+            yield from self._norm(point, None)
+
+    def _norm(self, point: Point, stream: Array | None) -> Iterator[Fault]:
+        """Compare a norm whose output is used as it is."""
+        ours, theirs = self._norms(point)
+        if ours is None or theirs is None or ours.weight is None or theirs.weight is None:
+            if (ours is None) != (theirs is None) and not self.quantized:
+                yield Fault(point, "", "Missing norm: one graph has a LayerNormalization here, and the other has none.")
+            return
+        for name in ("weight", "bias"):
+            x, y = (self._vector(getattr(one, name), len(ours.weight)) for one in (ours, theirs))
+            if stream is not None:
+                y = y * stream
+            limit = 0.02 if self.quantized else self.tight
+            if np.linalg.norm(x - y) > limit * max(float(np.linalg.norm(x)), 1e-6):
+                yield Fault(point, theirs.output, self._cause(x, y, f"{name} of the norm"))
+                return
+
+    def _norm_settings(self) -> Iterator[Fault]:
+        for point, theirs in self.b.structure.norms.items():
+            ours = self.a.structure.norms.get(point)
+            if ours is not None and not math.isclose(ours.eps, theirs.eps, rel_tol=0.02, abs_tol=1e-9):
+                yield Fault(point, theirs.output, f"Wrong epsilon: {theirs.eps:.3g} instead of {ours.eps:.3g}.")
+        missing = self.a.structure.norms.keys() - self.b.structure.norms.keys()
+        for point in missing:
+            yield Fault(point, "", "Missing norm: the graph has no LayerNormalization here.")
+
+    def _attention_inputs(self, at: tuple[int, int], stream: Array | None) -> Iterator[Fault]:
+        norm = Point(*at, "norm1") if self.version == 1 else None
+        ours, theirs = ({part: self._map(side, Point(*at, f"attention.{part}"), norm, side is self.b, stream)
+                         for part in ("query", "key", "value")} for side in (self.a, self.b))  # fmt: skip
+        if any(one is None for one in (*ours.values(), *theirs.values())):
+            return
+        wrong: dict[str, str] = {}
+        scales = [self._total_scale(side, at) for side in (self.a, self.b)]
+        rows: dict[str, Array] = {}
+        for part in ("query", "key", "value"):
+            x, y = ours[part], theirs[part]
+            if x is None or y is None or x.matrix.shape != y.matrix.shape:
+                continue
+            mx, my, cx, cy = x.matrix, y.matrix, x.offset, y.offset
+            if self.version == 1 and part == "query":
+                mx, my, cx, cy = mx * scales[0], my * scales[1], cx * scales[0], cy * scales[1]
+            found = (mx * my).sum(1) / np.maximum((mx * mx).sum(1), 1e-30)
+            rows[part] = np.where(np.abs(found) < 1e-6, 1e-6, found)
+            if self.version == 2 and part != "value" and self.typed:
+                heads = self._heads(at)
+                f = np.exp2(np.rint(np.log2(np.maximum(np.median(rows[part].reshape(heads, -1), axis=1), 1e-9))))
+                legal = np.minimum(f, 1).repeat(len(mx) // heads)
+                my, cy = my / legal[:, None], cy / legal
+                rows[part] = rows[part] / legal
+            if self.quantized and (part == "value" or (self.version == 1 and np.std(np.log(np.abs(rows[part]))) > 0.02)):
+                my, cy = my / rows[part][:, None], cy / rows[part]
+            if self._differ(mx, my):
+                wrong[part] = self._cause(mx, my, "weight")
+            elif (part == "query" or (part == "key" and self.version == 2)) and self._vectors_differ(cx, cy, mx):
+                wrong[part] = self._cause(cx, cy, "bias")
+        if "query" not in wrong and "key" not in wrong and self.quantized and self.version == 1 and len(rows) == 3:
+            product = float(np.median(rows["query"] * rows["key"]))
+            if abs(product - 1) > 0.03:
+                expected = self._equalized(ours)
+                part = "query"
+                if expected is not None and abs(float(np.median(rows["query"] / expected)) - 1) < 0.25:
+                    part = "key"
+                wrong[part] = f"Scaled: the weight is {product:.4g} times that of the other graph."
+        if not wrong:
+            return
+        tensor = self.b.structure.linears[Point(*at, "attention.query")].output
+        if self.version == 1 and len(wrong) == 3 and self._norm_is_wrong(norm):
+            yield Fault(Point(*at, "norm1"), tensor, next(iter(wrong.values())).replace("weight", "weight of the norm"))
+            return
+        if self.version == 1 and list(wrong) == ["query"] and "Scaled" in wrong["query"] and self._explicit_scale(at):
+            yield Fault(Point(*at, "attention.scale"), tensor, wrong["query"].replace("Scaled: the weight", "Wrong scale: it"))
+            return
+        for part, cause in wrong.items():
+            yield Fault(Point(*at, f"attention.{part}"), tensor, cause)
+
+    def _output(self, at: tuple[int, int]) -> Iterator[Fault]:
+        point, value = Point(*at, "attention.output"), Point(*at, "attention.value")
+        norm = Point(*at, "norm1") if self.version == 1 else None
+        ours, theirs = (side.structure.linears.get(point) for side in (self.a, self.b))
+        maps = [self._map(side, value, norm, False, None) for side in (self.a, self.b)]
+        if ours is None or theirs is None or maps[0] is None or maps[1] is None or ours.weight.shape != theirs.weight.shape:
+            return
+        x, y = ours.weight.astype(np.float64), theirs.weight.astype(np.float64)
+        before, after = (
+            self._vector(one.bias, len(x)) + weight @ found.offset
+            for one, weight, found in ((ours, x, maps[0]), (theirs, y, maps[1]))
+        )
+        if self.quantized:
+            columns = (x * y).sum(0) / np.maximum((x * x).sum(0), 1e-30)
+            mx, my = maps[0].matrix, maps[1].matrix
+            if self.version == 2:
+                stream = self._stream_factors(at[0])
+                my = my / stream if stream is not None else my
+            rows = (mx * my).sum(1) / np.maximum((mx * mx).sum(1), 1e-30)
+            product = float(np.median(columns * rows))
+            if abs(product - 1) > 0.04:
+                spread = abs(float(np.median(columns)) - 1) <= abs(float(np.median(rows)) - 1)
+                cause = f"Scaled: the weight is {product:.4g} times that of the other graph."
+                yield Fault(value if spread else point, theirs.output, cause)
+                return
+            safe = np.where(np.abs(columns) < 1e-6, 1e-6, columns)
+            y = y / safe
+        if self._differ(x, y):
+            yield Fault(point, theirs.output, self._cause(x, y, "weight"))
+        elif self._vectors_differ(before, after, x):
+            # A bias of values counts as it was: in its own layer, unless that layer has none.
+            own = self._vectors_differ(self._vector(ours.bias, len(x)), self._vector(theirs.bias, len(x)), x)
+            yield Fault(point if own else value, theirs.output, self._cause(before, after, "bias"))
+
+    def _mlp(self, at: tuple[int, int], stream: Array | None) -> Iterator[Fault]:
+        norm = Point(*at, "norm2") if self.version == 1 else None
+        yield from self._after_norm(Point(*at, "mlp.fc1"), norm, stream)
+        yield from self._after_norm(Point(*at, "mlp.fc2"), None, None)
+        point = Point(*at, "mlp.activation")
+        kinds = [activation_kind(s.graph, s.structure, point) for s in (self.a, self.b) if point in s.structure.activations]
+        if len(set(kinds)) > 1:
+            yield Fault(point, self.b.structure.tensors[point], f"Other activation: {kinds[1]} instead of {kinds[0]}.")
+
+    def _merge(self, stage: int, stream: Array | None) -> Iterator[Fault]:
+        norm, reduction = Point(stage, None, "merge.norm"), Point(stage, None, "merge.reduction")
+        tiled = None if stream is None else np.tile(stream, 4)
+        yield from self._after_norm(reduction, norm if self.version == 1 else None, tiled)
+        if self.version == 2 and not self.quantized:
+            yield from self._norm(norm, None)
+
+    def _head(self) -> Iterator[Fault]:
+        yield from self._after_norm(Point(None, None, "head"), Point(None, None, "norm"), None)
+
+    def _after_norm(self, point: Point, norm: Point | None, stream: Array | None) -> Iterator[Fault]:
+        ours, theirs = self._map(self.a, point, norm, False, None), self._map(self.b, point, norm, True, stream)
+        if ours is None or theirs is None or ours.matrix.shape != theirs.matrix.shape:
+            return
+        layer = self.b.structure.linears[point]
+        place, cause = None, ""
+        if self._differ(ours.matrix, theirs.matrix):
+            place, cause = point, self._cause(ours.matrix, theirs.matrix, "weight")
+        elif self._vectors_differ(ours.offset, theirs.offset, ours.matrix):
+            place, cause = point, self._cause(ours.offset, theirs.offset, "bias")
+        if place is not None and norm is not None and self._norm_is_wrong(norm, point):
+            place, cause = norm, cause.replace("weight", "weight of the norm")
+        if place is not None:
+            yield Fault(place, layer.output, cause)
+
+    def _scores(self, at: tuple[int, int]) -> Iterator[Fault]:
+        """Compare what is added to scores, and V2's factors of heads."""
+        sides = (self.a, self.b)
+        if self.version == 2:
+            x, y = (self._head_scales(side, at) for side in sides)
+            if x is not None and y is not None and x.shape == y.shape and np.abs(x / y - 1).max() > max(self.factor, 2e-3):
+                node = self.b.structure.attentions[at].scales
+                yield Fault(Point(*at, "attention.scale"), node[0][0].output[0] if node else "", self._cause(x, y, "scale"))
+        ours, theirs = (self._added(side, at) for side in sides)
+        if ours is None or theirs is None or ours.shape[1:] != theirs.shape[1:]:
+            return
+        tensor = self.b.structure.attentions[at].softmax.input[0]
+        count = max(len(ours), len(theirs))
+        ours, theirs = (np.broadcast_to(one, (count, *one.shape[1:])) for one in (ours, theirs))
+        parts = []
+        for one in (ours, theirs):
+            bias = one.max(axis=0)
+            mask = np.maximum(one - bias, 2 * MASKED)
+            parts.append((bias, mask))
+        off = np.abs(parts[0][1] - parts[1][1]) > 1.0
+        limit = {"fp32": 3e-4}.get(self.a.precision if self.a.precision == self.b.precision else "", 4e-3)
+        centered = [bias - bias.mean(-1, keepdims=True) for bias, _ in parts]
+        size = max(1.0, float(np.abs(centered[0]).max()))
+        beyond = np.abs(centered[0] - centered[1]) > limit * size
+        if off.any():
+            window, _, query, key = np.argwhere(off)[0]
+            yield Fault(
+                Point(*at, "attention.mask"), tensor,
+                f"Wrong mask: {int(off.any(axis=1).sum())} elements differ, first: window {window}, query {query}, key {key}.",
+            )  # fmt: skip
+        elif beyond.any():
+            _, query, key = np.argwhere(np.abs(parts[0][0] - parts[1][0]) > limit * size)[0]
+            yield Fault(
+                Point(*at, "attention.bias"), tensor,
+                f"Wrong bias row: {int(beyond.any(axis=(0, 2)).sum())} queries differ, first: query {query}, key {key}.",
+            )  # fmt: skip
+
+    # -- parameters --------------------------------------------------------------------------------------------------------
+
+    def _norms(self, point: Point) -> tuple[NormPart | None, NormPart | None]:
+        return self.a.structure.norms.get(point), self.b.structure.norms.get(point)
+
+    def _map(self, side: Side, point: Point, norm: Point | None, streamed: bool, stream: Array | None) -> LinearMap | None:
+        """Return the linear map at `point` of the normalized tokens before it, or of the tokens if `norm` is None."""
+        structure = side.structure
+        layer = structure.linears.get(point)
+        if layer is None:
+            return None
+        weight, bias = layer.weight.astype(np.float64), self._vector(layer.bias, len(layer.weight))
+        if point in structure.joined:
+            third = len(weight) // 3
+            number = ("query", "key", "value").index(point.part.rpartition(".")[2])
+            weight, bias = weight[number * third : (number + 1) * third], bias[number * third : (number + 1) * third]
+        bias = bias + self._late_bias(side, point, len(weight))
+        if streamed and stream is not None:
+            weight = weight / stream
+        found = structure.norms.get(norm) if norm is not None else None
+        if norm is None:
+            return LinearMap(weight, bias)
+        if found is not None and found.weight is not None:
+            offset = weight @ self._vector(found.bias, weight.shape[1]) + bias
+            weight = weight * found.weight
+        else:
+            offset = bias
+            weight = weight / self._shrunk(side, layer)
+        return LinearMap(weight - weight.mean(1, keepdims=True), offset)
+
+    def _late_bias(self, side: Side, point: Point, count: int) -> Array:
+        """Return the bias that is added to queries or keys after the split into heads."""
+        total = np.zeros(count)
+        if point.block is None or point.part not in ("attention.query", "attention.key"):
+            return total
+        attention = side.structure.attentions[point.stage or 0, point.block]
+        name = attention.query if point.part.endswith("query") else attention.key
+        stop = side.structure.linears[point].node.output[0]
+        for node in side.graph.ancestors(name, {stop}):
+            for constant in node.input if node.op_type == "Add" else ():
+                late = node.output[0] != side.structure.linears[point].output
+                if late and side.graph.is_constant(constant) and side.graph.constant(constant).size == count:
+                    total = total + side.graph.constant(constant).astype(np.float64).reshape(-1)
+        return total
+
+    def _shrunk(self, side: Side, layer: LinearPart) -> float:
+        """Return the factor on the deviation by which the matmul of a layer is divided, if a norm's division is after it."""
+        readers = side.graph.readers.get(layer.node.output[0], [])
+        while len(readers) == 1 and readers[0].op_type == "Cast":
+            readers = side.graph.readers.get(readers[0].output[0], [])
+        if len(readers) != 1 or readers[0].op_type != "Div":
+            return 1.0
+        node = side.graph.writer.get(readers[0].input[1])
+        while node is not None and node.op_type == "Cast":
+            node = side.graph.writer.get(node.input[0])
+        if node is None or node.op_type != "Mul":
+            return 1.0
+        factors = [side.graph.constant(name) for name in node.input if side.graph.is_constant(name)]
+        return float(factors[0].ravel()[0]) if factors else 1.0
+
+    def _stream_factors(self, stage: int) -> Array | None:
+        """Return what each channel of the tokens of a stage is divided by in `b`: channel equalization of V2."""
+        points = [Point(stage, block, part) for block in range(self.b.structure.depths[stage]) for part in ("norm1", "norm2")]
+        points.append(Point(None, None, "patch_embed") if stage == 0 else Point(stage - 1, None, "merge.norm"))
+        ratios = []
+        for point in points:
+            ours, theirs = self._norms(point)
+            if ours is None or theirs is None or ours.weight is None or theirs.weight is None:
+                continue
+            x = ours.weight.astype(np.float64)
+            y = theirs.weight.astype(np.float64)
+            ratios.append(x / np.where(np.abs(y) < 1e-12, 1e-12, y))
+        return np.median(ratios, axis=0) if ratios else None
+
+    def _norm_is_wrong(self, norm: Point | None, reader: Point | None = None) -> bool:
+        """Whether the norm's own parameters differ and the weights that read it do not, or cannot be told apart."""
+        if norm is None:
+            return False
+        ours, theirs = self._norms(norm)
+        if ours is None or theirs is None:
+            return ours is not theirs
+        if ours.weight is None or theirs.weight is None:
+            return False
+        same = all(
+            np.linalg.norm(self._vector(getattr(ours, name), len(ours.weight)) -
+                           self._vector(getattr(theirs, name), len(ours.weight)))
+            <= self.tight * max(float(np.linalg.norm(self._vector(getattr(ours, name), len(ours.weight)))), 1e-6)
+            for name in ("weight", "bias")
+        )  # fmt: skip
+        if same:
+            return False
+        if reader is None:
+            return True
+        x, y = (side.structure.linears[reader].weight.astype(np.float64) for side in (self.a, self.b))
+        return x.shape == y.shape and not self._differ(x, y)
+
+    def _added(self, side: Side, at: tuple[int, int]) -> Array | None:
+        """Return all that is added to the scores of one image [windows or 1, heads or 1, tokens, tokens], tokens in order."""
+        attention = side.structure.attentions[at]
+        ids = side.graph.tokens.get(attention.query)
+        if ids is None or not attention.added:
+            return None
+        shape = (*ids.shape, ids.shape[-1])
+        total = np.zeros((1,) * len(shape), np.float32)
+        for node, name in attention.added:
+            values = side.graph.constant(name).astype(np.float32)
+            if node.input and values.ndim > len(shape):
+                lead = math.prod(values.shape[:-3])
+                if lead == math.prod(shape[:-3]):
+                    values = values.reshape(*shape[:-3], *values.shape[-3:])
+                else:
+                    return self._reshaped(attention, side, ids)
+            total = total + values
+        try:
+            full = np.broadcast_to(total, shape)
+        except ValueError:
+            return self._reshaped(attention, side, ids)
+        found = by_window(ids, full, both=True, alike=True)
+        return None if found is None else found[: len(found) // max(1, next(iter(side.feeds.values())).shape[0])]
+
+    def _reshaped(self, attention: Any, side: Side, ids: Array) -> Array | None:
+        """Same as `_added`, if scores have another number of axes while constants are added."""
+        lead = math.prod(ids.shape[:-1])
+        tokens = ids.shape[-1]
+        total = np.zeros((lead, tokens, tokens), np.float32)
+        images = next(iter(side.feeds.values())).shape[0]
+        heads = lead // len(np.unique(ids.reshape(lead, tokens).max(axis=1)))
+        windows = lead // heads // images
+        for _, name in attention.added:
+            values = side.graph.constant(name).astype(np.float32)
+            values = values.reshape(-1, *values.shape[-4:]) if values.ndim > 4 else values
+            values = values.reshape(-1, tokens, tokens)
+            if len(values) == heads:
+                values = np.tile(values, (lead // heads, 1, 1))
+            elif len(values) == windows:
+                values = np.tile(values.repeat(heads, axis=0), (images, 1, 1))
+            elif len(values) == windows * heads:
+                values = np.tile(values, (images, 1, 1))
+            elif len(values) != 1 and len(values) != lead:
+                return None
+            total += values
+        found = by_window(ids.reshape(lead, tokens), total, both=True, alike=True)
+        return None if found is None else found[: len(found) // images]
+
+    def _head_scales(self, side: Side, at: tuple[int, int]) -> Array | None:
+        """Return V2's factor of each head."""
+        heads, total = self._heads(at), np.ones(1)
+        for _, factor, where in side.structure.attentions[at].scales:
+            values = factor.reshape(-1)
+            if where != "scores" and values.size != heads and np.allclose(values, values.size**-0.5):
+                continue  # of an RMS norm, which divides by the L2 norm otherwise
+            if values.size > heads and values.size % heads == 0 and np.allclose(values, values[0]):
+                values = values[:1]
+            if values.size not in (1, heads) and values.size % heads == 0:
+                values = values[:heads]
+            if values.size not in (1, heads):
+                return None
+            total = total * values
+        return np.broadcast_to(total, (heads,))
+
+    def _total_scale(self, side: Side, at: tuple[int, int]) -> float:
+        scales = [factor.reshape(-1)[0] for _, factor, _ in side.structure.attentions[at].scales]
+        return float(np.prod(scales)) if scales else 1.0
+
+    def _explicit_scale(self, at: tuple[int, int]) -> bool:
+        return any(side.structure.attentions[at].scales for side in (self.a, self.b))
+
+    def _heads(self, at: tuple[int, int]) -> int:
+        attention = self.b.structure.attentions[at]
+        ids = self.b.graph.tokens[attention.query]
+        keys = ids.reshape(-1, ids.shape[-1]).max(axis=1)
+        return int(len(keys) // len(np.unique(keys)))
+
+    def _equalized(self, maps: Any) -> Array | None:
+        """Return the factor that equalization gives each row of the query."""
+        rows = [np.abs(maps[part].matrix).max(axis=1) for part in ("query", "key")]
+        return np.asarray(np.clip(np.sqrt(rows[1] / np.maximum(rows[0], 1e-12)), 1 / 64, 64))
+
+    # -- distances ---------------------------------------------------------------------------------------------------------
+
+    def _differ(self, x: Array, y: Array) -> bool:
+        """Whether two matrices differ by more than the types explain, as a whole, in scale or in one row."""
+        if not np.isfinite(y).all():
+            return True
+        size = max(float(np.linalg.norm(x)), 1e-30)
+        if np.linalg.norm(x - y) > self.tight * size:
+            return True
+        return abs(float((x * y).sum()) / size**2 - 1) > self.factor
+
+    def _vectors_differ(self, x: Array, y: Array, matrix: Array | None = None) -> bool:
+        """Whether two biases differ, relative to them and to what their layer adds to them."""
+        size = float(np.linalg.norm(x))
+        if matrix is not None:
+            size = max(size, float(np.linalg.norm(matrix)) * (1.0 if self.typed else 0.02))
+        return bool(np.linalg.norm(x - y) > max(self.tight, 1e-4) * max(size, 1e-6))
+
+    def _cause(self, x: Array, y: Array, what: str) -> str:
+        if not np.isfinite(y).all():
+            return f"Overflow: the {what} holds values that are not finite."
+        if x.ndim == 2 and x.shape[0] == x.shape[1] and np.linalg.norm(x.T - y) < 0.5 * np.linalg.norm(x - y):
+            return "Transposed weight."
+        factor = float((x * y).sum() / max(float((x * x).sum()), 1e-300))
+        if np.linalg.norm(y - factor * x) <= max(2 * self.tight, 0.02) * np.linalg.norm(y) and abs(factor - 1) > 1e-5:
+            word = "Wrong scale: it" if what == "scale" else f"Scaled: the {what}"
+            return f"{word} is {factor:.4g} times that of the other graph."
+        if not y.any():
+            return f"Missing {what}: it is 0."
+        relative = np.linalg.norm(x - y) / max(float(np.linalg.norm(x)), 1e-30)
+        return f"Wrong {what}: it differs by {relative:.2g} (relative L2)."
+
+    @staticmethod
+    def _vector(values: Array | None, count: int) -> Array:
+        return np.zeros(count) if values is None else values.astype(np.float64).reshape(-1)
+
+
+def parameter_faults(a: Side, b: Side) -> Iterator[Fault]:
+    """Yield the parameters of `b` that compute something else than those of `a`."""
+    yield from ParameterComparison(a, b).faults()

@@ -1,0 +1,118 @@
+"""`diff` aligns graphs of different exporters and layouts, and names the part of an injected fault."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from cli.exported import cli_here
+from onnx import numpy_helper
+from safetensors.torch import save_file
+
+import swin_deploy
+from swin_deploy.config import SwinConfig
+from swin_deploy.exporters.external_data import embed_weights
+from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
+from swin_deploy.models.checkpoints import random_checkpoint
+from swin_deploy.models.swin import SwinNetwork
+from swin_deploy.tasks import TaskSpec
+
+
+@functools.cache
+def config(version: int) -> SwinConfig:
+    return SwinConfig(
+        version=version, image_size=(32, 32), embed_dim=16, depths=(2, 1), num_heads=(2, 4), window_size=(4, 4),
+        pretrained_window_sizes=(0, 0),
+    )  # fmt: skip
+
+
+@functools.cache
+def tensors(version: int) -> dict[str, torch.Tensor]:
+    """Random tensors, none of them 0 or 1."""
+    generator = torch.Generator().manual_seed(version)
+    found = dict(random_checkpoint(config(version), TaskSpec()).tensors)
+    return {name: one + 0.1 * torch.randn(one.shape, generator=generator) for name, one in found.items()}
+
+
+def graph(path: Path, version: int, target: str = "tensorrt", **changed: Any) -> Path:
+    changes = {name.replace("__", "."): value for name, value in changed.items()}
+    network = SwinNetwork(config(version), (32, 32), {**tensors(version), **changes}, None, target).eval()
+    traced = onnx_from_torch(network, (32, 32), None)
+    embed_weights(traced.model, traced.weights)
+    onnx.save(traced.model, str(path))
+    return path
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_layouts_are_equal(version: int, tmp_path: Path) -> None:
+    first = graph(tmp_path / "a.onnx", version)
+    for target in ("onnxruntime", "openvino"):
+        found = swin_deploy.diff(first, graph(tmp_path / "b.onnx", version, target))
+        assert found.first is None
+        assert max(point.relative_l2 for point in found.points) < 1e-4
+        assert len(found.points) > 45
+
+
+BLOCK = "encoder.layers.0.blocks.1."
+TABLE = {1: "attention.self.relative_position_bias_table", 2: "attention.self.continuous_position_bias_mlp.2.weight"}
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "openvino"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_faults_of_weights(version: int, target: str, tmp_path: Path) -> None:
+    """With the layout of the first graph, every constant is compared; with another one, what they mean."""
+    first = graph(tmp_path / "a.onnx", version)
+    good = tensors(version)
+    scaled = {
+        "attention.self.query.weight": "attention.query", "attention.self.value.weight": "attention.value",
+        "attention.output.dense.weight": "attention.output", "layernorm_before.weight": "norm1",
+        "layernorm_after.bias": "norm2", "intermediate.dense.weight": "mlp.fc1",
+        "output.dense.bias": "mlp.fc2", TABLE[version]: "attention.bias",
+    }  # fmt: skip
+    for name, part in scaled.items():
+        bad = graph(tmp_path / "b.onnx", version, target, **{f"{BLOCK}{name}": good[f"{BLOCK}{name}"] * 1.3})
+        found = swin_deploy.diff(first, bad).first
+        assert found is not None, name
+        assert (found.point.stage, found.point.block, found.point.part) == (0, 1, part), (name, found)
+
+
+def test_command(tmp_path: Path) -> None:
+    """Schema of --json, exit codes, and a mask element, an epsilon and an activation."""
+    first = graph(tmp_path / "a.onnx", 1)
+    save_file(tensors(1), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config(1).to_dict()))
+    assert cli_here("diff", str(first), str(tmp_path), cwd=tmp_path).returncode == 0
+    model = onnx.load(str(first))
+    names = {node.name: node for node in model.graph.node}
+    mask = next(one for one in model.graph.initializer if len(one.dims) == 5 and one.dims[0] > 1)
+    values = numpy_helper.to_array(mask).copy()
+    values[-1, 0, 0, 0, -1] = 0
+    mask.CopyFrom(numpy_helper.from_array(values, mask.name))
+    onnx.save(model, str(tmp_path / "mask.onnx"))
+    done = cli_here("diff", str(first), str(tmp_path / "mask.onnx"), "--json", cwd=tmp_path)
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["equal"]) == (1, False)
+    assert {key: found["first"][key] for key in ("stage", "block", "part")} == {
+        "stage": 0,
+        "block": 1,
+        "part": "attention.mask",
+    }
+    assert found["points"][0].keys() == {"stage", "block", "part", "relative_l2", "sqnr_db", "cosine", "max_abs"}
+    norm = next(node for name, node in names.items() if name.endswith("block0.norm2/LayerNormalization"))
+    norm.attribute.append(onnx.helper.make_attribute("epsilon", 0.1)) if not norm.attribute else None
+    for one in norm.attribute:
+        if one.name == "epsilon":
+            one.f = 0.1
+    onnx.save(model, str(tmp_path / "epsilon.onnx"))
+    found = swin_deploy.diff(tmp_path / "mask.onnx", tmp_path / "epsilon.onnx").first
+    assert found is not None
+    assert found.point.part == "norm2"
+    assert "epsilon" in found.cause
+    assert cli_here("diff", str(first), str(tmp_path / "none.onnx"), cwd=tmp_path).returncode == 2
+    assert np.isfinite(values).all()
