@@ -52,7 +52,7 @@ MAX_SAMPLES = 256  # each layer runs all samples through the layers before it; m
 SAMPLED = 1 << 17  # values from which the range of an activation is chosen
 HEADS = frozenset({"classifier"})  # one small matmul for each image, which decides every answer
 STATISTICS = ("ReduceMax", "ReduceSumSquare")
-SMALL = 1 << 16  # weights of one layer: 192 x 192 is small, 192 x 768 is not
+SMALL = 1 << 14  # weights of one layer: 128 x 128 is small, 96 x 384 is not
 
 
 class CpuLayout:
@@ -111,18 +111,20 @@ class CpuLayout:
 class CpuGraphs:
     """A quantized network: the fp32 graph with equalized channels, its layers in INT8, and their entries in the manifest.
 
-    With `three_axes`, LayerNorms before quantized layers have three axes, for OpenVINO.
+    With `three_axes`, LayerNorms before quantized layers have three axes, and with `zero_in_bias`, activations have no zero
+    point after they are quantized: both for OpenVINO.
     """
 
     base: onnx.ModelProto
     layers: Mapping[str, QuantizedLinear]
     records: tuple[dict[str, Any], ...]
-    three_axes: bool
+    three_axes: bool = False
+    zero_in_bias: bool = False
 
     def model(self, keep: Set[str] = frozenset()) -> onnx.ModelProto:
         """Return the graph with Q/DQ, in which the layers `keep` stay fp32."""
         layers = [layer for name, layer in self.layers.items() if name not in keep]
-        nodes, constants = qdq_nodes(self.base.graph.node, layers)
+        nodes, constants = qdq_nodes(self.base.graph.node, layers, self.zero_in_bias)
         made = with_nodes(self.base, nodes, constants.values())
         return norms_of_three_axes(made, {layer.layer.input for layer in layers}) if self.three_axes else made
 
@@ -207,7 +209,7 @@ def quantize_for_cpu(
                 records.append(_record(made, matrix, qat))
     if resume is not None:
         resume.clear()
-    return CpuGraphs(model, done, tuple(records), three_axes)
+    return CpuGraphs(model, done, tuple(records), three_axes, zero_in_bias=target == "openvino")
 
 
 def equalized_for_cpu(
@@ -270,7 +272,7 @@ def channel_statistics(model: onnx.ModelProto, names: Iterable[str], feeds: Iter
 def small_layers(model: onnx.ModelProto) -> frozenset[str]:
     """Return the names of the layers that OpenVINO does not run faster in 8 bits."""
     sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in model.graph.initializer}
-    return frozenset(layer.name for layer in linear_layers(model) if sizes[layer.weight] < SMALL)
+    return frozenset(layer.name for layer in linear_layers(model) if sizes[layer.weight] <= SMALL)
 
 
 def norms_of_three_axes(model: onnx.ModelProto, quantized: Set[str]) -> onnx.ModelProto:

@@ -38,11 +38,13 @@ class QdqWriter(ABC):
     def node(self, name: str, op: str, inputs: list[Any], output: str, dtype: Any = np.float32, **attributes: Any) -> Any:
         """Add a node and return its output."""
 
-    def quantize_dequantize(self, name: str, tensor: Any, scale: Any, zero_point: Any) -> Any:
-        """Write Q/DQ for an activation, `tensor`; `name` is the prefix of what is added."""
+    def quantize_dequantize(self, name: str, tensor: Any, scale: Any, zero_point: Any, after: Any = None) -> Any:
+        """Write Q/DQ for an activation, `tensor`; `name` is the prefix of what is added. DQ has the zero point `after`."""
         parameters = [self.constant(f"{name}/scale", scale), self.constant(f"{name}/zero", zero_point)]
         inputs = [tensor, *parameters]
         quantized = self.node(f"{name}/QuantizeLinear", "QuantizeLinear", inputs, f"{name}/quantized", zero_point.dtype)
+        if after is not None and after != zero_point:
+            parameters[1] = self.constant(f"{name}/zero_after", after)
         return self.dequantize(name, quantized, parameters)
 
     def dequantize_constant(self, name: str, values: Array, scale: Any) -> Any:
@@ -218,8 +220,13 @@ class _NodeWriter(QdqWriter):
         return output
 
 
-def qdq_nodes(nodes: Iterable[Any], quantized: Iterable[QuantizedLinear]) -> tuple[list[Any], dict[str, Any]]:
-    """Write Q/DQ before the layers of `quantized`, once for each tensor. Returns all nodes, and the new constants by name."""
+def qdq_nodes(
+    nodes: Iterable[Any], quantized: Iterable[QuantizedLinear], zero_in_bias: bool = False
+) -> tuple[list[Any], dict[str, Any]]:
+    """Write Q/DQ before the layers of `quantized`, once for each tensor. Returns all nodes, and the new constants by name.
+
+    With `zero_in_bias`, DQ has no zero point: what it would subtract is in the bias. OpenVINO subtracts it in each output.
+    """
     writer, scales = _NodeWriter(), dict[str, ActivationScale]()
     by_output = {layer.layer.output: layer for layer in quantized}
     for node in nodes:
@@ -232,11 +239,14 @@ def qdq_nodes(nodes: Iterable[Any], quantized: Iterable[QuantizedLinear]) -> tup
             raise ValueError(f"{name} has two scales")
         if name not in scales:
             scales[name] = activation
-            writer.quantize_dequantize(name, name, np.float32(activation.scale), np.uint8(activation.zero_point))
+            zero = np.uint8(activation.zero_point)
+            writer.quantize_dequantize(name, name, np.float32(activation.scale), zero, np.uint8(0) if zero_in_bias else None)
         inputs = [f"{name}/dequantized", writer.dequantize_constant(layer.layer.weight, layer.values, layer.scale)]
-        if layer.bias is not None:
+        shift = layer.values.sum(axis=1, dtype=np.float64) * activation.zero_point if zero_in_bias else np.zeros(())
+        if layer.bias is not None or shift.any():
             scale = (np.float32(activation.scale) * layer.scale).astype(np.float32)
-            values = np.clip(np.rint(layer.bias.astype(np.float64) / scale), -(2**31), 2**31 - 1).astype(np.int32)
+            bias = np.zeros(scale.shape) if layer.bias is None else np.rint(layer.bias.astype(np.float64) / scale)
+            values = np.clip(bias - shift, -(2**31), 2**31 - 1).astype(np.int32)
             inputs.append(writer.dequantize_constant(f"{layer.layer.name}/bias", values, scale))
         node = type(node).FromString(node.SerializeToString())
         del node.input[:]

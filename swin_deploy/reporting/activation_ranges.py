@@ -74,7 +74,8 @@ def quantized_activations(model: onnx.ModelProto, folder: Path) -> tuple[Quantiz
             writer = writers.get(writer.input[0])
         if writer is None or writer.op_type not in ("QuantizeLinear", "Mul"):
             continue
-        scale, zero = (float(np.asarray(value(name), np.float64).reshape(-1)[0]) for name in node.input[1:3])
+        zeros = (writer if writer.op_type == "QuantizeLinear" else node).input[2]  # DQ has none if the bias contains it
+        scale, zero = (float(np.asarray(value(name), np.float64).reshape(-1)[0]) for name in (node.input[1], zeros))
         if not (math.isfinite(scale) and scale > 0):
             continue
         layer = _layer_name(writer.input[0], node, readers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from swin_deploy.exporters.quantization.qdq import linear_layers
 from swin_deploy.exporters.quantization.resume import ResumeState
 from swin_deploy.parity import sqnr
 from swin_deploy.preprocess import Preprocessor
+from swin_deploy.reporting.activation_ranges import quantized_activations
 from swin_deploy.runtimes.openvino import openvino_core
 
 
@@ -66,15 +68,22 @@ def test_onnx_runtime_makes_one_node_of_each_layer(quantized: CpuGraphs, tmp_pat
 
 def test_openvino_computes_linear_layers_in_8_bits(quantized: CpuGraphs, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
-    model = quantized.model()
+    model = replace(quantized, zero_in_bias=True).model()
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    zeros = [values[node.input[2]] for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    assert not any(map(np.any, zeros))
+    assert any(values[node.input[2]] for node in model.graph.node if node.op_type == "QuantizeLinear")
+    assert quantized_activations(model, tmp_path) == quantized_activations(quantized.model(), tmp_path)
     reshaped = norms_of_three_axes(model, {layer.layer.input for layer in quantized.layers.values()})
     onnx.checker.check_model(reshaped, full_check=True)
     feed = next(iter(samples()()))
     np.testing.assert_array_equal(run(reshaped, feed), run(model, feed))
+    assert sqnr(run(quantized.model(), feed, exact=True), run(model, feed, exact=True)) > 90
     (tmp_path / "model.onnx").write_bytes(reshaped.SerializeToString())
     compiled = openvino_core().compile_model(str(tmp_path / "model.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     kinds = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
     layers = [info["primitiveType"].astype(str) for info in kinds if info["layerType"].astype(str) == "FullyConnected"]
+    assert not any("DequantizationSubtract" in info["originalLayersNames"].astype(str) for info in kinds)
     assert len(layers) == 2
     assert all(layer.lower().endswith("i8") for layer in layers), layers
     found = np.array(compiled(feed)["y"])
@@ -83,7 +92,7 @@ def test_openvino_computes_linear_layers_in_8_bits(quantized: CpuGraphs, tmp_pat
 
 def test_openvino_keeps_small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert small_layers(mlp_model()) == {"fc1", "fc2"}
-    monkeypatch.setattr(for_cpu, "SMALL", 16 * 40)
+    monkeypatch.setattr(for_cpu, "SMALL", 16 * 40 - 1)
     assert small_layers(mlp_model()) == frozenset()
 
 
