@@ -9,6 +9,7 @@ import weakref
 from _thread import LockType, allocate_lock, get_ident
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -122,8 +123,12 @@ class Runtime(ABC):
                 self._calls.pop(call, None)
         self._free()
 
-    def keep(self) -> None:  # noqa: B027 - most back ends have nothing to store
-        """Store in the background what was compiled, in the cache folder of the user, so that the next load is faster."""
+    def keep(self) -> None:
+        """Prepare for long use: return the memory that only loading needed to the system, and store what was compiled."""
+        with suppress(AttributeError, OSError, TypeError):  # not glibc, which keeps up to half as much again
+            import ctypes
+
+            ctypes.CDLL(None).malloc_trim(0)
 
     def _free(self) -> None:
         if self._forked:  # a thread of the parent may have held the lock

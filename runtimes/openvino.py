@@ -198,6 +198,7 @@ class OpenVino(Runtime):
         return self._pool_of(compiled)
 
     def keep(self) -> None:
+        super().keep()
         self._keeping = True
         new, self._new = self._new, []
         with contextlib.suppress(OSError):
