@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 INSIDE, OUTSIDE = 64, 8  # bins of a histogram in the range, and on either side of it
 LIMITS = {"INT8": (-128, 127), "UINT8": (0, 255), "FLOAT8E4M3FN": (-448, 448)}  # quantized values
 EPILOGUE = ("Cast", "Sub", "Add", "Clip")  # between a tensor and its quantized values, see TensorRTWriter.in_epilogue
-IMAGES, TENSORS = 8, 32  # that histograms are made of, and that are in memory at a time
+IMAGES, TENSORS = 4, 32  # that histograms are made of, and that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -169,18 +169,21 @@ class _Histogram:
         self._low, self._high, self._clipped, self._signal, self._noise = math.inf, -math.inf, 0, 0.0, 0.0
 
     def add(self, values: Array) -> None:
-        one, values = self.activation, values.reshape(-1).astype(np.float64)
-        values = values[np.isfinite(values)]
+        one, values = self.activation, values.reshape(-1)
+        if not np.isfinite(values).all():
+            values = values[np.isfinite(values)]
         if not values.size:
             return
         self._low, self._high = min(self._low, float(values.min())), max(self._high, float(values.max()))
-        quantized = values / one.scale + one.zero_point
-        place = np.clip((quantized - self._first) // self._width, 0, len(self._counts) - 1)
+        quantized = values * np.float32(1 / one.scale) + np.float32(one.zero_point)
+        place = np.clip((quantized - np.float32(self._first)) * np.float32(1 / self._width), 0, len(self._counts) - 1)
         self._counts += np.bincount(place.astype(np.intp), minlength=len(self._counts))
-        limited = np.clip(np.rint(quantized) if self._whole else quantized, *self._limits)
-        self._clipped += int((np.abs(quantized - limited) > 0.5 if self._whole else quantized != limited).sum())
-        self._signal += float(np.square(values).sum())
-        self._noise += float(np.square((limited - one.zero_point) * one.scale - values).sum())
+        low, high = self._limits
+        half = 0.5 if self._whole else 0.0
+        self._clipped += int(((quantized < low - half) | (quantized > high + half)).sum())
+        quantized -= np.clip(np.rint(quantized) if self._whole else quantized, low, high)
+        self._signal += float(np.vdot(values, values))
+        self._noise += float(np.vdot(quantized, quantized)) * one.scale**2
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values; `sqnr_db` is None without rounding error, and of FP8, whose steps differ."""

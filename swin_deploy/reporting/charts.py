@@ -50,7 +50,9 @@ def charts_of(data: Mapping[str, Any]) -> dict[str, Chart]:
     found = [
         _parity(data["parity"]),
         *(chart for number, one in enumerate(data["quantized"]) for chart in _quantization(number, one)),
-        *_engines(data["inspect"]["engines"], data["inspect"]["graphs"], data["engine_graphs"]),
+        *_engines(
+            data["inspect"]["engines"], data["inspect"]["graphs"], {one["file"]: one["graph"] for one in data["engines"]}
+        ),
         _bench(data["bench"]),
     ]
     return {chart.id: chart for chart in found if chart is not None}
@@ -227,7 +229,7 @@ def _engines(engines: Sequence[Row], graphs: Mapping[str, Row], sources: Mapping
             "engine": name,
             "role": ROLES[role],
             "kernels": figures["kernels"],
-            "megabytes": ((figures["bytes_read"] or 0) + (figures["bytes_written"] or 0)) / 1e6,
+            "megabytes": ((figures.get("bytes_read") or 0) + (figures.get("bytes_written") or 0)) / 1e6,
         }
         for name, one in named
         for role, figures in one["roles"].items()

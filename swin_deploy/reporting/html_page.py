@@ -19,7 +19,7 @@ from swin_deploy.dependencies import require
 from swin_deploy.errors import shown
 
 from .charts import charts_of, short_file
-from .report_data import ReportContents, number
+from .report_data import ReportContents, figure_or_none
 
 TEMPLATE = "report_page.html"
 DRAW = """
@@ -56,7 +56,7 @@ def page_from_report(contents: ReportContents) -> str:
     charts = charts_of(data)
     environment = jinja.Environment(
         autoescape=True,
-        undefined=jinja.StrictUndefined,
+        undefined=jinja.ChainableUndefined,  # results of other releases may lack a figure
         trim_blocks=True,
         lstrip_blocks=True,
         # One line of printable text, whatever a manifest or a label has; markup is what the template marks as safe.
@@ -70,7 +70,7 @@ def page_from_report(contents: ReportContents) -> str:
         "bytes": _bytes,
         "file": short_file,
     }
-    environment.filters |= {"number": number}
+    environment.filters |= {"number": figure_or_none}
     template = environment.from_string(Path(__file__).with_name(TEMPLATE).read_text(encoding="utf-8"))
     safe = jinja.utils.markupsafe.Markup
     policy = " ".join(_digest(script) for script in (library, DRAW))
@@ -103,15 +103,15 @@ def _digest(script: str) -> str:
 
 
 def _sci(value: Any) -> str:
-    return "-" if (found := number(value)) is None else f"{found:.2e}"
+    return "-" if (found := figure_or_none(value)) is None else f"{found:.2e}"
 
 
 def _fixed(value: Any, digits: int = 2) -> str:
-    return "-" if (found := number(value)) is None else f"{found:,.{digits}f}"
+    return "-" if (found := figure_or_none(value)) is None else f"{found:,.{digits}f}"
 
 
 def _percent(value: Any, digits: int = 2) -> str:
-    return "-" if (found := number(value)) is None else f"{found:.{digits}%}"
+    return "-" if (found := figure_or_none(value)) is None else f"{found:.{digits}%}"
 
 
 def _size(value: Any) -> str:
@@ -119,7 +119,7 @@ def _size(value: Any) -> str:
 
 
 def _bytes(value: Any) -> str:
-    if (found := number(value)) is None:
+    if (found := figure_or_none(value)) is None:
         return "-"
     unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if found >= unit), (1, "bytes"))
     return f"{found / unit:.3g} {name}" if found < 1000 * unit else f"{found / unit:.0f} {name}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from swin_deploy.bundle import Bundle
 from swin_deploy.errors import UsageError
-from swin_deploy.manifest import GraphEntry
+from swin_deploy.manifest import EngineEntry, GraphEntry
 from swin_deploy.options import EvaluateSpec, ReportSpec
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ def collect_report(bundle: Bundle, spec: ReportSpec) -> ReportContents:
         "parity": _parity(bundle, verified),
         "verify": verified,
         "inspect": _without_layers(inspection.to_dict()),
-        "engine_graphs": {file: one.graph for file, one in bundle.engines.items()},
+        "graphs": _graphs(bundle),
+        "engines": _engines(bundle),
         "kernels": {
             f"{one.name} {one.batch[1]}": found for one in inspection.engines if (found := _largest_kernels(one)) is not None
         },
@@ -86,10 +87,11 @@ def collect_report(bundle: Bundle, spec: ReportSpec) -> ReportContents:
         "quantized": _quantized(bundle, lambda file: ranges_of_graph(bundle, file, samples, spec.progress)),
         "images": images,
     }
+    data |= {"overview": _overview(bundle, data)}
     return ReportContents({**data, "unverified": _unverified(bundle, data)}, views)
 
 
-def number(value: object) -> float | None:
+def figure_or_none(value: object) -> float | None:
     """Return a finite number; None for anything else, since nothing checks the facts of a manifest that only people read."""
     fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if fits else None  # type: ignore[arg-type]
@@ -184,6 +186,79 @@ def _files(bundle: Bundle) -> list[dict[str, Any]]:
     ]
 
 
+def _graphs(bundle: Bundle) -> list[dict[str, Any]]:
+    """Return the inputs and outputs of each graph, the rewrites that it has, and its nodes in a higher precision."""
+    return [
+        {
+            "file": file,
+            "opset": entry.opset,
+            "inputs": [str(one) for one in entry.inputs],
+            "outputs": [str(one) for one in entry.outputs],
+            "passes": [{"name": str(one.get("name")), "count": figure_or_none(one.get("count"))} for one in entry.passes],
+            "fallbacks": [
+                {"at": str(one.get("at")), "nodes": figure_or_none(one.get("nodes")), "reason": str(one.get("reason"))}
+                for one in entry.fallbacks
+            ],
+        }
+        for file, entry in bundle.graphs.items()
+    ]
+
+
+def _engines(bundle: Bundle) -> list[dict[str, Any]]:
+    return [
+        {
+            **{name: getattr(entry, name) for name in ("gpu", "backend", "backend_version", "graph", "seconds")},
+            "file": file,
+            "batches": [list(one.batch) for one in entry.profiles],
+            "options": entry.options.chosen(),
+        }
+        for file, entry in bundle.engines.items()
+    ]
+
+
+def _overview(bundle: Bundle, data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a row for each graph and engine, with the main figures of all sections."""
+    scores = {one["file"]: one for one in (data["evaluate"] or {"graphs": ()})["graphs"]}
+    verdicts = {one["file"]: one for one in data["parity"]}  # the last one of a file: that of `verify`, if it ran
+    bounds: dict[str, float] = {}
+    for one in data["inspect"]["engines"]:
+        if one["roofline"] is not None:
+            bounds.setdefault(one["engine"], one["roofline"]["seconds"] * 1e3)
+    rows = []
+    entries: dict[str, GraphEntry | EngineEntry] = {**bundle.graphs, **bundle.engines}
+    for file, entry in entries.items():
+        weights = getattr(entry, "weights", None)
+        score = scores.get(file, {})
+        rows.append(
+            {
+                "file": file,
+                "precision": entry.precision,
+                "bytes": entry.bytes + (bundle.files[weights].bytes if weights else 0),
+                "verified": verdicts[file]["verified"],
+                "relative_l2": verdicts[file].get("relative_l2"),
+                **{name: figure_or_none(score.get(name)) for name in ("top1", "top1_agreement", "sqnr_db")},
+                **_fastest(data["bench"], bundle, file),
+                "roofline_ms": bounds.get(file),
+            }
+        )
+    return rows
+
+
+def _fastest(bench: Mapping[str, Any] | None, bundle: Bundle, file: str) -> dict[str, Any]:
+    """Return the least median time of one image, and who measured it: a result of `bench` names a precision, not a file."""
+    from swin_deploy.runtimes.backends import BACKENDS
+
+    entry, engines = bundle.files[file].to_dict(), bundle.engines
+    best: tuple[float, str] | None = None
+    for row in (bench or {"rows": ()})["rows"]:
+        known = BACKENDS.get(row["backend"])
+        fits = known is not None and known.engines == (file in engines) and row["precision"] == entry["precision"]
+        if fits and row["model"] == "swin-deploy" and row["batch"] == 1 and list(bundle.image_size) == entry["image_size"]:
+            measured = (row["percentiles_ms"]["50"], f"{row['backend']}, {row['device']}")
+            best = measured if best is None else min(best, measured)
+    return {"ms": best and best[0], "measured_by": best and best[1]}
+
+
 def _parity(bundle: Bundle, verified: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the stored verdict of each graph, and those of the runs of `verify`."""
     rows = []
@@ -191,7 +266,7 @@ def _parity(bundle: Bundle, verified: Mapping[str, Any]) -> list[dict[str, Any]]
         stored: Mapping[str, Any] = {} if entry.agreement is None else entry.agreement.to_dict()
         figures = {"relative_l2": entry.agreement and entry.agreement.relative_l2}
         figures |= {
-            name: number(stored.get(name)) for name in ("tolerance_relative_l2", "max_abs", "cosine", "top1", "samples")
+            name: figure_or_none(stored.get(name)) for name in ("tolerance_relative_l2", "max_abs", "cosine", "top1", "samples")
         }
         verdict = entry.agreement and entry.agreement.verified
         backend = str(stored.get("backend", ""))
@@ -220,7 +295,11 @@ def _parity(bundle: Bundle, verified: Mapping[str, Any]) -> list[dict[str, Any]]
 
 
 def _without_layers(found: dict[str, Any]) -> dict[str, Any]:
-    engines = [{name: value for name, value in one.items() if name != "layers"} for one in found["engines"]]
+    figures = ("kernels", "fused_attention", "bytes_moved", "roles", "types")  # an older layer report may lack some
+    engines = [{**dict.fromkeys(figures), **one} for one in found["engines"]]
+    for one in engines:
+        one.pop("layers", None)
+        one["roles"] = one["roles"] or {}
     return {**found, "engines": engines}
 
 
@@ -250,8 +329,8 @@ def _quantized(bundle: Bundle, ranges: Callable[[str], list[dict[str, Any]]]) ->
     for file, entry in bundle.graphs.items():
         if entry.precision not in ("int8", "fp8"):
             continue
-        ranking = [(one.get("name"), number(one.get("sqnr_db"))) for one in entry.sensitivity or ()]
-        layers = [(one.get("name"), number(one.get("weight_sqnr_db"))) for one in entry.layers]
+        ranking = [(one.get("name"), figure_or_none(one.get("sqnr_db"))) for one in entry.sensitivity or ()]
+        layers = [(one.get("name"), figure_or_none(one.get("weight_sqnr_db"))) for one in entry.layers]
         gate = dict(entry.gate or {})
         kept = gate.get("put_back")
         found.append(
@@ -263,7 +342,7 @@ def _quantized(bundle: Bundle, ranges: Callable[[str], list[dict[str, Any]]]) ->
                 "layers": [{"name": name, "weight_sqnr_db": db} for name, db in layers if isinstance(name, str)],
                 "sensitivity": [{"name": name, "sqnr_db": db} for name, db in ranking if isinstance(name, str)],
                 "kept": [name for name in kept if isinstance(name, str)] if isinstance(kept, list) else [],
-                "loss": number(gate.get("loss")),
+                "loss": figure_or_none(gate.get("loss")),
                 "unit": str(gate.get("unit", "")),
                 "on_samples": dict(entry.on_samples or {}),
                 "speed": dict(entry.speed or {}),
@@ -326,6 +405,8 @@ def _evaluate_result(path: Path) -> dict[str, Any]:
     try:
         kept = {name: raw[name] for name in ("bundle", "data", "samples", "labels", "against", "fp32_against_pytorch")}
         graphs = [_figures(one, ("file", "precision", "backend"), ("samples",)) for one in raw["graphs"]]
+        if not all(isinstance(kept[name], str | None) for name in ("data", "labels", "against")):
+            raise ValueError("a text is none")
         return {**kept, "graphs": graphs, "not_evaluated": list(raw["not_evaluated"]), "failed": list(raw["failed"])}
     except (KeyError, TypeError, ValueError) as error:
         raise _no_result(path, "evaluate") from error
@@ -338,10 +419,11 @@ def _bench_result(path: Path) -> dict[str, Any]:
         rows = []
         for one in raw["rows"]:
             row = _figures(one, ("model", "backend", "precision", "device"), ("batch", "images_per_second", "peak_memory_mb"))
-            times = {name: float(one["percentiles_ms"][name]) for name in ("50", "90", "99")}
-            ratio = {name: float(one["ratio"][name]) for name in ("low", "median", "high")}
-            rows.append({**row, "ratio": {**one["ratio"], **ratio}, "percentiles_ms": {**one["percentiles_ms"], **times}})
-            list(map(float, one["round_ms"]))
+            _figures(one["percentiles_ms"], (), ("50", "90", "99"))
+            _figures(one["ratio"], (), ("low", "median", "high"))
+            if one["batch"] < 1 or not one["round_ms"] or None in map(figure_or_none, one["round_ms"]):
+                raise ValueError("the times are none")
+            rows.append(row)
         machine = raw["machine"]
         return {**raw, "rows": rows, "machine": {**machine, "processor": str(machine["processor"])}}
     except (KeyError, TypeError, ValueError) as error:
@@ -350,7 +432,7 @@ def _bench_result(path: Path) -> dict[str, Any]:
 
 def _figures(row: Mapping[str, Any], texts: Sequence[str], numbers: Sequence[str]) -> dict[str, Any]:
     """Return a row of a result. Raises ValueError if a text or number is none."""
-    if not all(isinstance(row[name], str) for name in texts) or None in (number(row[name]) for name in numbers):
+    if not all(isinstance(row[name], str) for name in texts) or None in (figure_or_none(row[name]) for name in numbers):
         raise ValueError("the row has other types")
     return dict(row)
 
