@@ -265,7 +265,7 @@ def _engines(engines: Sequence[Row], graphs: Mapping[str, Row], sources: Mapping
             x=_x("ms", "milliseconds"),
             yOffset={"field": "part", "sort": None},
         )
-        spec = _rows(parts, "engine", [layer], [_tip("engine"), _tip("part"), _tip("ms", ".4f")], step=16)
+        spec = _rows(parts, "engine", [layer], [_tip("engine"), _tip("part"), _tip("ms", ".4f")], step=54)
         text = f"Lower bounds of the latency: the larger of memory and compute, plus launches. {listed}."
         charts.append(Chart("chart-bounds", "Lower bounds of the latency (not a measurement)", text, spec))
         charts += _roofline(bounds, graphs, sources)
@@ -362,13 +362,8 @@ def _rows(
     values: Sequence[Row], field: str, layers: Sequence[Spec], tips: Sequence[Spec], step: int = 24, zoom: bool = False
 ) -> Spec:
     """Return a chart with a row for each value of `field`, in their order."""
-    y = {
-        "field": field,
-        "type": "nominal",
-        "sort": None,
-        "title": None,
-        "scale": {"domain": list(dict.fromkeys(one[field] for one in values))},
-    }
+    names = list(dict.fromkeys(one[field] for one in values))
+    y = {"field": field, "type": "nominal", "sort": None, "title": None, "scale": {"domain": names}}
     drawn: list[Spec] = []
     for number, layer in enumerate(layers):
         own = {} if "data" in layer else {"y": y, "tooltip": list(tips)}
@@ -379,7 +374,7 @@ def _rows(
         "data": {"values": list(values)},
         "width": "container",
         "autosize": {"type": "fit-x", "contains": "padding"},
-        "height": {"step": step},
+        "height": step * len(names),
         "layer": drawn,
     }
 

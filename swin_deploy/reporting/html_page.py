@@ -30,10 +30,11 @@ let width;
 async function draw() {
   if (innerWidth === width) return;
   width = innerWidth;
-  const limit = width < 600 ? Math.round(0.36 * width) : 330;
+  const narrow = width < 600, limit = narrow ? Math.round(0.36 * width) : 330;
   const config = {
     background: "transparent", font: "system-ui, sans-serif", view: { stroke: null }, axis: { ...text, ...lines },
-    axisY: { labelLimit: limit }, legend: { ...text, orient: "top", columns: width < 600 ? 1 : 5, labelLimit: 200 },
+    axisX: { tickCount: narrow ? 4 : 10, labelOverlap: true, labelSeparation: 10 }, axisY: { labelLimit: limit },
+    legend: { ...text, orient: "top", columns: narrow ? 1 : 5, labelLimit: 200 },
   };
   for (const { id, spec } of read("charts"))
     await vegaEmbed(document.getElementById(id), spec, {
@@ -44,7 +45,7 @@ async function draw() {
 let waiting;
 addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(draw, 200); });
 draw();
-const open = () => document.querySelectorAll("details").forEach(one => one.open = true);
+const open = () => document.querySelectorAll("details:not(.vega-embed *)").forEach(one => one.open = true);
 addEventListener("beforeprint", open);
 """
 

@@ -29,7 +29,7 @@ SHOWN = 6  # images
 BEST = 5  # classes of an image
 SIDE = 256  # pixels of a picture in the page, at most
 HEAT = ((0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191))  # five colours of the map "magma"
-OCTAVES = 2  # the colours reach from a quarter of the average to four times the average
+OCTAVES = 1  # the colours reach from half of the average to twice the average
 COLUMNS, ROWS = ("left", "center", "right"), ("top", "middle", "bottom")
 
 

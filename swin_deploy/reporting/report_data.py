@@ -392,7 +392,7 @@ def _unverified(bundle: Bundle, data: Mapping[str, Any]) -> list[dict[str, str]]
         add(
             "Accuracy",
             "The images have no labels, so the graphs are compared with fp32 only.",
-            f"swin-deploy evaluate {path} DIR --labels FILE",
+            f"swin-deploy evaluate {path} --data DIR --labels FILE",
         )
     if data["bench"] is None and not data["tuning"]:
         add("Speed", "Nothing was measured.", f"swin-deploy bench {path} --json > bench.json")
