@@ -47,6 +47,8 @@ class OpenVino(Runtime):
     Raises BackendError if OpenVINO cannot load the model, UsageError for bf16 on a processor without it.
     """
 
+    calls_to_warm = 2  # the second call of a batch may compile it
+
     def __init__(
         self,
         path: Path,
@@ -113,9 +115,10 @@ class OpenVino(Runtime):
                 return ()
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot compile {self._path}: {sentence(str(error))}.") from error
-        # OpenVINO rounds 8-bit layers differently for one image, so batches are not cut into single ones.
-        sizes = [size for size in self._fixed if size > 1 or not self._facts.quantized]
-        return batches_for(count, tuple(sorted(sizes or self._fixed)))
+        sizes = set(self._fixed)
+        if self._facts.quantized and not self._named and (2 in sizes or _identity(self._path) == self._file):
+            sizes = sizes - {1} | {2}  # it rounds 8-bit layers differently for one image, and alike for all larger batches
+        return batches_for(count, tuple(sorted(sizes)))
 
     def _compiled_now(self, count: int) -> bool:
         """Compile a batch if it is the first larger one, or comes again, as the last batch of a data set does not."""

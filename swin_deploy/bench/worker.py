@@ -197,11 +197,12 @@ def open_request(request: dict[str, Any]) -> Any:
 
     backend = request["backend"]
     device = request.get("device", BACKENDS[backend].devices[0])
+    fixed = {"batches": (int(request["batch"]),)} if backend == "openvino" and "batch" in request else {}
     if "onnx" in request:
-        return runtime_from_onnx(Path(request["onnx"]), backend, threads, request["bf16"], device)
+        return runtime_from_onnx(Path(request["onnx"]), backend, threads, request["bf16"], device, **fixed)
     from swin_deploy.api.load import load
 
-    options = {"precision": request["precision"], "trust": request.get("trust", False)}
+    options = {"precision": request["precision"], "trust": request.get("trust", False), **fixed}
     model = load(request["bundle"], backend=backend, device=device, threads=threads, **options)
     return SimpleNamespace(title=f"{backend} {model.describe().version}", inputs=model.inputs, run=model.run)
 

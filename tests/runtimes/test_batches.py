@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import pickle
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from cli.exported import exported_bundle, one_block
 
 import swin_deploy
+from swin_deploy.bundle import TensorSpec
 from swin_deploy.errors import UsageError
 from swin_deploy.options import LoadSpec
 
 pytest.importorskip("openvino", reason="compiles the graphs")
 
-from swin_deploy.runtimes.openvino import batches_for
+from swin_deploy.runtimes.openvino import OpenVino, _identity, batches_for
 
 
 @pytest.mark.parametrize(
@@ -64,6 +67,18 @@ def test_compiled_sizes(
     sizes = [record.args[1] for record in caplog.records if record.msg.startswith("Compiled")]  # type: ignore[index]
     assert sizes[: len(compiled)] == compiled
     assert len(sizes) == len(compiled) + len(model.describe().batches or (1,))
+
+
+def test_batches_of_8_bit_layers_are_not_cut_into_single_images() -> None:
+    """One image is rounded differently, so the results would depend on the batches that came before."""
+    runtime, file = object.__new__(OpenVino), Path(__file__)
+    vars(runtime).update(_named=(), _fixed=dict.fromkeys((1, 8, 5)), _path=file, _file=_identity(file))
+    runtime._facts = SimpleNamespace(any_batch=True, quantized=True)
+    runtime.inputs = (TensorSpec("x", "float32", ("batch", 4)),)
+    parts = {count: runtime._parts({"x": np.zeros((count, 4))}) for count in (1, 2, 3, 7, 8, 10)}
+    assert parts == {1: (), 2: (2,), 3: (2, 2), 7: (5, 2), 8: (), 10: (8, 2)}
+    runtime._named = (1, 8)
+    assert runtime._parts({"x": np.zeros((3, 4))}) == (1, 1, 1)
 
 
 def test_batches_of_another_back_end_are_refused() -> None:
