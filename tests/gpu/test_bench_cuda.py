@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
-from cli.exported import WEIGHTS, digits
-from gpu.needs import needs_cuda_provider, needs_torch_cuda
+from gpu.needs import NAMES, bundle, needs_cuda_provider, needs_torch_cuda
 
 from swin_deploy.bench.run import bench
 from swin_deploy.gpus import cuda_devices
@@ -16,7 +17,15 @@ pytestmark = [pytest.mark.cuda]
 def test_rows_on_the_gpu() -> None:
     needs_torch_cuda()
     needs_cuda_provider()
-    found = bench(digits(2), batches=(2,), precisions=("fp32",), weights=str(WEIGHTS[2]), seconds=1.0, rounds=2)
+    found = bench(
+        bundle(2),
+        trust=True,
+        batches=(2,),
+        precisions=("fp32",),
+        weights=str(Path(__file__).parents[2] / "examples/digits" / NAMES[2]),
+        seconds=1.0,
+        rounds=2,
+    )
     assert found.gpus == {"cuda:0": cuda_devices()[0].name}
     on_gpu = [(row.case.backend, row.case.precision) for row in found.rows if row.case.device == "cuda:0"]
     assert {("pytorch", "fp32"), ("pytorch", "fp16"), ("onnxruntime", "fp32")} <= set(on_gpu)

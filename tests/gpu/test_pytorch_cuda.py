@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli.exported import digits
-from gpu.needs import needs_torch_cuda
+from gpu.needs import bundle, needs_torch_cuda
 
 import swin_deploy
 from swin_deploy.parity import TOLERANCES, compare
@@ -24,9 +23,9 @@ def torch() -> Any:
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_answers_as_the_cpu_does(version: int, precision: str) -> None:
-    with swin_deploy.load(digits(version), backend="torch", device="cpu", precision="fp32") as model:
+    with swin_deploy.load(bundle(version), trust=True, backend="torch", device="cpu", precision="fp32") as model:
         expected = model.run({"pixel_values": FEED})["logits"]
-    with swin_deploy.load(digits(version), backend="torch", device="cuda", precision=precision) as model:
+    with swin_deploy.load(bundle(version), trust=True, backend="torch", device="cuda", precision=precision) as model:
         assert model.describe().device == "cuda:0"
         found = model.run({"pixel_values": FEED})["logits"]
         assert compare(found, expected).within(TOLERANCES[precision])  # fp32: 1e-5, which TF32 would not keep
@@ -36,12 +35,12 @@ def test_answers_as_the_cpu_does(version: int, precision: str) -> None:
 
 
 def test_verified_on_the_gpu() -> None:
-    assert all(verdict.verified for verdict in swin_deploy.verify(digits(2), backend="torch", device="cuda"))
+    assert all(verdict.verified for verdict in swin_deploy.verify(bundle(2), trust=True, backend="torch", device="cuda"))
 
 
 def test_a_tensor_on_the_gpu_whatever_stream_wrote_it(torch: Any) -> None:
     tensor = torch.from_numpy(FEED).cuda()
-    with swin_deploy.load(digits(2), backend="torch", device="cuda", precision="fp32") as model:
+    with swin_deploy.load(bundle(2), trust=True, backend="torch", device="cuda", precision="fp32") as model:
         expected = model.run({"pixel_values": FEED})["logits"]
         for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
             with torch.cuda.stream(stream):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from cli.exported import copied
-from gpu.needs import needs_exporter
+from gpu.needs import copied
 
 import swin_deploy
+from swin_deploy.bench.worker import open_request
 from swin_deploy.bundle import Bundle
 from swin_deploy.errors import UsageError
 from swin_deploy.gpus import cuda_devices
@@ -17,15 +18,10 @@ from swin_deploy.gpus import cuda_devices
 pytestmark = [pytest.mark.cuda, pytest.mark.tensorrt]
 
 
-@pytest.fixture(autouse=True)
-def exporter() -> None:
-    needs_exporter()
-
-
 @pytest.mark.parametrize("version", [1, 2])
 def test_an_fp16_engine_of_a_trained_model(version: int, tmp_path: Path) -> None:
     path = copied(version, tmp_path / "b")
-    [built] = swin_deploy.build_engine(path, precision="fp16", backend="tensorrt")
+    built, _ = swin_deploy.build_engine(path, precision="fp16", backend="tensorrt")
     [report] = built.entry["profiles"]
     assert not built.reused
     assert (built.entry["backend"], built.entry["gpu"]) == ("tensorrt", cuda_devices()[0].capability)
@@ -33,7 +29,7 @@ def test_an_fp16_engine_of_a_trained_model(version: int, tmp_path: Path) -> None
     assert report["unread"] == 0
     assert 0 < report["kernels"] < 100
     assert Bundle.open(path).verified_path(built.file).stat().st_size == built.entry["bytes"] > 10_000
-    [again] = swin_deploy.build_engine(path, precision="fp16", backend="tensorrt")
+    again, _ = swin_deploy.build_engine(path, precision="fp16", backend="tensorrt")
     assert again.reused
 
 
@@ -50,8 +46,8 @@ def test_an_fp16_engine_of_a_trained_model(version: int, tmp_path: Path) -> None
 )
 def test_every_option_makes_an_engine_of_its_own(options: dict[str, Any], tmp_path: Path) -> None:
     path = copied(2, tmp_path / "b")
-    [plain] = swin_deploy.build_engine(path, backend="tensorrt")
-    [built] = swin_deploy.build_engine(path, backend="tensorrt", **options)
+    plain, _ = swin_deploy.build_engine(path, backend="tensorrt")
+    built, _ = swin_deploy.build_engine(path, backend="tensorrt", **options)
     assert not built.reused
     assert built.file != plain.file
     assert len(built.entry["profiles"]) == len(options.get("batches", [1]))
@@ -71,10 +67,15 @@ def test_a_timing_cache_is_kept_and_read_again(tmp_path: Path) -> None:
 
 def test_weights_that_were_left_out_are_put_back(tmp_path: Path) -> None:
     path = copied(2, tmp_path / "b")
-    [whole] = swin_deploy.build_engine(path, backend="tensorrt")
-    [stripped] = swin_deploy.build_engine(path, backend="tensorrt", strip_weights=True)
-    [refitted] = swin_deploy.refit(path)
+    whole, _ = swin_deploy.build_engine(path, backend="tensorrt")
+    stripped, _ = swin_deploy.build_engine(path, backend="tensorrt", strip_weights=True)
+    refitted, _ = swin_deploy.refit(path)
     assert stripped.entry["bytes"] < min(whole.entry["bytes"], refitted.entry["bytes"])
     assert refitted.entry["refitted_from"] == stripped.entry["sha256"]
-    [again] = swin_deploy.refit(path)
+    again, _ = swin_deploy.refit(path)
     assert again.reused
+    answers = []
+    for engine in (whole, refitted):
+        with open_request({"bundle": str(path), "engine": engine.file, "device": "cuda:0"}) as runtime:
+            answers.append(runtime.run({"pixel_values": np.ones((1, 3, 32, 32), np.float32)})["logits"])
+    assert np.allclose(*answers, atol=1e-2)
