@@ -149,7 +149,7 @@ def table(known: dict[str, ModuleType], folder: Path) -> str:
         for name in MODELS:
             both = [found.get(f"{name} {kind}", {}).get("cell") for kind in (getattr(client, "OURS", "ours"), "theirs")]
             cells.append(f"{both[0] or ''} ({both[1]})" if both[1] else both[0] or "")
-        note = ", `--opset 17`" if hasattr(client, "OURS") else ""
+        note = ", 8 bits" if hasattr(client, "QUANTIZED") else ", `--opset 17`" if hasattr(client, "OURS") else ""
         lines.append(f"| {title}{note} | {found['version']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

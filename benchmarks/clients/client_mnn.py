@@ -1,6 +1,6 @@
 import numpy as np
 
-ENVIRONMENTS = {"MNN": ["MNN", "numpy"]}
+ENVIRONMENTS = {"MNN": ["numpy", "MNN"]}
 
 
 def logits(folder, pixels):

@@ -1,6 +1,6 @@
 import numpy as np
 
-ENVIRONMENTS = {"NNCF (PTQ)": ["nncf", "openvino"]}
+ENVIRONMENTS = {"NNCF (PTQ)": ["openvino", "nncf"]}
 QUANTIZED = True  # the error is that of 8 bits
 
 

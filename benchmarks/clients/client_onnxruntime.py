@@ -1,6 +1,6 @@
 import numpy as np
 
-ENVIRONMENTS = {"onnxruntime 1.17": ["onnxruntime==1.17.3", "numpy<2"], "onnxruntime": ["onnxruntime"]}
+ENVIRONMENTS = {"onnxruntime 1.17": ["numpy<2", "onnxruntime==1.17.3"], "onnxruntime": ["onnxruntime"]}
 
 
 def logits(folder, pixels, model=None):

@@ -16,6 +16,6 @@ def logits(folder, pixels):
             return None if image is None else {"pixel_values": image[None]}
 
     prepared, made = folder / "prepared.onnx", folder / "quantized.onnx"
-    quant_pre_process(str(folder / "onnx/model.onnx"), str(prepared))
+    quant_pre_process(str(folder / "onnx/model.onnx"), str(prepared), skip_symbolic_shape=True)
     quantize_static(str(prepared), str(made), Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
     return run(folder, pixels, made)

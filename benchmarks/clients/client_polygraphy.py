@@ -1,6 +1,6 @@
 import numpy as np
 
-ENVIRONMENTS = {"polygraphy": ["polygraphy", "onnxruntime", "onnx"]}
+ENVIRONMENTS = {"polygraphy": ["onnx", "onnxruntime", "polygraphy"]}
 
 
 def logits(folder, pixels):

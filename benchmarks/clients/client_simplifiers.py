@@ -2,7 +2,7 @@
 
 from client_onnxruntime import logits as run
 
-ENVIRONMENTS = {"onnxslim": ["onnxslim", "onnxruntime"], "onnxsim": ["onnxsim", "onnxruntime"]}
+ENVIRONMENTS = {"onnxslim": ["onnxruntime", "onnxslim"], "onnxsim": ["onnxruntime", "onnxsim"]}
 
 
 def logits(folder, pixels):

@@ -1,6 +1,6 @@
 import numpy as np
 
-ENVIRONMENTS = {"tract": ["tract", "numpy"]}
+ENVIRONMENTS = {"tract": ["numpy", "tract"]}
 
 
 def logits(folder, pixels):

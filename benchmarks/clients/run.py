@@ -3,6 +3,7 @@
 A client is a module with ENVIRONMENTS, the packages to install for each version that is tried ("npm:NAME" for those of npm, and
 the one whose version is shown last), and one of two functions. MODEL has config.json, preprocessor_config.json and
 onnx/model.onnx. With BUNDLES, a client runs the whole bundle, not ONNX files. OURS names the folder of our bundle ("ours").
+QUANTIZED marks clients that make a graph in 8 bits of the model.
 
     logits(folder, pixels)   pixels [images, 3, height, width] -> logits [images, classes]
     scores(folder, images)   paths of images -> probabilities [images, classes], or a text for the table
