@@ -300,10 +300,10 @@ def shift_mask(config: SwinConfig, grid: WindowGrid) -> Tensor | None:
     """Return the attention mask [windows, 1, 1, tokens, tokens], or None without a shift.
 
     transformers adds V2's mask of -100 twice, hence -200. The mask of V1 is -100 in every framework, but exp(-100) is a
-    denormal number, which slows CPUs down, and exp(-1000) is 0. Results differ only if a masked score exceeds all others of
-    its query by more than 80.
+    denormal number, which slows CPUs down, and exp(-200) is 0. Results differ only if a masked score exceeds all others of
+    its query by more than 80. Larger masks leave fewer of 256 steps for the scores when another tool quantizes their sum.
     """
-    value = -1000.0 if config.version == 1 else -200.0 if config.framework == "hf" else -100.0
+    value = -200.0 if config.version == 1 or config.framework == "hf" else -100.0
     mask = tensor_or_none(grid.mask(value))
     return None if mask is None else mask[:, None, None]
 
