@@ -178,14 +178,9 @@ class OpenVino(Runtime):
     def _imported(self, size: int) -> Pool[Any] | None:
         """Return the graph that an earlier process compiled for this batch; None if there is none."""
         file = stored_graph(size, **self._key) if self._key else None
-        try:
-            stated = json_from(read_cached(file and file.with_suffix(".json")), str(file))
-            facts = _Facts(_specs_from(stated["inputs"]), _specs_from(stated["outputs"]), stated["config"], stated["quantized"])
-            mapped = map_cached(file, stated["sha256"])
-        except (ValueError, KeyError, TypeError):
+        if file is None or (found := _mapped_graph(file)) is None:
             return None
-        if mapped is None:
-            return None
+        facts, mapped = found
         # OpenVINO refuses arrays that are read-only, but never writes into a compiled model: it maps its own in the same way.
         start = np.frombuffer(mapped, np.uint8).ctypes.data
         content = np.ctypeslib.as_array((ctypes.c_ubyte * len(mapped)).from_address(start))
@@ -193,6 +188,8 @@ class OpenVino(Runtime):
             compiled = self._core.import_model(self._ov.Tensor(content, shared_memory=True), "CPU", facts.config)
         except RuntimeError as error:
             _LOG.info("The compiled graph %s is not used: %s", file, sentence(str(error)))
+            with contextlib.suppress(OSError):
+                file.unlink()
             return None
         self._facts = self._facts or facts
         self._mapped.append(mapped)
@@ -211,7 +208,9 @@ class OpenVino(Runtime):
     def _store(self, compiled: list[tuple[int, Any]]) -> None:
         for size, graph in compiled:
             with contextlib.suppress(RuntimeError):
-                if (file := stored_graph(size, **self._key)) and (digest := store_cached(file, graph.export_model)):
+                if (file := stored_graph(size, **self._key)) is None or _mapped_graph(file):  # another process was faster
+                    continue
+                if digest := store_cached(file, graph.export_model):
                     write_cached(file.with_suffix(".json"), json.dumps({**asdict(self._facts), "sha256": digest}).encode())
 
     def _close(self) -> None:
@@ -228,6 +227,17 @@ def stored_graph(size: int, digest: str, threads: int, bf16: bool) -> Path | Non
     machine = [processor_name(), *processor_features(), usable_cores()]
     key = json.dumps([digest, size, threads, bf16, libraries, machine])
     return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cache"
+
+
+def _mapped_graph(file: Path) -> tuple[_Facts, mmap.mmap] | None:
+    """Return a stored graph and what is known about it; None if it is not there or not whole."""
+    try:
+        stated = json_from(read_cached(file.with_suffix(".json")), str(file))
+        facts = _Facts(_specs_from(stated["inputs"]), _specs_from(stated["outputs"]), stated["config"], stated["quantized"])
+        mapped = map_cached(file, stated["sha256"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    return (facts, mapped) if mapped is not None else None
 
 
 def check_stored(batches: Sequence[int], digest: str, threads: int, bf16: bool) -> None:
