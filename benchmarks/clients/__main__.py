@@ -100,7 +100,9 @@ def answer(client: ModuleType, place: Path, model: Path, data: Path) -> str:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     if process.returncode:
-        return f"fails: {last_line(log.read_text(encoding='utf-8', errors='replace')) or f'exit code {process.returncode}'}"
+        return (
+            f"not opened: {last_line(log.read_text(encoding='utf-8', errors='replace')) or f'exit code {process.returncode}'}"
+        )
     if (scratch / "scores.txt").exists():
         return (scratch / "scores.txt").read_text(encoding="utf-8")
     found, reference = np.load(scratch / "scores.npy").astype(np.float64), np.load(data / "logits.npy").astype(np.float64)
