@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from swin_deploy.dependencies import onnxruntime_session, require
+from swin_deploy.errors import BackendError, sentence
 from swin_deploy.parity import decibels
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ def ranges_of_graph(bundle: Bundle, file: str, samples: Samples | None, progress
         }
         for one in activations
     ]  # fmt: skip
-    if samples is None or not rows:
+    other_size = samples is not None and bundle.graphs[file].image_size != samples.image_size
+    if samples is None or not rows or (other_size and samples.ready):  # prepared samples have one size
         return rows
     histograms = [_Histogram(one) for one in activations]
     total = min(IMAGES, len(samples))
@@ -143,7 +145,7 @@ def _runs(
         opened = session(model)
     except Exception as error:
         if "NOT_IMPLEMENTED" not in str(error):
-            raise
+            raise BackendError(f"ONNX Runtime cannot load {path} to read its ranges: {sentence(str(error))}.") from error
         opened = session(emulated(load_graph(path)))
     file = path.relative_to(bundle.path).as_posix()
     shown, batch = samples.with_size(*preparation_and_inputs(bundle, file)), bundle.static_batch or 1

@@ -97,21 +97,19 @@ def _parity(rows: Sequence[Row]) -> Chart | None:
 
 def _quantization(number: int, found: Row) -> list[Chart]:
     title, charts = short_file(found["file"]), []
-    if found["sensitivity"]:
-        kept = set(found["kept"])
-        values = [
-            {
-                "layer": short_layer(one["name"]),
-                "sqnr": one["sqnr_db"],
-                "state": "kept in higher precision" if one["name"] in kept else "quantized",
-            }
-            for one in found["sensitivity"]
-            if one["sqnr_db"] is not None
-        ]
+    states, kept = ["quantized", "kept in higher precision"], set(found["kept"])
+    values: list[dict[str, Any]] = [
+        {"layer": short_layer(one["name"]), "sqnr": one["sqnr_db"], "state": states[one["name"] in kept]}
+        for one in found["sensitivity"]
+        if one["sqnr_db"] is not None
+    ]
+    if values:
         worst = ", ".join(f"{one['layer']} ({one['sqnr']:.1f} dB)" for one in values[:3])
         text = f"SQNR of the outputs if only one of {len(values)} layers is quantized. Most sensitive: {worst}."
         tips = [_tip("layer"), _tip("sqnr", ".1f", "SQNR in dB"), _tip("state")]
-        layer = _layer("bar", color={"field": "state", "scale": {"range": list(COLOURS[:2])}}, x=_x("sqnr", "SQNR in dB"))
+        layer = _layer(
+            "bar", color={"field": "state", "scale": {"domain": states, "range": list(COLOURS[:2])}}, x=_x("sqnr", "SQNR in dB")
+        )
         charts.append(
             Chart(
                 f"chart-sensitivity-{number}",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.exported import EXAMPLES, digits
+from reporting.test_report import BENCH, IMAGES
+from reporting.test_report import bundle as bundle
 from serving.test_browser import page as page
 
 import swin_deploy
@@ -28,11 +29,9 @@ CONTRAST = """() => {
 }"""
 
 
-def test_the_page_fits_every_screen_and_loads_nothing(page: Any, tmp_path: Path) -> None:
-    images = EXAMPLES / "digits/images"
-    shutil.copytree(digits(1), tmp_path / "digits")
-    swin_deploy.quantize(tmp_path / "digits", images, precision="int8", max_drop=100)
-    made = swin_deploy.report(tmp_path / "digits", output=tmp_path / "report.html", data=images)
+def test_the_page_fits_every_screen_and_loads_nothing(page: Any, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "bench.json").write_text(json.dumps(BENCH))
+    made = swin_deploy.report(bundle, output=tmp_path / "report.html", data=IMAGES, samples=2, bench=tmp_path / "bench.json")
     assert made.output.stat().st_size < 3_000_000
     messages: list[str] = []
     requests: list[str] = []
