@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import html.parser
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from cli.exported import EXAMPLES, WEIGHTS, cli_here, digits, exported_bundle, one_block, refused, result
 
 import swin_deploy
 from swin_deploy.bundle import Bundle, _manifest_text
+from swin_deploy.cli import cli
 from swin_deploy.errors import UsageError
 
 pytest.importorskip("vl_convert", reason="the extra report is not installed")
@@ -119,6 +123,14 @@ def test_an_empty_bundle_names_the_commands(tmp_path: Path) -> None:
     for words in ("--data DIR", "--int8", "build-engine", "bench"):
         assert words in page
     assert f"swin-deploy build-engine &#39;{path}&#39; --fp16" in page
+    commands = [shlex.split(html.unescape(one)) for one in re.findall(r"<code>swin-deploy (.+?)</code>", page)]
+    assert len(commands) >= 6
+    for verb, *words in commands:
+        command = cli.get_command(click.Context(cli), verb)
+        assert command is not None
+        known = {name for one in command.params for name in one.opts}
+        assert {word for word in words if word.startswith("-")} <= known, (verb, words)
+        assert verb == "export" or words[0] == str(path)
     assert page.count("<script") == 4
     assert "&lt;/script&gt;&lt;script&gt;alert(1)" in page
     assert not any(kind.startswith("on") or not value.startswith(("data:", "#")) for kind, value in Loaded.by(page))
