@@ -56,6 +56,15 @@ def cuda_devices() -> tuple[CudaDevice, ...]:
     return tuple(found)
 
 
+def device_memory(ordinal: int) -> int | None:
+    """Return the bytes of memory of a GPU, which a Jetson shares with its processor; None if the driver does not state it."""
+    driver, device, size = cuda_driver(), ctypes.c_int(), ctypes.c_size_t()
+    total = getattr(driver, "cuDeviceTotalMem_v2", None)
+    if driver is None or total is None or driver.cuDeviceGet(ctypes.byref(device), ordinal) != 0:
+        return None
+    return size.value if total(ctypes.byref(size), device) == 0 else None
+
+
 def refuse_without_gpu(device: str) -> None:
     """Raise UsageError for a device such as "cuda:0" if this machine has no GPU."""
     if not cuda_devices():

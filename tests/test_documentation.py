@@ -24,7 +24,9 @@ OWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rgl
 LINKED = [*OWN, ROOT / "CHANGELOG.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "examples").glob("*/README.md"))]
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
 # Options of other programs.
-FOREIGN = {"--data-binary", "--opt_in", "--opt_out", "--config-settings", "--onefile"}
+FOREIGN = {
+    *("--data-binary", "--opt_in", "--opt_out", "--config-settings", "--onefile", "--system-site-packages", "--runtime", "--rm")
+}
 
 
 @dataclass

@@ -39,6 +39,7 @@ GPUS = (
     GpuPeaks("a100", "sm_80", 2039, 19.5, 312, 624, 0, "NVIDIA A100 80GB SXM data sheet"),
     GpuPeaks("rtx-3090", "sm_86", 936, 35.6, 142, 284, 0, "NVIDIA Ampere GA102 white paper"),
     GpuPeaks("a10", "sm_86", 600, 31.2, 125, 250, 0, "NVIDIA A10 data sheet"),
+    GpuPeaks("agx-orin", "sm_87", 204.8, 5.3, 42.5, 85, 0, "NVIDIA Jetson AGX Orin technical brief, 64 GB, without sparsity"),
     GpuPeaks("rtx-4090", "sm_89", 1008, 82.6, 330.3, 660.6, 660.6, "NVIDIA Ada white paper"),
     GpuPeaks("l4", "sm_89", 300, 30.3, 121, 242, 242, "NVIDIA L4 data sheet, without sparsity"),
     GpuPeaks("h100", "sm_90", 3350, 67, 989.5, 1979, 1979, "NVIDIA H100 SXM data sheet, without sparsity"),

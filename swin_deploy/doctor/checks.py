@@ -22,7 +22,7 @@ from swin_deploy.bundle import Bundle
 from swin_deploy.dependencies import installed, onnxruntime_session, require
 from swin_deploy.errors import BackendError, BundleError, MissingDependencyError
 from swin_deploy.files import scratch_folder
-from swin_deploy.gpus import CudaDevice, cuda_devices
+from swin_deploy.gpus import CudaDevice, cuda_devices, device_memory
 from swin_deploy.machine import Machine, this_machine
 from swin_deploy.manifest import EngineEntry
 
@@ -69,7 +69,7 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class InstalledGpu(CudaDevice):
-    """An NVIDIA GPU that this process may use, with its memory in bytes where nvidia-smi lists it."""
+    """An NVIDIA GPU that this process may use, with its memory in bytes, if nvidia-smi or the driver states it."""
 
     memory: int | None
 
@@ -110,7 +110,10 @@ def doctor(bundle: str | os.PathLike[str] | None = None) -> Diagnosis:
     found = None if bundle is None else Bundle.open(bundle)
     machine = this_machine()
     driver, listed = nvidia_smi()
-    gpus = tuple(InstalledGpu(gpu.name, gpu.capability, listed.get(gpu.name)) for gpu in cuda_devices())
+    gpus = tuple(
+        InstalledGpu(gpu.name, gpu.capability, listed.get(gpu.name) or device_memory(number))
+        for number, gpu in enumerate(cuda_devices())
+    )
     with ThreadPoolExecutor(min(4, machine.usable_cores)) as pool:
         results = tuple(pool.map(lambda check: _result(check, bool(gpus)), CHECKS))
     conflicts = installed_conflicts(bool(gpus))
@@ -144,6 +147,10 @@ def nvidia_smi() -> tuple[str | None, dict[str, int | None]]:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
         if match := re.search(r"\b\d{3,}(?:\.\d+)+\b", text):
             return match[0], {}
+    with contextlib.suppress(OSError):  # "# R36 (release), REVISION: 4.0, ..." on a Jetson
+        text = Path("/etc/nv_tegra_release").read_text(encoding="utf-8", errors="replace")
+        if match := re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", text):
+            return f"Jetson Linux {match[1]}.{match[2]}", {}
     return None, {}
 
 

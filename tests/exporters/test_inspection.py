@@ -152,7 +152,7 @@ def test_the_published_figures_are_plausible() -> None:
     """Against wrong digits or units: each tensor-core peak is a small multiple of the next."""
     assert len({gpu.name for gpu in GPUS}) == len(GPUS)
     for gpu in GPUS:
-        assert 300 <= gpu.bandwidth <= 10_000
+        assert 200 <= gpu.bandwidth <= 10_000
         assert 3 <= gpu.fp16 / gpu.fp32 <= 20
         assert gpu.int8 / gpu.fp16 == pytest.approx(2, rel=0.01)
         assert gpu.fp8 in (0, gpu.int8)
