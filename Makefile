@@ -4,6 +4,7 @@
 # make test-browser   the pages of serve, publish and report in Chromium, which it installs with Playwright unless there is one
 # make test-ray       serve with Ray Serve, which it installs
 # make clients   other programs that run our graphs, each in an environment of its own
+# make faults    200 faults injected into graphs, each named by `diff`, into build/faults (benchmarks/README.md)
 # make fuzz    20,000 changed and hostile inputs (benchmarks/README.md)
 # make race    our graphs beside the alternatives on this processor: an hour to prepare, an hour to measure
 # make docs    the documentation as a site, into site/
@@ -19,7 +20,7 @@ DIGITS := examples/digits
 WORKERS := $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test test-browser test-ray lint clients fuzz race docs clean venv
+.PHONY: demo test test-browser test-ray lint clients faults fuzz race docs clean venv
 
 demo: venv
 	rm -rf demo
@@ -55,6 +56,9 @@ test-ray: venv
 
 clients: venv
 	python -m benchmarks.clients
+
+faults: venv
+	python benchmarks/faults.py --work build/faults
 
 fuzz: venv
 	python -m benchmarks.fuzz all

@@ -133,7 +133,7 @@ def with_graphs(bundle: Bundle, precision: str, make: Make, asked: Mapping[str, 
     made, metadata = [], []
     for source, file in missing:
         _LOG.info("Writing %s", file)
-        model, answer = _with_shapes(bundle.verified_path(source)), bundle.graphs[source].postprocessing
+        model, answer = with_shapes(bundle.verified_path(source)), bundle.graphs[source].postprocessing
         metadata.append({one.key: one.value for one in model.metadata_props})
         del model.metadata_props[:]
         if answer is None:
@@ -186,7 +186,7 @@ def further_size(bundle: Bundle, source: str, number: int) -> Size | None:
     return None if number == 0 else bundle.graphs[source].image_size
 
 
-def _with_shapes(path: Path) -> Any:
+def with_shapes(path: Path) -> Any:
     """Load the graph at `path` with the types and shapes of all values, which the passes need and the file omits."""
     import onnx
 

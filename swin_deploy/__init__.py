@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from swin_deploy.api.build_engine import build_engine, refit
     from swin_deploy.api.classify import classify_dataset
+    from swin_deploy.api.debug import debug
     from swin_deploy.api.diff import diff
     from swin_deploy.api.evaluate import evaluate, verify
     from swin_deploy.api.export import export
@@ -32,6 +33,7 @@ __all__ = [
     "__version__",
     "build_engine",
     "classify_dataset",
+    "debug",
     "diff",
     "evaluate",
     "export",

@@ -683,6 +683,28 @@ class DiffSpec(Spec):
 
 
 @dataclass(frozen=True)
+class DebugSpec(Spec):
+    """Options of `swin_deploy.debug` and `swin-deploy debug`."""
+
+    data: Any = option(
+        MISSING,
+        parse.images,
+        "Images like those of the application: a folder, or an .npz or .npy file. In Python also any iterable.",
+    )
+    _: KW_ONLY
+    precision: str = option("int8", parse.choice("quantized precision", QUANTIZED), "Type of the quantized layers.")
+    target: str | None = option(
+        None, parse.choice("target", TARGETS), "Runtime to quantize for. Default: the one that the bundle was exported for."
+    )
+    bound: float = option(0.02, parse.number(0), "Largest accepted relative L2 distance from fp32.", metavar="X")
+    samples: int | None = option(None, parse.whole(1), "Number of images to use, evenly spaced.")
+    output: PathLike | None = option(
+        None, parse.path, "ONNX file to write with these layers put back.", flags=("-o", "--output"), metavar="FILE"
+    )
+    progress: Progress = progress_option()
+
+
+@dataclass(frozen=True)
 class InspectSpec(Spec):
     """Options of `swin_deploy.inspect` and `swin-deploy inspect`."""
 

@@ -70,6 +70,22 @@ def quantize(bundle: BundlePath, spec: QuantSpec) -> Evaluation:
         return _quantized(found, spec, readable)
 
 
+def quantization_run(bundle: BundlePath, spec: QuantSpec) -> tuple[Bundle, Samples, Any]:
+    """Return a bundle, its samples, and the function that makes the layout of one of its fp32 graphs, with its samples."""
+    from swin_deploy.calib.data import preparation_and_inputs, samples_for
+
+    found = Bundle.open(bundle)
+    spec = _resolved(found, spec)
+    data = samples_for(found, spec.data, spec.samples)
+    run = _Run(found, spec, data, *_qat_ranges(found, spec))
+
+    def layout(source: str, model: Any, samples: Samples) -> tuple[TensorRTLayout | CpuLayout, Samples]:
+        feeds = samples.with_size(*preparation_and_inputs(found, source))
+        return run._layout(source, model, feeds), feeds
+
+    return found, data, layout
+
+
 def _quantized(found: Bundle, spec: QuantSpec, data: Samples | None) -> Evaluation:
     from swin_deploy.evaluation import Evaluation
     from swin_deploy.exporters.typed_graphs import with_graphs

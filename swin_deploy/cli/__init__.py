@@ -27,6 +27,7 @@ VERBS = {
     "refit": ("refit", "Put the weights back into engines compiled without them."),
     "inspect": ("inspect", "Count the nodes, FLOPs, kernels and bytes of graphs and engines."),
     "diff": ("diff", "Compare two graphs of one network, and name the first part that differs."),
+    "debug": ("debug", "Find the layers that cost a quantized graph its accuracy."),
     "verify": ("verify", "Check the files of a bundle, and compare its graphs with PyTorch."),
     "tune": ("tune", "Measure which back end runs a bundle fastest, and store the result in it."),
     "predict": ("predict", "Classify images."),

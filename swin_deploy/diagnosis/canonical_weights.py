@@ -159,6 +159,10 @@ class ParameterComparison:
                 if expected is not None and abs(float(np.median(rows["query"] / expected)) - 1) < 0.25:
                     part = "key"
                 wrong[part] = f"Scaled: the weight is {product:.4g} times that of the other graph."
+                if abs(self._value_product(at) / math.sqrt(product) - 1) < 0.04:  # all three are scaled
+                    cause = f"Scaled: the weight of the norm is {math.sqrt(product):.4g} times that of the other graph."
+                    yield Fault(Point(*at, "norm1"), "", cause)
+                    return
         if not wrong:
             return
         tensor = self.b.structure.linears[Point(*at, "attention.query")].output
@@ -204,6 +208,18 @@ class ParameterComparison:
             # A bias of values counts as it was: in its own layer, unless that layer has none.
             own = self._vectors_differ(self._vector(ours.bias, len(x)), self._vector(theirs.bias, len(x)), x)
             yield Fault(point if own else value, theirs.output, self._cause(before, after, "bias"))
+
+    def _value_product(self, at: tuple[int, int]) -> float:
+        """Return the factor on the product of value and output projection."""
+        norm, value = Point(*at, "norm1"), Point(*at, "attention.value")
+        maps = [self._map(side, value, norm, False, None) for side in (self.a, self.b)]
+        layers = [side.structure.linears[Point(*at, "attention.output")].weight.astype(np.float64) for side in (self.a, self.b)]
+        if maps[0] is None or maps[1] is None:
+            return 1.0
+        (mx, my), (x, y) = (maps[0].matrix, maps[1].matrix), layers
+        columns = (x * y).sum(0) / np.maximum((x * x).sum(0), 1e-30)
+        rows = (mx * my).sum(1) / np.maximum((mx * mx).sum(1), 1e-30)
+        return max(float(np.median(columns * rows)), 1e-9)
 
     def _mlp(self, at: tuple[int, int], stream: Array | None) -> Iterator[Fault]:
         norm = Point(*at, "norm2") if self.version == 1 else None

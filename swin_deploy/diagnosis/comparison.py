@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from swin_deploy.options import Array
 from swin_deploy.parity import decibels
 
+from .folded_graph import FoldedGraph
 from .sides import Side
 from .swin_structure import Point
 
@@ -26,6 +27,7 @@ FOLDED = {
     "patch_embed", "norm1", "norm2", "attention.query", "attention.key", "attention.value", "residual1", "residual2",
     "mlp.activation", "merge.norm", "norm", "pooler",
 }  # fmt: skip
+INTEGER = {"uint8": (0, 255), "int8": (-128, 127)}
 OPERANDS = ("attention.query", "attention.key", "attention.value")
 
 
@@ -92,6 +94,47 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Quantizer:
+    """Q/DQ of an activation: the tensors that it reads and writes, the scale before and after, and the integers."""
+
+    values: str
+    output: str
+    scale: float
+    back: float
+    zero: float
+    low: float
+    high: float
+
+
+def quantizers(graph: FoldedGraph) -> list[Quantizer]:
+    """List the Q/DQ of integers in `graph`, also those whose quantization TensorRT computes with a matmul."""
+    found = []
+    for node in graph.nodes:
+        if node.op_type != "DequantizeLinear" or not graph.is_constant(node.input[1]):
+            continue
+        back = graph.constant(node.input[1])
+        zero = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros((), np.uint8)
+        if back.size != 1 or zero.dtype.name not in INTEGER:
+            continue
+        low, high = INTEGER[zero.dtype.name]
+        writer = graph.writer[node.input[0]]
+        if writer.op_type == "QuantizeLinear" and graph.is_constant(writer.input[1]):
+            given = graph.constant(writer.input[1])
+            if given.size != 1:
+                continue
+            values, scale = writer.input[0], float(given.ravel()[0])
+        else:
+            while writer is not None and writer.op_type in ("Cast", "Sub", "Add", "Clip"):
+                writer = graph.writer.get(graph.data_inputs(writer)[0])
+            constants = [] if writer is None or writer.op_type != "Mul" else [n for n in writer.input if graph.is_constant(n)]
+            if writer is None or not constants or graph.constant(constants[0]).size != 1:
+                continue
+            values, scale = graph.data_inputs(writer)[0], 1 / float(graph.constant(constants[0]).ravel()[0])
+        found.append(Quantizer(values, node.input[0], scale, float(back.ravel()[0]), float(zero.ravel()[0]), low, high))
+    return found
+
+
+@dataclass(frozen=True)
 class Values:
     """The tensors of a side at its points, in an order that both sides share."""
 
@@ -105,6 +148,7 @@ class Values:
             names |= {attention.query, attention.key, attention.value, *(add.output[0] for add, _ in attention.added)}
         for inner, outer in side.structure.activations.values():
             names |= {inner, outer}
+        names |= {one.values for one in quantizers(side.graph)}
         names |= {value.name for value in side.model.graph.output}
         return cls(side, {name: array.astype(np.float32) for name, array in side.run(sorted(names)).items()})
 
@@ -191,11 +235,16 @@ def unfolded(a: Array, b: Array) -> Array:
 
 
 def windows_of(side: Side, at: tuple[int, int]) -> Array | None:
-    """Return the numbers of the tokens of each window [windows, tokens], sorted."""
+    """Return the numbers of the tokens of each window of the first image [windows, tokens], as the graph orders them."""
     ids = side.graph.tokens.get(side.structure.attentions[at].query)
     if ids is None:
         return None
-    return np.unique(np.sort(ids.reshape(-1, ids.shape[-1]), axis=1), axis=0)
+    flat = ids.reshape(-1, ids.shape[-1])
+    _, first = np.unique(flat.max(axis=1), return_index=True)
+    windows = flat[np.sort(first)]
+    images = next(iter(side.feeds.values())).shape[0]
+    tokens = (flat.max() + 1) // images
+    return np.asarray(windows[windows.max(axis=1) < tokens])
 
 
 def point_error(point: Point, a: Array, b: Array) -> PointError:
@@ -218,7 +267,7 @@ def point_error(point: Point, a: Array, b: Array) -> PointError:
 
 def compared(a: Side, b: Side) -> Difference:
     """Compare two sides that have the same images."""
-    from .faults import static_faults
+    from .faults import edits, node_points, static_faults
 
     if a.structure.depths != b.structure.depths or a.structure.version != b.structure.version:
         return Difference(a.name, b.name, Fault(Point(None, None, "input"), b.input.name, other_network(a, b)), ())
@@ -234,10 +283,40 @@ def compared(a: Side, b: Side) -> Difference:
             if folded and point.part in FOLDED and np.isfinite(theirs).all() and np.isfinite(ours).all():
                 theirs = unfolded(ours, theirs)
             points.append(point_error(point, ours, theirs))
+    if b.precision in ("int8", "fp8") and edits(a, b) is None:
+        where = node_points(b)
+        faults += [Fault(where[name], name, cause) for name, cause in wrong_quantizers(second.raw, b.graph)]
     if not faults:
         faults += grown(points, a, b)
-    faults.sort(key=lambda fault: order.get(fault.point, len(order)))
+    faults.sort(key=lambda fault: (order.get(fault.point, len(order)), not fault.cause.startswith("Overflow")))
     return Difference(a.name, b.name, faults[0] if faults else None, tuple(points), tuple(faults[1:]))
+
+
+def wrong_quantizers(raw: Mapping[str, Array], graph: FoldedGraph) -> Iterator[tuple[str, str]]:
+    """Yield quantizers, by their output, whose scales do not fit each other or the values, and why."""
+    gaps: dict[str, tuple[float, float]] = {}
+    for one in quantizers(graph):
+        if abs(one.scale / one.back - 1) > 2e-3:
+            yield one.output, f"Wrong scale: values are divided by {one.scale:.4g} and multiplied by {one.back:.4g}."
+            continue
+        values = raw[one.values].astype(np.float64).reshape(-1)
+        values = values[:: max(1, len(values) // 50_000)]
+        if not np.isfinite(values).all() or not values.any():
+            continue
+
+        def error(factor: float, values: Array = values, one: Quantizer = one) -> float:
+            step = one.scale * factor
+            found = (np.clip(np.rint(values / step) + one.zero, one.low, one.high) - one.zero) * step
+            return float(np.square(found - values).mean())
+
+        factors = 2.0 ** np.arange(-6, 7)
+        best = min(factors, key=error)
+        gaps[one.output] = 10 * math.log10(max(error(1.0), 1e-30) / max(error(best), 1e-30)), float(best)
+    usual = float(np.median([gap for gap, _ in gaps.values()])) if gaps else 0.0
+    for name, (gap, best) in gaps.items():
+        # Images other than those of the calibration may exceed the range.
+        if gap > (16 if best > 1 else 10) + usual:
+            yield name, f"Wrong scale: values would lose {gap:.0f} dB less if the scale were {best:.3g} times as large."
 
 
 def other_network(a: Side, b: Side) -> str:

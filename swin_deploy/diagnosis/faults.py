@@ -23,14 +23,30 @@ CHANGED = 2e-6  # of a constant, relative to its amax
 def static_faults(a: Side, b: Side) -> Iterator[Fault]:
     """Yield the differences that the graphs themselves show, in any order."""
     yield from input_faults(a, b)
+    swapped = False
     for at in b.structure.attentions:
         ours, theirs = windows_of(a, at), windows_of(b, at)
         if ours is not None and theirs is not None and not np.array_equal(ours, theirs):
             part = "norm1" if b.structure.version == 1 else "attention.query"
+            swapped = True
             where = b.structure.attentions[at].query
             yield Fault(Point(*at, part), where, "Swapped windows: the windows hold other tokens, or in another order.")
+    before, after = (dict(_broken_merges(side)) for side in (a, b))
+    for point in after.keys() - before.keys():
+        swapped = True
+        yield Fault(point, after[point], "Swapped windows: the tokens that are merged are not neighbors.")
     versions = edits(a, b)
+    if versions is not None and swapped:  # what was changed in a gather is seen where it matters
+        versions = [one for one in versions if not one.cause.startswith("Swapped windows")]
     yield from parameter_faults(a, b) if versions is None else versions
+
+
+def _broken_merges(side: Side) -> Iterator[tuple[Point, str]]:
+    """Yield the merges of tokens that are not neighbors, and their tensors."""
+    part = "merge.norm" if side.structure.version == 1 else "merge.reduction"
+    for point, linear in side.structure.linears.items():
+        if point.part == "merge.reduction" and linear.node.output[0] in side.graph.broken_merges:
+            yield Point(point.stage, None, part), linear.node.output[0]
 
 
 def input_faults(a: Side, b: Side) -> Iterator[Fault]:
@@ -112,12 +128,12 @@ def node_points(side: Side) -> dict[str, Point]:
             node = graph.writer.get(data[0]) if data else None
     for point, norm in structure.norms.items():
         found |= {node.output[0]: point for node in norm.nodes}
+    stop = {one.node.output[0] for one in structure.linears.values()}
     for at, attention in structure.attentions.items():
-        for node in graph.ancestors(attention.softmax.input[0], {attention.matmul.output[0]}):
-            found[node.output[0]] = Point(*at, "attention.scale")
+        for node in graph.ancestors(attention.softmax.input[0], {attention.matmul.output[0], *stop}):
+            found.setdefault(node.output[0], Point(*at, "attention.scale"))
         found[attention.matmul.output[0]] = Point(*at, "attention.scale")
         for operand, part in ((attention.query, "query"), (attention.key, "key"), (attention.value, "value")):
-            stop = {one.node.output[0] for one in structure.linears.values()}
             for node in graph.ancestors(operand, stop):
                 scaled = part != "value" and node.op_type not in ("Transpose", "Reshape", "Split", "Add", "Gather", "Slice")
                 place = "scale" if scaled else part
@@ -232,7 +248,10 @@ def _changed(b: Side, point: Point, node: Any, position: int, x: Array, y: Array
         return Fault(point, name, f"Swapped windows: {count} tokens are gathered from other places.")
     if position > 0 and node.op_type == "Add" and point.part.startswith(("norm", "merge.norm")) and y.size == 1:
         return Fault(point, name, f"Wrong epsilon: {_number(y)} instead of {_number(x)}.")
-    return Fault(point, name, describe(point, x, y))
+    cause = describe(point, x, y)
+    if point.part == "patch_embed" and cause.startswith("Other preprocessing"):
+        point = Point(None, None, "input")
+    return Fault(point, name, cause)
 
 
 def describe(point: Point, x: Array, y: Array) -> str:

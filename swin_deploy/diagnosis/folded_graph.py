@@ -141,6 +141,11 @@ class FoldedGraph:
         return self._order.columns
 
     @cached_property
+    def broken_merges(self) -> tuple[str, ...]:
+        """Return the tensors of patch merging whose four neighbors are not those of a square of tokens."""
+        return tuple(self._order.broken)
+
+    @cached_property
     def _order(self) -> _TokenOrder:
         return _TokenOrder(self)
 
@@ -166,6 +171,7 @@ class _TokenOrder:
         self.values: dict[str, Array] = {}
         self.found: dict[str, Array] = {}
         self.columns: dict[str, Array] = {}
+        self.broken: list[str] = []
         self.grid = (0, 0)  # of the current stage
         self.images = 1
         last = {name: place for place, node in enumerate(graph.nodes) for name in node.input}
@@ -195,7 +201,7 @@ class _TokenOrder:
             weight = graph.constant(node.input[1])
             width = weight.shape[0 if graph.attribute(node, "transB", 0) else -1]
             rows = first[..., :1]
-            if first.shape[-1] % 4 == 0 and (merged := self._merged(first)) is not None:
+            if first.shape[-1] % 4 == 0 and (merged := self._merged(first, node.output[0])) is not None:
                 rows = merged
             return [np.broadcast_to(rows, (*first.shape[:-1], width))]
         if op == "MatMul" and len(read) == 2 and read[1] is not None:
@@ -251,14 +257,22 @@ class _TokenOrder:
         order = np.arange(images * rows * columns).reshape(images, 1, rows, columns)
         return np.broadcast_to(order, (images, len(weight), rows, columns))
 
-    def _merged(self, first: Array) -> Array | None:
+    def _merged(self, first: Array, name: str) -> Array | None:
         """Return the numbers of tokens of the next stage, if rows are four neighbors side by side."""
         rows = first[..., :: first.shape[-1] // 4]
         if (rows == rows[..., :1]).all():
             return None
         count, columns = math.prod(self.grid), self.grid[1]
+        first_row, first_column = np.divmod(rows[..., 0] % count, columns)
         image, place = np.divmod(rows.max(axis=-1), count)
         row, column = np.divmod(place, columns)
+        for quarter, (down, right) in enumerate(((0, 0), (1, 0), (0, 1), (1, 1))):
+            inside = (rows[..., quarter] >= 0) & (rows[..., 0] >= 0)
+            wanted = rows[..., 0] + down * columns + right
+            fits = (first_row % 2 == 0) & (first_column % 2 == 0) & (rows[..., quarter] == wanted)
+            if (inside & ~fits).any():
+                self.broken.append(name)
+                break
         self.grid = -(-self.grid[0] // 2), -(-self.grid[1] // 2)
         number = image * math.prod(self.grid) + row // 2 * self.grid[1] + column // 2
         return np.where(rows.max(axis=-1) < 0, PAD, number)[..., None]

@@ -116,3 +116,19 @@ def test_command(tmp_path: Path) -> None:
     assert "epsilon" in found.cause
     assert cli_here("diff", str(first), str(tmp_path / "none.onnx"), cwd=tmp_path).returncode == 2
     assert np.isfinite(values).all()
+
+
+def test_debug(tmp_path: Path) -> None:
+    """With a bound between the errors of no layer and of all layers put back, some are, and the written graph has the rest."""
+    save_file(tensors(1), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config(1).to_dict()))
+    swin_deploy.export(weights=tmp_path, output=tmp_path / "b", target="onnxruntime")
+    images = list(np.random.default_rng(0).standard_normal((4, 3, 32, 32), dtype=np.float32))
+    every = swin_deploy.debug(tmp_path / "b", images, bound=1.0)
+    assert every.kept == ()
+    found = swin_deploy.debug(tmp_path / "b", images, bound=every.before * 0.7, output=tmp_path / "c.onnx")
+    assert found.reached
+    assert 0 < len(found.kept) < found.layers
+    quantized = [node for node in onnx.load(str(tmp_path / "c.onnx")).graph.node if node.op_type == "QuantizeLinear"]
+    assert quantized
+    assert found.after <= found.bound < found.before == pytest.approx(every.before)
