@@ -89,8 +89,8 @@ CANDIDATES: dict[str, Candidate] = {
     "eager-bf16": Candidate("PyTorch eager", "bf16", "eager", "checkpoint"),
     "compile-bf16": Candidate("torch.compile (inductor, frozen)", "bf16", "compiled", "compiled-bf16-BATCH.pt2"),
     "limit-bf16": Candidate("limit: linear layers and attention products, oneDNN", "bf16", "limit", "checkpoint"),
-    "ours-onnxruntime-int8": Candidate("**ours, ONNX Runtime**", "int8", "bundle", "ours-onnxruntime"),
-    "ours-openvino-int8": Candidate("**ours, OpenVINO**", "int8", "bundle", "ours-openvino"),
+    "ours-onnxruntime-int8": Candidate("**ours, ONNX Runtime**", "int8", "bundle", "ours-onnxruntime-int8"),
+    "ours-openvino-int8": Candidate("**ours, OpenVINO**", "int8", "bundle", "ours-openvino-int8"),
     "nncf-openvino-int8": Candidate("NNCF's default, OpenVINO, fixed batch", "int8", "openvino", "nncf.xml"),
     "nncf-openvino-free-int8": Candidate("NNCF's default, OpenVINO, free batch", "int8", "openvino", "nncf.xml", True),
     "static-onnxruntime-int8": Candidate("ONNX Runtime's static quantization", "int8", "onnxruntime", "static.onnx", True),
@@ -127,14 +127,22 @@ def make_checkpoint(name: str, folder: Path, _: int) -> None:
 
 
 def make_ours(name: str, folder: Path, target: str) -> None:
-    """Export the network for a runtime, and quantize it."""
+    """Export the network for a runtime."""
     import swin_deploy
 
+    swin_deploy.export(variant=name, random_weights=True, target=target, output=folder / f"ours-{target}", force=True)
+
+
+def make_ours_int8(name: str, folder: Path, target: str) -> None:
+    """Add the INT8 graph to the bundle of a runtime, which is exported again if it has one."""
+    import swin_deploy
+    from swin_deploy.bundle import Bundle
+
     bundle = folder / f"ours-{target}"
-    swin_deploy.export(variant=name, random_weights=True, target=target, output=bundle, force=True)
-    data = np.load(folder / "checkpoint/data.npz")["calibration"]
+    if Bundle.open(bundle).graphs_of("int8"):
+        make_ours(name, folder, target)
     with tempfile.TemporaryDirectory(prefix="swin-race-") as scratch:
-        np.save(Path(scratch, "pixels.npy"), data)
+        np.save(Path(scratch, "pixels.npy"), np.load(folder / "checkpoint/data.npz")["calibration"])
         swin_deploy.quantize(bundle, data=Path(scratch, "pixels.npy"), batch=4)
 
 
@@ -237,6 +245,8 @@ MAKERS: dict[str, Callable[[str, Path, Any], None]] = {
     "checkpoint": make_checkpoint,
     "ours-onnxruntime": lambda name, folder, _: make_ours(name, folder, "onnxruntime"),
     "ours-openvino": lambda name, folder, _: make_ours(name, folder, "openvino"),
+    "ours-onnxruntime-int8": lambda name, folder, _: make_ours_int8(name, folder, "onnxruntime"),
+    "ours-openvino-int8": lambda name, folder, _: make_ours_int8(name, folder, "openvino"),
     "transformers.onnx": make_transformers,
     "timm.onnx": make_timm,
     "nncf.xml": make_nncf,
@@ -245,7 +255,13 @@ MAKERS: dict[str, Callable[[str, Path, Any], None]] = {
     "compiled-bf16-BATCH.pt2": make_compiled("bf16"),
     "compiled-int8-BATCH.pt2": make_compiled("int8"),
 }
-NEEDS = {"nncf.xml": "transformers.onnx", "static.onnx": "transformers.onnx", "checkpoint": ""}  # others: "checkpoint"
+NEEDS = {  # others: "checkpoint"
+    "checkpoint": "",
+    "nncf.xml": "transformers.onnx",
+    "static.onnx": "transformers.onnx",
+    "ours-onnxruntime-int8": "ours-onnxruntime",
+    "ours-openvino-int8": "ours-openvino",
+}
 ENVIRONMENT_OF = {"nncf.xml": "nncf", "timm.onnx": "timm", "compiled-int8-BATCH.pt2": "torchao"}
 
 
@@ -301,11 +317,12 @@ def open_bundle(candidate: Candidate, folder: Path, batch: int) -> Run:
     import swin_deploy
     from swin_deploy.options import LoadSpec
 
-    runtime = candidate.artefact.partition("-")[2]
+    bundle = candidate.artefact.removesuffix("-int8")
+    runtime = bundle.partition("-")[2]
     options: dict[str, Any] = {"backend": runtime, "precision": candidate.precision}
     if "batches" in LoadSpec.__dataclass_fields__:
         options["batches"] = (batch,)
-    model = swin_deploy.load(folder / candidate.artefact, **options)
+    model = swin_deploy.load(folder / bundle, **options)
     return lambda pixels: model.run({"pixel_values": pixels})["logits"]
 
 

@@ -98,10 +98,13 @@ def network_check(bundle: Bundle, source: str, model: Any) -> NetworkCheck | Non
     """Return the check of rewrites of `model`, the fp32 graph `source`; None without ONNX Runtime, or beyond 2 GB."""
     if not installed("onnxruntime") or sum(len(tensor.raw_data) for tensor in model.graph.initializer) > PROTOBUF_LIMIT:
         return None
-    feeds, static = Reference.load(bundle, bundle.graphs[source].reference).feeds, bundle.static_batch
+    reference, static = Reference.load(bundle, bundle.graphs[source].reference), bundle.static_batch
+    feeds, names = reference.feeds, [output.name for output in model.graph.output]
+    recorded = [reference.outputs[name] for name in names] if set(names) <= set(reference.outputs) else []
     if static is not None:
         feeds = {name: np.resize(feed, (static, *feed.shape[1:])) for name, feed in feeds.items()}
-    return NetworkCheck(model, feeds)
+        recorded = [np.resize(output, (static, *output.shape[1:])) for output in recorded]
+    return NetworkCheck(model, feeds, recorded=recorded)
 
 
 def left_out(check: NetworkCheck | None) -> dict[str, Any]:

@@ -121,6 +121,15 @@ def test_passes_for_engines(version: int, edit: Callable[[str, Array], Array]) -
     assert compare(run(typed, FEED).astype(np.float32), wanted).within(1e-2)
 
 
+def test_a_network_that_agrees_with_pytorch_is_accepted_without_the_one_before() -> None:
+    apart, _ = networks(1, tied)
+    wanted = run(apart, FEED)
+    assert NetworkCheck(None, FEED, recorded=[wanted]).accepts(apart, "a", "b")
+    other = NetworkCheck(apart, FEED, recorded=[wanted + 1])  # then it must agree with that
+    assert other.accepts(apart, "a")
+    assert other.distance == 0
+
+
 def for_tensorrt(model: onnx.ModelProto, version: int, precision: str, check: NetworkCheck | None) -> onnx.ModelProto:
     """The quantized graph, as `quantize` makes it."""
     config = CONFIGS[version]
