@@ -66,8 +66,13 @@ def opened(ort: Any, path: Path, threads: int, providers: Sequence[Any], kind: s
         except Exception as error:
             if not any(operator in str(error) for operator in ("QuantizeLinear", "MatMulIntegerToFloat")):
                 raise
-            # ONNX Runtime 1.31 moves or fuses some Q/DQ nodes in graphs for GPUs and then rejects the result.
-            return open_session(config=EXACT_QDQ)
+            # ONNX Runtime 1.31 moves or fuses some Q/DQ nodes in graphs for GPUs, or then Transposes, and rejects the result.
+            try:
+                return open_session(config=EXACT_QDQ)
+            except Exception as again:
+                if "ShapeInferenceError" not in str(again):
+                    raise
+                return open_session(graph_optimization_level=ort.GraphOptimizationLevel.ORT_ENABLE_BASIC)
     except Exception as error:
         if "NOT_IMPLEMENTED" in str(error):
             raise MissingKernelError(

@@ -18,8 +18,10 @@ from fake_gpu import FakeDriver, module
 import swin_deploy
 import swin_deploy.gpus
 from swin_deploy.bundle import Bundle
+from swin_deploy.dependencies import EXACT_QDQ
 from swin_deploy.errors import BackendError, BundleError, MissingDependencyError, UsageError
 from swin_deploy.runtimes import autoselect as choice
+from swin_deploy.runtimes import onnxruntime as onnxruntime_backend
 from swin_deploy.runtimes.autoselect import Candidate, Measured, choose
 from swin_deploy.runtimes.backends import runtime_from_onnx
 
@@ -283,6 +285,23 @@ def test_without_a_gpu_nothing_is_to_be_installed(backend: str, monkeypatch: pyt
     monkeypatch.setattr(swin_deploy.gpus, "cuda_driver", lambda: None)
     with pytest.raises(UsageError, match=r"^Device cuda:1 is not available: .* no usable NVIDIA GPU\. Use the device cpu\.$"):
         swin_deploy.load(digits(2), backend=backend, device="cuda:1", precision="fp32")
+
+
+def test_a_quantized_graph_that_onnxruntime_breaks_is_opened_with_fewer_optimizations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime 1.31 moves Q/DQ nodes and then Transposes of INT8 graphs of Swin V2 for TensorRT, and rejects the result."""
+    ort, tried = pytest.importorskip("onnxruntime", reason="the back end under test"), []
+    errors = ["Op (QuantizeLinear) [TypeInferenceError]", "Op (MatMul) [ShapeInferenceError] Incompatible dimensions"]
+
+    def open_session(path: Path, **options: Any) -> str:
+        tried.append(options)
+        if len(tried) <= len(errors):
+            raise RuntimeError(errors[len(tried) - 1])
+        return "session"
+
+    monkeypatch.setattr(onnxruntime_backend, "onnxruntime_session", open_session)
+    assert onnxruntime_backend.opened(ort, Path("int8.onnx"), 1, ["CPUExecutionProvider"], "CPU") == "session"
+    assert [one.get("config") for one in tried] == [None, EXACT_QDQ, None]
+    assert tried[2]["graph_optimization_level"] == ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
 
 
 def test_the_plugin_for_tensorrt_for_rtx_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
