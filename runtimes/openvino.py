@@ -157,6 +157,7 @@ class OpenVino(Runtime):
             model.reshape({port: [size, *list(port.get_partial_shape())[1:]] for port in model.inputs})
             fixed = _specs(model.outputs)
             self._facts = replace(self._facts, outputs=tuple(map(partial(_of_free_batch, size), self._facts.outputs, fixed)))
+        transpose_keys_in_matmul(model, self._facts.config["INFERENCE_PRECISION_HINT"] == "bf16")
         compiled = self._core.compile_model(model, "CPU", self._facts.config)
         _LOG.log(
             logging.INFO if size > 1 else logging.DEBUG,
@@ -294,6 +295,28 @@ def batches_for(count: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
         found.append(-best[count][1])
         count -= found[-1]
     return tuple(sorted(found, reverse=True))
+
+
+def transpose_keys_in_matmul(model: Any, bf16: bool) -> int:
+    """Let the MatMuls of attention transpose the keys, which saves a pass over memory. Returns how many do.
+
+    In fp32, it gains nothing for scaled cosines (Swin V2).
+    """
+    op, changed = require("openvino", "run models with the openvino back end").op, 0
+    for matmul in model.get_ops():
+        if matmul.get_type_name() != "MatMul" or matmul.get_attributes()["transpose_b"]:
+            continue
+        keys, readers = matmul.input_value(1).get_node(), matmul.output(0).get_target_inputs()
+        order = keys.input_value(1).get_node() if keys.get_type_name() == "Transpose" else None
+        if order is None or order.get_type_name() != "Constant" or list(order.get_vector()) != [0, 2, 3, 1]:
+            continue
+        scaled = any(reader.get_node().get_type_name() == "Multiply" for reader in readers)
+        if len(keys.output(0).get_target_inputs()) == 1 and (bf16 or not scaled):
+            keys.input(1).replace_source_output(op.Constant(np.array([0, 2, 1, 3])).output(0))
+            matmul.set_attribute("transpose_b", True)
+            changed += 1
+    model.validate_nodes_and_infer_types()
+    return changed
 
 
 def _is_tiny_attention(node: Any) -> bool:

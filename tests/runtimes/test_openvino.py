@@ -15,7 +15,7 @@ import pytest
 onnx = pytest.importorskip("onnx", reason="writes the graphs")
 pytest.importorskip("openvino", reason="runs them")
 
-from swin_deploy.runtimes.openvino import OpenVino  # noqa: E402 - after the checks
+from swin_deploy.runtimes.openvino import OpenVino, openvino_core, transpose_keys_in_matmul  # noqa: E402 - after the checks
 
 CODE = """
 import signal, sys, threading
@@ -111,6 +111,28 @@ def test_windows_of_2x2_tokens_are_compiled_without_snippets(tokens: int, snippe
     onnx.save(model, tmp_path / "m.onnx")
     with OpenVino(tmp_path / "m.onnx") as runtime:
         assert ("SNIPPETS_MODE" not in runtime._facts.config) is snippets
+
+
+@pytest.mark.parametrize(("scaled", "bf16"), [(False, False), (False, True), (True, False), (True, True)])
+def test_matmuls_transpose_keys(scaled: bool, bf16: bool, tmp_path: Path) -> None:
+    text = f"""<ir_version: 9, opset_import: ["" : 19]>
+        attention (float[2, 5, 3, 8] query, float[2, 5, 3, 8] key) => (float[2, 3, 5, 5] y) <float scale = {{4.0}}> {{
+        q = Transpose<perm = [0, 2, 1, 3]>(query)
+        k = Transpose<perm = [0, 2, 3, 1]>(key)
+        product = MatMul(q, k)
+        cosine = {"Mul(product, scale)" if scaled else "Identity(product)"}
+        y = Softmax(cosine)
+    }}"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    core = openvino_core()
+    plain, model = (core.read_model(str(tmp_path / "m.onnx")) for _ in range(2))
+    assert transpose_keys_in_matmul(model, bf16) == (bf16 or not scaled)
+    assert transpose_keys_in_matmul(model, bf16) == 0
+    feed = np.random.default_rng(0).standard_normal((2, 2, 5, 3, 8), dtype=np.float32)
+    found, wanted = (
+        core.compile_model(one, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(list(feed))[0] for one in (model, plain)
+    )
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not say which processors a thread may use")
