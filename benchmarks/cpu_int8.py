@@ -3,7 +3,9 @@
     python benchmarks/cpu_int8.py [--variants swin-tiny,swinv2-tiny] [--rounds 20] [--clock wall]
 
 As cpu_forms.py, with which it shares all but the candidates. Weights are random and calibrated with two random images: no
-time depends on them. Needs the extras "export", "onnxruntime", "openvino" and "test", and no network.
+time depends on them. With ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI in the environment, OpenVINO computes as on a processor with
+VNNI and without AMX; its bf16 is then emulated, and no candidate. ONNX Runtime ignores the variable.
+Needs the extras "export", "onnxruntime", "openvino" and "test", and no network.
 """
 
 from __future__ import annotations
