@@ -679,6 +679,9 @@ class DiffSpec(Spec):
         None, parse.images, "Images to run. Default: the reference inputs of the first bundle, or noise if neither is a bundle."
     )
     samples: int | None = option(None, parse.whole(1), "Number of images to run. Default: 2.")
+    polygraphy: PathLike | None = option(
+        None, parse.path, "Folder for the inputs and the outputs of both networks, as Polygraphy reads them.", metavar="DIR"
+    )
     progress: Progress = progress_option()
 
 
@@ -718,6 +721,9 @@ class InspectSpec(Spec):
     )
     batch: int = option(1, parse.whole(1), "Batch size to compile an ONNX file for.")
     backend: str = option("auto", parse.choice("compiler", ("auto", *COMPILERS)), "TensorRT compiler for an ONNX file.")
+    trex: PathLike | None = option(
+        None, parse.path, "Folder for the layers of the engines of a bundle, as NVIDIA's TREx reads them.", metavar="DIR"
+    )
     progress: Progress = progress_option()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swin_deploy.option_parsers import BundlePath, bundle_keywords
@@ -37,4 +38,13 @@ def diff(a: BundlePath, spec: DiffSpec) -> Difference:
 
     sides = side_from(a), side_from(spec.b)
     give_images(sides, spec.data, spec.samples)
-    return compared(*sides)
+    found = compared(*sides)
+    if spec.polygraphy is not None:
+        from swin_deploy.diagnosis.interchange import polygraphy_inputs, polygraphy_outputs, write_json
+
+        folder = Path(spec.polygraphy)
+        write_json(folder / "inputs.json", polygraphy_inputs(sides[1].feeds))
+        for name, side in zip(("a", "b"), sides, strict=True):
+            outputs = side.run([value.name for value in side.model.graph.output])
+            write_json(folder / f"{name}.json", polygraphy_outputs(f"swin-deploy-{name}", outputs))
+    return found

@@ -42,6 +42,8 @@ def inspect(bundle: BundlePath, spec: InspectSpec) -> Inspection:
     if path.suffix == ".onnx" or is_file:
         if not is_file:
             raise UsageError(f"There is no ONNX file {path}. Expected an ONNX file, or the folder of a bundle.")
+        if spec.trex is not None:
+            raise UsageError("--trex writes the layers of the engines of a bundle, and an ONNX file has none. Pass a bundle.")
         return _inspected_apart(path, spec)
     found = Bundle.open(path)
     if spec.batch != 1:
@@ -49,6 +51,10 @@ def inspect(bundle: BundlePath, spec: InspectSpec) -> Inspection:
             f"--batch applies to ONNX files only. The engines in bundle {path} have fixed batch ranges; build others with "
             f"`swin-deploy build-engine {path} --batch {spec.batch}`."
         )
+    if spec.trex is not None:
+        from swin_deploy.diagnosis.interchange import write_trex
+
+        write_trex(found, Path(spec.trex))
     return inspect_bundle(found, spec.gpu)
 
 

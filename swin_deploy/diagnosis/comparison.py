@@ -28,6 +28,7 @@ FOLDED = {
     "mlp.activation", "merge.norm", "norm", "pooler",
 }  # fmt: skip
 INTEGER = {"uint8": (0, 255), "int8": (-128, 127)}
+WHOLE = ("onnxruntime", "torch")  # back ends that fuse nothing here; in others, a tensor inside attention would undo its fusion
 OPERANDS = ("attention.query", "attention.key", "attention.value")
 
 
@@ -143,12 +144,13 @@ class Values:
 
     @classmethod
     def of(cls, side: Side) -> Values:
-        names = {name for point, name in side.structure.tensors.items() if point.part != "input"}
-        for attention in side.structure.attentions.values():
+        inside = () if side.backend in WHOLE else (*OF_SCORES, *OPERANDS)
+        names = {name for point, name in side.structure.tensors.items() if point.part not in ("input", *inside)}
+        for attention in () if inside else side.structure.attentions.values():
             names |= {attention.query, attention.key, attention.value, *(add.output[0] for add, _ in attention.added)}
         for inner, outer in side.structure.activations.values():
             names |= {inner, outer}
-        names |= {one.values for one in quantizers(side.graph)}
+        names |= set() if inside else {one.values for one in quantizers(side.graph)}
         names |= {value.name for value in side.model.graph.output}
         return cls(side, {name: array.astype(np.float32) for name, array in side.run(sorted(names)).items()})
 
@@ -160,6 +162,8 @@ class Values:
         attention = None if point.block is None else structure.attentions.get((point.stage or 0, point.block))
         if attention is not None and point.part in OPERANDS:
             name = getattr(attention, point.part.rpartition(".")[2])
+            if name not in self.raw:
+                return None
             array, ids = self.raw[name], graph.tokens.get(name)
             if name in graph.columns:
                 array, ids = array.swapaxes(-1, -2), graph.columns[name]
@@ -298,6 +302,8 @@ def wrong_quantizers(raw: Mapping[str, Array], graph: FoldedGraph) -> Iterator[t
     for one in quantizers(graph):
         if abs(one.scale / one.back - 1) > 2e-3:
             yield one.output, f"Wrong scale: values are divided by {one.scale:.4g} and multiplied by {one.back:.4g}."
+            continue
+        if one.values not in raw:
             continue
         values = raw[one.values].astype(np.float64).reshape(-1)
         values = values[:: max(1, len(values) // 50_000)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
     from swin_deploy.manifest import GraphEntry
 
+UNREADABLE = 8  # tensors that a back end may fail to return
 LIMIT = 2  # images that are compared unless --samples says more
 
 
@@ -60,7 +62,20 @@ class Side:
         return [axis.dim_value for axis in self.input.type.tensor_type.shape.dim]
 
     def run(self, names: list[str]) -> dict[str, Array]:
-        """Return the tensors `names` for the images."""
+        """Return the tensors `names` for the images, without those that the back end cannot return."""
+        from swin_deploy.errors import BackendError
+
+        wanted = list(dict.fromkeys(names))
+        while True:
+            try:
+                return self._run(wanted)
+            except BackendError as error:  # OpenVINO cannot return some tensors, and says which
+                number = re.search(r"output tensor with index: (\d+)", str(error))
+                if number is None or int(number[1]) >= len(wanted) or len(wanted) < len(set(names)) - UNREADABLE:
+                    raise
+                del wanted[int(number[1])]
+
+    def _run(self, names: list[str]) -> dict[str, Array]:
         if self.backend == "onnxruntime":
             return run_with_outputs(self._exact, self.feeds, names, config=EXACT_QDQ)
         from swin_deploy.runtimes.backends import runtime_from_onnx
@@ -77,12 +92,14 @@ class Side:
         types = {one.name: one for one in (*onnx.shape_inference.infer_shapes(copy).graph.value_info, *self.model.graph.output)}
         for name in wanted:
             kind = types[name].type.tensor_type.elem_type if name in types else onnx.TensorProto.FLOAT
-            copy.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
+            dims = types[name].type.tensor_type.shape.dim if name in types else ()
+            shape = [axis.dim_value or f"axis{place}" for place, axis in enumerate(dims)] or None
+            copy.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, shape))
         with scratch_folder("diff") as folder:
             path = folder / "marked.onnx"
             onnx.save(copy, str(path), save_as_external_data=True, location="marked.onnx_data")
             with runtime_from_onnx(path, self.backend) as runtime:
-                return {name: np.asarray(array) for name, array in runtime.run(self.feeds).items()}
+                return {name: np.array(array) for name, array in runtime.run(self.feeds).items()}
 
     @cached_property
     def _exact(self) -> onnx.ModelProto:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from safetensors.torch import save_file
 
 import swin_deploy
 from swin_deploy.config import SwinConfig
+from swin_deploy.diagnosis.interchange import trex_from_profile
 from swin_deploy.exporters.external_data import embed_weights
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
 from swin_deploy.models.checkpoints import random_checkpoint
@@ -132,3 +135,21 @@ def test_debug(tmp_path: Path) -> None:
     quantized = [node for node in onnx.load(str(tmp_path / "c.onnx")).graph.node if node.op_type == "QuantizeLinear"]
     assert quantized
     assert found.after <= found.bound < found.before == pytest.approx(every.before)
+
+
+def test_files_for_other_tools(tmp_path: Path) -> None:
+    """Polygraphy's classes and TREx's keys."""
+    first = graph(tmp_path / "a.onnx", 1)
+    swin_deploy.diff(first, first, polygraphy=tmp_path / "poly")
+    [feeds] = json.loads((tmp_path / "poly/inputs.json").read_text())
+    pixels = np.load(io.BytesIO(base64.b64decode(feeds["pixel_values"]["array"])))
+    assert pixels.shape == (2, 3, 32, 32)
+    results = json.loads((tmp_path / "poly/b.json").read_text())
+    assert results["polygraphy_class"] == "RunResults"
+    assert results["lst"][0][1][0]["outputs"]["logits"]["values"]["polygraphy_class"] == "ndarray"
+    tensor = {"name": "x", "dims": [2, 4], "datatype": "Half"}
+    layer = {"name": "l", "kind": "gemm", "inputs": [tensor], "outputs": [tensor], "constants": [tensor]}
+    made = trex_from_profile({"layers": [layer]}, ["x", "y"])
+    assert made["Bindings"] == ["x"]
+    assert made["Layers"][0]["Weights"] == {"Type": "Half", "Count": 8}
+    assert made["Layers"][0]["Inputs"][0]["Format/Datatype"] == "Half"
