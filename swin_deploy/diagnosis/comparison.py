@@ -28,7 +28,7 @@ FOLDED = {
     "mlp.activation", "merge.norm", "norm", "pooler",
 }  # fmt: skip
 INTEGER = {"uint8": (0, 255), "int8": (-128, 127)}
-WHOLE = ("onnxruntime", "torch")  # back ends that fuse nothing here; in others, a tensor inside attention would undo its fusion
+WHOLE = ("onnxruntime",)  # fuses nothing here; in other back ends, a tensor inside attention would undo its fusion
 OPERANDS = ("attention.query", "attention.key", "attention.value")
 
 

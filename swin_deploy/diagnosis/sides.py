@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
     from swin_deploy.manifest import GraphEntry
 
+READABLE = ("onnxruntime", "openvino")  # back ends that return the tensors inside a graph
 UNREADABLE = 8  # tensors that a back end may fail to return
 LIMIT = 2  # images that are compared unless --samples says more
 
@@ -93,7 +94,7 @@ class Side:
         for name in wanted:
             kind = types[name].type.tensor_type.elem_type if name in types else onnx.TensorProto.FLOAT
             dims = types[name].type.tensor_type.shape.dim if name in types else ()
-            shape = [axis.dim_value or f"axis{place}" for place, axis in enumerate(dims)] or None
+            shape = [axis.dim_value or "batch" for axis in dims] or None
             copy.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, shape))
         with scratch_folder("diff") as folder:
             path = folder / "marked.onnx"
@@ -124,7 +125,9 @@ def side_from(value: Any) -> Side:
     if not Path(place).exists() and "@" in place:
         place, _, backend = place.rpartition("@")
         if backend not in BACKEND_NAMES:
-            raise unknown("back end", backend, BACKEND_NAMES)
+            raise unknown("back end", backend, READABLE)
+        if backend not in READABLE:
+            raise UsageError(f"The tensors inside a network cannot be read in {backend}. Choose one of: {', '.join(READABLE)}.")
     if not Path(place).exists() and ":" in place:
         place, _, precision = place.rpartition(":")
         if precision not in PRECISIONS:
@@ -143,7 +146,7 @@ def side_from(value: Any) -> Side:
 
 def _from_bundle(text: str, path: Path, precision: str, backend: str) -> Side:
     from swin_deploy.bundle import Bundle, load_graph
-    from swin_deploy.runtimes.backends import BACKENDS, misread
+    from swin_deploy.runtimes.backends import misread
 
     bundle = Bundle.open(path)
     files = bundle.graphs_of(precision)
@@ -153,8 +156,6 @@ def _from_bundle(text: str, path: Path, precision: str, backend: str) -> Side:
     file = next(iter(files))
     if (why := misread(bundle, file, backend)) is not None:
         raise UsageError(why)
-    if BACKENDS[backend].engines:
-        raise UsageError(f"{text}: the back end {backend} runs engines. Compare graphs, in onnxruntime, openvino or torch.")
     entry = bundle.graphs[file]
     preparation = entry.preprocessing
     stated = bundle.preprocessor if preparation is None else preparation
