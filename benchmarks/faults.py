@@ -257,9 +257,12 @@ class Injector:
             grid[:, [0, -1]] = grid[:, [-1, 0]]
             return values
 
+        before = self.side.graph.place[self.side.structure.attentions[at[0], at[1] - 1].context.output[0]]
+        near = {one.output[0] for one in gathers}
         shared = node.input[1]  # by both copies of the gather, if it was moved before the norm
         for one in self.model.graph.node:
-            if one.op_type == "Gather" and one.input[1] == shared:
+            after = self.side.graph.place.get(one.output[0], -1) > before
+            if one.op_type == "Gather" and one.input[1] == shared and after and one.output[0] in near:
                 self.write(one, 1, change)
         return Point(*at, "norm1" if self.side.structure.version == 1 else "attention.query")
 
