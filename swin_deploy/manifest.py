@@ -380,6 +380,15 @@ class EngineProfiles(_Record):
     profiles: tuple[EngineProfile, ...] = _key(_list(EngineProfile.read))
 
 
+class BatchChoice(_Record):
+    """How `--latency-ms` chose the batch of an engine: the budget, and the time that was estimated or measured for `gpu`."""
+
+    latency_ms: float = _key(_AMOUNT)
+    milliseconds: float = _key(_AMOUNT)
+    by: str = _key(_choice(("roofline", "measurement")))
+    gpu: str = _key(_LINE)
+
+
 class EngineEntry(FileEntry):
     """A TensorRT engine. `parent` is the digest of `graph` when the engine was compiled; the graph may have changed."""
 
@@ -393,6 +402,7 @@ class EngineEntry(FileEntry):
     options: EngineOptions = _key(EngineOptions.read)
     profiles: tuple[EngineProfile, ...] = _key(_list(EngineProfile.read))
     fingerprint: str | None = _key(_optional(_TEXT), None)
+    batch_choice: BatchChoice | None = _key(_optional(BatchChoice.read), None)
     refitted_from: str | None = _key(_optional(_SHA256), None)
     seconds: float | None = _key(_optional(_AMOUNT), None)
 

@@ -294,7 +294,18 @@ class EngineSpec(Spec):
         "TensorRT compiler. auto: tensorrt if it and a GPU are available, else tensorrt-rtx, which compiles without a GPU.",
     )
     batches: Any = option(
-        ((1, 1, 1),), parse.batches, "Batch size or range, one optimization profile for each.", flags=("--batch",), many=True
+        None,
+        parse.batches,
+        "Batch size or range, one optimization profile for each. Default: 1.",
+        flags=("--batch",),
+        many=True,
+    )
+    latency_ms: float | None = option(
+        None,
+        parse.number(0.001),
+        "Build for the largest batch up to 256 that runs within N milliseconds: measured on this machine's GPU, or estimated "
+        "by the roofline of another one.",
+        metavar="N",
     )
     workspace: Any = option(None, parse.memory, "Scratch memory for each kernel, such as 2GiB.")
     optimization_level: int | None = option(
@@ -318,6 +329,14 @@ class EngineSpec(Spec):
     progress: Progress = progress_option()
 
     def check(self) -> None:
+        if self.latency_ms is not None and self.batches is not None:
+            raise UsageError("--latency-ms chooses the batch. Leave out --batch, or --latency-ms.")
+        if self.latency_ms is not None and self.strip_weights:
+            raise UsageError(
+                "--latency-ms times the engine, which does not run without its weights. Leave out --strip-weights."
+            )
+        if self.batches is None:
+            object.__setattr__(self, "batches", ((1, 1, 1),))
         if self.data is not None and self.precision != "fp16":
             raise UsageError(f"{self.precision} has the range of fp32 and needs no calibration images. Leave out the data.")
         if self.samples is not None and self.data is None:
@@ -795,6 +814,12 @@ class BenchSpec(Spec):
     batches: Any = option(
         (), parse.many(parse.whole(1)), "Batch size to measure. Default: 1 and 8.", flags=("--batch",), metavar="N", many=True
     )
+    latency_ms: float | None = option(
+        None,
+        parse.number(0.001),
+        "Find and measure the largest batch up to 256 of each candidate whose median time is within N milliseconds.",
+        metavar="N",
+    )
     device: str = option("auto", device, "Device: cpu, cuda or cuda:1. auto: the CPU and the first GPU.")
     weights: str | None = option(
         None, parse.location, "The exported checkpoint. PyTorch runs it as the reference.", metavar="PATH|ID"
@@ -807,3 +832,10 @@ class BenchSpec(Spec):
     rounds: int = option(10, parse.whole(1), "Measurement rounds; candidates are interleaved within each.")
     trust: bool = _trust_option()
     progress: Progress = progress_option()
+
+    def check(self) -> None:
+        if self.latency_ms is not None and (self.batches or self.baselines):
+            raise UsageError(
+                "--latency-ms finds a batch for each candidate, and baselines are exported for one batch. Leave out --batch "
+                "and --baselines, or --latency-ms."
+            )

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from swin_deploy.bundle import Bundle, size_text
 from swin_deploy.dependencies import require
-from swin_deploy.errors import UsageError
-from swin_deploy.exporters.inspection.roofline import capability_of
+from swin_deploy.errors import BackendError, EngineError, UsageError
+from swin_deploy.exporters.inspection.flops import cost_from_onnx
+from swin_deploy.exporters.inspection.roofline import GPUS, GpuPeaks, capability_of, roofline_of_profile
 from swin_deploy.exporters.precision import BF16_OPSET
 from swin_deploy.exporters.typed_graphs import NO_CALIBRATION, Calibration, further_size, with_typed_graphs
 from swin_deploy.gpus import cuda_devices
+from swin_deploy.latency_budget import MOST_IMAGES, largest_batch
 from swin_deploy.manifest import EngineEntry
 from swin_deploy.options import QUANTIZED, TARGETS, EngineSpec, Size
 from swin_deploy.parity import OpenGraph
@@ -26,6 +30,7 @@ from .targets import COMPILERS, compiler_options, fingerprint, for_target, has_f
 _LOG = logging.getLogger(__name__)
 # Compiled for by TensorRT for RTX on a machine without a GPU: Ampere, Ada and Blackwell.
 DEFAULT_GPUS = ("sm_86", "sm_89", "sm_120")
+TimeEngine = Callable[[Bundle, str, int], float]  # the engine in this file, a batch -> median milliseconds on the first GPU
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,19 @@ class Built:
 
 
 def build_engines(
-    bundle: Bundle, spec: EngineSpec, open_graph: OpenGraph, calibration: Calibration | None = None
+    bundle: Bundle,
+    spec: EngineSpec,
+    open_graph: OpenGraph,
+    calibration: Calibration | None = None,
+    time_engine: TimeEngine | None = None,
 ) -> tuple[Bundle, tuple[Built, ...]]:
     """Compile the graphs of one precision for each GPU of `spec`, and add the engines to the bundle.
 
     The graph of the precision is written and compared with PyTorch first if the bundle does not have it. One process at a
-    time compiles into a bundle; another one waits and reuses what it finds then.
+    time compiles into a bundle; another one waits and reuses what it finds then. `time_engine` is needed on a machine with the
+    GPU if `spec` has a latency budget.
     """
+    budget, spec = spec.latency_ms, replace(spec, latency_ms=None)
     precision = spec.precision
     if (target := bundle.manifest.target) != TARGETS[0]:
         raise UsageError(
@@ -53,13 +64,19 @@ def build_engines(
         )
     _refuse_layout(bundle, precision)
     if (static := bundle.static_batch) is not None:
+        if budget is not None:
+            raise UsageError(
+                f"{bundle.path} was exported with --static-batch {static}, and so are its engines. Leave out --latency-ms."
+            )
         spec = _with_batch(bundle, spec, static)
     chosen = resolve_backend(spec.backend)
     gpus = spec.gpus
     if not gpus:
         able = [gpu for gpu in DEFAULT_GPUS if precision != "fp8" or has_fp8(gpu)]
         gpus = ("current",) if cuda_devices() or chosen == "tensorrt" else able
-    targets = dict.fromkeys(target_gpu(chosen, capability_of(gpu)) for gpu in gpus)
+    targets: dict[str, str] = {}
+    for gpu in gpus:
+        targets.setdefault(target_gpu(chosen, capability_of(gpu)), gpu)
     specs = [for_target(spec, chosen, gpu) for gpu in targets]
     if precision == "fp8" and (without := [one.gpu for one in specs if not has_fp8(one.gpu)]):
         raise UsageError(f"{without[0]} has no FP8 matmuls; sm_89 and newer have. Pass newer GPUs, or build int8 or fp16.")
@@ -67,6 +84,7 @@ def build_engines(
         raise UsageError(
             f"TensorRT for RTX has no {precision} matmuls for sm_75. Pass newer GPUs, or build int8 or fp16, which it compiles."
         )
+    timed_on = {} if budget is None else {target: _timed_on(target, gpu, time_engine) for target, gpu in targets.items()}
     # Asked of the module: TensorRT is also installed under other names than its own (tensorrt-cu12, a system package).
     compiler = require(COMPILERS[chosen][0], "compile engines")
     release = str(compiler.__version__)
@@ -85,36 +103,123 @@ def build_engines(
             bundle = with_typed_graphs(bundle, precision, open_graph, calibration)
         graphs = list(bundle.graphs_of(precision))
         for number, graph in enumerate(graphs):
-            path, entry = bundle.verified_path(graph), bundle.graphs[graph]
+            further = further_size(bundle, graph, number)
             for one in specs:
-                file = _engine_file(one, precision, further_size(bundle, graph, number), release)
-                wanted: dict[str, Any] = {
-                    "graph": graph,
-                    "parent": entry.sha256,
-                    "backend": one.backend,
-                    "backend_version": release,
-                    "gpu": one.gpu,
-                    "options": compiler_options(one),
-                }
-                wanted["fingerprint"] = fingerprint({**wanted, "profiles": one.batches})
-                known = bundle.engines.get(file)
-                if known is not None and not spec.force and _has(bundle, file, wanted["fingerprint"]):
-                    bundle.verified_path(file)
-                    _LOG.info("Reusing %s, which was compiled from this graph", file)
-                    built.append(Built(file, known, reused=True))
-                    continue
-                bundle.refuse_read_only()
-                _LOG.info("Compiling %s for %s with %s", graph, one.gpu, COMPILERS[chosen][1])
-                engine = engine_from_onnx(path, one)
-                facts = {"precision": precision, "image_size": list(entry.image_size), **wanted}
-                bundle = _with_engine(bundle, file, engine, one, facts)
-                built.append(Built(file, bundle.engines[file], reused=False))
+                if budget is None:
+                    bundle, engine = _with_compiled(bundle, graph, one, further, release)
+                else:
+                    bundle, engine = _within(budget, bundle, graph, one, further, release, timed_on[one.gpu], time_engine)
+                built.append(engine)
     return bundle, tuple(built)
 
 
 def layers_file(engine: str) -> str:
     """Return the file that holds the layers of an engine, as the compiler described them."""
     return engine.removesuffix(".engine") + ".layers.json"
+
+
+def _with_compiled(bundle: Bundle, graph: str, spec: EngineSpec, further: Size | None, release: str) -> tuple[Bundle, Built]:
+    """Compile a graph of the bundle for one GPU and add the engine, or reuse the one that the bundle has."""
+    path, entry = bundle.verified_path(graph), bundle.graphs[graph]
+    file = _engine_file(spec, entry.precision, further, release)
+    wanted: dict[str, Any] = {
+        "graph": graph,
+        "parent": entry.sha256,
+        "backend": spec.backend,
+        "backend_version": release,
+        "gpu": spec.gpu,
+        "options": compiler_options(spec),
+    }
+    wanted["fingerprint"] = fingerprint({**wanted, "profiles": spec.batches})
+    known = bundle.engines.get(file)
+    if known is not None and not spec.force and _has(bundle, file, wanted["fingerprint"]):
+        bundle.verified_path(file)
+        _LOG.info("Reusing %s, which was compiled from this graph", file)
+        return bundle, Built(file, known, reused=True)
+    bundle.refuse_read_only()
+    _LOG.info("Compiling %s for %s with %s", graph, spec.gpu, COMPILERS[spec.backend][1])
+    engine = engine_from_onnx(path, spec)
+    facts = {"precision": entry.precision, "image_size": list(entry.image_size), **wanted}
+    bundle = _with_engine(bundle, file, engine, spec, facts)
+    return bundle, Built(file, bundle.engines[file], reused=False)
+
+
+def _timed_on(target: str, named: str, time_engine: TimeEngine | None) -> GpuPeaks | str:
+    """Return the name of this machine's GPU if it is the one that is compiled for, otherwise the peaks for the roofline."""
+    model = next((gpu for gpu in GPUS if gpu.name == named.lower()), None)
+    for here in cuda_devices()[:1] if time_engine else ():
+        words = set(re.split(r"\W+", here.name.lower()))
+        if here.capability == target and (model is None or words.issuperset(model.name.split("-"))):
+            return here.name
+    peaks = model or next((gpu for gpu in GPUS if gpu.capability == target), None)
+    if peaks is None:
+        raise UsageError(
+            f"--latency-ms has no roofline for {named}, and this machine does not have this GPU. Pass --batch, run this on a "
+            f"machine with the GPU, or choose one of: {', '.join(f'{gpu.name} ({gpu.capability})' for gpu in GPUS)}."
+        )
+    return peaks
+
+
+def _within(
+    budget: float,
+    bundle: Bundle,
+    graph: str,
+    spec: EngineSpec,
+    further: Size | None,
+    release: str,
+    gpu: GpuPeaks | str,
+    time_engine: TimeEngine | None,
+) -> tuple[Bundle, Built]:
+    """Add the engine with the largest batch that keeps the budget. Engines of other batches that were tried are removed."""
+    flops, before, made = cost_from_onnx(bundle.verified_path(graph)).flops_per_image, set(bundle.engines), dict[int, Built]()
+    name = gpu if isinstance(gpu, str) else gpu.name
+    how = f"measured on {name}" if isinstance(gpu, str) else f"estimated by the roofline of {name}, not measured"
+
+    def milliseconds(batch: int) -> float:
+        nonlocal bundle
+        try:
+            bundle, built = _with_compiled(bundle, graph, replace(spec, batches=((batch,) * 3,)), further, release)
+            made[batch] = built
+            if isinstance(gpu, str):
+                assert time_engine is not None
+                found = time_engine(bundle, built.file, batch)
+            else:
+                bound = None if flops is None else roofline_of_profile(gpu, built.entry.profiles[0], flops)
+                found = math.nan if bound is None else bound.seconds * 1e3
+        except (BackendError, EngineError) as error:
+            if batch == 1:
+                raise
+            _LOG.info("Batch %d does not run: %s", batch, error)
+            return math.inf
+        if math.isnan(found):
+            raise UsageError(
+                f"The roofline of {graph} on {name} is unknown: the compiler reports no bytes, or the GPU has no peak for its "
+                "types. Pass --batch instead of --latency-ms."
+            )
+        _LOG.info("Batch %d: %.4g ms, %s", batch, found, how)
+        return found
+
+    batch = 0
+    try:
+        batch, time = largest_batch(budget, milliseconds)
+    finally:
+        for tried, one in made.items():
+            if tried != batch and one.file not in before:
+                bundle = bundle.without(layers_file(one.file)).without(one.file)
+    if batch == 0:
+        raise UsageError(
+            f"One image takes {time:.4g} ms ({how}), and the budget is {budget:g} ms. Pass a larger --latency-ms, build a "
+            "faster precision, or use a faster GPU."
+        )
+    most = (
+        f", the most that is tried, within {budget:g} ms" if batch == MOST_IMAGES else f" is the largest within {budget:g} ms"
+    )
+    _LOG.info("Batch %d%s: %.4g ms, %s", batch, most, time, how)
+    by = "measurement" if isinstance(gpu, str) else "roofline"
+    choice = {"latency_ms": budget, "milliseconds": round(time, 4), "by": by, "gpu": name}
+    file, reused = made[batch].file, made[batch].reused
+    bundle = bundle.with_entry(file, {"batch_choice": choice})
+    return bundle, Built(file, bundle.engines[file], reused)
 
 
 def _with_batch(bundle: Bundle, spec: EngineSpec, batch: int) -> EngineSpec:

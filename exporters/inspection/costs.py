@@ -16,7 +16,7 @@ from swin_deploy.manifest import EngineProfile, profiles_from_json
 from swin_deploy.options import EngineSpec, InspectSpec
 
 from .flops import GraphCost, cost_from_onnx
-from .roofline import GPUS, GpuPeaks, Roofline, find_gpu, roofline
+from .roofline import GPUS, GpuPeaks, Roofline, find_gpu, roofline_of_profile
 
 PRECISION_OF = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "int8", "float8e4m3fn": "fp8"}
 TARGET = "sm_89"  # what an ONNX file is compiled for if no GPU is named and this machine has none
@@ -139,5 +139,4 @@ def _bound(target: str, named: GpuPeaks | None, profile: EngineProfile, flops: M
     gpu = next((row for row in ((named,) if named else GPUS) if row.capability == target), None)
     if gpu is None or flops is None:
         return None
-    of_batch = {kind: round(count * profile.batch[1]) for kind, count in flops.items()}
-    return roofline(gpu, profile.kernels, profile.bytes_moved, of_batch)
+    return roofline_of_profile(gpu, profile, flops)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swin_deploy.errors import unknown
+
+if TYPE_CHECKING:
+    from swin_deploy.manifest import EngineProfile
 
 LAUNCH = 2e-6  # assumed overhead of a kernel in a CUDA graph, in seconds
 
@@ -90,3 +93,9 @@ def roofline(gpu: GpuPeaks, kernels: int | None, bytes_moved: int | None, flops:
         return None
     compute = sum(count / (peaks[kind] * 1e12) for kind, count in flops.items())
     return Roofline(gpu.name, bytes_moved / (gpu.bandwidth * 1e9), compute, kernels * LAUNCH)
+
+
+def roofline_of_profile(gpu: GpuPeaks, profile: EngineProfile, flops_per_image: Mapping[str, float]) -> Roofline | None:
+    """Compute the roofline of an optimization profile at its optimal batch; None where `roofline` returns it."""
+    of_batch = {kind: round(count * profile.batch[1]) for kind, count in flops_per_image.items()}
+    return roofline(gpu, profile.kernels, profile.bytes_moved, of_batch)

@@ -124,9 +124,9 @@ def _check_memory(running: Mapping[BenchCase, Child], more: int) -> None:
         )
 
 
-def reference_of(case: BenchCase, measured: Iterable[BenchCase]) -> BenchCase:
-    """Return PyTorch in fp32 with the same batch and device, or else the first case with them."""
-    same = [other for other in measured if (other.batch, other.device) == (case.batch, case.device)]
+def reference_of(case: BenchCase, measured: Iterable[BenchCase], same_batch: bool = True) -> BenchCase:
+    """Return PyTorch in fp32 with the same device and, if wanted, the same batch, or else the first case with them."""
+    same = [other for other in measured if other.device == case.device and (other.batch == case.batch or not same_batch)]
     return next((other for other in same if other.backend == "pytorch"), same[0])
 
 

@@ -41,6 +41,8 @@ def command(bundle: Path, plot: Path | None, as_json: bool, **options: Any) -> N
             reasons.setdefault(reason, []).append(str(case))
         for reason, names in reasons.items():
             show.say(f"Skipped {'; '.join(names)}: {reason}")
+        if found.latency_ms is not None:
+            show.say(f"Each row has the largest batch with a median of at most {found.latency_ms:g} ms; ratios are per image")
         show.say(f"On {machine}; ratios to {found.reference}")
     if as_json:
         print_json({"bundle": str(bundle), **found.to_dict()})
