@@ -33,6 +33,14 @@ def test_an_fp16_engine_of_a_trained_model(version: int, tmp_path: Path) -> None
     assert again.reused
 
 
+def test_the_largest_batch_within_a_latency_budget(tmp_path: Path) -> None:
+    for built in swin_deploy.build_engine(copied(1, tmp_path / "b"), precision="fp16", backend="tensorrt", latency_ms=5):
+        choice = built.entry["batch_choice"]
+        assert (choice["by"], choice["gpu"]) == ("measurement", cuda_devices()[0].name)
+        assert 0 < choice["milliseconds"] <= 5
+        assert built.entry["profiles"][0]["batch"][0] > 1
+
+
 @pytest.mark.parametrize(
     "options",
     [
