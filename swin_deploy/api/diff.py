@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swin_deploy.option_parsers import BundlePath, bundle_keywords
-from swin_deploy.options import DiffSpec
+from swin_deploy.options import COMPILERS, DiffSpec
 
 if TYPE_CHECKING:
     from swin_deploy.diagnosis.comparison import Difference
@@ -17,8 +17,8 @@ def diff(a: BundlePath, spec: DiffSpec) -> Difference:
     """Compare two graphs of one network part by part, and name the first part that differs and the likely cause.
 
     Each is a bundle, an ONNX file of any exporter, or a checkpoint: `BUNDLE`, `BUNDLE:int8`,
-    `BUNDLE:int8@openvino`, `FILE.onnx` or `FOLDER`. Graphs may differ in layout, types and exporter. They are aligned by
-    their structure, and tokens are put into row-major order.
+    `BUNDLE:int8@openvino`, `BUNDLE:fp16@tensorrt`, `FILE.onnx` or `FOLDER`. Graphs may differ in layout, types and exporter.
+    They are aligned by their structure, and tokens are put into row-major order.
 
     Args:
         a: The network that is right.
@@ -39,6 +39,10 @@ def diff(a: BundlePath, spec: DiffSpec) -> Difference:
     sides = side_from(a), side_from(spec.b)
     give_images(sides, spec.data, spec.samples)
     found = compared(*sides)
+    if sides[1].backend in COMPILERS:
+        from swin_deploy.diagnosis.engine_side import with_fault_of_compiler
+
+        found = with_fault_of_compiler(found, sides[1])
     if spec.polygraphy is not None:
         from swin_deploy.diagnosis.interchange import polygraphy_inputs, polygraphy_outputs, write_json
 

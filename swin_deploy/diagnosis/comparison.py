@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from swin_deploy.options import Array
+from swin_deploy.options import COMPILERS, Array
 from swin_deploy.parity import decibels
 
 from .folded_graph import FoldedGraph
@@ -28,7 +28,9 @@ FOLDED = {
     "mlp.activation", "merge.norm", "norm", "pooler",
 }  # fmt: skip
 INTEGER = {"uint8": (0, 255), "int8": (-128, 127)}
-WHOLE = ("onnxruntime",)  # fuses nothing here; in other back ends, a tensor inside attention would undo its fusion
+# In other back ends, a tensor inside attention would undo its fusion. Engines are compared with and without.
+WHOLE = ("onnxruntime", *COMPILERS)
+GROWN = "The relative L2 error grows"
 OPERANDS = ("attention.query", "attention.key", "attention.value")
 
 
@@ -346,6 +348,6 @@ def grown(points: Iterable[PointError], a: Side, b: Side) -> list[Fault]:
             continue
         if not one.relative_l2 <= limit:
             tensor = b.structure.tensors.get(one.point, "")
-            cause = f"The relative L2 error grows to {one.relative_l2:.2g}, and {b.precision} explains {limit:.2g}."
+            cause = f"{GROWN} to {one.relative_l2:.2g}, and {b.precision} explains {limit:.2g}."
             return [Fault(one.point, tensor, cause)]
     return []

@@ -15,7 +15,7 @@ import numpy as np
 from swin_deploy.dependencies import EXACT_QDQ, require
 from swin_deploy.errors import UsageError, unknown
 from swin_deploy.files import scratch_folder
-from swin_deploy.options import BACKEND_NAMES, PRECISIONS, Array
+from swin_deploy.options import BACKEND_NAMES, COMPILERS, PRECISIONS, Array
 
 from .folded_graph import FoldedGraph, run_with_outputs
 from .swin_structure import Structure, structure_of
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from swin_deploy.bundle import Bundle
     from swin_deploy.manifest import GraphEntry
 
-READABLE = ("onnxruntime", "openvino")  # back ends that return the tensors inside a graph
+READABLE = ("onnxruntime", "openvino", *COMPILERS)  # back ends that return the tensors inside a graph
 UNREADABLE = 8  # tensors that a back end may fail to return
 LIMIT = 2  # images that are compared unless --samples says more
 
@@ -136,7 +136,13 @@ def side_from(value: Any) -> Side:
     if not path.exists():
         raise UsageError(f"There is no {place}. Expected a bundle, an ONNX file, or a checkpoint, to compare.")
     if path.is_dir() and (path / "manifest.json").exists():
+        if backend in COMPILERS:
+            from .engine_side import side_of_engine
+
+            return side_of_engine(text, path, precision or "fp32", backend)
         return _from_bundle(text, path, precision or "fp32", backend)
+    if backend in COMPILERS:
+        raise UsageError(f"{place} is not a bundle, and {backend} runs the engines of a bundle. Leave out @{backend}.")
     if precision:
         raise UsageError(f"{place} is not a bundle, and only a bundle has several precisions. Leave out :{precision}.")
     if path.suffix == ".onnx":

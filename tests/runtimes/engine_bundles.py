@@ -21,7 +21,7 @@ IMAGES = np.random.default_rng(0).standard_normal((24, 3, 32, 32)).astype(np.flo
 
 
 def with_engines(
-    path: Path, backend: str, precision: str = "fp32", profiles: tuple[Batch, ...] = PROFILES, **changes: Any
+    path: Path, backend: str, precision: str = "fp32", profiles: tuple[Batch, ...] = PROFILES, plan: str = "", **changes: Any
 ) -> list[str]:
     """Add an engine for every graph of that precision to the bundle, as build-engine does; return their files."""
     bundle, files = Bundle.open(path), []
@@ -46,7 +46,7 @@ def with_engines(
         file = f"engines/{precision}-{size}-{batches}-{facts['gpu']}-{backend}-{facts['backend_version']}.engine"
         host_code = "version_compatible" in facts["options"]
         content = json.dumps({"graph": str((path / graph).absolute()), "profiles": profiles, "host_code": host_code})
-        bundle = bundle.with_file(file, facts, lambda place, content=content: place.write_text(content))  # type: ignore[misc]
+        bundle = bundle.with_file(file, facts, lambda place, content=plan or content: place.write_text(content))  # type: ignore[misc]
         files.append(file)
     return files
 
