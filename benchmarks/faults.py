@@ -1,12 +1,12 @@
 """Inject single faults into graphs, and count how often `swin-deploy diff` names the right block and part.
 
     python benchmarks/faults.py [--faults 200] [--networks small-v1,small-v2,swin-tiny,swinv2-tiny] [--work DIR]
-    python benchmarks/faults.py --right [--variants swin-tiny,...]
+    python benchmarks/faults.py --right [--variants "swin-tiny;v2, window 8"]
 
 Each fault changes one constant, attribute or node of a right graph in fp32, fp16 or INT8. The faulty graph is compared with the
 right one, and with the fp32 graph in the layout for OpenVINO, in which names and constants are others. --right compares the
-graphs of published architectures with each other, which must be equal. Weights are random; seeds make every run the same.
-Needs the extras "export", "onnxruntime" and "openvino".
+graphs of 28 small networks, or of --variants, with each other and with their checkpoints: all must be equal. Weights are
+random, and seeds make every run the same. Needs the extras "export", "onnxruntime" and "openvino".
 """
 
 from __future__ import annotations
@@ -35,10 +35,43 @@ from swin_deploy.diagnosis.faults import node_points
 from swin_deploy.diagnosis.sides import Side, give_images, side_from
 from swin_deploy.diagnosis.swin_structure import Point
 from swin_deploy.errors import SwinDeployError
-from swin_deploy.variants import VARIANTS, find_variant
+from swin_deploy.variants import find_variant
 
 PRECISIONS = ("fp32", "fp16", "int8")
 SMALL = {"image_size": (64, 64), "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4), "window_size": (4, 4)}
+# Networks for --right, with the structure of published architectures and fewer channels and blocks: what differs from SMALL.
+RIGHT: dict[str, dict[str, Any]] = {
+    "v1": {},
+    "v1, window 7": {"image_size": (56, 56), "window_size": (7, 7)},
+    "v1, window 12": {"image_size": (96, 96), "window_size": (12, 12)},
+    "v1, padded": {"image_size": (72, 72), "window_size": (7, 7)},
+    "v1, padded, odd, not square": {"image_size": (60, 84), "window_size": (7, 7)},
+    "v1, wide": {"image_size": (64, 96)},
+    "v1, four stages": {"depths": (2, 2, 3, 1), "num_heads": (1, 2, 4, 8), "window_size": (4,) * 4},
+    "v1, odd depths": {"depths": (1, 3)},
+    "v1, no bias of queries, keys and values": {"qkv_bias": False},
+    "v1, absolute positions": {"use_absolute_embeddings": True},
+    "v1, patches of 2": {"image_size": (32, 32), "patch_size": (2, 2)},
+    "v1, patches of 8, one channel": {"image_size": (128, 128), "patch_size": (8, 8), "num_channels": 1},
+    "v1, four channels, other epsilon": {"num_channels": 4, "layer_norm_eps": 1e-6},
+    "v1, tanh GELU": {"hidden_act": "gelu_new"},
+    "v1, ReLU": {"hidden_act": "relu"},
+    "v1, feature extraction": {"task": "feature-extraction"},
+    "v1, masked image modeling": {"task": "masked-image-modeling", "encoder_stride": 8},
+    "v1, backbone": {"task": "backbone", "out_features": ("stage1", "stage2")},
+    "v2": {"version": 2},
+    "v2, window 8": {"version": 2, "window_size": (8, 8)},
+    "v2, window 16": {"version": 2, "image_size": (128, 128), "window_size": (16, 16)},
+    "v2, fine-tuned": {"version": 2, "image_size": (96, 96), "window_size": (12, 6), "pretrained_window_sizes": (8, 6)},
+    "v2, padded": {"version": 2, "image_size": (72, 88), "window_size": (8, 8)},
+    "v2, no bias of queries and values, quick GELU": {"version": 2, "qkv_bias": False, "hidden_act": "quick_gelu"},
+    "v2, four stages, SiLU": {
+        "version": 2, "depths": (1, 2, 3, 2), "num_heads": (1, 2, 4, 8), "window_size": (4,) * 4, "hidden_act": "silu",
+    },
+    "v2, feature extraction, absolute positions": {"version": 2, "task": "feature-extraction", "use_absolute_embeddings": True},
+    "v2, masked image modeling": {"version": 2, "task": "masked-image-modeling", "encoder_stride": 8},
+    "v2, backbone, one head": {"version": 2, "task": "backbone", "num_heads": (1, 2)},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,15 +85,19 @@ class Injected:
 
 def config_of(name: str) -> SwinConfig:
     """Return the configuration of a network of this benchmark."""
-    if name.startswith("small-v"):
-        version = int(name[-1])
-        trained = {"pretrained_window_sizes": (0, 0)} if version == 2 else {}
-        return SwinConfig(version=version, **SMALL, **trained)
+    if name in RIGHT or name.startswith("small-v"):
+        changes = {"version": int(name[-1])} if name.startswith("small-v") else {**RIGHT[name]}
+        changes.pop("task", None)
+        version = changes.pop("version", 1)
+        trained = {"pretrained_window_sizes": (0,) * len(changes.get("depths", SMALL["depths"]))} if version == 2 else {}
+        return SwinConfig(version=version, **{**SMALL, **trained, **changes})
     return dataclasses.replace(find_variant(name).config(), id2label={i: f"LABEL_{i}" for i in range(10)})
 
 
-def bundles(name: str, folder: Path, precisions: Sequence[str] = PRECISIONS) -> dict[str, Path]:
-    """Write the bundles of a network, unless `folder` has them: "tensorrt" and "openvino" with fp32, by layout."""
+def bundles(
+    name: str, folder: Path, precisions: Sequence[str] = PRECISIONS, task: str = "image-classification"
+) -> dict[str, Path]:
+    """Write the checkpoint of a network and its bundles, unless `folder` has them: "checkpoint", and bundles by layout."""
     from safetensors.torch import save_file
 
     from swin_deploy.exporters.typed_graphs import with_typed_graphs
@@ -75,22 +112,22 @@ def bundles(name: str, folder: Path, precisions: Sequence[str] = PRECISIONS) -> 
         place.mkdir(parents=True, exist_ok=True)
         generator = torch.Generator().manual_seed(len(name))
         found = {}
-        for key, values in random_checkpoint(config, TaskSpec()).tensors.items():
+        for key, values in random_checkpoint(config, TaskSpec(task)).tensors.items():
             noise = torch.randn(values.shape, generator=generator)
             found[key] = values + (0.1 * noise if values.ndim == 1 or "table" in key else 0.02 * noise)
         (place / "config.json").write_text(json.dumps(config.to_dict()))
         save_file(found, place / "model.safetensors")
-    images = np.random.default_rng(0).standard_normal((8, 3, *config.image_size), dtype=np.float32)
+    images = np.random.default_rng(0).standard_normal((8, config.num_channels, *config.image_size), dtype=np.float32)
     made = {layout: place / layout for layout in ("tensorrt", "openvino")}
     for layout, path in made.items():
         if not path.exists():
-            swin_deploy.export(weights=place, output=path, target=layout)
+            swin_deploy.export(weights=place, output=path, target=layout, task=task)
         held = {entry.precision for entry in Bundle.open(path).graphs.values()}
         if layout == "tensorrt" and "fp16" in precisions and "fp16" not in held:
             with_typed_graphs(Bundle.open(path), "fp16", runtime_to_check)
         if layout == "tensorrt" and "int8" in precisions and "int8" not in held:
             swin_deploy.quantize(path, list(images), precision="int8", target="tensorrt")
-    return made
+    return {**made, "checkpoint": place}
 
 
 class Injector:
@@ -406,25 +443,23 @@ def run_faults(given: argparse.Namespace, folder: Path) -> int:
 
 def right_pairs(made: dict[str, Path], precisions: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the pairs of graphs of a network that must be equal."""
-    fp32 = str(made["openvino"])
     for precision in precisions:
-        yield fp32, f"{made['tensorrt']}:{precision}"
+        for first in ("openvino", "checkpoint"):
+            yield str(made[first]), f"{made['tensorrt']}:{precision}"
 
 
 def run_right(given: argparse.Namespace, folder: Path) -> int:
-    """Compare right graphs of published architectures, and print the false alarms."""
-    alarms = compared_pairs = 0
-    seen: set[str] = set()
-    chosen = given.variants.split(",") if given.variants else [variant.name for variant in VARIANTS]
-    for name in chosen:
-        key = json.dumps({**config_of(name).to_dict(), "id2label": {}, "label2id": {}}, sort_keys=True)
-        if key in seen:
-            continue
-        seen.add(key)
+    """Compare right graphs of many architectures, and print the false alarms."""
+    alarms = compared_pairs = networks = 0
+    precisions = given.precisions.split(",")
+    for name in given.variants.split(";") if given.variants else RIGHT:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             try:
-                made = bundles(name, Path(scratch), given.precisions.split(","))
-                for first, second in right_pairs(made, given.precisions.split(",")):
+                made = bundles(
+                    name, given.work or Path(scratch), precisions, RIGHT.get(name, {}).get("task", "image-classification")
+                )
+                networks += 1
+                for first, second in right_pairs(made, precisions):
                     sides = side_from(first), side_from(second)
                     give_images(sides, None, 1)
                     start = time.perf_counter()
@@ -432,10 +467,12 @@ def run_right(given: argparse.Namespace, folder: Path) -> int:
                     compared_pairs += 1
                     alarms += not found.equal
                     told = "equal" if found.first is None else f"{found.first.point.title()}: {found.first.cause}"
-                    print(f"{name} {sides[1].precision}: {told} ({time.perf_counter() - start:.1f} s)", flush=True)
+                    aligned = f"{len(found.points)} of {len(sides[0].structure.points())} points"
+                    pair = f"{next(key for key, path in made.items() if str(path) == first)} and {sides[1].precision}"
+                    print(f"{name}, {pair}: {told} ({aligned}, {time.perf_counter() - start:.1f} s)", flush=True)
             except SwinDeployError as error:
                 print(f"{name}: {error}", flush=True)
-    print(f"{compared_pairs} pairs of right graphs of {len(seen)} architectures, {alarms} false alarms")
+    print(f"{compared_pairs} pairs of right graphs of {networks} architectures, {alarms} false alarms")
     return int(alarms > 0)
 
 
@@ -447,7 +484,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--precisions", default=",".join(PRECISIONS))
     parser.add_argument("--work", type=Path, help="folder that keeps the bundles for the next run")
     parser.add_argument("--right", action="store_true", help="compare right graphs instead")
-    parser.add_argument("--variants", help="architectures for --right, with commas between (default: all)")
+    parser.add_argument(
+        "--variants", help="networks or architectures for --right, with semicolons between (default: 28 small networks)"
+    )
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="swin-faults-") as scratch:
         folder = given.work or Path(scratch)

@@ -422,9 +422,9 @@ class ParameterComparison:
         windows = lead // heads // images
         for _, name in attention.added:
             values = side.graph.constant(name).astype(np.float32)
-            values = values.reshape(-1, *values.shape[-4:]) if values.ndim > 4 else values
+            masks = values.min(initial=0) <= MASKED if values.ndim < 4 else values.shape[-3] == 1
             values = values.reshape(-1, tokens, tokens)
-            if len(values) == heads:
+            if len(values) == heads and not (masks and heads == windows):
                 values = np.tile(values, (lead // heads, 1, 1))
             elif len(values) == windows:
                 values = np.tile(values.repeat(heads, axis=0), (images, 1, 1))

@@ -208,9 +208,10 @@ def by_token(ids: Array, array: Array) -> Array | None:
 
 
 def by_window(ids: Array, array: Array, both: bool = False, alike: bool = False) -> Array | None:
-    """Return [windows, heads, tokens, ...] sorted by the numbers of their tokens; with `both`, the last axis as well.
+    """Return rows [rows, heads, 1, ...] in the order of windows and tokens, without padding; `both` sorts the last axis.
 
-    With `alike`, all windows are sorted as the first one, so that equal places stay equal: a shifted window may wrap around.
+    With `alike`, return [windows, heads, tokens, ...] with padding, and all windows are sorted as the first one, so that equal
+    places stay equal: a shifted window may wrap around.
     """
     tokens = ids.shape[-1]
     flat, values = ids.reshape(-1, tokens), array.reshape(-1, tokens, array.shape[-1])
@@ -226,7 +227,12 @@ def by_window(ids: Array, array: Array, both: bool = False, alike: bool = False)
     windows = len(np.unique(keys))
     if len(keys) % windows:
         return None
-    return values[np.argsort(keys, kind="stable")].reshape(windows, -1, tokens, array.shape[-1])
+    where = np.argsort(keys, kind="stable")
+    found = np.asarray(values[where].reshape(windows, -1, tokens, array.shape[-1]))
+    if alike:
+        return found
+    real = np.sort(flat, axis=1)[where].reshape(windows, -1, tokens)[:, 0] >= 0  # what padding asks for, nobody reads
+    return np.asarray(found.swapaxes(1, 2)[real][:, :, None])
 
 
 def unfolded(a: Array, b: Array) -> Array:
@@ -237,7 +243,7 @@ def unfolded(a: Array, b: Array) -> Array:
     x, y = x - mean[0], y - mean[1]
     scale = (x * y).sum(axes, keepdims=True) / np.maximum((y * y).sum(axes, keepdims=True), 1e-30)
     near = np.abs(scale - 1) < 0.02  # rounding alone shrinks the factor
-    return np.asarray(np.where(near, y + mean[1], y * scale + mean[0]))
+    return np.asarray(np.where(near, y, y * scale) + mean[0])
 
 
 def windows_of(side: Side, at: tuple[int, int]) -> Array | None:

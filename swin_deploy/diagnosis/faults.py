@@ -69,6 +69,8 @@ def edits(a: Side, b: Side) -> list[Fault] | None:
     shared = names & others
     if a.precision != b.precision or len(shared) < SAME_NAMES * max(len(names), len(others)):
         return None
+    if len(a.model.graph.input) != len(b.model.graph.input) or len(a.model.graph.output) != len(b.model.graph.output):
+        return None  # of other tasks
     before, after = node_points(a), node_points(b)
     if a.structure.joined.keys() != b.structure.joined.keys():
         return None

@@ -239,10 +239,11 @@ class _TokenOrder:
             start = graph.place[node.output[0]]
             for later in graph.nodes[start : start + 400]:
                 keep = [graph.constant(name) for name in later.input if later.op_type == "Mul" and graph.is_constant(name)]
-                if keep and keep[0].size == len(index) and not keep[0].all():
+                if keep and keep[0].size in (len(index), len(index) / 4) and not keep[0].all():
                     shape = [1] * found.ndim
                     shape[axis] = len(index)
-                    return np.where(keep[0].reshape(shape) == 0, PAD, found)
+                    kept = keep[0].reshape(-1).repeat(len(index) // keep[0].size)  # four tokens that are merged into one
+                    return np.where(kept.reshape(shape) == 0, PAD, found)
         return found
 
     def _patches(self, node: Any) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from swin_deploy.bundle import Bundle, disk_errors
 from swin_deploy.errors import UsageError
 from swin_deploy.options import Array
 
-# Types of constants that TREx reads.
+# Types of constants that TREx reads, and its names of types that older versions of TensorRT write otherwise.
 CONSTANT_TYPES = ("Int8", "Half", "Float", "Int32")
+TREX_TYPES = {"FP16": "Half", "FP32": "Float", "BF16": "BFloat16", "INT8": "Int8", "INT32": "Int32"}
 
 
 def trex_from_profile(profile: Mapping[str, Any], bindings: Iterable[str]) -> dict[str, Any]:
@@ -24,22 +26,31 @@ def trex_from_profile(profile: Mapping[str, Any], bindings: Iterable[str]) -> di
     layers, seen = [], set()
     for layer in profile["layers"]:
         made = {
-            "Name": layer["name"],
+            "Name": _name(layer),
             "LayerType": layer["kind"],
             "Inputs": [_tensor(one) for one in layer["inputs"]],
             "Outputs": [_tensor(one) for one in layer["outputs"]],
             "TacticName": layer.get("tactic", ""),
         }
-        constants = [one for one in layer["constants"] or () if one["datatype"] in CONSTANT_TYPES]
+        constants = [one for one in layer["constants"] or () if _type(one) in CONSTANT_TYPES]
         for key, one in zip(("Weights", "Bias"), sorted(constants, key=lambda one: -_count(one)), strict=False):
-            made[key] = {"Type": one["datatype"], "Count": _count(one)}
+            made[key] = {"Type": _type(one), "Count": _count(one)}
         seen |= {one["Name"] for one in (*made["Inputs"], *made["Outputs"])}
         layers.append(made)
     return {"Layers": layers, "Bindings": [name for name in bindings if name in seen]}
 
 
 def _tensor(one: Mapping[str, Any]) -> dict[str, Any]:
-    return {"Name": one["name"], "Location": "Device", "Dimensions": one["dims"], "Format/Datatype": one["datatype"]}
+    return {"Name": _name(one), "Location": "Device", "Dimensions": one["dims"], "Format/Datatype": _type(one)}
+
+
+def _name(one: Mapping[str, Any]) -> str:
+    """Return a name without the number of its profile: TREx leaves out what has one, and each profile has a file of its own."""
+    return re.sub(r" ?\[profile \d+\]", "", one["name"])
+
+
+def _type(one: Mapping[str, Any]) -> str:
+    return TREX_TYPES.get(one["datatype"], str(one["datatype"]))
 
 
 def _count(one: Mapping[str, Any]) -> int:
@@ -61,6 +72,8 @@ def write_trex(bundle: Bundle, folder: Path) -> tuple[Path, ...]:
         graph = bundle.graph_of(file)
         names = [spec.name for spec in (*graph.inputs, *graph.outputs)]
         for number, profile in enumerate(bundle.read_json(layers_file(file))["profiles"]):
+            if not profile["layers"]:
+                continue
             suffix = "" if len(entry.profiles) < 2 else f".profile{number}"
             path = folder / f"{Path(file).stem}{suffix}.graph.json"
             write_json(path, trex_from_profile(profile, names))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from swin_deploy.dependencies import EXACT_QDQ, require
-from swin_deploy.errors import UsageError, unknown
+from swin_deploy.errors import CheckpointError, UsageError, unknown
 from swin_deploy.files import scratch_folder
 from swin_deploy.options import BACKEND_NAMES, COMPILERS, PRECISIONS, Array
 
@@ -195,8 +195,16 @@ def _from_checkpoint(text: str, path: Path, backend: str) -> Side:
     from swin_deploy.models.swin import SwinNetwork
     from swin_deploy.options import ExportSpec
 
-    spec = ExportSpec(weights=path)
-    checkpoint = checkpoint_from_request(spec)
+    failed = None
+    for task in (None, "masked-image-modeling", "feature-extraction", "backbone"):  # the first one that it has weights for
+        spec = ExportSpec(weights=path, task=task)
+        try:
+            checkpoint = checkpoint_from_request(spec)
+            break
+        except CheckpointError as error:
+            failed = failed or error
+    else:
+        raise failed or AssertionError
     preprocessor = preprocessing_of(checkpoint, spec).preprocessor
     size = checkpoint.image_size or natural_size(preprocessor, checkpoint.config)
     network = SwinNetwork(checkpoint.config, size, checkpoint.tensors, checkpoint.task, "tensorrt").eval()

@@ -237,8 +237,11 @@ class _Finder:
         """Name norms by the linear layers around them."""
         graph = self.graph
         between: dict[int, list[NormPart]] = {}
+        last = graph.place[self.softmaxes[-1].output[0]]
         for norm in self.norms:
             place = graph.place[norm.output]
+            if place < last and self._next_linear(norm.output) is None:
+                continue  # of a feature map that is an output
             between.setdefault(sum(where < place for where, _ in anchors), []).append(norm)
         before = [None, *(point for _, point in anchors)]
         after = [*(point for _, point in anchors), None]
@@ -483,7 +486,11 @@ class _Finder:
             node = self.graph.writer.get(node.input[0])
             if node is not None and node.op_type == "QuantizeLinear":
                 return str(node.input[0])
+            scaled = False
             while node is not None and node.op_type in ("Cast", "Sub", "Add", "Clip", "Mul", "Round"):
+                if scaled and node.op_type != "Cast":
+                    break
+                scaled = node.op_type == "Mul" or scaled
                 name = self.graph.data_inputs(node)[0]
                 node = self.graph.writer.get(name)
         return name

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import functools
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from safetensors.torch import save_file
 
 import swin_deploy
 from swin_deploy.config import SwinConfig
+from swin_deploy.diagnosis.canonical_weights import ParameterComparison
 from swin_deploy.diagnosis.interchange import trex_from_profile
 from swin_deploy.exporters.external_data import embed_weights
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
@@ -60,6 +63,33 @@ def test_layouts_are_equal(version: int, tmp_path: Path) -> None:
         assert found.first is None
         assert max(point.relative_l2 for point in found.points) < 1e-4
         assert len(found.points) > 45
+
+
+def test_padded_backbone_is_equal(tmp_path: Path) -> None:
+    """Padding has other values in each layout, and the norms of feature maps are no parts of blocks."""
+    padded = dataclasses.replace(config(1), image_size=(36, 36), out_features=("stage1", "stage2"))
+    task = TaskSpec("backbone")
+    weights = {name: one + 0.1 for name, one in random_checkpoint(padded, task).tensors.items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(padded.to_dict()))
+    traced = onnx_from_torch(SwinNetwork(padded, (36, 36), weights, task, "openvino").eval(), (36, 36), None)
+    embed_weights(traced.model, traced.weights)
+    onnx.save(traced.model, str(tmp_path / "a.onnx"))
+    found = swin_deploy.diff(tmp_path, tmp_path / "a.onnx")
+    assert found.first is None
+    assert len(found.points) > 45
+
+
+def test_mask_of_as_many_windows_as_heads() -> None:
+    """timm adds a mask [1, windows, 1, tokens, tokens] to the scores of all images."""
+    bias, mask = np.random.default_rng(0).standard_normal((4, 2, 2), np.float32), np.zeros((1, 4, 1, 2, 2), np.float32)
+    mask[0, 3, 0, 0, 1] = -100
+    constants = {"bias": bias, "mask": mask}
+    side = SimpleNamespace(graph=SimpleNamespace(constant=constants.get), feeds={"x": np.zeros((2, 3, 4, 4))})
+    ids = np.arange(16).reshape(8, 1, 2).repeat(4, axis=1)
+    attention = SimpleNamespace(added=[(None, "bias"), (None, "mask")])
+    found = ParameterComparison._reshaped(None, attention, side, ids)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found, bias[None] + mask[0])
 
 
 BLOCK = "encoder.layers.0.blocks.1."
@@ -147,7 +177,7 @@ def test_files_for_other_tools(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "poly/b.json").read_text())
     assert results["polygraphy_class"] == "RunResults"
     assert results["lst"][0][1][0]["outputs"]["logits"]["values"]["polygraphy_class"] == "ndarray"
-    tensor = {"name": "x", "dims": [2, 4], "datatype": "Half"}
+    tensor = {"name": "x [profile 1]", "dims": [2, 4], "datatype": "FP16"}
     layer = {"name": "l", "kind": "gemm", "inputs": [tensor], "outputs": [tensor], "constants": [tensor]}
     made = trex_from_profile({"layers": [layer]}, ["x", "y"])
     assert made["Bindings"] == ["x"]
