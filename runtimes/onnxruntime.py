@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -64,15 +65,13 @@ def opened(ort: Any, path: Path, threads: int, providers: Sequence[Any], kind: s
         try:
             return open_session()
         except Exception as error:
-            if not any(operator in str(error) for operator in ("QuantizeLinear", "MatMulIntegerToFloat")):
+            if not any(operator in str(error) for operator in ("QuantizeLinear", "MatMul")):
                 raise
-            # ONNX Runtime 1.31 moves or fuses some Q/DQ nodes in graphs for GPUs, or then Transposes, and rejects the result.
-            try:
-                return open_session(config=EXACT_QDQ)
-            except Exception as again:
-                if "ShapeInferenceError" not in str(again):
-                    raise
-                return open_session(graph_optimization_level=ort.GraphOptimizationLevel.ORT_ENABLE_BASIC)
+            # ONNX Runtime 1.31 rewrites some Q/DQ nodes or Transposes in graphs for GPUs, and rejects the result.
+            for fewer in ({"disabled_optimizers": ["QDQS8ToU8Transformer"]}, {"config": EXACT_QDQ}):
+                with contextlib.suppress(Exception):
+                    return open_session(**fewer)
+            return open_session(graph_optimization_level=ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
     except Exception as error:
         if "NOT_IMPLEMENTED" in str(error):
             raise MissingKernelError(

@@ -118,6 +118,7 @@ def onnxruntime_session(
     providers: Sequence[Any] = ("CPUExecutionProvider",),
     config: Mapping[str, str] | None = None,
     devices: Sequence[Any] = (),
+    disabled_optimizers: Sequence[str] = (),
     **options: Any,
 ) -> Any:
     """Open an ONNX Runtime session that reports problems only as exceptions and never falls back to another provider.
@@ -136,7 +137,9 @@ def onnxruntime_session(
         settings.add_provider_for_devices(list(devices), {})
     with contextlib.nullcontext(model) if isinstance(model, bytes) else without_links(Path(model)) as source:
         # Without enable_fallback=0, ONNX Runtime replaces a failing provider by the CPU and prints a message.
-        return ort.InferenceSession(source, settings, providers=None if devices else list(providers), enable_fallback=0)
+        others = {"disabled_optimizers": list(disabled_optimizers)} if disabled_optimizers else {}
+        given = None if devices else list(providers)
+        return ort.InferenceSession(source, settings, providers=given, enable_fallback=0, **others)
 
 
 def installed_versions(distributions: Iterable[str]) -> dict[str, str]:

@@ -300,8 +300,12 @@ def test_a_quantized_graph_that_onnxruntime_breaks_is_opened_with_fewer_optimiza
 
     monkeypatch.setattr(onnxruntime_backend, "onnxruntime_session", open_session)
     assert onnxruntime_backend.opened(ort, Path("int8.onnx"), 1, ["CPUExecutionProvider"], "CPU") == "session"
-    assert [one.get("config") for one in tried] == [None, EXACT_QDQ, None]
-    assert tried[2]["graph_optimization_level"] == ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    assert tried[1]["disabled_optimizers"] == ["QDQS8ToU8Transformer"]
+    assert tried[2]["config"] == EXACT_QDQ
+    tried.clear()
+    errors.append("Op (MatMul) [ShapeInferenceError] Incompatible dimensions")
+    assert onnxruntime_backend.opened(ort, Path("int8.onnx"), 1, ["CPUExecutionProvider"], "CPU") == "session"
+    assert tried[3]["graph_optimization_level"] == ort.GraphOptimizationLevel.ORT_DISABLE_ALL
 
 
 def test_the_plugin_for_tensorrt_for_rtx_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from small_graphs import model_from_text
 
 from swin_deploy.dependencies import EXACT_QDQ, onnxruntime_session
@@ -43,6 +44,7 @@ def samples(count: int = 4, rows: int = 64) -> Callable[[], Iterator[dict[str, A
 
 def run(model: onnx.ModelProto, feeds: dict[str, Array], exact: bool = False, output: str | None = None) -> Array:
     """One output, by default the first; `exact` computes Q/DQ without ONNX Runtime's own 8-bit kernels."""
-    session = onnxruntime_session(model.SerializeToString(), config=EXACT_QDQ if exact else {})
+    level = {"graph_optimization_level": ort.GraphOptimizationLevel.ORT_DISABLE_ALL, "config": EXACT_QDQ} if exact else {}
+    session = onnxruntime_session(model.SerializeToString(), **level)
     found: Array = session.run(None if output is None else [output], feeds)[0]
     return found
