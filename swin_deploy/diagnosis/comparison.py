@@ -306,7 +306,7 @@ def compared(a: Side, b: Side) -> Difference:
 
 def wrong_quantizers(raw: Mapping[str, Array], graph: FoldedGraph) -> Iterator[tuple[str, str]]:
     """Yield quantizers, by their output, whose scales do not fit each other or the values, and why."""
-    gaps: dict[str, tuple[float, float]] = {}
+    gaps: dict[str, tuple[float, float, float]] = {}
     for one in quantizers(graph):
         if abs(one.scale / one.back - 1) > 2e-3:
             yield one.output, f"Wrong scale: values are divided by {one.scale:.4g} and multiplied by {one.back:.4g}."
@@ -325,11 +325,13 @@ def wrong_quantizers(raw: Mapping[str, Array], graph: FoldedGraph) -> Iterator[t
 
         factors = 2.0 ** np.arange(-6, 7)
         best = min(factors, key=error)
-        gaps[one.output] = 10 * math.log10(max(error(1.0), 1e-30) / max(error(best), 1e-30)), float(best)
-    usual = float(np.median([gap for gap, _ in gaps.values()])) if gaps else 0.0
-    for name, (gap, best) in gaps.items():
+        steps = values / one.scale + one.zero
+        outside = float(((steps < one.low - 0.5) | (steps > one.high + 0.5)).mean())
+        gaps[one.output] = 10 * math.log10(max(error(1.0), 1e-30) / max(error(best), 1e-30)), float(best), outside
+    usual = float(np.median([gap for gap, *_ in gaps.values()])) if gaps else 0.0
+    for name, (gap, best, outside) in gaps.items():
         # Images other than those of the calibration may exceed the range.
-        if gap > (16 if best > 1 else 10) + usual:
+        if gap > (16 if best > 1 else 10) + usual and not (best == 2 and outside < 0.02):
             yield name, f"Wrong scale: values would lose {gap:.0f} dB less if the scale were {best:.3g} times as large."
 
 
