@@ -159,13 +159,7 @@ class OpenVino(Runtime):
             self._facts = replace(self._facts, outputs=tuple(map(partial(_of_free_batch, size), self._facts.outputs, fixed)))
         transpose_keys_in_matmul(model, self._facts.config["INFERENCE_PRECISION_HINT"] == "bf16")
         compiled = self._core.compile_model(model, "CPU", self._facts.config)
-        _LOG.log(
-            logging.INFO if size > 1 else logging.DEBUG,
-            "Compiled %s for a batch of %d in %.1f s",
-            self._path,
-            size,
-            time.perf_counter() - start,
-        )
+        _LOG.debug("Compiled %s for a batch of %d in %.1f s", self._path, size, time.perf_counter() - start)
         self._new.append((size, compiled))
         if self._keeping:
             self.keep()
