@@ -25,14 +25,19 @@ from .swin_structure import LinearPart, NormPart, Point, activation_kind
 WEIGHT = {"fp32": 1e-4, "fp16": 4e-3, "bf16": 2e-2, "int8": 0.3, "fp8": 0.3}
 FACTOR = {"fp32": 2e-5, "fp16": 2e-3, "bf16": 1e-2, "int8": 0.07, "fp8": 0.07}
 EIGHT_BITS = ("int8", "fp8")
+ROUNDED = 0.1  # of an offset, by quantized weights
 
 
 @dataclass(frozen=True)
 class LinearMap:
-    """A LayerNorm and a linear layer: `matrix` [outputs, channels] with rows of mean 0, and `offset` [outputs]."""
+    """A LayerNorm and a linear layer: `matrix` [outputs, channels] with rows of mean 0, and `offset` [outputs].
+
+    `rounded` is the L2 norm of the products that the offset is summed from, which quantized weights change.
+    """
 
     matrix: Array
     offset: Array
+    rounded: float = 0.0
 
 
 class ParameterComparison:
@@ -91,7 +96,7 @@ class ParameterComparison:
             side.graph.constant(conv.input[2]).astype(np.float64) if len(conv.input) > 2 else np.zeros(len(x))
             for side, conv in zip((self.a, self.b), convs, strict=True)
         ]
-        if self._vectors_differ(*biases):
+        if self._vectors_differ(biases[0], biases[1]):
             yield Fault(point, convs[1].input[-1], describe(point, *biases))
         elif self.version == 1 or not self.quantized:
             yield from self._norm(point, None)
@@ -127,7 +132,9 @@ class ParameterComparison:
                          for part in ("query", "key", "value")} for side in (self.a, self.b))  # fmt: skip
         if any(one is None for one in (*ours.values(), *theirs.values())):
             return
+        mine = {part: one for part, one in ours.items() if one is not None}
         wrong: dict[str, str] = {}
+        change = np.zeros(1)  # of the offset of scaled queries
         scales = [self._total_scale(side, at) for side in (self.a, self.b)]
         rows: dict[str, Array] = {}
         for part in ("query", "key", "value"):
@@ -142,34 +149,54 @@ class ParameterComparison:
             if self.version == 2 and part != "value" and self.typed:
                 heads = self._heads(at)
                 f = np.exp2(np.rint(np.log2(np.maximum(np.median(rows[part].reshape(heads, -1), axis=1), 1e-9))))
-                legal = np.minimum(f, 1).repeat(len(mx) // heads)
+                low = 0.0 if self.b.precision != "fp32" else 1.0  # only typed graphs have such factors
+                high = np.inf if self.a.precision != "fp32" else 1.0
+                legal = np.clip(f, low, high).repeat(len(mx) // heads)
                 my, cy = my / legal[:, None], cy / legal
                 rows[part] = rows[part] / legal
             if self.quantized and (part == "value" or (self.version == 1 and np.std(np.log(np.abs(rows[part]))) > 0.02)):
                 my, cy = my / rows[part][:, None], cy / rows[part]
+            if part == "query" and self.version == 1:
+                change = cy - cx
             if self._differ(mx, my):
                 wrong[part] = self._cause(mx, my, "weight")
-            elif (part == "query" or (part == "key" and self.version == 2)) and self._vectors_differ(cx, cy, mx):
-                wrong[part] = self._cause(cx, cy, "bias")
-        if "query" not in wrong and "key" not in wrong and self.quantized and self.version == 1 and len(rows) == 3:
+                continue
+            matters = part == "query" or (part == "key" and self.version == 2)
+            if matters and self._vectors_differ(cx, cy, mx, max(x.rounded, y.rounded)):
+                held = [bool(self._layer_bias(side, Point(*at, f"attention.{part}")).any()) for side in (self.a, self.b)]
+                missing = held == [True, False]
+                wrong[part] = f"Missing bias: that of the {part} is 0." if missing else self._cause(cx, cy, "bias")
+        if self.quantized and self.version == 1 and len(rows) == 3 and all("weight" not in cause for cause in wrong.values()):
             product = float(np.median(rows["query"] * rows["key"]))
-            if abs(product - 1) > 0.03:
-                expected = self._equalized(ours)
-                part = "query"
-                if expected is not None and abs(float(np.median(rows["query"] / expected)) - 1) < 0.25:
-                    part = "key"
-                wrong[part] = f"Scaled: the weight is {product:.4g} times that of the other graph."
-                if abs(self._value_product(at) / math.sqrt(product) - 1) < 0.04:  # all three are scaled
+            if product > 0 and abs(product - 1) > 0.03:
+                factor = self._value_product(at) / math.sqrt(product)
+                if abs(factor - 1) < 0.04:  # all three are scaled
                     cause = f"Scaled: the weight of the norm is {math.sqrt(product):.4g} times that of the other graph."
                     yield Fault(Point(*at, "norm1"), "", cause)
                     return
+                expected = self._equalized(ours)
+                # Equalization scales the bias of queries with their weights.
+                part = "query"
+                x, layer = mine["query"], Point(*at, "attention.query")
+                own = float(np.linalg.norm(self._layer_bias(self.a, layer))) * abs(product - 1)
+                size = max(float(np.linalg.norm(x.offset)), 0.3 * float(np.linalg.norm(x.matrix)), x.rounded)
+                equalized = abs(float(np.median(rows["query"] / expected)) - 1) < 0.25
+                if "query" not in wrong and (own > 1.2 * ROUNDED * size or equalized):
+                    part = "key"
+                wrong = {part: f"Scaled: the weight is {product:.4g} times that of the other graph."}
         if not wrong:
             return
         tensor = self.b.structure.linears[Point(*at, "attention.query")].output
-        if self.version == 1 and len(wrong) == 3 and self._norm_is_wrong(norm):
+        if self.version == 1 and len(wrong) == 3 and self._norm_is_wrong(norm, unknown=True):
             yield Fault(Point(*at, "norm1"), tensor, next(iter(wrong.values())).replace("weight", "weight of the norm"))
             return
-        if self.version == 1 and list(wrong) == ["query"] and "Scaled" in wrong["query"] and self._explicit_scale(at):
+        if norm is not None and "bias" in wrong.get("query", "") and (found := self._offsets_of_output(at)) is not None:
+            weight, before, after = found
+            both = np.concatenate([mine["query"].matrix * scales[0], weight @ mine["value"].matrix])
+            if self._of_norm(both, np.concatenate([change, after - before])):
+                yield Fault(Point(*at, "norm1"), tensor, self._cause_of_norm_bias(norm))
+                return
+        if self.version == 1 and list(wrong) == ["query"] and "Scaled" in wrong["query"] and self._other_scale(at):
             yield Fault(Point(*at, "attention.scale"), tensor, wrong["query"].replace("Scaled: the weight", "Wrong scale: it"))
             return
         for part, cause in wrong.items():
@@ -183,10 +210,7 @@ class ParameterComparison:
         if ours is None or theirs is None or maps[0] is None or maps[1] is None or ours.weight.shape != theirs.weight.shape:
             return
         x, y = ours.weight.astype(np.float64), theirs.weight.astype(np.float64)
-        before, after = (
-            self._vector(one.bias, len(x)) + weight @ found.offset
-            for one, weight, found in ((ours, x, maps[0]), (theirs, y, maps[1]))
-        )
+        _, before, after = self._offsets_of_output(at) or (x, np.zeros(1), np.zeros(1))
         if self.quantized:
             columns = (x * y).sum(0) / np.maximum((x * x).sum(0), 1e-30)
             mx, my = maps[0].matrix, maps[1].matrix
@@ -204,10 +228,63 @@ class ParameterComparison:
             y = y / safe
         if self._differ(x, y):
             yield Fault(point, theirs.output, self._cause(x, y, "weight"))
-        elif self._vectors_differ(before, after, x):
+        elif self._vectors_differ(before, after, x, max(maps[0].rounded, maps[1].rounded)):
             # A bias of values counts as it was: in its own layer, unless that layer has none.
             own = self._vectors_differ(self._vector(ours.bias, len(x)), self._vector(theirs.bias, len(x)), x)
-            yield Fault(point if own else value, theirs.output, self._cause(before, after, "bias"))
+            cause = self._cause(before, after, "bias")
+            biases = [self._layer_bias(side, value) for side in (self.a, self.b)]
+            if own and not all(one.any() for one in biases) and theirs.bias is not None and np.any(theirs.bias):
+                # One graph has the bias of values in the output projection.
+                inner = np.linalg.lstsq(x, after - before, rcond=None)[0]
+                own = any(one.any() for one in biases) and not any(self._alike(inner, one) for one in biases)
+                own &= self._spread(inner) >= 0.5 * self._spread(after - before)
+                if not own and not biases[1].any():
+                    cause = "Missing bias: the bias of values is 0."
+            yield Fault(point if own else value, theirs.output, cause)
+
+    def _offsets_of_output(self, at: tuple[int, int]) -> tuple[Array, Array, Array] | None:
+        """Return the weight of the output projection in `a`, and in both graphs its bias and what that of values adds to it."""
+        point, value = Point(*at, "attention.output"), Point(*at, "attention.value")
+        norm = Point(*at, "norm1") if self.version == 1 else None
+        found = []
+        for side in (self.a, self.b):
+            layer, one = side.structure.linears.get(point), self._map(side, value, norm, False, None)
+            if layer is None or one is None:
+                return None
+            weight = layer.weight.astype(np.float64)
+            found.append((weight, self._vector(layer.bias, len(weight)) + weight @ one.offset))
+        return (found[0][0], found[0][1], found[1][1]) if found[0][0].shape == found[1][0].shape else None
+
+    def _layer_bias(self, side: Side, point: Point) -> Array:
+        """Return the bias that the layer at `point` itself has."""
+        layer = side.structure.linears[point]
+        bias = self._vector(layer.bias, len(layer.weight))
+        third = len(bias) // 3
+        number = ("query", "key", "value").index(point.part.rpartition(".")[2])
+        return bias[number * third : (number + 1) * third] if point in side.structure.joined else bias
+
+    @staticmethod
+    def _alike(x: Array, y: Array) -> bool:
+        """Whether one vector is a multiple of the other."""
+        return bool(abs(x @ y) > 0.97 * np.linalg.norm(x) * np.linalg.norm(y) > 0)
+
+    @staticmethod
+    def _spread(x: Array) -> float:
+        """Return the share of elements that a vector consists of: 1 / n if all but one are 0."""
+        return float(np.square(x).sum() ** 2 / max(len(x) * (x**4).sum(), 1e-60))
+
+    def _of_norm(self, matrix: Array, change: Array) -> bool:
+        """Whether another bias of a norm explains the change of the offsets of `matrix` [outputs, channels] after it."""
+        if len(matrix) < 1.5 * matrix.shape[1]:
+            return False
+        rest = change - matrix @ np.linalg.lstsq(matrix, change, rcond=None)[0]
+        return bool(np.linalg.norm(rest) < 0.4 * np.linalg.norm(change))
+
+    def _cause_of_norm_bias(self, norm: Point) -> str:
+        one = self.b.structure.norms.get(norm)
+        if one is not None and one.weight is not None and (one.bias is None or not one.bias.any()):
+            return "Missing bias: that of the norm is 0."
+        return "Wrong bias of the norm."
 
     def _value_product(self, at: tuple[int, int]) -> float:
         """Return the factor on the product of value and output projection."""
@@ -248,10 +325,16 @@ class ParameterComparison:
         place, cause = None, ""
         if self._differ(ours.matrix, theirs.matrix):
             place, cause = point, self._cause(ours.matrix, theirs.matrix, "weight")
-        elif self._vectors_differ(ours.offset, theirs.offset, ours.matrix):
+        elif self._vectors_differ(ours.offset, theirs.offset, ours.matrix, max(ours.rounded, theirs.rounded)):
             place, cause = point, self._cause(ours.offset, theirs.offset, "bias")
-        if place is not None and norm is not None and self._norm_is_wrong(norm, point):
-            place, cause = norm, cause.replace("weight", "weight of the norm")
+        if place is not None and norm is not None:
+            if self._norm_is_wrong(norm, point):
+                place, cause = norm, cause.replace("weight", "weight of the norm")
+            elif self._norm_is_hidden(norm):
+                if "bias" in cause and self._of_norm(ours.matrix, theirs.offset - ours.offset):
+                    place, cause = norm, self._cause_of_norm_bias(norm)
+                elif "weight" in cause and self._scales_channels(norm, point, ours, theirs):
+                    place, cause = norm, cause.replace("weight", "weight of the norm")
         if place is not None:
             yield Fault(place, layer.output, cause)
 
@@ -315,12 +398,13 @@ class ParameterComparison:
         if norm is None:
             return LinearMap(weight, bias)
         if found is not None and found.weight is not None:
-            offset = weight @ self._vector(found.bias, weight.shape[1]) + bias
+            shift = self._vector(found.bias, weight.shape[1])
+            offset, rounded = weight @ shift + bias, float(np.linalg.norm(weight * shift))
             weight = weight * found.weight
         else:
-            offset = bias
+            offset, rounded = bias, 0.0
             weight = weight / self._shrunk(side, layer)
-        return LinearMap(weight - weight.mean(1, keepdims=True), offset)
+        return LinearMap(weight - weight.mean(1, keepdims=True), offset, rounded)
 
     def _late_bias(self, side: Side, point: Point, count: int) -> Array:
         """Return the bias that is added to queries or keys after the split into heads."""
@@ -366,15 +450,38 @@ class ParameterComparison:
             ratios.append(x / np.where(np.abs(y) < 1e-12, 1e-12, y))
         return np.median(ratios, axis=0) if ratios else None
 
-    def _norm_is_wrong(self, norm: Point | None, reader: Point | None = None) -> bool:
-        """Whether the norm's own parameters differ and the weights that read it do not, or cannot be told apart."""
+    def _norm_is_hidden(self, norm: Point) -> bool:
+        """Whether the weights after the norm contain those of the norm in one of the graphs."""
+        return any(one is None or one.weight is None or bool((one.weight == 1).all()) for one in self._norms(norm))
+
+    def _scales_channels(self, norm: Point, reader: Point, ours: LinearMap, theirs: LinearMap) -> bool:
+        """Whether another weight of the norm explains the difference of two maps, and another weight of the layer does not."""
+        x, y = ours.matrix, theirs.matrix
+        factors = (x * y).sum(0) / np.maximum((x * x).sum(0), 1e-30)
+        if np.linalg.norm(y - x * factors) > 0.2 * np.linalg.norm(y - x):
+            return False
+        for side in (self.a, self.b):
+            one, layer = side.structure.norms.get(norm), side.structure.linears[reader]
+            if one is not None and one.weight is not None and one.bias is not None and one.bias.any():
+                mean = float(np.median(factors))
+                added = layer.weight.astype(np.float64) @ one.bias.astype(np.float64)
+                added = added * (mean - 1 if side is self.a else 1 - 1 / mean)
+                change = theirs.offset - ours.offset
+                return bool(np.linalg.norm(change) < np.linalg.norm(change - added))
+        return bool(np.std(factors) > 0.05)
+
+    def _norm_is_wrong(self, norm: Point | None, reader: Point | None = None, unknown: bool = False) -> bool:
+        """Whether the norm's own parameters differ and the weights that read it do not, or cannot be told apart.
+
+        `unknown` is returned if the weights after the norm contain its weight.
+        """
         if norm is None:
             return False
         ours, theirs = self._norms(norm)
         if ours is None or theirs is None:
             return ours is not theirs
         if ours.weight is None or theirs.weight is None:
-            return False
+            return unknown
         same = all(
             np.linalg.norm(self._vector(getattr(ours, name), len(ours.weight)) -
                            self._vector(getattr(theirs, name), len(ours.weight)))
@@ -456,8 +563,11 @@ class ParameterComparison:
         scales = [factor.reshape(-1)[0] for _, factor, _ in side.structure.attentions[at].scales]
         return float(np.prod(scales)) if scales else 1.0
 
-    def _explicit_scale(self, at: tuple[int, int]) -> bool:
-        return any(side.structure.attentions[at].scales for side in (self.a, self.b))
+    def _other_scale(self, at: tuple[int, int]) -> bool:
+        """Whether a graph scales scores with another factor than V1 does."""
+        expected = (len(self.b.structure.linears[Point(*at, "attention.output")].weight) // self._heads(at)) ** -0.5
+        found = [self._total_scale(side, at) for side in (self.a, self.b) if side.structure.attentions[at].scales]
+        return any(abs(one / expected - 1) > 1e-3 for one in found)
 
     def _heads(self, at: tuple[int, int]) -> int:
         attention = self.b.structure.attentions[at]
@@ -481,9 +591,15 @@ class ParameterComparison:
             return True
         return abs(float((x * y).sum()) / size**2 - 1) > self.factor
 
-    def _vectors_differ(self, x: Array, y: Array, matrix: Array | None = None) -> bool:
-        """Whether two biases differ, relative to them and to what their layer adds to them."""
+    def _vectors_differ(self, x: Array, y: Array, matrix: Array | None = None, rounded: float = 0.0) -> bool:
+        """Whether two biases differ, relative to them and to what their layer adds to them.
+
+        Biases are not quantized, but quantized weights change what is summed into them: products with the L2 norm `rounded`.
+        """
         size = float(np.linalg.norm(x))
+        if self.quantized and matrix is not None:
+            size = max(size, 0.3 * float(np.linalg.norm(matrix)))
+            return bool(np.linalg.norm(x - y) > max(ROUNDED * size, ROUNDED * rounded))
         if matrix is not None:
             size = max(size, float(np.linalg.norm(matrix)) * (1.0 if self.typed else 0.02))
         return bool(np.linalg.norm(x - y) > max(self.tight, 1e-4) * max(size, 1e-6))
@@ -493,12 +609,12 @@ class ParameterComparison:
             return f"Overflow: the {what} holds values that are not finite."
         if x.ndim == 2 and x.shape[0] == x.shape[1] and np.linalg.norm(x.T - y) < 0.5 * np.linalg.norm(x - y):
             return "Transposed weight."
+        if not y.any():
+            return f"Missing {what}: it is 0."
         factor = float((x * y).sum() / max(float((x * x).sum()), 1e-300))
         if np.linalg.norm(y - factor * x) <= max(2 * self.tight, 0.02) * np.linalg.norm(y) and abs(factor - 1) > 1e-5:
             word = "Wrong scale: it" if what == "scale" else f"Scaled: the {what}"
             return f"{word} is {factor:.4g} times that of the other graph."
-        if not y.any():
-            return f"Missing {what}: it is 0."
         relative = np.linalg.norm(x - y) / max(float(np.linalg.norm(x)), 1e-30)
         return f"Wrong {what}: it differs by {relative:.2g} (relative L2)."
 

@@ -276,6 +276,10 @@ def describe(point: Point, x: Array, y: Array) -> str:
         for order in ((2, 1, 0), (1, 0, 2), (0, 2, 1), (1, 2, 0), (2, 0, 1)):
             if x.shape[1] == 3 and np.allclose(x[:, order], y):
                 return f"Other preprocessing: the channels of images are in the order {order}."
+    if not y.any() and x.any():
+        name = point.part.rpartition(".")[2]
+        kind = f"bias of the {name}" if kind == "vector" and point.part.startswith(("attention.", "mlp.")) else kind
+        return f"Missing {'bias' if kind == 'vector' else kind}: all values are 0."
     changed = np.abs(x - y) > CHANGED * np.abs(x).max(initial=0)
     count = int(changed.sum())
     where = np.argwhere(changed)
@@ -289,8 +293,6 @@ def describe(point: Point, x: Array, y: Array) -> str:
     rows = np.unique(where[:, :-1], axis=0) if x.ndim > 1 else where
     if x.ndim > 1 and len(rows) == 1:
         return f"{wrong} row: row {rows[0].tolist()} differs."
-    if not y.any():
-        return f"{wrong}: all values are 0."
     return f"{wrong}: {count} of {x.size} elements differ."
 
 

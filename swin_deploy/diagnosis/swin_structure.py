@@ -338,7 +338,8 @@ class _Finder:
     def _with_bias(self, node: Any, weight: Array) -> LinearPart:
         """Return the layer with the bias that is added after its matmul; the division of a LayerNorm may be between."""
         graph, output = self.graph, node.output[0]
-        while len(readers := graph.readers.get(output, [])) == 1 and readers[0].op_type in ("Cast", "Identity", *QUANTIZE):
+        passed = ("Cast", "Identity", *QUANTIZE, *(("Reshape",) if node.op_type == "ReduceSum" else ()))
+        while len(readers := graph.readers.get(output, [])) == 1 and readers[0].op_type in passed:
             output = readers[0].output[0]
         if len(readers) == 1 and readers[0].op_type == "Add" and len(names := self._constants(readers[0])) == 1:
             bias = graph.constant(names[0])
