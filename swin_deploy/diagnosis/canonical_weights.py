@@ -177,11 +177,14 @@ class ParameterComparison:
                 expected = self._equalized(ours)
                 # Equalization scales the bias of queries with their weights.
                 part = "query"
-                x, layer = mine["query"], Point(*at, "attention.query")
-                own = float(np.linalg.norm(self._layer_bias(self.a, layer))) * abs(product - 1)
-                size = max(float(np.linalg.norm(x.offset)), 0.3 * float(np.linalg.norm(x.matrix)), x.rounded)
+                shown = False  # whether another weight of queries would show in their offset
+                for side, one in ((self.a, ours["query"]), (self.b, theirs["query"])):
+                    if one is not None:
+                        own = np.linalg.norm(self._layer_bias(side, Point(*at, "attention.query"))) * abs(product - 1)
+                        size = max(float(np.linalg.norm(one.offset)), 0.3 * float(np.linalg.norm(one.matrix)), one.rounded)
+                        shown |= bool(own > 1.2 * ROUNDED * size)
                 equalized = abs(float(np.median(rows["query"] / expected)) - 1) < 0.25
-                if "query" not in wrong and (own > 1.2 * ROUNDED * size or equalized):
+                if "query" not in wrong and (shown or equalized):
                     part = "key"
                 wrong = {part: f"Scaled: the weight is {product:.4g} times that of the other graph."}
         if not wrong:

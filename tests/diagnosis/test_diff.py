@@ -105,7 +105,7 @@ def test_faults_of_weights(version: int, target: str, tmp_path: Path) -> None:
     scaled = {
         "attention.self.query.weight": "attention.query", "attention.self.value.weight": "attention.value",
         "attention.output.dense.weight": "attention.output", "layernorm_before.weight": "norm1",
-        "layernorm_after.bias": "norm2", "intermediate.dense.weight": "mlp.fc1",
+        "layernorm_before.bias": "norm1", "layernorm_after.bias": "norm2", "intermediate.dense.weight": "mlp.fc1",
         "output.dense.bias": "mlp.fc2", TABLE[version]: "attention.bias",
     }  # fmt: skip
     for name, part in scaled.items():
