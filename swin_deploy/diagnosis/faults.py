@@ -50,7 +50,12 @@ def _broken_merges(side: Side) -> Iterator[tuple[Point, str]]:
 
 
 def input_faults(a: Side, b: Side) -> Iterator[Fault]:
-    """Yield the differences of the preprocessing that the two sides state."""
+    """Yield the differences of the preprocessing that the two sides state or compute."""
+    orders = [channel_order(side) for side in (a, b)]
+    if None not in orders and orders[0] != orders[1]:
+        cause = f"Other preprocessing: the channels of images are in the order {orders[1]} instead of {orders[0]}."
+        yield Fault(Point(None, None, "input"), b.input.name, cause)
+        return
     if a.preprocessing is None or b.preprocessing is None:
         return
     first, second = (one.preprocessing.to_dict() for one in (a, b))
@@ -60,6 +65,24 @@ def input_faults(a: Side, b: Side) -> Iterator[Fault]:
             cause = f"Other preprocessing: {key} is {second[key]} instead of {first[key]}."
             yield Fault(Point(None, None, "input"), b.input.name, cause)
             return
+
+
+def channel_order(side: Side) -> tuple[int, ...] | None:
+    """Return which channel of the image each channel is that the first convolution reads; None if that is unknown."""
+    conv, (pixels, *others) = side.structure.conv, side.feeds.values()
+    if conv is None or others or pixels.ndim != 4:
+        return None
+    names = {node.op_type for node in side.graph.ancestors(conv.input[0])}
+    straight = tuple(range(pixels.shape[1]))
+    if not names & {"Gather", "Slice", "Split", "Concat", "GatherND", "ScatterND", "MatMul", "Conv", "Einsum"}:
+        return straight
+    read = side.run([conv.input[0]]).get(conv.input[0])
+    if read is None or read.shape != pixels.shape:
+        return None
+    first, second = (one.swapaxes(0, 1).reshape(len(straight), -1).astype(np.float64) for one in (pixels, read))
+    alike = np.corrcoef(second, first)[: len(straight), len(straight) :]
+    order = tuple(int(place) for place in alike.argmax(axis=1))
+    return order if alike.max(axis=1).min() > 0.99 and sorted(order) == list(straight) else None
 
 
 def edits(a: Side, b: Side) -> list[Fault] | None:
