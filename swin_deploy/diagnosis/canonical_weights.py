@@ -454,8 +454,9 @@ class ParameterComparison:
         return np.median(ratios, axis=0) if ratios else None
 
     def _norm_is_hidden(self, norm: Point) -> bool:
-        """Whether the weights after the norm contain those of the norm in one of the graphs."""
-        return any(one is None or one.weight is None or bool((one.weight == 1).all()) for one in self._norms(norm))
+        """Whether the weights after the norm contain those of the norm in `a`, and not in `b`, whose fault is named."""
+        ours, theirs = (one is None or one.weight is None or bool((one.weight == 1).all()) for one in self._norms(norm))
+        return ours and not theirs
 
     def _scales_channels(self, norm: Point, reader: Point, ours: LinearMap, theirs: LinearMap) -> bool:
         """Whether another weight of the norm explains the difference of two maps, and another weight of the layer does not."""
