@@ -361,7 +361,8 @@ class ParameterComparison:
             mask = np.maximum(one - bias, 2 * MASKED)
             parts.append((bias, mask))
         off = np.abs(parts[0][1] - parts[1][1]) > 1.0
-        limit = {"fp32": 3e-4}.get(self.a.precision if self.a.precision == self.b.precision else "", 4e-3)
+        precisions = {self.a.precision, self.b.precision}
+        limit = 3e-4 if precisions == {"fp32"} else 1.6e-2 if "bf16" in precisions else 4e-3
         centered = [bias - bias.mean(-1, keepdims=True) for bias, _ in parts]
         size = max(1.0, float(np.abs(centered[0]).max()))
         beyond = np.abs(centered[0] - centered[1]) > limit * size
@@ -372,7 +373,7 @@ class ParameterComparison:
                 f"Wrong mask: {int(off.any(axis=1).sum())} elements differ, first: window {window}, query {query}, key {key}.",
             )  # fmt: skip
         elif beyond.any():
-            _, query, key = np.argwhere(np.abs(parts[0][0] - parts[1][0]) > limit * size)[0]
+            _, query, key = np.argwhere(beyond)[0]
             yield Fault(
                 Point(*at, "attention.bias"), tensor,
                 f"Wrong bias row: {int(beyond.any(axis=(0, 2)).sum())} queries differ, first: query {query}, key {key}.",
