@@ -138,7 +138,7 @@ def test_warm_calls_keep_nothing(backend: str) -> None:
     with traced_memory():
         for _ in range(50):
             model.run(feeds, out)
-        for _ in range(3):  # other threads of the process allocate, too: the least of three rounds is what the calls need
+        for _ in range(20):  # other threads of the process allocate, too: the least of all rounds is what the calls need
             gc.collect()
             before, _ = tracemalloc.get_traced_memory()
             tracemalloc.reset_peak()
@@ -147,6 +147,8 @@ def test_warm_calls_keep_nothing(backend: str) -> None:
             used.append(tracemalloc.get_traced_memory()[1] - before)
             gc.collect()
             kept.append(tracemalloc.get_traced_memory()[0] - before)
+            if min(kept) < 400 and min(used) < pixels.nbytes / 4:
+                break
     model.close()
     assert min(kept) < 400  # four bytes a call: less than any object that would stay
     assert min(used) < pixels.nbytes / 4  # no call copies its input
