@@ -14,4 +14,6 @@ def scores(folder, images):
     hint = {"INFERENCE_PRECISION_HINT": "f32"}
     adapter = OpenvinoAdapter(create_core(), str(folder / "onnx/model.onnx"), device="CPU", plugin_config=hint)
     network = Model.create_model(adapter, configuration={"output_raw_scores": True})
-    return np.stack([network(cv2.imread(str(image))).raw_scores.reshape(-1) for image in images])
+    # Model API 0.4.7 does not swap the channels, whatever reverse_input_channels says, so it is given RGB.
+    pixels = (cv2.cvtColor(cv2.imread(str(image)), cv2.COLOR_BGR2RGB) for image in images)
+    return np.stack([network(one).raw_scores.reshape(-1) for one in pixels])
