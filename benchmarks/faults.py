@@ -432,10 +432,8 @@ def run_faults(given: argparse.Namespace, folder: Path) -> int:
                     results[against][fault.kind, said] += 1
                     places[against][said] += 1
                     if said != "named":
-                        told = "nothing" if found.first is None else f"{found.first.point.title()}: {found.first.cause}"
-                        print(
-                            f"{name} {precision} seed {seed} ({fault.kind}, against {against}): {fault.point.title()} -> {told}"
-                        )
+                        named = "nothing" if found.first is None else f"{found.first.point.title()}: {found.first.cause}"
+                        print(f"{name} {precision} seed {seed} ({fault.kind}, {against}): {fault.point.title()} -> {named}")
     for against, counts in results.items():
         total = sum(places[against].values())
         print(f"\nAgainst the graph of the {against}: {total} faults, {places[against]['named'] / max(total, 1):.1%} named, "
@@ -475,10 +473,10 @@ def run_right(given: argparse.Namespace, folder: Path) -> int:
                 start = time.perf_counter()
                 found = compared(*sides)
                 results.append(not found.equal)
-                told = "equal" if found.first is None else f"{found.first.point.title()}: {found.first.cause}"
+                named = "equal" if found.first is None else f"{found.first.point.title()}: {found.first.cause}"
                 aligned = f"{len(found.points)} of {len(sides[0].structure.points())} points"
                 seconds = time.perf_counter() - start
-                print(f"{name}: {first} and {layout} {precision}: {told} ({aligned}, {seconds:.1f} s)", flush=True)
+                print(f"{name}: {first} and {layout} {precision}: {named} ({aligned}, {seconds:.1f} s)", flush=True)
     print(f"{len(results)} pairs of right graphs of {len(chosen)} architectures, {sum(results)} false alarms")
     return int(any(results))
 

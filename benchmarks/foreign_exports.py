@@ -130,10 +130,10 @@ def compare(kind: str, against: Path, path: Path) -> bool:
         print(f"{kind}, against {against.name}: {error}", flush=True)
         return True
     absent = lacking(found, list(sides[0].structure.attentions))
-    told = "equal" if found.first is None else f"{found.first.point.title()}: {found.first.cause}"
-    told += f", not aligned: {', '.join(absent)}" * bool(absent)
+    named = "equal" if found.first is None else f"{found.first.point.title()}: {found.first.cause}"
+    named += f", not aligned: {', '.join(absent)}" * bool(absent)
     print(
-        f"{kind}, against {against.name}: {told} ({len(found.points)} points, {time.perf_counter() - start:.1f} s)", flush=True
+        f"{kind}, against {against.name}: {named} ({len(found.points)} points, {time.perf_counter() - start:.1f} s)", flush=True
     )
     return bool(absent) or not found.equal
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from .base import Feeds, Pool, Runtime
 _KINDS = ("float16", "uint8", "bool", "int64")
 _DTYPES = {"tensor(float)": "float32", **{f"tensor({kind})": kind for kind in _KINDS}}
 MOST_BINDINGS = 256  # concurrent calls
+
+_LOG = logging.getLogger(__name__)
 
 
 class OnnxRuntime(Runtime):
@@ -65,12 +68,13 @@ def opened(ort: Any, path: Path, threads: int, providers: Sequence[Any], kind: s
         try:
             return open_session()
         except Exception as error:
-            if not any(operator in str(error) for operator in ("QuantizeLinear", "MatMul")):
+            if not any(part in str(error) for part in ("QuantizeLinear", "MatMulIntegerToFloat", "ShapeInferenceError")):
                 raise
             # ONNX Runtime 1.31 rewrites some Q/DQ nodes or Transposes in graphs for GPUs, and rejects the result.
             for fewer in ({"disabled_optimizers": ["QDQS8ToU8Transformer"]}, {"config": EXACT_QDQ}):
                 with contextlib.suppress(Exception):
                     return open_session(**fewer)
+            _LOG.debug("ONNX Runtime runs %s without optimizations: %s", path, sentence(str(error)))
             return open_session(graph_optimization_level=ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
     except Exception as error:
         if "NOT_IMPLEMENTED" in str(error):

@@ -476,7 +476,7 @@ class ParameterComparison:
         return bool(np.std(factors) > 0.05)
 
     def _norm_is_wrong(self, norm: Point | None, reader: Point | None = None, unknown: bool = False) -> bool:
-        """Whether the norm's own parameters differ and the weights that read it do not, or cannot be told apart.
+        """Whether the norm's own parameters differ and the weights that read it do not, or cannot be distinguished.
 
         `unknown` is returned if the weights after the norm contain its weight.
         """
