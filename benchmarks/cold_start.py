@@ -8,9 +8,10 @@ a photograph in it, each time in a new process. Without `--bundle`, a Swin-T wit
 the extra "export". Needs a package index. Times are in milliseconds: the minimum and median of the wall clock, and the median
 of the processor time of all threads, which depends less on other programs.
 
-With `--here`, it measures the installed back ends in this environment instead, and the memory of a loaded model (Linux): what
-two processes with the same bundle hold at the same time, each in MB, beyond what they held after the imports. "resident" is all
-of it, "private" is what no other process shares and no file backs, "share" counts pages of both by half (PSS).
+With `--here`, it measures the installed back ends in this environment instead (with compiled bytecode), and the memory of a
+loaded model (Linux): what two processes with the same bundle hold at the same time, each in MB, beyond what they held after
+the imports. "resident" is all of it, "private" is what no other process shares and no file backs, "share" counts pages of both
+by half (PSS).
 """
 
 from __future__ import annotations
@@ -181,7 +182,8 @@ def memory_of_two(bundle: Path, image: Path, backend: str) -> list[list[float]]:
 def first_label(python: Path, bundle: Path, image: Path, cwd: Path, backend: str = "auto") -> dict[str, Any]:
     """Run the application once and return its marks."""
     command = [str(python), "-c", APPLICATION, repr(time.time()), str(bundle), str(image), backend]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True)
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True, env=environ)
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
 

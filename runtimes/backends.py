@@ -90,7 +90,8 @@ def runtime_from_onnx(
 ) -> Runtime:
     """Load the ONNX model at `path`. `bf16` lets OpenVINO compute in bf16; otherwise the types of the graph decide.
 
-    `options` are further arguments of OpenVINO: `batches`, and the `digest` of the file.
+    `options` are further arguments: `batches` of OpenVINO, and the `digest` of the file for back ends that store
+    compiled graphs.
 
     Raises UsageError for an unknown back end or device, or a back end that does not run on the device.
     """
@@ -101,7 +102,10 @@ def runtime_from_onnx(
         raise UsageError(f"The back end {backend} runs on {' or '.join(chosen.devices)}, not on {device}.")
     module, runtime = chosen.on_gpu if chosen.on_gpu and device != "cpu" else (chosen.module, chosen.runtime)
     make = getattr(importlib.import_module(f".{module}", __package__), runtime)
-    options = {**options, **({"bf16": True} if bf16 else {})} if backend == "openvino" or bf16 else {}
+    if backend != "openvino":
+        options = {"digest": options.get("digest", "")} if (backend, device) == ("onnxruntime", "cpu") else {}
+    if bf16:
+        options["bf16"] = True
     loaded: Runtime = make(path, threads, device, **options)
     return loaded
 

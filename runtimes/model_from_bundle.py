@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TypeVar
+from functools import partial
 
 from swin_deploy.bundle import Bundle, sha256_of
 from swin_deploy.dependencies import require
@@ -22,8 +20,8 @@ from .autoselect import LOADING, LOG, Candidate, Description, Measured, choose, 
 from .backends import BACKENDS, Backend, backend_named, misread, runtime_from_onnx
 from .base import Runtime
 from .model import Model
+from .user_cache import SMALLEST_STORED, stored_files
 
-T = TypeVar("T")
 AUTO, NAMED = "auto", "asked for by name"
 
 
@@ -44,17 +42,18 @@ def model_from_bundle(path: str | os.PathLike[str], spec: LoadSpec, tune: bool =
             return open_engine(bundle, file, candidate.device)
         in_bf16 = bundle.graphs[file].precision != candidate.precision
         weights = bundle.graphs[file].weights
+        parts = [file, *([weights] if weights else [])]
 
-        def check() -> tuple[Path, str]:
-            checked = bundle.verified_path(file)
-            digest = " ".join(sha256_of(one) for one in (checked, *([bundle.place(weights)] if weights else [])))
-            if candidate.backend == "openvino":
-                from .openvino import check_stored
+        def check_stored() -> None:
+            stated = " ".join(bundle.files[part].sha256 for part in parts)
+            if _is_stored(bundle, parts):
+                for stored in stored_files(candidate.backend, stated, batches, spec.threads, in_bf16):
+                    sha256_of(stored)
 
-                check_stored(batches, digest, spec.threads, in_bf16)
-            return checked, digest
-
-        checked, digest = _while_importing(BACKENDS[candidate.backend].library, check)
+        # Both take as long as the import.
+        _import_during([partial(bundle.verified_path, file), check_stored], BACKENDS[candidate.backend].library)
+        checked = bundle.verified_path(file)
+        digest = " ".join(sha256_of(bundle.place(part)) for part in parts) if _is_stored(bundle, parts) else ""
         where = candidate.backend, spec.threads, in_bf16, candidate.device
         return runtime_from_onnx(checked, *where, batches=batches, digest=digest)
 
@@ -86,14 +85,19 @@ def model_from_bundle(path: str | os.PathLike[str], spec: LoadSpec, tune: bool =
             failed[chosen] = error
 
 
-def _while_importing(library: str, check: Callable[[], T]) -> T:
-    """Return `check()`, which computes sha256, while a library is imported in another thread: both take as long."""
-    if library not in sys.modules:
-        thread = threading.Thread(target=_tried, args=(check,), daemon=True)
+def _is_stored(bundle: Bundle, parts: Sequence[str]) -> bool:
+    """Return whether a graph is so large that it is stored when it is compiled."""
+    return sum(bundle.place(part).stat().st_size for part in parts) >= SMALLEST_STORED
+
+
+def _import_during(checks: Sequence[Callable[[], object]], library: str) -> None:
+    """Import a library while `checks` compute sha256 in other threads. Each sha256 is computed once, and then known."""
+    threads = [threading.Thread(target=_tried, args=(check,), daemon=True) for check in checks]
+    for thread in threads:
         thread.start()
-        require(library, "run models")
+    require(library, "run models")
+    for thread in threads:
         thread.join()
-    return check()  # each sha256 is computed once
 
 
 def _tried(check: Callable[[], object]) -> None:
@@ -110,7 +114,8 @@ def _candidates(bundle: Bundle, spec: LoadSpec) -> dict[Candidate, dict[Size, st
     wanted = None if spec.device == AUTO else device_from_text(spec.device)
     if backend != AUTO:
         named = {backend: backend_named(backend)}
-        require(named[backend].found, f"run models with the back end {backend}")
+        if not named[backend].installed:
+            require(named[backend].found, f"run models with the back end {backend}")
     else:
         named = {name: found for name, found in BACKENDS.items() if found.auto and found.installed}
         if wanted not in (None, "cpu"):

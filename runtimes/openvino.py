@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
-import json
+import io
 import logging
 import mmap
 import os
@@ -15,24 +14,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from swin_deploy import __version__
-from swin_deploy.bundle import TensorSpec, sha256_of, without_links
-from swin_deploy.dependencies import installed_versions, require
+from swin_deploy.bundle import TensorSpec, without_links
+from swin_deploy.dependencies import require
 from swin_deploy.errors import BackendError, UsageError, sentence
 from swin_deploy.files import json_from
-from swin_deploy.machine import processor_features, processor_name, usable_cores
 from swin_deploy.options import Array
 
 from .base import Feeds, Pool, Runtime, keep_forever
-from .user_cache import cache_folder, map_cached, read_cached, store_cached, write_cached
+from .user_cache import (
+    STORING,
+    file_identity,
+    map_cached,
+    read_cached,
+    store_cached,
+    stored_graph,
+)
 
 _LOG = logging.getLogger(__name__)
-STORING = "swin-deploy: store compiled graphs"  # name of the thread
-SMALLEST_STORED = 4 << 20  # bytes of a graph: smaller ones are compiled in no time
 MOST_SIZES = 3  # batch sizes that a model compiles by itself; each holds the weights once more
 
 
@@ -62,7 +64,7 @@ class OpenVino(Runtime):
         if device != "cpu":
             raise UsageError(f"The back end openvino runs on the CPU, not on {device}. Use onnxruntime for a GPU.")
         self._core, self._path, self._compiling = openvino_core(), path, threading.RLock()
-        self._file, self._named = _identity(path), tuple(dict.fromkeys(batches))
+        self._file, self._named = file_identity(path), tuple(dict.fromkeys(batches))
         self._fixed: dict[int, Pool[Any]] = {}  # batch size -> the graph that is compiled for it
         self._mapped: list[Any] = []  # files that these graphs refer to
         self._seen: set[int] = set()  # sizes that came once
@@ -71,7 +73,7 @@ class OpenVino(Runtime):
         self._able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if bf16 and not self._able:
             raise UsageError("This processor does not compute in bf16 (it has neither AVX512_BF16 nor AMX). Use fp32.")
-        self._key: dict[str, Any] = {"digest": digest, "threads": threads, "bf16": bf16} if digest else {}
+        self._key = (digest, threads, bf16) if digest else ()
         self._facts: Any = None  # _Facts, when the graph was read or found
         try:
             model = None
@@ -116,7 +118,7 @@ class OpenVino(Runtime):
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot compile {self._path}: {sentence(str(error))}.") from error
         sizes = set(self._fixed)
-        if self._facts.quantized and not self._named and (2 in sizes or _identity(self._path) == self._file):
+        if self._facts.quantized and not self._named and (2 in sizes or file_identity(self._path) == self._file):
             sizes = sizes - {1} | {2}  # it rounds 8-bit layers differently for one image, and alike for all larger batches
         return batches_for(count, tuple(sorted(sizes)))
 
@@ -126,7 +128,7 @@ class OpenVino(Runtime):
             return False
         with self._compiling:
             first = len(self._fixed) == 1
-            if len(self._fixed) < MOST_SIZES and (first or (count in self._seen and _identity(self._path) == self._file)):
+            if len(self._fixed) < MOST_SIZES and (first or (count in self._seen and file_identity(self._path) == self._file)):
                 self._graph(count)
             self._seen.add(count)
             return count in self._fixed
@@ -138,7 +140,7 @@ class OpenVino(Runtime):
             return found
         with self._compiling:
             if size not in self._fixed:
-                if _identity(self._path) != self._file:
+                if file_identity(self._path) != self._file:
                     raise BackendError(
                         f"{self._path} was changed or removed after it was loaded, and must be compiled again for batches. "
                         "Load the bundle again."
@@ -172,7 +174,7 @@ class OpenVino(Runtime):
 
     def _imported(self, size: int) -> Pool[Any] | None:
         """Return the graph that an earlier process compiled for this batch; None if there is none."""
-        file = stored_graph(size, **self._key) if self._key else None
+        file = stored_graph("openvino", size, *self._key) if self._key else None
         if file is None or (found := _mapped_graph(file)) is None:
             return None
         facts, mapped = found
@@ -196,17 +198,15 @@ class OpenVino(Runtime):
         super().keep()
         self._keeping = True
         new, self._new = self._new, []
-        with contextlib.suppress(OSError):
-            if self._key and new and self._path.stat().st_size >= SMALLEST_STORED:
-                threading.Thread(target=self._store, args=(new,), name=STORING).start()
+        if self._key and new:
+            threading.Thread(target=self._store, args=(new,), name=STORING).start()
 
     def _store(self, compiled: list[tuple[int, Any]]) -> None:
         for size, graph in compiled:
-            with contextlib.suppress(RuntimeError):
-                if (file := stored_graph(size, **self._key)) is None or _mapped_graph(file):  # another process was faster
-                    continue
-                if digest := store_cached(file, graph.export_model):
-                    write_cached(file.with_suffix(".json"), json.dumps({**asdict(self._facts), "sha256": digest}).encode())
+            file = stored_graph("openvino", size, *self._key)
+            if file is not None and _mapped_graph(file) is None:  # no other process was faster
+                with contextlib.suppress(RuntimeError):
+                    store_cached(file, partial(_write, graph, file.name), **asdict(self._facts))
 
     def _close(self) -> None:
         self._fixed = {}
@@ -214,33 +214,29 @@ class OpenVino(Runtime):
         self._mapped = []  # after what refers to it
 
 
-def stored_graph(size: int, digest: str, threads: int, bf16: bool) -> Path | None:
-    """Return where a compiled graph for a batch is stored for the next load by the same libraries on the same machine."""
-    if (folder := cache_folder("openvino")) is None:
-        return None
-    libraries = [__version__, *installed_versions(("openvino",)).values()]
-    machine = [processor_name(), *processor_features(), usable_cores()]
-    key = json.dumps([digest, size, threads, bf16, libraries, machine])
-    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cache"
-
-
 def _mapped_graph(file: Path) -> tuple[_Facts, mmap.mmap] | None:
     """Return a stored graph and what is known about it; None if it is not there or not whole."""
     try:
         stated = json_from(read_cached(file.with_suffix(".json")), str(file))
         facts = _Facts(_specs_from(stated["inputs"]), _specs_from(stated["outputs"]), stated["config"], stated["quantized"])
-        mapped = map_cached(file, stated["sha256"])
+        mapped = map_cached(file, stated["sha256"][file.name])
     except (ValueError, KeyError, TypeError):
         return None
     return (facts, mapped) if mapped is not None else None
 
 
-def check_stored(batches: Sequence[int], digest: str, threads: int, bf16: bool) -> None:
-    """Compute the sha256 of the graphs that will be loaded, each once."""
-    for size in batches or (1,):
-        if (file := stored_graph(size, digest, threads, bf16)) is not None:
-            with contextlib.suppress(OSError):
-                sha256_of(file)
+def _write(graph: Any, name: str, folder: Path) -> None:
+    """Write a compiled graph, of which OpenVINO would make a copy in memory."""
+    with (folder / name).open("wb") as file:
+        graph.export_model(_Stream(file))
+
+
+class _Stream(io.BytesIO):
+    """Passes everything on to a file. OpenVINO only writes into a BytesIO."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__()
+        self.write, self.seek, self.tell = file.write, file.seek, file.tell  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -356,16 +352,6 @@ def _of_free_batch(size: int, spec: TensorSpec, fixed: TensorSpec) -> TensorSpec
     if spec.shape[0] != "batch" or "batch" in spec.shape[1:] or not isinstance(first, int):
         return spec
     return TensorSpec(spec.name, spec.dtype, ("batch" if first == size else f"{first // size}*batch", *spec.shape[1:]))
-
-
-def _identity(path: Path) -> tuple[int, ...] | None:
-    """Return what changes when the file is written or replaced; None if it does not exist."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    # A copy that keeps the times can get the number of the removed file. Only the time of the last change tells them apart.
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _specs(ports: list[object]) -> tuple[TensorSpec, ...]:

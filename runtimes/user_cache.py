@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-import io
+import hashlib
+import json
 import logging
 import mmap
 import os
@@ -11,19 +12,56 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
+from swin_deploy import __version__
 from swin_deploy.bundle import cache_folder as cache_folder
 from swin_deploy.bundle import sha256_of
+from swin_deploy.dependencies import installed_versions
 from swin_deploy.files import scratch, sweep_folder
+from swin_deploy.machine import processor_features, processor_name, usable_cores
 
 _LOG = logging.getLogger(__name__)
+STORING = "swin-deploy: store compiled graphs"  # name of the thread
+SMALLEST_STORED = 4 << 20  # bytes of a graph: smaller ones are compiled in no time
 DAYS, MOST_FILES, MOST_BYTES = 90, 64, 2 << 30  # files of each kind that are kept, those used last
 LARGEST = 1 << 30  # bytes
 _OURS = re.compile(r"[0-9a-f]{32}[\w-]*\.(?:json|cache)")  # no other file is ever deleted
+
+
+def stored_graph(library: str, *key: object) -> Path | None:
+    """Return where a compiled graph is stored for the next load by the same library on the same machine."""
+    if (folder := cache_folder(library)) is None:
+        return None
+    libraries = [__version__, *installed_versions((library, f"{library}-gpu")).values()]
+    machine = [processor_name(), *processor_features(), usable_cores()]
+    text = json.dumps([*key, libraries, machine])
+    return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.cache"
+
+
+def stored_weights(graph: Path) -> Path:
+    """Return where the weights of a stored graph of ONNX Runtime are."""
+    return graph.with_stem(f"{graph.stem}-weights")
+
+
+def stored_files(backend: str, digest: str, batches: Sequence[int], threads: int, bf16: bool) -> list[Path]:
+    """Return the large files that a back end reads if it has stored this graph on this machine."""
+    if backend == "openvino":
+        return [file for size in batches or (1,) if (file := stored_graph(backend, size, digest, threads, bf16)) is not None]
+    file = stored_graph(backend, digest) if backend == "onnxruntime" else None
+    return [stored_weights(file)] if file is not None else []
+
+
+def file_identity(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when the file is written or replaced; None if it does not exist."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    # A copy that keeps the times can get the number of the removed file. Only the time of the last change tells them apart.
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def read_cached(file: Path | None) -> bytes:
@@ -67,6 +105,7 @@ def map_cached(file: Path | None, sha256: str) -> mmap.mmap | None:
                 return None
             if sha256_of(file) != sha256:
                 _LOG.warning("Warning: %s is damaged, so it is not used, and written again.", file)
+                file.unlink()
                 return None
             if facts.st_mtime < time.time() - 24 * 3600:
                 os.utime(file)
@@ -74,29 +113,26 @@ def map_cached(file: Path | None, sha256: str) -> mmap.mmap | None:
     return None
 
 
-def store_cached(file: Path, write: Callable[[io.BytesIO], object]) -> str:
-    """Write a file atomically with `write(stream)`, and return its sha256; empty if the folder or disk cannot hold it."""
+def store_cached(file: Path, write: Callable[[Path], object], **facts: object) -> None:
+    """Store files that `write(folder)` writes beside `file`, each atomically, and at last a record of `facts` and their sha256.
+
+    Does nothing if the folder or the disk cannot hold them.
+    """
     with suppress(OSError):
         if not _opened(file.parent):
-            return ""
-        with scratch(file) as path:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
-            with os.fdopen(handle, "wb") as opened:
-                write(_Stream(opened))
-            if path.stat().st_size > min(LARGEST, shutil.disk_usage(file.parent).free):
-                return ""
-            digest = sha256_of(path)
-            path.replace(file)
-        return digest
-    return ""
-
-
-class _Stream(io.BytesIO):
-    """Passes everything on to a file. OpenVINO only writes into a BytesIO."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        super().__init__()
-        self.write, self.seek, self.tell = file.write, file.seek, file.tell  # type: ignore[method-assign]
+            return
+        with scratch(file) as folder:
+            folder.mkdir(0o700)
+            write(folder)
+            written = [*folder.iterdir()]
+            if sum(one.stat().st_size for one in written) > min(LARGEST, shutil.disk_usage(folder).free):
+                return
+            for one in written:
+                one.chmod(0o600)
+            facts["sha256"] = {one.name: sha256_of(one) for one in written}
+            for one in written:
+                one.replace(file.with_name(one.name))
+        write_cached(file.with_suffix(".json"), json.dumps(facts).encode())
 
 
 def _opened(folder: Path) -> bool:

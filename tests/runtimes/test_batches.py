@@ -18,7 +18,8 @@ from swin_deploy.options import LoadSpec
 
 pytest.importorskip("openvino", reason="compiles the graphs")
 
-from swin_deploy.runtimes.openvino import OpenVino, _identity, batches_for
+from swin_deploy.runtimes.openvino import OpenVino, batches_for
+from swin_deploy.runtimes.user_cache import file_identity
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_compiled_sizes(
 def test_batches_of_8_bit_layers_are_not_cut_into_single_images() -> None:
     """One image is rounded differently, so the results would depend on the batches that came before."""
     runtime, file = object.__new__(OpenVino), Path(__file__)
-    vars(runtime).update(_named=(), _fixed=dict.fromkeys((1, 8, 5)), _path=file, _file=_identity(file))
+    vars(runtime).update(_named=(), _fixed=dict.fromkeys((1, 8, 5)), _path=file, _file=file_identity(file))
     runtime._facts = SimpleNamespace(any_batch=True, quantized=True)
     runtime.inputs = (TensorSpec("x", "float32", ("batch", 4)),)
     parts = {count: runtime._parts({"x": np.zeros((count, 4))}) for count in (1, 2, 3, 7, 8, 10)}
