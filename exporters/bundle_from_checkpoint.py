@@ -64,6 +64,12 @@ def bundle_from_checkpoint(checkpoint: Checkpoint, path: Path, spec: ExportSpec,
     `open_graph` loads a graph to compare it with PyTorch; without ONNX Runtime graphs are recorded as not verified. Raises
     VerificationError, and writes nothing, if a graph disagrees.
     """
+    import onnx
+
+    if (spec.opset or 0) > (newest := onnx.defs.onnx_opset_version()):
+        raise UsageError(
+            f"onnx {onnx.__version__} has opsets up to {newest}. Pass --opset {newest} or less, or install a newer onnx."
+        )
     task, frame_size, target = checkpoint.task, spec.embed_resize, spec.target
     config = checkpoint.config
     stated = preprocessing_of(checkpoint, spec)
@@ -323,7 +329,7 @@ def graph_metadata(checkpoint: Checkpoint, preparation: Preprocessor | Frames, w
         "weights_sha256": weights_sha256,
     }
     if _has_classes(checkpoint):
-        found |= {"labels": json.dumps(labels_of(config)), "activation": config.score_activation}
+        found |= {"labels": json.dumps(config.label_lines), "activation": config.score_activation}
         found |= {f"model_info {key}": value for key, value in _model_info(config, complete, frames).items()}
     return {key: value for key, value in found.items() if value}
 
@@ -342,7 +348,7 @@ def _model_info(config: SwinConfig, preprocessor: Preprocessor, frames: Frames |
         return {}
     found = {
         "model_type": "Classification",
-        "labels": " ".join(re.sub(r"[\s,;]+", "_", label) or "_" for label in labels_of(config)),
+        "labels": " ".join(re.sub(r"[\s,;]+", "_", label) or "_" for label in config.label_lines),
         "resize_type": "standard",
     }
     if frames is None or frames.frame_size is None:
@@ -362,11 +368,6 @@ def public_source(source: str) -> str:
     """Return where the weights come from, without the folders of this machine."""
     is_path = os.path.isabs(source) or os.path.lexists(source)  # noqa: PTH117 - the source may be any text
     return (Path(source).name if is_path else source).encode("utf-8", "replace").decode()
-
-
-def labels_of(config: SwinConfig) -> list[str]:
-    """Return the labels by class, each in one line of valid UTF-8."""
-    return [" ".join(label.encode("utf-8", "replace").decode().split()) for label in config.id2label.values()]
 
 
 def _has_classes(checkpoint: Checkpoint) -> bool:
@@ -398,7 +399,7 @@ def texts_beside(name: str, checkpoint: Checkpoint, preprocessor: Preprocessor, 
     """Return the text files of the bundle `name`: the model card, and the labels, one line each."""
     found = {CARD: model_card(name, checkpoint, preprocessor, graph)}
     if _has_classes(checkpoint):
-        found[LABELS] = "".join(f"{label}\n" for label in labels_of(checkpoint.config))
+        found[LABELS] = "".join(f"{label}\n" for label in checkpoint.config.label_lines)
     return found
 
 

@@ -103,7 +103,7 @@ def network_check(bundle: Bundle, source: str, model: Any) -> NetworkCheck | Non
     recorded = [reference.outputs[name] for name in names] if set(names) <= set(reference.outputs) else []
     if static is not None:
         feeds = {name: np.resize(feed, (static, *feed.shape[1:])) for name, feed in feeds.items()}
-        recorded = [np.resize(output, (static, *output.shape[1:])) for output in recorded]
+        recorded = [np.resize(one, (static * len(one) // reference.samples, *one.shape[1:])) for one in recorded]
     return NetworkCheck(model, feeds, recorded=recorded)
 
 

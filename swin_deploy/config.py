@@ -15,6 +15,8 @@ from swin_deploy.options import FRAMEWORKS, SCORES
 
 Window = int | tuple[int, int]  # the side of a square window, or (height, width), which differ
 
+_CONTROL = dict.fromkeys((*range(32), *range(127, 160)), " ")  # control characters
+
 POOLS = ("avg", "max", "avgmax", "catavgmax", "")  # timm's; "" keeps the map
 
 # The activations of transformers without parameters (models/activations.py).
@@ -162,6 +164,11 @@ class SwinConfig:
     @property
     def num_labels(self) -> int:
         return len(self.id2label)
+
+    @property
+    def label_lines(self) -> list[str]:
+        """The labels by class, each in one line of valid UTF-8, without control characters."""
+        return [" ".join(one.encode("utf-8", "replace").decode().translate(_CONTROL).split()) for one in self.id2label.values()]
 
     @property
     def score_activation(self) -> str:

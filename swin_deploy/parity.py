@@ -150,8 +150,9 @@ class Reference:
             if kind not in parts or array.dtype.kind not in "fbu" or (array.ndim == 0) != (kind == "noise"):
                 raise BundleError(f"{path} has an array {shown(key)}, which is no input, output or noise. {again}")
             parts[kind][name] = array
-        samples = {len(array) for kind in ("input", "output") for array in parts[kind].values()}
-        if not (parts["input"] and parts["output"] and len(samples) == 1 and min(samples) > 0):
+        samples = {len(array) for array in parts["input"].values()}
+        rows = {len(array) for array in parts["output"].values()}  # attention weights have one for each window of a sample
+        if len(samples) != 1 or not rows or min(*samples, *rows) < 1 or any(count % min(samples) for count in rows):
             raise BundleError(f"{path} does not have inputs and outputs of the same number of samples. {again}")
         if not all(0 <= value < math.inf for value in parts["noise"].values()):
             raise BundleError(f"{path} has a noise that is not a positive number. {again}")

@@ -131,7 +131,9 @@ def test_a_reference_is_stored_without_loss(tmp_path: Path) -> None:
     kept = Reference.load(bundle, REFERENCE)
     assert (list(kept.feeds), list(kept.outputs), kept.samples) == (["pixel_values"], ["logits"], 2)
     masks = {"mask": np.array([[True, False], [False, False]])}
-    changed = Reference({**kept.feeds, **masks}, {**kept.outputs, "more.0": np.ones((2, 1), np.float32)}, {"logits": 0.25})
+    changed = Reference(
+        {**kept.feeds, **masks}, {**kept.outputs, "attentions.0": np.ones((8, 1), np.float32)}, {"logits": 0.25}
+    )
     again = Reference.load(bundle.with_file(REFERENCE, {}, changed.save), REFERENCE)
     assert np.array_equal(again.feeds["pixel_values"], inputs_for(32, 32)["x"])
     for found, wanted in ((again.feeds, changed.feeds), (again.outputs, changed.outputs)):
@@ -145,8 +147,13 @@ def test_a_reference_is_stored_without_loss(tmp_path: Path) -> None:
 
 def test_an_invalid_reference_file_is_refused(tmp_path: Path) -> None:
     bundle = Bundle.open(copied(2, tmp_path / "b"))
-    for write in (lambda path: np.savez(path.open("wb"), x=1), lambda path: path.write_bytes(b"PK") and None):
-        with pytest.raises(BundleError, match=r"reference\.npz (cannot be read|has an array x)"):
+    three = {"input/x": np.ones((2, 1)), "output/y": np.ones((3, 1))}
+    for write in (
+        lambda path: np.savez(path.open("wb"), x=1),
+        lambda path: path.write_bytes(b"PK") and None,
+        lambda path: np.savez(path.open("wb"), **three),
+    ):
+        with pytest.raises(BundleError, match=r"reference\.npz (cannot be read|has an array x|does not have inputs and)"):
             Reference.load(bundle.with_file(REFERENCE, {}, write), REFERENCE)
 
 

@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define MOST 1000 /* classes that the graph may select */
+#define MOST 32768 /* classes that the graph may select */
 #define CHECK(good, what) do { if (!(good)) { fprintf(stderr, "%s failed\n", what); exit(1); } } while (0)
 
 #ifdef USE_ONNXRUNTIME
@@ -100,7 +100,8 @@ int main(int argc, char **argv) {
     CHECK(argc > 3, "Usage: classify MODEL.onnx LABELS.txt FRAME.ppm ...");
     FILE *names = fopen(argv[2], "r");
     CHECK(names, "Opening the labels");
-    while (labels < MOST && fgets(label[labels], sizeof *label, names)) labels++;
+    /* A longer label is cut off; an empty line is an empty label. */
+    for (; labels < MOST && fscanf(names, "%255[^\n]%*[^\n]", label[labels]) != EOF; labels++) fgetc(names);
     load(argv[1]);
     for (int number = 3; number < argc; number++) {
         FILE *file = fopen(argv[number], "rb");
@@ -112,7 +113,7 @@ int main(int argc, char **argv) {
         fclose(file);
         size_t count = run(frame, shape, indices, scores);
         for (size_t i = 0; i < count; i++)
-            printf("%.6f %s", scores[i], indices[i] < labels ? label[indices[i]] : "unknown\n");
+            printf("%.6f %s\n", scores[i], indices[i] < labels ? label[indices[i]] : "unknown");
         free(frame);
     }
     return 0;

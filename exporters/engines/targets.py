@@ -80,9 +80,10 @@ def refuse_lacking(trt: Any, spec: EngineSpec, opset: int) -> None:
     if opset > max(newest, before):
         way = "Build fp16" if spec.precision == "bf16" else f"Export the model again with --opset {newest}"
         way += " and quantize it again" if spec.precision in QUANTIZED else ""
+        way += f", or install TensorRT {'.'.join(map(str, first))} or newer" if opset <= since else ""
         raise UsageError(
             f"The ONNX parser of TensorRT {release} reads opsets up to {newest}, and {spec.precision} graphs of this bundle "
-            f"use opset {opset}. {way}, or install TensorRT {'.'.join(map(str, first))} or newer."
+            f"use opset {opset}. {way}."
         )
 
 

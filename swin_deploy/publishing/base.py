@@ -54,18 +54,34 @@ class Publication:
         """The input for images."""
         return self.graph.inputs[0]
 
+    @property
+    def batch(self) -> int | None:
+        """The batch of --static-batch, or the one that was asked for."""
+        static = self.bundle.static_batch
+        if static is not None and self.spec.batch not in (None, static):
+            raise UsageError(f"{self.graph_file} accepts exactly {static} images. Leave out --batch.")
+        return static or self.spec.batch
+
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """The label of each class, without line ends; empty for a network without classes."""
+        """The label of each class in one line; empty for a network without classes."""
         config = self.bundle.config
         if self.bundle.task.name != "image-classification" or not config.has_classes:
             return ()
-        return tuple(" ".join(label.split()) for label in config.id2label.values())
+        return tuple(config.label_lines)
 
     def class_output(self) -> TensorSpec | None:
         """Return the output with a number for each class: probabilities if there are any, else logits."""
-        found = [one for one in self.graph.outputs if self.labels and one.shape[-1] == len(self.labels)]
-        return max(found, key=lambda one: one.name != "logits", default=None)
+        found = {one.name: one for one in self.graph.outputs if self.labels}
+        return found.get("probabilities", found.get("logits"))
+
+    def refuse_batch(self, program: str) -> None:
+        """Raise UsageError for a graph of several images, of which `program` passes one."""
+        if self.bundle.static_batch not in (None, 1):
+            raise UsageError(
+                f"{program} passes one image, and {self.graph_file} accepts {self.bundle.static_batch}. Export without "
+                f"--static-batch, or with --static-batch 1."
+            )
 
     def refuse_frames(self, program: str) -> None:
         """Raise UsageError for a graph that accepts uint8 frames, which `program` does not pass."""

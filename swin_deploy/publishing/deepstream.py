@@ -35,7 +35,7 @@ def write_deepstream(bundle: Bundle, spec: PublishSpec, folder: Path) -> None:
     if precision not in MODES:
         raise UsageError(f"DeepStream has no mode for {precision}. Choose one of: {', '.join(MODES)}.")
     largest = max(profile.batch[2] for profile in engine.profiles) if engine else None
-    batch = spec.batch or largest or 1
+    batch = chosen.batch or largest or 1
     if largest is not None and batch > largest:
         raise UsageError(f"The engine runs batches of up to {largest}. Pass --batch {largest} or less.")
     height, width = chosen.pixels.image_size
@@ -47,10 +47,11 @@ def write_deepstream(bundle: Bundle, spec: PublishSpec, folder: Path) -> None:
             "exact graph, export with --embed-preprocess --input-layout nchw",
             error,
         )
+    activation = bundle.config.score_activation
     if output.name == "logits":
         _LOG.warning(
-            "Warning: nvinfer takes the outputs as probabilities, and these are logits. For scores, export with "
-            "--embed-postprocess softmax"
+            "Warning: nvinfer takes the outputs as probabilities, and these are logits.%s",
+            "" if activation == "none" else f" For scores, export with --embed-postprocess {activation}",
         )
     pairs = {
         "gpu-id": 0,
@@ -72,8 +73,8 @@ def write_deepstream(bundle: Bundle, spec: PublishSpec, folder: Path) -> None:
         "classifier-threshold": 0,
     }
     write_text(folder / "config_infer.txt", "[property]\n" + "".join(f"{key}={value}\n" for key, value in pairs.items()))
-    # One line: each line is an attribute with its classes.
-    chosen.write_labels(folder, ";".join(label.replace(";", ",") for label in chosen.labels) + "\n")
+    # One line: each line is an attribute with its classes. A last empty one would be lost.
+    chosen.write_labels(folder, ";".join(label.replace(";", ",") or "_" for label in chosen.labels) + "\n")
     if engine is not None:
         chosen.write_model(folder / engine_name)
         chosen = Publication(bundle, engine.graph, spec)

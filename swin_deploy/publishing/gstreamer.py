@@ -23,6 +23,12 @@ def write_gstreamer(bundle: Bundle, spec: PublishSpec, folder: Path) -> None:
         raise UsageError("GStreamer passes the channels in the order rgb. Export without --input-order.")
     if output is None:
         raise UsageError("GStreamer decodes the tensors of classifiers only. Export for image classification.")
+    chosen.refuse_batch("GStreamer")
+    if output.name == "logits" and (activation := bundle.config.score_activation) != "softmax":
+        way = "Use another program" if activation == "none" else f"Export with --embed-postprocess {activation}"
+        raise UsageError(
+            f"GStreamer computes the softmax of logits, and the activation of this network is {activation}. {way}."
+        )
     identity = LOGITS if output.name == "logits" else PROBABILITIES
     scales, offsets = chosen.normalization()
     ranges = ";".join(

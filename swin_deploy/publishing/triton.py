@@ -29,7 +29,7 @@ def write_triton(bundle: Bundle, spec: PublishSpec, folder: Path) -> None:
             f"Triton runs engines of TensorRT, and {chosen.file} is one of TensorRT for RTX. Compile one with "
             f"`swin-deploy build-engine {bundle.path} --backend tensorrt`, or leave out --engine."
         )
-    largest = _largest_batch(engine, (*graph.inputs, *graph.outputs), spec.batch)
+    largest = _largest_batch(engine, (*graph.inputs, *graph.outputs), chosen.batch)
     by_class = chosen.class_output()
     lines = [f'name: "{chosen.name}"', f'backend: "{"onnxruntime" if engine is None else "tensorrt"}"']
     lines += [f"max_batch_size: {largest}"]

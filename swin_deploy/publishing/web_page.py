@@ -58,6 +58,7 @@ def _settings(chosen: Publication) -> dict[str, Any]:
     steps, graph, output = chosen.bundle.preprocessor, chosen.graph, chosen.class_output()
     if output is None:
         raise UsageError("The page shows the classes of an image. Export for image classification.")
+    chosen.refuse_batch("The page")
     unsupported = {
         "images of other channels than RGB or gray": steps.channels not in (1, 3),
         "channels in the order bgr": chosen.bgr,

@@ -239,6 +239,7 @@ def of_release(release: str) -> SimpleNamespace:
         ("10.3", "fp16", 21, "Export the model again with --opset 20, or"),
         ("10.7", "bf16", 22, None),
         ("11.4", "int8", 21, None),
+        ("11.4", "fp16", 26, "use opset 26. Export the model again with --opset 22."),
     ],
 )
 def test_a_feature_that_a_release_lacks_is_named(release: str, precision: str, opset: int, reason: str | None) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from cli.exported import WEIGHTS, cli_here, exported_bundle, refused
+import torch
+import transformers
+from cli.exported import WEIGHTS, cli_here, exported_bundle, one_block, refused
 from small_graphs import model_from_text
 from traced import CONFIGS, EVERYTHING, LOGITS, PADDED, traced_once
 
@@ -26,7 +28,7 @@ from swin_deploy.tasks import TaskSpec
 
 ort = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the graphs")
 
-IR = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}  # from ONNX's table of versions
+IR = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12, 25: 13, 26: 13}  # from ONNX's table of versions
 X = np.random.default_rng(0).standard_normal((2, 6, 8)).astype(np.float32) * 3
 NODES = [
     "Gelu(x)", "Gelu <approximate = 'tanh'> (x)".replace("'", '"'), "Mish(x)", "ReduceL2 <keepdims = 1> (x, axes)",
@@ -62,7 +64,7 @@ def test_opsets_and_static_batch(version: int, task: TaskSpec, target: str) -> N
     assert list(IR) == list(OPSETS)
     pixels = np.random.default_rng(1).standard_normal((3, 3, *PADDED), dtype=np.float32)
     wanted = run(traced_once(CONFIGS[version], PADDED, task, target), pixel_values=pixels)
-    for opset in (17, 18, 23):
+    for opset in (17, 18, OPSETS[-1]):
         model = traced_once(CONFIGS[version], PADDED, task, target)
         if opset != 18:
             assert fix_batch(model, {}, 3) == {}
@@ -105,6 +107,21 @@ def test_bundle_of_a_lower_opset_and_a_static_batch(portable: Path, tmp_path: Pa
             for count in (1, 2, 5):
                 found = model.run({"pixel_values": pixels[:count]})["logits"]
                 np.testing.assert_allclose(found, wanted[:count], rtol=1e-3, atol=1e-4)
+
+
+def test_attentions_of_a_static_batch(tmp_path: Path) -> None:
+    """They have several rows for each image, here four windows, which the typed graph and padded batches keep together."""
+    weights = one_block("feature-extraction")
+    options = ("--task", "feature-extraction", "--output-attentions", "--static-batch", "3")
+    bundle = Bundle.open(shutil.copytree(exported_bundle("--weights", str(weights), *options), tmp_path / "b"))
+    assert with_typed_graphs(bundle, "fp16", runtime_to_check).graphs["onnx/model_fp16.onnx"].verified
+    pixels = np.random.default_rng(3).standard_normal((5, 3, 32, 32), dtype=np.float32)
+    network = transformers.SwinModel.from_pretrained(weights, attn_implementation="eager").eval()
+    with torch.no_grad():
+        (wanted,) = network(torch.from_numpy(pixels), output_attentions=True).attentions
+    with swin_deploy.load(bundle.path, backend="onnxruntime", precision="fp32") as model:
+        np.testing.assert_allclose(model.run({"pixel_values": pixels})["attentions.0"], wanted, rtol=1e-4, atol=1e-6)
+    assert all(verdict.verified for verdict in swin_deploy.verify(bundle.path, backend="onnxruntime"))
 
 
 @pytest.mark.parametrize(

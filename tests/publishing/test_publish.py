@@ -238,6 +238,75 @@ def test_web_page_has_what_it_needs(tmp_path: Path, package: Path, monkeypatch: 
     assert not any(text in page for text in ("https://", "http://"))
 
 
+ODD = [
+    "a, comma",
+    'quo"te',
+    "semi;colon",
+    "new\nline",
+    "nul\x00",
+    "line\u2028separator",
+    "dup",
+    "dup",
+    "日本 😀",
+    "",
+    "",
+    "\ud800",
+]
+
+
+def with_labels(bundle: Path, target: Path, **stated: Any) -> Path:
+    """A copy of a bundle with other labels, or other entries of config.json."""
+    shutil.copytree(bundle, target)
+    kept = Bundle.open(target)
+    Bundle.open(target).with_file("config.json", {}, json.dumps({**kept.read_json("config.json"), **stated}).encode())
+    return target
+
+
+def test_labels_stay_in_their_lines(tmp_path: Path) -> None:
+    """Each parser finds one label for each class."""
+    bundle = with_labels(digits(1), tmp_path / "odd", id2label=dict(enumerate(ODD[-10:])))
+    wanted = ["semi;colon", "new line", "nul", "line separator", "dup", "dup", "日本 😀", "", "", "?"]
+    for target in ("triton", "gstreamer", "openvino-model-server"):
+        [labels] = [path for path in published(bundle, target, tmp_path / target).values() if path.name == "labels.txt"]
+        assert labels.read_text(encoding="utf-8").splitlines() == wanted
+    [line] = published(bundle, "deepstream", tmp_path / "camera")["labels.txt"].read_text(encoding="utf-8").splitlines()
+    assert line.split(";") == ["semi,colon", *wanted[1:7], "_", "_", "?"]
+
+
+def test_a_graph_of_several_images_with_its_best_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As many best classes as there are: the output for clients is that of the logits."""
+    bundle = exported_bundle(
+        *("--weights", str(one_block()), "--static-batch", "3", "--embed-postprocess", "top-k", "--activation", "sigmoid")
+    )
+    files = published(bundle, "triton", tmp_path / "repository")
+    config = triton_config(next(path for name, path in files.items() if name.endswith("config.pbtxt")))
+    assert config.max_batch_size == 0
+    assert [(one.name, list(one.dims), one.label_filename) for one in config.output] == [
+        ("logits", [3, 2], "labels.txt"), ("indices", [3, 2], ""), ("scores", [3, 2], "")
+    ]  # fmt: skip
+    caplog.clear()
+    found = sections(published(bundle, "deepstream", tmp_path / "camera")["config_infer.txt"])["property"]
+    assert (found["output-blob-names"], found["batch-size"]) == ("logits", "3")
+    assert "For scores, export with --embed-postprocess sigmoid" in caplog.text
+    for target, batch, sentence in (
+        ("deepstream", 4, "accepts exactly 3 images. Leave out --batch."),
+        ("triton", 4, "accepts exactly 3 images. Leave out --batch."),
+        ("gstreamer", None, "GStreamer passes one image, and onnx/model.onnx accepts 3."),
+        ("web", None, "The page passes one image, and onnx/model.onnx accepts 3."),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            swin_deploy.publish(bundle, target=target, output=tmp_path / "new", batch=batch)
+
+
+@pytest.mark.parametrize(
+    ("problem", "way"), [("regression", "Use another"), ("multi_label_classification", "postprocess sigmoid")]
+)
+def test_gstreamer_has_only_softmax(tmp_path: Path, problem: str, way: str) -> None:
+    bundle = with_labels(digits(1), tmp_path / "b", problem_type=problem)
+    with pytest.raises(UsageError, match=f"GStreamer computes the softmax of logits.*{way}"):
+        swin_deploy.publish(bundle, target="gstreamer", output=tmp_path / "new")
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"target": "tritn"}, 'Unknown target "tritn". Choose one of: triton, '),
     ({"target": "web", "ir": True}, "--ir is for openvino-model-server, not for web. Leave out --ir."),
