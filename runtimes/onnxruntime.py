@@ -138,7 +138,9 @@ def opened(ort: Any, path: Path, threads: int, providers: Sequence[Any], kind: s
         try:
             return open_session()
         except Exception as error:
-            if not any(part in str(error) for part in ("QuantizeLinear", "MatMulIntegerToFloat", "ShapeInferenceError")):
+            if not any(
+                part in str(error) for part in ("QuantizeLinear", "MatMulIntegerToFloat", "ShapeInferenceError", "float8")
+            ):
                 raise
             # ONNX Runtime 1.31 rewrites some Q/DQ nodes or Transposes in graphs for GPUs, and rejects the result.
             for fewer in ({"disabled_optimizers": ["QDQS8ToU8Transformer"]}, {"config": EXACT_QDQ}):

@@ -35,7 +35,7 @@ from swin_deploy.exporters.passes.attention import (
 from swin_deploy.exporters.passes.base import Graph, NetworkCheck, Node, Pass, PassRecord, Tensor, blocks, constant
 from swin_deploy.exporters.passes.cosine_attention import COSINE_AFTER_MATMUL, cosine_fallback
 from swin_deploy.exporters.passes.layer_norms import GATHER_BEFORE_NORM, norm_after_matmul
-from swin_deploy.exporters.precision import BF16_OPSET, QDQ_OPSET, low_precision, raise_opset, resize_nodes, types_pass
+from swin_deploy.exporters.precision import BF16_OPSET, QDQ_OPSETS, low_precision, raise_opset, resize_nodes, types_pass
 from swin_deploy.exporters.typed_graphs import NewGraph, config_and_task, left_out, network_check, scratch_graph
 from swin_deploy.options import QUANTIZED, Array, InspectSpec
 from swin_deploy.tasks import TaskSpec
@@ -256,7 +256,7 @@ def quantized_from_fp32(
         ),
     )
     typed = gs.export_onnx(graph)
-    raise_opset(typed, BF16_OPSET if low == "bf16" else QDQ_OPSET)
+    raise_opset(typed, BF16_OPSET if low == "bf16" else QDQ_OPSETS[precision])
     typed.graph.name += f"_{precision}_for_tensorrt"  # other runtimes show it
     typed.doc_string = (
         f"{precision.upper()} graph for TensorRT. ONNX Runtime computes it as well. OpenVINO computes INT8 only with "
