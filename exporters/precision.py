@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 Measure = Callable[[Any], Mapping[str, float]]  # of a fp32 graph: the amax of each value, by name
 BF16_OPSET = 22  # the first with bfloat16 for every operator
 QDQ_OLDEST = 19  # the first with fp16 scales: TensorRT before 10.6 reads opsets up to 20
-# Of graphs with Q/DQ, unless --opset asks for another. Where ONNX Runtime 1.31 moves Q/DQ nodes, its types are wrong for INT8 since
-# opset 21, and for FP8 before it.
+# Of graphs with Q/DQ, unless --opset asks for another. ONNX Runtime 1.31 moves Q/DQ nodes to where it rejects their types: INT8
+# since opset 21, FP8 before it.
 QDQ_OPSETS = {"int8": 20, "fp8": 21}
 COSINE = "squared L2 norms of queries and keys: those of padding tokens are 0, and others are below the range of fp16"
 RESIZING = "pixels are resized in whole numbers, as Pillow does it, and float32 holds them"

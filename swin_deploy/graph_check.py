@@ -24,7 +24,7 @@ from .options import OPSETS
 if TYPE_CHECKING:
     from swin_deploy.bundle import TensorSpec
 
-IR_VERSIONS = range(8, 12)
+IR_VERSIONS = range(8, 14)
 MOST = 2_000_000  # fields of the file, which take about three seconds
 LARGEST_AXIS = 1 << 31
 BATCHES = (1, 2)  # for which the shapes are inferred

@@ -68,7 +68,7 @@ def integers(one: Any, *values: int) -> None:
 
 # what is changed -> a part of the sentence
 CHANGES: dict[str, tuple[Change, str]] = {
-    "IR version": (lambda m: setattr(m, "ir_version", 99), "has IR version 99; expected 8 to 11"),
+    "IR version": (lambda m: setattr(m, "ir_version", 99), "has IR version 99; expected 8 to 13"),
     "no IR version": (lambda m: m.ClearField("ir_version"), "has IR version None"),
     "opset": (lambda m: setattr(m.opset_import[0], "version", 7), "the operator sets ai.onnx 7; expected ai.onnx 17 to 26"),
     "two opsets": (lambda m: m.opset_import.add(domain="com.microsoft", version=1), "ai.onnx 20, com.microsoft 1"),
