@@ -40,6 +40,7 @@ from .files import (
     locked,
     make_folder,
     move_scratch,
+    parents_of,
     put_aside,
     put_back,
     read_regular,
@@ -438,7 +439,7 @@ def create_bundle(path: Path, *, replace: bool, facts: Mapping[str, Any]) -> Ite
     path = replaceable_path(path, replace)
     with contextlib.ExitStack() as stack:
         with disk_errors(path, NEW):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(parents_of(path))
             sweep(path)
             staging = stack.enter_context(scratch(path))
             make_folder(staging)

@@ -307,6 +307,19 @@ def make_folder(path: Path, mode: int = 0o777) -> None:
 
 
 @contextlib.contextmanager
+def parents_of(path: Path) -> Iterator[None]:
+    """Make the folders above `path`, and at the end remove those that are still empty."""
+    missing = [folder for folder in path.parents if not os.path.lexists(folder)]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+@contextlib.contextmanager
 def scratch(target: Path) -> Iterator[Path]:
     """Yield an unused hidden path beside `target`, for a file or folder that is removed at the end unless it was moved away.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from swin_deploy.bundle import NEW, Bundle, disk_errors
 from swin_deploy.errors import UsageError
-from swin_deploy.files import make_folder, scratch, sweep, synced
+from swin_deploy.files import make_folder, parents_of, scratch, sweep, synced
 from swin_deploy.options import PublishSpec
 
 # target -> module and its function, which writes the files into an empty folder
@@ -32,17 +32,19 @@ def publish_bundle(bundle: Bundle, spec: PublishSpec) -> tuple[Path, ...]:
     with disk_errors(target, NEW):
         _refuse_content(target)
         path = Path(os.path.realpath(target))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path)
-        with scratch(path) as staging:
-            make_folder(staging)
-            write(bundle, spec, staging)
-            written = sorted(staging.rglob("*"))
-            for one in (*written, staging):
-                synced(one)
-            _refuse_content(target)
-            staging.replace(path)
-            synced(path.parent)
+        if bundle.path.resolve() in path.parents:
+            raise UsageError(f"{path} is inside the bundle. Choose another folder with -o.")
+        with parents_of(path):
+            sweep(path)
+            with scratch(path) as staging:
+                make_folder(staging)
+                write(bundle, spec, staging)
+                written = sorted(staging.rglob("*"))
+                for one in (*written, staging):
+                    synced(one)
+                _refuse_content(target)
+                staging.replace(path)
+                synced(path.parent)
     return tuple(target / one.relative_to(staging) for one in written if not (path / one.relative_to(staging)).is_dir())
 
 

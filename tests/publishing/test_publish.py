@@ -326,7 +326,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("options", "sentence"), REFUSED, ids=[sentence[:40] for _, sentence in REFUSED])
 def test_refusals(compiled: Path, tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UsageError) as refusal:
-        swin_deploy.publish(compiled, output=tmp_path / "new", **options)
+        swin_deploy.publish(compiled, output=tmp_path / "new/folder", **options)
     assert sentence in str(refusal.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -335,6 +335,8 @@ def test_a_folder_with_files_is_kept(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").write_text("mine")
     (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="is inside the bundle"):
+        swin_deploy.publish(digits(2), target="triton", output=digits(2) / "new")
     said = refused(cli_here("publish", digits(2), "--for", "triton", "-o", "full", cwd=tmp_path))
     assert "full exists and is not an empty folder. Choose another folder with -o, or remove it." in said
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
