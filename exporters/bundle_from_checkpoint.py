@@ -299,11 +299,15 @@ def _kept(stated: Mapping[str, Any] | None, preprocessor: Preprocessor) -> dict[
 
 
 def _left_to_do(processor: Mapping[str, Any], frames: Frames) -> dict[str, Any]:
-    """Return `processor` without the steps in the graph, which clients of Hugging Face would repeat."""
-    steps, complete = frames.entry()["steps"], frames.preprocessor
-    off = {EMBEDDABLE[step]: False for step in steps}
+    """Return `processor` without the steps in the graph, which clients of Hugging Face would repeat.
+
+    They pass bytes unless they rescale, so for a graph of float32 they multiply by 1.
+    """
+    off: dict[str, Any] = {EMBEDDABLE[step]: False for step in frames.entry()["steps"]}
+    off |= {"do_rescale": True, "rescale_factor": 1.0} if frames.layout == "nchw" else {}
+    complete = frames.preprocessor
     with contextlib.suppress(InputError, TypeError, ValueError):
-        if Preprocessor.from_dict({**processor, **off}, complete.channels) == complete.with_steps(steps, done=False):
+        if Preprocessor.from_dict({**processor, **off}, complete.channels) == dataclasses.replace(complete, **off):
             return {**processor, **off}
     return {**complete.to_dict(), **off}
 

@@ -201,8 +201,11 @@ class Bundle:
         """
         from .preprocess import Preprocessor
 
-        stated, graph = self._parsed(PREPROCESSOR, Preprocessor.from_dict), next(iter(self.graphs.values()), None)
-        return stated if graph is None or graph.preprocessing is None else stated.with_steps(graph.preprocessing.steps)
+        graph = next(iter(self.graphs.values()), None)
+        if graph is None or graph.preprocessing is None:
+            return self._parsed(PREPROCESSOR, Preprocessor.from_dict)
+        steps = graph.preprocessing.steps
+        return self._parsed(PREPROCESSOR, lambda raw: Preprocessor.from_dict(raw).with_steps(steps))
 
     @functools.cached_property
     def task(self) -> TaskSpec:

@@ -18,7 +18,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -390,10 +390,11 @@ class Preprocessor:
         """Return the rest of the preprocessing for frames, which are already resized and cropped."""
         return replace(self, do_resize=False, do_center_crop=False)
 
-    def with_steps(self, steps: Iterable[str], done: bool = True) -> Preprocessor:
-        """Return the same preprocessing with the steps of EMBEDDABLE that are named, or with `done` False without them."""
-        changes: dict[str, Any] = {EMBEDDABLE[step]: done for step in steps if step in EMBEDDABLE}
-        return replace(self, **changes)
+    def with_steps(self, steps: Mapping[str, Any]) -> Preprocessor:
+        """Return the same preprocessing with the `steps` of a graph (see EmbeddedSteps), which rescales if anything does."""
+        changes: dict[str, Any] = {flag: True for step, flag in EMBEDDABLE.items() if step in steps}
+        factor = steps.get("rescale", self.rescale_factor)
+        return replace(self, **{**changes, "do_rescale": "rescale" in steps, "rescale_factor": factor})
 
     def resized_to(self, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) to which an image is resized before it is cropped."""

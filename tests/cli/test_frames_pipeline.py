@@ -123,7 +123,7 @@ def test_raw_frames_and_the_answer_are_those_of_transformers(photos: dict[str, P
     with torch.no_grad():
         expected = network(pixels).logits
     scores, indices = (part.numpy() for part in expected.softmax(-1).topk(3))
-    feeds = {"pixel_values": frames.flip(1).float().numpy()}
+    feeds = {"pixel_values": frames.flip(1).numpy()}
     with_typed_graphs(Bundle.open(path), "fp16", runtime_from_onnx)
     assert {entry["postprocessing"]["top_k"] for entry in Bundle.open(path).graphs.values()} == {3}
     fp32, fp16 = (onnxruntime_session(path / file).get_modelmeta().custom_metadata_map for file in Bundle.open(path).graphs)
