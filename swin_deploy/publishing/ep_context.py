@@ -55,7 +55,10 @@ def write_ep_context(bundle: Bundle, spec: PublishSpec, folder: Path) -> None:
         producer_name="swin-deploy",
     )
     ranges = ",".join(":".join(map(str, profile.batch)) for profile in engine.profiles)
-    facts = {"engine_sha256": engine.sha256, "graph_sha256": engine.parent, "gpu": engine.gpu, "batches": ranges}
+    # Those of the graph, whose verdict is not that of the engine.
+    source = onnx_module.load(bundle.verified_path(engine.graph), load_external_data=False)
+    stated = {"graph_verdict" if one.key == "verdict" else one.key: one.value for one in source.metadata_props}
+    facts = stated | {"engine_sha256": engine.sha256, "graph_sha256": engine.parent, "gpu": engine.gpu, "batches": ranges}
     helper.set_model_props(made, {**facts, "compiler": f"{engine.backend} {engine.backend_version}"})
     onnx_module.save(made, folder / "model_ctx.onnx")
     if not spec.embed_engine:

@@ -210,6 +210,7 @@ def test_epcontext_holds_the_engine(compiled: Path, tmp_path: Path, embed: bool)
     facts = {entry.key: entry.value for entry in model.metadata_props}
     assert facts["engine_sha256"] == Bundle.open(compiled).files[RTX].sha256
     assert facts["batches"] == "1:1:1,2:4:8"
+    assert (json.loads(facts["labels"]), facts["graph_verdict"][:8]) == (["LABEL_0", "LABEL_1"], "verified")
     # ONNX Runtime accepts the graph and only lacks the provider.
     with pytest.raises(Exception, match="EPContext"):
         onnxruntime.InferenceSession(files["model_ctx.onnx"], providers=["CPUExecutionProvider"])
@@ -238,20 +239,11 @@ def test_web_page_has_what_it_needs(tmp_path: Path, package: Path, monkeypatch: 
     assert not any(text in page for text in ("https://", "http://"))
 
 
+# fmt: off
 ODD = [
-    "a, comma",
-    'quo"te',
-    "semi;colon",
-    "new\nline",
-    "nul\x00",
-    "line\u2028separator",
-    "dup",
-    "dup",
-    "日本 😀",
-    "",
-    "",
-    "\ud800",
+    "a, comma", 'quo"te', "semi;colon", "new\nline", "nul\x00", "line\u2028separator", "dup", "dup", "日本 😀", "", "", "\ud800"
 ]
+# fmt: on
 
 
 def with_labels(bundle: Path, target: Path, **stated: Any) -> Path:
