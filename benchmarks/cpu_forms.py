@@ -171,7 +171,7 @@ def session(candidate: Candidate, folder: str, threads: int, pixels: np.ndarray[
         return lambda: loaded.run(["logits"], {"pixel_values": pixels})[0]
     import openvino
 
-    from swin_deploy.runtimes.openvino import transpose_keys_in_matmul
+    from swin_deploy.runtimes.openvino import convolve_linear_layers, transpose_keys_in_matmul
 
     core, precision = openvino.Core(), "bf16" if candidate.bf16 else "f32"
     model = core.read_model(path)
@@ -179,6 +179,8 @@ def session(candidate: Candidate, folder: str, threads: int, pixels: np.ndarray[
         model.reshape(list(pixels.shape))
     if candidate.graph != "transformers":
         transpose_keys_in_matmul(model, candidate.bf16)
+        if candidate.bf16 and candidate.static:
+            convolve_linear_layers(model, len(pixels))
     config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
     request = core.compile_model(model, "CPU", config).create_infer_request()
     return lambda: np.array(request.infer({"pixel_values": pixels})["logits"])

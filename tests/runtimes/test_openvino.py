@@ -15,7 +15,12 @@ import pytest
 onnx = pytest.importorskip("onnx", reason="writes the graphs")
 pytest.importorskip("openvino", reason="runs them")
 
-from swin_deploy.runtimes.openvino import OpenVino, openvino_core, transpose_keys_in_matmul  # noqa: E402 - after the checks
+from swin_deploy.runtimes.openvino import (  # noqa: E402 - after the checks
+    OpenVino,
+    convolve_linear_layers,
+    openvino_core,
+    transpose_keys_in_matmul,
+)
 
 CODE = """
 import signal, sys, threading
@@ -133,6 +138,34 @@ def test_matmuls_transpose_keys(scaled: bool, bf16: bool, tmp_path: Path) -> Non
         core.compile_model(one, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(list(feed))[0] for one in (model, plain)
     )
     np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_convolutions_compute_linear_layers() -> None:
+    """All layers of tokens, with bias, GELU, both or neither, but not the classifier; also for a batch that comes later."""
+    text = """<ir_version: 9, opset_import: ["" : 20]>
+        network (float[batch, 7, 8] x) => (float[n, 8] plain, float[n, 5] last, float[batch, 3] logits)
+        <int64[2] rows = {-1, 8}, int64[1] axis = {1}> {
+        tokens = Reshape(x, rows)
+        wide = Gemm<transB = 1>(tokens, w, b)
+        hidden = Gelu(wide)
+        plain = Gemm<transB = 1>(hidden, v)
+        active = Gelu<approximate = "tanh">(plain)
+        last = Gemm<transB = 1, alpha = 2.0>(active, w, b)
+        best = ReduceMax<keepdims = 0>(x, axis)
+        logits = Gemm<transB = 1>(best, c)
+    }"""
+    model, rng, core = onnx.parser.parse_model(text), np.random.default_rng(0), openvino_core()
+    for name, shape in {"w": (5, 8), "b": (5,), "v": (8, 5), "c": (3, 8)}.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(rng.standard_normal(shape, dtype=np.float32), name))
+    before, after = (core.read_model(model.SerializeToString()) for _ in range(2))
+    for batch in (2, 3):
+        for one in (before, after):
+            one.reshape([batch, 7, 8])
+        assert convolve_linear_layers(after, batch) == (3 if batch == 2 else 0)
+        x, config = rng.standard_normal((batch, 7, 8), dtype=np.float32), {"INFERENCE_PRECISION_HINT": "f32"}
+        wanted, found = (core.compile_model(one, "CPU", config)([x]) for one in (before, after))
+        for name in ("plain", "last", "logits"):
+            np.testing.assert_allclose(found[name], wanted[name], atol=1e-5)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not say which processors a thread may use")
