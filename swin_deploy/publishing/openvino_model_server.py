@@ -27,6 +27,10 @@ def write_openvino_model_server(bundle: Bundle, spec: PublishSpec, folder: Path)
         openvino = require("openvino", "write OpenVINO IR")
         with without_links(bundle.verified_path(chosen.file)) as path:
             model = openvino.Core().read_model(path)
+            # OpenVINO keeps the metadata of ONNX under `framework`; Model API and DL Streamer read `model_info` of IR.
+            for key in model.get_rt_info(["framework"]).astype(dict) if model.has_rt_info(["framework"]) else ():
+                if key.startswith("model_info "):
+                    model.set_rt_info(model.get_rt_info(["framework", key]).astype(str), key.split(" "))
             place.joinpath("1").mkdir(parents=True)
             openvino.save_model(model, place / "1" / "model.xml", compress_to_fp16=False)
     else:

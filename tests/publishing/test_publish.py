@@ -115,6 +115,8 @@ def test_openvino_model_server(tmp_path: Path, ir: bool) -> None:
     pixels = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
     model = files[f"swin-digits/1/model.{'xml' if ir else 'onnx'}"]
     config = {"INFERENCE_PRECISION_HINT": "f32"}
+    if ir:  # what Model API reads
+        assert openvino.Core().read_model(model).get_rt_info(["model_info", "labels"]).astype(str).split(" ")[3] == "three"
     [found] = openvino.Core().compile_model(model, "CPU", config)([pixels]).values()
     session = onnxruntime.InferenceSession(digits(1) / "onnx/model.onnx")
     np.testing.assert_allclose(found, session.run(None, {"pixel_values": pixels})[0], rtol=0, atol=1e-4)
