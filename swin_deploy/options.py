@@ -592,6 +592,7 @@ FOR_PROGRAMS = {
     "image_size": tuple(one for one in PROGRAMS if one != "huggingface"),
     "engine": ("triton", "deepstream", "epcontext"),
     "batch": ("triton", "deepstream"),
+    "no_logits": ("triton", "openvino-model-server"),
     "ir": ("openvino-model-server",),
     "embed_engine": ("epcontext",),
     "onnxruntime_web": ("web",),
@@ -621,6 +622,11 @@ class PublishSpec(Spec):
     )
     batch: int | None = option(
         None, parse.whole(1, 4096), "Largest batch. Default: that of the engine; for graphs, 8 (triton) or 1 (deepstream)."
+    )
+    no_logits: bool = option(
+        False,
+        parse.flag,
+        "Leave the logits out of a graph that has other outputs (export --embed-postprocess). triton, openvino-model-server.",
     )
     ir: bool = option(False, parse.flag, "Write OpenVINO IR instead of ONNX. openvino-model-server only.")
     embed_engine: bool = option(False, parse.flag, "Put the engine into the ONNX file. epcontext only.")

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from swin_deploy.bundle import Bundle, size_text
+from swin_deploy.dependencies import require
 from swin_deploy.errors import UsageError, unknown
 from swin_deploy.manifest import EngineEntry, GraphEntry, TensorSpec
 from swin_deploy.options import PublishSpec, Size
@@ -70,9 +71,20 @@ class Publication:
             return ()
         return tuple(config.label_lines)
 
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """The outputs that are published. Raises UsageError if none are left without logits."""
+        if not self.spec.no_logits:
+            return self.graph.outputs
+        if self.engine is not None:
+            raise UsageError("An engine keeps its outputs. Leave out --no-logits, or --engine.")
+        if len(kept := tuple(one for one in self.graph.outputs if one.name != "logits")) in (0, len(self.graph.outputs)):
+            raise UsageError(f"{self.graph_file} has no outputs beside logits. Export with --embed-postprocess.")
+        return kept
+
     def class_output(self) -> TensorSpec | None:
         """Return the output with a number for each class: probabilities if there are any, else logits."""
-        found = {one.name: one for one in self.graph.outputs if self.labels}
+        found = {one.name: one for one in self.outputs if self.labels}
         return found.get("probabilities", found.get("logits"))
 
     def refuse_batch(self, program: str) -> None:
@@ -109,7 +121,14 @@ class Publication:
     def write_model(self, target: Path) -> None:
         """Copy the file to `target`, and the weights of a graph beside it, under the name that the graph has for them."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.bundle.verified_path(self.file), target)
+        source = self.bundle.verified_path(self.file)
+        if self.outputs == self.graph.outputs:
+            shutil.copyfile(source, target)
+        else:
+            onnx = require("onnx", "remove an output")
+            model = onnx.load(source, load_external_data=False)
+            model.graph.output.remove(next(one for one in model.graph.output if one.name == "logits"))
+            onnx.save(model, target)
         if self.engine is None and self.graph.weights is not None:
             weights = self.graph.weights
             shutil.copyfile(self.bundle.verified_path(weights), target.with_name(PurePosixPath(weights).name))

@@ -29,12 +29,12 @@ def write_triton(bundle: Bundle, spec: PublishSpec, folder: Path) -> None:
             f"Triton runs engines of TensorRT, and {chosen.file} is one of TensorRT for RTX. Compile one with "
             f"`swin-deploy build-engine {bundle.path} --backend tensorrt`, or leave out --engine."
         )
-    largest = _largest_batch(engine, (*graph.inputs, *graph.outputs), chosen.batch)
+    largest = _largest_batch(engine, (*graph.inputs, *chosen.outputs), chosen.batch)
     by_class = chosen.class_output()
     lines = [f'name: "{chosen.name}"', f'backend: "{"onnxruntime" if engine is None else "tensorrt"}"']
     lines += [f"max_batch_size: {largest}"]
     lines += [_tensor("input", one, largest) for one in graph.inputs]
-    lines += [_tensor("output", one, largest, 'label_filename: "labels.txt"' * (one is by_class)) for one in graph.outputs]
+    lines += [_tensor("output", one, largest, 'label_filename: "labels.txt"' * (one is by_class)) for one in chosen.outputs]
     batches = sorted({1, largest})
     if engine is None:
         lines.append("instance_group [ { kind: KIND_AUTO count: 1 } ]")

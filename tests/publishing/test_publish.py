@@ -311,6 +311,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"target": "triton", "engine": RTX}, "is one of TensorRT for RTX. Compile one with `swin-deploy build-engine"),
     ({"target": "triton", "engine": TRT, "batch": 9}, "The engine runs batches of up to 8. Pass --batch 8 or less."),
     ({"target": "deepstream", "engine": RTX}, "is one of TensorRT for RTX. Leave out --engine"),
+    ({"target": "triton", "no_logits": True}, "onnx/model.onnx has no outputs beside logits. Export with --embed-postprocess."),
+    ({"target": "triton", "engine": TRT, "no_logits": True}, "An engine keeps its outputs. Leave out --no-logits"),
     ({"target": "epcontext"}, "has several engines. Choose one with --engine: engines/rtx.engine, engines/trt.engine."),
     ({"target": "epcontext", "precision": "int8"}, "has no such engine. Compile one: swin-deploy build-engine"),
     ({"target": "web", "onnxruntime_web": "nowhere"}, "there is no dist/ort.webgpu.min.mjs in nowhere"),
