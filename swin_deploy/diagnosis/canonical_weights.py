@@ -9,8 +9,9 @@ on a row of the value in the column of the output projection.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from swin_deploy.options import Array
 
 from .comparison import MASKED, Fault, by_window
+from .folded_graph import run_with_outputs
 from .sides import Side
 from .swin_structure import LinearPart, NormPart, Point, activation_kind
 
@@ -162,7 +164,8 @@ class ParameterComparison:
                 wrong[part] = self._cause(mx, my, "weight")
                 continue
             matters = part == "query" or (part == "key" and self.version == 2)
-            if matters and self._vectors_differ(cx, cy, mx, max(x.rounded, y.rounded)):
+            before = Point(*at, f"attention.{part}")
+            if matters and self._vectors_differ(cx, cy, mx, max(x.rounded, y.rounded), self._correction(before, norm, mx - my)):
                 held = [bool(self._layer_bias(side, Point(*at, f"attention.{part}")).any()) for side in (self.a, self.b)]
                 missing = held == [True, False]
                 wrong[part] = f"Missing bias: that of the {part} is 0." if missing else self._cause(cx, cy, "bias")
@@ -231,7 +234,9 @@ class ParameterComparison:
             y = y / safe
         if self._differ(x, y):
             yield Fault(point, theirs.output, self._cause(x, y, "weight"))
-        elif self._vectors_differ(before, after, x, max(maps[0].rounded, maps[1].rounded)):
+        elif self._vectors_differ(
+            before, after, x, max(maps[0].rounded, maps[1].rounded), lambda: self._correction_of_output(at, y)
+        ):
             # A bias of values counts as it was: in its own layer, unless that layer has none.
             own = self._vectors_differ(self._vector(ours.bias, len(x)), self._vector(theirs.bias, len(x)), x)
             cause = self._cause(before, after, "bias")
@@ -328,7 +333,10 @@ class ParameterComparison:
         place, cause = None, ""
         if self._differ(ours.matrix, theirs.matrix):
             place, cause = point, self._cause(ours.matrix, theirs.matrix, "weight")
-        elif self._vectors_differ(ours.offset, theirs.offset, ours.matrix, max(ours.rounded, theirs.rounded)):
+        elif self._vectors_differ(
+            ours.offset, theirs.offset, ours.matrix, max(ours.rounded, theirs.rounded),
+            self._correction(point, norm, ours.matrix - theirs.matrix),
+        ):  # fmt: skip
             place, cause = point, self._cause(ours.offset, theirs.offset, "bias")
         if place is not None and norm is not None:
             if self._norm_is_wrong(norm, point):
@@ -355,11 +363,13 @@ class ParameterComparison:
         tensor = self.b.structure.attentions[at].softmax.input[0]
         count = max(len(ours), len(theirs))
         ours, theirs = (np.broadcast_to(one, (count, *one.shape[1:])) for one in (ours, theirs))
+        largest = [one.max(axis=0) for one in (ours, theirs)]
+        # A pair of tokens that only the mask of one graph excludes in every window.
+        hidden = (np.abs(largest[0] - largest[1]) > -MASKED) & (count > 1)
         parts = []
-        for one in (ours, theirs):
-            bias = one.max(axis=0)
-            mask = np.maximum(one - bias, 2 * MASKED)
-            parts.append((bias, mask))
+        for one, bias in zip((ours, theirs), largest, strict=True):
+            bias = np.where(hidden, np.maximum(*largest), bias)
+            parts.append((bias, np.maximum(one - bias, 2 * MASKED)))
         off = np.abs(parts[0][1] - parts[1][1]) > 1.0
         precisions = {self.a.precision, self.b.precision}
         limit = 3e-4 if precisions == {"fp32"} else 1.6e-2 if "bf16" in precisions else 4e-3
@@ -585,6 +595,43 @@ class ParameterComparison:
         rows = [np.abs(maps[part].matrix).max(axis=1) for part in ("query", "key")]
         return np.asarray(np.clip(np.sqrt(rows[1] / np.maximum(rows[0], 1e-12)), 1 / 64, 64))
 
+    def _correction(self, point: Point, norm: Point | None, lost: Array) -> Callable[[], Array]:
+        """Return a function that returns what a layer loses on average, if its weights are smaller by `lost`."""
+        return lambda: lost @ self._mean_input(point, norm)
+
+    def _correction_of_output(self, at: tuple[int, int], weight: Array) -> Array:
+        """Return the same for the output projection, whose quantized weight is `weight`, and the values before it."""
+        point, value = Point(*at, "attention.output"), Point(*at, "attention.value")
+        norm = Point(*at, "norm1") if self.version == 1 else None
+        stream = self._stream_factors(at[0]) if self.version == 2 else None
+        maps = [self._map(side, value, norm, side is self.b, stream) for side in (self.a, self.b)]
+        right = self.a.structure.linears[point].weight.astype(np.float64)
+        if maps[0] is None or maps[1] is None:
+            return np.zeros(len(right))
+        (mx, my), offset = (one.matrix for one in maps), maps[0].offset
+        rows = (mx * my).sum(1) / np.maximum((mx * mx).sum(1), 1e-30)
+        lost = mx - my / np.where(np.abs(rows) < 1e-6, 1e-6, rows)[:, None]
+        mixed = (right - weight) @ (self._mean_input(point, None) - offset)
+        return np.asarray(mixed + right @ (lost @ self._mean_input(value, norm)))
+
+    def _mean_input(self, point: Point, norm: Point | None) -> Array:
+        """Return the mean of what the layer at `point` reads in `a`: of normalized tokens if `norm` is given."""
+        found = None if norm is None else self.a.structure.norms.get(norm)
+        if found is None:
+            values = self._inputs[self.a.structure.linears[point].input].astype(np.float64)
+        else:
+            values = self._inputs[found.input].astype(np.float64)
+            values = values - values.mean(-1, keepdims=True)
+            values = values / np.sqrt(np.square(values).mean(-1, keepdims=True) + found.eps)
+        return np.asarray(values.reshape(-1, values.shape[-1]).mean(axis=0))
+
+    @cached_property
+    def _inputs(self) -> dict[str, Array]:
+        """The inputs of linear layers and norms in `a`."""
+        structure = self.a.structure
+        names = [one.input for one in (*structure.linears.values(), *structure.norms.values())]
+        return run_with_outputs(self.a.model, self.a.feeds, names)
+
     # -- distances ---------------------------------------------------------------------------------------------------------
 
     def _differ(self, x: Array, y: Array) -> bool:
@@ -596,15 +643,25 @@ class ParameterComparison:
             return True
         return abs(float((x * y).sum()) / size**2 - 1) > self.factor
 
-    def _vectors_differ(self, x: Array, y: Array, matrix: Array | None = None, rounded: float = 0.0) -> bool:
+    def _vectors_differ(
+        self,
+        x: Array,
+        y: Array,
+        matrix: Array | None = None,
+        rounded: float = 0.0,
+        correction: Callable[[], Array] | None = None,
+    ) -> bool:
         """Whether two biases differ, relative to them and to what their layer adds to them.
 
         Biases are not quantized, but quantized weights change what is summed into them: products with the L2 norm `rounded`.
+        `correction` returns by how much a bias changes so that quantized weights keep the mean of the results.
         """
         size = float(np.linalg.norm(x))
         if self.quantized and matrix is not None:
-            size = max(size, 0.3 * float(np.linalg.norm(matrix)))
-            return bool(np.linalg.norm(x - y) > max(ROUNDED * size, ROUNDED * rounded))
+            size = max(size, 0.3 * float(np.linalg.norm(matrix)), rounded)
+            if np.linalg.norm(x - y) <= ROUNDED * size:
+                return False
+            return correction is None or bool(np.linalg.norm(x - y + correction()) > ROUNDED * size)
         if matrix is not None:
             size = max(size, float(np.linalg.norm(matrix)) * (1.0 if self.typed else 0.02))
         return bool(np.linalg.norm(x - y) > max(self.tight, 1e-4) * max(size, 1e-6))
@@ -616,6 +673,8 @@ class ParameterComparison:
             return "Transposed weight."
         if not y.any():
             return f"Missing {what}: it is 0."
+        if not x.any():
+            return f"Wrong {what}: the other graph has none."
         factor = float((x * y).sum() / max(float((x * x).sum()), 1e-300))
         if np.linalg.norm(y - factor * x) <= max(2 * self.tight, 0.02) * np.linalg.norm(y) and abs(factor - 1) > 1e-5:
             word = "Wrong scale: it" if what == "scale" else f"Scaled: the {what}"

@@ -286,7 +286,8 @@ def compared(a: Side, b: Side) -> Difference:
     order = {point: place for place, point in enumerate(b.structure.points())}
     folded = a.precision != "fp32" or b.precision != "fp32"
     first, second = Values.of(a), Values.of(b)
-    points, faults = [], list(static_faults(a, b))
+    edited = edits(a, b)
+    points, faults = [], list(static_faults(a, b, edited))
     for point in order:
         ours, theirs = first.at(point), second.at(point)
         if theirs is not None and not np.isfinite(theirs).all() and (ours is None or np.isfinite(ours).all()):
@@ -295,7 +296,7 @@ def compared(a: Side, b: Side) -> Difference:
             if folded and point.part in FOLDED and np.isfinite(theirs).all() and np.isfinite(ours).all():
                 theirs = unfolded(ours, theirs)
             points.append(point_error(point, ours, theirs))
-    if b.precision in ("int8", "fp8") and edits(a, b) is None:
+    if b.precision in ("int8", "fp8") and edited is None:
         where = node_points(b)
         faults += [Fault(where[name], name, cause) for name, cause in wrong_quantizers(second.raw, b.graph)]
     if not faults:

@@ -20,25 +20,30 @@ REWRITTEN = 0.3  # share of nodes with other constants from which graphs are not
 CHANGED = 2e-6  # of a constant, relative to its amax
 
 
-def static_faults(a: Side, b: Side) -> Iterator[Fault]:
-    """Yield the differences that the graphs themselves show, in any order."""
+def static_faults(a: Side, b: Side, edited: list[Fault] | None) -> Iterator[Fault]:
+    """Yield the differences that the graphs themselves show, in any order. `edited` is what `edits` returns."""
     yield from input_faults(a, b)
-    swapped = False
+    swapped = swapped_windows(a, b)
+    yield from swapped
+    if edited is not None and swapped:  # what was changed in a gather is seen where it matters
+        edited = [one for one in edited if not one.cause.startswith("Swapped windows")]
+    yield from parameter_faults(a, b) if edited is None else edited
+
+
+def swapped_windows(a: Side, b: Side) -> list[Fault]:
+    """Return the windows and merges of `b` that read other tokens than those of `a`."""
+    found = []
     for at in b.structure.attentions:
         ours, theirs = windows_of(a, at), windows_of(b, at)
         if ours is not None and theirs is not None and not np.array_equal(ours, theirs):
             part = "norm1" if b.structure.version == 1 else "attention.query"
-            swapped = True
             where = b.structure.attentions[at].query
-            yield Fault(Point(*at, part), where, "Swapped windows: the windows hold other tokens, or in another order.")
+            cause = "Swapped windows: the windows hold other tokens, or in another order."
+            found.append(Fault(Point(*at, part), where, cause))
     before, after = (dict(_broken_merges(side)) for side in (a, b))
     for point in after.keys() - before.keys():
-        swapped = True
-        yield Fault(point, after[point], "Swapped windows: the tokens that are merged are not neighbors.")
-    versions = edits(a, b)
-    if versions is not None and swapped:  # what was changed in a gather is seen where it matters
-        versions = [one for one in versions if not one.cause.startswith("Swapped windows")]
-    yield from parameter_faults(a, b) if versions is None else versions
+        found.append(Fault(point, after[point], "Swapped windows: the tokens that are merged are not neighbors."))
+    return found
 
 
 def _broken_merges(side: Side) -> Iterator[tuple[Point, str]]:
@@ -101,7 +106,7 @@ def edits(a: Side, b: Side) -> list[Fault] | None:
     if len({(point.stage, point.block) for point in other}) > 2:
         return None
     found: list[Fault] = []
-    floats = changed = 0
+    floats = changed = moved = 0
     for name in first.writer:
         node = first.writer[name]
         if name in second.writer or name != node.output[0]:
@@ -129,11 +134,14 @@ def edits(a: Side, b: Side) -> list[Fault] | None:
                 floats += floating
                 if not _same(x, y):
                     changed += floating
+                    moved += node.op_type == "Gather"
                     found.append(_changed(b, after[name], node, position, x, y))
             elif constant[0] != constant[1] or (ours != theirs and ours in others and theirs in names):
                 found.append(Fault(after[name], name, f"{node.op_type} reads {theirs or 'nothing'} instead of {ours}."))
     if changed > REWRITTEN * max(floats, 1):
         return None
+    if moved > 1 and not swapped_windows(a, b):
+        return None  # all windows are right, so that the tokens have another order in this layout
     return found
 
 

@@ -23,6 +23,7 @@ import swin_deploy
 from swin_deploy.config import SwinConfig
 from swin_deploy.diagnosis.canonical_weights import ParameterComparison
 from swin_deploy.diagnosis.interchange import trex_from_profile
+from swin_deploy.diagnosis.sides import give_images, side_from
 from swin_deploy.exporters.external_data import embed_weights
 from swin_deploy.exporters.onnx_from_torch import onnx_from_torch
 from swin_deploy.models.checkpoints import random_checkpoint
@@ -63,6 +64,23 @@ def test_layouts_are_equal(version: int, tmp_path: Path) -> None:
         assert found.first is None
         assert max(point.relative_l2 for point in found.points) < 1e-4
         assert len(found.points) > 45
+
+
+def test_layouts_with_the_same_constants(tmp_path: Path) -> None:
+    """Without biases, only the order of tokens differs between two layouts."""
+    plain = {name.replace(".", "__"): one * 0 for name, one in tensors(1).items() if name.endswith(("bias", "table"))}
+    first = graph(tmp_path / "a.onnx", 1, "openvino", **plain)
+    row = f"{BLOCK}intermediate.dense.weight"
+    for changed, part in (({}, None), ({row: tensors(1)[row].flip(0)}, "mlp.fc1")):
+        found = swin_deploy.diff(first, graph(tmp_path / "b.onnx", 1, "onnxruntime", **plain, **changed)).first
+        assert (found and found.point.part) == part
+
+
+def test_bias_that_keeps_the_mean_of_quantized_layers() -> None:
+    side: Any = SimpleNamespace(quantized=True)
+    before, after, weight = np.zeros(4), np.ones(4), np.eye(4)
+    assert ParameterComparison._vectors_differ(side, before, after, weight)
+    assert not ParameterComparison._vectors_differ(side, before, after, weight, correction=lambda: after - before)
 
 
 def test_padded_backbone_is_equal(tmp_path: Path) -> None:
@@ -137,6 +155,12 @@ def test_command(tmp_path: Path) -> None:
         "part": "attention.mask",
     }
     assert found["points"][0].keys() == {"stage", "block", "part", "relative_l2", "sqnr_db", "cosine", "max_abs"}
+    values[-1, 0, 0, 0, -1], values[0, 0, 0, 0, -1] = -100, -100  # excluded in every window
+    mask.CopyFrom(numpy_helper.from_array(values, mask.name))
+    onnx.save(model, str(tmp_path / "hidden.onnx"))
+    sides = side_from(first), side_from(tmp_path / "hidden.onnx")
+    give_images(sides, None, 1)
+    assert [fault.point.part for fault in ParameterComparison(*sides).faults()] == ["attention.mask"]
     norm = next(node for name, node in names.items() if name.endswith("block0.norm2/LayerNormalization"))
     norm.attribute.append(onnx.helper.make_attribute("epsilon", 0.1)) if not norm.attribute else None
     for one in norm.attribute:
@@ -165,6 +189,7 @@ def test_debug(tmp_path: Path) -> None:
     quantized = [node for node in onnx.load(str(tmp_path / "c.onnx")).graph.node if node.op_type == "QuantizeLinear"]
     assert quantized
     assert found.after <= found.bound < found.before == pytest.approx(every.before)
+    assert swin_deploy.diff(tmp_path / "b", tmp_path / "c.onnx").equal
 
 
 def test_files_for_other_tools(tmp_path: Path) -> None:
