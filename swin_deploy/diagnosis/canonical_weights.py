@@ -164,8 +164,8 @@ class ParameterComparison:
                 wrong[part] = self._cause(mx, my, "weight")
                 continue
             matters = part == "query" or (part == "key" and self.version == 2)
-            before = Point(*at, f"attention.{part}")
-            if matters and self._vectors_differ(cx, cy, mx, max(x.rounded, y.rounded), self._correction(before, norm, mx - my)):
+            correction = self._correction(Point(*at, f"attention.{part}"), norm, mx - my)
+            if matters and self._vectors_differ(cx, cy, mx, max(x.rounded, y.rounded), correction):
                 held = [bool(self._layer_bias(side, Point(*at, f"attention.{part}")).any()) for side in (self.a, self.b)]
                 missing = held == [True, False]
                 wrong[part] = f"Missing bias: that of the {part} is 0." if missing else self._cause(cx, cy, "bias")
@@ -198,6 +198,11 @@ class ParameterComparison:
             return
         if norm is not None and "bias" in wrong.get("query", "") and (found := self._offsets_of_output(at)) is not None:
             weight, before, after = found
+            own = [self._layer_bias(side, Point(*at, "attention.query")) for side in (self.a, self.b)]
+            same = not self._vectors_differ(own[0] * scales[0], own[1] * scales[1])
+            if same and not self.quantized and self._norm_is_wrong(norm):
+                yield Fault(Point(*at, "norm1"), tensor, self._cause_of_norm_bias(norm))
+                return
             both = np.concatenate([mine["query"].matrix * scales[0], weight @ mine["value"].matrix])
             if self._of_norm(both, np.concatenate([change, after - before])):
                 yield Fault(Point(*at, "norm1"), tensor, self._cause_of_norm_bias(norm))
@@ -608,10 +613,10 @@ class ParameterComparison:
         right = self.a.structure.linears[point].weight.astype(np.float64)
         if maps[0] is None or maps[1] is None:
             return np.zeros(len(right))
-        (mx, my), offset = (one.matrix for one in maps), maps[0].offset
+        mx, my = maps[0].matrix, maps[1].matrix
         rows = (mx * my).sum(1) / np.maximum((mx * mx).sum(1), 1e-30)
         lost = mx - my / np.where(np.abs(rows) < 1e-6, 1e-6, rows)[:, None]
-        mixed = (right - weight) @ (self._mean_input(point, None) - offset)
+        mixed = (right - weight) @ (self._mean_input(point, None) - maps[0].offset)
         return np.asarray(mixed + right @ (lost @ self._mean_input(value, norm)))
 
     def _mean_input(self, point: Point, norm: Point | None) -> Array:
@@ -629,7 +634,7 @@ class ParameterComparison:
     def _inputs(self) -> dict[str, Array]:
         """The inputs of linear layers and norms in `a`."""
         structure = self.a.structure
-        names = [one.input for one in (*structure.linears.values(), *structure.norms.values())]
+        names = [one.input for one in structure.linears.values()] + [one.input for one in structure.norms.values()]
         return run_with_outputs(self.a.model, self.a.feeds, names)
 
     # -- distances ---------------------------------------------------------------------------------------------------------
