@@ -179,7 +179,7 @@ def session(candidate: Candidate, folder: str, threads: int, pixels: np.ndarray[
         model.reshape(list(pixels.shape))
     if candidate.graph != "transformers":
         transpose_keys_in_matmul(model, candidate.bf16)
-        if candidate.bf16 and candidate.static:
+        if candidate.static and (candidate.bf16 or candidate.graph.startswith("int8")):
             convolve_linear_layers(model, len(pixels))
     config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
     request = core.compile_model(model, "CPU", config).create_infer_request()

@@ -35,6 +35,8 @@ from .user_cache import (
 )
 
 _LOG = logging.getLogger(__name__)
+DEQUANTIZING = ("Convert", "Subtract", "Multiply")  # OpenVINO's DequantizeLinear
+ELEMENTWISE = ("Add", "Convert", "FakeQuantize", "Gelu", "Multiply", "Subtract")  # what may follow a linear layer
 MOST_SIZES = 3  # batch sizes that a model compiles by itself; each holds the weights once more
 
 
@@ -161,7 +163,7 @@ class OpenVino(Runtime):
             self._facts = replace(self._facts, outputs=tuple(map(partial(_of_free_batch, size), self._facts.outputs, fixed)))
         bf16 = self._facts.config["INFERENCE_PRECISION_HINT"] == "bf16"
         transpose_keys_in_matmul(model, bf16)
-        if bf16:
+        if bf16 or self._facts.quantized:
             convolve_linear_layers(model, size)
         compiled = self._core.compile_model(model, "CPU", self._facts.config)
         _LOG.debug("Compiled %s for a batch of %d in %.1f s", self._path, size, time.perf_counter() - start)
@@ -313,43 +315,71 @@ def transpose_keys_in_matmul(model: Any, bf16: bool) -> int:
 
 
 def convolve_linear_layers(model: Any, batch: int) -> int:
-    """Let convolutions compute the linear layers of tokens, which is 3 to 8 % faster in bf16. Returns how many do.
+    """Let convolutions compute the linear layers of tokens: in bf16 and INT8 it is 3 to 11 % faster. Returns how many do.
 
-    Bias and GELU are added to the convolution, which rounds its result once, as the linear layer does.
+    Bias, GELU and quantization become part of the convolution, which rounds its result once, as the linear layer does.
     """
     op, changed = require("openvino", "run models with the openvino back end").opset13, 0
+
+    def reshaped(value: Any, *shape: int) -> Any:
+        return op.reshape(value, np.array(shape), False).output(0)
+
+    def kernel(weight: Any) -> Any:
+        """[outputs, inputs] -> [outputs, inputs, 1, 1]; of 8-bit weights, what dequantizes them has these axes, too."""
+        node = weight.get_node()
+        if node.get_type_name() not in DEQUANTIZING:
+            return reshaped(weight, *weight.get_shape(), 1, 1)
+        for link in node.inputs():
+            link.replace_source_output(kernel(link.get_source_output()))
+        node.validate_and_infer_types()
+        return weight
+
     for matmul in model.get_ordered_ops():
-        if matmul.get_type_name() != "MatMul" or matmul.input_value(1).get_node().get_type_name() != "Constant":
+        if matmul.get_type_name() != "MatMul" or not matmul.get_attributes()["transpose_b"]:
             continue
-        rows, weight, last = matmul.input_value(0), matmul.input_value(1), matmul
-        if len(rows.get_shape()) != 2 or rows.get_shape()[0] == batch or not matmul.get_attributes()["transpose_b"]:
+        (rows, weight), last = matmul.input_values(), matmul
+        shapes = [value.get_partial_shape() for value in (rows, weight)]
+        if any(len(shape) != 2 or shape.is_dynamic for shape in shapes) or shapes[0][0].get_length() == batch:
+            continue
+        if not _is_constant(weight):
             continue
         outputs, inputs = weight.get_shape()
-        image = op.transpose(op.reshape(rows, np.array([1, -1, 1, inputs]), False), np.array([0, 3, 1, 2]))
-        kernel = op.reshape(weight, np.array([outputs, inputs, 1, 1]), False)
-        made = op.convolution(image, kernel, [1, 1], [0, 0], [0, 0], [1, 1])
-        if (after := _reader(last, "Multiply")) is not None and after.input_value(1).get_node().get_type_name() == "Constant":
-            factor = after.input_value(1).get_node().get_data()  # alpha of Gemm
-            made, last = (made, after) if factor.size == 1 and factor.item() == 1 else (made, last)
-        if (after := _reader(last, "Add")) is not None and after.input_value(1).get_shape() == [outputs]:
-            made, last = op.add(made, op.reshape(after.input_value(1), np.array([1, outputs, 1, 1]), False)), after
-        if (after := _reader(last, "Gelu")) is not None:
-            made, last = op.gelu(made, after.get_attributes()["approximation_mode"]), after
-        made = op.reshape(op.transpose(made, np.array([0, 2, 3, 1])), np.array([-1, outputs]), False)
-        made.set_friendly_name(last.get_friendly_name())
-        made.output(0).set_names(last.output(0).get_names())
-        for reader in list(last.output(0).get_target_inputs()):
-            reader.replace_source_output(made.output(0))
+        image = op.transpose(reshaped(rows, 1, -1, 1, inputs), np.array([0, 3, 1, 2]))
+        made = op.convolution(image, kernel(weight), [1, 1], [0, 0], [0, 0], [1, 1]).output(0)
+        while (after := _elementwise_reader(last, outputs)) is not None:
+            after.input(0).replace_source_output(made)
+            for link in after.inputs()[1:]:
+                if link.get_shape() == [outputs]:
+                    link.replace_source_output(reshaped(link.get_source_output(), 1, outputs, 1, 1))
+            after.validate_and_infer_types()
+            made, last = after.output(0), after
+        readers = list(last.output(0).get_target_inputs())
+        made = reshaped(op.transpose(made, np.array([0, 2, 3, 1])), -1, outputs)
+        made.set_names(last.output(0).get_names())
+        for reader in readers:
+            reader.replace_source_output(made)
         changed += 1
     model.validate_nodes_and_infer_types()
     return changed
 
 
-def _reader(node: Any, kind: str) -> Any:
-    """Return the only node that reads `node` if it is of this kind and reads it first, otherwise None."""
+def _is_constant(value: Any) -> bool:
+    """Return whether a value is a constant, or one that only one node dequantizes."""
+    node = value.get_node()
+    if node.get_type_name() in DEQUANTIZING and len(value.get_target_inputs()) == 1:
+        return all(map(_is_constant, node.input_values()))
+    return node.get_type_name() == "Constant" or (node.get_type_name() == "Reshape" and _is_constant(node.input_value(0)))
+
+
+def _elementwise_reader(node: Any, channels: int) -> Any:
+    """Return the only node that reads `node`, if it works on each value and its other inputs are channels; otherwise None."""
     readers = list(node.output(0).get_target_inputs())
-    alone = len(readers) == 1 and readers[0].get_index() == 0 and readers[0].get_node().get_type_name() == kind
-    return readers[0].get_node() if alone else None
+    if len(readers) != 1 or readers[0].get_index() or readers[0].get_node().get_type_name() not in ELEMENTWISE:
+        return None
+    after = readers[0].get_node()
+    shapes = [link.get_partial_shape() for link in after.inputs()[1:]]
+    of_channels = all(shape.is_static and list(shape.to_shape()) in ([], [1], [channels]) for shape in shapes)
+    return after if of_channels else None
 
 
 def _is_tiny_attention(node: Any) -> bool:

@@ -141,31 +141,50 @@ def test_matmuls_transpose_keys(scaled: bool, bf16: bool, tmp_path: Path) -> Non
 
 
 def test_convolutions_compute_linear_layers() -> None:
-    """All layers of tokens, with bias, GELU, both or neither, but not the classifier; also for a batch that comes later."""
+    """All layers of tokens, with bias, GELU, both or neither, and in 8 bits, but not the classifier; also for a later batch."""
     text = """<ir_version: 9, opset_import: ["" : 20]>
-        network (float[batch, 7, 8] x) => (float[n, 8] plain, float[n, 5] last, float[batch, 3] logits)
-        <int64[2] rows = {-1, 8}, int64[1] axis = {1}> {
+        network (float[batch, 7, 8] x) => (float[n, 8] plain, float[n, 5] last, float[n, 8] eight, float[batch, 3] logits)
+        <int64[2] rows = {-1, 8}, int64[1] axis = {1}, float scale = {0.05}, uint8 zero = {128}> {
         tokens = Reshape(x, rows)
         wide = Gemm<transB = 1>(tokens, w, b)
         hidden = Gelu(wide)
         plain = Gemm<transB = 1>(hidden, v)
         active = Gelu<approximate = "tanh">(plain)
         last = Gemm<transB = 1, alpha = 2.0>(active, w, b)
+        seen = QuantizeLinear(tokens, scale, zero)
+        input = DequantizeLinear(seen, scale, zero)
+        of_first = DequantizeLinear<axis = 0>(w8, scales, zeros)
+        first = Gemm<transB = 1>(input, of_first, b)
+        bent = Gelu(first)
+        between = QuantizeLinear(bent, scale, zero)
+        output = DequantizeLinear(between, scale, zero)
+        of_second = DequantizeLinear<axis = 0>(v8, more_scales, more_zeros)
+        eight = Gemm<transB = 1>(output, of_second)
         best = ReduceMax<keepdims = 0>(x, axis)
         logits = Gemm<transB = 1>(best, c)
     }"""
     model, rng, core = onnx.parser.parse_model(text), np.random.default_rng(0), openvino_core()
-    for name, shape in {"w": (5, 8), "b": (5,), "v": (8, 5), "c": (3, 8)}.items():
-        model.graph.initializer.append(onnx.numpy_helper.from_array(rng.standard_normal(shape, dtype=np.float32), name))
+    arrays = {name: rng.standard_normal(shape) for name, shape in {"w": (5, 8), "b": (5,), "v": (8, 5), "c": (3, 8)}.items()}
+    arrays |= {"scales": np.full(5, 0.02), "more_scales": np.full(8, 0.02)}
+    constants = {name: array.astype(np.float32) for name, array in arrays.items()}
+    constants |= {"w8": (arrays["w"] * 40).astype(np.int8), "v8": (arrays["v"] * 40).astype(np.int8)}
+    constants |= {"zeros": np.zeros(5, np.int8), "more_zeros": np.zeros(8, np.int8)}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in constants.items())
     before, after = (core.read_model(model.SerializeToString()) for _ in range(2))
     for batch in (2, 3):
         for one in (before, after):
             one.reshape([batch, 7, 8])
-        assert convolve_linear_layers(after, batch) == (3 if batch == 2 else 0)
+        assert convolve_linear_layers(after, batch) == (5 if batch == 2 else 0)
         x, config = rng.standard_normal((batch, 7, 8), dtype=np.float32), {"INFERENCE_PRECISION_HINT": "f32"}
         wanted, found = (core.compile_model(one, "CPU", config)([x]) for one in (before, after))
-        for name in ("plain", "last", "logits"):
-            np.testing.assert_allclose(found[name], wanted[name], atol=1e-5)
+        for name, limit in (
+            ("plain", 1e-5),
+            ("last", 1e-5),
+            ("logits", 1e-5),
+            ("eight", 0.2),
+        ):  # 8 bits may be rounded otherwise
+            np.testing.assert_allclose(found[name], wanted[name], atol=limit)
+        assert np.abs(wanted["eight"]).max() > 1
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not say which processors a thread may use")
