@@ -643,6 +643,8 @@ class ParameterComparison:
         """Whether two matrices differ by more than the types explain, as a whole, in scale or in one row."""
         if not np.isfinite(y).all():
             return True
+        if not x.any():
+            return bool(y.any())
         size = max(float(np.linalg.norm(x)), 1e-30)
         if np.linalg.norm(x - y) > self.tight * size:
             return True
