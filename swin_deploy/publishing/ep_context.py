@@ -6,6 +6,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from swin_deploy import __version__
 from swin_deploy.bundle import Bundle
 from swin_deploy.dependencies import require
 from swin_deploy.errors import UsageError
@@ -53,6 +54,7 @@ def write_ep_context(bundle: Bundle, spec: PublishSpec, folder: Path) -> None:
         opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)],
         ir_version=8,
         producer_name="swin-deploy",
+        producer_version=__version__,
     )
     ranges = ",".join(":".join(map(str, profile.batch)) for profile in engine.profiles)
     # Those of the graph, whose verdict is not that of the engine.

@@ -28,7 +28,8 @@ def write_hugging_face(bundle: Bundle, spec: PublishSpec, folder: Path) -> None:
     facts = {
         key: value for key, value in bundle.manifest.to_dict().items() if key not in ("files", "tuning", "schema", "created")
     }
-    with create_bundle(folder, replace=False, facts=facts) as draft:
+    made = folder / "bundle"  # inside the folder, where nothing stays beside it if the process is killed
+    with create_bundle(made, replace=False, facts=facts) as draft:
         for file, entry in kept.items():
             source = bundle.verified_path(file)
             if file == CONFIG and again:
@@ -36,6 +37,9 @@ def write_hugging_face(bundle: Bundle, spec: PublishSpec, folder: Path) -> None:
                 draft.add_json(CONFIG, {**bundle.read_json(CONFIG), TRANSFORMERS_JS: for_transformers_js(True, external)})
                 continue
             draft.add(file, _facts(entry), lambda path, source=source: shutil.copyfile(source, path))  # type: ignore[misc]
+    for part in list(made.iterdir()):
+        part.rename(folder / part.name)
+    made.rmdir()
     for name, file in again.items():
         with contextlib.suppress(OSError):
             os.link(folder / file, folder / name)

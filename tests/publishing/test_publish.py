@@ -198,6 +198,20 @@ def test_huggingface_names_int8_as_transformers_js_does(compiled: Path, tmp_path
     assert Bundle.open(tmp_path / "repository").config == Bundle.open(path).config
 
 
+def test_a_killed_process_leaves_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next run removes what is named after the target, so nothing else may be beside it."""
+    seen, copy = set(), shutil.copyfile
+
+    def copied(*paths: Path) -> Path:
+        seen.update(path.name for path in tmp_path.iterdir())
+        return copy(*paths)
+
+    monkeypatch.setattr(shutil, "copyfile", copied)
+    published(digits(1), "huggingface", tmp_path / "repository")
+    assert {name.removesuffix(".lock")[:20] for name in seen} == {".repository.partial-"}
+    assert len(seen) == 2
+
+
 @pytest.mark.parametrize("embed", [False, True])
 def test_epcontext_holds_the_engine(compiled: Path, tmp_path: Path, embed: bool) -> None:
     files = published(compiled, "epcontext", tmp_path / "context", engine=RTX, embed_engine=embed)
