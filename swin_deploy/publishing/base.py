@@ -87,6 +87,11 @@ class Publication:
         found = {one.name: one for one in self.outputs if self.labels}
         return found.get("probabilities", found.get("logits"))
 
+    def refuse_channels(self, program: str) -> None:
+        """Raise UsageError for images that are neither gray nor RGB, which `program` does not have."""
+        if (channels := self.bundle.preprocessor.channels) not in (1, 3):
+            raise UsageError(f"{program} passes images with 1 or 3 channels, and this network expects {channels}.")
+
     def refuse_batch(self, program: str) -> None:
         """Raise UsageError for a graph of several images, of which `program` passes one."""
         if self.bundle.static_batch not in (None, 1):

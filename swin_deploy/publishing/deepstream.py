@@ -24,6 +24,7 @@ def write_deepstream(bundle: Bundle, spec: PublishSpec, folder: Path) -> None:
     chosen = publication(bundle, spec, engine=None)
     engine, output = chosen.engine, chosen.class_output()
     chosen.refuse_frames("DeepStream")
+    chosen.refuse_channels("DeepStream")
     if output is None:
         raise UsageError("The nvinfer configuration is for classifiers. Export for image classification.")
     if engine is not None and engine.backend != "tensorrt":

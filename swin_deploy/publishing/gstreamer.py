@@ -24,6 +24,7 @@ def write_gstreamer(bundle: Bundle, spec: PublishSpec, folder: Path) -> None:
     if output is None:
         raise UsageError("GStreamer decodes the tensors of classifiers only. Export for image classification.")
     chosen.refuse_batch("GStreamer")
+    chosen.refuse_channels("GStreamer")
     if output.name == "logits" and (activation := bundle.config.score_activation) != "softmax":
         way = "Use another program" if activation == "none" else f"Export with --embed-postprocess {activation}"
         raise UsageError(

@@ -306,6 +306,34 @@ def test_a_graph_of_several_images_with_its_best_classes(tmp_path: Path, caplog:
             swin_deploy.publish(bundle, target=target, output=tmp_path / "new", batch=batch)
 
 
+@pytest.mark.parametrize("target", ["triton", "openvino-model-server"])
+def test_the_answer_instead_of_logits(tmp_path: Path, target: str) -> None:
+    bundle = exported_bundle("--weights", str(one_block()), "--embed-postprocess", "softmax")
+    pixels = np.random.default_rng(1).standard_normal((2, 3, 32, 32)).astype(np.float32)
+    ir = target != "triton"
+    files = published(bundle, target, tmp_path / target, no_logits=True, ir=ir)
+    [path] = [path for path in files.values() if path.name in ("model.onnx", "model.xml")]
+    if ir:
+        openvino = pytest.importorskip("openvino")
+        outputs = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([pixels])
+        [(name, found)] = [(one.get_any_name(), array) for one, array in outputs.items()]
+        assert name == "probabilities"
+    else:
+        onnx.checker.check_model(str(path), full_check=True)
+        config = triton_config(path.parents[1] / "config.pbtxt")
+        assert [(one.name, one.label_filename) for one in config.output] == [("probabilities", "labels.txt")]
+        [found] = onnxruntime.InferenceSession(path).run(None, {"pixel_values": pixels})
+    [wanted] = onnxruntime.InferenceSession(bundle / "onnx/model.onnx").run(["probabilities"], {"pixel_values": pixels})
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("program", ["deepstream", "gstreamer"])
+def test_images_that_programs_do_not_have(tmp_path: Path, program: str) -> None:
+    bundle = exported_bundle("--weights", str(one_block(channels=4)))
+    with pytest.raises(UsageError, match=r"images with 1 or 3 channels, and this network expects 4\."):
+        swin_deploy.publish(bundle, target=program, output=tmp_path / "new")
+
+
 @pytest.mark.parametrize(
     ("problem", "way"), [("regression", "Use another"), ("multi_label_classification", "postprocess sigmoid")]
 )
