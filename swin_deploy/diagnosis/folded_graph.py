@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from swin_deploy.dependencies import onnxruntime_session, require
+from swin_deploy.errors import BackendError, sentence, shown
 from swin_deploy.options import Array
 
 if TYPE_CHECKING:
@@ -159,8 +160,13 @@ def run_with_outputs(model: onnx.ModelProto, feeds: Mapping[str, Array], names: 
     del copy.graph.output[:]
     copy.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in dict.fromkeys(names))
     off = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime_session(copy.SerializeToString(), graph_optimization_level=off, **options)
-    return dict(zip(dict.fromkeys(names), session.run(None, dict(feeds)), strict=True))
+    try:
+        session = onnxruntime_session(copy.SerializeToString(), graph_optimization_level=off, **options)
+        found = session.run(None, dict(feeds))
+    except Exception as error:
+        why = shown(sentence(str(error)))
+        raise BackendError(f"ONNX Runtime cannot run one of the graphs: {why}. Check it with onnx.checker.") from error
+    return dict(zip(dict.fromkeys(names), found, strict=True))
 
 
 class _TokenOrder:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from swin_deploy.dependencies import EXACT_QDQ, require
-from swin_deploy.errors import CheckpointError, UsageError, unknown
+from swin_deploy.errors import CheckpointError, UsageError, shown, unknown
 from swin_deploy.files import scratch_folder
 from swin_deploy.options import BACKEND_NAMES, COMPILERS, PRECISIONS, Array
 
@@ -178,6 +178,13 @@ def _from_onnx(text: str, path: Path, backend: str) -> Side:
         raise UsageError(f"{path} is not an ONNX graph ({type(error).__name__}). Expected an .onnx file.") from error
     if not model.graph.node or not model.graph.input:
         raise UsageError(f"{path} is not an ONNX graph: it has no nodes. Expected an .onnx file.")
+    sparse = [tensor.values for tensor in model.graph.sparse_initializer]
+    known = {value.name for value in (*model.graph.input, *model.graph.initializer, *sparse)} | {""}
+    for node in model.graph.node:
+        if lacking := set(node.input) - known:
+            reads = f"the node {shown(node.name)} reads {shown(min(lacking))}, which no node before it writes"
+            raise UsageError(f"{path} is damaged: {reads}. Export it again.")
+        known |= set(node.output)
     types = onnx.TensorProto
     kinds = {tensor.data_type for tensor in model.graph.initializer}
     quantized = {node.op_type for node in model.graph.node} & {"QuantizeLinear", "DequantizeLinear"}

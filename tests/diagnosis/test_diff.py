@@ -170,6 +170,13 @@ def test_command(tmp_path: Path) -> None:
     assert found.point.part == "norm2"
     assert "epsilon" in found.cause
     assert cli_here("diff", str(first), str(tmp_path / "none.onnx"), cwd=tmp_path).returncode == 2
+    next(node for node in model.graph.node if node.op_type == "Gelu").op_type = "Nonsense"
+    onnx.save(model, str(tmp_path / "operator.onnx"))
+    del model.graph.node[20]
+    onnx.save(model, str(tmp_path / "node.onnx"))
+    for name, said in (("operator", "cannot run one of the graphs"), ("node", "which no node before it writes")):
+        done = cli_here("diff", str(first), str(tmp_path / f"{name}.onnx"), cwd=tmp_path)
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
     assert np.isfinite(values).all()
 
 
