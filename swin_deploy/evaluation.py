@@ -128,7 +128,8 @@ class GraphScorer:
         self, outputs: Mapping[str, Array], rows: Sequence[int], targets: Targets, reference: Mapping[str, Array] | None
     ) -> None:
         """Add the outputs of the samples `rows`, by name. `reference` is None for the reference itself."""
-        flat = {name: array.reshape(len(array), -1).astype(np.float64) for name, array in outputs.items()}
+        # Attention weights have a row for each window of a sample.
+        flat = {name: array.reshape(len(rows), -1).astype(np.float64) for name, array in outputs.items()}
         finite = np.logical_and.reduce([np.isfinite(array).all(axis=1) for array in flat.values()])
         self.samples += len(finite)
         self.not_finite += int((~finite).sum())

@@ -122,6 +122,8 @@ def test_attentions_of_a_static_batch(tmp_path: Path) -> None:
     with swin_deploy.load(bundle.path, backend="onnxruntime", precision="fp32") as model:
         np.testing.assert_allclose(model.run({"pixel_values": pixels})["attentions.0"], wanted, rtol=1e-4, atol=1e-6)
     assert all(verdict.verified for verdict in swin_deploy.verify(bundle.path, backend="onnxruntime"))
+    images = list(np.random.default_rng(4).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8))
+    assert swin_deploy.evaluate(bundle.path, images).score("fp16").outputs["attentions.0"]["sqnr_db"] > 40
 
 
 @pytest.mark.parametrize(
