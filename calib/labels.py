@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def _names_from_lines(lines: list[str], suffix: str) -> Any:
         lines.pop()
     if suffix not in (".csv", ".tsv"):
         return [line.strip() for line in lines]
-    rows = [row for row in csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",") if row]
+    rows = [row for row in csv.reader(_ended(lines), delimiter="\t" if suffix == ".tsv" else ",") if row]
     head = [cell.strip().casefold() for cell in rows[0]] if rows else []
     name = next((head.index(column) for column in NAMES if column in head), None)
     number = next((head.index(column) for column in NUMBERS if column in head), None)
@@ -100,7 +100,7 @@ def labels_from_file(path: Path, names: Sequence[str], prediction: str = "classe
         rows = [[str(file), *map(str, label if isinstance(label, list) else [label])] for file, label in listed.items()]
     else:
         try:
-            rows = [row for row in csv.reader(_lines(content, MOST_LINES)) if row]
+            rows = [row for row in csv.reader(_ended(_lines(content, MOST_LINES))) if row]
         except (ValueError, csv.Error) as error:
             raise InputError(f"{where} cannot be read: {sentence(shown(str(error)))}. Expected {EXPECTED}.") from error
         if rows and all(len(row) == 1 for row in rows):
@@ -136,6 +136,11 @@ def _lines(content: bytes, limit: int) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError("it is not UTF-8 text") from error
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def _ended(lines: list[str]) -> Iterator[str]:
+    """Return lines with their ends, which quoted text in CSV may contain."""
+    return (f"{line}\n" for line in lines)
 
 
 def targets_from_labels(labels: Sequence[Any], config: SwinConfig) -> tuple[Array, str]:

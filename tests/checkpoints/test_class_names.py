@@ -37,6 +37,7 @@ FROM_ONE = "the labels are numbered from 1; the first one is class 0"
         ("l.csv", 'id,name\n2,bee\n0,cat\n1,"dog, hound"\n', ANIMALS, None),
         ("l.csv", 'size,Label\n9,cat\n8,"dog, hound"\n7,bee\n', ANIMALS, None),
         ("l.csv", 'cat\n"dog, hound"\nbee\n', ANIMALS, None),
+        ("l.csv", 'name\ncat\n"dog,\r\nhound"\nbee\n', ANIMALS | {1: "dog,\nhound"}, None),
         ("l.tsv", "index\tclass_name\n0\tcat\n2\tbee\n", ANIMALS | {1: "LABEL_1"}, GAP),
     ],
 )
