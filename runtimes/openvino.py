@@ -37,6 +37,7 @@ from .user_cache import (
 _LOG = logging.getLogger(__name__)
 DEQUANTIZING = ("Convert", "Subtract", "Multiply")  # OpenVINO's DequantizeLinear
 ELEMENTWISE = ("Add", "Convert", "FakeQuantize", "Gelu", "Multiply", "Subtract")  # what may follow a linear layer
+LARGE_WINDOW = 256  # tokens, 16x16
 MOST_SIZES = 3  # batch sizes that a model compiles by itself; each holds the weights once more
 
 
@@ -295,7 +296,7 @@ def batches_for(count: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
 def transpose_keys_in_matmul(model: Any, bf16: bool) -> int:
     """Let the MatMuls of attention transpose the keys, which saves a pass over memory. Returns how many do.
 
-    In fp32, it gains nothing for scaled cosines (Swin V2).
+    In fp32, it gains nothing for scaled cosines (Swin V2) of small windows.
     """
     op, changed = require("openvino", "run models with the openvino back end").op, 0
     for matmul in model.get_ops():
@@ -306,7 +307,8 @@ def transpose_keys_in_matmul(model: Any, bf16: bool) -> int:
         if order is None or order.get_type_name() != "Constant" or list(order.get_vector()) != [0, 2, 3, 1]:
             continue
         scaled = any(reader.get_node().get_type_name() == "Multiply" for reader in readers)
-        if len(keys.output(0).get_target_inputs()) == 1 and (bf16 or not scaled):
+        large = matmul.get_output_partial_shape(0)[-1].get_max_length() >= LARGE_WINDOW
+        if len(keys.output(0).get_target_inputs()) == 1 and (bf16 or large or not scaled):
             keys.input(1).replace_source_output(op.Constant(np.array([0, 2, 1, 3])).output(0))
             matmul.set_attribute("transpose_b", True)
             changed += 1
