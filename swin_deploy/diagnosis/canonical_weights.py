@@ -34,12 +34,18 @@ ROUNDED = 0.1  # of an offset, by quantized weights
 class LinearMap:
     """A LayerNorm and a linear layer: `matrix` [outputs, channels] with rows of mean 0, and `offset` [outputs].
 
-    `rounded` is the L2 norm of the products that the offset is summed from, which quantized weights change.
+    `rounded` is the L2 norm of the products that the offset is summed from, which quantized weights change. `directions`
+    are those in which a bias of the norm can change the offset: the columns of `matrix` and the means that it lacks.
     """
 
     matrix: Array
     offset: Array
     rounded: float = 0.0
+    means: Array | None = None
+
+    @property
+    def directions(self) -> Array:
+        return self.matrix if self.means is None else np.hstack([self.matrix, self.means])
 
 
 class ParameterComparison:
@@ -203,7 +209,7 @@ class ParameterComparison:
             if same and not self.quantized and self._norm_is_wrong(norm):
                 yield Fault(Point(*at, "norm1"), tensor, self._cause_of_norm_bias(norm))
                 return
-            both = np.concatenate([mine["query"].matrix * scales[0], weight @ mine["value"].matrix])
+            both = np.concatenate([mine["query"].directions * scales[0], weight @ mine["value"].directions])
             if self._of_norm(both, np.concatenate([change, after - before])):
                 yield Fault(Point(*at, "norm1"), tensor, self._cause_of_norm_bias(norm))
                 return
@@ -347,7 +353,7 @@ class ParameterComparison:
             if self._norm_is_wrong(norm, point):
                 place, cause = norm, cause.replace("weight", "weight of the norm")
             elif self._norm_is_hidden(norm):
-                if "bias" in cause and self._of_norm(ours.matrix, theirs.offset - ours.offset):
+                if "bias" in cause and self._of_norm(ours.directions, theirs.offset - ours.offset):
                     place, cause = norm, self._cause_of_norm_bias(norm)
                 elif "weight" in cause and self._scales_channels(norm, point, ours, theirs):
                     place, cause = norm, cause.replace("weight", "weight of the norm")
@@ -359,7 +365,12 @@ class ParameterComparison:
         sides = (self.a, self.b)
         if self.version == 2:
             x, y = (self._head_scales(side, at) for side in sides)
-            if x is not None and y is not None and x.shape == y.shape and np.abs(x / y - 1).max() > max(self.factor, 2e-3):
+            if (
+                x is not None
+                and y is not None
+                and x.shape == y.shape
+                and np.abs(x / y - 1).max() > min(max(self.factor, 2e-3), 1e-2)
+            ):
                 node = self.b.structure.attentions[at].scales
                 yield Fault(Point(*at, "attention.scale"), node[0][0].output[0] if node else "", self._cause(x, y, "scale"))
         ours, theirs = (self._added(side, at) for side in sides)
@@ -423,7 +434,8 @@ class ParameterComparison:
         else:
             offset, rounded = bias, 0.0
             weight = weight / self._shrunk(side, layer)
-        return LinearMap(weight - weight.mean(1, keepdims=True), offset, rounded)
+        means = weight.mean(1, keepdims=True)
+        return LinearMap(weight - means, offset, rounded, means)
 
     def _late_bias(self, side: Side, point: Point, count: int) -> Array:
         """Return the bias that is added to queries or keys after the split into heads."""
