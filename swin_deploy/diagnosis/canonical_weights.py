@@ -357,6 +357,10 @@ class ParameterComparison:
                     place, cause = norm, self._cause_of_norm_bias(norm)
                 elif "weight" in cause and self._scales_channels(norm, point, ours, theirs):
                     place, cause = norm, cause.replace("weight", "weight of the norm")
+            elif "bias" in cause and theirs.offset.any() and self._norm_is_folded(norm):
+                change = theirs.offset - ours.offset
+                if not self._alike(change, ours.offset) and self._of_norm(ours.directions, change):
+                    place, cause = norm, self._cause_of_norm_bias(norm)
         if place is not None:
             yield Fault(place, layer.output, cause)
 
@@ -480,6 +484,11 @@ class ParameterComparison:
             y = theirs.weight.astype(np.float64)
             ratios.append(x / np.where(np.abs(y) < 1e-12, 1e-12, y))
         return np.median(ratios, axis=0) if ratios else None
+
+    def _norm_is_folded(self, norm: Point) -> bool:
+        """Whether the layer after the norm contains its bias in `b`, and not in `a`."""
+        ours, theirs = (one is None or one.bias is None or not one.bias.any() for one in self._norms(norm))
+        return theirs and not ours
 
     def _norm_is_hidden(self, norm: Point) -> bool:
         """Whether the weights after the norm contain those of the norm in `a`, and not in `b`, whose fault is named."""
@@ -695,7 +704,8 @@ class ParameterComparison:
         if not x.any():
             return f"Wrong {what}: the other graph has none."
         factor = float((x * y).sum() / max(float((x * x).sum()), 1e-300))
-        if np.linalg.norm(y - factor * x) <= max(2 * self.tight, 0.02) * np.linalg.norm(y) and abs(factor - 1) > 1e-5:
+        close = min(max(2 * self.tight, 0.02), ROUNDED if what == "bias" else 1.0)
+        if np.linalg.norm(y - factor * x) <= close * np.linalg.norm(y) and abs(factor - 1) > 1e-5:
             word = "Wrong scale: it" if what == "scale" else f"Scaled: the {what}"
             return f"{word} is {factor:.4g} times that of the other graph."
         relative = np.linalg.norm(x - y) / max(float(np.linalg.norm(x)), 1e-30)
