@@ -229,12 +229,21 @@ def give_images(sides: tuple[Side, Side], data: Any, samples: int | None) -> Non
     shapes = [side.shape() for side in sides]
     if any(len(shape) != 4 for shape in shapes):
         raise UsageError("One of the graphs does not take images. Expected an input [batch, channels, height, width].")
+    kinds = [side.input.type.tensor_type.elem_type for side in sides]
+    uint8 = require("onnx", "compare graphs").TensorProto.UINT8
+    if kinds.count(uint8) == 1:
+        frames = sides[kinds.index(uint8)]
+        raise UsageError(
+            f"{frames.name} has its preprocessing inside, and the other graph has not. Compare two of the same kind."
+        )
     if shapes[0][1:] != shapes[1][1:] and all(all(shape[1:]) for shape in shapes):
         a, b = ("x".join(map(str, shape[1:])) for shape in shapes)
         raise UsageError(f"The graphs take images of different sizes, {a} and {b}. Compare graphs for one image size.")
     fixed = [shape[0] for shape in shapes if shape[0]]
     count = fixed[0] if fixed else samples or LIMIT
     pixels = _pixels(sides, data, count, max(shapes, key=lambda shape: sum(map(bool, shape))))
+    if fixed:
+        pixels = np.resize(pixels, (count, *pixels.shape[1:]))
     for side in sides:
         constants = {tensor.name for tensor in side.model.graph.initializer}
         for value in side.model.graph.input:
