@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -298,15 +298,19 @@ def compared(a: Side, b: Side) -> Difference:
             points.append(point_error(point, ours, theirs))
     if b.precision in ("int8", "fp8") and edited is None:
         where = node_points(b)
-        faults += [Fault(where[name], name, cause) for name, cause in wrong_quantizers(second.raw, b.graph)]
+        scores = {name for name, point in where.items() if point.part == "attention.scale"}
+        faults += [Fault(where[name], name, cause) for name, cause in wrong_quantizers(second.raw, b.graph, scores)]
     if not faults:
         faults += grown(points, a, b)
     faults.sort(key=lambda fault: (order.get(fault.point, len(order)), not fault.cause.startswith("Overflow")))
     return Difference(a.name, b.name, faults[0] if faults else None, tuple(points), tuple(faults[1:]))
 
 
-def wrong_quantizers(raw: Mapping[str, Array], graph: FoldedGraph) -> Iterator[tuple[str, str]]:
-    """Yield quantizers, by their output, whose scales do not fit each other or the values, and why."""
+def wrong_quantizers(raw: Mapping[str, Array], graph: FoldedGraph, scores: Container[str] = ()) -> Iterator[tuple[str, str]]:
+    """Yield quantizers, by their output, whose scales do not fit each other or the values, and why.
+
+    The ranges of `scores` depend more on the image than those of others.
+    """
     gaps: dict[str, tuple[float, float, float]] = {}
     for one in quantizers(graph):
         if abs(one.scale / one.back - 1) > 2e-3:
@@ -332,7 +336,7 @@ def wrong_quantizers(raw: Mapping[str, Array], graph: FoldedGraph) -> Iterator[t
     usual = float(np.median([gap for gap, *_ in gaps.values()])) if gaps else 0.0
     for name, (gap, best, outside) in gaps.items():
         # Images other than those of the calibration may exceed the range.
-        if gap > (16 if best > 1 else 10) + usual and not (best == 2 and outside < 0.02):
+        if gap > (16 if best > 1 or name in scores else 10) + usual and not (best == 2 and outside < 0.02):
             yield name, f"Wrong scale: values would lose {gap:.0f} dB less if the scale were {best:.3g} times as large."
 
 
