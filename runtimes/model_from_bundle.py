@@ -92,7 +92,7 @@ def _is_stored(bundle: Bundle, parts: Sequence[str]) -> bool:
 
 def _import_during(checks: Sequence[Callable[[], object]], library: str) -> None:
     """Import a library while `checks` compute sha256 in other threads. Each sha256 is computed once, and then known."""
-    threads = [threading.Thread(target=_tried, args=(check,), daemon=True) for check in checks]
+    threads = [threading.Thread(target=_tried, args=(check,), name="swin-deploy: sha256", daemon=True) for check in checks]
     for thread in threads:
         thread.start()
     require(library, "run models")

@@ -28,6 +28,7 @@ WEIGHT = {"fp32": 1e-4, "fp16": 4e-3, "bf16": 2e-2, "int8": 0.3, "fp8": 0.3}
 FACTOR = {"fp32": 2e-5, "fp16": 2e-3, "bf16": 1e-2, "int8": 0.07, "fp8": 0.07}
 EIGHT_BITS = ("int8", "fp8")
 ROUNDED = 0.1  # of an offset, by quantized weights
+OTHER_IMAGES = 0.75  # of the correction of a bias, which quantization measured on other images
 
 
 @dataclass(frozen=True)
@@ -689,7 +690,11 @@ class ParameterComparison:
             size = max(size, 0.3 * float(np.linalg.norm(matrix)), rounded)
             if np.linalg.norm(x - y) <= ROUNDED * size:
                 return False
-            return correction is None or bool(np.linalg.norm(x - y + correction()) > ROUNDED * size)
+            if correction is None:
+                return True
+            expected = correction()
+            limit = max(ROUNDED * size, OTHER_IMAGES * float(np.linalg.norm(expected)))
+            return bool(np.linalg.norm(x - y + expected) > limit)
         if matrix is not None:
             size = max(size, float(np.linalg.norm(matrix)) * (1.0 if self.typed else 0.02))
         return bool(np.linalg.norm(x - y) > max(self.tight, 1e-4) * max(size, 1e-6))

@@ -109,6 +109,13 @@ class Camera(Iterator[int]):
         return self.left
 
 
+def end_threads() -> None:
+    """Wait for the threads of what was interrupted."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("swin-deploy"):
+            thread.join()
+
+
 def test_a_stream_at_every_point() -> None:
     """Its threads end, which frees the camera."""
     runtime, made = Doubler(), []
@@ -128,9 +135,7 @@ def test_a_stream_at_every_point() -> None:
             if made:
                 freed.get()
             made.clear()
-            for thread in threading.enumerate():
-                if thread.name.startswith("swin-deploy "):
-                    thread.join()
+            end_threads()
             assert np.array_equal(runtime.run(FEED)["y"], 2 * FEED["x"])
             if not reached:
                 break
@@ -147,12 +152,13 @@ def test_loading_at_many_points(backend: str, step: int) -> None:
         with swin_deploy.load(digits(2), backend=backend, precision="fp32", threads=1, device="cpu") as model:
             return np.asarray(model.run(feeds)["logits"])
 
-    right, threads = load(), threading.active_count()
+    right, before = load(), set(threading.enumerate())
     with interrupts() as interrupt:
         for point in itertools.count(1, step):
             reached = interrupt(load, point)
             assert np.array_equal(load(), right)
-            assert threading.active_count() == threads
+            end_threads()
+            assert set(threading.enumerate()) <= before
             if not reached:
                 break
     assert point > 3 * step
