@@ -8,10 +8,11 @@
 Select with --networks, --batches, --types, --candidates. What is in FOLDER is not made again. A network, batch size and type
 in benchmarks/results is not measured again, so an interrupted run continues. --again makes and measures what is selected.
 
-Every candidate runs in a process of its own. Rounds are interleaved. Each ratio compares a candidate with the fp32 export of
-transformers in ONNX Runtime, for the same batch, in the same round. A candidate's distance is the relative L2 distance of its
-logits from PyTorch in fp64. It is comparable with ours if it is at most 1.5 times ours, or under 1e-5. The limit is the time of
-the linear layers and attention products alone. Weights are random.
+Every candidate runs in a process of its own. Rounds are interleaved, and after some rounds all processes are started anew,
+because a process can be 10 % faster or slower than another one with the same program. Each ratio compares a candidate with the
+fp32 export of transformers in ONNX Runtime, for the same batch, in the same round. A candidate's distance is the relative L2
+distance of its logits from PyTorch in fp64. It is comparable with ours if it is at most 1.5 times ours, or under 1e-5. The
+limit is the time of the linear layers and attention products alone. Weights are random.
 
 NNCF, torchao and timm are installed into environments of their own in FOLDER. Needs the extras "export", "onnxruntime",
 "openvino", "bench" and "test".
@@ -85,6 +86,10 @@ class Row:
         """The lower quartile, median and upper quartile of the ratio to the reference in the same round."""
         low, middle, high = np.quantile(np.array(self.ms) / np.array(self.reference_ms), (0.25, 0.5, 0.75))
         return float(low), float(middle), float(high)
+
+    def joined(self, later: Row) -> Row:
+        """Return this row with the rounds of another process."""
+        return Row(self.ms + later.ms, self.reference_ms + later.reference_ms, later.distance, later.failed)
 
 
 Rows = Mapping[str, Row]
@@ -440,7 +445,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--types", default=",".join(TYPES), help="fp32, bf16, int8")
     parser.add_argument("--candidates", default="", help="only candidates whose names start so (ours, eager, nncf); see --list")
     parser.add_argument("--list", action="store_true", help="list the names of the candidates")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds of each cell")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each process")
+    parser.add_argument("--processes", type=int, default=4, help="processes of each candidate, one after the other")
     parser.add_argument("--seconds", type=float, default=0.3, help="time of each candidate in a round; at least one call")
     parser.add_argument("--minutes", type=float, default=1e6, help="start no cell, and make nothing, after this time")
     parser.add_argument("--again", action="store_true", help="make and measure the selected candidates again")
@@ -490,7 +496,10 @@ def follow(given: argparse.Namespace) -> None:
             print(f"{cell}: not measured, no time is left", file=sys.stderr)
             continue
         begun = time.monotonic()
-        rows = race(cell, ready, workshop, given.seconds, given.rounds, end + 60)
+        rows: dict[str, Row] = {}
+        for _ in range(given.processes):
+            for name, row in race(cell, ready, workshop, given.seconds, given.rounds, end + 60).items():
+                rows[name] = rows[name].joined(row) if name in rows else row
         keep(cell, rows, results)
         print(f"{cell}: {len(rows)} candidates in {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
 

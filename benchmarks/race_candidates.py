@@ -313,16 +313,13 @@ def distance_of(run: Run, candidate: Candidate, folder: Path, pixels: Any, batch
 
 
 def open_bundle(candidate: Candidate, folder: Path, batch: int) -> Run:
-    """Load our bundle as a user does, for this batch size if `load` accepts one."""
+    """Load our bundle as a user does; OpenVINO compiles it for this batch size."""
     import swin_deploy
-    from swin_deploy.options import LoadSpec
 
     bundle = candidate.artefact.removesuffix("-int8")
     runtime = bundle.partition("-")[2]
-    options: dict[str, Any] = {"backend": runtime, "precision": candidate.precision}
-    if "batches" in LoadSpec.__dataclass_fields__:
-        options["batches"] = (batch,)
-    model = swin_deploy.load(folder / bundle, **options)
+    batches = (batch,) if runtime == "openvino" else ()
+    model = swin_deploy.load(folder / bundle, backend=runtime, precision=candidate.precision, batches=batches)
     return lambda pixels: model.run({"pixel_values": pixels})["logits"]
 
 
