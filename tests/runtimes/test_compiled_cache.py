@@ -124,9 +124,8 @@ def test_what_is_not_trusted_is_compiled_again(
     assert run(bundle, caplog, stored.name) == (0, wanted)
 
 
+@pytest.mark.parametrize("stored", ["onnxruntime"], indirect=True)  # OpenVINO stores them in the same file
 def test_damaged_weights(bundle: Path, caplog: pytest.LogCaptureFixture, stored: Path) -> None:
-    if stored.name != "onnxruntime":
-        pytest.skip("OpenVINO stores them in the same file")
     _, wanted = run(bundle, caplog, stored.name)
     [weights] = stored.glob("*-weights.cache")
     damaged(weights)
