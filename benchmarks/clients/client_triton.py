@@ -8,7 +8,7 @@ def scores(folder, images):
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2
 
-    [path] = (folder.parent / "triton").glob("*/config.pbtxt")
+    [path] = (folder / "triton").glob("*/config.pbtxt")
     config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
     graph = path.parent / "1" / (config.default_model_filename or "model.onnx")
     assert graph.read_bytes() == (folder / "onnx/model.onnx").read_bytes()

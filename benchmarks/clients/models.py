@@ -44,6 +44,7 @@ def made(name: str, folder: Path, images: int) -> None:
     bundle = swin_deploy.export(weights=source, output=folder / "ours")
     swin_deploy.export(weights=source, output=folder / "opset17", opset=17)
     swin_deploy.publish(bundle.path, target="triton", output=folder / "triton")
+    shutil.move(folder / "triton", folder / "ours/triton")  # a client gets one folder
     network, pixels = transformers_network(source), to_pixels(shown)
     # Its batch is fixed, so clients run one image at a time.
     (folder / "theirs/onnx/model.onnx").write_bytes(torchscript_export(network, (1, *pixels.shape[1:])))
