@@ -86,8 +86,10 @@ class OnnxRuntime(Runtime):
     def _store(self) -> None:
         if (file := stored_graph("onnxruntime", self._digest)) is None or _whole(file):  # another process was faster
             return
-        with contextlib.suppress(Exception):
+        try:
             store_cached(file, partial(self._optimize, file))
+        except Exception as error:  # noqa: BLE001 - ONNX Runtime has one class for each kind of error
+            _LOG.debug("The optimized graph of %s is not stored: %s", self._path, sentence(str(error)))
         super().keep()
 
     def _optimize(self, file: Path, folder: Path) -> None:
