@@ -171,16 +171,16 @@ def session(candidate: Candidate, folder: str, threads: int, pixels: np.ndarray[
         return lambda: loaded.run(["logits"], {"pixel_values": pixels})[0]
     import openvino
 
-    from swin_deploy.runtimes.openvino import convolve_linear_layers, transpose_keys_in_matmul
+    from swin_deploy.runtimes.openvino_rewrites import rewrite_for_kernels, transpose_keys_in_matmul
 
     core, precision = openvino.Core(), "bf16" if candidate.bf16 else "f32"
     model = core.read_model(path)
     if candidate.static:
         model.reshape(list(pixels.shape))
-    if candidate.graph != "transformers":
+    if candidate.graph != "transformers" and candidate.static:
+        rewrite_for_kernels(model, len(pixels), candidate.bf16, candidate.graph.startswith("int8"))
+    elif candidate.graph != "transformers":
         transpose_keys_in_matmul(model, candidate.bf16)
-        if candidate.static and (candidate.bf16 or candidate.graph.startswith("int8")):
-            convolve_linear_layers(model, len(pixels))
     config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
     request = core.compile_model(model, "CPU", config).create_infer_request()
     return lambda: np.array(request.infer({"pixel_values": pixels})["logits"])

@@ -25,6 +25,7 @@ from swin_deploy.files import json_from
 from swin_deploy.options import Array
 
 from .base import Feeds, Pool, Runtime, keep_forever
+from .openvino_rewrites import rewrite_for_kernels
 from .user_cache import (
     STORING,
     file_identity,
@@ -35,9 +36,6 @@ from .user_cache import (
 )
 
 _LOG = logging.getLogger(__name__)
-DEQUANTIZING = ("Convert", "Subtract", "Multiply")  # OpenVINO's DequantizeLinear
-ELEMENTWISE = ("Add", "Convert", "FakeQuantize", "Gelu", "Multiply", "Subtract")  # what may follow a linear layer
-LARGE_WINDOW = 256  # tokens, 16x16
 MOST_SIZES = 3  # batch sizes that a model compiles by itself; each holds the weights once more
 
 
@@ -157,15 +155,13 @@ class OpenVino(Runtime):
             return self._core.read_model(str(path))
 
     def _compiled(self, model: Any, size: int) -> Pool[Any]:
-        start = time.perf_counter()
+        start, model = time.perf_counter(), model.clone()  # other sizes are compiled from the same model
         if self._facts.any_batch:
             model.reshape({port: [size, *list(port.get_partial_shape())[1:]] for port in model.inputs})
             fixed = _specs(model.outputs)
             self._facts = replace(self._facts, outputs=tuple(map(partial(_of_free_batch, size), self._facts.outputs, fixed)))
         bf16 = self._facts.config["INFERENCE_PRECISION_HINT"] == "bf16"
-        transpose_keys_in_matmul(model, bf16)
-        if bf16 or self._facts.quantized:
-            convolve_linear_layers(model, size)
+        rewrite_for_kernels(model, size, bf16, self._facts.quantized)
         compiled = self._core.compile_model(model, "CPU", self._facts.config)
         _LOG.debug("Compiled %s for a batch of %d in %.1f s", self._path, size, time.perf_counter() - start)
         self._new.append((size, compiled))
@@ -291,97 +287,6 @@ def batches_for(count: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
         found.append(-best[count][1])
         count -= found[-1]
     return tuple(sorted(found, reverse=True))
-
-
-def transpose_keys_in_matmul(model: Any, bf16: bool) -> int:
-    """Let the MatMuls of attention transpose the keys, which saves a pass over memory. Returns how many do.
-
-    In fp32, it gains nothing for scaled cosines (Swin V2) of small windows.
-    """
-    op, changed = require("openvino", "run models with the openvino back end").op, 0
-    for matmul in model.get_ops():
-        if matmul.get_type_name() != "MatMul" or matmul.get_attributes()["transpose_b"]:
-            continue
-        keys, readers = matmul.input_value(1).get_node(), matmul.output(0).get_target_inputs()
-        order = keys.input_value(1).get_node() if keys.get_type_name() == "Transpose" else None
-        if order is None or order.get_type_name() != "Constant" or list(order.get_vector()) != [0, 2, 3, 1]:
-            continue
-        scaled = any(reader.get_node().get_type_name() == "Multiply" for reader in readers)
-        large = matmul.get_output_partial_shape(0)[-1].get_max_length() >= LARGE_WINDOW
-        if len(keys.output(0).get_target_inputs()) == 1 and (bf16 or large or not scaled):
-            keys.input(1).replace_source_output(op.Constant(np.array([0, 2, 1, 3])).output(0))
-            matmul.set_attribute("transpose_b", True)
-            changed += 1
-    model.validate_nodes_and_infer_types()
-    return changed
-
-
-def convolve_linear_layers(model: Any, batch: int) -> int:
-    """Let convolutions compute the linear layers of tokens: in bf16 and INT8 it is 3 to 11 % faster. Returns how many do.
-
-    Bias, GELU and quantization become part of the convolution, which rounds its result once, as the linear layer does.
-    """
-    op, changed = require("openvino", "run models with the openvino back end").opset13, 0
-
-    def reshaped(value: Any, *shape: int) -> Any:
-        return op.reshape(value, np.array(shape), False).output(0)
-
-    def kernel(weight: Any) -> Any:
-        """[outputs, inputs] -> [outputs, inputs, 1, 1]; of 8-bit weights, what dequantizes them has these axes, too."""
-        node = weight.get_node()
-        if node.get_type_name() not in DEQUANTIZING:
-            return reshaped(weight, *weight.get_shape(), 1, 1)
-        for link in node.inputs():
-            link.replace_source_output(kernel(link.get_source_output()))
-        node.validate_and_infer_types()
-        return weight
-
-    for matmul in model.get_ordered_ops():
-        if matmul.get_type_name() != "MatMul" or not matmul.get_attributes()["transpose_b"]:
-            continue
-        (rows, weight), last = matmul.input_values(), matmul
-        shapes = [value.get_partial_shape() for value in (rows, weight)]
-        if any(len(shape) != 2 or shape.is_dynamic for shape in shapes) or shapes[0][0].get_length() == batch:
-            continue
-        if not _is_constant(weight):
-            continue
-        outputs, inputs = weight.get_shape()
-        image = op.transpose(reshaped(rows, 1, -1, 1, inputs), np.array([0, 3, 1, 2]))
-        made = op.convolution(image, kernel(weight), [1, 1], [0, 0], [0, 0], [1, 1]).output(0)
-        while (after := _elementwise_reader(last, outputs)) is not None:
-            after.input(0).replace_source_output(made)
-            for link in after.inputs()[1:]:
-                if link.get_shape() == [outputs]:
-                    link.replace_source_output(reshaped(link.get_source_output(), 1, outputs, 1, 1))
-            after.validate_and_infer_types()
-            made, last = after.output(0), after
-        readers = list(last.output(0).get_target_inputs())
-        made = reshaped(op.transpose(made, np.array([0, 2, 3, 1])), -1, outputs)
-        made.set_names(last.output(0).get_names())
-        for reader in readers:
-            reader.replace_source_output(made)
-        changed += 1
-    model.validate_nodes_and_infer_types()
-    return changed
-
-
-def _is_constant(value: Any) -> bool:
-    """Return whether a value is a constant, or one that only one node dequantizes."""
-    node = value.get_node()
-    if node.get_type_name() in DEQUANTIZING and len(value.get_target_inputs()) == 1:
-        return all(map(_is_constant, node.input_values()))
-    return node.get_type_name() == "Constant" or (node.get_type_name() == "Reshape" and _is_constant(node.input_value(0)))
-
-
-def _elementwise_reader(node: Any, channels: int) -> Any:
-    """Return the only node that reads `node`, if it works on each value and its other inputs are channels; otherwise None."""
-    readers = list(node.output(0).get_target_inputs())
-    if len(readers) != 1 or readers[0].get_index() or readers[0].get_node().get_type_name() not in ELEMENTWISE:
-        return None
-    after = readers[0].get_node()
-    shapes = [link.get_partial_shape() for link in after.inputs()[1:]]
-    of_channels = all(shape.is_static and list(shape.to_shape()) in ([], [1], [channels]) for shape in shapes)
-    return after if of_channels else None
 
 
 def _is_tiny_attention(node: Any) -> bool:

@@ -15,12 +15,7 @@ import pytest
 onnx = pytest.importorskip("onnx", reason="writes the graphs")
 pytest.importorskip("openvino", reason="runs them")
 
-from swin_deploy.runtimes.openvino import (  # noqa: E402 - after the checks
-    OpenVino,
-    convolve_linear_layers,
-    openvino_core,
-    transpose_keys_in_matmul,
-)
+from swin_deploy.runtimes.openvino import OpenVino  # noqa: E402 - after the checks
 
 CODE = """
 import signal, sys, threading
@@ -116,78 +111,6 @@ def test_windows_of_2x2_tokens_are_compiled_without_snippets(tokens: int, snippe
     onnx.save(model, tmp_path / "m.onnx")
     with OpenVino(tmp_path / "m.onnx") as runtime:
         assert ("SNIPPETS_MODE" not in runtime._facts.config) is snippets
-
-
-@pytest.mark.parametrize(
-    ("scaled", "bf16", "tokens"), [(False, False, 5), (False, True, 5), (True, False, 5), (True, True, 5), (True, False, 256)]
-)
-def test_matmuls_transpose_keys(scaled: bool, bf16: bool, tokens: int, tmp_path: Path) -> None:
-    text = f"""<ir_version: 9, opset_import: ["" : 19]>
-        attention (float[2, {tokens}, 3, 8] query, float[2, {tokens}, 3, 8] key) => (float[2, 3, n, n] y)
-        <float scale = {{4.0}}> {{
-        q = Transpose<perm = [0, 2, 1, 3]>(query)
-        k = Transpose<perm = [0, 2, 3, 1]>(key)
-        product = MatMul(q, k)
-        cosine = {"Mul(product, scale)" if scaled else "Identity(product)"}
-        y = Softmax(cosine)
-    }}"""
-    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
-    core = openvino_core()
-    plain, model = (core.read_model(str(tmp_path / "m.onnx")) for _ in range(2))
-    assert transpose_keys_in_matmul(model, bf16) == (bf16 or not scaled or tokens == 256)
-    assert transpose_keys_in_matmul(model, bf16) == 0
-    feed = np.random.default_rng(0).standard_normal((2, 2, tokens, 3, 8), dtype=np.float32)
-    found, wanted = (
-        core.compile_model(one, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(list(feed))[0] for one in (model, plain)
-    )
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
-
-
-def test_convolutions_compute_linear_layers() -> None:
-    """All layers of tokens, with bias, GELU, both or neither, and in 8 bits, but not the classifier; also for a later batch."""
-    text = """<ir_version: 9, opset_import: ["" : 20]>
-        network (float[batch, 7, 8] x) => (float[n, 8] plain, float[n, 5] last, float[n, 8] eight, float[batch, 3] logits)
-        <int64[2] rows = {-1, 8}, int64[1] axis = {1}, float scale = {0.05}, uint8 zero = {128}> {
-        tokens = Reshape(x, rows)
-        wide = Gemm<transB = 1>(tokens, w, b)
-        hidden = Gelu(wide)
-        plain = Gemm<transB = 1>(hidden, v)
-        active = Gelu<approximate = "tanh">(plain)
-        last = Gemm<transB = 1, alpha = 2.0>(active, w, b)
-        seen = QuantizeLinear(tokens, scale, zero)
-        input = DequantizeLinear(seen, scale, zero)
-        of_first = DequantizeLinear<axis = 0>(w8, scales, zeros)
-        first = Gemm<transB = 1>(input, of_first, b)
-        bent = Gelu(first)
-        between = QuantizeLinear(bent, scale, zero)
-        output = DequantizeLinear(between, scale, zero)
-        of_second = DequantizeLinear<axis = 0>(v8, more_scales, more_zeros)
-        eight = Gemm<transB = 1>(output, of_second)
-        best = ReduceMax<keepdims = 0>(x, axis)
-        logits = Gemm<transB = 1>(best, c)
-    }"""
-    model, rng, core = onnx.parser.parse_model(text), np.random.default_rng(0), openvino_core()
-    arrays = {name: rng.standard_normal(shape) for name, shape in {"w": (5, 8), "b": (5,), "v": (8, 5), "c": (3, 8)}.items()}
-    arrays |= {"scales": np.full(5, 0.02), "more_scales": np.full(8, 0.02)}
-    constants = {name: array.astype(np.float32) for name, array in arrays.items()}
-    constants |= {"w8": (arrays["w"] * 40).astype(np.int8), "v8": (arrays["v"] * 40).astype(np.int8)}
-    constants |= {"zeros": np.zeros(5, np.int8), "more_zeros": np.zeros(8, np.int8)}
-    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in constants.items())
-    before, after = (core.read_model(model.SerializeToString()) for _ in range(2))
-    for batch in (2, 3):
-        for one in (before, after):
-            one.reshape([batch, 7, 8])
-        assert convolve_linear_layers(after, batch) == (5 if batch == 2 else 0)
-        x, config = rng.standard_normal((batch, 7, 8), dtype=np.float32), {"INFERENCE_PRECISION_HINT": "f32"}
-        wanted, found = (core.compile_model(one, "CPU", config)([x]) for one in (before, after))
-        for name, limit in (
-            ("plain", 1e-5),
-            ("last", 1e-5),
-            ("logits", 1e-5),
-            ("eight", 0.2),
-        ):  # 8 bits may be rounded otherwise
-            np.testing.assert_allclose(found[name], wanted[name], atol=limit)
-        assert np.abs(wanted["eight"]).max() > 1
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not say which processors a thread may use")
