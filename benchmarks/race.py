@@ -14,6 +14,9 @@ fp32 export of transformers in ONNX Runtime, for the same batch, in the same rou
 distance of its logits from PyTorch in fp64. It is comparable with ours if it is at most 1.5 times ours, or under 1e-5. The
 limit is the time of the linear layers and attention products alone. Weights are random.
 
+ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI simulates a processor without AMX and bf16, for OpenVINO and PyTorch. Its results have a
+folder of their own.
+
 NNCF, torchao and timm are installed into environments of their own in FOLDER. Needs the extras "export", "onnxruntime",
 "openvino", "bench" and "test".
 """
@@ -23,6 +26,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -49,6 +53,7 @@ from race_candidates import (
 )  # fmt: skip
 
 RESULTS = ROOT / "benchmarks/results"
+RESTRICTED = os.environ.get("ONEDNN_MAX_CPU_ISA", "")  # OpenVINO and PyTorch obey it, ONNX Runtime does not
 BATCHES = (1, 8, 4, 32)  # in the order of their importance
 EXACT, COMPARABLE = 1e-5, 1.5  # see the text above
 LEAD = 0.97  # of the ratio of the best comparable alternative
@@ -284,9 +289,8 @@ def keep(cell: Cell, rows: Rows, folder: Path) -> None:
 
     file = cell.file(folder)
     every = {**read_rows(file), **rows}
-    machine = this_machine()
     facts = {
-        "machine": str(machine),
+        "machine": f"{this_machine()}, restricted to {RESTRICTED}" if RESTRICTED else str(this_machine()),
         "versions": {name: version(name) for name in PACKAGES} | {"swin-deploy": version("swin-deploy")},
         "date": time.strftime("%Y-%m-%d"),
         "rows": {name: rounded(vars(every[name])) for name in CANDIDATES if name in every},
@@ -308,7 +312,7 @@ def processor_folder() -> Path:
 
     machine = this_machine()
     kinds = [feature for feature in machine.features if feature.startswith(("AVX-512 VNNI", "AVX-512 bf16", "AMX", "i8mm"))]
-    text = " ".join([re.sub(r"\(.*?\)|@.*", "", machine.processor), *kinds, f"{machine.usable_cores} cores"])
+    text = " ".join([re.sub(r"\(.*?\)|@.*", "", machine.processor), *kinds, f"{machine.usable_cores} cores", RESTRICTED])
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 

@@ -302,7 +302,7 @@ def _move(value: Any, readers: Collection[Any], to: Any) -> None:
 
 def _is_layer(node: Any) -> bool:
     """Return whether a node is the MatMul of a linear layer."""
-    return node.get_type_name() == "MatMul" and node.get_attributes()["transpose_b"]
+    return bool(node.get_type_name() == "MatMul" and node.get_attributes()["transpose_b"])
 
 
 def _is_constant(value: Any) -> bool:
