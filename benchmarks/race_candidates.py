@@ -336,7 +336,10 @@ def open_onnxruntime(candidate: Candidate, folder: Path, batch: int) -> Run:
 
 
 def open_openvino(candidate: Candidate, folder: Path, batch: int) -> Run:
-    """Open a file with OpenVINO; INT8 with bf16 between quantized layers where the processor has it, its default."""
+    """Open a file with OpenVINO; INT8 with bf16 between quantized layers where the processor has it, its default.
+
+    If ONEDNN_MAX_CPU_ISA simulates a processor that has none, OpenVINO must be told so.
+    """
     import openvino
 
     core = openvino.Core()
@@ -344,7 +347,7 @@ def open_openvino(candidate: Candidate, folder: Path, batch: int) -> Run:
     if not candidate.free:
         model.reshape([batch, *list(model.input(0).get_partial_shape())[1:]])
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-    if candidate.precision != "int8":
+    if candidate.precision != "int8" or not bf16_is_fast():
         config["INFERENCE_PRECISION_HINT"] = "bf16" if candidate.precision == "bf16" else "f32"
     request = core.compile_model(model, "CPU", config).create_infer_request()
 
@@ -449,9 +452,16 @@ def linear_kernels(precision: str, rows: int, inputs: int, outputs: int) -> Iter
         )
         scales, zeros = torch.full((outputs,), 0.01), torch.zeros(outputs, dtype=torch.int64)
         bias = torch.zeros(outputs)
+        image, filters = as_image(x), as_image(torch.randint(-127, 127, (outputs, inputs), dtype=torch.int8), filters=True)
+        once = ([1, 1], [0, 0], [1, 1], 1)  # stride, padding, dilation and groups of a convolution with 1x1 kernels
+        filters = torch.ops.onednn.qconv_prepack(filters, scales, 0.02, 128, *once, list(image.shape))
         for kind in (None, torch.bfloat16 if bf16_is_fast() else torch.float32):
-            yield lambda kind=kind: torch.ops.onednn.qlinear_pointwise(
-                x, 0.02, 128, weight, scales, zeros, bias, 1.0 if kind else 0.05, 0 if kind else 128, kind, "none", [], ""
+            of_result = (1.0 if kind else 0.05, 0 if kind else 128, kind, "none", [], "")
+            yield lambda of_result=of_result: torch.ops.onednn.qlinear_pointwise(
+                x, 0.02, 128, weight, scales, zeros, bias, *of_result
+            )
+            yield lambda of_result=of_result: torch.ops.onednn.qconv_pointwise(
+                image, 0.02, 128, filters, scales, zeros, bias, *once, *of_result
             )
         return
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -459,8 +469,19 @@ def linear_kernels(precision: str, rows: int, inputs: int, outputs: int) -> Iter
     weight, bias = torch.randn(outputs, inputs, dtype=kind), torch.zeros(outputs, dtype=kind)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     yield lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    image, once = as_image(x), ([0, 0], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
+    filters = torch.ops.mkldnn._reorder_convolution_weight(as_image(weight, filters=True), *once, list(image.shape))
+    yield lambda: torch.ops.mkldnn._convolution_pointwise(image, filters, bias, *once, "none", [], "")
     if precision == "fp32":
         yield lambda: torch.nn.functional.linear(x, weight, bias)
+
+
+def as_image(matrix: Any, filters: bool = False) -> Any:
+    """Return [1, columns, rows, 1] with the columns last in memory; as filters, [rows, columns, 1, 1]."""
+    import torch
+
+    image = matrix[:, :, None, None] if filters else matrix.t()[None, :, :, None]
+    return image.contiguous(memory_format=torch.channels_last)
 
 
 def attention_kernels(precision: str, matrices: int, tokens: int, width: int) -> Iterator[Callable[[], Any]]:
@@ -478,9 +499,9 @@ def attention_kernels(precision: str, matrices: int, tokens: int, width: int) ->
 
 def bf16_is_fast() -> bool:
     """Whether the processor multiplies bf16 in AMX or AVX-512."""
-    from swin_deploy.machine import processor_features
+    from swin_deploy.runtimes.openvino_rewrites import usable_features
 
-    return any("bf16" in feature for feature in processor_features())
+    return any("bf16" in feature for feature in usable_features())
 
 
 def fastest(call: Callable[[], Any]) -> float:

@@ -25,7 +25,7 @@ from swin_deploy.files import json_from
 from swin_deploy.options import Array
 
 from .base import Feeds, Pool, Runtime, keep_forever
-from .openvino_rewrites import rewrite_for_kernels
+from .openvino_rewrites import rewrite_for_kernels, usable_features
 from .user_cache import (
     STORING,
     file_identity,
@@ -72,6 +72,8 @@ class OpenVino(Runtime):
         self._new: list[tuple[int, Any]] = []  # compiled graphs that are not stored yet
         self._keeping = False
         self._able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if os.environ.get("ONEDNN_MAX_CPU_ISA"):
+            self._able = self._able and any("bf16" in feature for feature in usable_features())
         if bf16 and not self._able:
             raise UsageError("This processor does not compute in bf16 (it has neither AVX512_BF16 nor AMX). Use fp32.")
         self._key = (digest, threads, bf16) if digest else ()

@@ -5,6 +5,7 @@ docs/design/cpu-graphs.md has what each rewrite gains.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
@@ -20,13 +21,22 @@ LARGE_WINDOW = 256  # tokens, 16x16
 MANY_ROWS = 100  # tokens of a linear layer that a convolution computes faster in fp32
 LANES = 16  # values that the kernel of attention computes at once
 FAR_BELOW = -3e38  # a score whose exponential is zero
+BELOW_AVX512 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2")  # values of ONEDNN_MAX_CPU_ISA
+BELOW_BF16 = ("AVX512_CORE", "AVX512_CORE_VNNI")
+
+
+def usable_features() -> tuple[str, ...]:
+    """Return the features of the processor that ONEDNN_MAX_CPU_ISA leaves to OpenVINO, which still reports all of them."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    refused = ("AVX-512", "AMX") if limit in BELOW_AVX512 else ("AVX-512 bf16", "AMX") if limit in BELOW_BF16 else ()
+    return tuple(feature for feature in processor_features() if not feature.startswith(refused))
 
 
 def rewrite_for_kernels(model: Any, batch: int, bf16: bool, quantized: bool) -> None:
     """Rewrite a model of fixed shapes for the fastest kernels that OpenVINO has for these types on this processor."""
     if model.is_dynamic():
         return
-    least_rows = 1 if bf16 or quantized else MANY_ROWS if "AVX-512" in processor_features() else None
+    least_rows = 1 if bf16 or quantized else MANY_ROWS if "AVX-512" in usable_features() else None
     rewrites: list[Callable[[Any], int]] = [
         flatten_channels_last,
         *([] if quantized else [fold_norms]),

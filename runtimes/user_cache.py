@@ -36,7 +36,7 @@ def stored_graph(library: str, *key: object) -> Path | None:
     if (folder := cache_folder(library)) is None:
         return None
     libraries = [__version__, *installed_versions((library, f"{library}-gpu")).values()]
-    machine = [processor_name(), *processor_features(), usable_cores()]
+    machine = [processor_name(), *processor_features(), usable_cores(), os.environ.get("ONEDNN_MAX_CPU_ISA", "")]
     text = json.dumps([*key, libraries, machine])
     return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.cache"
 

@@ -21,6 +21,7 @@ from swin_deploy.runtimes.openvino_rewrites import (  # noqa: E402
     pad_odd_windows,
     residuals_after_reshape,
     transpose_keys_in_matmul,
+    usable_features,
 )
 
 
@@ -177,3 +178,20 @@ def test_convolutions_compute_linear_layers() -> None:
         ):  # 8 bits may be rounded otherwise
             np.testing.assert_allclose(found[name], wanted[name], atol=limit)
         assert np.abs(wanted["eight"]).max() > 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "wanted"),
+    [
+        ("", ("AVX2", "AVX-512", "AVX-512 VNNI", "AVX-512 bf16", "AMX bf16")),
+        ("avx512_core_vnni", ("AVX2", "AVX-512", "AVX-512 VNNI")),
+        ("AVX2", ("AVX2",)),
+        ("AVX512_CORE_AMX", ("AVX2", "AVX-512", "AVX-512 VNNI", "AVX-512 bf16", "AMX bf16")),
+    ],
+)
+def test_features_that_onednn_may_use(limit: str, wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO reports bf16 whatever ONEDNN_MAX_CPU_ISA is, and is ten times slower if it is told to use it."""
+    every = ("AVX2", "AVX-512", "AVX-512 VNNI", "AVX-512 bf16", "AMX bf16")
+    monkeypatch.setattr("swin_deploy.runtimes.openvino_rewrites.processor_features", lambda: every)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert usable_features() == wanted
