@@ -338,7 +338,7 @@ def open_onnxruntime(candidate: Candidate, folder: Path, batch: int) -> Run:
 def open_openvino(candidate: Candidate, folder: Path, batch: int) -> Run:
     """Open a file with OpenVINO; INT8 with bf16 between quantized layers where the processor has it, its default.
 
-    If ONEDNN_MAX_CPU_ISA simulates a processor that has none, OpenVINO must be told so.
+    OpenVINO chooses bf16 even if ONEDNN_MAX_CPU_ISA forbids it. Then fp32 is requested.
     """
     import openvino
 

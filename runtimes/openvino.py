@@ -25,7 +25,7 @@ from swin_deploy.files import json_from
 from swin_deploy.options import Array
 
 from .base import Feeds, Pool, Runtime, keep_forever
-from .openvino_rewrites import rewrite_for_kernels, usable_features
+from .openvino_rewrites import excluded_features, rewrite_for_kernels
 from .user_cache import (
     STORING,
     file_identity,
@@ -71,11 +71,12 @@ class OpenVino(Runtime):
         self._seen: set[int] = set()  # sizes that came once
         self._new: list[tuple[int, Any]] = []  # compiled graphs that are not stored yet
         self._keeping = False
-        self._able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if os.environ.get("ONEDNN_MAX_CPU_ISA"):
-            self._able = self._able and any("bf16" in feature for feature in usable_features())
-        if bf16 and not self._able:
+        reported = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        self._able = reported and not excluded_features()
+        if bf16 and not reported:
             raise UsageError("This processor does not compute in bf16 (it has neither AVX512_BF16 nor AMX). Use fp32.")
+        if bf16 and not self._able:
+            raise UsageError("ONEDNN_MAX_CPU_ISA forbids bf16, which would be slow then. Use fp32, or unset the variable.")
         self._key = (digest, threads, bf16) if digest else ()
         self._facts: Any = None  # _Facts, when the graph was read or found
         try:

@@ -19,17 +19,21 @@ DEQUANTIZING = ("Convert", "Subtract", "Multiply")  # OpenVINO's DequantizeLinea
 ELEMENTWISE = ("Add", "Convert", "FakeQuantize", "Gelu", "Multiply", "Subtract")  # what may follow a linear layer
 LARGE_WINDOW = 256  # tokens, 16x16
 MANY_ROWS = 100  # tokens of a linear layer that a convolution computes faster in fp32
-LANES = 16  # values that the kernel of attention computes at once
+VECTOR_LENGTH = 16  # fp32 values in a register of AVX-512
 FAR_BELOW = -3e38  # a score whose exponential is zero
 BELOW_AVX512 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2")  # values of ONEDNN_MAX_CPU_ISA
 BELOW_BF16 = ("AVX512_CORE", "AVX512_CORE_VNNI")
 
 
-def usable_features() -> tuple[str, ...]:
-    """Return the features of the processor that ONEDNN_MAX_CPU_ISA leaves to OpenVINO, which still reports all of them."""
+def excluded_features() -> tuple[str, ...]:
+    """Return how the names of features begin that ONEDNN_MAX_CPU_ISA forbids. OpenVINO reports bf16 even then."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    refused = ("AVX-512", "AMX") if limit in BELOW_AVX512 else ("AVX-512 bf16", "AMX") if limit in BELOW_BF16 else ()
-    return tuple(feature for feature in processor_features() if not feature.startswith(refused))
+    return ("AVX-512", "AMX") if limit in BELOW_AVX512 else ("AVX-512 bf16", "AMX") if limit in BELOW_BF16 else ()
+
+
+def usable_features() -> tuple[str, ...]:
+    """Return the features of the processor that OpenVINO may use."""
+    return tuple(feature for feature in processor_features() if not feature.startswith(excluded_features()))
 
 
 def rewrite_for_kernels(model: Any, batch: int, bf16: bool, quantized: bool) -> None:
@@ -80,7 +84,8 @@ def fold_norms(model: Any) -> int:
         readers = after[1].output(0).get_target_inputs()
         layers = [reader.get_node() for reader in readers]
         scale, shift = (_array(one.input_value(1)) for one in after)
-        if scale is None or shift is None or any(reader.get_index() for reader in readers):
+        channels = (norm.get_input_shape(0)[-1],)
+        if any(one is None or one.shape != channels for one in (scale, shift)) or any(reader.get_index() for reader in readers):
             continue
         if not all(_is_layer(layer) and _array(layer.input_value(1)) is not None for layer in layers):
             continue
@@ -130,7 +135,7 @@ def residuals_after_reshape(model: Any) -> int:
         if reshape.get_type_name() != "Reshape" or (reader := _only_reader(reshape.output(0))) is None:
             continue
         tokens = reshape.input_value(0)
-        shape = list(tokens.get_partial_shape().get_max_shape())
+        shape = list(reshape.get_input_shape(0))
         if reader.get_node().get_type_name() != "MVN" or list(reshape.get_output_shape(0)) != [1, *shape]:
             continue
         others = [link for link in tokens.get_target_inputs() if link.get_node() not in (reshape, *model.get_results())]
@@ -156,7 +161,7 @@ def transpose_keys_in_matmul(model: Any, bf16: bool) -> int:
             continue
         scaled = any(reader.get_node().get_type_name() == "Multiply" for reader in readers)
         large = matmul.get_output_partial_shape(0)[-1].get_max_length() >= LARGE_WINDOW
-        if len(keys.output(0).get_target_inputs()) == 1 and (bf16 or large or not scaled):
+        if _only_reader(keys.output(0)) is not None and (bf16 or large or not scaled):
             keys.input(1).replace_source_output(_operators().constant(np.array([0, 2, 1, 3])).output(0))
             matmul.set_attribute("transpose_b", True)
             changed += 1
@@ -180,7 +185,7 @@ def pad_odd_windows(model: Any) -> int:
             continue
         addends, sources = found
         tokens = softmax.get_output_shape(0)[-1]
-        size = -(-tokens // LANES) * LANES
+        size = -(-tokens // VECTOR_LENGTH) * VECTOR_LENGTH
         for link, axis in sources:
             link.replace_source_output(padded(link.get_source_output(), axis, size, 0))
         for number, link in enumerate(addends):
@@ -198,7 +203,7 @@ def _attention_of(softmax: Any) -> tuple[list[Any], list[tuple[Any, int]]] | Non
     if shape.is_dynamic or reader is None or reader.get_index() or softmax.get_attributes()["axis"] not in (-1, len(shape) - 1):
         return None
     tokens = shape[-1].get_length()
-    if tokens < LANES or tokens % 2 == 0:
+    if tokens < VECTOR_LENGTH or tokens % 2 == 0:
         return None
     addends, scores = [], softmax.input_value(0).get_node()
     while scores.get_type_name() in ("Add", "Multiply"):

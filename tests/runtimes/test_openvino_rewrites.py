@@ -15,6 +15,7 @@ pytest.importorskip("openvino", reason="runs them")
 from swin_deploy.runtimes.openvino import openvino_core  # noqa: E402 - after the checks
 from swin_deploy.runtimes.openvino_rewrites import (  # noqa: E402
     convolve_linear_layers,
+    excluded_features,
     flatten_channels_last,
     fold_norms,
     norms_beside_residuals,
@@ -190,8 +191,9 @@ def test_convolutions_compute_linear_layers() -> None:
     ],
 )
 def test_features_that_onednn_may_use(limit: str, wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenVINO reports bf16 whatever ONEDNN_MAX_CPU_ISA is, and is ten times slower if it is told to use it."""
+    """OpenVINO reports bf16 whatever ONEDNN_MAX_CPU_ISA is, and is several times slower if it uses it then."""
     every = ("AVX2", "AVX-512", "AVX-512 VNNI", "AVX-512 bf16", "AMX bf16")
     monkeypatch.setattr("swin_deploy.runtimes.openvino_rewrites.processor_features", lambda: every)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert usable_features() == wanted
+    assert bool(excluded_features()) == ("AMX bf16" not in wanted)  # also where the features of the processor are not known
