@@ -138,16 +138,16 @@ def by_us(folder: Path, kind: str, how: str, result: Path) -> None:
     def feeds() -> Any:
         return ({"pixel_values": pixels[i : i + batch]} for i in range(0, len(pixels), batch))
 
-    def in_place(moments: gptq.CrossMoments) -> Any:  # as if the layer read the fp32 input
-        gram, _, seen, expected = centred(moments)
-        return gram, gram, seen, expected
+    def in_place(moments: gptq.LayerMoments) -> Any:  # as if the layer read the fp32 input
+        gram, change, seen, expected = centred(moments)
+        return gram, np.zeros_like(change), seen, expected
 
-    centred = gptq.CrossMoments.centred
+    centred = gptq.LayerMoments.centred
     patches = {
-        "equalization": patch.object(for_cpu, "equalized_for_cpu", lambda model, *_: model),
+        "equalization": patch.object(for_cpu, "equalized_for_cpu", lambda model, *_: (model, {})),
         "ranges": patch.object(for_cpu, "best_activation_scale", lambda _, low, high, __: gptq.scale_of_range(low, high)),
-        "least squares": patch.object(gptq.CrossMoments, "centred", in_place),
-        "gptq": patch.object(gptq, "gptq", lambda weight, _, scale: gptq.int8_rounded(weight / scale[:, None])),
+        "least squares": patch.object(gptq.LayerMoments, "centred", in_place),
+        "gptq": patch.object(gptq, "gptq", lambda weight, _, scale, **__: gptq.int8_rounded(weight / scale[:, None])),
     }
     with contextlib.ExitStack() as stack:
         for name in patches if without == "everything" else [without] if without else []:

@@ -213,12 +213,13 @@ def load_arrays(path: Path, key: str) -> dict[str, Array] | None:
         return None
 
 
-def save_arrays(path: Path, key: str, arrays: Mapping[str, Any]) -> None:
+def save_arrays(path: Path, key: str, arrays: Mapping[str, Any], compress: bool = True) -> None:
     """Write arrays and their key to a file, atomically. Raises BundleError if that fails."""
+    save = np.savez_compressed if compress else np.savez
 
     def write(scratch: Path) -> None:
         with scratch.open("wb") as file:
-            np.savez_compressed(file, key=np.array(key), **arrays)
+            save(file, key=np.array(key), **arrays)
             file.flush()
             os.fsync(file.fileno())
 

@@ -106,7 +106,8 @@ def graph_facts(entry: Mapping[str, Any], target: str) -> Metadata:
     """
     verified = entry["agreement"] != "not verified" and entry["agreement"]["verified"]
     verdict = "verified: agrees with PyTorch" if verified else "not verified"
-    return {"precision": entry["precision"], "target": target, "verdict": verdict}
+    sums = {"sum_bits": str(entry["sum_bits"])} if "sum_bits" in entry else {}
+    return {"precision": entry["precision"], "target": target, "verdict": verdict, **sums}
 
 
 def add_metadata(path: Path, metadata: Mapping[str, str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from swin_deploy.dependencies import require
-from swin_deploy.machine import processor_features
+from swin_deploy.machine import processor_features, saturates
 
 DEQUANTIZING = ("Convert", "Subtract", "Multiply")  # OpenVINO's DequantizeLinear
 ELEMENTWISE = ("Add", "Convert", "FakeQuantize", "Gelu", "Multiply", "Subtract")  # what may follow a linear layer
@@ -21,14 +21,18 @@ LARGE_WINDOW = 256  # tokens, 16x16
 MANY_ROWS = 100  # tokens of a linear layer that a convolution computes faster in fp32
 VECTOR_LENGTH = 16  # fp32 values in a register of AVX-512
 FAR_BELOW = -3e38  # a score whose exponential is zero
-BELOW_AVX512 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2")  # values of ONEDNN_MAX_CPU_ISA
-BELOW_BF16 = ("AVX512_CORE", "AVX512_CORE_VNNI")
+PAIR_LIMIT = 128  # times 255 fits into 16 bits
+EXCLUDED = {  # by ONEDNN_MAX_CPU_ISA: how the names of features begin
+    **dict.fromkeys(("SSE41", "AVX", "AVX2"), ("AVX-512", "AMX", "AVX-VNNI")),
+    **dict.fromkeys(("AVX2_VNNI", "AVX2_VNNI_2"), ("AVX-512", "AMX")),
+    "AVX512_CORE": ("AVX-512 bf16", "AMX", "AVX-512 VNNI", "AVX-VNNI"),
+    "AVX512_CORE_VNNI": ("AVX-512 bf16", "AMX"),
+}
 
 
 def excluded_features() -> tuple[str, ...]:
     """Return how the names of features begin that ONEDNN_MAX_CPU_ISA forbids. OpenVINO reports bf16 even then."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    return ("AVX-512", "AMX") if limit in BELOW_AVX512 else ("AVX-512 bf16", "AMX") if limit in BELOW_BF16 else ()
+    return EXCLUDED.get(os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper(), ())
 
 
 def usable_features() -> tuple[str, ...]:
@@ -42,6 +46,7 @@ def rewrite_for_kernels(model: Any, batch: int, bf16: bool, quantized: bool) -> 
         return
     least_rows = 1 if bf16 or quantized else MANY_ROWS if "AVX-512" in usable_features() else None
     rewrites: list[Callable[[Any], int]] = [
+        *([keep_saturating_weights_in_fp32] if quantized and saturates(usable_features()) else []),
         flatten_channels_last,
         *([] if quantized else [fold_norms]),
         norms_beside_residuals,
@@ -53,6 +58,22 @@ def rewrite_for_kernels(model: Any, batch: int, bf16: bool, quantized: bool) -> 
     for rewrite in rewrites:
         rewrite(model)
         model.validate_nodes_and_infer_types()
+
+
+def keep_saturating_weights_in_fp32(model: Any) -> int:
+    """Compute layers in fp32 for whose 8-bit weights sums of two products do not fit into 16 bits. Returns how many layers.
+
+    Such sums saturate on x86 processors without VNNI. `quantize` writes no such weights, but QAT does.
+    """
+    changed = 0
+    for layer in model.get_ops():
+        if not _is_layer(layer) or (whole := _integers(weight := layer.input_value(1))) is None or len(whole.shape) != 2:
+            continue
+        pairs = whole[:, : whole.shape[1] // 2 * 2].reshape(len(whole), -1, 2).astype(np.int32)
+        if (np.maximum(pairs, 0).sum(axis=2) > PAIR_LIMIT).any() or (np.minimum(pairs, 0).sum(axis=2) < -PAIR_LIMIT).any():
+            layer.input(1).replace_source_output(_operators().constant(_evaluated(weight)).output(0))
+            changed += 1
+    return changed
 
 
 def flatten_channels_last(model: Any) -> int:
@@ -281,6 +302,30 @@ def _array(value: Any) -> Any:
     """Return the array of a constant; None for another value."""
     node = value.get_node()
     return np.array(node.data) if node.get_type_name() == "Constant" else None
+
+
+def _evaluated(value: Any) -> Any:
+    """Return the array of a constant, or of one that is dequantized; None for another value."""
+    node = value.get_node()
+    kind = node.get_type_name()
+    if kind == "Constant":
+        return np.array(node.data)
+    if kind not in (*DEQUANTIZING, "Reshape") or (array := _evaluated(node.input_value(0))) is None:
+        return None
+    if kind == "Convert":
+        return array.astype(node.get_output_element_type(0).to_dtype())
+    if kind == "Reshape":
+        return array.reshape(node.get_output_shape(0))
+    other = _evaluated(node.input_value(1))
+    return None if other is None else array * other if kind == "Multiply" else array - other
+
+
+def _integers(value: Any) -> Any:
+    """Return the INT8 array that is dequantized to `value`; None if there is none."""
+    while (node := value.get_node()).get_type_name() in (*DEQUANTIZING, "Reshape"):
+        value = node.input_value(0)
+    array = _array(value)
+    return array if array is not None and array.dtype == np.int8 else None
 
 
 def _vector(value: Any) -> list[int] | None:

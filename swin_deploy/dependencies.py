@@ -109,6 +109,7 @@ def _openvino(module: str) -> Any:
 
 TORCH_BYTES = 520 << 20  # address space that the import of torch 2.13 takes, without CUDA
 EXACT_QDQ = {"session.disable_quant_qdq": "1"}  # compute Q/DQ as ONNX defines it, without 8-bit kernels
+EXACT_SUMS = "session.x64quantprecision"  # "1": kernels whose sums do not saturate on x86 processors without VNNI
 
 
 def onnxruntime_session(
@@ -123,7 +124,8 @@ def onnxruntime_session(
 ) -> Any:
     """Open an ONNX Runtime session that reports problems only as exceptions and never falls back to another provider.
 
-    `devices` are of a plug-in provider, and replace `providers`.
+    `devices` are of a plug-in provider, and replace `providers`. Unless `config` allows it, sums of 8-bit products never
+    saturate.
     """
     ort = require("onnxruntime", "run a graph")
     settings = ort.SessionOptions()
@@ -131,7 +133,7 @@ def onnxruntime_session(
     settings.log_severity_level = 3  # errors become exceptions; hints do not belong into an application's output
     for name, value in options.items():
         setattr(settings, name, value)
-    for name, value in (config or {}).items():
+    for name, value in {EXACT_SUMS: "1", **(config or {})}.items():
         settings.add_session_config_entry(name, value)
     if devices:
         settings.add_provider_for_devices(list(devices), {})

@@ -20,6 +20,7 @@ FEATURES = {
     "asimd": "NEON", "asimddp": "NEON dot product", "asimdhp": "NEON fp16", "i8mm": "int8 matrix multiply",
     "bf16": "bf16", "sve": "SVE",
 }  # fmt: skip
+EIGHT_BIT = ("AVX-VNNI", "AVX-512 VNNI", "AMX int8")  # features that add 8-bit products in 32 bits
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ def processor_features() -> tuple[str, ...]:
     """Return the names of the features of the processor that decide how fast a network runs; on Linux only."""
     flags = re.search(r"^(?:flags|Features)\s*:(.*)$", _cpuinfo(), re.MULTILINE)
     return _features(flags[1].split() if flags else ())
+
+
+def saturates(features: Collection[str]) -> bool:
+    """Return whether a processor adds pairs of 8-bit products in 16 bits, as x86 processors do without one of `EIGHT_BIT`."""
+    return platform.machine().lower() in ("x86_64", "amd64") and not any(name in features for name in EIGHT_BIT)
 
 
 def _features(flags: Collection[str]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import numpy as np
 from swin_deploy.dependencies import require
 from swin_deploy.options import Array
 
-from .qdq import LinearLayer, linear_layers, with_nodes
+from .qdq import LinearLayer, linear_layers
 
 if TYPE_CHECKING:
     import onnx
@@ -196,7 +196,8 @@ def equalize(model: onnx.ModelProto, one: Channels, factors: Array) -> None:
             if name in one.after:
                 node.output[position] = f"{name}/unequalized"
                 nodes.append(_mul(onnx, model, f"{name}/unequalized", name, 1 / factors))
-    model.CopyFrom(with_nodes(model, nodes, []))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def equalize_all(

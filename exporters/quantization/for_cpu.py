@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
@@ -30,8 +30,17 @@ from .equalization import (
     equalize_all,
     with_own_constants,
 )
-from .gptq import CrossMoments, best_activation_scale, quantized_activation, refuse_not_finite, rounded_linear, scale_of_range
-from .layerwise import NO_SAMPLES, Feeds, LayerwiseRun
+from .gptq import (
+    PAIR_LIMIT,
+    LayerMoments,
+    best_activation_scale,
+    pair_sums,
+    quantized_activation,
+    refuse_not_finite,
+    rounded_linear,
+    scale_of_range,
+)
+from .layerwise import ArrayStore, Kept, LayerwiseRun
 from .qat_layers import QatLayers, qat_layers
 from .qdq import ActivationScale, LinearLayer, QuantizedLinear, linear_layers, qdq_nodes, with_nodes
 from .resume import ResumeState
@@ -47,11 +56,12 @@ if TYPE_CHECKING:
     from swin_deploy.qat_ranges import QatRanges
 
 _LOG = logging.getLogger(__name__)
-SampleFeeds = Callable[[], Iterable[Feeds]]  # yields the samples batch by batch, the same ones each time
+NO_SAMPLES = "There are no samples to calibrate with. Expected at least one batch."
+SampleFeeds = Callable[[], Iterable[Mapping[str, Array]]]  # yields the samples batch by batch, the same ones each time
 MAX_SAMPLES = 256  # each layer runs all samples through the layers before it; more samples change little
 SAMPLED = 1 << 17  # values from which the range of an activation is chosen
+TOKENS = 1 << 14  # of the input of a layer, in all samples together, for which its weights are chosen
 HEADS = frozenset({"classifier"})  # one small matmul for each image, which decides every answer
-STATISTICS = ("ReduceMax", "ReduceSumSquare")
 SMALL = 1 << 14  # weights of one layer: 128 x 128 is small, 96 x 384 is not
 
 
@@ -92,9 +102,10 @@ class CpuLayout:
 
     def graph(self, keep: Set[str]) -> NewGraph:
         """Return the quantized graph, in which the layers `keep` stay fp32."""
-        used = {} if self._feeds is None else {"calibrated_with": len(self._feeds)}
+        used: dict[str, Any] = {} if self._feeds is None else {"calibrated_with": len(self._feeds)}
         records = [record for record in self._graphs.records if record["name"] not in keep]
         measured = f"{len(records)} layers are in 8 bits, and {self.check or 'rewrites were not compared'}"
+        used |= {"sum_bits": 16} if self._graphs.fits_16_bits(keep) else {}
         return NewGraph(self._graphs.model(keep), (), {"layers": records, **used, **left_out(self.check)}, measured)
 
     def speed(self, model: Any, gpu: str | None) -> SpeedComparison:
@@ -128,6 +139,10 @@ class CpuGraphs:
         made = with_nodes(self.base, nodes, constants.values())
         return norms_of_three_axes(made, {layer.layer.input for layer in layers}) if self.three_axes else made
 
+    def fits_16_bits(self, keep: Set[str] = frozenset()) -> bool:
+        """Return whether sums of two products fit into 16 bits in all layers but `keep`; weights of QAT may be too large."""
+        return all((pair_sums(layer.values) <= PAIR_LIMIT).all() for name, layer in self.layers.items() if name not in keep)
+
 
 def quantize_for_cpu(
     model: onnx.ModelProto,
@@ -153,16 +168,20 @@ def quantize_for_cpu(
     if feeds is None:
         qat.refuse_missing(layer for layers in groups.values() for layer in layers)
         feeds = tuple
-    model = equalized_for_cpu(model, feeds, groups, qat, check)
-    three_axes = target == "openvino" and (
-        check is None or check.accepts(norms_of_three_axes(model, set(groups)), "norms of three axes")
-    )
-    weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    done: dict[str, QuantizedLinear] = {}
-    records: list[dict[str, Any]] = []
-    count = sum(map(len, groups.values()))
     with scratch_folder("quantize") as scratch:
-        runs: list[LayerwiseRun] = []
+        store, inputs, batches = ArrayStore(scratch), dict[str, LayerInput](), list[dict[str, Kept]]()
+        if not all(map(qat.covers, groups.values())):
+            batches = [{name: store.keep(array) for name, array in feed.items()} for feed in feeds()]
+            inputs = layer_inputs(model, groups, batches, store)
+        model, divisors = equalized_for_cpu(model, inputs, groups, qat, check)
+        three_axes = target == "openvino" and (
+            check is None or check.accepts(norms_of_three_axes(model, set(groups)), "norms of three axes")
+        )
+        weights = {tensor.name: tensor for tensor in model.graph.initializer}
+        done: dict[str, QuantizedLinear] = {}
+        records: list[dict[str, Any]] = []
+        count = sum(map(len, groups.values()))
+        run: LayerwiseRun | None = None
         for name, layers in groups.items():
             first, last = len(done) + 1, len(done) + len(layers)
             which = f"layers {first} to {last}" if last > first else f"layer {first}"
@@ -172,17 +191,16 @@ def quantize_for_cpu(
             scale = qat.scale(name)
             known = None if resume is None else resume.read(layers)
             if scale is None or not qat.covers(layers):
-                runs = runs or [LayerwiseRun(model, feeds(), scratch / one) for one in ("fp32", "int8")]
-                fp32, int8 = runs
-                int8.nodes, constants = qdq_nodes(model.graph.node, done.values())
-                int8.constants |= constants
+                run = run or LayerwiseRun(model, batches, store)
+                run.nodes, constants = qdq_nodes(model.graph.node, done.values())
+                run.constants |= constants
 
-                def values(name: str = name, int8: LayerwiseRun = int8) -> Iterator[Array]:
-                    return (batch.reshape(-1, batch.shape[-1]) for batch in int8.advance(name))
+                def values(name: str = name, run: LayerwiseRun = run) -> Iterator[Array]:
+                    return (batch.reshape(-1, batch.shape[-1]) for batch in run.advance(name))
 
                 if known is not None:
-                    # Both runs advance step by step as before: in one step ONNX Runtime fuses more, and the last bits differ.
-                    for _ in zip(values(), fp32.advance(name), strict=True):
+                    # The run advances step by step as before: in one step ONNX Runtime fuses more, and the last bits differ.
+                    for _ in values():
                         pass
                     scale = known[0].activation
                 if scale is None and method is None:
@@ -191,9 +209,9 @@ def quantize_for_cpu(
                     seen = (Observation.of(batch, len(batch), f"The tensor {name}") for batch in values())
                     scale = scale_of_range(*reduce(Observation.merged, seen).compute_range(method))
                 assert scale is not None
-                moments = CrossMoments.empty(matrices[0].shape[1])
-                for ours, theirs in zip(values(), fp32.advance(name), strict=True) if known is None else ():
-                    moments.add(quantized_activation(ours, scale), theirs.reshape(ours.shape))
+                moments = LayerMoments(np.concatenate(matrices))
+                for ours, (tokens, fp32) in zip(values(), inputs[name].sampled, strict=True) if known is None else ():
+                    moments.add(quantized_activation(ours[tokens], scale), store.read(fp32) / divisors.get(name, 1))
             if known is None and not qat.covers(layers):
                 rounded = rounded_linear(matrices, biases, moments)
             for position, (layer, matrix, bias) in enumerate(zip(layers, matrices, biases, strict=True)):
@@ -212,61 +230,84 @@ def quantize_for_cpu(
     return CpuGraphs(model, done, tuple(records), three_axes, zero_in_bias=target == "openvino")
 
 
+@dataclass(frozen=True)
+class LayerInput:
+    """The activation that a linear layer reads: statistics of its channels, and some tokens of each batch."""
+
+    statistics: ChannelStatistics
+    sampled: list[tuple[Array, Kept]]  # the numbers of the tokens, and their fp32 values [tokens, channels]
+
+
 def equalized_for_cpu(
     model: onnx.ModelProto,
-    feeds: SampleFeeds,
+    inputs: Mapping[str, LayerInput],
     groups: Mapping[str, list[LinearLayer]],
     qat: QatLayers,
     check: NetworkCheck | None = None,
-) -> onnx.ModelProto:
-    """Return `model` with equalized channels, except for those for which `qat` has ranges."""
+) -> tuple[onnx.ModelProto, dict[str, Array]]:
+    """Return `model` with equalized channels, except for those for which `qat` has ranges, and their divisors by tensor."""
     from onnx import numpy_helper
 
     layers = tuple(layer for group in groups.values() for layer in group)
     if all(qat.prevents([layer], {layer.weight}, set()) for layer in layers):
-        return model
-    statistics = channel_statistics(model, groups, feeds())
+        return model, {}
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     read = {layer.weight: (name, numpy_helper.to_array(weights[layer.weight])) for name in groups for layer in groups[name]}
+    statistics = {name: one.statistics for name, one in inputs.items()}
     chosen = (
         (one, factors)
         for one in channels_of(GraphIndex(model), layers)
         if not qat.prevents(layers, one.read, {name for name, *_ in one.written})
         if (factors := best_factors(one, read, statistics)) is not None
     )
-    return equalize_all(with_nodes(model, model.graph.node, []), chosen, check)[0]
+    result, accepted = equalize_all(with_nodes(model, model.graph.node, []), chosen, check)
+    divisors = {
+        name: np.tile(factors, len(inputs[name].statistics.amax) // one.width)
+        for one, factors in accepted
+        for name in one.tensors & groups.keys()
+    }
+    return result, divisors
 
 
-def channel_statistics(model: onnx.ModelProto, names: Iterable[str], feeds: Iterable[Feeds]) -> dict[str, ChannelStatistics]:
-    """Measure the channels of the tensors `names` [rows, channels]. They are reduced in the graph to save memory."""
-    from onnx import helper, numpy_helper
+def layer_inputs(
+    model: onnx.ModelProto, names: Iterable[str], batches: Sequence[Mapping[str, Kept]], store: ArrayStore
+) -> dict[str, LayerInput]:
+    """Measure some tokens of the tensors `names` [tokens, channels]. They are chosen in the graph to save memory."""
+    from onnx import TensorProto, helper
 
+    if not batches:
+        raise InputError(NO_SAMPLES)
     names, watched = list(names), type(model)()
     watched.CopyFrom(model)
-    opset = next(one.version for one in model.opset_import if not one.domain)
-    axes: dict[str, Any] = {"axes": [0]} if opset < 18 else {}
-    watched.graph.initializer.append(numpy_helper.from_array(np.array([0]), "rows/axis"))
     for name in names:
-        watched.graph.node.append(helper.make_node("Abs", [name], [f"{name}/absolute"]))
-        for op in STATISTICS:
-            inputs = [f"{name}/absolute", *([] if axes else ["rows/axis"])]
-            watched.graph.node.append(helper.make_node(op, inputs, [f"{name}/{op}"], keepdims=0, **axes))
+        watched.graph.input.append(helper.make_tensor_value_info(f"{name}/tokens", TensorProto.INT64, [None]))
         watched.graph.node.append(helper.make_node("Shape", [name], [f"{name}/shape"]))
-    run = session_for(watched, [f"{name}/{part}" for name in names for part in (*STATISTICS, "shape")], 0)
-    amax: dict[str, Any] = dict.fromkeys(names, 0.0)
-    square: dict[str, Any] = dict.fromkeys(names, 0.0)
-    rows = dict.fromkeys(names, 0)
-    for feed in feeds:
-        values = run(feed)
+        watched.graph.node.append(helper.make_node("Gather", [name, f"{name}/tokens"], [f"{name}/sampled"], axis=0))
+    run = session_for(watched, [f"{name}/{part}" for name in names for part in ("shape", "sampled")], 0)
+    one_token, draw = {f"{name}/tokens": np.zeros(1, np.int64) for name in names}, np.random.default_rng(0)
+    sampled: dict[str, list[tuple[Array, Kept]]] = {name: [] for name in names}
+    amax: dict[str, Array] = {}
+    square: dict[str, Array] = {}
+    for batch in batches:
+        feed = {name: store.read(kept) for name, kept in batch.items()}
+        images = len(next(iter(feed.values())))
+        if batch is batches[0]:
+            found = run({**{name: array[:1] for name, array in feed.items()}, **one_token})
+            tokens = {name: int(found[f"{name}/shape"][0]) for name in names}  # of one image
+        chosen = {}
         for name in names:
-            largest, squares, shape = (values[f"{name}/{part}"] for part in (*STATISTICS, "shape"))
-            refuse_not_finite(squares, name)
-            amax[name] = np.maximum(amax[name], largest)
-            square[name] = square[name] + squares.astype(np.float64)
-            rows[name] += int(shape[0])
-    if not all(rows.values()):
-        raise InputError(NO_SAMPLES)
-    return {name: ChannelStatistics(amax[name], square[name] / rows[name]) for name in names}
+            there, most = tokens[name] * images, -(-TOKENS // len(batches))
+            few = draw.choice(there, most, replace=False, shuffle=False) if there > most else np.arange(there)
+            chosen[f"{name}/tokens"] = np.sort(few)
+        values = run({**feed, **chosen})
+        for name in names:
+            rows = values[f"{name}/sampled"]
+            refuse_not_finite(rows, name)
+            sampled[name].append((chosen[f"{name}/tokens"], store.keep(rows)))
+            amax[name] = np.maximum(amax.get(name, 0), np.abs(rows).max(axis=0))
+            square[name] = square.get(name, 0) + np.square(rows, dtype=np.float64).sum(axis=0)
+    counts = {name: sum(len(one) for one, _ in sampled[name]) for name in names}
+    return {name: LayerInput(ChannelStatistics(amax[name], square[name] / counts[name]), sampled[name]) for name in names}
 
 
 def small_layers(model: onnx.ModelProto) -> frozenset[str]:

@@ -1,7 +1,7 @@
 """Round weights such that each layer's output changes least: least squares, then GPTQ (Frantar and others, 2022).
 
 The Hessian is the second moments of what the layer reads: for CPU layouts activations that are quantized already
-(`CrossMoments`), for TensorRT fp32 activations, changed as the rewrites change them (`SecondMoments`, `InputChange`).
+(`LayerMoments`), for TensorRT fp32 activations, changed as the rewrites change them (`SecondMoments`, `InputChange`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ DAMPING = 0.01  # of the mean diagonal of the Hessian
 BLOCK = 128  # columns
 STEPS = {BLOCK: 16, 16: 1}  # columns of the blocks in a block
 RETRIES = 20
+ROWS = 4096  # of a layer's input, whose moments are added together
+PAIR_LIMIT = 128  # times 255 fits into 16 bits, in which processors without VNNI add two products
 Result = TypeVar("Result")
 SHRINK = np.linspace(0.3, 1, 29)  # candidates for a range, as a share of the observed one: values outside are clipped
 SMALLEST = float(np.finfo(np.float32).tiny) * 1e6  # amax of a tensor of zeros
@@ -75,10 +77,27 @@ def _inverse_of_cholesky(matrix: Array) -> Array:
     return result
 
 
-def gptq(weight: Array, inverse: InverseFactor, scale: Array, nearest: Callable[[Array], Array] = int8_rounded) -> Array:
-    """Quantize `weight` [outputs, inputs] with `scale` [outputs] and the inverse of its Hessian; returns floating point."""
+def gptq(
+    weight: Array,
+    inverse: InverseFactor,
+    scale: Array,
+    nearest: Callable[[Array], Array] = int8_rounded,
+    pair_limit: float | None = None,
+) -> Array:
+    """Quantize `weight` [outputs, inputs] with `scale` [outputs] and the inverse of its Hessian; returns floating point.
+
+    With `pair_limit`, the sum of the values of inputs 2n and 2n + 1 is at most that far from zero if both have the same sign.
+    """
     factor, work = inverse.factor, np.ascontiguousarray((weight / scale[:, None]).T[inverse.order])
     values, errors = np.empty_like(work), np.empty_like(work)
+    position = np.argsort(inverse.order)
+
+    def rounded(column: int) -> Array:
+        partner = int(inverse.order[column]) ^ 1
+        if pair_limit is None or partner >= len(position) or position[partner] > column:
+            return nearest(work[column])
+        other = values[position[partner]]
+        return np.clip(nearest(work[column]), -pair_limit - np.minimum(other, 0), pair_limit - np.maximum(other, 0))
 
     def quantize(start: int, stop: int, size: int) -> None:  # and lets the columns up to `stop` make up for the error
         for first in range(start, stop, size):
@@ -86,7 +105,7 @@ def gptq(weight: Array, inverse: InverseFactor, scale: Array, nearest: Callable[
             if size > 1:
                 quantize(first, last, STEPS[size])
             else:
-                values[first] = nearest(work[first])
+                values[first] = rounded(first)
                 errors[first] = (work[first] - values[first]) / factor[first, first]
             if last < stop:
                 work[last:stop] -= factor[first:last, last:stop].T @ errors[first:last]
@@ -103,14 +122,21 @@ def damping(gram: Array) -> float:
 
 
 def with_damping(hessian: Array, compute: Callable[[Array], Result]) -> Result:
-    """Return `compute(hessian + damping)`, with more damping if rounding made the matrix indefinite, as for constant inputs."""
-    identity, added = np.eye(len(hessian)), damping(hessian)
-    for _ in range(RETRIES):
+    """Return what `compute` makes of `hessian` with a damped diagonal.
+
+    The damping grows if rounding made the matrix indefinite, as for constant inputs.
+    """
+    added = damping(hessian)
+    for attempt in range(RETRIES + 1):
+        damped = hessian.copy()
+        damped.flat[:: len(damped) + 1] += added
         try:
-            return compute(hessian + identity * added)
+            return compute(damped)
         except np.linalg.LinAlgError:
+            if attempt == RETRIES:
+                raise
             added *= 10
-    return compute(hessian + identity * added)
+    raise AssertionError
 
 
 @dataclass
@@ -209,51 +235,77 @@ class GptqRounding:
         return self.known[key]
 
 
-@dataclass
-class CrossMoments:
-    """Sums over the rows of a layer's input, `seen` in 8 bits and `expected` in fp32; `cross` is of seen.T @ expected."""
+class LayerMoments:
+    """Moments of the input of linear layers, `seen` in 8 bits, and of what its error changes in their outputs.
 
-    gram: Array
-    cross: Array
-    seen: Array
-    expected: Array
-    rows: int = 0
+    Attributes:
+        gram: Covariance of `seen` [channels, channels].
+        change: Covariance of `seen` and of `(expected - seen) @ weight.T` [channels, outputs].
+        seen, expected: Means of both inputs [channels].
+    """
 
-    @classmethod
-    def empty(cls, channels: int) -> CrossMoments:
-        square = (channels, channels)
-        return cls(np.zeros(square), np.zeros(square), np.zeros(channels), np.zeros(channels))
+    def __init__(self, weight: Array) -> None:
+        """Begin without rows; `weight` [outputs, channels] is that of all layers."""
+        self._weight, self._rows = weight, 0
+        self._projected = len(weight) < weight.shape[1]  # multiply by the weight first, which is less work
+        self._waiting: list[tuple[Array, Array]] = []  # until there are `ROWS`, which are added together
+        self._shift: Any = None  # near the mean: sums of squares around it lose nothing in fp32
+        self._gram: Any = 0
+        self._cross: Any = 0
+        self._seen: Any = 0
+        self._missing: Any = 0
 
     def add(self, seen: Array, expected: Array) -> None:
         """Add `seen` and `expected`, both [rows, channels]."""
-        self.gram += seen.T @ seen
-        self.cross += seen.T @ expected
-        self.seen += seen.sum(axis=0, dtype=np.float64)
-        self.expected += expected.sum(axis=0, dtype=np.float64)
-        self.rows += len(seen)
+        self._waiting.append((seen, expected))
+        if sum(len(one) for one, _ in self._waiting) >= ROWS:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        seen, missing = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting.clear()
+        missing -= seen
+        if self._shift is None:
+            self._shift = seen.mean(axis=0)
+        seen -= self._shift
+        self._gram = self._gram + seen.T @ seen
+        self._cross = self._cross + seen.T @ (missing @ self._weight.T if self._projected else missing)
+        self._seen = self._seen + seen.sum(axis=0, dtype=np.float64)
+        self._missing = self._missing + missing.sum(axis=0, dtype=np.float64)
+        self._rows += len(seen)
 
     def centred(self) -> tuple[Array, Array, Array, Array]:
-        """Return gram and cross around the means, per row, and the means."""
-        seen, expected = self.seen / self.rows, self.expected / self.rows
-        return self.gram / self.rows - np.outer(seen, seen), self.cross / self.rows - np.outer(seen, expected), seen, expected
+        """Return `gram`, `change`, `seen` and `expected`."""
+        if self._waiting:
+            self._add_waiting()
+        seen, missing = (np.asarray(one / self._rows, self._gram.dtype) for one in (self._seen, self._missing))
+        gram, cross = self._gram / self._rows, self._cross / self._rows
+        gram -= np.outer(seen, seen)
+        if self._projected:
+            cross -= np.outer(seen, missing @ self._weight.T)
+        else:
+            cross -= np.outer(seen, missing)
+            cross = cross @ self._weight.T
+        seen = seen + self._shift
+        return gram, cross, seen, seen + missing
 
 
 def rounded_linear(
-    weights: Sequence[Array], biases: Sequence[Array | None], moments: CrossMoments
+    weights: Sequence[Array], biases: Sequence[Array | None], moments: LayerMoments
 ) -> list[tuple[Array, Array, Array]]:
     """Quantize linear layers with the same input to INT8, so that they give the fp32 output from the input that they get.
 
     Returns the quantized values, the scale [outputs] and a bias [outputs] of each.
     """
-    gram, cross, seen, expected = moments.centred()
-    wanted = np.concatenate(weights).astype(np.float64)
+    gram, change, seen, expected = moments.centred()
+    wanted = np.concatenate(weights)
 
     def rounded(damped: Array) -> tuple[Array, Array]:
-        # The weights that make of `seen` what `weight` makes of `expected`; the damping draws them towards `weight`.
+        # The weights that make of `seen` what `wanted` makes of `expected`; the damping draws them towards `wanted`.
         inverse = InverseFactor.of(damped)
-        target = inverse.times((cross + damped - gram) @ wanted.T).T
-        scale = int8_scales(target)
-        return gptq(target, inverse, scale), scale
+        target = wanted + inverse.times(change).T
+        scale = int8_scales(target, PAIR_LIMIT).astype(target.dtype)
+        return gptq(target, inverse, scale, pair_limit=PAIR_LIMIT), scale
 
     values, scale = with_damping(gram, rounded)
     found = wanted @ expected - (values * scale[:, None]) @ seen
@@ -268,10 +320,17 @@ def rounded_linear(
     ]
 
 
-def int8_scales(weight: Array) -> Array:
-    """Return the INT8 scale [outputs] that spans each row of `weight` [outputs, inputs]."""
+def int8_scales(weight: Array, pair_limit: float = np.inf) -> Array:
+    """Return the INT8 scale [outputs] that spans each row of `weight` [outputs, inputs], and its `pair_sums`."""
     amax = np.maximum(np.abs(weight).max(axis=1), SMALLEST)
-    return np.asarray((amax / 127.0).astype(np.float32), np.float64)
+    return np.asarray(np.maximum(amax / 127.0, pair_sums(weight) / pair_limit).astype(np.float32), np.float64)
+
+
+def pair_sums(weight: Array) -> Array:
+    """Return the largest sum of inputs 2n and 2n + 1 of the same sign in each row of `weight` [outputs, inputs]."""
+    even = np.asarray(weight[:, : weight.shape[1] // 2 * 2], np.float32)
+    first, second = even[:, 0::2], even[:, 1::2]
+    return np.asarray(np.where(first * second > 0, np.abs(first + second), 0).max(axis=1, initial=0))
 
 
 def quantized_activation(values: Array, scale: ActivationScale) -> Array:

@@ -1,15 +1,14 @@
-"""Run a network from one linear layer to the next over all samples; what later nodes need is kept in files, one per batch."""
+"""Run a network from one linear layer to the next over all samples; what later nodes need is kept, batch by batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from swin_deploy.dependencies import EXACT_QDQ, onnxruntime_session, require
-from swin_deploy.errors import InputError
 from swin_deploy.options import Array
 
 from .equalization import inferred_values
@@ -17,27 +16,52 @@ from .equalization import inferred_values
 if TYPE_CHECKING:
     import onnx
 
-Feeds = Mapping[str, Array]
-NO_SAMPLES = "There are no samples to calibrate with. Expected at least one batch."
+Kept = Array | Path  # an array, or the file that it is in
+HELD = 1 << 30  # bytes of arrays that are kept in memory
+
+
+class ArrayStore:
+    """Keeps arrays in memory, and in files of `folder` beyond `HELD` bytes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._held, self._files = folder, 0, 0
+
+    def keep(self, array: Array) -> Kept:
+        """Keep an array, and return what `read` and `drop` take."""
+        if self._held + array.nbytes <= HELD:
+            self._held += array.nbytes
+            return array
+        self._files += 1
+        file = self._folder / f"{self._files}.npy"
+        np.save(file, array)
+        return file
+
+    def read(self, kept: Kept) -> Array:
+        """Return an array that is kept."""
+        return np.asarray(np.load(kept)) if isinstance(kept, Path) else kept
+
+    def drop(self, kept: Kept) -> None:
+        """Keep an array no longer."""
+        if isinstance(kept, Path):
+            kept.unlink()
+        else:
+            self._held -= kept.nbytes
 
 
 class LayerwiseRun:
-    """A run of `model`, advanced tensor by tensor. `nodes` and `constants` may be changed as long as they have not run."""
+    """A run of `model`, advanced tensor by tensor. `nodes` and `constants` may be changed as long as they have not run.
 
-    def __init__(self, model: onnx.ModelProto, feeds: Iterable[Feeds], folder: Path) -> None:
+    `batches` are the inputs of each batch, kept in `store`.
+    """
+
+    def __init__(self, model: onnx.ModelProto, batches: Sequence[Mapping[str, Kept]], store: ArrayStore) -> None:
         self.onnx = require("onnx", "quantize a model")
-        self.model, self.folder = model, folder
+        self.model, self.store = model, store
         self.nodes = list(model.graph.node)
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
         self.types = {value.name: value.type.tensor_type.elem_type for value in inferred_values(model)}
         self.done: set[str] = {value.name for value in model.graph.input}
-        self.batches = 0
-        folder.mkdir(parents=True, exist_ok=True)
-        for feed in feeds:
-            self._save(self.batches, feed)
-            self.batches += 1
-        if not self.batches:
-            raise InputError(NO_SAMPLES)
+        self.batches = [dict(batch) for batch in batches]
 
     def advance(self, target: str) -> Iterator[Array]:
         """Yield the tensor `target` of every batch. It can be asked for again until another one is."""
@@ -50,13 +74,13 @@ class LayerwiseRun:
         inputs = sorted({name for node in nodes for name in node.input if name} - produced - self.constants.keys())
         fetched = sorted(live & produced)
         session = self._session(nodes, inputs, fetched) if nodes else None
-        for batch in range(self.batches):
-            values = self._load(batch)
+        for values in self.batches:
             if session is not None:
-                made = session.run(fetched, {name: values[name] for name in inputs})
-                values |= dict(zip(fetched, made, strict=True))
-                self._save(batch, {name: array for name, array in values.items() if name in live})
-            yield values[target]
+                made = session.run(fetched, {name: self.store.read(values[name]) for name in inputs})
+                for name in values.keys() - live:
+                    self.store.drop(values.pop(name))
+                values |= {name: self.store.keep(array) for name, array in zip(fetched, made, strict=True)}
+            yield self.store.read(values[target])
         self.done = after
 
     def _missing(self, target: str) -> list[Any]:
@@ -71,7 +95,7 @@ class LayerwiseRun:
     def _session(self, nodes: list[Any], inputs: list[str], outputs: list[str]) -> Any:
         helper = self.onnx.helper
         used = {name for node in nodes for name in node.input}
-        kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in self._load(0).items()}
+        kinds = {name: helper.np_dtype_to_tensor_dtype(self.store.read(self.batches[0][name]).dtype) for name in inputs}
         graph = helper.make_graph(
             nodes,
             "step",
@@ -81,18 +105,3 @@ class LayerwiseRun:
         )
         step = helper.make_model(graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
         return onnxruntime_session(step.SerializeToString(), config=EXACT_QDQ)
-
-    def _save(self, batch: int, values: Feeds) -> None:
-        with (self.folder / str(batch)).open("wb") as file:
-            for name, array in values.items():
-                np.save(file, np.array(name))
-                np.save(file, array)
-
-    def _load(self, batch: int) -> dict[str, Array]:
-        values, path = {}, self.folder / str(batch)
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            while file.tell() < size:
-                name = str(np.load(file))
-                values[name] = np.load(file)
-        return values

@@ -50,7 +50,7 @@ class ResumeState:
         """Save a finished layer. Raises BundleError if that fails."""
         scale = {"activation": np.float64(done.activation.scale), "zero_point": np.int64(done.activation.zero_point)}
         arrays = {"values": done.values, "scale": done.scale} | ({} if done.bias is None else {"bias": done.bias})
-        save_arrays(self._file(done.layer), self._key, {**scale, **arrays})
+        save_arrays(self._file(done.layer), self._key, {**scale, **arrays}, compress=False)
 
     def clear(self) -> None:
         """Remove all files: the run is finished."""

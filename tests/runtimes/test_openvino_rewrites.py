@@ -12,6 +12,7 @@ import pytest
 onnx = pytest.importorskip("onnx", reason="writes the graphs")
 pytest.importorskip("openvino", reason="runs them")
 
+from swin_deploy.machine import saturates  # noqa: E402 - after the checks
 from swin_deploy.runtimes.openvino import openvino_core  # noqa: E402 - after the checks
 from swin_deploy.runtimes.openvino_rewrites import (  # noqa: E402
     convolve_linear_layers,
@@ -184,16 +185,29 @@ def test_convolutions_compute_linear_layers() -> None:
 @pytest.mark.parametrize(
     ("limit", "wanted"),
     [
-        ("", ("AVX2", "AVX-512", "AVX-512 VNNI", "AVX-512 bf16", "AMX bf16")),
-        ("avx512_core_vnni", ("AVX2", "AVX-512", "AVX-512 VNNI")),
+        ("", ("AVX2", "AVX-512", "AVX-VNNI", "AVX-512 VNNI", "AVX-512 bf16", "AMX bf16")),
+        ("avx512_core_vnni", ("AVX2", "AVX-512", "AVX-VNNI", "AVX-512 VNNI")),
         ("AVX2", ("AVX2",)),
-        ("AVX512_CORE_AMX", ("AVX2", "AVX-512", "AVX-512 VNNI", "AVX-512 bf16", "AMX bf16")),
+        ("AVX2_VNNI", ("AVX2", "AVX-VNNI")),
+        ("AVX512_CORE", ("AVX2", "AVX-512")),
+        ("AVX512_CORE_AMX", ("AVX2", "AVX-512", "AVX-VNNI", "AVX-512 VNNI", "AVX-512 bf16", "AMX bf16")),
     ],
 )
 def test_features_that_onednn_may_use(limit: str, wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenVINO reports bf16 whatever ONEDNN_MAX_CPU_ISA is, and is several times slower if it uses it then."""
-    every = ("AVX2", "AVX-512", "AVX-512 VNNI", "AVX-512 bf16", "AMX bf16")
+    every = ("AVX2", "AVX-512", "AVX-VNNI", "AVX-512 VNNI", "AVX-512 bf16", "AMX bf16")
     monkeypatch.setattr("swin_deploy.runtimes.openvino_rewrites.processor_features", lambda: every)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert usable_features() == wanted
     assert bool(excluded_features()) == ("AMX bf16" not in wanted)  # also where the features of the processor are not known
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert saturates(usable_features()) == (limit in ("AVX2", "AVX512_CORE"))
+
+
+def test_processors_whose_sums_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "AMD64")
+    assert saturates(("AVX2", "AVX-512"))
+    assert saturates(())  # unknown, as on Windows
+    assert not saturates(("AVX2", "AVX-VNNI"))
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert not saturates(("NEON",))

@@ -18,14 +18,18 @@ from tiny_mlp import Array, mlp_model, run, samples
 
 from swin_deploy.bundle import PREPROCESSOR, Bundle
 from swin_deploy.calib.accuracy_gate import rank_layers
+from swin_deploy.dependencies import EXACT_SUMS
 from swin_deploy.errors import InputError, UsageError
-from swin_deploy.exporters.quantization import for_cpu
+from swin_deploy.exporters.external_data import add_metadata
+from swin_deploy.exporters.quantization import for_cpu, layerwise
 from swin_deploy.exporters.quantization.for_cpu import CpuGraphs, norms_of_three_axes, quantize_for_cpu, small_layers
 from swin_deploy.exporters.quantization.qdq import linear_layers
 from swin_deploy.exporters.quantization.resume import ResumeState
 from swin_deploy.parity import sqnr
 from swin_deploy.preprocess import Preprocessor
 from swin_deploy.reporting.activation_ranges import quantized_activations
+from swin_deploy.runtimes.backends import runtime_from_onnx
+from swin_deploy.runtimes.onnxruntime import OnnxRuntime
 from swin_deploy.runtimes.openvino import openvino_core
 
 
@@ -94,6 +98,32 @@ def test_openvino_keeps_small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert small_layers(mlp_model()) == {"fc1", "fc2"}
     monkeypatch.setattr(for_cpu, "SMALL", 16 * 40 - 1)
     assert small_layers(mlp_model()) == frozenset()
+
+
+def test_sums_that_do_not_fit_into_16_bits_do_not_saturate(
+    quantized: CpuGraphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they would on processors without VNNI: ONNX Runtime has slower kernels for them, and OpenVINO computes in fp32."""
+    pytest.importorskip("openvino")
+    fc1 = quantized.layers["fc1"]
+    large = replace(fc1, values=np.where(fc1.values < 0, -127, 127).astype(np.int8), scale=fc1.scale / 2)
+    too_large = replace(quantized, layers={**quantized.layers, "fc1": large}, zero_in_bias=True)
+    assert quantized.fits_16_bits()
+    assert not too_large.fits_16_bits()
+    assert too_large.fits_16_bits({"fc1"})
+    feed, path = next(iter(samples()())), tmp_path / "model.onnx"
+    path.write_bytes(too_large.model().SerializeToString())
+    wanted = run(too_large.model(), feed, exact=True)
+    for backend in ("onnxruntime", "openvino"):
+        with runtime_from_onnx(path, backend) as runtime:
+            assert sqnr(wanted, runtime.run(feed)["y"]) > 40
+    for bits, old, config in (("16", True, {EXACT_SUMS: "0"}), ("16", False, {}), ("", True, {})):
+        monkeypatch.setattr("swin_deploy.runtimes.onnxruntime.saturates", lambda _, old=old: old)
+        path.write_bytes(quantized.model().SerializeToString())
+        add_metadata(path, {"sum_bits": bits})
+        with OnnxRuntime(path) as runtime:
+            assert runtime._config == config
+            assert sqnr(run(quantized.model(), feed, exact=True), runtime.run(feed)["y"]) > 60
 
 
 def test_each_layer_can_be_left_out(quantized: CpuGraphs) -> None:
@@ -187,6 +217,8 @@ def test_an_interrupted_run_resumes_and_gives_the_same_bits(tmp_path: Path, monk
     assert resumed.model().SerializeToString(deterministic=True) == whole.model().SerializeToString(deterministic=True)
     assert resumed.records == whole.records
     assert not folder.exists()
+    monkeypatch.setattr(layerwise, "HELD", 1 << 16)  # most arrays are kept in files
+    assert quantized().model().SerializeToString(deterministic=True) == whole.model().SerializeToString(deterministic=True)
     layer = linear_layers(model)[0]
     ResumeState.for_run(tmp_path, model, "a").save(whole.layers[layer.name])
     assert ResumeState.for_run(tmp_path, model, "b").read([layer]) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,15 +15,17 @@ from tiny_mlp import run
 from swin_deploy.errors import InputError
 from swin_deploy.exporters.quantization.gptq import (
     NEAREST,
-    CrossMoments,
+    PAIR_LIMIT,
     GptqRounding,
     InputChange,
     InverseFactor,
+    LayerMoments,
     SecondMoments,
     best_activation_scale,
     gptq,
     input_moments,
     int8_scales,
+    pair_sums,
     quantized_activation,
     rounded_linear,
     scale_of_range,
@@ -92,12 +95,17 @@ def test_inverse_factors_and_gptq_are_those_of_lapack_column_by_column() -> None
 
 def test_layers_of_one_input_are_rounded_as_each_alone() -> None:
     seen, weights = RNG.standard_normal((500, 40)), [RNG.standard_normal((rows, 40)).astype(np.float32) for rows in (3, 5)]
-    moments = CrossMoments.empty(40)
-    moments.add(seen, seen + 0.1 * RNG.standard_normal((500, 40)))
+    expected = seen + 0.1 * RNG.standard_normal((500, 40))
+
+    def moments(*weights: Any) -> LayerMoments:
+        made = LayerMoments(np.concatenate(weights))
+        made.add(seen.copy(), expected.copy())
+        return made
+
     biases = [None, np.ones(5, np.float32)]
-    together = rounded_linear(weights, biases, moments)
+    together = rounded_linear(weights, biases, moments(*weights))
     for weight, bias, found in zip(weights, biases, together, strict=True):
-        [alone] = rounded_linear([weight], [bias], moments)
+        [alone] = rounded_linear([weight], [bias], moments(weight))
         np.testing.assert_array_equal(found[0], alone[0])
         np.testing.assert_allclose(found[2], alone[2], rtol=1e-6)
 
@@ -109,7 +117,7 @@ def test_a_layer_gives_the_fp32_output_from_a_damaged_input() -> None:
     seen = expected.copy()
     seen[:, :8] = seen[:, :8] * 0.8 + 0.3
     weight, bias = RNG.standard_normal((4, 16)).astype(np.float32), RNG.standard_normal(4).astype(np.float32)
-    moments = CrossMoments.empty(16)
+    moments = LayerMoments(weight)
     for part in range(0, 2000, 500):
         moments.add(seen[part : part + 500], expected[part : part + 500])
     [(values, scale, found)] = rounded_linear([weight], [bias], moments)
@@ -120,11 +128,49 @@ def test_a_layer_gives_the_fp32_output_from_a_damaged_input() -> None:
     np.testing.assert_allclose(output.mean(axis=0), wanted.mean(axis=0), atol=1e-4)
 
 
+@pytest.mark.parametrize("channels", [40, 41])
+def test_sums_of_two_products_fit_into_16_bits(channels: int) -> None:
+    """And the weights are as near as with a scale that leaves room for any sum, or nearer."""
+    seen, weight = RNG.standard_normal((3000, channels)), RNG.standard_normal((8, channels)).astype(np.float32)
+    weight[0, :2] = 3
+    seen = (seen @ RNG.standard_normal((channels, channels))).astype(np.float32)
+    moments = LayerMoments(weight)
+    moments.add(seen.copy(), seen.copy())
+    [(values, scale, _)] = rounded_linear([weight], [None], moments)
+    pairs = values[:, : channels // 2 * 2].reshape(8, -1, 2).astype(int)
+    largest = max(np.maximum(pairs, 0).sum(axis=2).max(), -np.minimum(pairs, 0).sum(axis=2).min())
+    assert 255 * largest <= np.iinfo(np.int16).max
+    assert largest >= pair_sums(values).max() > 120
+    assert (pair_sums(values) <= PAIR_LIMIT).all()
+    half = np.rint(weight / (scale := np.abs(weight).max(axis=1) / 63)[:, None]) * scale[:, None]
+    [(values, scale, _)] = rounded_linear([weight], [None], moments)
+    error = [np.linalg.norm(seen @ (one - weight).T) for one in (values * scale[:, None], half)]
+    assert error[0] < error[1]
+
+
+def test_moments_are_exact_far_from_zero() -> None:
+    """Batch by batch, whether the outputs are fewer than the channels or not, of values with a mean of a thousand."""
+    seen = (1000 + RNG.standard_normal((9000, 6))).astype(np.float32)
+    expected = seen + RNG.standard_normal((9000, 6)).astype(np.float32)
+    for outputs in (2, 8):
+        weight = RNG.standard_normal((outputs, 6)).astype(np.float32)
+        moments = LayerMoments(weight)
+        for start in range(0, 9000, 1000):
+            moments.add(seen[start : start + 1000].copy(), expected[start : start + 1000].copy())
+        gram, change, mean, wanted = moments.centred()
+        exact = seen.astype(np.float64), (expected.astype(np.float64) - seen) @ weight.T.astype(np.float64)
+        deviation = exact[0] - exact[0].mean(axis=0)
+        np.testing.assert_allclose(gram, deviation.T @ deviation / 9000, atol=1e-3)
+        np.testing.assert_allclose(change, deviation.T @ exact[1] / 9000, atol=1e-3)
+        np.testing.assert_allclose(mean, exact[0].mean(axis=0), rtol=1e-6)
+        np.testing.assert_allclose(wanted, expected.mean(axis=0, dtype=np.float64), rtol=1e-6)
+
+
 def test_dead_channels_and_rows_of_zeros_are_no_obstacle() -> None:
     seen = RNG.standard_normal((100, 6)).astype(np.float32)
     seen[:, 2] = 0
-    moments = CrossMoments.empty(6)
-    moments.add(seen, seen)
+    moments = LayerMoments(np.ones((3, 6), np.float32))
+    moments.add(seen, seen.copy())
     [(values, scale, bias)] = rounded_linear([np.ones((3, 6), np.float32)], [None], moments)
     assert np.isfinite(scale).all()
     np.testing.assert_allclose(values * scale[:, None], np.ones((3, 6)), atol=0.01)
