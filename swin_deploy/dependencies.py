@@ -124,8 +124,8 @@ def onnxruntime_session(
 ) -> Any:
     """Open an ONNX Runtime session that reports problems only as exceptions and never falls back to another provider.
 
-    `devices` are of a plug-in provider, and replace `providers`. Unless `config` allows it, sums of 8-bit products never
-    saturate.
+    `devices` are of a plug-in provider, and replace `providers`. On the CPU, sums of 8-bit products do not saturate unless
+    `config` allows it.
     """
     ort = require("onnxruntime", "run a graph")
     settings = ort.SessionOptions()
@@ -133,7 +133,8 @@ def onnxruntime_session(
     settings.log_severity_level = 3  # errors become exceptions; hints do not belong into an application's output
     for name, value in options.items():
         setattr(settings, name, value)
-    for name, value in {EXACT_SUMS: "1", **(config or {})}.items():
+    only_cpu = not devices and list(providers) == ["CPUExecutionProvider"]
+    for name, value in {**({EXACT_SUMS: "1"} if only_cpu else {}), **(config or {})}.items():
         settings.add_session_config_entry(name, value)
     if devices:
         settings.add_provider_for_devices(list(devices), {})

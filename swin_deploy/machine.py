@@ -74,8 +74,12 @@ def processor_features() -> tuple[str, ...]:
 
 
 def saturates(features: Collection[str]) -> bool:
-    """Return whether a processor adds pairs of 8-bit products in 16 bits, as x86 processors do without one of `EIGHT_BIT`."""
-    return platform.machine().lower() in ("x86_64", "amd64") and not any(name in features for name in EIGHT_BIT)
+    """Return whether a processor adds two 8-bit products in 16 bits, as x86 processors without any of `EIGHT_BIT` do.
+
+    False where the features are not known.
+    """
+    known = bool(features) or bool(_cpuinfo())
+    return known and platform.machine().lower() in ("x86_64", "amd64") and not any(name in features for name in EIGHT_BIT)
 
 
 def _features(flags: Collection[str]) -> tuple[str, ...]:

@@ -212,6 +212,8 @@ def quantize_for_cpu(
                 moments = LayerMoments(np.concatenate(matrices))
                 for ours, (tokens, fp32) in zip(values(), inputs[name].sampled, strict=True) if known is None else ():
                     moments.add(quantized_activation(ours[tokens], scale), store.read(fp32) / divisors.get(name, 1))
+                    store.drop(fp32)
+                inputs[name].sampled.clear()
             if known is None and not qat.covers(layers):
                 rounded = rounded_linear(matrices, biases, moments)
             for position, (layer, matrix, bias) in enumerate(zip(layers, matrices, biases, strict=True)):

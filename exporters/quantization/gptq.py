@@ -236,13 +236,7 @@ class GptqRounding:
 
 
 class LayerMoments:
-    """Moments of the input of linear layers, `seen` in 8 bits, and of what its error changes in their outputs.
-
-    Attributes:
-        gram: Covariance of `seen` [channels, channels].
-        change: Covariance of `seen` and of `(expected - seen) @ weight.T` [channels, outputs].
-        seen, expected: Means of both inputs [channels].
-    """
+    """Moments of the input of linear layers, `seen` in 8 bits and `expected` in fp32."""
 
     def __init__(self, weight: Array) -> None:
         """Begin without rows; `weight` [outputs, channels] is that of all layers."""
@@ -275,7 +269,11 @@ class LayerMoments:
         self._rows += len(seen)
 
     def centred(self) -> tuple[Array, Array, Array, Array]:
-        """Return `gram`, `change`, `seen` and `expected`."""
+        """Return covariances and means over all rows.
+
+        These are the covariance of `seen` [channels, channels], that of `seen` and `(expected - seen) @ weight.T`
+        [channels, outputs], and the means of `seen` and `expected` [channels].
+        """
         if self._waiting:
             self._add_waiting()
         seen, missing = (np.asarray(one / self._rows, self._gram.dtype) for one in (self._seen, self._missing))

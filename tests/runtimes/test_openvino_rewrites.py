@@ -206,8 +206,11 @@ def test_features_that_onednn_may_use(limit: str, wanted: tuple[str, ...], monke
 
 def test_processors_whose_sums_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "AMD64")
+    monkeypatch.setattr("swin_deploy.machine._cpuinfo", lambda: "flags: sse4_1")
     assert saturates(("AVX2", "AVX-512"))
-    assert saturates(())  # unknown, as on Windows
+    assert saturates(())
     assert not saturates(("AVX2", "AVX-VNNI"))
+    monkeypatch.setattr("swin_deploy.machine._cpuinfo", lambda: "")  # unknown, as on Windows
+    assert not saturates(())
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert not saturates(("NEON",))
