@@ -56,8 +56,9 @@ class OnnxRuntime(Runtime):
             start, providers = time.perf_counter(), ["CPUExecutionProvider"]
             self._session = opened(ort, path, threads, providers, "CPU")
             metadata = self._session.get_modelmeta().custom_metadata_map
-            if metadata.get("sum_bits") == "16" and saturates(processor_features()):  # its kernels take 0.84 of the time
-                self._config = {EXACT_SUMS: "0"}
+            if metadata.get("sum_bits") == "16" and saturates(processor_features()):
+                self._config = {EXACT_SUMS: "0"}  # nothing can saturate, and these kernels take 0.84 of the time
+                self._session = None  # frees its weights
                 self._session = opened(ort, path, threads, providers, "CPU", config=self._config)
             _LOG.debug("Compiled %s in %.1f s", path, time.perf_counter() - start)
         else:

@@ -42,11 +42,12 @@ def usable_features() -> tuple[str, ...]:
 
 def rewrite_for_kernels(model: Any, batch: int, bf16: bool, quantized: bool) -> None:
     """Rewrite a model of fixed shapes for the fastest kernels that OpenVINO has for these types on this processor."""
+    if quantized and saturates(usable_features()):
+        keep_saturating_weights_in_fp32(model)
     if model.is_dynamic():
         return
     least_rows = 1 if bf16 or quantized else MANY_ROWS if "AVX-512" in usable_features() else None
     rewrites: list[Callable[[Any], int]] = [
-        *([keep_saturating_weights_in_fp32] if quantized and saturates(usable_features()) else []),
         flatten_channels_last,
         *([] if quantized else [fold_norms]),
         norms_beside_residuals,
@@ -70,8 +71,9 @@ def keep_saturating_weights_in_fp32(model: Any) -> int:
         if not _is_layer(layer) or (whole := _integers(weight := layer.input_value(1))) is None or len(whole.shape) != 2:
             continue
         pairs = whole[:, : whole.shape[1] // 2 * 2].reshape(len(whole), -1, 2).astype(np.int32)
-        if (np.maximum(pairs, 0).sum(axis=2) > PAIR_LIMIT).any() or (np.minimum(pairs, 0).sum(axis=2) < -PAIR_LIMIT).any():
-            layer.input(1).replace_source_output(_operators().constant(_evaluated(weight)).output(0))
+        largest = max(np.maximum(pairs, 0).sum(axis=2).max(initial=0), -np.minimum(pairs, 0).sum(axis=2).min(initial=0))
+        if largest > PAIR_LIMIT and (array := _evaluated(weight)) is not None:
+            layer.input(1).replace_source_output(_operators().constant(array).output(0))
             changed += 1
     return changed
 

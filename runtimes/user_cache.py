@@ -24,6 +24,7 @@ from swin_deploy.files import scratch, sweep_folder
 from swin_deploy.machine import processor_features, processor_name, usable_cores
 
 _LOG = logging.getLogger(__name__)
+FORMAT = 2  # raised when the same file is compiled to a graph with other results
 STORING = "swin-deploy: store compiled graphs"  # name of the thread
 SMALLEST_STORED = 4 << 20  # bytes of a graph: smaller ones are compiled in no time
 DAYS, MOST_FILES, MOST_BYTES = 90, 64, 2 << 30  # files of each kind that are kept, those used last
@@ -37,7 +38,7 @@ def stored_graph(library: str, *key: object) -> Path | None:
         return None
     libraries = [__version__, *installed_versions((library, f"{library}-gpu")).values()]
     machine = [processor_name(), *processor_features(), usable_cores(), os.environ.get("ONEDNN_MAX_CPU_ISA", "")]
-    text = json.dumps([*key, libraries, machine])
+    text = json.dumps([FORMAT, *key, libraries, machine])
     return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.cache"
 
 

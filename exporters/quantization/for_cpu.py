@@ -57,10 +57,11 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 NO_SAMPLES = "There are no samples to calibrate with. Expected at least one batch."
-SampleFeeds = Callable[[], Iterable[Mapping[str, Array]]]  # yields the samples batch by batch, the same ones each time
+SampleFeeds = Callable[[], Iterable[Mapping[str, Array]]]  # yields the samples batch by batch
 MAX_SAMPLES = 256  # each layer runs all samples through the layers before it; more samples change little
 SAMPLED = 1 << 17  # values from which the range of an activation is chosen
 TOKENS = 1 << 14  # of the input of a layer, in all samples together, for which its weights are chosen
+ALGORITHM = 2  # raised when the same samples give another graph: what an earlier release made is then made again
 HEADS = frozenset({"classifier"})  # one small matmul for each image, which decides every answer
 SMALL = 1 << 14  # weights of one layer: 128 x 128 is small, 96 x 384 is not
 
@@ -91,7 +92,8 @@ class CpuLayout:
                 _LOG.info("Calibrating with %d of the %d samples, evenly spread", len(self._feeds), len(feeds))
             if ranges is None:
                 release = require("onnxruntime", "quantize a model").__version__
-                facts = (spec.target, spec.method, sorted(spec.keep), spec.batch, release, self._feeds.fingerprint)
+                releases = ALGORITHM, np.__version__, release
+                facts = (spec.target, spec.method, sorted(spec.keep), spec.batch, releases, self._feeds.fingerprint)
                 resume = ResumeState.for_run(bundle.place(CACHE), model, *facts)
         batches = None if self._feeds is None else partial(self._feeds.batches, spec.batch)
         self.check = network_check(bundle, source, model)
@@ -105,8 +107,12 @@ class CpuLayout:
         used: dict[str, Any] = {} if self._feeds is None else {"calibrated_with": len(self._feeds)}
         records = [record for record in self._graphs.records if record["name"] not in keep]
         measured = f"{len(records)} layers are in 8 bits, and {self.check or 'rewrites were not compared'}"
-        used |= {"sum_bits": 16} if self._graphs.fits_16_bits(keep) else {}
-        return NewGraph(self._graphs.model(keep), (), {"layers": records, **used, **left_out(self.check)}, measured)
+        made = self._graphs.model(keep)
+        if self._graphs.fits_16_bits(keep):
+            used["sum_bits"] = 16
+            # For measurements of speed and accuracy; the file gets it from its entry.
+            require("onnx", "write the quantized graph").helper.set_model_props(made, {"sum_bits": "16"})
+        return NewGraph(made, (), {"layers": records, **used, **left_out(self.check)}, measured)
 
     def speed(self, model: Any, gpu: str | None) -> SpeedComparison:
         """Measure `model` against the fp32 graph on this machine, one image at a time."""
@@ -191,7 +197,8 @@ def quantize_for_cpu(
             scale = qat.scale(name)
             known = None if resume is None else resume.read(layers)
             if scale is None or not qat.covers(layers):
-                run = run or LayerwiseRun(model, batches, store)
+                if run is None:
+                    run, batches = LayerwiseRun(model, batches, store), []
                 run.nodes, constants = qdq_nodes(model.graph.node, done.values())
                 run.constants |= constants
 
@@ -212,8 +219,6 @@ def quantize_for_cpu(
                 moments = LayerMoments(np.concatenate(matrices))
                 for ours, (tokens, fp32) in zip(values(), inputs[name].sampled, strict=True) if known is None else ():
                     moments.add(quantized_activation(ours[tokens], scale), store.read(fp32) / divisors.get(name, 1))
-                    store.drop(fp32)
-                inputs[name].sampled.clear()
             if known is None and not qat.covers(layers):
                 rounded = rounded_linear(matrices, biases, moments)
             for position, (layer, matrix, bias) in enumerate(zip(layers, matrices, biases, strict=True)):
@@ -227,6 +232,8 @@ def quantize_for_cpu(
                     resume.save(made)
                 done[layer.name] = made
                 records.append(_record(made, matrix, qat))
+            for _, fp32 in inputs.pop(name).sampled if name in inputs else ():
+                store.drop(fp32)
     if resume is not None:
         resume.clear()
     return CpuGraphs(model, done, tuple(records), three_axes, zero_in_bias=target == "openvino")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,17 +51,17 @@ class ArrayStore:
 class LayerwiseRun:
     """A run of `model`, advanced tensor by tensor. `nodes` and `constants` may be changed as long as they have not run.
 
-    `batches` are the inputs of each batch, kept in `store`.
+    `batches` are the inputs of each batch, kept in `store`. The run drops them when they are no longer needed.
     """
 
-    def __init__(self, model: onnx.ModelProto, batches: Sequence[Mapping[str, Kept]], store: ArrayStore) -> None:
+    def __init__(self, model: onnx.ModelProto, batches: list[dict[str, Kept]], store: ArrayStore) -> None:
         self.onnx = require("onnx", "quantize a model")
         self.model, self.store = model, store
         self.nodes = list(model.graph.node)
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
         self.types = {value.name: value.type.tensor_type.elem_type for value in inferred_values(model)}
         self.done: set[str] = {value.name for value in model.graph.input}
-        self.batches = [dict(batch) for batch in batches]
+        self.batches = batches
 
     def advance(self, target: str) -> Iterator[Array]:
         """Yield the tensor `target` of every batch. It can be asked for again until another one is."""

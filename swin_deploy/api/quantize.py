@@ -174,6 +174,10 @@ class _Run:
         spec, data = self.spec, self.data
         asked: dict[str, Any] = {"target": spec.target, "method": spec.method, "keep": sorted(set(spec.keep))}
         asked |= {"samples": 0, "data": None} if data is None else {"samples": len(data), "data": data.fingerprint}
+        if spec.target != TARGETS[0]:
+            from swin_deploy.exporters.quantization.for_cpu import ALGORITHM
+
+            asked["algorithm"] = ALGORITHM
         if self.ranges_sha256 is not None:
             asked["ranges"] = self.ranges_sha256
         if (spec.max_drop, spec.min_speedup) != (None, None):

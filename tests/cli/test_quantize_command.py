@@ -65,6 +65,10 @@ def test_for_tensorrt(version: int, digits_data: tuple[Path, Path], tmp_path: Pa
     assert all(verdict.verified for verdict in swin_deploy.verify(path))
 
 
+def onnx_metadata(file: Path) -> dict[str, str]:
+    return {one.key: one.value for one in onnx.load(file).metadata_props}
+
+
 @pytest.mark.parametrize(("target", "backend"), [("onnxruntime", "onnxruntime"), ("openvino", "openvino")])
 def test_for_a_cpu(
     target: str, backend: str, digits_data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -90,7 +94,15 @@ def test_for_a_cpu(
     assert top1["fp32"] - top1["int8"] <= 0.3
     with swin_deploy.load(path, precision="int8", backend=backend) as model:
         assert [found[0].label for found in model.classify([IMAGES / "3.png", IMAGES / "7.png"])] == ["three", "seven"]
+    assert entry["sum_bits"] == 16
+    assert onnx_metadata(path / "onnx/model_int8.onnx")["sum_bits"] == "16"
     if target == "onnxruntime":
+        written = (path / "onnx/model_int8.onnx").stat().st_mtime_ns
+        swin_deploy.quantize(path, train)
+        assert (path / "onnx/model_int8.onnx").stat().st_mtime_ns == written
+        monkeypatch.setattr("swin_deploy.exporters.quantization.for_cpu.ALGORITHM", 1000)  # it is of another release
+        swin_deploy.quantize(path, train)
+        assert (path / "onnx/model_int8.onnx").stat().st_mtime_ns > written
         refused(cli_here("quantize", "b", "--fp8", "--data", train, cwd=tmp_path), "does not compute in FP8")
         refused(cli_here("quantize", "b", "--data", train, "--target", "tensorrt", cwd=tmp_path), "exported for onnxruntime")
         for precision in ("fp16", "fp8"):
