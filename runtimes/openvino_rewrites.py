@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from swin_deploy.dependencies import require
-from swin_deploy.machine import processor_features, saturates
+from swin_deploy.machine import PAIR_LIMIT, processor_features, saturates
 
 DEQUANTIZING = ("Convert", "Subtract", "Multiply")  # OpenVINO's DequantizeLinear
 ELEMENTWISE = ("Add", "Convert", "FakeQuantize", "Gelu", "Multiply", "Subtract")  # what may follow a linear layer
@@ -21,7 +21,6 @@ LARGE_WINDOW = 256  # tokens, 16x16
 MANY_ROWS = 100  # tokens of a linear layer that a convolution computes faster in fp32
 VECTOR_LENGTH = 16  # fp32 values in a register of AVX-512
 FAR_BELOW = -3e38  # a score whose exponential is zero
-PAIR_LIMIT = 128  # times 255 fits into 16 bits
 EXCLUDED = {  # by ONEDNN_MAX_CPU_ISA: how the names of features begin
     **dict.fromkeys(("SSE41", "AVX", "AVX2"), ("AVX-512", "AMX", "AVX-VNNI")),
     **dict.fromkeys(("AVX2_VNNI", "AVX2_VNNI_2"), ("AVX-512", "AMX")),

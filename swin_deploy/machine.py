@@ -21,6 +21,7 @@ FEATURES = {
     "bf16": "bf16", "sve": "SVE",
 }  # fmt: skip
 EIGHT_BIT = ("AVX-VNNI", "AVX-512 VNNI", "AMX int8")  # features that add 8-bit products in 32 bits
+PAIR_LIMIT = 128  # sums of two weights whose products with up to 255 fit into the 16 bits of other x86 processors
 
 
 @dataclass(frozen=True)

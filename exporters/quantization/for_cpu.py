@@ -19,6 +19,7 @@ from swin_deploy.dependencies import require
 from swin_deploy.errors import InputError, unknown
 from swin_deploy.exporters.typed_graphs import NewGraph, config_and_task, left_out, network_check, scratch_graph
 from swin_deploy.files import scratch_folder
+from swin_deploy.machine import PAIR_LIMIT
 from swin_deploy.options import Array
 from swin_deploy.parity import sqnr
 
@@ -31,7 +32,6 @@ from .equalization import (
     with_own_constants,
 )
 from .gptq import (
-    PAIR_LIMIT,
     LayerMoments,
     best_activation_scale,
     pair_sums,

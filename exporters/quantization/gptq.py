@@ -17,6 +17,7 @@ import numpy as np
 from swin_deploy.calib.calibrators import round_to_fp8
 from swin_deploy.calib.collect import session_for
 from swin_deploy.errors import InputError
+from swin_deploy.machine import PAIR_LIMIT
 from swin_deploy.options import Array
 
 from .equalization import ChannelStatistics
@@ -30,7 +31,6 @@ BLOCK = 128  # columns
 STEPS = {BLOCK: 16, 16: 1}  # columns of the blocks in a block
 RETRIES = 20
 ROWS = 4096  # of a layer's input, whose moments are added together
-PAIR_LIMIT = 128  # times 255 fits into 16 bits, in which processors without VNNI add two products
 Result = TypeVar("Result")
 SHRINK = np.linspace(0.3, 1, 29)  # candidates for a range, as a share of the observed one: values outside are clipped
 SMALLEST = float(np.finfo(np.float32).tiny) * 1e6  # amax of a tensor of zeros
@@ -127,16 +127,18 @@ def with_damping(hessian: Array, compute: Callable[[Array], Result]) -> Result:
     The damping grows if rounding made the matrix indefinite, as for constant inputs.
     """
     added = damping(hessian)
-    for attempt in range(RETRIES + 1):
-        damped = hessian.copy()
-        damped.flat[:: len(damped) + 1] += added
+
+    def damped() -> Array:
+        result = hessian.copy()
+        result.flat[:: len(result) + 1] += added
+        return result
+
+    for _ in range(RETRIES):
         try:
-            return compute(damped)
+            return compute(damped())
         except np.linalg.LinAlgError:
-            if attempt == RETRIES:
-                raise
             added *= 10
-    raise AssertionError
+    return compute(damped())
 
 
 @dataclass

@@ -15,7 +15,6 @@ from tiny_mlp import run
 from swin_deploy.errors import InputError
 from swin_deploy.exporters.quantization.gptq import (
     NEAREST,
-    PAIR_LIMIT,
     GptqRounding,
     InputChange,
     InverseFactor,
@@ -31,6 +30,7 @@ from swin_deploy.exporters.quantization.gptq import (
     scale_of_range,
 )
 from swin_deploy.exporters.quantization.qdq import ActivationScale
+from swin_deploy.machine import PAIR_LIMIT
 
 RNG = np.random.default_rng(0)
 
@@ -130,7 +130,7 @@ def test_a_layer_gives_the_fp32_output_from_a_damaged_input() -> None:
 
 @pytest.mark.parametrize("channels", [40, 41])
 def test_sums_of_two_products_fit_into_16_bits(channels: int) -> None:
-    """And the weights are as near as with a scale that leaves room for any sum, or nearer."""
+    """And the outputs are nearer than with a scale for which any sum fits."""
     seen, weight = RNG.standard_normal((3000, channels)), RNG.standard_normal((8, channels)).astype(np.float32)
     weight[0, :2] = 3
     seen = (seen @ RNG.standard_normal((channels, channels))).astype(np.float32)
